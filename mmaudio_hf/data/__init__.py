@@ -1,0 +1,1 @@
+"""The feature store and the way it is read during training."""

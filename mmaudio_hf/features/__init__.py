@@ -1,0 +1,1 @@
+"""Frozen encoders, and extraction of their features from media."""

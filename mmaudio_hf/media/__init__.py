@@ -1,0 +1,1 @@
+"""Reading media: video, audio, clips, audit, and synthesised example media."""

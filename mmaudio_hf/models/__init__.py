@@ -1,0 +1,1 @@
+"""The flow network and flow matching."""

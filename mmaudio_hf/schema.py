@@ -1,0 +1,124 @@
+"""The contract between the stages: rates, lengths, feature columns and identifiers.
+
+Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
+
+    B batch      N latent length     T CLIP frames     S sync tokens     L text tokens (77)
+    C latent channels                D hidden size     H attention heads
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+SCHEMA_VERSION = 1
+
+CLIP_FPS = 8
+SYNC_FPS = 25
+SYNC_SEGMENT_FRAMES = 16
+SYNC_HOP_FRAMES = 8
+SYNC_TOKENS_PER_SEGMENT = 8  # 16 frames, temporal stride 2
+LATENT_STRIDE = 2  # mel frames per latent frame
+
+CLIP_PIXELS = 384
+SYNC_PIXELS = 224
+
+CLIP_DIM = 1024
+SYNC_DIM = 768
+TEXT_DIM = 1024
+TEXT_TOKENS = 77
+
+# Column names of a feature store; the reference implementation uses the same ones.
+MEAN = "mean"
+STD = "std"
+CLIP_FEATURES = "clip_features"
+SYNC_FEATURES = "sync_features"
+TEXT_FEATURES = "text_features"
+VIDEO_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
+AUDIO_COLUMNS = (MEAN, STD, TEXT_FEATURES)
+
+
+@dataclass(frozen=True)
+class AudioMode:
+    """One of the two published audio settings (spec networks, section 1 and 7)."""
+
+    name: str
+    sample_rate: int  # Hz
+    mel_hop: int  # samples
+    mel_window: int  # samples, also the FFT size
+    mel_bins: int
+    mel_fmax: int  # Hz
+    latent_channels: int
+
+
+MODES = {
+    "16k": AudioMode("16k", 16_000, 256, 1024, 80, 8_000, 20),
+    "44k": AudioMode("44k", 44_100, 512, 2048, 128, 22_050, 40),
+}
+
+
+def audio_mode(name: str) -> AudioMode:
+    """Return the audio mode called `name` ("16k" or "44k"); ValueError for any other name."""
+    if name not in MODES:
+        raise ValueError(f"unknown audio mode {name!r}: use one of {', '.join(MODES)}")
+    return MODES[name]
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """Token counts of one clip, and the exact audio length that yields them."""
+
+    latent: int  # N
+    clip: int  # T, also the number of 8 fps pictures
+    sync: int  # S
+    sync_frames: int  # 25 fps pictures that are read
+    audio_samples: int
+
+
+def sequence_lengths(mode: str, duration: float = 8.0) -> SequenceLengths:
+    """Lengths of a clip of `duration` seconds (spec networks, section 1).
+
+    Double arithmetic, evaluated left to right: other orders move the ceilings at some durations.
+    Raises ValueError when the clip is too short for one sync segment (0.64 s).
+    """
+    rate = audio_mode(mode)
+    latent = math.ceil(duration * rate.sample_rate / rate.mel_hop / LATENT_STRIDE)
+    segments = math.floor((duration * SYNC_FPS - SYNC_SEGMENT_FRAMES) / SYNC_HOP_FRAMES) + 1
+    if segments < 1:
+        raise ValueError(f"duration {duration} s is shorter than one sync segment of 0.64 s")
+    return SequenceLengths(
+        latent=latent,
+        clip=int(duration * CLIP_FPS),
+        sync=segments * SYNC_TOKENS_PER_SEGMENT,
+        sync_frames=int(duration * SYNC_FPS),
+        audio_samples=latent * rate.mel_hop * LATENT_STRIDE,
+    )
+
+
+def column_shapes(mode: str, duration: float = 8.0, *, video: bool = True) -> dict[str, tuple[int, int]]:
+    """Shape of one record of every stored column: `{"mean": (N, C), ...}`, in storage order."""
+    lengths = sequence_lengths(mode, duration)
+    latent = (lengths.latent, audio_mode(mode).latent_channels)
+    shapes = {
+        MEAN: latent,
+        STD: latent,
+        CLIP_FEATURES: (lengths.clip, CLIP_DIM),
+        SYNC_FEATURES: (lengths.sync, SYNC_DIM),
+        TEXT_FEATURES: (TEXT_TOKENS, TEXT_DIM),
+    }
+    return {name: shapes[name] for name in (VIDEO_COLUMNS if video else AUDIO_COLUMNS)}
+
+
+def check_id(item_id: str, source: str = "") -> str:
+    """Return `item_id` when it is one plain file name part; ValueError otherwise.
+
+    Ids come from files people download and end up in paths, so `..`, separators, control characters and
+    over-long names are refused before anything is opened. `source` names the file and row in the message.
+    """
+    where = f" ({source})" if source else ""
+    if not item_id or item_id != item_id.strip():
+        raise ValueError(f"id {item_id!r} is empty or has outer white space{where}")
+    if item_id in (".", "..") or PurePosixPath(item_id).name != item_id or "\\" in item_id:
+        raise ValueError(f"id {item_id!r} is not a plain name: separators and '..' are not allowed{where}")
+    if any(ord(c) < 32 or ord(c) == 127 for c in item_id) or len(item_id.encode()) > 200:
+        raise ValueError(f"id {item_id!r} has control characters or more than 200 bytes{where}")
+    return item_id
