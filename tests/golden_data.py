@@ -64,7 +64,8 @@ def listed_shapes(listing: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a released state dict, from `state_dict_keys/<listing>.tsv`."""
     with open(GOLDEN / "state_dict_keys" / f"{listing}.tsv", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return {row["name"]: tuple(int(n) for n in row["shape"].split("x") if n) for row in rows}
+    parse = lambda text: () if text == "scalar" else tuple(int(n) for n in text.split("x"))  # noqa: E731
+    return {row["name"]: parse(row["shape"]) for row in rows}
 
 
 def state_dict(listing: str, prefix: str = "", seed: int = WEIGHT_SEED) -> dict[str, torch.Tensor]:
