@@ -1,0 +1,590 @@
+"""Recipes: one YAML file per experiment, read into a tree of frozen, strictly typed dataclasses.
+
+A recipe may name another one with `base:` and changes only what differs; `section.key=value` on the command line
+changes it once more. A key nobody knows, a value of the wrong type or out of range, and settings that exclude each
+other are all refused here, naming the key, the file it came from and the nearest valid name, before torch is imported.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import strict
+
+from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, audio_mode, sequence_lengths
+
+COMMAND_LINE = "the command line"
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or an override; the message names the key, the file and the way out."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@strict
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a flow network (spec networks, section 2.1). `variant` fills in a released network's sizes."""
+
+    variant: str = "small_16k"
+    mode: Literal["16k", "44k"] = "16k"
+    hidden_dim: int = 448
+    num_heads: int = 7
+    depth: int = 12  # joint + fused blocks
+    fused_depth: int = 8
+    v2: bool = False
+    clip_dim: int = CLIP_DIM
+    sync_dim: int = SYNC_DIM
+    text_dim: int = TEXT_DIM
+    text_tokens: int = TEXT_TOKENS
+    duration: float = 8.0  # seconds; default lengths are derived from it
+    latent_channels: int = 0  # 0: the mode's own
+    latent_length: int = 0  # 0: derived from duration, likewise the next two
+    clip_length: int = 0
+    sync_length: int = 0
+
+    def __post_init__(self):
+        lengths = sequence_lengths(self.mode, self.duration)
+        derived = {
+            "latent_channels": audio_mode(self.mode).latent_channels,
+            "latent_length": lengths.latent,
+            "clip_length": lengths.clip,
+            "sync_length": lengths.sync,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+
+    def validate_sizes(self):
+        """The arithmetic that the layers rely on."""
+        _require(self.hidden_dim > 0 and self.num_heads > 0, "model.hidden_dim and model.num_heads must be positive")
+        _require(
+            self.hidden_dim % self.num_heads == 0 and (self.hidden_dim // self.num_heads) % 2 == 0,
+            f"model.hidden_dim {self.hidden_dim} must be an even multiple of model.num_heads {self.num_heads}",
+        )
+        _require(
+            0 <= self.fused_depth < self.depth,
+            f"model.fused_depth {self.fused_depth} must be at least 0 and less than model.depth {self.depth}",
+        )
+        _require(self.sync_length % 8 == 0, f"model.sync_length {self.sync_length} must be a multiple of 8")
+        for name in ("clip_dim", "sync_dim", "text_dim", "text_tokens", "latent_length", "clip_length"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+
+    @property
+    def joint_depth(self) -> int:
+        """Number of joint blocks."""
+        return self.depth - self.fused_depth
+
+
+_SMALL = {"hidden_dim": 448, "num_heads": 7, "depth": 12, "fused_depth": 8}
+_MEDIUM = {"hidden_dim": 896, "num_heads": 14, "depth": 12, "fused_depth": 8}
+_LARGE = {"hidden_dim": 896, "num_heads": 14, "depth": 21, "fused_depth": 14}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "small_16k": {"mode": "16k", **_SMALL},
+    "small_44k": {"mode": "44k", **_SMALL},
+    "medium_44k": {"mode": "44k", **_MEDIUM},
+    "large_44k": {"mode": "44k", **_LARGE},
+    "large_44k_v2": {"mode": "44k", **_LARGE, "v2": True},
+}
+
+
+def variant_config(variant: str, **changes: Any) -> ModelConfig:
+    """Configuration of a released network, with `changes` to single fields. ValueError for an unknown variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown model variant {variant!r}: {_nearest(variant, VARIANTS)}")
+    return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
+
+
+@strict
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen networks that make features and turn latents into sound."""
+
+    kind: Literal["released", "toy"] = "released"
+    weights_dir: str = "ext_weights"  # released: where the published files are; toy: where the fitted codec is kept
+    clip: str = "apple/DFN5B-CLIP-ViT-H-14-384"  # Hub id, folder of transformers files, or open_clip checkpoint
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+
+@strict
+@dataclass(frozen=True)
+class VideoSource:
+    """A folder of videos and the TSV (`id`, `label`) that lists the ones to use; becomes the store `name`."""
+
+    name: str
+    media_dir: str
+    list: str
+    normalize_audio: bool = True
+
+
+@strict
+@dataclass(frozen=True)
+class AudioSource:
+    """A folder of recordings, their captions (TSV `id`, `caption`) and clips; becomes the store `name`."""
+
+    name: str
+    media_dir: str
+    list: str
+    clips: str = ""  # clips.tsv; written by `mmaudio-hf partition`; empty: beside the store
+
+
+@strict
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """What to extract, from where, and how."""
+
+    output_dir: str = "output/features"
+    videos: tuple[VideoSource, ...] = ()
+    audios: tuple[AudioSource, ...] = ()
+    alignment: Literal["timestamps", "reference"] = "timestamps"
+    layout: Literal["reference"] = "reference"
+    batch_size: int = 16
+    num_proc: int = 1
+    shard_size: int = 512
+
+    def validate_sizes(self):
+        """Positive sizes, one name per store."""
+        for name in ("batch_size", "num_proc", "shard_size"):
+            _require(getattr(self, name) >= 1, f"extraction.{name} must be at least 1")
+        names = [source.name for source in (*self.videos, *self.audios)]
+        twice = {name for name in names if names.count(name) > 1}
+        _require(not twice, f"extraction: two sources are called {', '.join(sorted(twice))}; store names must differ")
+
+
+@strict
+@dataclass(frozen=True)
+class StoreConfig:
+    """One feature store of a mixture: every row is visited `repeats` times per epoch."""
+
+    path: str
+    repeats: int = 1
+
+    def validate_repeats(self):
+        """At least one visit."""
+        _require(self.repeats >= 1, f"data: repeats of {self.path} must be at least 1, not {self.repeats}")
+
+
+@strict
+@dataclass(frozen=True)
+class DataConfig:
+    """The mixture that is trained on, and what is held out."""
+
+    train: tuple[StoreConfig, ...] = ()
+    validation: tuple[StoreConfig, ...] = ()
+    test: tuple[StoreConfig, ...] = ()
+    prefetch_batches: int = 2
+    read_threads: int = 4
+
+    def validate_sizes(self):
+        """Threads and buffers."""
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches must be at least 1")
+        _require(self.read_threads >= 1, "data.read_threads must be at least 1")
+
+
+@strict
+@dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching objective (spec networks, section 3 and 4)."""
+
+    min_sigma: float = 0.0
+    time_mean: float = 0.0  # t = sigmoid(time_scale * z + time_mean)
+    time_scale: float = 1.0
+    condition_dropout: float = 0.1  # probability, for video and for text on their own
+
+    def validate_ranges(self):
+        """Probabilities and scales."""
+        _require(0 <= self.condition_dropout <= 1, "flow.condition_dropout is a probability: between 0 and 1")
+        _require(0 <= self.min_sigma < 1, "flow.min_sigma must be at least 0 and less than 1")
+        _require(self.time_scale > 0, "flow.time_scale must be positive")
+
+
+@strict
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Milestones count from the end of the warm-up (spec networks, section 4)."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 1e-6
+    max_grad_norm: float = 1.0
+    schedule: Literal["step", "constant", "poly"] = "step"
+    warmup_steps: int = 1000
+    milestones: tuple[int, ...] = (240_000, 270_000)
+    gamma: float = 0.1
+
+    def validate_ranges(self):
+        """Signs and order."""
+        _require(self.learning_rate > 0, "optim.learning_rate must be positive")
+        _require(self.eps > 0 and self.weight_decay >= 0, "optim.eps must be positive, optim.weight_decay at least 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas must be at least 0 and less than 1")
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm must be positive")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps must be at least 0")
+        _require(list(self.milestones) == sorted(self.milestones), "optim.milestones must be in rising order")
+
+
+@strict
+@dataclass(frozen=True)
+class EmaConfig:
+    """Post-hoc EMA (Karras et al. 2024, section 3): two profiles, snapshots, synthesis at `sigma_rel`."""
+
+    sigma_rels: tuple[float, ...] = (0.05, 0.1)
+    update_every: int = 1
+    snapshot_every: int = 5000
+    start: int = 0
+    sigma_rel: float = 0.05  # of the weights that are validated, published and used for generation
+
+    def validate_ranges(self):
+        """Widths for which the profile exists."""
+        _require(len(self.sigma_rels) >= 1, "ema.sigma_rels must name at least one profile")
+        for sigma in (*self.sigma_rels, self.sigma_rel):
+            _require(0 < sigma < 0.28, f"ema: sigma_rel {sigma} must be between 0 and 0.28")
+        _require(self.update_every >= 1 and self.snapshot_every >= 1, "ema.update_every and snapshot_every: at least 1")
+        _require(self.start >= 0, "ema.start must be at least 0")
+
+
+@strict
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batch, precision and rhythm of a run. A step is one optimizer update."""
+
+    steps: int = 300_000
+    batch_size: int = 512  # over all processes and accumulation
+    accumulation_steps: int = 1
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    log_every: int = 50
+    validate_every: int = 5000
+    checkpoint_every: int = 10_000
+    keep_checkpoints: int = 3
+    max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+    def validate_ranges(self):
+        """Positive counts; the batch splits evenly over accumulation."""
+        names = ("steps", "batch_size", "accumulation_steps", "log_every", "validate_every", "checkpoint_every")
+        for name in (*names, "keep_checkpoints", "max_skipped_steps"):
+            _require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"
+            f" {self.accumulation_steps}",
+        )
+
+
+@strict
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How latents are drawn from a trained network."""
+
+    num_steps: int = 25
+    guidance_scale: float = 4.5
+    solver: Literal["euler", "adaptive"] = "euler"
+    batch_size: int = 8
+
+    def validate_ranges(self):
+        """Positive counts."""
+        _require(self.num_steps >= 1 and self.batch_size >= 1, "sampling.num_steps and batch_size must be at least 1")
+        _require(self.guidance_scale >= 0, "sampling.guidance_scale must be at least 0")
+
+
+@strict
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one experiment is made of, except the hardware."""
+
+    name: str
+    seed: int = 14159265
+    output_dir: str = "output"
+    resume: Literal["auto", "never"] = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    encoders: EncoderConfig = field(default_factory=EncoderConfig)
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def validate_whole(self):
+        """What concerns more than one section."""
+        _require(
+            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)), f"name {self.name!r} must be a plain folder name"
+        )
+        _require(self.seed >= 0, "seed must be at least 0")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds everything of this run."""
+        return Path(self.output_dir) / self.name
+
+
+def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
+    """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated."""
+    parts = world_size * training.accumulation_steps
+    if training.batch_size % parts:
+        near = training.batch_size // parts * parts or parts
+        raise RecipeError(
+            f"training.batch_size {training.batch_size} does not split over {world_size} processes x"
+            f" {training.accumulation_steps} accumulation steps: use {near} or {near + parts}"
+        )
+    return training.batch_size // parts
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path`, with its bases, then apply `key.sub=value` overrides.
+
+    Raises RecipeError (a ValueError) naming the key, the file and the nearest valid name. Imports nothing heavy.
+    """
+    origins: dict[str, str] = {}
+    tree = _read_with_bases(Path(path), origins, ())
+    for override in overrides:
+        _apply_override(tree, override, origins)
+    tree.setdefault("name", Path(path).stem)
+    return _build(Recipe, tree, "", origins, str(path))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dict of a configuration, as it goes into YAML or JSON."""
+    plain = dataclasses.asdict(config)
+    return _listed(plain)
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the resolved recipe; `load_recipe` on the result gives the same recipe."""
+    Path(path).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_with_bases(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}{f' (base of {seen[-1]})' if seen else ''}")
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: the bases form a circle: {' -> '.join(p.name for p in (*seen, path.resolve()))}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+    base = tree.pop("base", None)
+    merged: dict[str, Any] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: base must be a file name, not {_kind(base)}")
+        merged = _read_with_bases(path.parent / base, origins, (*seen, path.resolve()))
+        merged.pop("name", None)  # an experiment never inherits the run folder of its base
+    _merge(merged, tree, "", str(path), origins)
+    return merged
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key written twice in one mapping, which plain YAML resolves silently."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _merge(into: dict[str, Any], tree: Mapping, prefix: str, origin: str, origins: dict[str, str]) -> None:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        origins[path] = origin
+        # A new variant brings its own sizes: sizes that a base set for its variant must not survive.
+        if path == "model.variant" and into.get("variant") != value:
+            into.clear()
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(
+                into[key],
+                dict(sorted(value.items(), key=lambda item: item[0] != "variant")),
+                f"{path}.",
+                origin,
+                origins,
+            )
+        else:
+            into[key] = value
+
+
+def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    parts = key.split(".")
+    for index, part in reversed(list(enumerate(parts))):
+        if part.isdigit():  # data.train.0.repeats=3 changes one entry of a list that the recipe has
+            return _override_entry(tree, parts, index, value, override, origins)
+    for part in reversed(parts):
+        value = {part: value}
+    _merge(tree, value, "", COMMAND_LINE, origins)
+    return None
+
+
+def _override_entry(tree, parts, index, value, override, origins) -> None:
+    node: Any = tree
+    for part in parts[: index + 1]:
+        try:
+            node = node[int(part)] if part.isdigit() else node[part]
+        except (KeyError, IndexError, TypeError):
+            raise RecipeError(
+                f"override {override!r}: the recipe has no entry {'.'.join(parts[: index + 1])}"
+            ) from None
+    rest = parts[index + 1 :]
+    if not rest or not isinstance(node, dict):
+        raise RecipeError(
+            f"override {override!r}: name a key of the entry, as in {'.'.join(parts[: index + 1])}.key=value"
+        )
+    for part in reversed(rest):
+        value = {part: value}
+    _merge(node, value, ".".join(parts[: index + 1]) + ".", COMMAND_LINE, origins)
+
+
+def _build(cls: type, tree: Any, prefix: str, origins: dict[str, str], file: str) -> Any:
+    """Make dataclass `cls` from a mapping, checking every name and type on the way."""
+    where = _origin(prefix.rstrip("."), origins, file)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a mapping of keys, not {_kind(tree)}")
+    hints = get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            where = origins.get(f"{prefix}{key}", where)
+            raise RecipeError(f"{where}: unknown key {prefix}{key}: {_nearest_key(str(key), hints, prefix)}")
+    values = {}
+    if cls is ModelConfig:
+        tree = _with_variant(tree, origins, file)
+    for key, value in tree.items():
+        values[key] = _convert(hints[key], value, f"{prefix}{key}", origins, file)
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in required:
+        if name not in values:
+            raise RecipeError(f"{where}: {prefix}{name} is missing")
+    try:
+        return cls(**values)
+    except Exception as error:  # strict wraps the message of a failed check in its own error class
+        cause = error.__cause__ or error
+        names = re.findall(r"[a-z_]+\.[a-z_]+", str(cause))
+        origin = next((origins[name] for name in names if name in origins), where)
+        raise RecipeError(f"{origin}: {str(cause).strip()}") from None
+
+
+def _with_variant(tree: dict[str, Any], origins: dict[str, str], file: str) -> dict[str, Any]:
+    variant = tree.get("variant", "small_16k")
+    if variant not in VARIANTS:
+        where = origins.get("model.variant", file)
+        raise RecipeError(f"{where}: model.variant: unknown variant {variant!r}: {_nearest(str(variant), VARIANTS)}")
+    return {"variant": variant, **VARIANTS[variant], **tree}
+
+
+def _convert(hint: Any, value: Any, path: str, origins: dict[str, str], file: str) -> Any:
+    where = f"{_origin(path, origins, file)}: {path}"
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{path}.", origins, file)
+    if get_origin(hint) is tuple:
+        return _convert_tuple(get_args(hint), value, path, origins, file)
+    if get_origin(hint) is Literal:
+        if value is False and "no" in get_args(hint):
+            return "no"  # YAML 1.1 reads a bare `no` as false
+        if value not in get_args(hint):
+            options = [str(option) for option in get_args(hint)]
+            raise RecipeError(f"{where}: {value!r} is not allowed: {_nearest(str(value), options)}")
+        return value
+    if get_origin(hint) in (Union, UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path, origins, file)
+    if hint is float:
+        return _to_float(value, where)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not hint:  # `is`: a bool is an int to isinstance
+        raise RecipeError(f"{where} must be {_wanted(hint)}, not {value!r} ({_kind(value)})")
+    return value
+
+
+def _to_float(value: Any, where: str) -> float:
+    # PyYAML follows YAML 1.1, where 1e-4 (no dot) is a string.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise RecipeError(f"{where} must be a number, not {value!r} ({_kind(value)})")
+    return float(value)
+
+
+def _convert_tuple(args: tuple, value: Any, path: str, origins: dict[str, str], file: str) -> tuple:
+    where = f"{_origin(path, origins, file)}: {path}"
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{where} must be a list, not {value!r} ({_kind(value)})")
+    if args[-1] is not Ellipsis and len(value) != len(args):
+        raise RecipeError(f"{where} must have {len(args)} entries, not {len(value)}")
+    hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    return tuple(
+        _convert(h, v, f"{path}.{i}", origins, file) for i, (h, v) in enumerate(zip(hints, value, strict=True))
+    )
+
+
+def _origin(path: str, origins: dict[str, str], file: str) -> str:
+    while path not in origins and "." in path:
+        path = path.rpartition(".")[0]
+    return origins.get(path, file)
+
+
+def _nearest_key(key: str, hints: Mapping, prefix: str) -> str:
+    """Nearest name in the same section, or else the full path of such a key in another section."""
+    if difflib.get_close_matches(key, list(hints), n=1, cutoff=0.75):
+        return _nearest(key, hints)
+    elsewhere = [path for path in _all_keys(Recipe) if path.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return _nearest(key, hints)
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        found += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
+    return found
+
+
+def _nearest(name: str, options) -> str:
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    listing = f"valid: {', '.join(sorted(options))}"
+    return f"did you mean {close[0]!r}? ({listing})" if close else listing
+
+
+def _wanted(hint: Any) -> str:
+    names = {int: "a whole number", str: "text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
+    return names.get(type(value), type(value).__name__)
