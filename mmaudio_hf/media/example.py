@@ -1,0 +1,396 @@
+"""Synthesised example media: short videos of visible events with their sounds, and recordings with captions.
+
+The set is small, made from a seed by numpy alone, and needs no download, yet it has what the real task has:
+pictures tell which sound is right (four kinds of event) and when it happens (irregular times). Every event falls on
+a picture of the 25 fps video, and its sound starts at that picture's presentation time.
+
+    DIR/videos/*.mp4               H.264 + AAC, 128x96, 25 fps, 8.4-9.4 s, all splits in one folder
+    DIR/{train,val,test}.tsv       id, label
+    DIR/audios/*.flac, audios.tsv  20-24 s recordings, id, caption
+    DIR/events.json                id -> kind and event times in seconds, for every video and recording
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+FPS = 25
+WIDTH, HEIGHT = 128, 96
+SPLITS = {"train": 64, "val": 8, "test": 12}
+RECORDINGS = 12
+SMALL_SPLITS = {"train": 8, "val": 2, "test": 2}
+SMALL_RECORDINGS = 3
+
+_Y, _X = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+_COLOURS = {
+    "red": (210, 50, 45),
+    "green": (60, 170, 70),
+    "blue": (60, 90, 210),
+    "yellow": (220, 190, 50),
+    "orange": (230, 130, 40),
+    "purple": (150, 70, 180),
+}
+_FLASH = (255, 250, 225)
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happens in one file: the kind of event and the times of its onsets in seconds, ascending."""
+
+    kind: str
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Style:
+    """Everything that varies between two videos of one kind."""
+
+    colour_name: str
+    colour: tuple[int, int, int]
+    background: np.ndarray  # (H, W, 3) float32, 0..255
+    size: float  # about 1
+    shift: float  # -1..1, horizontal place
+    drift: float  # -1..1, slow sideways motion
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """Where a picture lies between two events."""
+
+    phase: float  # 0 at the last event, 1 at the next
+    gap: float  # seconds between the two
+    since: int  # pictures since the last event; 0 is the picture of the event
+    time: float  # seconds from the start
+
+
+@dataclass(frozen=True)
+class _Kind:
+    captions: tuple[str, ...]
+    sound: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+    draw: Callable[[np.ndarray, _Style, _Moment], None] | None = None  # None: heard in recordings only
+
+
+def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: bool = False) -> Path:
+    """Write the example set below `directory` and return it; the same seed gives the same bytes on one machine.
+
+    84 videos (64 train, 8 val, 12 test) and 12 recordings, about 7 MB, half a minute of one core;
+    `small=True` gives 8 + 2 + 2 videos and 3 recordings for tests. Files of an earlier call are replaced.
+    """
+    directory = Path(directory)
+    (directory / "videos").mkdir(parents=True, exist_ok=True)
+    (directory / "audios").mkdir(exist_ok=True)
+    events: dict[str, Events] = {}
+    for split, count in (SMALL_SPLITS if small else SPLITS).items():
+        rows = []
+        for number in range(count):
+            kind = [name for name, k in _KINDS.items() if k.draw][number % 4]
+            item_id = f"{split}_{number:02d}_{kind}"
+            rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
+            caption, times = _make_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
+            rows.append((item_id, caption))
+            events[item_id] = Events(kind, times)
+        _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
+    rows = []
+    for number in range(SMALL_RECORDINGS if small else RECORDINGS):
+        kind = list(_KINDS)[number % len(_KINDS)]
+        item_id = f"recording_{number:02d}_{kind}"
+        rng = np.random.default_rng([seed, len(SPLITS), number])
+        caption, times = _make_recording(directory / "audios" / f"{item_id}.flac", kind, number, rng)
+        rows.append((item_id, caption))
+        events[item_id] = Events(kind, times)
+    _write_tsv(directory / "audios.tsv", ("id", "caption"), rows)
+    listing = {item_id: {"kind": e.kind, "times": e.times} for item_id, e in events.items()}
+    (directory / "events.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    return directory
+
+
+def read_events(path: str | os.PathLike) -> dict[str, Events]:
+    """Read `events.json`: id -> `Events`, for the videos and the recordings."""
+    listing = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {item_id: Events(entry["kind"], tuple(entry["times"])) for item_id, entry in listing.items()}
+
+
+def _make_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
+    """Write one video; return its caption and event times."""
+    num_pictures = int(rng.integers(210, 236))
+    schedule = _schedule(num_pictures, rng)
+    style = _style(rng)
+    rate = (44_100, 48_000)[number // 4 % 2]
+    mono = _sound_track(kind, [frame / FPS for frame in schedule[1:-1]], num_pictures * rate // FPS, rate, rng)
+    balance = float(rng.uniform(0.5, 1))
+    channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
+    _write_mp4(path, _pictures(kind, style, schedule, num_pictures), channels, rate)
+    caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
+    return caption, tuple(frame / FPS for frame in schedule[1:-1])
+
+
+def _make_recording(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
+    """Write one recording; return its caption and event times."""
+    rate = (44_100, 48_000)[number % 2]
+    num_frames = int(rng.integers(20 * FPS, 24 * FPS))
+    times = tuple(frame / FPS for frame in _schedule(num_frames, rng)[1:-1])
+    track = _sound_track(kind, times, num_frames * rate // FPS, rate, rng, noise=2e-5)
+    _write_flac(path, track, rate)
+    caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))]
+    return caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))]), times
+
+
+def _schedule(num_pictures: int, rng: np.random.Generator) -> list[int]:
+    """Picture numbers of the events, 0.5-1.5 s apart, between one silent event before and one after the video."""
+    frames = [int(rng.integers(8, 20))]
+    while (following := frames[-1] + int(rng.integers(13, 38))) < num_pictures - 12:
+        frames.append(following)
+    return [frames[0] - int(rng.integers(28, 38)), *frames, max(following, num_pictures + 4)]
+
+
+def _style(rng: np.random.Generator) -> _Style:
+    name = list(_COLOURS)[int(rng.integers(len(_COLOURS)))]
+    top, bottom = rng.uniform(25, 110, (2, 3))
+    slope = (_Y / HEIGHT)[..., None]
+    wave = 8 * np.sin(_X * rng.uniform(0.03, 0.2) + _Y * rng.uniform(0.03, 0.2) + rng.uniform(0, 6))
+    background = (top * (1 - slope) + bottom * slope + wave[..., None]).astype(np.float32)
+    return _Style(name, _COLOURS[name], background, *(float(x) for x in rng.uniform((0.85, -1, -1), (1.2, 1, 1))))
+
+
+# Pictures. A shape is a coverage mask (H, W) in 0..1 with a soft edge one pixel wide.
+
+
+def _pictures(kind: str, style: _Style, schedule: list[int], num_pictures: int) -> Iterator[np.ndarray]:
+    """Yield the pictures (H, W, 3) uint8 of one video."""
+    last = 0
+    for frame in range(num_pictures):
+        last += schedule[last + 1] <= frame
+        gap = schedule[last + 1] - schedule[last]
+        since = frame - schedule[last]
+        picture = style.background.copy()
+        _KINDS[kind].draw(picture, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
+        yield np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _ellipse(x: float, y: float, rx: float, ry: float) -> np.ndarray:
+    distance = np.sqrt(((_X - x) / rx) ** 2 + ((_Y - y) / ry) ** 2)
+    return np.clip((1 - distance) * min(rx, ry) + 0.5, 0, 1)
+
+
+def _bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> np.ndarray:
+    """Segment from (x0, y0) to (x1, y1) with round ends."""
+    dx, dy = x1 - x0, y1 - y0
+    along = np.clip(((_X - x0) * dx + (_Y - y0) * dy) / (dx * dx + dy * dy + 1e-6), 0, 1)
+    distance = np.sqrt((_X - x0 - along * dx) ** 2 + (_Y - y0 - along * dy) ** 2)
+    return np.clip(radius - distance + 0.5, 0, 1)
+
+
+def _paint(picture: np.ndarray, mask: np.ndarray, colour) -> None:
+    picture += mask[..., None] * (np.asarray(colour, np.float32) - picture)
+
+
+def _flash(moment: _Moment) -> float:
+    """Strength of the light of an impact: 1 in the picture of the event, gone after about five."""
+    return math.exp(-moment.since / 1.3)
+
+
+def _draw_ball(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A ball in free flight between two impacts; the longer the gap the higher it rises."""
+    floor, radius = 82, 9 * style.size
+    height = min(58.0, 14 + 26 * moment.gap**2) * 4 * moment.phase * (1 - moment.phase)
+    squash = 0.45 * max(0.0, 1 - moment.since / 2) if moment.since < 2 else 0.0
+    x = 64 + 22 * style.shift + 20 * math.sin(0.5 * moment.time + 3 * style.drift)
+    y = floor - radius * (1 - squash) - height
+    picture[floor:] *= 0.55
+    _paint(picture, 0.5 * _ellipse(x, floor + 3, radius * 1.2, 2.5), (10, 10, 10))
+    dust = _flash(moment)
+    for side in (-1, 1):
+        _paint(picture, dust * _ellipse(x + side * (radius + 6 + 3 * moment.since), floor - 3, 8, 4), _FLASH)
+    _paint(picture, _ellipse(x, y, radius * (1 + squash), radius * (1 - squash)), style.colour)
+    _paint(picture, 0.6 * _ellipse(x - radius / 3, y - radius / 3, radius / 4, radius / 4), (255, 255, 255))
+
+
+def _draw_lamp(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A hanging signal lamp that sways a little and flashes."""
+    glow = _flash(moment)
+    x = 64 + 26 * style.shift + 5 * math.sin(1.7 * moment.time + 3 * style.drift)
+    y, radius = 44, 13 * style.size
+    picture += 70 * glow * np.exp(-((_X - x) ** 2 + (_Y - y) ** 2) / 2500)[..., None]
+    _paint(picture, _bar(64 + 26 * style.shift, 0, x, y - radius, 1), (20, 20, 20))
+    _paint(picture, _ellipse(x, y, radius + 2, radius + 2), (25, 25, 25))
+    dim = 0.45 * np.asarray(style.colour, np.float32)
+    _paint(picture, _ellipse(x, y, radius, radius), dim + glow * (np.asarray(_FLASH) - dim))
+
+
+def _draw_pendulum(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A pendulum that swings away from a bell and comes back to strike it."""
+    side = 1 if style.drift > 0 else -1
+    pivot_x, length = 64 + 14 * style.shift, 58 * style.size
+    angle = side * (0.5 * math.cos(2 * math.pi * moment.phase) - 0.05)
+    struck = side * 0.45
+    bell_x, bell_y = pivot_x + length * math.sin(struck) + side * 15, 4 + length * math.cos(struck)
+    ring = _flash(moment)
+    shake = 2.5 * side * ring
+    _paint(picture, ring * _ellipse(bell_x, bell_y, 24, 24), _FLASH)
+    _paint(picture, _ellipse(bell_x + shake, bell_y, 9, 11), (175, 145, 60))
+    _paint(picture, _bar(bell_x + shake - 11, bell_y + 11, bell_x + shake + 11, bell_y + 11, 2), (140, 115, 45))
+    bob = pivot_x + length * math.sin(angle), 4 + length * math.cos(angle)
+    _paint(picture, _bar(pivot_x, 4, *bob, 1.2), (15, 15, 15))
+    _paint(picture, _ellipse(*bob, 8 * style.size, 8 * style.size), style.colour)
+
+
+def _draw_hammer(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A hammer that is lifted slowly and falls fast onto an anvil, with sparks."""
+    side = 1 if style.drift > 0 else -1
+    x, y = 64 + 18 * style.shift, 70
+    lift = min(1.25, 0.5 + 0.7 * moment.gap) * math.sin(math.pi * moment.phase**2.5)
+    pivot_x, pivot_y, length = x - side * 46 * style.size, y - 8, 46 * style.size
+    head = pivot_x + side * length * math.cos(lift), pivot_y - length * math.sin(lift)
+    _paint(picture, _bar(x - 15, y + 6, x + 15, y + 6, 6), (70, 72, 78))
+    _paint(picture, _bar(x, y + 12, x, HEIGHT, 8), (55, 57, 62))
+    sparks = _flash(moment)
+    for n in range(7):
+        reach = 10 + 7 * moment.since + 3 * (n % 3)
+        spark = x + reach * math.cos(0.45 * n + 0.2), y - reach * math.sin(0.45 * n + 0.2)
+        _paint(picture, sparks * _ellipse(*spark, 3, 3), (255, 225, 120))
+    _paint(picture, sparks * _ellipse(x, y, 16, 8), _FLASH)
+    _paint(picture, _bar(pivot_x, pivot_y, *head, 2), (120, 85, 50))
+    across = 7 * math.sin(lift) * side, 7 * math.cos(lift)
+    _paint(picture, _bar(head[0] - across[0], head[1] - across[1], head[0] + across[0], head[1] + across[1], 5), style.colour)
+
+
+# Sounds. Each takes times t (samples,) in seconds from the onset, a pitch factor and a generator. All start at full
+# strength: a noise burst for the attack, then a body that falls below -25 dB within half a second.
+
+
+def _burst(t: np.ndarray, decay: float, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal(t.size) * np.exp(-t / decay)
+
+
+def _partials(t: np.ndarray, frequencies, decays) -> np.ndarray:
+    return sum(np.sin(2 * np.pi * f * t) * np.exp(-t / d) for f, d in zip(frequencies, decays, strict=True))
+
+
+def _thump(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    glide = 2 * np.pi * pitch * (150 * t - 100 * 0.05 * np.exp(-t / 0.05))  # 250 Hz falling to 150 Hz
+    return np.sin(glide - glide[0]) * np.exp(-t / 0.08) + 0.35 * _burst(t, 0.006, rng)
+
+
+def _beep(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    held = np.minimum(1, np.exp(-(t - 0.12) / 0.03))
+    tone = np.sin(2 * np.pi * 1100 * pitch * t) + np.sin(2 * np.pi * 3300 * pitch * t) / 3
+    return 0.7 * tone * held + 0.4 * _burst(t, 0.003, rng)
+
+
+def _bell(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    body = _partials(t, [620 * pitch, 1711 * pitch, 3348 * pitch], [0.16, 0.11, 0.07])
+    return 0.5 * body + 0.3 * _burst(t, 0.004, rng)
+
+
+def _clank(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    body = _partials(t, [2150 * pitch, 3270 * pitch, 4790 * pitch, 6120 * pitch], [0.05, 0.04, 0.04, 0.03])
+    return 0.3 * body + 0.45 * _burst(t, 0.022, rng)
+
+
+def _clap(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    return _burst(t, 0.03, rng) * (0.4 + 0.6 * np.cos(2 * np.pi * 1500 * pitch * t))
+
+
+def _drop(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(2 * np.pi * pitch * (500 * t + 4000 * t**2)) * np.exp(-t / 0.05) + 0.2 * _burst(t, 0.003, rng)
+
+
+_KINDS = {
+    "ball": _Kind(
+        (
+            "a {colour} ball bouncing on the floor",
+            "a rubber ball hits the floor with a dull thump",
+            "{colour} ball bouncing, deep thuds",
+        ),
+        _thump,
+        _draw_ball,
+    ),
+    "lamp": _Kind(
+        (
+            "a {colour} lamp flashing with an electronic beep",
+            "a signal light flashes and beeps",
+            "{colour} warning light, beeping",
+        ),
+        _beep,
+        _draw_lamp,
+    ),
+    "pendulum": _Kind(
+        (
+            "a {colour} pendulum striking a bell",
+            "a bell rings when the pendulum hits it",
+            "{colour} pendulum swings, bell ringing",
+        ),
+        _bell,
+        _draw_pendulum,
+    ),
+    "hammer": _Kind(
+        (
+            "a {colour} hammer striking an anvil",
+            "hammering on metal, sharp clanks and sparks",
+            "{colour} hammer hits iron, metallic clank",
+        ),
+        _clank,
+        _draw_hammer,
+    ),
+    "clap": _Kind(("slow hand claps", "a person clapping now and then"), _clap),
+    "drop": _Kind(("water dripping into a bucket", "single water drops"), _drop),
+}
+
+
+def _sound_track(
+    kind: str, times, num_samples: int, rate: int, rng: np.random.Generator, noise: float = 6e-4
+) -> np.ndarray:
+    """One channel (num_samples,) float32 with the kind's sound at every time, peak 0.8, over quiet noise."""
+    track = np.zeros(num_samples)
+    pitch = float(rng.uniform(0.87, 1.15))
+    for time in times:
+        onset = round(time * rate)
+        t = np.arange(min(round(0.8 * rate), num_samples - onset)) / rate
+        track[onset : onset + t.size] += rng.uniform(0.7, 1.0) * _KINDS[kind].sound(t, pitch, rng)
+    track *= 0.8 / np.abs(track).max()
+    return (track + noise * rng.standard_normal(num_samples)).astype(np.float32)
+
+
+# Files
+
+
+def _write_mp4(path: Path, pictures: Iterator[np.ndarray], channels: np.ndarray, rate: int) -> None:
+    """Write pictures (H, W, 3) uint8 and sound (channels, samples) as H.264 yuv420p and AAC."""
+    with av.open(str(path), "w", format="mp4") as container:
+        # One thread: with more, x264 may not give the same bytes twice.
+        options = {"preset": "veryfast", "crf": "25", "threads": "1"}
+        video = container.add_stream("libx264", rate=FPS, options=options, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
+        layout = "stereo" if len(channels) == 2 else "mono"
+        audio = container.add_stream("aac", rate=rate, layout=layout, bit_rate=32_000 * len(channels))
+        for picture in pictures:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        _encode_audio(container, audio, channels, "fltp", rate)
+
+
+def _write_flac(path: Path, track: np.ndarray, rate: int) -> None:
+    """Write one channel (samples,) as 16-bit flac."""
+    samples = np.round(np.clip(track, -1, 1) * 32767).astype(np.int16)[None]
+    with av.open(str(path), "w", format="flac") as container:
+        _encode_audio(container, container.add_stream("flac", rate=rate, layout="mono"), samples, "s16", rate)
+
+
+def _encode_audio(container, stream, samples: np.ndarray, sample_format: str, rate: int) -> None:
+    layout = "stereo" if len(samples) == 2 else "mono"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format=sample_format, layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def _write_tsv(path: Path, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([columns, *rows])
