@@ -1,0 +1,233 @@
+"""The VAE between mel spectrograms and latents: a magnitude-preserving 1-D network (spec networks, section 6).
+
+Activations are channel-first, (B, channels, time), inside; latents outside are time-first, as they are stored.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmaudio_hf.released import check_state, load_state, load_strict
+from mmaudio_hf.schema import LATENT_STRIDE, audio_mode
+
+WIDTHS = {"16k": 384, "44k": 512}
+ACTIVATION_BOUND = 256
+NORM_EPS = 1e-4
+SKIP_WEIGHT, BRANCH_WEIGHT = 0.7, 0.3
+SUM_SCALE = math.hypot(SKIP_WEIGHT, BRANCH_WEIGHT)
+SILU_SCALE = 0.596  # rms of silu(x) for standard normal x
+
+
+def _normalize(x: torch.Tensor) -> torch.Tensor:
+    """x / (eps + rms of x over the channels)."""
+    return x / (NORM_EPS + torch.linalg.vector_norm(x, dim=1, keepdim=True) / math.sqrt(x.shape[1]))
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(x) / SILU_SCALE
+
+
+def _sum(skip: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(skip, branch, BRANCH_WEIGHT) / SUM_SCALE
+
+
+def _bound(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-ACTIVATION_BOUND, ACTIVATION_BOUND)
+
+
+def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv1d:
+    return nn.Conv1d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """The skip path carries the normalised input, before the activation."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = _conv(inputs, outputs, 3)
+        self.conv2 = _conv(outputs, outputs, 3)
+        self.nin_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x):
+        x = _normalize(x)
+        branch = self.conv2(_silu(self.conv1(_silu(x))))
+        return _sum(self.nin_shortcut(x), branch)
+
+
+class AttentionBlock(nn.Module):
+    """One head over time; q, k and v (channel 3c + i of `qkv`) are each normalised over their channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.qkv = _conv(channels, 3 * channels, 1)
+        self.proj_out = _conv(channels, channels, 1)
+
+    def forward(self, x):
+        parts = self.qkv(x).unflatten(1, (-1, 3)).unbind(2)
+        q, k, v = (_normalize(part).transpose(1, 2).unsqueeze(1) for part in parts)
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return _sum(x, self.proj_out(attended))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x):
+        return _bound(self.block_2(self.attn_1(self.block_1(x))))
+
+
+class Downsample(nn.Module):
+    """Halves the length: the mean of each pair of frames, an odd last one dropped."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = _conv(channels, channels, 1)
+        self.conv2 = _conv(channels, channels, 1)
+
+    def forward(self, x):
+        return self.conv2(F.avg_pool1d(self.conv1(x), 2))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = _conv(channels, channels, 3)
+
+    def forward(self, x):
+        return self.conv(x.repeat_interleave(2, dim=2))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then a change of resolution in the levels that have one."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, downsample: bool = False, upsample: bool = False):
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.downsample = Downsample(outputs) if downsample else nn.Identity()
+        self.upsample = Upsample(outputs) if upsample else nn.Identity()
+
+    def forward(self, x):
+        for block in self.block:
+            x = _bound(block(x))
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, bins: int, width: int, channels: int):
+        super().__init__()
+        self.conv_in = _conv(bins, width, 3)
+        self.down = nn.ModuleList(
+            [
+                Level(width, width, 2, downsample=True),
+                Level(width, 2 * width, 2),
+                Level(2 * width, 4 * width, 2),
+            ]
+        )
+        self.mid = Middle(4 * width)
+        self.conv_out = _conv(4 * width, 2 * channels, 3)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(_silu(self.mid(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, bins: int, width: int, channels: int):
+        super().__init__()
+        self.conv_in = _conv(channels, 4 * width, 3)
+        self.mid = Middle(4 * width)
+        self.up = nn.ModuleList(  # by resolution: the last one runs first
+            [
+                Level(2 * width, width, 3),
+                Level(4 * width, 2 * width, 3, upsample=True),
+                Level(4 * width, 4 * width, 3),
+            ]
+        )
+        self.conv_out = _conv(width, bins, 3)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(_silu(x))
+
+
+class MelVAE(nn.Module):
+    """VAE of `mode` ("16k" or "44k"), frozen; its parameters have no storage before `load_released`.
+
+    `width` overrides the hidden width, for tests. The state dict has the released names, without the two
+    `learnable_gain`: weights are kept as they are used, normalised once when they are loaded.
+    """
+
+    def __init__(self, mode: str, width: int | None = None):
+        super().__init__()
+        self.mode = audio_mode(mode)
+        bins, width = self.mode.mel_bins, width or WIDTHS[mode]
+        with torch.device("meta"):
+            self.encoder = Encoder(bins, width, self.mode.latent_channels)
+            self.decoder = Decoder(bins, width, self.mode.latent_channels)
+            self.register_buffer("data_mean", torch.empty(1, bins, 1))
+            self.register_buffer("data_std", torch.empty(1, bins, 1))
+        self.requires_grad_(False).eval()
+
+    def load_released(self, source) -> "MelVAE":
+        """Load a released VAE (`v1-16.pth`, `v1-44.pth`, or its state dict); ValueError where it does not fit."""
+        state = load_state(source)
+        gains = {f"{half}.learnable_gain": torch.empty((), device="meta") for half in ("encoder", "decoder")}
+        check_state(state, self.state_dict() | gains, source)
+        return load_strict(self, _fold(state), source)
+
+    @torch.no_grad()
+    def encode(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latent, each (B, N, C) float32, of mel (B, bins, 2N)."""
+        if mel.ndim != 3 or mel.shape[1] != self.mode.mel_bins or mel.shape[2] < LATENT_STRIDE:
+            raise ValueError(f"mel has shape {tuple(mel.shape)}: give (batch, {self.mode.mel_bins}, frames >= 2)")
+        moments = self.encoder((mel - self.data_mean) / self.data_std).float().transpose(1, 2)
+        mean, logvar = moments.chunk(2, dim=2)
+        return mean.contiguous(), (logvar.clamp(-30, 20) / 2).exp()
+
+    @torch.no_grad()
+    def decode(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+        """Mel (B, bins, 2N) float32 of latents (B, N, C) that are not normalised."""
+        if latent_BNC.ndim != 3 or latent_BNC.shape[2] != self.mode.latent_channels:
+            raise ValueError(
+                f"latent has shape {tuple(latent_BNC.shape)}: give (batch, length, {self.mode.latent_channels})"
+            )
+        return self.decoder(latent_BNC.transpose(1, 2)).float() * self.data_std + self.data_mean
+
+
+def _fold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict with effective convolution weights: V / (eps + rms V) / sqrt(fan in), times 1 + gain at the ends."""
+    folded = {}
+    for name, value in state.items():
+        if name.endswith(".weight"):
+            fan_in = value[0].numel()
+            length = torch.linalg.vector_norm(value.flatten(1), dim=1)[:, None, None]
+            scale = 1 / (NORM_EPS * math.sqrt(fan_in) + length)
+            if name.endswith("conv_out.weight"):
+                scale = scale * (1 + state[name.replace("conv_out.weight", "learnable_gain")])
+            value = value * scale
+        if not name.endswith("learnable_gain"):
+            folded[name] = value
+    return folded
+
+
+def flops(mode: str, mel_frames: int) -> tuple[int, int]:
+    """Floating-point operations (a multiplication and an addition are two) to encode and to decode one mel."""
+    vae, counts = MelVAE(mode), []
+    mel = torch.empty(1, vae.mode.mel_bins, mel_frames, device="meta")
+    latent_BNC = torch.empty(1, mel_frames // LATENT_STRIDE, vae.mode.latent_channels, device="meta")
+    for call, x in ((vae.encode, mel), (vae.decode, latent_BNC)):
+        with FlopCounterMode(display=False) as counter:
+            call(x)
+        counts.append(counter.get_total_flops())
+    return counts[0], counts[1]

@@ -1,0 +1,45 @@
+"""The ways in which a released weight file can be wrong, tried on one `load_released`."""
+
+import pickle
+
+import pytest
+import torch
+
+
+class _Code:
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def check_refusals(load, state: dict[str, torch.Tensor], name: str, folder, capsys) -> None:
+    """`load(source)` takes `state` from a file and refuses each spoiled form, naming the fault and the file."""
+    path = folder / "weights.pth"
+
+    def refused(spoiled, message: str):
+        torch.save(spoiled, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+
+    torch.save(state, path)
+    load(path)
+    whole = path.read_bytes()
+    refused({key: value for key, value in state.items() if key != name}, f"{name} is missing")
+    refused(state | {"stray": torch.zeros(1)}, "stray is not expected")
+    refused(state | {name: torch.zeros(3, 1, 2)}, rf"{name} has shape \(3, 1, 2\)")
+    refused(state | {name: state[name].half()}, f"{name} is torch.float16, not torch.float32")
+    refused(state | {name: 1.5}, "not tensors")
+    refused([1, 2], "holds a list")
+    refused(state | {name: _Code()}, "would run code")
+    for content, message in ((whole[: len(whole) // 2], "damaged"), (b"", "damaged"), (b"<html>", "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    path.write_bytes(pickle.dumps(_Code()))
+    with pytest.raises(ValueError, match="refused"):
+        load(path)
+    with pytest.raises(ValueError, match="mmaudio-hf weights download"):
+        load(folder / "absent.pth")
+    with pytest.raises(ValueError, match="the given state dict does not fit"):
+        load({f"{key}_x": value for key, value in state.items()})
+    assert "never be printed" not in capsys.readouterr().out

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+from golden_data import GOLDEN, golden, relative_error, state_dict, tensor
+from refusals import check_refusals
+
+from mmaudio_hf.features.autoencoder import MelVAE, flops
+
+
+def small_state(mode="16k"):
+    """Released-style state dict of a network of width 8."""
+    vae, generator = MelVAE(mode, width=8), torch.Generator().manual_seed(0)
+    state = {name: torch.randn(value.shape, generator=generator) for name, value in vae.state_dict().items()}
+    return state | {f"{half}.learnable_gain": torch.tensor(0.1) for half in ("encoder", "decoder")}
+
+
+def data_statistics(mode):
+    stats = json.loads((GOLDEN / "vae_stats.json").read_text())[mode]
+    return {name: torch.tensor(stats[name]).reshape(1, -1, 1) for name in ("data_mean", "data_std")}
+
+
+# Drawing the 300 million values of the larger network takes most of 15 s.
+@pytest.mark.parametrize("mode", ["16k", pytest.param("44k", marks=pytest.mark.slow)])
+def test_encode_and_decode_match_golden(mode):
+    arrays, statistics = golden(f"vae_{mode}"), data_statistics(mode)
+    vae = MelVAE(mode).load_released(state_dict(f"vae_{mode}") | statistics)
+    bins, channels = vae.mode.mel_bins, vae.mode.latent_channels
+    mel = tensor(f"vae_{mode}/mel", (2, bins, 64)) * statistics["data_std"] + statistics["data_mean"]
+    mean, std = vae.encode(mel)
+    assert mean.shape == std.shape == (2, 32, channels)
+    assert relative_error(mean.mT, arrays, "mean") < 1e-4
+    assert relative_error(std.mT, arrays, "std") < 1e-4
+    eps = tensor(f"vae_{mode}/eps", (2, channels, 32))
+    assert relative_error(mean.mT + std.mT * eps, arrays, "sample") < 1e-4
+    mel = vae.decode(tensor(f"vae_{mode}/z", (2, channels, 32)).mT)
+    assert relative_error(mel, arrays, "decoded") < 1e-4
+    weight = vae.state_dict()["encoder.down.1.block.0.conv1.weight"]
+    assert relative_error(weight, arrays, "mid.weight_after_norm.encoder.down.1.block.0.conv1") < 1e-6
+
+
+def test_odd_mel_frame_is_dropped_and_batch_rows_are_independent():
+    vae, mel = MelVAE("16k", width=8).load_released(small_state()), torch.randn(2, 80, 21)
+    mean, std = vae.encode(mel)
+    assert mean.shape == (2, 10, 20) and vae.decode(mean).shape == (2, 80, 20) and (std > 0).all()
+    torch.testing.assert_close(mean[1:], vae.encode(mel[1:])[0])
+
+
+def test_loaded_network_is_frozen_and_leaves_the_given_state_alone():
+    state = small_state()
+    before = {name: value.clone() for name, value in state.items()}
+    vae = MelVAE("16k", width=8).load_released(state)
+    assert not any(p.requires_grad for p in vae.parameters()) and not vae.training
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_folded_state_is_not_taken_for_a_released_one():
+    vae = MelVAE("16k", width=8).load_released(small_state())
+    with pytest.raises(ValueError, match=r"encoder\.learnable_gain is missing"):
+        vae.load_released(vae.state_dict())
+
+
+def test_every_wrong_file_is_refused(tmp_path, capsys):
+    load = MelVAE("16k", width=8).load_released
+    check_refusals(load, small_state(), "encoder.learnable_gain", tmp_path, capsys)
+    check_refusals(load, small_state(), "decoder.up.0.block.1.conv1.weight", tmp_path, capsys)
+
+
+def test_weights_of_the_other_mode_are_refused():
+    with pytest.raises(ValueError, match=r"data_mean has shape \(1, 128, 1\), not \(1, 80, 1\)"):
+        MelVAE("16k", width=8).load_released(small_state("44k"))
+
+
+def test_wrong_shapes_are_refused():
+    vae = MelVAE("16k", width=8).load_released(small_state())
+    with pytest.raises(ValueError, match="give \\(batch, 80"):
+        vae.encode(torch.zeros(1, 128, 20))
+    with pytest.raises(ValueError, match="give \\(batch, length, 20\\)"):
+        vae.decode(torch.zeros(1, 20, 10))
+
+
+def test_flops():
+    encode, decode = flops("16k", 500)
+    assert encode == pytest.approx(37.65e9, rel=1e-3) and decode == pytest.approx(52.57e9, rel=1e-3)
+    assert flops("16k", 1000)[0] > 2 * encode  # attention grows with the square

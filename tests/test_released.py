@@ -1,0 +1,51 @@
+import pytest
+import torch
+from refusals import check_refusals
+from safetensors.torch import save_file
+from torch import nn
+
+from mmaudio_hf.released import check_state, load_state, load_strict
+
+STATE = {"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(3)}
+
+
+def load(source):
+    return load_strict(nn.Linear(2, 3), load_state(source), source)
+
+
+def test_every_wrong_file_is_refused(tmp_path, capsys):
+    check_refusals(load, STATE, "weight", tmp_path, capsys)
+
+
+def test_safetensors_and_both_torch_formats_are_read(tmp_path):
+    save_file(STATE, tmp_path / "a.safetensors")
+    torch.save(STATE, tmp_path / "a.pt")
+    torch.save(STATE, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "a.pt", "old.pt"):
+        state = load_state(tmp_path / name)
+        assert state.keys() == STATE.keys() and torch.equal(state["weight"], STATE["weight"])
+
+
+def test_damaged_safetensors_is_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson")
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+        load_state(tmp_path / "a.safetensors")
+
+
+def test_prefix_and_key_select_a_part():
+    whole = {"generator": {f"net.{name}": value for name, value in STATE.items()} | {"other": torch.ones(1)}}
+    assert load_state(whole, key="generator", prefix="net.").keys() == STATE.keys()
+    assert load_state(STATE, key="generator", prefix="net.").keys() == STATE.keys()
+
+
+def test_meta_modules_take_the_tensors_without_copy_and_are_frozen():
+    with torch.device("meta"):
+        module = nn.Linear(2, 3)
+    module = load_strict(module, STATE, STATE)
+    assert module.weight.data_ptr() == STATE["weight"].data_ptr()
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_only_the_first_problems_are_listed():
+    with pytest.raises(ValueError, match="a0 is missing; a1 is missing; a2 is missing; a3 is missing; and 6 more"):
+        check_state({}, {f"a{i}": torch.ones(1) for i in range(10)}, "file")
