@@ -1,0 +1,593 @@
+"""The feature store: fixed-size records of float features beside a table of ids and captions.
+
+A store called NAME is a folder `NAME/` with one headerless `COLUMN.memmap` per column and a `meta.json`
+(the memory-mapped layout of TensorDict), a table `NAME.tsv` whose row i belongs to record i, and
+`NAME.manifest.json` with what the numbers mean. Stores of the reference implementation have no manifest and open too.
+Record i of a column starts at byte i * record_bytes (spec media, section 5.2), so reading is one positional read.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mmaudio_hf.schema import (
+    CLIP_FEATURES,
+    MEAN,
+    SCHEMA_VERSION,
+    STD,
+    SYNC_FEATURES,
+    TEXT_FEATURES,
+    audio_mode,
+    check_id,
+)
+
+_BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
+_MAX_BUFFERS = 1024  # IOV_MAX of Linux: buffers of one preadv
+_AGAIN = "export the store again with `mmaudio-hf extract RECIPE`"
+
+
+class Column(NamedTuple):
+    """Shape of one record and how its numbers are stored."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class Read(NamedTuple):
+    """One positional read: consecutive records of a file, each into its own place in memory."""
+
+    descriptor: int
+    offset: int
+    places: list[memoryview]
+    file: Path
+
+    def run(self) -> None:
+        """Read, releasing the interpreter lock. OSError naming the file when bytes are missing."""
+        offset, places = self.offset, self.places
+        while places:
+            try:
+                count = os.preadv(self.descriptor, places, offset)
+            except OSError as error:
+                raise OSError(error.errno, f"reading byte {offset}: {error.strerror}", str(self.file)) from error
+            if count == 0:
+                raise OSError(f"{self.file} ends before byte {offset}: it became shorter since the store was opened")
+            offset += count
+            while places and count >= len(places[0]):
+                count -= len(places[0])
+                places = places[1:]
+            if count:  # the system may deliver less than asked for
+                places = [places[0][count:], *places[1:]]
+
+
+class FeatureStore:
+    """A feature store opened for reading; `FeatureStore.open(path)` checks it first. Safe to read from many threads."""
+
+    def __init__(self, path: Path, columns: dict[str, Column], ids: list[str], captions: list[str], manifest):
+        self.path = path
+        self.columns = columns
+        self.ids = ids
+        self.captions = captions
+        self.manifest: dict[str, Any] | None = manifest
+        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._files = {name: open(_column_file(path, name), "rb", buffering=0) for name in columns}  # noqa: SIM115
+
+    @classmethod
+    def open(cls, path: str | Path) -> "FeatureStore":
+        """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
+
+        Raises ValueError naming the file that is wrong and what mends it.
+        """
+        path = Path(path)
+        rows, columns = _read_meta(path)
+        for name, column in columns.items():
+            _check_size(_column_file(path, name), rows * column.record_bytes)
+        table = _table_file(path)
+        ids, captions = _read_table(table)
+        if len(ids) != rows:
+            raise ValueError(f"{table} has {len(ids)} rows, {path} has {rows} records: they do not belong together")
+        manifest = _read_manifest(path)
+        if manifest is not None:
+            _check_manifest(_manifest_file(path), manifest, rows, columns)
+            if manifest["ids_sha256"] != ids_hash(ids):
+                raise ValueError(f"{table} does not list the ids of {_manifest_file(path)} in their order; {_AGAIN}")
+        return cls(path, columns, ids, captions, manifest)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_video(self) -> bool:
+        """Whether the rows have CLIP and sync features."""
+        return CLIP_FEATURES in self.columns
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the rows have text features."""
+        return TEXT_FEATURES in self.columns
+
+    def read(self, indices, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Records `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
+
+        IndexError for an index outside the store; OSError naming the file when it cannot be read.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        out = {}
+        for name in self.columns if columns is None else columns:
+            column = self.columns[name]
+            out[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
+            for read in self.reads(name, rows, bytes_of(out[name])):
+                read.run()
+        return out
+
+    def reads(self, name: str, rows: np.ndarray, target: memoryview, places: np.ndarray | None = None) -> list[Read]:
+        """Reads that put record `rows[i]` of column `name` at record `places[i]` (default i) of `target`.
+
+        Records that lie together in the file are one read, wherever they go.
+        """
+        if len(rows) == 0:
+            return []
+        if rows.min() < 0 or rows.max() >= len(self):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
+        size, file = self.columns[name].record_bytes, self._files[name]
+        order = np.argsort(rows, kind="stable")
+        where = (order if places is None else places[order]) * size
+        rows = rows[order]
+        starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
+        reads = []
+        for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+            for low in range(first, last, _MAX_BUFFERS):
+                parts = [target[place : place + size] for place in where[low : min(low + _MAX_BUFFERS, last)].tolist()]
+                reads.append(Read(file.fileno(), int(rows[low]) * size, parts, Path(file.name)))
+        return reads
+
+    def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The column in file order, as (first row, records); memory does not grow with the store."""
+        step = max(1, _BLOCK_BYTES // self.columns[name].record_bytes)
+        for first in range(0, len(self), step):
+            rows = np.arange(first, min(first + step, len(self)))
+            yield first, self.read(rows, [name])[name]
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and unbiased std (C,) float32 of the stored latent means, over rows and time (spec networks, section 4).
+
+        From the manifest; a store without one is read through once.
+        """
+        if self._statistics is None and self.manifest is not None:
+            stored = self.manifest["latent_statistics"]
+            self._statistics = (torch.tensor(stored["mean"]), torch.tensor(stored["std"]))
+        if self._statistics is None:
+            moments = Moments(self.columns[MEAN].shape[-1])
+            for _, block in self.blocks(MEAN):
+                moments.add(block)
+            self._statistics = (moments.mean.float(), moments.std().float())
+        return self._statistics
+
+    def close(self) -> None:
+        """Close the files; the store cannot be read afterwards."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> "FeatureStore":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Moments:
+    """Running mean and variance per channel in float64, merged block by block (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)  # sum of squared distances from the mean
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add values (..., C)."""
+        values = values.reshape(-1, values.shape[-1]).double()
+        total = self.count + len(values)
+        block_mean = values.mean(0)
+        shift = block_mean - self.mean
+        self._squares += ((values - block_mean) ** 2).sum(0) + shift**2 * (self.count * len(values) / total)
+        self.mean = self.mean + shift * (len(values) / total)
+        self.count = total
+
+    def std(self) -> torch.Tensor:
+        """Unbiased standard deviation (C,)."""
+        return (self._squares / (self.count - 1)).sqrt()
+
+
+class StoreWriter:
+    """Writes a store of `num_rows` rows by position; use as a context manager.
+
+    Everything goes to `<name>.partial/`; leaving the context completes and renames it, an error removes it, and a kill
+    leaves a `.partial` folder that does not open and that the next writer replaces. Memory does not grow with the rows.
+
+        with StoreWriter(path, column_shapes("16k"), num_rows, mode="16k", duration=8.0, encoders=..., ...) as writer:
+            writer.write(first_row, ids, captions, {"mean": mean_BNC, ...})
+
+    shapes: column name -> shape of one record, in storage order. encoders: name -> {"id", "fingerprint"} of what made
+    the features. preprocessing: hash of the settings that shaped the inputs. normalisation: how the audio level was
+    set (any JSON value; stores that are mixed must agree). counts: extra numbers for the record (accepted, rejected).
+    Raises ValueError when the store exists, OSError when the disk has no room for it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        num_rows: int,
+        *,
+        mode: str,
+        duration: float,
+        encoders: Mapping[str, Mapping[str, str]],
+        preprocessing: str = "",
+        normalisation: Any = None,
+        counts: Mapping[str, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.path = Path(path)
+        self.columns = {name: Column(tuple(shape), dtype) for name, shape in shapes.items()}
+        self.num_rows = num_rows
+        self._facts = {
+            "mode": audio_mode(mode).name,
+            "duration": float(duration),
+            "encoders": {name: dict(facts) for name, facts in encoders.items()},
+            "preprocessing": preprocessing,
+            "normalisation": normalisation,
+            "counts": dict(counts or {}),
+        }
+        json.dumps(self._facts)  # fail now rather than after the last row
+        _check_columns(self.path, num_rows, self.columns)
+        if "." in self.path.name:
+            raise ValueError(f"store name {self.path.name!r} has a dot: other readers would look for another .tsv")
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists: remove it or give the new store another name")
+        self._ids: list[str | None] = [None] * num_rows
+        self._captions = [""] * num_rows
+        self._moments = Moments(self.columns[MEAN].shape[-1])
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        self._files = {name: _preallocated(self._partial, name, num_rows, c) for name, c in self.columns.items()}
+
+    def write(self, first_row: int, ids: Sequence[str], captions: Sequence[str], values: Mapping[str, Any]) -> None:
+        """Write rows `first_row` onwards: `values[column]` is (B, *shape), tensor or array, of any float dtype.
+
+        ValueError for a wrong column, shape, id or position, a row written twice, or a value that is not finite.
+        """
+        rows = range(first_row, first_row + len(ids))
+        self._check_rows(rows, ids, captions, values)
+        tensors = {name: torch.as_tensor(values[name]).to("cpu", c.dtype) for name, c in self.columns.items()}
+        for name, tensor in tensors.items():
+            self._check_values(name, tensor, ids)
+        for name, tensor in tensors.items():
+            _write_all(self._files[name], bytes_of(tensor.contiguous()), first_row * self.columns[name].record_bytes)
+        self._moments.add(tensors[MEAN])
+        self._ids[rows.start : rows.stop] = ids
+        self._captions[rows.start : rows.stop] = captions
+
+    def _check_rows(self, rows: range, ids, captions, values) -> None:
+        if not ids or len(ids) != len(captions):
+            raise ValueError(f"{self.path}: {len(ids)} ids and {len(captions)} captions given")
+        if rows.start < 0 or rows.stop > self.num_rows:
+            raise ValueError(f"{self.path}: rows {rows.start} to {rows.stop - 1} given, the store has {self.num_rows}")
+        if set(values) != set(self.columns):
+            raise ValueError(f"{self.path}: columns {sorted(values)} given, the store has {sorted(self.columns)}")
+        for row, item_id in zip(rows, ids, strict=True):
+            check_id(item_id, f"{self.path}, row {row}")
+            if self._ids[row] is not None:
+                raise ValueError(f"{self.path}: row {row} ({item_id!r}) is written a second time")
+
+    def _check_values(self, name: str, tensor: torch.Tensor, ids) -> None:
+        wanted = (len(ids), *self.columns[name].shape)
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, must be {wanted}")
+        finite = tensor.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"{self.path}: {name} of id {ids[int(finite.int().argmin())]!r} has values not finite")
+
+    def finish(self) -> None:
+        """Complete the store and give it its name. ValueError when rows are missing."""
+        missing = [row for row, item_id in enumerate(self._ids) if item_id is None]
+        if missing:
+            raise ValueError(
+                f"{self.path}: {len(missing)} of {self.num_rows} rows were never written, first {missing[0]}"
+            )
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+        table, manifest = self._partial / "table.tsv", self._partial / "manifest.json"
+        _write_text(self._partial / "meta.json", json.dumps(_meta(self.num_rows, self.columns)))
+        _write_table(table, self._ids, self._captions, "label" if CLIP_FEATURES in self.columns else "caption")
+        _write_text(manifest, json.dumps(self._manifest(), indent=1) + "\n")
+        # The folder comes last: without it nothing opens, so a kill between the renames leaves no half store.
+        os.replace(table, self.path.with_name(f"{self.path.name}.tsv"))
+        os.replace(manifest, _manifest_file(self.path))
+        _sync_folder(self._partial)
+        os.rename(self._partial, self.path)
+        _sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _manifest(self) -> dict[str, Any]:
+        columns = {
+            name: {"dtype": _dtype_name(c.dtype), "shape": list(c.shape), "sha256": _file_hash(self._partial, name)}
+            for name, c in self.columns.items()
+        }
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "layout": "reference",
+            "rows": self.num_rows,
+            **self._facts,
+            "columns": columns,
+            "ids_sha256": ids_hash(self._ids),
+            "latent_statistics": {"mean": self._moments.mean.tolist(), "std": self._moments.std().tolist()},
+        }
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abort()  # nothing is left to remove after finish
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found: `problems` make a store unfit for use, `notes` do not."""
+
+    path: Path
+    rows: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """No problems."""
+        return not self.problems
+
+
+def verify(path: str | Path) -> Report:
+    """Check the store at `path` completely: all that `open` checks, every checksum, and that every value is finite.
+
+    Reads every byte once. Never raises for a bad store: what is wrong is in the report.
+    """
+    try:
+        store = FeatureStore.open(path)
+    except ValueError as error:
+        return Report(Path(path), 0, (str(error),), ())
+    problems, notes = [], []
+    with store:
+        for name in store.columns:
+            try:
+                problems += _verify_column(store, name)
+            except OSError as error:
+                problems.append(str(error))
+        if store.manifest is None:
+            notes.append(f"{store.path} has no manifest: only sizes and finiteness could be checked")
+        repeated = len(store) - len(set(store.ids))
+        if repeated:
+            notes.append(f"{repeated} rows repeat an id")
+        return Report(store.path, len(store), tuple(problems), tuple(notes))
+
+
+def _verify_column(store: FeatureStore, name: str) -> list[str]:
+    problems, digest, bad_rows = [], hashlib.sha256(), []
+    for first, block in store.blocks(name):
+        digest.update(bytes_of(block))
+        finite = block.flatten(1).isfinite().all(1)
+        bad_rows += (first + (~finite).nonzero().flatten()).tolist()
+    file = _column_file(store.path, name)
+    if store.manifest is not None and digest.hexdigest() != store.manifest["columns"][name]["sha256"]:
+        problems.append(f"{file} is not what was exported (checksum differs); copy it again or {_AGAIN}")
+    if bad_rows:
+        shown = ", ".join(f"{row} ({store.ids[row]})" for row in bad_rows[:5])
+        problems.append(f"{file} has values that are not finite in {len(bad_rows)} rows: {shown}")
+    return problems
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype, as writable bytes."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def ids_hash(ids: Sequence[str]) -> str:
+    """SHA-256 of the ids in order, each ended by a newline (which no id contains)."""
+    return hashlib.sha256("".join(f"{item_id}\n" for item_id in ids).encode()).hexdigest()
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _column_file(path: Path, name: str) -> Path:
+    return path / f"{name}.memmap"
+
+
+def _manifest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.manifest.json")
+
+
+def _table_file(path: Path) -> Path:
+    """`<name>.tsv`, or what the reference implementation calls it: without what follows the last dot of the name."""
+    for candidate in (path.with_name(f"{path.name}.tsv"), path.with_suffix(".tsv")):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no {path.name}.tsv beside {path}: copy it from where the store was made or {_AGAIN}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not readable JSON ({error}); {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object; {_AGAIN}")
+    return content
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _meta(rows: int, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Content of meta.json as TensorDict writes it, key order included."""
+    entries = {
+        name: {"device": "cpu", "shape": [rows, *c.shape], "dtype": str(c.dtype), "is_nested": False}
+        for name, c in columns.items()
+    }
+    kind = {"_type": "<class 'tensordict._td.TensorDict'>", "_format_version": 1, "_class": "tensordict:TensorDict"}
+    return {**entries, "shape": [], "device": "cpu", **kind}
+
+
+def _read_meta(path: Path) -> tuple[int, dict[str, Column]]:
+    """Number of rows and columns of a folder; entries of both vintages of TensorDict."""
+    file = path / "meta.json"
+    if not path.is_dir():
+        raise ValueError(f"no feature store at {path}; make it with `mmaudio-hf extract RECIPE` or correct data.*.path")
+    if not file.is_file():
+        raise ValueError(f"{path} is not a feature store (it has no meta.json); {_AGAIN}")
+    columns, counts = {}, {}
+    for name, entry in _read_json(file).items():
+        if not isinstance(entry, dict):
+            continue
+        shape, dtype = entry.get("shape"), _float_dtype(entry.get("dtype"))
+        if not (isinstance(shape, list) and len(shape) > 1 and all(isinstance(n, int) and n > 0 for n in shape)):
+            raise ValueError(f"{file}: {name} has shape {shape!r}, expected [rows, ...]; {_AGAIN}")
+        if dtype is None:
+            raise ValueError(f"{file}: {name} has dtype {entry.get('dtype')!r}, expected a float type; {_AGAIN}")
+        check_id(name, str(file))  # it becomes a file name
+        columns[name], counts[name] = Column(tuple(shape[1:]), dtype), shape[0]
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{file}: the columns have different numbers of rows {counts}; {_AGAIN}")
+    rows = next(iter(counts.values()), 0)
+    _check_columns(path, rows, columns)
+    return rows, columns
+
+
+def _float_dtype(name: Any) -> torch.dtype | None:
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def _check_columns(path: Path, rows: int, columns: Mapping[str, Column]) -> None:
+    if rows < 1:
+        raise ValueError(f"{path}: a store needs at least one row")
+    if MEAN not in columns or STD not in columns or columns[MEAN] != columns[STD]:
+        raise ValueError(f"{path}: a store needs the columns {MEAN} and {STD}, of one shape; found {list(columns)}")
+    if (CLIP_FEATURES in columns) != (SYNC_FEATURES in columns):
+        raise ValueError(f"{path}: {CLIP_FEATURES} and {SYNC_FEATURES} come together; found {list(columns)}")
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; copy it from where the store was made or {_AGAIN}")
+    found = file.stat().st_size
+    if found != size:
+        raise ValueError(f"{file} has {found} bytes, meta.json says {size}; copy it again or {_AGAIN}")
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    file = _manifest_file(path)
+    return _read_json(file) if file.exists() else None
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any], rows: int, columns: Mapping[str, Column]) -> None:
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(f"{file}: schema version {version!r} is not known here ({SCHEMA_VERSION}); update mmaudio_hf")
+    keys = ("mode", "duration", "encoders", "normalisation", "rows", "columns", "ids_sha256", "latent_statistics")
+    absent = [key for key in keys if key not in manifest]
+    if absent:
+        raise ValueError(f"{file} lacks {', '.join(absent)}; {_AGAIN}")
+    listed = {name: (tuple(c["shape"]), c["dtype"]) for name, c in manifest["columns"].items()}
+    found = {name: (c.shape, _dtype_name(c.dtype)) for name, c in columns.items()}
+    if manifest["rows"] != rows or listed != found:
+        raise ValueError(f"{file} describes {manifest['rows']} rows of {listed}, the folder holds {rows} of {found}")
+
+
+def _read_table(file: Path) -> tuple[list[str], list[str]]:
+    """Ids and captions, all as text: "NA" stays a word and "00008" keeps its zeros (spec media, section 5.3)."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as handle:
+            lines = csv.reader(handle, delimiter="\t", strict=True)
+            header = next(lines, [])
+            rows = [(lines.line_num, row) for row in lines if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a tab separated UTF-8 table: {error}") from error
+    text = next((name for name in ("label", "caption") if name in header), None)
+    if "id" not in header or text is None:
+        raise ValueError(f"{file} needs the columns `id` and `label` (or `caption`); its header is {header}")
+    id_place, text_place = header.index("id"), header.index(text)
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}")
+        check_id(row[id_place], f"{file}, line {line}")
+    return [row[id_place] for _, row in rows], [row[text_place] for _, row in rows]
+
+
+def _write_table(file: Path, ids: Sequence[str], captions: Sequence[str], text: str) -> None:
+    with open(file, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
+        writer.writerow(("id", text))
+        writer.writerows(zip(ids, captions, strict=True))
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _write_text(file: Path, text: str) -> None:
+    with open(file, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _preallocated(folder: Path, name: str, rows: int, column: Column):
+    file = open(_column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
+    try:
+        os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)  # a full disk shows now, not after hours
+    except OSError as error:
+        file.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(error.errno, f"no room for {rows} rows of {name}: {error.strerror}", file.name) from error
+    return file
+
+
+def _write_all(file, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _file_hash(folder: Path, name: str) -> str:
+    with open(_column_file(folder, name), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
