@@ -1,0 +1,241 @@
+"""Sound from files: decoding with PyAV, resampling, clips of recordings, and writing wav or flac.
+
+All waveforms are mono float32 tensors `(samples,)` in [-1, 1].
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+import scipy.signal
+import torch
+from av.container import InputContainer
+from torchaudio.transforms import Resample
+
+from mmaudio_hf.schema import audio_mode, sequence_lengths
+
+PEAK = 0.95  # of a normalised track
+SILENCE = 1e-6  # a track whose peak is no higher than this is refused
+
+# The resampling filter "kaiser best": 64 zero crossings, cut-off at 0.9476 of the lower Nyquist frequency.
+_ZEROS, _ROLLOFF, _BETA = 64, 0.9475937167399596, 14.769656459379492
+_MAX_KERNEL = 20_000_000  # values; odd rate pairs such as 44099 -> 16000 would need 1.5e9
+
+_FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "flt": 1.0, "dbl": 1.0}
+
+
+class MediaError(ValueError):
+    """A file that cannot be used.
+
+    `reason` is a stable token: not_found, unreadable, no_video, no_audio, video_too_short, audio_too_short, silent,
+    decode_error, clip_out_of_range. `facts` is what is known of the file (`video.probe`), {} if it did not open.
+    """
+
+    def __init__(self, reason: str, message: str, facts: dict | None = None):
+        super().__init__(reason, message, facts or {})  # all three in args, so that it pickles between processes
+
+    reason = property(lambda self: self.args[0])
+    facts = property(lambda self: self.args[2])
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+def open_media(path: str | os.PathLike) -> InputContainer:
+    """Open a local file for reading; MediaError not_found or unreadable."""
+    path = Path(path)
+    if not path.is_file():
+        raise MediaError("not_found", f"{path}: no such file; check the folder and the id in the list")
+    try:
+        # Absolute, so that no part of a name is read as a protocol; a playlist inside may not reach the network.
+        return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(
+            "unreadable", f"{path}: cannot be opened as media ({_text(error)}); replace the file"
+        ) from error
+
+
+def _text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def decode_error(path, error: Exception, facts: dict | None = None) -> MediaError:
+    """The MediaError for data the decoder refuses."""
+    return MediaError("decode_error", f"{path}: damaged data ({_text(error)}); replace or re-encode the file", facts)
+
+
+def mono_samples(frame: av.AudioFrame) -> np.ndarray:
+    """Mean over the channels of a decoded frame, (samples,) float32, integers scaled to [-1, 1)."""
+    data = frame.to_ndarray()
+    if not frame.format.is_planar:
+        data = data.reshape(frame.samples, frame.layout.nb_channels).T
+    kind = frame.format.name.removesuffix("p")
+    data = data.astype(np.float32) - np.float32(128 if kind == "u8" else 0)
+    return (data / np.float32(_FULL_SCALE[kind])).mean(axis=0, dtype=np.float32)
+
+
+def _decoded(path) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (mono samples, sample rate) of every frame of the best audio stream; any damage is a MediaError."""
+    with open_media(path) as container:
+        stream = container.streams.best("audio")
+        if stream is None:
+            raise MediaError("no_audio", f"{path}: has no sound; remove it from the list")
+        rate = None
+        try:
+            for frame in container.decode(stream):
+                if rate not in (None, frame.sample_rate):
+                    raise MediaError("decode_error", f"{path}: the sample rate changes within the file; re-encode it")
+                rate = frame.sample_rate
+                yield mono_samples(frame), rate
+        except (av.error.FFmpegError, OSError) as error:
+            raise decode_error(path, error) from error
+
+
+def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
+    """Whole file as mono: (waveform (samples,), sample rate in Hz). Spec media, section 2.2, step 1.
+
+    flac, wav, mp3, ogg, m4a and whatever else PyAV opens. Raises MediaError.
+    """
+    chunks, rate = [], 0
+    for samples, rate in _decoded(path):  # noqa: B007  (the last rate is the file's)
+        chunks.append(samples)
+    if not chunks:
+        raise MediaError("audio_too_short", f"{path}: holds no samples; remove it from the list")
+    return torch.from_numpy(np.concatenate(chunks)), rate
+
+
+def count_samples(path: str | os.PathLike) -> tuple[int, int]:
+    """(number of samples, sample rate) by decoding the file, which also shows that it can be decoded; MediaError."""
+    total, rate = 0, 0
+    for samples, rate in _decoded(path):  # noqa: B007
+        total += samples.size
+    return total, rate
+
+
+def read_audio_clip(
+    path: str | os.PathLike,
+    *,
+    mode: str = "16k",
+    start_sample: int = 0,
+    end_sample: int | None = None,
+    duration: float = 8.0,
+) -> torch.Tensor:
+    """One clip of a recording: (samples,), exactly `sequence_lengths(mode, duration).audio_samples`.
+
+    `[start_sample, end_sample)` counts samples of the file. The whole file is normalised, so a quiet clip of a loud
+    file stays quiet. Spec media, section 2.2. Raises MediaError. For several clips of one file, `read_waveform` once
+    and `cut_audio_clip` for each.
+    """
+    waveform, rate = read_waveform(path)
+    return cut_audio_clip(
+        waveform, rate, mode=mode, start_sample=start_sample, end_sample=end_sample, duration=duration, source=str(path)
+    )
+
+
+def cut_audio_clip(
+    waveform: torch.Tensor,
+    sample_rate: int,
+    *,
+    mode: str = "16k",
+    start_sample: int = 0,
+    end_sample: int | None = None,
+    duration: float = 8.0,
+    source: str = "waveform",
+) -> torch.Tensor:
+    """`read_audio_clip` from the waveform of the whole file; `source` names it in messages."""
+    end_sample = len(waveform) if end_sample is None else end_sample
+    if not 0 <= start_sample < end_sample <= len(waveform):
+        message = f"{source}: clip [{start_sample}, {end_sample}) is outside its {len(waveform)} samples; make the clip list again"
+        raise MediaError("clip_out_of_range", message)
+    peak = peak_of(waveform, source)
+    if peak < SILENCE:
+        raise MediaError("silent", f"{source}: is silent; remove it from the list")
+    clip = resample(waveform[start_sample:end_sample] / peak * PEAK, sample_rate, audio_mode(mode).sample_rate)
+    needed = sequence_lengths(mode, duration).audio_samples
+    if len(clip) < needed:
+        have = (end_sample - start_sample) / sample_rate
+        message = f"{source}: {have:.3f} s of sound, {needed / audio_mode(mode).sample_rate:.3f} s needed; remove it"
+        raise MediaError("audio_too_short", message)
+    return clip[:needed]
+
+
+def peak_of(waveform: torch.Tensor, source: str) -> float:
+    """Largest magnitude; MediaError when a sample is not finite (possible in float files)."""
+    peak = float(waveform.abs().max())
+    if not math.isfinite(peak):
+        raise MediaError("decode_error", f"{source}: has samples that are not finite numbers; write the file again")
+    return peak
+
+
+def resample(waveform: torch.Tensor, source_rate: int, target_rate: int) -> torch.Tensor:
+    """Resample `(..., samples)` to ceil(target/source * samples) samples; "kaiser best", spec media, section 2.1."""
+    if source_rate == target_rate:
+        return waveform
+    common = math.gcd(source_rate, target_rate)
+    up, down = target_rate // common, source_rate // common
+    if up * (down + 2 * _ZEROS * max(1.0, down / up) / _ROLLOFF) > _MAX_KERNEL:
+        return _resample_odd(waveform, up, down)
+    return _resampler(source_rate, target_rate)(waveform)
+
+
+@lru_cache(maxsize=16)
+def _resampler(source_rate: int, target_rate: int) -> Resample:
+    return Resample(
+        source_rate,
+        target_rate,
+        lowpass_filter_width=_ZEROS,
+        rolloff=_ROLLOFF,
+        resampling_method="sinc_interp_kaiser",
+        beta=_BETA,
+    )
+
+
+def _resample_odd(waveform: torch.Tensor, up: int, down: int) -> torch.Tensor:
+    """The same filter for rates with hardly a common divisor, one polyphase pass instead of a table of all phases."""
+    half = math.ceil(_ZEROS * max(up, down) / _ROLLOFF)
+    taps = scipy.signal.firwin(2 * half + 1, _ROLLOFF / max(up, down), window=("kaiser", _BETA))
+    resampled = scipy.signal.resample_poly(waveform.numpy().astype(np.float64), up, down, axis=-1, window=taps)
+    return torch.from_numpy(resampled.astype(np.float32))
+
+
+def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int) -> None:
+    """Write `(samples,)` or `(channels, samples)` as 16-bit .wav or .flac (by the ending); values are clipped to [-1, 1].
+
+    Written under another name and renamed, so a reader never sees half a file. ValueError for another ending, more
+    than two channels, or values that are not finite.
+    """
+    path = Path(path)
+    codecs = {".wav": "pcm_s16le", ".flac": "flac"}
+    if path.suffix.lower() not in codecs:
+        raise ValueError(f"{path}: sound is written as .wav or .flac, not {path.suffix!r}")
+    frame = audio_frame(waveform, sample_rate, "s16")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with av.open(str(partial), "w", format=path.suffix.lower()[1:]) as container:
+            stream = container.add_stream(codecs[path.suffix.lower()], rate=sample_rate, layout=frame.layout)
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def audio_frame(waveform: torch.Tensor, sample_rate: int, sample_format: str) -> av.AudioFrame:
+    """A frame at time 0 for an encoder from `(samples,)` or `(channels, samples)`: "s16" packed or "fltp" planar."""
+    waveform = torch.atleast_2d(torch.as_tensor(waveform).detach().cpu().float())
+    if waveform.dim() != 2 or waveform.shape[0] not in (1, 2) or waveform.shape[1] == 0:
+        raise ValueError(f"waveform has shape {tuple(waveform.shape)}: (samples,) or (1 or 2, samples) are possible")
+    if not waveform.isfinite().all():
+        raise ValueError("waveform has values that are not finite numbers")
+    samples = waveform.clamp(-1, 1).numpy()
+    if sample_format == "s16":
+        samples = np.round(samples * 32767).astype(np.int16).T.reshape(1, -1)
+    layout = "stereo" if waveform.shape[0] == 2 else "mono"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format=sample_format, layout=layout)
+    frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
+    return frame
