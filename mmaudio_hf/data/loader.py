@@ -19,7 +19,7 @@ from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.noise import Draws, draws, draws_for_ids
 from mmaudio_hf.data.sampler import positions, validation_positions
 from mmaudio_hf.data.store import Read, bytes_of
-from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES
+from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
 
@@ -44,8 +44,14 @@ class Batch:
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "ids")}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in moved.items()})
+        return replace(self, **{name: v.to(device, non_blocking=non_blocking) for name, v in self._tensors().items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; tensors that are there already stay."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "ids")}
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class BatchLoader:
             batch, buffers = item
             if self._device is not None:
                 batch = batch.to(self._device, non_blocking=self._pinned)
-                buffers.mark_copied()
+                buffers.mark_copied(self._device)
             batches.append(batch)
             self._held.append(buffers)
         return batches
@@ -221,7 +227,7 @@ class BatchLoader:
             future.result()
         if not has_text.all():
             tensors[TEXT_FEATURES][torch.from_numpy(~has_text)] = 0
-        return Batch(
+        batch = Batch(
             step=plan.step,
             video_rows=torch.from_numpy(np.flatnonzero(has_video)),
             has_video=torch.from_numpy(has_video),
@@ -229,9 +235,10 @@ class BatchLoader:
             source=torch.from_numpy(source),
             counted=torch.from_numpy(plan.counted),
             ids=ids,
-            draws=noise.pin_memory() if self._pinned else noise,
+            draws=noise,
             **tensors,
         )
+        return batch.pin_memory() if self._pinned else batch
 
 
 class _Buffers:
@@ -265,11 +272,10 @@ class _Buffers:
         """The filled part of every column."""
         return {name: tensor[: with_video if name in _VIDEO else batch] for name, tensor in self._tensors.items()}
 
-    def mark_copied(self) -> None:
+    def mark_copied(self, device: torch.device) -> None:
         """Note that the copies queued so far are the last use of the buffers."""
-        if self._tensors[MEAN].is_pinned():
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        if device.type == "cuda":
+            self._copied = torch.cuda.current_stream(device).record_event()
 
     def wait_copied(self) -> None:
         """Wait, outside the training loop, until those copies are done."""

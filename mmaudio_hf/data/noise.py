@@ -49,7 +49,8 @@ def _draws(seed: int, stream: str, counters: Sequence[tuple[int, int]], latent_s
     batch, (length, channels) = len(counters), latent_shape
     uniforms = np.empty((batch, 4), np.float32)
     z = np.empty((batch, 1), np.float32)
-    normals = np.empty((batch, 2, length, channels), np.float32)
+    latent_noise = np.empty((batch, length, channels), np.float32)
+    x0 = np.empty((batch, length, channels), np.float32)
     key = np.array([seed & _MASK, _hash64(stream)], dtype=np.uint64)
     for i, (low, high) in enumerate(counters):
         # The first two words count the numbers drawn within a sample; the others are the sample.
@@ -57,10 +58,10 @@ def _draws(seed: int, stream: str, counters: Sequence[tuple[int, int]], latent_s
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         generator.random(dtype=np.float32, out=uniforms[i])
         generator.standard_normal(dtype=np.float32, out=z[i])
-        generator.standard_normal(dtype=np.float32, out=normals[i])
-    columns = torch.from_numpy(uniforms).unbind(1)
-    latent_noise, x0 = torch.from_numpy(normals).unbind(1)
-    return Draws(latent_noise, torch.from_numpy(z)[:, 0], x0, *columns)
+        generator.standard_normal(dtype=np.float32, out=latent_noise[i])
+        generator.standard_normal(dtype=np.float32, out=x0[i])
+    drops = torch.from_numpy(uniforms).t().contiguous()
+    return Draws(torch.from_numpy(latent_noise), torch.from_numpy(z)[:, 0], torch.from_numpy(x0), *drops)
 
 
 def _hash64(text: str) -> int:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from mmaudio_hf.schema import (
 )
 
 _BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
+_PARTIAL = ".partial"
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: buffers of one preadv
+_PLAIN_ID = re.compile(r"[\w-]{1,50}", re.ASCII)  # passes schema.check_id, which takes 6 s for a million ids
 _AGAIN = "export the store again with `mmaudio-hf extract RECIPE`"
 
 
@@ -257,10 +260,13 @@ class StoreWriter:
             raise ValueError(f"store name {self.path.name!r} has a dot: other readers would look for another .tsv")
         if self.path.exists():
             raise ValueError(f"{self.path} exists: remove it or give the new store another name")
+        table = self.path.with_name(f"{self.path.name}.tsv")
+        if table.exists() and not _manifest_file(self.path).exists():  # with one, it is left from a killed export
+            raise ValueError(f"{table} exists and would be replaced: move it or give the new store another name")
         self._ids: list[str | None] = [None] * num_rows
         self._captions = [""] * num_rows
         self._moments = Moments(self.columns[MEAN].shape[-1])
-        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._partial = self.path.with_name(self.path.name + _PARTIAL)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         self._files = {name: _preallocated(self._partial, name, num_rows, c) for name, c in self.columns.items()}
@@ -312,12 +318,12 @@ class StoreWriter:
             os.fsync(file.fileno())
             file.close()
         table, manifest = self._partial / "table.tsv", self._partial / "manifest.json"
-        _write_text(self._partial / "meta.json", json.dumps(_meta(self.num_rows, self.columns)))
-        _write_table(table, self._ids, self._captions, "label" if CLIP_FEATURES in self.columns else "caption")
         _write_text(manifest, json.dumps(self._manifest(), indent=1) + "\n")
+        _write_table(table, self._ids, self._captions, "label" if CLIP_FEATURES in self.columns else "caption")
+        _write_text(self._partial / "meta.json", json.dumps(_meta(self.num_rows, self.columns)))
         # The folder comes last: without it nothing opens, so a kill between the renames leaves no half store.
-        os.replace(table, self.path.with_name(f"{self.path.name}.tsv"))
         os.replace(manifest, _manifest_file(self.path))
+        os.replace(table, self.path.with_name(f"{self.path.name}.tsv"))
         _sync_folder(self._partial)
         os.rename(self._partial, self.path)
         _sync_folder(self.path.parent)
@@ -376,7 +382,7 @@ def verify(path: str | Path) -> Report:
     """
     try:
         store = FeatureStore.open(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return Report(Path(path), 0, (str(error),), ())
     problems, notes = [], []
     with store:
@@ -466,6 +472,8 @@ def _read_meta(path: Path) -> tuple[int, dict[str, Column]]:
     file = path / "meta.json"
     if not path.is_dir():
         raise ValueError(f"no feature store at {path}; make it with `mmaudio-hf extract RECIPE` or correct data.*.path")
+    if path.name.endswith(_PARTIAL):
+        raise ValueError(f"{path} is an export that was not finished; {_AGAIN}")
     if not file.is_file():
         raise ValueError(f"{path} is not a feature store (it has no meta.json); {_AGAIN}")
     columns, counts = {}, {}
@@ -543,21 +551,23 @@ def _read_table(file: Path) -> tuple[list[str], list[str]]:
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}")
-        check_id(row[id_place], f"{file}, line {line}")
+        if not _PLAIN_ID.fullmatch(row[id_place]):
+            check_id(row[id_place], f"{file}, line {line}")
     return [row[id_place] for _, row in rows], [row[text_place] for _, row in rows]
 
 
 def _write_table(file: Path, ids: Sequence[str], captions: Sequence[str], text: str) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
-        writer.writerow(("id", text))
-        writer.writerows(zip(ids, captions, strict=True))
-        handle.flush()
-        os.fsync(handle.fileno())
+    lines = (f"{_quoted(item_id)}\t{_quoted(caption)}\n" for item_id, caption in zip(ids, captions, strict=True))
+    _write_text(file, f"id\t{text}\n" + "".join(lines))
+
+
+def _quoted(field: str) -> str:
+    """A field of a table, quoted when it must be; the csv module leaves a bare carriage return as it is."""
+    return '"' + field.replace('"', '""') + '"' if set(field) & set('\t\n\r"') else field
 
 
 def _write_text(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as handle:
+    with open(file, "w", newline="", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
