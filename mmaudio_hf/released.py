@@ -14,7 +14,8 @@ from torch import nn
 SHOWN_PROBLEMS = 4
 
 
-def _describe(source) -> str:
+def describe(source) -> str:
+    """Origin of a state dict for messages: the path, or that it was given as a dict."""
     return "the given state dict" if isinstance(source, Mapping) else str(source)
 
 
@@ -52,10 +53,10 @@ def load_state(
     if key is not None and isinstance(state, Mapping) and key in state:
         state = state[key]
     if not isinstance(state, Mapping):
-        raise ValueError(f"{_describe(source)} holds a {type(state).__name__}, not named tensors")
+        raise ValueError(f"{describe(source)} holds a {type(state).__name__}, not named tensors")
     state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)} or dict(state)
     if strangers := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"{_describe(source)} holds entries that are not tensors, as {strangers[:SHOWN_PROBLEMS]}")
+        raise ValueError(f"{describe(source)} holds entries that are not tensors, as {strangers[:SHOWN_PROBLEMS]}")
     return state
 
 
@@ -75,7 +76,7 @@ def check_state(state: Mapping, expected: Mapping, source) -> None:
     if problems:
         more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         listed = "; ".join(problems[:SHOWN_PROBLEMS])
-        raise ValueError(f"{_describe(source)} does not fit this network: {listed}{more}")
+        raise ValueError(f"{describe(source)} does not fit this network: {listed}{more}")
 
 
 def load_strict(module: nn.Module, state: Mapping, source) -> nn.Module:
