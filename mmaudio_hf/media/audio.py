@@ -93,7 +93,8 @@ def _decoded(path) -> Iterator[tuple[np.ndarray, int]]:
                 rate = frame.sample_rate
                 yield mono_samples(frame), rate
         except (av.error.FFmpegError, OSError) as error:
-            raise decode_error(path, error) from error
+            message = f"{path}: damaged data ({error.strerror}); replace or re-encode the file"
+            raise MediaError("decode_error", message) from error
 
 
 def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
@@ -150,8 +151,8 @@ def cut_audio_clip(
     """`read_audio_clip` from the waveform of the whole file; `source` names it in messages."""
     end_sample = len(waveform) if end_sample is None else end_sample
     if not 0 <= start_sample < end_sample <= len(waveform):
-        message = f"{source}: clip [{start_sample}, {end_sample}) is outside its {len(waveform)} samples; make the clip list again"
-        raise MediaError("clip_out_of_range", message)
+        message = f"{source}: clip [{start_sample}, {end_sample}) is outside its {len(waveform)} samples"
+        raise MediaError("clip_out_of_range", f"{message}; make the clip list again")
     peak = peak_of(waveform, source)
     if peak < SILENCE:
         raise MediaError("silent", f"{source}: is silent; remove it from the list")
@@ -204,10 +205,10 @@ def _resample_odd(waveform: torch.Tensor, up: int, down: int) -> torch.Tensor:
 
 
 def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int) -> None:
-    """Write `(samples,)` or `(channels, samples)` as 16-bit .wav or .flac (by the ending); values are clipped to [-1, 1].
+    """Write `(samples,)` or `(channels, samples)` as 16-bit .wav or .flac, by the ending.
 
-    Written under another name and renamed, so a reader never sees half a file. ValueError for another ending, more
-    than two channels, or values that are not finite.
+    Values are clipped to [-1, 1]. Written under another name and renamed, so a reader never sees half a file.
+    ValueError for another ending, more than two channels, or values that are not finite.
     """
     path = Path(path)
     codecs = {".wav": "pcm_s16le", ".flac": "flac"}
