@@ -18,7 +18,7 @@ import torch
 from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.noise import Draws, draws, draws_for_ids
 from mmaudio_hf.data.sampler import positions, validation_positions
-from mmaudio_hf.data.store import Read, bytes_of
+from mmaudio_hf.data.store import bytes_of
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
@@ -218,8 +218,9 @@ class BatchLoader:
         source, rows = mixture.locate(plan.positions)
         has_video = np.array([store.has_video for store in stores])[source]
         has_text = np.array([store.has_text for store in stores])[source]
-        reads = buffers.reads(mixture, source, rows, has_video)
-        running = [self._pool.submit(_run, reads[first :: self._threads]) for first in range(self._threads)]
+        places = np.cumsum(has_video) - 1
+        shares = np.array_split(np.arange(len(rows)), 2 * self._threads)  # more than threads: they balance
+        running = [self._pool.submit(buffers.fill, mixture, source, rows, places, share) for share in shares]
         ids = [stores[s].ids[row] for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
         noise = plan.draw(ids)
         tensors = buffers.views(len(rows), int(has_video.sum()))
@@ -254,19 +255,16 @@ class _Buffers:
             )
             for name, column in mixture.columns.items()
         }
+        self._bytes = {name: bytes_of(tensor) for name, tensor in self._tensors.items()}
         self._copied: torch.cuda.Event | None = None
 
-    def reads(self, mixture: Mixture, source: np.ndarray, rows: np.ndarray, has_video: np.ndarray) -> list[Read]:
-        """Reads that fill the buffers with `rows` of the stores `source`; video is packed without gaps."""
-        video_places = np.cumsum(has_video) - 1
-        reads = []
+    def fill(self, mixture: Mixture, source, rows, video_places, share) -> None:
+        """Read samples `share` of the batch: row `rows[i]` of store `source[i]`, its video to `video_places[i]`."""
         for index, store in enumerate(mixture.stores):
-            chosen = np.flatnonzero(source == index)
-            for name, tensor in self._tensors.items():
-                if name in store.columns:
-                    places = video_places[chosen] if name in _VIDEO else chosen
-                    reads += store.reads(name, rows[chosen], bytes_of(tensor), places)
-        return reads
+            chosen = share[source[share] == index]
+            for name in store.columns.keys() & self._bytes.keys():
+                places = video_places[chosen] if name in _VIDEO else chosen
+                store.read_into(name, rows[chosen], self._bytes[name], places)
 
     def views(self, batch: int, with_video: int) -> dict[str, torch.Tensor]:
         """The filled part of every column."""
@@ -282,8 +280,3 @@ class _Buffers:
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
-
-
-def _run(reads: list[Read]) -> None:
-    for read in reads:
-        read.run()

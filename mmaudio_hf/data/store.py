@@ -50,32 +50,6 @@ class Column(NamedTuple):
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-class Read(NamedTuple):
-    """One positional read: consecutive records of a file, each into its own place in memory."""
-
-    descriptor: int
-    offset: int
-    places: list[memoryview]
-    file: Path
-
-    def run(self) -> None:
-        """Read, releasing the interpreter lock. OSError naming the file when bytes are missing."""
-        offset, places = self.offset, self.places
-        while places:
-            try:
-                count = os.preadv(self.descriptor, places, offset)
-            except OSError as error:
-                raise OSError(error.errno, f"reading byte {offset}: {error.strerror}", str(self.file)) from error
-            if count == 0:
-                raise OSError(f"{self.file} ends before byte {offset}: it became shorter since the store was opened")
-            offset += count
-            while places and count >= len(places[0]):
-                count -= len(places[0])
-                places = places[1:]
-            if count:  # the system may deliver less than asked for
-                places = [places[0][count:], *places[1:]]
-
-
 class FeatureStore:
     """A feature store opened for reading; `FeatureStore.open(path)` checks it first. Safe to read from many threads."""
 
@@ -132,30 +106,28 @@ class FeatureStore:
         for name in self.columns if columns is None else columns:
             column = self.columns[name]
             out[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
-            for read in self.reads(name, rows, bytes_of(out[name])):
-                read.run()
+            self.read_into(name, rows, bytes_of(out[name]))
         return out
 
-    def reads(self, name: str, rows: np.ndarray, target: memoryview, places: np.ndarray | None = None) -> list[Read]:
-        """Reads that put record `rows[i]` of column `name` at record `places[i]` (default i) of `target`.
+    def read_into(self, name: str, rows: np.ndarray, target: memoryview, places: np.ndarray | None = None) -> None:
+        """Put record `rows[i]` of column `name` at record `places[i]` (default i) of `target`; errors as for `read`.
 
-        Records that lie together in the file are one read, wherever they go.
+        Records that lie together in the file are one system call, wherever they go. Releases the interpreter lock.
         """
         if len(rows) == 0:
-            return []
+            return
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
-        size, file = self.columns[name].record_bytes, self._files[name]
+        size = self.columns[name].record_bytes
         order = np.argsort(rows, kind="stable")
-        where = (order if places is None else places[order]) * size
-        rows = rows[order]
-        starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)
-        reads = []
+        where = ((order if places is None else places[order]) * size).tolist()
+        sorted_rows = rows[order]
+        offsets = (sorted_rows * size).tolist()
+        starts = np.flatnonzero(np.diff(sorted_rows, prepend=-2) != 1).tolist()
         for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
             for low in range(first, last, _MAX_BUFFERS):
-                parts = [target[place : place + size] for place in where[low : min(low + _MAX_BUFFERS, last)].tolist()]
-                reads.append(Read(file.fileno(), int(rows[low]) * size, parts, Path(file.name)))
-        return reads
+                parts = [target[place : place + size] for place in where[low : min(low + _MAX_BUFFERS, last)]]
+                _read_at(self._files[name], offsets[low], parts)
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The column in file order, as (first row, records); memory does not grow with the store."""
@@ -582,6 +554,23 @@ def _preallocated(folder: Path, name: str, rows: int, column: Column):
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(error.errno, f"no room for {rows} rows of {name}: {error.strerror}", file.name) from error
     return file
+
+
+def _read_at(file, offset: int, parts: list[memoryview]) -> None:
+    """Fill `parts` one after the other from byte `offset` on. OSError naming the file when bytes are missing."""
+    while parts:
+        try:
+            count = os.preadv(file.fileno(), parts, offset)
+        except OSError as error:
+            raise OSError(error.errno, f"reading byte {offset}: {error.strerror}", str(file.name)) from error
+        if count == 0:
+            raise OSError(f"{file.name} ends before byte {offset}: it became shorter since the store was opened")
+        offset += count
+        while parts and count >= len(parts[0]):
+            count -= len(parts[0])
+            parts = parts[1:]
+        if count:  # the system may deliver less than asked for
+            parts = [parts[0][count:], *parts[1:]]
 
 
 def _write_all(file, data: memoryview, offset: int) -> None:
