@@ -35,7 +35,7 @@ def check_refusals(load, state: dict[str, torch.Tensor], name: str, folder, caps
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load(path)
-    path.write_bytes(pickle.dumps(_Code()))
+    path.write_bytes(pickle.dumps(_Code(), protocol=2))
     with pytest.raises(ValueError, match="refused"):
         load(path)
     with pytest.raises(ValueError, match="mmaudio-hf weights download"):
