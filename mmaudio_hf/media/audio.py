@@ -53,11 +53,13 @@ def open_media(path: str | os.PathLike) -> InputContainer:
         raise MediaError("not_found", f"{path}: no such file; check the folder and the id in the list")
     try:
         # Absolute, so that no part of a name is read as a protocol; a playlist inside may not reach the network.
-        return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(
-            "unreadable", f"{path}: cannot be opened as media ({_text(error)}); replace the file"
-        ) from error
+        message = f"{path}: cannot be opened as media ({error.strerror}); replace the file"
+        raise MediaError("unreadable", message) from error
+    for stream in container.streams.video:
+        stream.codec_context.thread_count = 1  # extraction runs one process per core
+    return container
 
 
 def _text(error: Exception) -> str:
