@@ -1,0 +1,54 @@
+"""What the network is conditioned on, and its form after the parts that do not depend on the latent (spec, 2.3)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmaudio_hf.models.layers import ChannelLastConv1d, GatedMLP
+
+
+class Conditions(NamedTuple):
+    """Projected conditions of a batch; they stay the same over the sampling steps."""
+
+    clip: torch.Tensor  # (B, T, D)
+    sync: torch.Tensor  # (B, N, D), upsampled to the latent length
+    text: torch.Tensor  # (B, L, D)
+    clip_global: torch.Tensor  # (B, D)
+    text_global: torch.Tensor  # (B, D)
+
+
+def clip_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
+    """CLIP features to the hidden size. Only v2 has an activation between the two maps."""
+    return nn.Sequential(nn.Linear(in_dim, dim), *([nn.SiLU()] if v2 else []), GatedMLP(dim, kernel_size=3))
+
+
+def text_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
+    """Text features to the hidden size, without mixing tokens."""
+    return nn.Sequential(nn.Linear(in_dim, dim), *([nn.SiLU()] if v2 else []), GatedMLP(dim))
+
+
+def temporal_projection(in_dim: int, dim: int, v2: bool, kernel_size: int) -> nn.Sequential:
+    """Latents or sync features to the hidden size, looking at seven neighbouring tokens first."""
+    activation = nn.SiLU() if v2 else nn.SELU()
+    return nn.Sequential(ChannelLastConv1d(in_dim, dim, 7), activation, GatedMLP(dim, kernel_size))
+
+
+def upsample_sync(sync_BSD: torch.Tensor, latent_length: int) -> torch.Tensor:
+    """Nearest neighbour with half-pixel centres from S to N tokens.
+
+    The ratio is float32, as torch forms it: exact arithmetic moves two rows at the default 44k lengths.
+    """
+    return F.interpolate(sync_BSD.transpose(1, 2), size=latent_length, mode="nearest-exact").transpose(1, 2)
+
+
+def fill_missing(features: torch.Tensor, missing_B: torch.Tensor | None, empty: torch.Tensor) -> torch.Tensor:
+    """Replace the tokens of samples where `missing_B` is true by `empty` (1 or L tokens, broadcast).
+
+    With a mask given, `empty` takes part in the graph even when no sample is missing: its gradient is then zero, not
+    absent, as the published training had it (spec networks, section 4).
+    """
+    if missing_B is None:
+        return features
+    return torch.where(missing_B.view(-1, 1, 1), empty.to(features.dtype), features)

@@ -1,0 +1,289 @@
+"""`MMAudio`: the flow network. State-dict names are those of the released files (spec networks, sections 2.3-2.5)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors.torch import save_file
+from torch import nn
+
+from mmaudio_hf.config import ModelConfig, to_dict, variant_config
+from mmaudio_hf.models.conditioning import (
+    Conditions,
+    clip_projection,
+    fill_missing,
+    temporal_projection,
+    text_projection,
+    upsample_sync,
+)
+from mmaudio_hf.models.flow import guided_velocity
+from mmaudio_hf.models.layers import GatedMLP, TimestepEmbedder, rotary_table
+from mmaudio_hf.models.transformer import FinalLayer, JointBlock, ModulatedBlock
+from mmaudio_hf.released import check_state, load_state
+from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+# Derived tensors that early released files carry.
+DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
+FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")
+
+
+class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag="text-to-audio"):
+    """Predicts the velocity of an audio latent, given CLIP, sync and text features and the time.
+
+    Latents are those of the mel VAE, normalised by `latent_mean` and `latent_std`: call `normalize` before and
+    `unnormalize` after. An untrained network outputs exactly zero.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim, heads, v2 = config.hidden_dim, config.num_heads, config.v2
+        self.audio_input_proj = temporal_projection(config.latent_channels, dim, v2, kernel_size=7)
+        self.clip_input_proj = clip_projection(config.clip_dim, dim, v2)
+        self.sync_input_proj = temporal_projection(config.sync_dim, dim, v2, kernel_size=3)
+        self.text_input_proj = text_projection(config.text_dim, dim, v2)
+        self.clip_cond_proj = nn.Linear(dim, dim)
+        self.text_cond_proj = nn.Linear(dim, dim)
+        self.global_cond_mlp = GatedMLP(dim)
+        self.sync_pos_emb = nn.Parameter(torch.empty(1, 1, SYNC_TOKENS_PER_SEGMENT, config.sync_dim))
+        self.final_layer = FinalLayer(dim, config.latent_channels)
+        self.latent_mean = nn.Parameter(torch.empty(1, 1, config.latent_channels), requires_grad=False)
+        self.latent_std = nn.Parameter(torch.empty(1, 1, config.latent_channels), requires_grad=False)
+        self.empty_string_feat = nn.Parameter(torch.empty(config.text_tokens, config.text_dim), requires_grad=False)
+        self.empty_clip_feat = nn.Parameter(torch.empty(1, config.clip_dim))
+        self.empty_sync_feat = nn.Parameter(torch.empty(1, config.sync_dim))
+        self.t_embed = TimestepEmbedder(dim, v2)
+        # In the last joint block the CLIP and text streams end: they only offer keys and values to the latents.
+        self.joint_blocks = nn.ModuleList(
+            [JointBlock(dim, heads, pre_only=i == config.joint_depth - 1) for i in range(config.joint_depth)]
+        )
+        self.fused_blocks = nn.ModuleList(
+            [ModulatedBlock(dim, heads, kernel_size=3) for _ in range(config.fused_depth)]
+        )
+        self.set_lengths(config.latent_length, config.clip_length, config.sync_length)
+        if self.sync_pos_emb.device.type != "meta":
+            self.reset_parameters()
+
+    @classmethod
+    def from_variant(cls, variant: str, **changes: Any) -> "MMAudio":
+        """Untrained network with the sizes of a released one; `changes` are fields of ModelConfig."""
+        return cls(variant_config(variant, **changes))
+
+    # --- initial values and lengths ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Published initialisation (spec networks, section 4). Latent statistics are NaN until they are set."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation.1" in name or name.startswith("final_layer.conv"):
+                nn.init.zeros_(parameter)
+        for parameter in (self.sync_pos_emb, self.empty_clip_feat, self.empty_sync_feat, self.empty_string_feat):
+            nn.init.zeros_(parameter)
+        for parameter in (self.latent_mean, self.latent_std):
+            nn.init.constant_(parameter, float("nan"))
+
+    def set_lengths(self, latent: int, clip: int, sync: int) -> None:
+        """Set token counts for another duration (N, T, S) and rebuild the rotary tables."""
+        if min(latent, clip, sync) < 1 or sync % SYNC_TOKENS_PER_SEGMENT:
+            raise ValueError(f"lengths must be positive and sync a multiple of 8, not {latent}, {clip}, {sync}")
+        self.latent_length, self.clip_length, self.sync_length = latent, clip, sync
+        self._build_rotary_tables()
+
+    def _build_rotary_tables(self) -> None:
+        head_dim = self.config.hidden_dim // self.config.num_heads
+        device = self.sync_pos_emb.device
+        latent_table = rotary_table(self.latent_length, head_dim, device=device)
+        clip_table = rotary_table(self.clip_length, head_dim, self.latent_length / self.clip_length, device=device)
+        self.register_buffer("_latent_table", latent_table, persistent=False)
+        self.register_buffer("_clip_table", clip_table, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._build_rotary_tables()  # a cast to bf16 must not round them
+        return self
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Set the per-channel statistics (C,) of the training latents; ValueError unless finite and std > 0."""
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError("latent statistics must be finite, with a positive standard deviation in every channel")
+        self.latent_mean.copy_(mean.view(1, 1, -1))
+        self.latent_std.copy_(std.view(1, 1, -1))
+
+    @torch.no_grad()
+    def set_empty_text(self, text_features_LD: torch.Tensor) -> None:
+        """Set the text features (77, 1024) of the empty string, which stand for a missing caption."""
+        self.empty_string_feat.copy_(text_features_LD)
+
+    # --- the network ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        latent_BNC: torch.Tensor,
+        clip_features: torch.Tensor,
+        sync_features: torch.Tensor,
+        text_features: torch.Tensor,
+        t_B: torch.Tensor,
+        *,
+        clip_missing: torch.Tensor | None = None,
+        sync_missing: torch.Tensor | None = None,
+        text_missing: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Velocity (B, N, C) of a normalised latent (B, N, C) at times (B,).
+
+        clip_features (B, T, 1024), sync_features (B, S, 768), text_features (B, 77, 1024). Where a `*_missing` mask
+        (B,) is true, the features of that sample are replaced by the learned (or empty-string) ones.
+        """
+        clip_features = fill_missing(clip_features, clip_missing, self.empty_clip_feat)
+        sync_features = fill_missing(sync_features, sync_missing, self.empty_sync_feat)
+        text_features = fill_missing(text_features, text_missing, self.empty_string_feat)
+        conditions = self.preprocess_conditions(clip_features, sync_features, text_features)
+        return self.predict_velocity(latent_BNC, t_B, conditions)
+
+    def preprocess_conditions(
+        self, clip_features: torch.Tensor, sync_features: torch.Tensor, text_features: torch.Tensor
+    ) -> Conditions:
+        """Project features (B, T, 1024), (B, S, 768), (B, 77, 1024); done once for all sampling steps."""
+        self._check_tokens("clip_features", clip_features, self.clip_length, self.config.clip_dim)
+        self._check_tokens("text_features", text_features, self.config.text_tokens, self.config.text_dim)
+        clip, clip_global, sync = self._video_conditions(clip_features, sync_features)
+        text = self.text_input_proj(text_features)
+        return Conditions(clip, sync, text, clip_global, self.text_cond_proj(text.mean(1)))
+
+    def _video_conditions(self, clip_features, sync_features):
+        self._check_tokens("sync_features", sync_features, self.sync_length, self.config.sync_dim)
+        # The position within a segment is added before the projection and repeats in every segment.
+        sync = sync_features.unflatten(1, (-1, SYNC_TOKENS_PER_SEGMENT)) + self.sync_pos_emb
+        sync = upsample_sync(self.sync_input_proj(sync.flatten(1, 2)), self.latent_length)
+        clip = self.clip_input_proj(clip_features)
+        return clip, self.clip_cond_proj(clip.mean(1)), sync
+
+    @staticmethod
+    def _check_tokens(name: str, features: torch.Tensor, length: int, dim: int) -> None:
+        if features.shape[1:] != (length, dim):
+            raise ValueError(f"{name} must be (batch, {length}, {dim}), not {tuple(features.shape)}; see set_lengths")
+
+    def empty_conditions(self, batch: int, negative_text_features: torch.Tensor | None = None) -> Conditions:
+        """Conditions of "nothing", for guidance. Negative text (B or 1, 77, 1024) replaces the empty text only."""
+        clip = self.empty_clip_feat.expand(1, self.clip_length, -1)
+        sync = self.empty_sync_feat.expand(1, self.sync_length, -1)
+        text = self.empty_string_feat[None] if negative_text_features is None else negative_text_features
+        if text.shape[0] not in (1, batch):
+            raise ValueError(f"negative_text_features hold {text.shape[0]} samples, the batch {batch}")
+        clip, clip_global, sync = self._video_conditions(clip, sync)
+        text = self.text_input_proj(text)
+        conditions = Conditions(clip, sync, text, clip_global, self.text_cond_proj(text.mean(1)))
+        return Conditions(*(c.expand(batch, *c.shape[1:]) for c in conditions))
+
+    def predict_velocity(self, latent_BNC: torch.Tensor, t_B: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Velocity (B, N, C) at times (B,), given projected conditions."""
+        if latent_BNC.shape[1] != self.latent_length:
+            raise ValueError(f"the latent has {latent_BNC.shape[1]} tokens, the network is set to {self.latent_length}")
+        latent = self.audio_input_proj(latent_BNC)
+        global_condition = self.t_embed(t_B) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
+        global_condition = global_condition[:, None]
+        # Every modulation starts with this activation, so it is applied once and not once a block.
+        activated_global = F.silu(global_condition)
+        activated = F.silu(global_condition + conditions.sync)
+        clip, text = conditions.clip, conditions.text
+        tables = (self._latent_table, self._clip_table)
+        for block in self.joint_blocks:
+            latent, clip, text = block(latent, clip, text, activated, activated_global, *tables)
+        for block in self.fused_blocks:
+            latent = block(latent, activated, self._latent_table)
+        # Global condition only, without sync: unintended by the authors, but the weights are trained with it.
+        return self.final_layer(latent, activated_global)
+
+    def predict_guided_velocity(
+        self,
+        latent_BNC: torch.Tensor,
+        t_B: torch.Tensor,
+        conditions: Conditions,
+        empty: Conditions,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Velocity with classifier-free guidance; a scale below 1 means none, and 1 evaluates both sides."""
+        conditional = self.predict_velocity(latent_BNC, t_B, conditions)
+        if guidance_scale < 1:
+            return conditional
+        return guided_velocity(conditional, self.predict_velocity(latent_BNC, t_B, empty), guidance_scale)
+
+    def normalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+        """VAE latent to network latent; not in place."""
+        return (latent_BNC - self.latent_mean) / self.latent_std
+
+    def unnormalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+        """Network latent to VAE latent; not in place."""
+        return latent_BNC * self.latent_std + self.latent_mean
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def load_released(self, source: str | Path | Mapping[str, torch.Tensor]) -> "MMAudio":
+        """Load a released `mmaudio_*.pth`, the `weights` of a training checkpoint, safetensors, or a state dict.
+
+        Strict, but for the derived tensors of early files; the network stays trainable. Returns self.
+        """
+        state = load_state(source, key="weights")
+        self._load({name: value for name, value in state.items() if name not in DERIVED_TENSORS}, source)
+        return self
+
+    def _load(self, state: Mapping[str, torch.Tensor], source: Any) -> None:
+        check_state(state, self.state_dict(), source)
+        self.load_state_dict(state)
+
+    @classmethod
+    def from_config_and_state(cls, config: ModelConfig, state: Mapping[str, torch.Tensor], source: Any) -> "MMAudio":
+        """Build without initialising, then copy the tensors of `state`; `source` names their origin in messages."""
+        with torch.device("meta"):
+            network = cls(config)
+        network.to_empty(device="cpu")
+        network.t_embed.freqs.copy_(network.t_embed.frequencies())
+        network._load(state, source)
+        return network
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        (save_directory / CONFIG_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location="cpu", **_
+    ) -> "MMAudio":
+        folder = Path(model_id)
+        if folder.is_dir():
+            config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+            for path in (config_path, weights_path):
+                if not path.is_file():
+                    raise ValueError(f"{folder} holds no {path.name}: it is not a saved MMAudio network")
+        else:
+            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+            options |= {"local_files_only": local_files_only, "token": token}
+            config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
+            weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
+        config = read_model_config(config_path)
+        return cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
+    try:
+        fields = json.loads(Path(path).read_text())
+        return ModelConfig(**fields)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not the configuration of an MMAudio network: {error.__cause__ or error}"
+        ) from error
