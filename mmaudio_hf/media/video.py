@@ -336,10 +336,10 @@ def _read(request: _Request) -> VideoClip:
     return VideoClip(grids[0].frames, grids[1].frames, sound and _waveform(request, sound, starts.rate))
 
 
-def _frame_time(frame: av.VideoFrame | av.AudioFrame) -> Fraction:
+def _frame_time(request: _Request, frame: av.VideoFrame | av.AudioFrame) -> Fraction:
     ticks = frame.dts if frame.pts is None else frame.pts
     if ticks is None:
-        raise av.error.InvalidDataError(0, "a frame without a time stamp")
+        raise request.refuse("decode_error", "its pictures or sound come without times; convert it to mp4")
     return ticks * frame.time_base
 
 
@@ -368,8 +368,10 @@ def _first_times(request: _Request) -> _Starts:
         kind = missing[0].type
         raise request.refuse(f"{kind}_too_short", f"nothing of its {kind} can be decoded; remove it from the list")
     if not request.sound:
-        return _Starts(_frame_time(first["video"]))
-    return _Starts(_frame_time(first["video"]), _frame_time(first["audio"]), first["audio"].sample_rate)
+        return _Starts(_frame_time(request, first["video"]))
+    return _Starts(
+        _frame_time(request, first["video"]), _frame_time(request, first["audio"]), first["audio"].sample_rate
+    )
 
 
 def _plan(request: _Request, starts: _Starts) -> tuple[list[_Grid], _Sound | None]:
@@ -403,12 +405,15 @@ def _fill(request: _Request, starts: _Starts, pictures: _Pictures, sound: _Sound
             except (av.error.FFmpegError, OSError):
                 return False
         for frame in _frames(request, container, streams, pictures, sound):
+            time, begun = _frame_time(request, frame), pictures.last is not None
             if isinstance(frame, av.AudioFrame):
-                _add_sound(request, sound, frame, starts)
-            elif seek and pictures.last is None and _frame_time(frame) > starts.video + request.start:
+                _add_sound(request, sound, frame, time - starts.audio, starts.rate)
+            elif seek and not begun and time > starts.video + request.start:
                 return False
+            elif request.alignment == "timestamps" and begun and time < pictures.time:
+                raise request.refuse("decode_error", "its pictures come without usable times; convert it to mp4")
             else:
-                pictures.add(frame, _frame_time(frame))
+                pictures.add(frame, time)
     return True
 
 
@@ -434,16 +439,17 @@ def _frames(request, container, streams, pictures, sound) -> Iterator[av.VideoFr
             continue
         for frame in frames:
             if request.alignment == "timestamps" and frame.is_corrupt and lacking(stream):
-                raise request.damaged(ValueError(f"{stream.type} at {float(_frame_time(frame)):.2f} s"))
+                raise request.damaged(ValueError(f"{stream.type} at {float(_frame_time(request, frame)):.2f} s"))
             yield frame
 
 
-def _add_sound(request: _Request, sound: _Sound, frame: av.AudioFrame, starts: _Starts) -> None:
-    if frame.sample_rate != starts.rate:
+def _add_sound(request: _Request, sound: _Sound, frame: av.AudioFrame, time: Fraction, rate: int) -> None:
+    """Take a frame that lies `time` seconds behind the first one."""
+    if frame.sample_rate != rate:
         raise request.refuse("decode_error", "the sample rate changes within the file; re-encode it")
     if request.alignment == "timestamps":
-        hole = round((_frame_time(frame) - starts.audio) * starts.rate) - sound.count
-        if hole >= GAP * starts.rate:
+        hole = round(time * rate) - sound.count
+        if hole >= GAP * rate:
             sound.add_silence(hole)
     sound.add(mono_samples(frame))
 
@@ -509,14 +515,15 @@ def write_video_with_audio(
         with open_media(video_path) as source, av.open(str(partial), "w", format="mp4") as target:
             video = source.streams.best("video")
             copy = copyable and video.codec_context.codec.canonical_name in target.supported_codecs
-            pictures = (_copied if copy else _encoded)(source, video, target, start, length)
+            pictures = (_copied if copy else _encoded)(request, source, video, target, start, length)
             stream = target.add_stream("aac", rate=sample_rate, layout=sound.layout.name)
             next(pictures)  # adds its stream, which must come before the first packet
             for packet in heapq.merge(pictures, _encoded_sound(stream, sound), key=_packet_time):
                 target.mux(packet)
         os.replace(partial, out_path)
-    except (av.error.FFmpegError, OSError) as error:
-        raise request.damaged(error) from error
+    except av.error.FFmpegError as error:
+        what = f"no sound can be put under it ({error.strerror}); check the free space, or re-encode it as H.264 mp4"
+        raise request.refuse("decode_error", what) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -526,31 +533,39 @@ def _packet_time(packet: av.Packet) -> Fraction:
 
 
 def _video_length(request: _Request, start: Fraction) -> tuple[Fraction, bool]:
-    """Seconds from the first picture to the end of the last, and whether every packet has the times a copy needs."""
-    end, copyable = start, True
+    """Seconds from the first picture to the end of the last, and whether the packets have the times a copy needs."""
+    end = start
     with open_media(request.path) as container:
-        for packet in container.demux(container.streams.best("video")):
-            if not packet.size:
-                continue
-            copyable = copyable and packet.pts is not None and packet.dts is not None
-            if (ticks := packet.dts if packet.pts is None else packet.pts) is not None:
-                end = max(end, (ticks + (packet.duration or 0)) * packet.time_base)
+        video = container.streams.best("video")
+        copyable = container.format.name != "avi"  # avi has an order of decoding, no times of presentation
+        for packet in container.demux(video):
+            if packet.size and packet.pts is not None:
+                shown = packet.duration * packet.time_base if packet.duration else 1 / (video.average_rate or SYNC_FPS)
+                end = max(end, packet.pts * packet.time_base + shown)
+            copyable = copyable and not (packet.size and packet.pts is None)
     return end - start, copyable
 
 
-def _copied(source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
+def _copied(request, source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
     """None once the stream is added, then the source's packets moved to start at 0."""
     stream = target.add_stream_from_template(video)
     yield None
+    packets = [packet for packet in source.demux(video) if packet.size]
+    if any(packet.dts is None for packet in packets):
+        # Matroska has no decoding times: the presentation times in order, early enough for every picture.
+        order = sorted(packet.pts for packet in packets)
+        delay = max(early - packet.pts for early, packet in zip(order, packets, strict=True))
+        for early, packet in zip(order, packets, strict=True):
+            packet.dts = early - delay
     shift = round(start / video.time_base)
-    for packet in source.demux(video):
+    for packet in packets:
         # By decoding time: a picture shown after the end may be needed by one shown before it.
-        if packet.size and (packet.dts - shift) * packet.time_base < length:
+        if (packet.dts - shift) * packet.time_base < length:
             packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
             yield packet
 
 
-def _encoded(source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
+def _encoded(request, source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
     """None once the stream is added, then the pictures as H.264 yuv420p, cut to even sizes and upright."""
     frames, to_rgb = source.decode(video), _RgbConverter()
     first = next(frames)
@@ -560,7 +575,7 @@ def _encoded(source, video, target, start: Fraction, length: Fraction) -> Iterat
     stream.options, stream.codec_context.time_base = {"crf": "18"}, unit
     yield None
     for frame in itertools.chain([first], frames):
-        if (time := _frame_time(frame) - start) < length:
+        if (time := _frame_time(request, frame) - start) < length:
             picture = np.ascontiguousarray(to_rgb(frame, True)[:height, :width])
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = round(time / unit), unit
