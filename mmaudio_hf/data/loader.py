@@ -120,10 +120,10 @@ def validation_batches(
 class BatchLoader:
     """Iterator over steps, each a list of batches, that are read ahead; close it, or use it as a context manager.
 
-    The tensors of a step are views of reused buffers: they are valid until the next step is taken. On a CUDA device
-    they are copies, made from page-locked buffers without waiting, and stay valid. `prefetch` batches are read ahead,
-    and at least one whole step. `wait_seconds` adds up how long the consumer waited. What goes wrong while reading
-    (OSError with the file name) is raised by the iterator.
+    On the CPU the tensors of a step are views of reused buffers: they are valid until the next step is taken. On
+    another device they are copies that stay valid; for CUDA they are made from page-locked buffers without waiting.
+    `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
+    waited. What goes wrong while reading (OSError with the file name) is raised by the iterator.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class BatchLoader:
         self._mixture = mixture
         self._steps = steps
         self._micro_batches = micro_batches
-        self._device = None if device is None else torch.device(device)
-        self._pinned = self._device is not None and self._device.type == "cuda"
+        self._device = torch.device(device or "cpu")
+        self._pinned = self._device.type == "cuda"
         self._threads = threads
         self._free: queue.SimpleQueue = queue.SimpleQueue()  # buffers to fill; None: stop
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # (batch, buffers), an exception, or None at the end
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # (batch, buffers), or what ends the iteration
         self._held: list[_Buffers] = []
         for _ in range(micro_batches + max(prefetch, micro_batches)):
             self._free.put(_Buffers(mixture, batch_size, self._pinned))
@@ -159,25 +159,35 @@ class BatchLoader:
 
     def __next__(self) -> list[Batch]:
         """Batches of the next step; the tensors of the step before are given up."""
+        if self._stopped:
+            raise StopIteration
         for buffers in self._held:
             self._free.put(buffers)
         self._held = []
         batches = []
         while len(batches) < self._micro_batches:
             item = self._take()
-            if item is None:
-                self.close()
-                raise StopIteration
             if isinstance(item, BaseException):
                 self.close()
                 raise item
-            batch, buffers = item
-            if self._device is not None:
-                batch = batch.to(self._device, non_blocking=self._pinned)
-                buffers.mark_copied(self._device)
-            batches.append(batch)
-            self._held.append(buffers)
+            batches.append(self._hand_over(*item))
         return batches
+
+    def _take(self):
+        start = time.perf_counter()
+        item = self._ready.get()
+        self.wait_seconds += time.perf_counter() - start
+        return item
+
+    def _hand_over(self, batch: Batch, buffers: "_Buffers") -> Batch:
+        """The batch on its device; its buffers are free after the copy, or else when the next step is taken."""
+        if self._device.type == "cpu":
+            self._held.append(buffers)
+            return batch
+        batch = batch.to(self._device, non_blocking=self._pinned)
+        buffers.mark_copied(self._device)
+        self._free.put(buffers)
+        return batch
 
     def close(self) -> None:
         """Stop reading and end all threads; waits at most for the reads under way."""
@@ -185,19 +195,12 @@ class BatchLoader:
         self._free.put(None)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._thread.join()
-        self._ready.put(None)  # iterating on ends instead of waiting for ever
 
     def __enter__(self) -> "BatchLoader":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _take(self):
-        start = time.perf_counter()
-        item = self._ready.get()
-        self.wait_seconds += time.perf_counter() - start
-        return item
 
     def _produce(self) -> None:
         try:
@@ -207,10 +210,9 @@ class BatchLoader:
                     if buffers is None:
                         return
                     self._ready.put((self._fill(plan, buffers), buffers))
-            self._ready.put(None)
+            self._ready.put(StopIteration())
         except BaseException as error:
-            if not self._stopped:
-                self._ready.put(error)
+            self._ready.put(error)
 
     def _fill(self, plan: Plan, buffers: "_Buffers") -> Batch:
         mixture, stores = self._mixture, self._mixture.stores

@@ -7,6 +7,7 @@ Record i of a column starts at byte i * record_bytes (spec media, section 5.2), 
 """
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -241,6 +242,7 @@ class StoreWriter:
         self._partial = self.path.with_name(self.path.name + _PARTIAL)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
+        _check_room(self._partial, num_rows * sum(column.record_bytes for column in self.columns.values()))
         self._files = {name: _preallocated(self._partial, name, num_rows, c) for name, c in self.columns.items()}
 
     def write(self, first_row: int, ids: Sequence[str], captions: Sequence[str], values: Mapping[str, Any]) -> None:
@@ -545,14 +547,17 @@ def _write_text(file: Path, text: str) -> None:
         os.fsync(handle.fileno())
 
 
+def _check_room(folder: Path, size: int) -> None:
+    """A full disk shows now, not after hours of encoding."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        folder.rmdir()
+        raise OSError(errno.ENOSPC, f"the store needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}", str(folder))
+
+
 def _preallocated(folder: Path, name: str, rows: int, column: Column):
     file = open(_column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
-    try:
-        os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)  # a full disk shows now, not after hours
-    except OSError as error:
-        file.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(error.errno, f"no room for {rows} rows of {name}: {error.strerror}", file.name) from error
+    os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)
     return file
 
 

@@ -1,0 +1,132 @@
+"""Order of the samples, their division among processes, and mixtures of stores."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
+
+from mmaudio_hf.config import StoreConfig
+from mmaudio_hf.data.dataset import Mixture, open_mixture
+from mmaudio_hf.data.sampler import permutation, positions, process_slots, validation_positions
+
+
+def test_the_order_never_changes():
+    assert permutation(14159265, 0, 8).tolist() == [0, 1, 6, 2, 7, 3, 5, 4]
+    assert permutation(14159265, 1, 8).tolist() == [3, 6, 0, 4, 1, 2, 7, 5]
+
+
+def test_an_epoch_is_a_permutation_of_its_own():
+    orders = [permutation(seed, epoch, 1000) for seed in (1, 2) for epoch in (0, 1)]
+    for i, order in enumerate(orders):
+        assert sorted(order.tolist()) == list(range(1000))
+        assert all((order == other).mean() < 0.02 for other in orders[:i])
+    with pytest.raises(ValueError, match="read-only"):
+        orders[0][0] = 1
+
+
+def test_an_order_is_without_trend():
+    order = permutation(3, 0, 10_000)
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
+
+
+def test_steps_run_through_the_epochs_without_gap():
+    seen = np.concatenate([positions(4, step, np.arange(8), 8, 30) for step in range(15)])  # 4 epochs of 30
+    for epoch in range(4):
+        assert seen[epoch * 30 : (epoch + 1) * 30].tolist() == permutation(4, epoch, 30).tolist()
+    big = positions(4, 1, np.arange(100), 100, 30)  # a step may be longer than an epoch
+    assert Counter(big.tolist()).most_common()[-1][1] == 2
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])
+def test_processes_and_accumulation_divide_a_step_without_changing_it(world, accumulation):
+    whole = positions(4, 3, np.arange(16), 16, 50)
+    found = np.full(16, -1)
+    for rank in range(world):
+        shares = process_slots(16, world, rank, accumulation)
+        assert [len(share) for share in shares] == [16 // world // accumulation] * accumulation
+        for share in shares:
+            assert (found[share] == -1).all()
+            found[share] = positions(4, 3, share, 16, 50)
+    assert found.tolist() == whole.tolist()
+
+
+def test_a_batch_that_does_not_split_is_refused():
+    with pytest.raises(ValueError, match="batch size 10 does not split over 2 processes x 2 accumulation steps"):
+        process_slots(10, 2, 0, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_validation_counts_every_row_once_and_keeps_processes_in_step(world):
+    shares = [list(validation_positions(11, 2, rank, world)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [p for share in shares for found, counts in share for p in found[counts].tolist()]
+    assert sorted(counted) == list(range(11))
+    assert all(len(found) == 2 and found.max() < 11 for share in shares for found, _ in share)
+    assert [found.tolist() for found, _ in shares[0]][:2] == [[0, 1], [2 * world, 2 * world + 1]]
+
+
+# --- mixtures ----------------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_visited_as_often_as_asked(tmp_path):
+    video, audio = make_store(tmp_path / "v", 5), make_store(tmp_path / "a", 3, AUDIO_SHAPES)
+    mixture = Mixture([(video, 2), (audio, 4)], MODEL)
+    assert len(mixture) == 2 * 5 + 4 * 3 and mixture.latent_shape == (5, 4)
+    seen = np.concatenate([positions(0, step, np.arange(11), 11, 22) for step in range(2)])
+    visits = Counter(zip(*(part.tolist() for part in mixture.locate(seen)), strict=True))
+    assert visits == {**{(0, row): 2 for row in range(5)}, **{(1, row): 4 for row in range(3)}}
+
+
+def test_statistics_come_from_the_first_store_with_video(tmp_path):
+    audio = make_store(tmp_path / "a", 3, AUDIO_SHAPES, seed=1)
+    first, second = make_store(tmp_path / "v", 5, seed=2), make_store(tmp_path / "w", 5, seed=3)
+    assert Mixture([(audio, 1), (first, 1), (second, 1)]).latent_statistics() is first.latent_statistics()
+    assert Mixture([(audio, 1)]).latent_statistics() is audio.latent_statistics()
+
+
+def test_a_recipe_names_the_stores(tmp_path):
+    make_store(tmp_path / "v", 5)
+    assert len(open_mixture([StoreConfig(str(tmp_path / "v"), repeats=3)], MODEL)) == 15
+    with pytest.raises(ValueError, match=r"no feature store at .*absent"):
+        open_mixture([StoreConfig(str(tmp_path / "absent"))])
+    with pytest.raises(ValueError, match="names no store"):
+        open_mixture([])
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"mode": "44k"}, "v has mode '16k', .*w has '44k'"),
+        ({"duration": 10.0}, "v has duration 8.0, .*w has 10.0"),
+        ({"normalisation": "peak"}, "v has normalisation None, .*w has 'peak'"),
+        ({"encoders": {"clip": {"id": "toy", "fingerprint": "c2"}}}, "v has encoder clip .*c1.*w has .*c2"),
+        ({"shapes": {**SHAPES, "clip_features": (6, 9)}}, r"v has clip_features as \(\(6, 8\).*w as \(\(6, 9\)"),
+        ({"dtype": torch.bfloat16}, "v has mean as .*float32.*w as .*bfloat16"),
+    ],
+)
+def test_stores_that_disagree_are_refused_by_name(facts, message, tmp_path):
+    first, second = make_store(tmp_path / "v", 2), make_store(tmp_path / "w", 2, **facts)
+    with pytest.raises(ValueError, match=message):
+        Mixture([(first, 1), (second, 1)])
+
+
+def test_stores_that_use_other_encoders_agree(tmp_path):
+    first, second = make_store(tmp_path / "v", 2), make_store(tmp_path / "w", 2, AUDIO_SHAPES, encoders={"vae": {}})
+    assert len(Mixture([(first, 1), (second, 1)], MODEL)) == 4
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"shapes": {**SHAPES, "sync_features": (8, 3)}}, r"sync_features has shape \(8, 3\), .* expects \(16, 3\)"),
+        ({"mode": "44k"}, "v has mode '44k', model small_16k expects '16k'"),
+        ({"duration": 9.0}, "v has duration 9.0, model small_16k expects 8.0"),
+    ],
+)
+def test_stores_that_do_not_fit_the_model_are_refused(facts, message, tmp_path):
+    store = make_store(tmp_path / "v", 2, **facts)
+    with pytest.raises(ValueError, match=message):
+        Mixture([(store, 1)], MODEL)
