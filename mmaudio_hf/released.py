@@ -34,7 +34,7 @@ def _read(path: Path) -> dict:
             reason = "it is a pickle that would run code, which is never done: use a file of tensors alone"
         else:
             reason = "it is damaged or not a file of weights: download it again"
-        raise ValueError(f"{path} is refused: {reason}") from error
+        raise ValueError(f"{path} is refused: {reason}") from None  # torch's message recommends to run the code
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a file of weights: download it again ({error})") from error
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, MEDIA_SEED, golden, normal
-from refusals import check_refusals
+from refusals import Code, check_refusals
 from transformers import CLIPConfig, CLIPModel
 
 from mmaudio_hf.features import clip
@@ -149,11 +149,24 @@ def test_every_wrong_open_clip_file_is_refused(tiny, tmp_path, capsys):
 def test_wrong_transformers_files_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="mmaudio-hf weights download"):
         ClipEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="mmaudio-hf weights download"):
+        ClipEncoder.from_pretrained(tmp_path / "absent" / "deep")
     state = tiny.state_dict()
     del state["visual_projection.weight"]
     state["text_projection.weight"] = torch.zeros(3, 3)
     tiny.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"does not fit.*visual_projection\.weight.*text_projection\.weight"):
+        ClipEncoder.from_pretrained(tmp_path)
+
+
+def test_damaged_transformers_files_are_refused_and_their_code_is_not_run(tiny, tmp_path, capsys):
+    tiny.config.save_pretrained(tmp_path)
+    torch.save({"logit_scale": Code()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="would run code"):
+        ClipEncoder.from_pretrained(tmp_path)
+    assert Code.MARK not in capsys.readouterr().out
+    (tmp_path / "model.safetensors").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="cannot be read"):
         ClipEncoder.from_pretrained(tmp_path)
 
 

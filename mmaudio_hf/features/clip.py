@@ -9,11 +9,13 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import ftfy
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
@@ -76,7 +78,9 @@ class ClipEncoder(nn.Module):
             model, report = CLIPModel.from_pretrained(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except OSError as error:
+        except UnpicklingError:  # without torch's own message, which recommends to run the code
+            raise ValueError(f"CLIP model {str(name)!r} is refused: its pickle is damaged or would run code") from None
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"CLIP model {str(name)!r} cannot be read: {DOWNLOAD_HINT} ({error})") from error
         if faults := {kind: sorted(map(str, names))[:4] for kind, names in report.items() if names}:
             raise ValueError(f"CLIP model {str(name)!r} does not fit its configuration: {faults}")
