@@ -201,6 +201,7 @@ class FlowConfig:
     time_mean: float = 0.0  # t = sigmoid(time_scale * z + time_mean)
     time_scale: float = 1.0
     condition_dropout: float = 0.1  # probability, for video and for text on their own
+    independent_video_dropout: bool = False  # v2: CLIP and sync features are dropped on their own, not together
 
     def validate_ranges(self):
         """Probabilities and scales."""

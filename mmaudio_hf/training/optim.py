@@ -1,0 +1,89 @@
+"""Optimizer, learning-rate schedule and gradient clipping (spec networks, section 4)."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mmaudio_hf.config import OptimConfig
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Learning rate of the update that follows `step` completed ones.
+
+    Linear warm-up that never reaches 0, then "step" (milestones counted from the end of the warm-up), "constant", or
+    "poly", `(1 - progress)^0.9` of `total_steps`, the optimizer updates of the whole run.
+    """
+    base, after_warmup = config.learning_rate, step - config.warmup_steps
+    if after_warmup < 0:
+        return base * ((step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "step":
+        return base * config.gamma ** bisect_right(config.milestones, after_warmup)
+    if config.schedule == "poly":
+        return base * max(0.0, 1 - after_warmup / total_steps) ** 0.9
+    return base
+
+
+def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW on all trainable tensors in one group: biases, norms and embeddings included, frozen ones not.
+
+    The fused kernel takes a `found_inf` flag on the device, so a step is refused without asking the host.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients so that their global L2 norm is at most `max_norm`; return the norm before, on the device.
+
+    The norm is taken per tensor, then over tensors; gradients are never scaled up.
+    """
+    return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+
+def guarded_step(optimizer: torch.optim.AdamW, refuse: torch.Tensor) -> None:
+    """One optimizer update, or none at all where `refuse` (a boolean scalar on the device) is true."""
+    optimizer.grad_scale = None
+    optimizer.found_inf = refuse.to(torch.float32)
+    optimizer.step()
+
+
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as named tensors: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer_tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned. ValueError when names or shapes do not fit the network."""
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+            raise ValueError(f"optimizer state {key} does not fit the network: the checkpoint is of another model")
+        parameter = parameters[name]
+        state.setdefault(parameter, {})[kind] = value.to(parameter.device, copy=True)
+    missing = [name for name, parameter in parameters.items() if parameter not in state] if tensors else []
+    if missing:
+        raise ValueError(
+            f"optimizer state of {missing[0]} is missing ({len(missing)} in all): the checkpoint is damaged"
+        )
+    optimizer.state.clear()
+    optimizer.state.update(state)
