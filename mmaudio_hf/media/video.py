@@ -269,6 +269,7 @@ class _Sound:
 
 def _rgb_graph(frame: av.VideoFrame) -> av.filter.Graph:
     graph = av.filter.Graph()
+    graph.threads = 1  # waking threads costs more than converting a picture
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
     )
