@@ -1,0 +1,153 @@
+"""Checkpoints of a run: what is published (`pretrained_model/`) and what resumes (`training_state/`).
+
+    <run>/checkpoints/step_N/pretrained_model/   config.json, model.safetensors, weights.json, encoder files
+    <run>/checkpoints/step_N/training_state/     model, optimizer and EMA tensors, state.json with their checksums
+    <run>/last                                   link to the newest complete checkpoint
+
+A checkpoint is written beside its place and renamed when it is complete, so a kill or a full disk never leaves half of
+one under a valid name. Everything random in training is a function of (seed, step), so no generator state is saved.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+STATE_FILE = "state.json"
+TENSOR_FILES = ("model", "optimizer", "ema", "window")
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs to go on: tensors of each file by name, and plain facts."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]  # one entry per name of TENSOR_FILES
+    facts: Mapping[str, Any]
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` updates."""
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def save_checkpoint(
+    run_dir: Path, state: TrainingState, write_pretrained: Callable[[Path], None], keep: int | None = None
+) -> Path:
+    """Write a checkpoint, point `last` at it and remove all but the newest `keep`; return its folder.
+
+    `write_pretrained` fills the `pretrained_model/` folder it is given. OSError when the disk fails or is full; what
+    was saved before is then untouched.
+    """
+    folder = checkpoint_folder(run_dir, state.step)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, state, write_pretrained)
+        if folder.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _point_last_at(run_dir, folder)
+    if keep is not None:
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path], None]) -> None:
+    training = partial / "training_state"
+    training.mkdir(parents=True)
+    checksums = {}
+    for name in TENSOR_FILES:
+        path = training / f"{name}.safetensors"
+        save_file({key: value.detach().contiguous() for key, value in state.tensors[name].items()}, path)
+        checksums[path.name] = _sha256(path)
+    record = {"version": STATE_VERSION, "step": state.step, "facts": dict(state.facts), "sha256": checksums}
+    (training / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    (partial / "pretrained_model").mkdir()
+    write_pretrained(partial / "pretrained_model")
+    for path in sorted(partial.rglob("*")):
+        _sync(path)
+    _sync(partial)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_last_at(run_dir: Path, folder: Path) -> None:
+    link = run_dir / "last.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.relative_to(run_dir), target_is_directory=True)
+    link.replace(run_dir / "last")
+    _sync(folder.parent)
+    _sync(run_dir)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; also what an interrupted run left behind `last`."""
+    found = [(int(match[1]), path) for path in (run_dir / "checkpoints").glob("step_*") if (match := _step_of(path))]
+    return [path for _, path in sorted(found)]
+
+
+def _step_of(path: Path) -> re.Match | None:
+    return re.fullmatch(r"step_(\d+)", path.name)
+
+
+def load_training_state(folder: Path) -> TrainingState:
+    """Read the training state of the checkpoint in `folder`.
+
+    ValueError naming the file when one is missing, damaged or from another version.
+    """
+    training = folder / "training_state"
+    try:
+        record = json.loads((training / STATE_FILE).read_text())
+        version, step, facts, checksums = (record[key] for key in ("version", "step", "facts", "sha256"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{training / STATE_FILE} cannot be read ({error}): resume from another checkpoint") from error
+    if version != STATE_VERSION:
+        raise ValueError(f"{training} has version {version}, this program reads {STATE_VERSION}")
+    tensors = {}
+    for name in TENSOR_FILES:
+        path = training / f"{name}.safetensors"
+        if not path.is_file() or _sha256(path) != checksums.get(path.name):
+            raise ValueError(f"{path} is missing or damaged (its checksum differs): resume from another checkpoint")
+        tensors[name] = load_file(path)
+    return TrainingState(step, tensors, facts)
+
+
+def latest_training_state(run_dir: Path, warn: Callable[[str], None]) -> TrainingState | None:
+    """The newest state that loads, or None when the run has no checkpoint.
+
+    A damaged checkpoint is reported through `warn` and the one before it is tried; ValueError when all are damaged.
+    """
+    folders = list_checkpoints(run_dir)
+    for folder in reversed(folders):
+        try:
+            return load_training_state(folder)
+        except ValueError as error:
+            warn(str(error))
+    if folders:
+        raise ValueError(f"no checkpoint of {run_dir} can be read: move {run_dir / 'checkpoints'} away to start anew")
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,533 @@
+"""The training loop: one legible function over accelerate, with everything it decides spelled out.
+
+`step` counts finished optimizer updates. Whatever is random depends on (seed, step, global sample slot) alone, so a run
+that was killed and resumed is the same run, and the same global batch trains the same model on any number of processes.
+"""
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object
+from tqdm import tqdm
+
+from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
+from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.loader import training_batches, validation_batches
+from mmaudio_hf.data.sampler import process_slots
+from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
+from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, synthesize
+from mmaudio_hf.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    guarded_step,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from mmaudio_hf.training.step import flow_step
+
+TIME_BINS = 10
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Evaluator(Protocol):
+    """Something that is run every `every` steps, and after the last one, and returns scores for the log."""
+
+    name: str
+    every: int
+
+    def run(self, model: MMAudio, step: int) -> dict[str, float]:
+        """Score `model`, which holds the averaged weights; called on every process."""
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    step: int
+    stopped_by: int | None  # number of the signal that ended it early, or None
+    skipped_steps: int
+    final_weights: dict[str, Any]
+    steps_per_second: float
+    history: list[dict[str, float]]  # lines of metrics.jsonl; empty but on the main process
+
+
+def check_launch() -> None:
+    """ValueError when the launcher was asked for several processes and started one.
+
+    accelerate does that silently for `distributed_type: MULTI_CPU`: it sets the address of the main process then, but
+    no WORLD_SIZE.
+    """
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "the launch asked for several processes but started one: use accelerate_configs/ddp.yaml, or on a machine"
+            " without GPUs `accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes N`"
+        )
+
+
+def train(
+    recipe: Recipe,
+    network: MMAudio,
+    mixture: Mixture,
+    validation: Mixture | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    write_extras: Callable[[Path], None] = lambda folder: None,
+) -> RunResult:
+    """Train `network` as `recipe` says and return how it went; everything else is in `recipe.run_dir`.
+
+    `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
+    with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
+    Raises ValueError for settings that do not fit the processes, and RuntimeError after too many non-finite steps.
+    """
+    check_launch()
+    accelerator = Accelerator(
+        mixed_precision=recipe.training.mixed_precision,
+        log_with=list(recipe.training.trackers) or None,
+        project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
+    )
+    micro_batch_size(recipe.training, accelerator.num_processes)  # refuses an uneven split before anything is made
+    run = _Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
+    try:
+        return run.go()
+    finally:
+        accelerator.end_training()
+
+
+class _Run:
+    """State of one run. Methods are in the order in which they happen."""
+
+    def __init__(self, recipe, network, mixture, validation, evaluators, write_extras, accelerator: Accelerator):
+        self.recipe, self.network, self.accelerator = recipe, network, accelerator
+        self.mixture, self.validation, self.evaluators = mixture, validation, evaluators
+        self.write_extras = write_extras
+        self.run_dir = recipe.run_dir
+        self.step = 0
+        self.skipped = 0
+        self.history: list[dict[str, float]] = []
+        self.final_weights: dict[str, Any] = {}
+        self.device = accelerator.device
+        network.to(self.device).train()
+        self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every)
+        self.optimizer = build_optimizer(network, recipe.optim)
+        # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
+        self.window = torch.zeros(3 + 2 * len(mixture.stores), device=self.device)
+        self.window_steps, self.window_seconds = 0, 0.0
+
+    def go(self) -> RunResult:
+        training = self.recipe.training
+        self._prepare_folder()
+        self._resume()
+        self.latent_mean, self.latent_std = self.network.latent_mean.clone(), self.network.latent_std.clone()
+        self.model = self.accelerator.prepare(self.network)
+        self._announce()
+        main = self.accelerator.is_main_process
+        first_step, busy = self.step, 0.0
+        if self.step == 0:
+            self._validate()
+        with (
+            _StopSignals() as stop,
+            tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
+            self._loader() as loader,
+        ):
+            guard = _Guard(self, stop)
+            self.clock = began = time.perf_counter()
+            for batches in loader:
+                self._update(batches, guard)
+                bar.update()
+                stopping = guard.check() or self.step == training.steps
+                ended = time.perf_counter()
+                busy += ended - began
+                self.window_seconds += ended - began
+                self._housekeeping(bar, loader, guard, stopping)
+                began = time.perf_counter()
+                if stopping:
+                    break
+        stopped_by = stop.number if self.step < training.steps else None
+        rate = (self.step - first_step) / max(busy, 1e-9)
+        return RunResult(self.step, stopped_by, self.skipped, self.final_weights, rate, self.history)
+
+    def _housekeeping(self, bar, loader, guard: "_Guard", stopping: bool) -> None:
+        """Everything that happens every so many steps, and after the last one; not counted as training time."""
+        training, last = self.recipe.training, self.step == self.recipe.training.steps
+        if last or self.step % training.log_every == 0:
+            self._log_training(bar, loader)
+        if last or self.step % training.validate_every == 0:
+            self._validate()
+        if last or self.step % self.recipe.ema.snapshot_every == 0:
+            self._save_snapshots()
+        self._evaluate()
+        if stopping or self.step % training.checkpoint_every == 0:
+            guard.settle()
+            self._save_checkpoint()
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_recipe(self.recipe, self.run_dir / "config.yaml")
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        state = None
+        if self.recipe.resume == "auto":
+            state = latest_training_state(self.run_dir, self.accelerator.print)
+        elif (self.run_dir / "checkpoints").exists():
+            raise ValueError(
+                f"{self.run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto"
+            )
+        if state is not None:
+            if state.step > self.recipe.training.steps:
+                raise ValueError(
+                    f"{self.run_dir} has trained {state.step} steps, training.steps is {self.recipe.training.steps}"
+                )
+            self.network.load_state_dict(state.tensors["model"])
+            load_optimizer_tensors(self.network, self.optimizer, dict(state.tensors["optimizer"]))
+            self.ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
+            if self.accelerator.is_main_process:
+                self.window.copy_(state.tensors["window"]["sums"])
+            self.step, self.skipped = state.step, state.facts["skipped"]
+            self.final_weights = state.facts["weights"]
+        if self.accelerator.is_main_process:
+            self.history = truncate_metrics(self.run_dir / "metrics.jsonl", self.step)
+
+    def _announce(self) -> None:
+        training, world = self.recipe.training, self.accelerator.num_processes
+        if training.trackers:
+            self.accelerator.init_trackers(self.recipe.name, config={"recipe": json.dumps(to_dict(self.recipe))})
+        parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        self.accelerator.print(
+            f"{self.recipe.name}: {world} process{'es' * (world > 1)} on {self.device.type},"
+            f" batch {training.batch_size} = {world} x {training.accumulation_steps} x"
+            f" {micro_batch_size(training, world)}, precision {training.mixed_precision},"
+            f" {parameters / 1e6:.1f} M trainable parameters, {len(self.mixture)} rows per epoch"
+            f" ({len(self.mixture) / training.batch_size:.1f} steps), from step {self.step} to {training.steps}"
+        )
+
+    def _loader(self):
+        training, data = self.recipe.training, self.recipe.data
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return training_batches(
+            self.mixture,
+            seed=self.recipe.seed,
+            global_batch=training.batch_size,
+            slots=process_slots(training.batch_size, world, rank, training.accumulation_steps),
+            start_step=self.step,
+            num_steps=training.steps - self.step,
+            prefetch=data.prefetch_batches,
+            threads=data.read_threads,
+            device=self.device,
+        )
+
+    # --- one update -------------------------------------------------------------------------------------------------
+
+    def _update(self, batches, guard: "_Guard") -> None:
+        training = self.recipe.training
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.recipe.optim, training.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(self.window)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                result = flow_step(self.model, batch, self.recipe.flow, self.latent_mean, self.latent_std)
+                # DDP averages over processes: scaled so that the sum is the mean over the global batch.
+                scale = self.accelerator.num_processes / training.batch_size
+                self.accelerator.backward(result.loss.sum() * scale)
+            self._add_losses(sums, result.loss.detach(), batch.source)
+        norm = clip_gradients(self.network.parameters(), self.recipe.optim.max_grad_norm)
+        refuse = guard.judge(sums[0], norm, [i for batch in batches for i in batch.ids])
+        guarded_step(self.optimizer, refuse)
+        sums[1] = norm / self.accelerator.num_processes  # the same on every process; summed over them when logged
+        # A refused step counts for nothing in the averages: its numbers are not finite.
+        self.window += torch.where(refuse, torch.zeros_like(sums), sums)
+        if self.step >= self.recipe.ema.start:
+            self.ema.update()
+        self.step += 1
+        self.window_steps += 1
+
+    def _add_losses(self, sums: torch.Tensor, loss: torch.Tensor, source: torch.Tensor) -> None:
+        sums[0] += loss.sum() / self.recipe.training.batch_size
+        if self.accelerator.is_main_process:
+            sums[2] = 1  # steps counted
+        per_source = sums[3:].view(2, -1)
+        per_source[0].index_add_(0, source, loss)
+        per_source[1].index_add_(0, source, torch.ones_like(loss))
+
+    # --- what is written on the way ---------------------------------------------------------------------------------
+
+    def _log_training(self, bar, loader) -> None:
+        sums = self.accelerator.reduce(self.window.clone(), "sum").tolist()
+        self.window.zero_()
+        steps, stores = max(sums[2], 1), self.mixture.stores
+        scores = {
+            "train/loss": sums[0] / steps,
+            "train/grad_norm": sums[1] / steps,
+            "train/learning_rate": learning_rate(self.step - 1, self.recipe.optim, self.recipe.training.steps),
+            "train/skipped_steps": self.skipped,
+        }
+        totals, counts = sums[3 : 3 + len(stores)], sums[3 + len(stores) :]
+        for store, total, count in zip(stores, totals, counts, strict=True):
+            if count:
+                scores[f"train/loss_{store.path.name}"] = total / count
+        self._record(scores)
+        self._log_speed(loader)
+        bar.set_postfix(loss=f"{scores['train/loss']:.4f}", lr=f"{scores['train/learning_rate']:.1e}")
+
+    def _log_speed(self, loader) -> None:
+        seconds = max(self.window_seconds, 1e-9)
+        rate = self.window_steps / seconds
+        speed = {
+            "speed/steps_per_second": rate,
+            "speed/samples_per_second": rate * self.recipe.training.batch_size,
+            "speed/data_wait": loader.wait_seconds / seconds,
+            "speed/peak_memory_gb": peak_memory_gb(self.device),
+        }
+        self.window_steps, self.window_seconds, loader.wait_seconds = 0, 0.0, 0.0
+        self.accelerator.log(speed, step=self.step)
+        if self.accelerator.is_main_process:
+            _append_line(self.run_dir / "speed.jsonl", {"step": self.step, **speed})
+
+    def _record(self, scores: dict[str, float]) -> None:
+        """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
+        self.accelerator.log(scores, step=self.step)
+        if self.accelerator.is_main_process:
+            self.history.append({"step": self.step, **scores})
+            _append_line(self.run_dir / "metrics.jsonl", self.history[-1])
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        self.network.eval()
+        scores = self._validation_scores("val", None)
+        if self.ema.step:
+            scores |= self._validation_scores("val_ema", self.ema.nearest(self.recipe.ema.sigma_rel)[1])
+        self.network.train()
+        self._record(scores)
+        if self.accelerator.is_main_process:
+            averaged = f", EMA {scores['val_ema/loss']:.4f}" if self.ema.step else ""
+            tqdm.write(f"step {self.step}: validation loss {scores['val/loss']:.4f}{averaged}")
+
+    def _validation_scores(self, kind: str, weights) -> dict[str, float]:
+        """Loss over the whole split with noise and times fixed per item, overall, per source and over bins of t."""
+        data, rows = self.recipe.data, len(self.validation.stores)
+        sums = torch.zeros(2, 1 + rows + TIME_BINS, device=self.device, dtype=torch.float64)
+
+        def forward(*args, **kwargs):
+            with self.accelerator.autocast():
+                if weights is None:
+                    return self.network(*args, **kwargs)
+                return torch.func.functional_call(self.network, weights, args, kwargs)
+
+        world = self.accelerator.num_processes
+        size = max(1, min(micro_batch_size(self.recipe.training, world), -(-len(self.validation) // world)))
+        batches = validation_batches(
+            self.validation,
+            seed=self.recipe.seed,
+            batch_size=size,
+            rank=self.accelerator.process_index,
+            world_size=world,
+            threads=data.read_threads,
+            device=self.device,
+        )
+        for batch in batches:
+            result = flow_step(forward, batch, self.recipe.flow, self.latent_mean, self.latent_std)
+            bins = (result.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+            counted = batch.counted.double()
+            for column in (torch.zeros_like(bins), 1 + batch.source, 1 + rows + bins):
+                sums[0].index_add_(0, column, result.loss.double() * counted)
+                sums[1].index_add_(0, column, counted)
+        totals, counts = self.accelerator.reduce(sums, "sum").tolist()
+        names = ["loss", *(f"loss_{store.path.name}" for store in self.validation.stores)]
+        names += [f"loss_t_{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]
+        return {f"{kind}/{n}": a / c for n, a, c in zip(names, totals, counts, strict=True) if c}
+
+    def _evaluate(self) -> None:
+        due = [e for e in self.evaluators if self.step % e.every == 0 or self.step == self.recipe.training.steps]
+        if due:
+            model = self._averaged_network()
+            for evaluator in due:
+                self._record({f"{evaluator.name}/{k}": v for k, v in evaluator.run(model, self.step).items()})
+
+    def _averaged_network(self) -> MMAudio:
+        return MMAudio.from_config_and_state(self.network.config, self._averages()[0], "EMA").to(self.device).eval()
+
+    def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over."""
+        wanted, frozen = self.recipe.ema.sigma_rel, {n: getattr(self.network, n) for n in FROZEN_TENSORS}
+        sigma, averages = self.ema.nearest(wanted)
+        if self.step == self.recipe.training.steps and sigma != wanted:
+            snapshots = find_snapshots(self.run_dir / "ema")
+            if snapshots:
+                averages, sigma = synthesize(snapshots, wanted, self.ema.step, frozen), wanted
+        return averages, {"weights": "ema", "sigma_rel": sigma, "step": self.step}
+
+    def _save_snapshots(self) -> None:
+        if self.accelerator.is_main_process and self.ema.step:
+            self.ema.save_snapshots(self.run_dir / "ema")
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self) -> None:
+        window = self.accelerator.reduce(self.window.clone(), "sum")
+        averages, self.final_weights = self._averages()
+        if self.accelerator.is_main_process:
+            facts = {"skipped": self.skipped, "ema_step": self.ema.step, "weights": self.final_weights}
+            tensors = {
+                "model": self.network.state_dict(),
+                "optimizer": optimizer_tensors(self.network, self.optimizer),
+                "ema": self.ema.tensors(),
+                "window": {"sums": window},
+            }
+
+            def write_pretrained(folder: Path) -> None:
+                MMAudio.from_config_and_state(self.network.config, averages, "EMA").save_pretrained(folder)
+                (folder / "weights.json").write_text(json.dumps(self.final_weights) + "\n")
+                self.write_extras(folder)
+
+            state = TrainingState(self.step, tensors, facts)
+            save_checkpoint(self.run_dir, state, write_pretrained, self.recipe.training.keep_checkpoints)
+        # The sums over all processes are with the first one now, here and after a resume.
+        self.window.copy_(window if self.accelerator.is_main_process else torch.zeros_like(window))
+        self.accelerator.wait_for_everyone()
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
+
+
+class _StopSignals:
+    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of dying of it; a second one interrupts at once."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def _note(self, number: int, _frame) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _OnHost:
+    """A small tensor on its way to the host; reading it waits for the copy alone, not for work queued after it."""
+
+    def __init__(self, values: torch.Tensor):
+        self.event = None
+        self.values = values
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.event = torch.cuda.current_stream(values.device).record_event()
+
+    def read(self) -> list[int]:
+        """The values, as soon as they have arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values.tolist()
+
+
+class _Guard:
+    """Keeps non-finite steps from the optimizer and lets all processes stop after the same step.
+
+    The verdict on a step is formed on the device and read one step later, so the host never waits for it.
+    """
+
+    def __init__(self, run: _Run, stop: _StopSignals):
+        self.run, self.stop = run, stop
+        self.pending: deque[tuple[int, _OnHost, list[str]]] = deque()
+        self.in_a_row = 0
+        self.stopping = False
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor, ids: list[str]) -> torch.Tensor:
+        """True (a boolean scalar on the device) where this step must not reach the optimizer, on every process."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        asked = torch.full_like(bad, self.stop.number is not None)
+        flags = torch.stack([bad, asked]).to(torch.int32)
+        if self.run.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self.pending.append((self.run.step, _OnHost(flags), ids))
+        return flags[0] > 0
+
+    def check(self) -> bool:
+        """Read the verdicts of all steps but the last; True when a process was asked to stop."""
+        while len(self.pending) > 1:
+            self._settle_one()
+        return self.stopping
+
+    def settle(self) -> None:
+        """Read all verdicts, before a checkpoint."""
+        while self.pending:
+            self._settle_one()
+
+    def _settle_one(self) -> None:
+        step, flags, ids = self.pending.popleft()
+        bad, asked = flags.read()
+        self.stopping = self.stopping or bool(asked)
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if not bad:
+            return
+        run = self.run
+        run.skipped += 1
+        all_ids = gather_object(ids)
+        if run.accelerator.is_main_process:
+            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
+            _append_line(run.run_dir / "skipped.jsonl", {"step": step, "ids": all_ids})
+        if self.in_a_row >= run.recipe.training.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.in_a_row} steps in a row were not finite: the ids are in {run.run_dir / 'skipped.jsonl'};"
+                f" the last checkpoint is as it was, lower optim.learning_rate or check the data and start again"
+            )
+
+
+def truncate_metrics(path: Path, step: int) -> list[dict[str, float]]:
+    """Drop the lines that a killed run logged after `step`, which will be logged again; return the others."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break  # a line cut short by the kill
+        # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
+        if entry["step"] <= step and step > 0:
+            kept.append(entry)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    partial.replace(path)
+    return kept
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this process has held: on the accelerator, or resident on the host when there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _append_line(path: Path, entry: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
