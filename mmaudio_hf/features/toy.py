@@ -1,0 +1,244 @@
+"""Toy encoders: fixed formulas in place of the released networks, for trying everything out without a download.
+
+None of them is a neural network and none has seen data, but for the mel codec, which is a principal component
+analysis of the example's own sound. They have the shapes and rates of the real ones and carry only what is said at
+each; a model trained on them is of no use for anything but the example. Recipes ask for them by `encoders.kind: toy`.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torchaudio.transforms import GriffinLim
+
+from mmaudio_hf.features.mel import mel_filter_bank
+from mmaudio_hf.schema import (
+    CLIP_DIM,
+    LATENT_STRIDE,
+    SYNC_DIM,
+    SYNC_HOP_FRAMES,
+    SYNC_SEGMENT_FRAMES,
+    TEXT_DIM,
+    TEXT_TOKENS,
+    audio_mode,
+)
+
+VERSION = 1  # part of the fingerprints: raise it whenever a formula below changes
+
+CLIP_GRID, SYNC_GRID = 12, 28  # cells per side
+MOTION_GRID = 7
+CONTEXT_WEIGHT = 0.7  # of the words so far, in a row of text features
+WORD = re.compile(r"[^\W_]+|[^\w\s]")
+
+LATENT_STD = 0.05  # of every latent channel, which themselves have unit variance
+DYNAMIC_RANGE = 3.5  # decades below the loudest mel value; what is quieter counts as silence
+GRIFFIN_LIM_STEPS = 32
+
+
+def clip_features(frames: torch.Tensor) -> torch.Tensor:
+    """Unit-length features (T, 1024) of pictures (T, 3, 384, 384), uint8 or in [0, 1]; carries only their thumbnails.
+
+    12 x 12 mean colours, the contrast in the same cells, and mean and spread of the colours, projected at random.
+    """
+    cells = _thumbnails(frames, 2 * CLIP_GRID, 0, 255)
+    small = F.avg_pool2d(cells, 2)
+    contrast = (F.avg_pool2d(cells.square(), 2) - small.square()).clamp(min=0).mean(1).add(1e-6).sqrt()
+    overall = torch.cat([small.mean((2, 3)), small.std((2, 3))], dim=1)
+    described = torch.cat([(small - 0.5).flatten(1), 2 * contrast.flatten(1), 4 * overall], dim=1)
+    return F.normalize(described @ _projection("clip", described.shape[1], CLIP_DIM, described.device), dim=1)
+
+
+def sync_features(frames: torch.Tensor) -> torch.Tensor:
+    """Features (S, 768) of pictures (F, 3, 224, 224), uint8 or in [-1, 1]; carries only where and when light changes.
+
+    One token for two pictures in the layout of Synchformer: segments of 16 pictures, one every 8, 8 tokens each.
+    A token has the changes of its own two pictures in a 7 x 7 grid, the amount, sign and suddenness of change in
+    every picture of its segment, and the time at which its segment begins.
+    """
+    luma = _thumbnails(frames, SYNC_GRID, 127.5, 127.5).mean(1, keepdim=True) / 2
+    change = torch.diff(luma, dim=0, prepend=luma[:1])
+    sudden = torch.diff(change, dim=0, prepend=change[:1])
+    # Relative to the usual change in this clip, so that dark and bright, big and small scenes are alike.
+    usual = change.square().mean().sqrt() + 1e-3
+    change, sudden = change / usual, sudden / usual
+    local = torch.cat([F.adaptive_avg_pool2d(change, MOTION_GRID), F.adaptive_avg_pool2d(change.abs(), MOTION_GRID)], 1)
+    amount = torch.stack(
+        [
+            change.abs().mean((1, 2, 3)),
+            change.mean((1, 2, 3)),
+            sudden.abs().mean((1, 2, 3)),
+            change.amax((1, 2, 3)) / 4,
+            _vertical(change),
+            torch.diff(_vertical(change), prepend=change.new_zeros(1)),
+        ],
+        dim=1,
+    )
+    segments = [_segments(values.asinh()) for values in (local.flatten(1), amount)]  # (segments, 16, features)
+    own = segments[0].unflatten(1, (-1, 2)).flatten(2)
+    own_amount = segments[1].unflatten(1, (-1, 2)).flatten(2)
+    count, tokens = own.shape[:2]
+    around = segments[1].flatten(1)[:, None].expand(count, tokens, -1)
+    begin = torch.arange(count, device=frames.device, dtype=torch.float32) * SYNC_HOP_FRAMES / 25
+    angle = begin[:, None] * math.pi / torch.tensor([1.0, 2.0, 4.0, 8.0], device=frames.device)
+    clock = torch.cat([angle.sin(), angle.cos()], dim=1)[:, None].expand(count, tokens, -1)
+    described = torch.cat([own, 3 * own_amount, 2 * around, clock], dim=2).flatten(0, 1)
+    return described @ _projection("sync", described.shape[1], SYNC_DIM, described.device)
+
+
+def _thumbnails(frames: torch.Tensor, cells: int, zero: float, one: float) -> torch.Tensor:
+    """Mean colours (T, 3, cells, cells) of every second row and column; bytes `zero` and `zero + one` become 0 and 1.
+
+    In small batches, since the floats of a whole clip do not fit any cache.
+    """
+    batches = []
+    for batch in frames[..., ::2, ::2].split(8):
+        small = F.avg_pool2d(batch.float(), batch.shape[-1] // cells)
+        batches.append((small - zero) / one if frames.dtype == torch.uint8 else small)
+    return torch.cat(batches)
+
+
+def _vertical(change: torch.Tensor) -> torch.Tensor:
+    """Upward motion of light per picture (F,): the first moment of the change along the height."""
+    height = torch.linspace(1, -1, change.shape[2], device=change.device)
+    return 4 * (change.mean((1, 3)) * height).mean(1)
+
+
+def _segments(values: torch.Tensor) -> torch.Tensor:
+    """(F, features) -> (segments, 16, features)."""
+    return values.unfold(0, SYNC_SEGMENT_FRAMES, SYNC_HOP_FRAMES).transpose(1, 2)
+
+
+def text_features(captions: Sequence[str]) -> torch.Tensor:
+    """Unit-length rows (B, 77, 1024); carries only which words a caption has, and their order.
+
+    Row i is the hashed vector of token i (start, words, end, then padding) and of the words up to there, as the later
+    rows of a causal text encoder know the earlier ones. Words that differ at all have nothing in common.
+    """
+    return torch.stack([_caption_features(caption) for caption in captions])
+
+
+def _caption_features(caption: str) -> torch.Tensor:
+    words = WORD.findall(caption.lower())[: TEXT_TOKENS - 2]
+    tokens = ["<start>", *words, "<end>"]
+    tokens += ["<padding>"] * (TEXT_TOKENS - len(tokens))
+    vectors = torch.stack([_word_vector(token) for token in tokens])
+    is_word = torch.zeros(TEXT_TOKENS, 1)
+    is_word[1 : 1 + len(words)] = 1
+    so_far = (vectors * is_word).cumsum(0) / is_word.cumsum(0).clamp(min=1).sqrt()
+    places = torch.stack([_word_vector(f"<place {place}>") for place in range(TEXT_TOKENS)])
+    return F.normalize(vectors + CONTEXT_WEIGHT * so_far + 0.2 * places, dim=1)
+
+
+@lru_cache(maxsize=100_000)
+def _word_vector(word: str) -> torch.Tensor:
+    return F.normalize(_normal(f"word {word}", (TEXT_DIM,)), dim=0)
+
+
+@lru_cache(maxsize=8)
+def _projection(name: str, inputs: int, outputs: int, device) -> torch.Tensor:
+    return (_normal(f"projection {name}", (inputs, outputs)) / math.sqrt(inputs)).to(device)
+
+
+def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal numbers that depend on `name` alone."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32))
+
+
+class ToyMelCodec:
+    """Mel spectrograms to latents by principal components of patches of two frames; a linear map, nothing learned.
+
+    Has the rates and channels of the mel VAE of `mode`. Channels have mean 0 and variance 1 over the fitted sound. It
+    carries the spectral envelope in steps of two mel frames, as far as the components reach.
+    """
+
+    def __init__(self, mode: str, tensors: dict[str, torch.Tensor]):
+        self.mode = audio_mode(mode)
+        self.tensors = tensors  # floor (), mean (2 bins,), basis (2 bins, C), scale (C,)
+
+    @classmethod
+    def fit(cls, mode: str, mels: Sequence[torch.Tensor]) -> "ToyMelCodec":
+        """Codec of log-mel spectrograms, each (bins, frames); the same ones give the same codec."""
+        rate = audio_mode(mode)
+        size = LATENT_STRIDE * rate.mel_bins
+        decade = 1.0 if mode == "16k" else math.log(10)  # of `MelSpectrogram(mode)`
+        floor = max(float(mel.max()) for mel in mels) - DYNAMIC_RANGE * decade
+        patches = torch.cat([_patches(mel[None].clamp(min=floor)).flatten(0, 1) for mel in mels]).double()
+        if len(patches) <= size:
+            raise ValueError(f"a toy codec needs more than {size} latent frames of sound, {len(patches)} were given")
+        mean = patches.mean(0)
+        variance, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        order = torch.arange(size - 1, size - 1 - rate.latent_channels, -1)
+        basis = vectors[:, order]
+        signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        scale = variance[order].clamp(min=1e-6).sqrt()
+        tensors = {"floor": torch.tensor(floor), "mean": mean, "basis": basis * signs, "scale": scale}
+        return cls(mode, {name: value.float().contiguous() for name, value in tensors.items()})
+
+    @classmethod
+    def load(cls, mode: str, path: str | Path) -> "ToyMelCodec":
+        """Codec from a file of `to_bytes`; ValueError when it is of another mode or damaged."""
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: remove it, it is fitted again by `mmaudio-hf extract`") from error
+        rate = audio_mode(mode)
+        size, channels = LATENT_STRIDE * rate.mel_bins, rate.latent_channels
+        wanted = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": (channels,)}
+        if {name: tuple(value.shape) for name, value in tensors.items()} != wanted:
+            raise ValueError(f"{path} is not a toy codec of mode {mode}: remove it, it is fitted again by extraction")
+        return cls(mode, tensors)
+
+    def to_bytes(self) -> bytes:
+        """Content of a safetensors file."""
+        return save(self.tensors)
+
+    def to(self, device) -> "ToyMelCodec":
+        """The codec on another device."""
+        return ToyMelCodec(self.mode.name, {name: value.to(device) for name, value in self.tensors.items()})
+
+    def encode(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation, each (B, N, C), of mel (B, bins, 2N)."""
+        floor, mean, basis, scale = (self.tensors[name] for name in ("floor", "mean", "basis", "scale"))
+        latent_BNC = (_patches(mel.clamp(min=floor)) - mean) @ basis / scale
+        return latent_BNC, torch.full_like(latent_BNC, LATENT_STD)
+
+    def decode(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+        """Mel (B, bins, 2N) of latents (B, N, C)."""
+        floor, mean, basis, scale = (self.tensors[name] for name in ("floor", "mean", "basis", "scale"))
+        patches = (latent_BNC.float() * scale) @ basis.T + mean
+        return patches.unflatten(2, (LATENT_STRIDE, -1)).flatten(1, 2).transpose(1, 2).clamp(min=floor)
+
+
+def _patches(mel: torch.Tensor) -> torch.Tensor:
+    """(B, bins, 2N) -> (B, N, 2 bins)."""
+    return mel.transpose(1, 2).unflatten(1, (-1, LATENT_STRIDE)).flatten(2)
+
+
+def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
+    """Waveform (B, frames * hop) in [-1, 1] of log-mel (B, bins, frames), with phases by Griffin and Lim (1984).
+
+    Sound stays where it was: frame i of `MelSpectrogram` is centred half a hop after sample i * hop, frame i of
+    GriffinLim on it, so the spectrogram is extended by a frame at both ends and half a hop cut off.
+    """
+    rate = audio_mode(mode)
+    loudness = (10**mel if mode == "16k" else mel.exp()).clamp(max=1e3)
+    magnitude = (_inverse_filter_bank(mode, mel.device) @ loudness).clamp(min=0)
+    vocoder = GriffinLim(
+        rate.mel_window, GRIFFIN_LIM_STEPS, hop_length=rate.mel_hop, power=1.0, rand_init=False, momentum=0.9
+    ).to(mel.device)
+    waveform = vocoder(F.pad(magnitude, (1, 1), mode="replicate"))
+    start = rate.mel_hop // 2
+    return waveform[:, start : start + mel.shape[2] * rate.mel_hop].clamp(-1, 1)
+
+
+@lru_cache(maxsize=4)
+def _inverse_filter_bank(mode: str, device) -> torch.Tensor:
+    return torch.linalg.pinv(mel_filter_bank(mode).double()).float().to(device)
