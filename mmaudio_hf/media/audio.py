@@ -87,16 +87,20 @@ def _decoded(path) -> Iterator[tuple[np.ndarray, int]]:
         stream = container.streams.best("audio")
         if stream is None:
             raise MediaError("no_audio", f"{path}: has no sound; remove it from the list")
-        rate = None
+        rate, count = None, 0
         try:
             for frame in container.decode(stream):
                 if rate not in (None, frame.sample_rate):
                     raise MediaError("decode_error", f"{path}: the sample rate changes within the file; re-encode it")
-                rate = frame.sample_rate
+                rate, count = frame.sample_rate, count + frame.samples
                 yield mono_samples(frame), rate
         except (av.error.FFmpegError, OSError) as error:
             message = f"{path}: damaged data ({error.strerror}); replace or re-encode the file"
             raise MediaError("decode_error", message) from error
+        if container.format.name == "flac" and stream.duration and count != stream.duration:
+            # The flac reader steps over damaged blocks without a word.
+            message = f"{path}: damaged data ({count} of {stream.duration} samples can be read); replace the file"
+            raise MediaError("decode_error", message)
 
 
 def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
@@ -200,10 +204,15 @@ def _resampler(source_rate: int, target_rate: int) -> Resample:
 
 def _resample_odd(waveform: torch.Tensor, up: int, down: int) -> torch.Tensor:
     """The same filter for rates with hardly a common divisor, one polyphase pass instead of a table of all phases."""
-    half = math.ceil(_ZEROS * max(up, down) / _ROLLOFF)
-    taps = scipy.signal.firwin(2 * half + 1, _ROLLOFF / max(up, down), window=("kaiser", _BETA))
+    taps = _odd_filter(max(up, down))
     resampled = scipy.signal.resample_poly(waveform.numpy().astype(np.float64), up, down, axis=-1, window=taps)
     return torch.from_numpy(resampled.astype(np.float32))
+
+
+@lru_cache(maxsize=2)
+def _odd_filter(ratio: int) -> np.ndarray:
+    half = math.ceil(_ZEROS * ratio / _ROLLOFF)
+    return scipy.signal.firwin(2 * half + 1, _ROLLOFF / ratio, window=("kaiser", _BETA))
 
 
 def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int) -> None:

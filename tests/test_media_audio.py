@@ -1,0 +1,166 @@
+"""Recordings: scales of sample formats, resampling, clips of loud files, writing."""
+
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import scipy.io.wavfile
+import scipy.signal
+import torch
+
+from mmaudio_hf.media import audio
+from mmaudio_hf.media.audio import MediaError, count_samples, read_audio_clip, read_waveform, resample, write_audio
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.uniform(-1, 1, (2, 20_000))
+
+
+def write_frames(path, codec, rate, samples, sample_format, layout):
+    """`samples` (channels, n), planar or interleaved by the format."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        stream.codec_context.format = sample_format
+        data = samples if sample_format.endswith("p") else samples.T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data), format=sample_format, layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sample_format", "bits"),
+    [
+        ("a.wav", "pcm_s16le", "s16", 16),
+        ("a.wav", "pcm_s24le", "s32", 24),
+        ("a.wav", "pcm_s32le", "s32", 32),
+        ("a.flac", "flac", "s16", 16),
+        ("a.flac", "flac", "s32", 24),
+    ],
+)
+def test_integer_formats_keep_their_scale(name, codec, sample_format, bits, tmp_path):
+    integers = np.round(NOISE * (2 ** (bits - 1) - 1)).astype(np.int64)
+    container_bits = 16 if sample_format == "s16" else 32
+    stored = (integers << (container_bits - bits)).astype(f"int{container_bits}")
+    write_frames(tmp_path / name, codec, 44_100, stored, sample_format, "stereo")
+    waveform, rate = read_waveform(tmp_path / name)
+    assert rate == 44_100 and waveform.dtype == torch.float32
+    expected = (integers / 2.0 ** (bits - 1)).astype(np.float32).mean(axis=0)
+    assert np.abs(waveform.numpy() - expected).max() < 1e-7
+    assert count_samples(tmp_path / name) == (20_000, 44_100)
+
+
+def test_unsigned_bytes_and_floats(tmp_path):
+    scipy.io.wavfile.write(tmp_path / "u8.wav", 8000, np.array([0, 128, 255], np.uint8))
+    assert read_waveform(tmp_path / "u8.wav")[0].tolist() == [-1.0, 0.0, 127 / 128]
+    floats = (2 * NOISE[0]).astype(np.float32)  # beyond full scale: floats are not clipped
+    scipy.io.wavfile.write(tmp_path / "f32.wav", 8000, floats)
+    scipy.io.wavfile.write(tmp_path / "f64.wav", 8000, floats.astype(np.float64))
+    for name in ("f32.wav", "f64.wav"):
+        assert np.array_equal(read_waveform(tmp_path / name)[0].numpy(), floats)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sample_format"),
+    [("a.mp3", "libmp3lame", "fltp"), ("a.m4a", "aac", "fltp"), ("a.opus", "libopus", "flt")],
+)
+def test_compressed_formats(name, codec, sample_format, tmp_path):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)[None].astype(np.float32)
+    write_frames(tmp_path / name, codec, 48_000, tone, sample_format, "mono")
+    waveform, rate = read_waveform(tmp_path / name)
+    assert rate == 48_000 and 0 <= len(waveform) - 48_000 < 2400  # the padding of the last frame may stay
+    assert np.corrcoef(waveform.numpy()[2400:45_600], tone[0, 2400:45_600])[0, 1] > 0.98  # no shift by an encoder delay
+
+
+@pytest.mark.parametrize(("source", "target"), [(44_100, 16_000), (48_000, 44_100), (16_000, 44_100), (44_099, 16_000)])
+def test_resampling_keeps_tones_and_length(source, target):
+    """Below the pass band's edge a sine stays the same sine; above the new Nyquist frequency it vanishes."""
+    n = source + 17
+    middle = slice(target // 4, target // 2)
+    low = torch.sin(2 * math.pi * 1000 * torch.arange(n, dtype=torch.float64) / source).float()
+    out = resample(low, source, target)
+    assert len(out) == math.ceil(target * n / source)
+    expected = torch.sin(2 * math.pi * 1000 * torch.arange(len(out), dtype=torch.float64) / target).float()
+    assert (out - expected)[middle].abs().max() < 1e-4
+    if target < source:
+        high = torch.sin(2 * math.pi * 1.02 * target / 2 * torch.arange(n, dtype=torch.float64) / source).float()
+        assert resample(high, source, target)[middle].abs().max() < 1e-3
+
+
+def test_resampling_kernel_is_the_kaiser_windowed_sinc():
+    """One impulse through 48 -> 16 kHz gives the filter itself, written down here once more."""
+    impulse = torch.zeros(3 * 2001)
+    impulse[3000] = 1
+    ours = resample(impulse, 48_000, 16_000).double().numpy()
+    cutoff, zeros, beta = 0.9475937167399596, 64, 14.769656459379492
+    time = (3 * np.arange(2001) - 3000) / 3 * cutoff
+    window = np.where(abs(time) < zeros, np.i0(beta * np.sqrt(np.clip(1 - (time / zeros) ** 2, 0, 1))) / np.i0(beta), 0)
+    assert np.abs(ours - np.sinc(time) * window * cutoff / 3).max() < 1e-6
+
+
+def test_odd_rates_use_little_memory_and_the_same_filter():
+    noise = torch.from_numpy(NOISE[0].astype(np.float32))
+    table = resample(noise, 44_100, 16_000)
+    assert (audio._resample_odd(noise, 160, 441) - table).abs().max() < 1e-4
+    assert resample(noise, 44_101, 16_000).shape == (math.ceil(16_000 * 20_000 / 44_101),)
+
+
+def test_clip_of_a_loud_file_stays_quiet(tmp_path):
+    quiet, loud = 0.01 * NOISE[0], NOISE[1]
+    track = np.concatenate([np.tile(quiet, 7), loud]).astype(np.float32)  # 140 000 quiet samples, then loud ones
+    write_audio(tmp_path / "a.flac", torch.from_numpy(track), 16_000)
+    clip = read_audio_clip(tmp_path / "a.flac", start_sample=100, end_sample=129_700)
+    peak = np.abs(np.round(track * 32767)).max() / 32768
+    expected = np.round(track * 32767)[100:128_100] / 32768 / peak * 0.95
+    assert clip.shape == (128_000,) and np.abs(clip.numpy() - expected).max() < 1e-6
+
+
+def test_refusals(tmp_path):
+    def reason(path, **options):
+        with pytest.raises(MediaError) as caught:
+            read_audio_clip(path, **options)
+        assert str(path) in str(caught.value)
+        return caught.value.reason
+
+    path = tmp_path / "a.wav"
+    assert reason(path) == "not_found"
+    path.write_bytes(b"RIFF of nothing")
+    assert reason(path) == "unreadable"
+    write_audio(path, torch.zeros(200_000), 16_000)
+    assert reason(path) == "silent"
+    write_audio(path, torch.rand(127_999), 16_000)
+    assert reason(path) == "audio_too_short"
+    assert read_audio_clip(path, duration=2.0).shape == (32_256,)
+    assert reason(path, start_sample=10, end_sample=128_000) == "clip_out_of_range"
+    assert reason(path, start_sample=-1) == "clip_out_of_range"
+    scipy.io.wavfile.write(path, 16_000, np.full(130_000, np.nan, np.float32))
+    assert reason(path) == "decode_error"
+    scipy.io.wavfile.write(path, 16_000, np.zeros(0, np.int16))
+    assert reason(path) in ("audio_too_short", "unreadable")
+
+
+def test_damaged_recording(tmp_path):
+    write_audio(tmp_path / "a.flac", torch.from_numpy(NOISE[0].astype(np.float32)), 16_000)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(MediaError) as caught:
+        read_waveform(tmp_path / "a.flac")
+    assert caught.value.reason == "decode_error"
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac"])
+def test_written_sound_reads_back(ending, tmp_path):
+    path = tmp_path / f"a.{ending}"
+    stereo = torch.from_numpy(NOISE.astype(np.float32)) * 1.5
+    write_audio(path, stereo, 44_100)
+    waveform, rate = read_waveform(path)
+    assert rate == 44_100
+    assert (waveform - stereo.clamp(-1, 1).mean(dim=0)).abs().max() < 2 / 32768
+    for bad in (torch.full((10,), math.inf), torch.zeros(3, 10), torch.zeros(0)):
+        with pytest.raises(ValueError, match="waveform"):
+            write_audio(path, bad, 44_100)
+    with pytest.raises(ValueError, match=r"\.mp3"):
+        write_audio(tmp_path / "a.mp3", stereo, 44_100)
+    assert [p.name for p in tmp_path.iterdir()] == [f"a.{ending}"], "nothing half-written stays behind"

@@ -1,0 +1,78 @@
+"""New sound under a video: what is copied, what is encoded, how long the result is."""
+
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+import odd_media
+import pytest
+import torch
+from odd_media import Odd, cut_without_encoding, read_codes, steady, write_odd
+
+from mmaudio_hf.media.video import MediaError, probe, read_video, write_video_with_audio
+
+LATE = Fraction(3, 10)
+
+
+def packets_of(path):
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(container.streams.best("video")) if packet.size]
+
+
+SOUND = torch.from_numpy(odd_media.burst_track(5.0, 16_000)[0])
+
+
+@pytest.mark.parametrize("case", ["plain", "late", "cut", "mkv", "rotated", "silent"])
+def test_new_sound_under_copied_pictures(case, tmp_path):
+    long = {"options": (("g", "100"),), "sound_seconds": 5}
+    odd = {
+        "late": Odd(steady(4, start=LATE)),
+        "rotated": Odd(steady(4), rotation=90),
+        "silent": Odd(steady(4), sound_seconds=None),
+    }.get(case, Odd(steady(4), **long))
+    source = write_odd(tmp_path / ("a.mkv" if case == "mkv" else "a.mp4"), odd)
+    if case == "cut":
+        source = cut_without_encoding(source, tmp_path / "cut.mp4", 1.3)
+    before = read_video(source, duration=2.0, pictures_only=True)
+    write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
+    assert packets_of(tmp_path / "out.mp4") == packets_of(source), "copied, not encoded again"
+    after = read_video(tmp_path / "out.mp4", duration=2.0)
+    assert torch.equal(after.sync_frames[2:-2], before.sync_frames[2:-2]) or case == "late"
+    assert after.sync_frames.shape == before.sync_frames.shape
+    assert np.abs(np.array(odd_media.burst_times(after.audio, 16_000)) - [0, 0.5, 1, 1.5, 2]).max() < 0.002
+    facts = probe(tmp_path / "out.mp4")
+    expected = 4 - (1.32 if case == "cut" else 0)
+    assert facts["video"]["duration"] == pytest.approx(expected, abs=0.05)
+    assert facts["audio"]["duration"] == pytest.approx(facts["video"]["duration"], abs=0.03)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_short_sound_cuts_the_pictures(tmp_path):
+    source = write_odd(tmp_path / "a.mp4", Odd(steady(4)))
+    write_video_with_audio(source, torch.stack([SOUND, SOUND])[:, :32_000], 16_000, tmp_path / "out.mp4")
+    facts = probe(tmp_path / "out.mp4")
+    assert facts["audio"]["channels"] == 2 and facts["audio"]["duration"] == pytest.approx(2.0, abs=0.001)
+    assert 2.0 <= facts["video"]["duration"] <= 2.2
+
+
+def test_pictures_that_mp4_cannot_hold_are_encoded(tmp_path):
+    odd = Odd(steady(4), codec="libvpx", size=(97, 97), sound_seconds=None)
+    source = write_odd(tmp_path / "a.webm", odd)
+    write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
+    facts = probe(tmp_path / "out.mp4")
+    assert facts["video"]["codec"] == "h264" and facts["video"]["width"] == facts["video"]["height"] == 96
+    assert read_codes((read_video(tmp_path / "out.mp4", duration=2.0).sync_frames + 1) / 2) == list(range(50))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    source, out = write_odd(tmp_path / "a.mp4", Odd(steady(1))), tmp_path / "out.mp4"
+    out.write_text("old")
+    for wave in (torch.full((16_000,), math.nan), torch.zeros(3, 16_000), torch.zeros(0)):
+        with pytest.raises(ValueError, match="waveform"):
+            write_video_with_audio(source, wave, 16_000, out)
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(MediaError):
+        write_video_with_audio(tmp_path / "text.mp4", SOUND, 16_000, out)
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "out.mp4", "text.mp4"]
