@@ -46,6 +46,7 @@ def test_a_sample_has_the_same_numbers_in_any_batch():
     assert same(draws(5, "train", 9, [11, 2, 2], SHAPE), whole, [11, 2, 2])
     ids = ["a", "b", "c"]
     assert same(draws_for_ids(5, ["c", "a"], SHAPE), draws_for_ids(5, ids, SHAPE), [2, 0])
+    assert draws_for_ids(5, [f"clip_{i:04d}" for i in range(100)], SHAPE).z.unique().numel() == 100
 
 
 @pytest.mark.parametrize("changes", [{"seed": 6}, {"stream": "other"}, {"step": 10}, {"slots": [12]}])

@@ -284,6 +284,9 @@ def test_opening_refuses_broken_stores(tmp_path):
     spoiled(manifest, edited(schema_version=2), "schema version 2 is not known")
     spoiled(manifest, edited(rows=5), "describes 5 rows")
     spoiled(manifest, lambda _: b"{}", "schema version None")
+    spoiled(manifest, lambda _: b'{"schema_version": 1}', "lacks mode, duration")
+    spoiled(manifest, edited(columns={"mean": 3}), "columns or latent_statistics are malformed")
+    spoiled(manifest, edited(latent_statistics={"mean": [0.0], "std": [1.0]}), "describes 4 rows")
     FeatureStore.open(path)
     for file in (path / "text_features.memmap", meta):
         moved = file.rename(tmp_path / "aside")

@@ -503,9 +503,13 @@ def _check_manifest(file: Path, manifest: dict[str, Any], rows: int, columns: Ma
     absent = [key for key in keys if key not in manifest]
     if absent:
         raise ValueError(f"{file} lacks {', '.join(absent)}; {_AGAIN}")
-    listed = {name: (tuple(c["shape"]), c["dtype"]) for name, c in manifest["columns"].items()}
+    try:
+        listed = {name: (tuple(c["shape"]), c["dtype"]) for name, c in manifest["columns"].items()}
+        channels = {len(manifest["latent_statistics"][key]) for key in ("mean", "std")}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: columns or latent_statistics are malformed; {_AGAIN}") from error
     found = {name: (c.shape, _dtype_name(c.dtype)) for name, c in columns.items()}
-    if manifest["rows"] != rows or listed != found:
+    if manifest["rows"] != rows or listed != found or channels != {columns[MEAN].shape[-1]}:
         raise ValueError(f"{file} describes {manifest['rows']} rows of {listed}, the folder holds {rows} of {found}")
 
 
