@@ -226,7 +226,7 @@ def test_memory_of_the_writer_does_not_grow_with_the_rows(tmp_path):
         sys.path.insert(0, {tests!r})
         from data_stores import FACTS
         shapes = {{"mean": (250, 20), "std": (250, 20), "text_features": (77, 1024)}}
-        rows = 600
+        rows = 200
         with StoreWriter({path!r}, shapes, rows, **FACTS) as writer:
             for row in range(rows):
                 if row == 20:
@@ -236,7 +236,7 @@ def test_memory_of_the_writer_does_not_grow_with_the_rows(tmp_path):
     """
     script = textwrap.dedent(script.format(tests=os.path.dirname(__file__), path=str(tmp_path / "s")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 20  # MiB; the store has 200
+    assert float(done.stdout) < 20  # MiB; the store has 70
 
 
 # --- broken stores -----------------------------------------------------------------------------------------------
