@@ -296,7 +296,7 @@ def _thump(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
 
 def _beep(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     held = np.minimum(1, np.exp(-(t - 0.12) / 0.03))
-    tone = np.sin(2 * np.pi * 1100 * pitch * t) + np.sin(2 * np.pi * 3300 * pitch * t) / 3
+    tone = np.sin(2 * np.pi * 1400 * pitch * t) + np.sin(2 * np.pi * 4200 * pitch * t) / 3
     return 0.7 * tone * held + 0.4 * _burst(t, 0.003, rng)
 
 
@@ -365,7 +365,7 @@ def _sound_track(
 ) -> np.ndarray:
     """One channel (num_samples,) float32 with the kind's sound at every time, peak 0.8, over quiet noise."""
     track = np.zeros(num_samples)
-    pitch = float(rng.uniform(0.87, 1.15))
+    pitch = float(rng.uniform(0.9, 1.1))
     for time in times:
         onset = round(time * rate)
         t = np.arange(min(round(0.8 * rate), num_samples - onset)) / rate
