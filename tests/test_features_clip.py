@@ -232,6 +232,7 @@ def test_long_captions_are_cut_and_keep_the_end(synthetic):
 
 def test_captions_are_cleaned():
     assert clean_caption("  Rock &amp;amp; ROLL\t&lt;b&gt;\n ") == "rock & roll <b>"
+    assert clean_caption("<x> a &amp;lt; b") == "<x> a < b"  # tags keep ftfy from resolving entities
     assert clean_caption("caf\u00c3\u00a9 \u201cx\u201d \ufb01") == 'caf\u00e9 "x" fi'
 
 
