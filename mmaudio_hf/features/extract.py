@@ -18,6 +18,8 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
+import re
 import shutil
 import threading
 import time
@@ -25,7 +27,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +139,12 @@ class _Job:
         return settings
 
     @property
+    def weights(self) -> dict[str, Any]:
+        return {name: value for name, value in self.encoders.items() if name not in ("kind", "device")}
+
+    @property
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        chosen = {name: self.encoders[name] for name in ("weights_dir", "clip", "precision") if name in self.encoders}
-        return fingerprints(self.encoders["kind"], self.mode, **chosen, parts=self.parts)
+        return fingerprints(self.encoders["kind"], self.mode, **self.weights, parts=self.parts)
 
 
 def extract_video(
@@ -263,20 +268,16 @@ def _find_recording(folder: Path, name: str) -> tuple[str, tuple[str, str] | Non
         return str(folder / name), (error.reason, str(error))
 
 
-def _check_files(job: _Job, items: Sequence[_Item], list_path) -> None:
+def _prepare_encoders(job: _Job, items: Sequence[_Item], list_path) -> None:
+    """Refuse a list without media and encoders without files; fit the toy codec if there is none."""
     usable = [item for item in items if item.problem is None]
     if not usable:
         reason, message = items[0].problem
         raise ValueError(f"{list_path}: none of {len(items)} items can be used; the first: {reason}: {message}")
-    missing_codec = not toy_codec_file(job.encoders["weights_dir"], job.mode).is_file()
-    if job.encoders["kind"] == "toy" and missing_codec:
-        check = {"parts": ("clip", "sync", "text")}
-    else:
-        check = {"parts": job.parts}
-    settings = {name: value for name, value in job.encoders.items() if name in ("weights_dir", "clip", "precision")}
-    check_encoders(job.encoders["kind"], job.mode, **settings, **check)
-    if job.encoders["kind"] == "toy" and missing_codec:
-        fit_toy_codec(job.encoders["weights_dir"], job.mode, list(dict.fromkeys(item.path for item in usable)))
+    kind, weights_dir = job.encoders["kind"], job.encoders["weights_dir"]
+    if kind == "toy" and not toy_codec_file(weights_dir, job.mode).is_file():
+        fit_toy_codec(weights_dir, job.mode, list(dict.fromkeys(item.path for item in usable)))
+    check_encoders(kind, job.mode, **job.weights, parts=job.parts)
 
 
 def _check_room(job: _Job, pending_rows: int, store_rows: int) -> None:
@@ -297,7 +298,7 @@ def _extract(job: _Job, items: list[_Item], list_path, open_writer: Callable, pr
     store, record = job.output_dir / job.name, job.folder / "store.json"
     if store.exists() and not record.is_file():
         raise ValueError(f"{store} exists and was not made from {job.folder}: move it or give the store another name")
-    _check_files(job, items, list_path)
+    _prepare_encoders(job, items, list_path)
     job.folder.mkdir(parents=True, exist_ok=True)
     with _locked(job):
         parts = [items[first : first + job.shard_size] for first in range(0, len(items), job.shard_size)]
@@ -311,10 +312,10 @@ def _extract(job: _Job, items: list[_Item], list_path, open_writer: Callable, pr
         _make_shards(job, parts, keys, pending, progress)
         sidecars = [_read_json(_shard_file(job, number, ".json")) for number in range(len(parts))]
         report = _summary(job, len(items), sidecars, len(parts) - len(pending), started)
+        _write_rejects(report, sidecars, list_path)
         if not current:
-            _write_rejects(report, sidecars, list_path)
             _export(job, report, store_key, record, open_writer, progress)
-    report = ExtractionReport(**{**asdict(report), "seconds": time.monotonic() - started})
+    report = replace(report, seconds=time.monotonic() - started)
     if progress:
         tqdm.write(str(report))
     return report
@@ -366,10 +367,10 @@ def _shard_file(job: _Job, number: int, ending: str) -> Path:
 def _remove_strays(job: _Job, count: int) -> None:
     """Take away what killed runs and longer lists left behind."""
     for path in job.folder.iterdir():
-        stem = path.name.partition(".")[0]
-        if path.is_dir():
+        shard = re.match(r"shard_(\d{5,})\.", path.name)
+        if path.suffix == ".partial":
             shutil.rmtree(path, ignore_errors=True)
-        elif path.suffix == ".part" or (stem.startswith("shard_") and int(stem.removeprefix("shard_")) >= count):
+        elif path.suffix == ".part" or (shard and int(shard[1]) >= count):
             path.unlink()
 
 
@@ -409,7 +410,7 @@ def _write_rejects(report: ExtractionReport, sidecars: Sequence[Mapping], list_p
 
 
 def _export(job: _Job, report: ExtractionReport, key: str, record: Path, open_writer: Callable, progress: bool) -> None:
-    """Copy the shards into a new store, in the order of the list, holding one record batch at a time."""
+    """Copy the shards into a new store, in the order of the list, row by row."""
     if report.store_path.exists():  # of other shards; see `record` in _extract
         stale = report.store_path.with_name(f"{job.name}.partial")
         shutil.rmtree(stale, ignore_errors=True)
@@ -431,14 +432,17 @@ def _export(job: _Job, report: ExtractionReport, key: str, record: Path, open_wr
         row = 0
         with tqdm(total=report.accepted, desc=f"{job.name}: store", unit="row", disable=not progress) as bar:
             for number in range(report.shards):
-                for ids, captions, values in _record_batches(_shard_file(job, number, ".arrow"), job.shapes):
-                    writer.write(row, ids, captions, values)
-                    row += len(ids)
-                    bar.update(len(ids))
+                for item_id, caption, values in _rows(_shard_file(job, number, ".arrow"), job.shapes):
+                    writer.write(row, [item_id], [caption], values)
+                    row += 1
+                    bar.update()
 
 
-def _record_batches(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[list, list, dict]]:
-    """(ids, captions, {column: (B, *shape)}) of a shard; the arrays are the mapped file itself."""
+def _rows(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, str, dict]]:
+    """(id, caption, {column: (1, *shape)}) of every row of a shard; the shard is mapped, not read.
+
+    Single rows make the sums of the writer, and so its bytes, the same for every shard and batch size.
+    """
     if not path.is_file():  # every item was rejected
         return
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
@@ -446,8 +450,9 @@ def _record_batches(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Iterat
             values = {}
             for name, shape in shapes.items():
                 numbers = batch.column(name).storage.flatten().flatten()
-                values[name] = numbers.to_numpy().reshape(len(batch), *shape)
-            yield batch.column("id").to_pylist(), batch.column("caption").to_pylist(), values
+                values[name] = numbers.to_numpy().reshape(len(batch), 1, *shape)
+            for place, (item_id, caption) in enumerate(zip(batch.column("id"), batch.column("caption"), strict=True)):
+                yield item_id.as_py(), caption.as_py(), {name: value[place].copy() for name, value in values.items()}
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
@@ -469,9 +474,15 @@ def _make_shards(job: _Job, parts, keys: Sequence[str], pending: Sequence[int], 
 
 
 def _make_here(job: _Job, tasks: Sequence[tuple], advance: Callable[[int], Any]) -> None:
-    with _computing(job, rank=0, processes=1) as (encoders, threads):
+    threads, show_bars = torch.get_num_threads(), not datasets.are_progress_bars_disabled()
+    try:
+        tools = _start(job, rank=0, processes=1)
         for number, key, items in tasks:
-            _make_shard(job, number, key, items, encoders, threads, advance)
+            _make_shard(job, number, key, items, *tools, advance)
+    finally:
+        torch.set_num_threads(threads)
+        if show_bars:
+            datasets.enable_progress_bars()
 
 
 def _make_in_processes(job: _Job, tasks: Sequence[tuple], processes: int, advance: Callable[[int], Any]) -> None:
@@ -488,8 +499,9 @@ def _make_in_processes(job: _Job, tasks: Sequence[tuple], processes: int, advanc
         try:
             while futures:
                 done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                while not ticks.empty():
-                    advance(ticks.get())
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        advance(ticks.get_nowait() if futures else ticks.get(timeout=0.1))
                 for future in done:
                     future.result()
         except BrokenProcessPool:
@@ -506,9 +518,7 @@ _worker: dict[str, Any] = {}  # of a worker process: what _start_worker made
 
 def _start_worker(job: _Job, processes: int, ranks, ticks) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    opened = _computing(job, ranks.get(), processes)
-    encoders, threads = opened.__enter__()  # for the life of the process
-    _worker.update(job=job, opened=opened, encoders=encoders, threads=threads, ticks=ticks)
+    _worker.update(job=job, tools=_start(job, ranks.get(), processes), advance=ticks.put)
 
 
 def _end_with_parent() -> None:
@@ -518,26 +528,18 @@ def _end_with_parent() -> None:
 
 
 def _make_shard_in_worker(number: int, key: str, items: Sequence[_Item]) -> None:
-    _make_shard(_worker["job"], number, key, items, _worker["encoders"], _worker["threads"], _worker["ticks"].put)
+    _make_shard(_worker["job"], number, key, items, *_worker["tools"], _worker["advance"])
 
 
-@contextlib.contextmanager
-def _computing(job: _Job, rank: int, processes: int) -> Iterator[tuple[Encoders, int]]:
-    """The encoders of process `rank`, and its number of reading threads; torch's threads are set meanwhile."""
+def _start(job: _Job, rank: int, processes: int) -> tuple[Encoders, int]:
+    """The encoders of process `rank` and its number of reading threads; sets the threads of torch."""
     cores = max(1, len(os.sched_getaffinity(0)) // processes)
     device = pick_device(job.encoders.get("device", "cpu"), rank)
-    before = torch.get_num_threads()
     # Reading fills the cores; only large networks on the CPU are worth threads of their own.
     torch.set_num_threads(cores if device.type == "cpu" and job.encoders["kind"] == "released" else 1)
-    quiet = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        settings = {**job.encoders, "device": device}
-        yield load_encoders(mode=job.mode, duration=job.duration, parts=job.parts, **settings), cores
-    finally:
-        torch.set_num_threads(before)
-        if quiet:
-            datasets.enable_progress_bars()
+    datasets.disable_progress_bars()  # of every map
+    settings = {**job.encoders, "device": device}
+    return load_encoders(mode=job.mode, duration=job.duration, parts=job.parts, **settings), cores
 
 
 def _make_shard(
