@@ -15,6 +15,7 @@ import pytest
 import torch
 from odd_media import Odd, burst_times, cut_without_encoding, overwrite_packet, read_codes, steady, truncate, write_odd
 
+from mmaudio_hf.media import video
 from mmaudio_hf.media.video import (
     MediaError,
     _RgbConverter,
@@ -158,7 +159,10 @@ def test_longer_than_24_seconds_gives_the_first_seconds(tmp_path):
         )
 
 
-def test_start_of_a_window(tmp_path):
+def test_start_of_a_window(tmp_path, monkeypatch):
+    passes = []
+    fill = video._fill
+    monkeypatch.setattr(video, "_fill", lambda *args, **options: passes.append(options) or fill(*args, **options))
     odd = Odd(steady(9), sound_seconds=9, options=(("g", "30"),))
     path = write_odd(tmp_path / "a.mp4", odd)
     for start in (0.04, 1.0, 5.3, 7.9):
@@ -171,6 +175,7 @@ def test_start_of_a_window(tmp_path):
         sought = read(path, start=start, pictures_only=True)
         assert torch.equal(sought.sync_frames, ours.sync_frames) and torch.equal(sought.clip_frames, ours.clip_frames)
         assert sought.audio is None
+    assert passes.count({"seek": True}) == 2 and len(passes) == 8, "a late start is sought, and found at once"
     assert refusal(path, start=8.2) == "video_too_short"
     assert refusal(path, start=100.0, pictures_only=True) == "video_too_short"
 
