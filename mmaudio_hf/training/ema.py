@@ -60,16 +60,18 @@ class PostHocEMA:
     def __init__(self, network: torch.nn.Module, sigma_rels: Iterable[float], update_every: int = 1):
         self.update_every = update_every
         self.step = 0
-        self._weights = {n: p.detach() for n, p in network.named_parameters() if p.is_floating_point()}
+        # The parameters themselves: wrapping a network for several processes may give them new storage.
+        self._weights = {n: p for n, p in network.named_parameters() if p.is_floating_point()}
         # Copied and not left empty, so that a profile is usable before the first update.
         self.profiles = {
-            sigma: {name: weight.float().clone() for name, weight in self._weights.items()} for sigma in sigma_rels
+            sigma: {name: weight.detach().float().clone() for name, weight in self._weights.items()}
+            for sigma in sigma_rels
         }
 
     def update(self) -> None:
         """Take in the network's present weights."""
         self.step += 1
-        weights = list(self._weights.values())
+        weights = [weight.detach() for weight in self._weights.values()]
         for sigma, averages in self.profiles.items():
             update(list(averages.values()), weights, self.step, exponent(sigma), self.update_every)
 

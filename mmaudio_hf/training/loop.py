@@ -95,10 +95,17 @@ def train(
     """
     check_launch()
     accelerator = Accelerator(
+        # accelerate's launcher does not hand `use_cpu` on to several processes, and without it they stay apart.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.training.mixed_precision,
         log_with=list(recipe.training.trackers) or None,
         project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
     )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(
+            f"the launch started {os.environ['WORLD_SIZE']} processes that do not find each other: on a machine with"
+            " GPUs that are not to be used, set ACCELERATE_USE_CPU=true"
+        )
     micro_batch_size(recipe.training, accelerator.num_processes)  # refuses an uneven split before anything is made
     run = _Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
     try:

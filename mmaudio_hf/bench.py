@@ -1,0 +1,142 @@
+"""Benchmarks. Everything that is compared is measured in turn in one run, because absolute times drift on a machine."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig, variant_config
+from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.data.noise import draws
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training.ema import PostHocEMA
+from mmaudio_hf.training.optim import build_optimizer, clip_gradients, guarded_step
+from mmaudio_hf.training.step import flow_step
+
+MATMUL_SIZE = 3072
+SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
+
+
+def step(variant: str = "small_16k", batch_size: int = 4, rounds: int = 3) -> dict[str, float | str]:
+    """GFLOP/s of a whole training step (forward, backward, clipping, AdamW, EMA) against a large matrix product.
+
+    Operations are those of matrix products, convolutions and attention; what else a step does counts as time only.
+    """
+    config = variant_config(variant)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures: dict[str, float | str] = {"variant": variant, "device": device.type, "threads": torch.get_num_threads()}
+    rates = {dtype: _median_rate([_matmul(device, dtype, 256)], 1)[0] for dtype in (torch.float32, torch.bfloat16)}
+    slow_bf16 = rates[torch.bfloat16] < SLOW_BF16 * rates[torch.float32]
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        slow = dtype == torch.bfloat16 and slow_bf16
+        size = 1 if slow else batch_size
+        matmul, train, ema_share = (
+            _matmul(device, dtype, 256 if slow else MATMUL_SIZE),
+            *_train_step(config, size, device, dtype),
+        )
+        matmul_rate, step_rate = _median_rate([matmul, train], 1 if slow else rounds)
+        figures |= {
+            f"{name}_batch_size": size,
+            f"{name}_step_tflop": train[1] / 1e12,
+            f"{name}_step_seconds": train[1] / step_rate,
+            f"{name}_step_gflop_s": step_rate / 1e9,
+            f"{name}_matmul_gflop_s": matmul_rate / 1e9,
+            f"{name}_step_of_matmul": step_rate / matmul_rate,
+        }
+        if not slow:
+            figures[f"{name}_ema_share"] = ema_share() / (train[1] / step_rate)
+    return figures
+
+
+Timed = tuple[Callable[[], None], float]
+"""Something to run, and its floating-point operations."""
+
+
+def _median_rate(parts: list[Timed], rounds: int) -> list[float]:
+    """Operations per second of each part, run in turn `rounds` times after a warm-up; medians."""
+    seconds: list[list[float]] = [[] for _ in parts]
+    for number in range(rounds + 1):
+        for (run, _), times in zip(parts, seconds, strict=True):
+            began = time.perf_counter()
+            run()
+            if number or rounds == 1:
+                times.append(time.perf_counter() - began)
+    return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> Timed:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def run() -> None:
+        torch.mm(a, b)
+        _wait(device)
+
+    return run, 2.0 * size**3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Timed, Callable[[], float]]:
+    network = MMAudio(config).to(device).train()
+    network.set_latent_statistics(torch.zeros(config.latent_channels), torch.ones(config.latent_channels))
+    optimizer = build_optimizer(network, OptimConfig())
+    ema = PostHocEMA(network, EmaConfig().sigma_rels)
+    batch = _random_batch(config, batch_size).to(device)
+
+    def losses() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses().mean().backward()
+        norm = clip_gradients(network.parameters(), 1.0)
+        guarded_step(optimizer, ~torch.isfinite(norm))
+        ema.update()
+        _wait(device)
+
+    def ema_seconds() -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            ema.update()
+            _wait(device)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    return (run, _step_flops(config, batch_size)), ema_seconds
+
+
+def _step_flops(config: ModelConfig, batch_size: int) -> float:
+    """Operations of forward and backward, counted on tensors without data."""
+    with torch.device("meta"):
+        network = MMAudio(config).train()
+        batch = _random_batch(config, 1).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss.mean().backward()
+    return float(counter.get_total_flops()) * batch_size
+
+
+def _random_batch(config: ModelConfig, size: int) -> Batch:
+    every = torch.ones(size, dtype=torch.bool, device="cpu")
+    latent = torch.randn(size, config.latent_length, config.latent_channels, device="cpu")
+    return Batch(
+        step=0,
+        mean=latent,
+        std=torch.ones_like(latent),
+        text_features=torch.randn(size, config.text_tokens, config.text_dim, device="cpu"),
+        clip_features=torch.randn(size, config.clip_length, config.clip_dim, device="cpu"),
+        sync_features=torch.randn(size, config.sync_length, config.sync_dim, device="cpu"),
+        video_rows=torch.arange(size, device="cpu"),
+        has_video=every,
+        has_text=every,
+        source=torch.zeros(size, dtype=torch.int64, device="cpu"),
+        counted=every,
+        ids=[str(i) for i in range(size)],
+        draws=draws(0, "bench", 0, range(size), (config.latent_length, config.latent_channels)),
+    )

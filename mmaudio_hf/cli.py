@@ -1,0 +1,336 @@
+"""The command line, and the only place where the parts are put together: parse, build, connect, run.
+
+Recipes are read and checked before anything heavy is imported, so a typing error costs a fraction of a second.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+
+ENCODERS_FILE = "encoders.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mmaudio-hf`; returns the exit code. A user's mistake ends with one sentence on stderr and code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """Run `train.py RECIPE [key=value ...] [--dry-run]`."""
+    return main(["train", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmaudio-hf", description="Train MMAudio: from media to a published model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name, function, help_text, recipe=False):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=function)
+        if recipe:
+            command.add_argument("recipe", metavar="RECIPE", help="recipe file, as recipes/example.yaml")
+            command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+        return command
+
+    media = add("example-media", _example_media, "write the synthesised example videos, recordings and captions")
+    media.add_argument("directory", metavar="DIR", type=Path)
+    media.add_argument("--seed", type=int, default=0)
+    media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
+    add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
+    add("extract-video", _extract_video, "make the feature stores of a recipe's videos", recipe=True)
+    add("extract-audio", _extract_audio, "make the feature stores of a recipe's recordings", recipe=True)
+    train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+
+    generate = add("generate", _generate, "make sound for a video, for a text, or for both")
+    generate.add_argument("--run", required=True, help="run folder, pretrained_model folder or Hub id")
+    generate.add_argument("--video", type=Path, help="video to make sound for")
+    generate.add_argument("--prompt", default="", help="what is to be heard")
+    generate.add_argument("--negative-prompt", default="", help="what is not to be heard")
+    generate.add_argument("--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 with --video")
+    generate.add_argument("--duration", type=float, help="seconds; default: what the model was trained on")
+    generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
+    generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", default="auto")
+
+    report = add("report", _report, "generate the test split of a run, score it and write report/index.html")
+    report.add_argument("--run", required=True, type=Path, help="run folder")
+    report.add_argument("--events", type=Path, help="events.json of example media: adds onset scores")
+    report.add_argument("--clips", type=int, default=6, help="clips shown on the page (default 6)")
+    report.add_argument("--started", type=float, help="time in s since the epoch that `seconds` counts from")
+
+    verify = add("verify", _verify, "check a feature store: sizes, checksums, ids, non-finite values")
+    verify.add_argument("store", metavar="STORE", type=Path)
+
+    bench = add("bench", _bench, "measure a training step against a large matrix product")
+    bench.add_argument("what", choices=("step",))
+    bench.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    bench.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+# --- media and features --------------------------------------------------------------------------------------------
+
+
+def _example_media(options) -> None:
+    from mmaudio_hf.media.example import write_example_media
+
+    write_example_media(options.directory, seed=options.seed, small=options.small)
+    print(f"example media: {options.directory}")
+
+
+def _partition(options) -> None:
+    from mmaudio_hf.media.clips import write_clips
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for source in _sources(recipe, "audios"):
+        path = clips_path(recipe, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_clips(source.media_dir, path)
+
+
+def clips_path(recipe: Recipe, source) -> Path:
+    """The clips.tsv of an audio source: named in the recipe, or beside its store."""
+    return Path(source.clips or Path(recipe.extraction.output_dir) / f"{source.name}.clips.tsv")
+
+
+def _sources(recipe: Recipe, kind: str):
+    sources = getattr(recipe.extraction, kind)
+    if not sources:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
+    return sources
+
+
+def _encoder_options(recipe: Recipe) -> dict:
+    return asdict(recipe.encoders)
+
+
+def _open_writer():
+    from mmaudio_hf.data.store import StoreWriter
+
+    return StoreWriter
+
+
+def _extraction_options(recipe: Recipe) -> dict:
+    extraction = recipe.extraction
+    return {
+        "output_dir": Path(extraction.output_dir),
+        "encoders": _encoder_options(recipe),
+        "mode": recipe.model.mode,
+        "duration": recipe.model.duration,
+        "batch_size": extraction.batch_size,
+        "num_proc": extraction.num_proc,
+        "shard_size": extraction.shard_size,
+        "open_writer": _open_writer(),
+    }
+
+
+def _extract_video(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "videos")
+    from mmaudio_hf.features.extract import extract_video
+
+    for source in sources:
+        extract_video(
+            source.name,
+            source.media_dir,
+            source.list,
+            alignment=recipe.extraction.alignment,
+            normalize_audio=source.normalize_audio,
+            **_extraction_options(recipe),
+        )
+
+
+def _extract_audio(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "audios")
+    for source in sources:
+        if not clips_path(recipe, source).is_file():
+            raise ValueError(
+                f"{clips_path(recipe, source)} is missing: run `mmaudio-hf partition {options.recipe}` first"
+            )
+    from mmaudio_hf.features.extract import extract_audio
+
+    for source in sources:
+        extract_audio(
+            source.name, source.media_dir, source.list, clips_path(recipe, source), **_extraction_options(recipe)
+        )
+
+
+def _verify(options) -> int:
+    from mmaudio_hf.data.store import verify
+
+    report = verify(options.store)
+    for line in (*report.problems, *report.notes):
+        print(line)
+    print(f"{report.path}: {report.rows} rows, {'ok' if report.ok else f'{len(report.problems)} problems'}")
+    return 0 if report.ok else 1
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def _train(options) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size(recipe.training, world)
+    if options.dry_run:
+        print(dry_run_text(recipe, world))
+        return 0
+    if not recipe.data.train:
+        raise ValueError(f"{options.recipe}: data.train names no feature store")
+    from mmaudio_hf.training.loop import check_launch
+
+    check_launch()
+    return _run_training(recipe)
+
+
+def _run_training(recipe: Recipe) -> int:
+    import torch
+
+    from mmaudio_hf.data.dataset import open_mixture
+    from mmaudio_hf.models.network import MMAudio
+    from mmaudio_hf.training.loop import train
+
+    mixture = open_mixture(recipe.data.train, recipe.model)
+    validation = open_mixture(recipe.data.validation, recipe.model) if recipe.data.validation else None
+    torch.manual_seed(recipe.seed)
+    network = MMAudio(recipe.model)
+    network.set_latent_statistics(*mixture.latent_statistics())
+    network.set_empty_text(empty_text_features(recipe))
+    result = train(
+        recipe, network, mixture, validation, write_extras=lambda folder: write_encoder_files(recipe, folder)
+    )
+    if result.stopped_by is not None:
+        print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
+        return 128 + result.stopped_by
+    return 0
+
+
+def empty_text_features(recipe: Recipe):
+    """Text features (77, 1024) of the empty string, from the toy formulas or the released file of them."""
+    if recipe.encoders.kind == "toy":
+        from mmaudio_hf.features.toy import text_features
+
+        return text_features([""])[0]
+    from mmaudio_hf.features.clip import load_empty_text
+
+    return load_empty_text(Path(recipe.encoders.weights_dir) / "empty_string.pth")
+
+
+def write_encoder_files(recipe: Recipe, folder: Path) -> None:
+    """Put beside a model what generation needs to know of its encoders, and the fitted codec of toy ones."""
+    (folder / ENCODERS_FILE).write_text(json.dumps(_encoder_options(recipe), indent=1) + "\n")
+    if recipe.encoders.kind == "toy":
+        from mmaudio_hf.features.encoders import toy_codec_file
+
+        codec = toy_codec_file(recipe.encoders.weights_dir, recipe.model.mode)
+        if codec.is_file():  # absent when only the store of another machine is here
+            shutil.copyfile(codec, folder / codec.name)
+
+
+def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
+    """The resolved recipe as YAML, and the numbers that follow from it."""
+    import torch
+    import yaml
+
+    from mmaudio_hf.config import to_dict
+    from mmaudio_hf.models.network import MMAudio
+    from mmaudio_hf.schema import audio_mode, sequence_lengths
+
+    with torch.device("meta"):
+        network = MMAudio(recipe.model)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
+    training = recipe.training
+    derived = {
+        "sample_rate": audio_mode(recipe.model.mode).sample_rate,
+        "lengths": asdict(lengths),
+        "trainable_parameters": trainable,
+        "batch": {
+            "global": training.batch_size,
+            "processes": world_size,
+            "accumulation_steps": training.accumulation_steps,
+            "per_process_and_pass": micro_batch_size(training, world_size),
+        },
+        "rows_per_epoch": "unknown: a store of data.train is missing",
+    }
+    rows = [_store_rows(store.path) for store in recipe.data.train]
+    if rows and all(rows):
+        per_epoch = sum(n * store.repeats for n, store in zip(rows, recipe.data.train, strict=True))
+        derived["rows_per_epoch"] = per_epoch
+        derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
+        derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
+    parts = {"recipe": to_dict(recipe), "derived": derived}
+    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _store_rows(path: str) -> int:
+    from mmaudio_hf.data.store import FeatureStore
+
+    if not Path(path).exists():
+        return 0
+    with FeatureStore.open(path) as store:
+        return len(store)
+
+
+# --- generation and report -----------------------------------------------------------------------------------------
+
+
+def _generate(options) -> None:
+    if options.video is None and not options.prompt:
+        raise ValueError("nothing to go by: give --video, --prompt or both")
+    if options.out.suffix.lower() == ".mp4" and options.video is None:
+        raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
+    from mmaudio_hf.generation import MMAudioPipeline, save_generated
+
+    pipeline = MMAudioPipeline.from_pretrained(options.run, device=options.device)
+    result = pipeline(
+        video=options.video,
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        duration=options.duration,
+        num_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+    )
+    save_generated(result, options.out, video=options.video)
+    seconds = len(result.waveform) / result.sample_rate
+    print(f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz")
+
+
+def _report(options) -> None:
+    from mmaudio_hf.report import report_run
+
+    summary = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
+    print(f"report: {options.run / 'report' / 'index.html'}")
+    print("summary " + json.dumps(summary))
+
+
+def _bench(options) -> None:
+    from mmaudio_hf import bench
+
+    figures = bench.step(options.variant, options.batch_size)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Whole runs of `train.py` on small stores: one and two processes, resume, interruption, bad steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_stores import write_recipe
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+def environment() -> dict[str, str]:
+    hidden = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run train.py through accelerate, as the README says; processes=0 runs it without a launcher."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if processes:
+        config = ROOT / "accelerate_configs" / "cpu.yaml"
+        command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py")]
+    command += [str(recipe), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
+
+
+def run_dir(recipe: Path) -> Path:
+    return recipe.parent / "output" / recipe.stem
+
+
+def tensors(recipe: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run_dir(recipe) / "last" / "training_state" / f"{name}.safetensors")
+
+
+def same_bytes(a: Path, b: Path) -> None:
+    names = ("model", "optimizer", "ema", "window")
+    files = [f"last/training_state/{n}.safetensors" for n in names]
+    for file in (*files, "last/pretrained_model/model.safetensors", "metrics.jsonl"):
+        assert (run_dir(a) / file).read_bytes() == (run_dir(b) / file).read_bytes(), file
+
+
+def assert_close(a: Path, b: Path, tolerance: float) -> None:
+    """Same weights up to summation order: relative to how far training moved them from their initial values."""
+    ours, theirs = tensors(a), tensors(b)
+    distance = torch.cat([(ours[n] - theirs[n]).flatten() for n in ours if n != "latent_mean"]).norm()
+    size = torch.cat([theirs[n].flatten() for n in theirs if n != "latent_mean"]).norm()
+    assert distance / size < tolerance
+
+
+def metrics(recipe: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir(recipe) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A finished run of 12 steps in one process, for the others to compare with."""
+    recipe = write_recipe(tmp_path_factory.mktemp("training"), "undisturbed")
+    result = launch(recipe)
+    assert result.returncode == 0, result.stderr
+    assert "1 process on cpu" in result.stdout
+    return recipe
+
+
+def test_a_run_leaves_what_is_promised(undisturbed):
+    folder = run_dir(undisturbed)
+    assert (folder / "last").resolve().name == "step_12"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_12", "step_4", "step_8"]
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines if "train/loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 6, 12]
+    assert [line["train/learning_rate"] for line in lines if "train/loss" in line] == pytest.approx(
+        [1e-3, 1e-3, 1e-4, 1e-4]
+    )
+    final = lines[-1]
+    assert {"val/loss_held_out", "val_ema/loss"} <= final.keys()
+    weights = json.loads((folder / "last" / "pretrained_model" / "weights.json").read_text())
+    assert weights == {"weights": "ema", "sigma_rel": 0.05, "step": 12}
+    encoders = json.loads((folder / "last" / "pretrained_model" / "encoders.json").read_text())
+    assert encoders["kind"] == "toy"
+    averaged = load_file(folder / "last" / "pretrained_model" / "model.safetensors")
+    assert not torch.equal(averaged["final_layer.conv.weight"], tensors(undisturbed)["final_layer.conv.weight"])
+    speeds = [json.loads(line) for line in (folder / "speed.jsonl").read_text().splitlines()]
+    assert all(line["speed/steps_per_second"] > 0 for line in speeds)
+
+
+def test_the_same_recipe_gives_the_same_bytes(undisturbed):
+    again = write_recipe(undisturbed.parent, "again")
+    assert launch(again, processes=0).returncode == 0
+    same_bytes(undisturbed, again)
+
+
+@pytest.mark.parametrize("moment", ["after a checkpoint", "before any checkpoint"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed, moment):
+    name = moment.replace(" ", "_")
+    recipe = write_recipe(undisturbed.parent, name)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(recipe)], env=environment(), cwd=recipe.parent,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    awaited = "checkpoints/step_4" if moment.startswith("after") else "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (run_dir(recipe) / awaited).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (run_dir(recipe) / "checkpoints" / "step_12").exists()
+    assert launch(recipe, processes=0).returncode == 0
+    same_bytes(undisturbed, recipe)
+
+
+def test_a_signal_leaves_a_checkpoint_that_goes_on(undisturbed):
+    recipe = write_recipe(undisturbed.parent, "interrupted", steps=400, log_every=1)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(recipe)], env=environment(), cwd=recipe.parent,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "train/loss" not in (
+        text := (run_dir(recipe) / "metrics.jsonl").read_text()
+        if run_dir(recipe).joinpath("metrics.jsonl").exists()
+        else ""
+    ):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "goes on from there" in errors
+    step = json.loads((run_dir(recipe) / "last" / "training_state" / "state.json").read_text())["step"]
+    assert 0 < step < 400 and text
+    result = launch(recipe, f"training.steps={step + 2}", processes=0)
+    assert result.returncode == 0, result.stderr
+    assert f"from step {step} to {step + 2}" in result.stdout
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), (2, 2)])
+def test_processes_and_accumulation_train_the_same_model(undisturbed, processes, accumulation):
+    recipe = write_recipe(undisturbed.parent, f"split_{processes}_{accumulation}", accumulation_steps=accumulation)
+    result = launch(recipe, processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert f"{processes} process" in result.stdout
+    assert_close(recipe, undisturbed, 1e-5)
+    for ours, theirs in zip(metrics(recipe), metrics(undisturbed), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
+
+
+def test_resume_on_another_number_of_processes_continues_the_same_run(undisturbed):
+    recipe = write_recipe(undisturbed.parent, "elastic")
+    assert launch(recipe, "training.steps=8", "training.log_every=4", processes=2).returncode == 0
+    result = launch(recipe, processes=0)
+    assert "from step 8 to 12" in result.stdout, result.stderr
+    assert_close(recipe, undisturbed, 1e-5)
+
+
+def test_several_processes_that_did_not_start_are_noticed(undisturbed, tmp_path):
+    config = tmp_path / "multi_cpu.yaml"
+    text = (ROOT / "accelerate_configs" / "cpu.yaml").read_text().replace("type: MULTI_GPU", "type: MULTI_CPU")
+    config.write_text(text.replace("num_processes: 1", "num_processes: 2"))
+    command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config), str(ROOT / "train.py")]
+    result = subprocess.run(
+        [*command, str(undisturbed)], capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120
+    )
+    assert result.returncode != 0
+    assert "asked for several processes but started one" in result.stderr
+
+
+def test_a_batch_that_does_not_split_is_refused(undisturbed):
+    result = launch(undisturbed, "training.batch_size=5", "name=uneven", processes=2)
+    assert result.returncode != 0
+    assert "batch_size 5 does not split over 2 processes x 1 accumulation steps: use 4 or 6" in result.stderr
+
+
+def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(undisturbed, tmp_path):
+    recipe = write_recipe(tmp_path, "broken", max_skipped_steps=3)
+    memmap = np.memmap(tmp_path / "videos" / "mean.memmap", dtype=np.float32, mode="r+")
+    memmap[: memmap.size // 24] = np.nan  # the first of 24 rows
+    memmap.flush()
+    result = launch(recipe, processes=0)
+    assert result.returncode == 0, result.stderr
+    skipped = [json.loads(line) for line in (run_dir(recipe) / "skipped.jsonl").read_text().splitlines()]
+    assert skipped and all("videos_0000" in line["ids"] for line in skipped)
+    assert all(value.isfinite().all() for value in tensors(recipe).values())
+    assert metrics(recipe)[-2]["train/skipped_steps"] == len(skipped)
+    memmap[:] = np.nan
+    memmap.flush()
+    result = launch(write_recipe(tmp_path, "hopeless", max_skipped_steps=1), "data.train.0.repeats=20", processes=0)
+    assert result.returncode != 0
+    assert "not finite" in result.stderr and "optim.learning_rate" in result.stderr
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(undisturbed):
+    recipe = write_recipe(undisturbed.parent, "damaged")
+    assert launch(recipe, "training.steps=8", "training.log_every=4", processes=0).returncode == 0
+    file = run_dir(recipe) / "checkpoints" / "step_8" / "training_state" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    result = launch(recipe, "training.steps=9", processes=0)
+    assert result.returncode == 0, result.stderr
+    assert "damaged" in result.stdout and "from step 4 to 9" in result.stdout
+
+
+def test_bf16_trains_close_to_float32(undisturbed):
+    recipe = write_recipe(undisturbed.parent, "bf16", mixed_precision="bf16", steps=2, log_every=1, validate_every=2)
+    result = launch(recipe, processes=0)
+    assert result.returncode == 0, result.stderr
+    exact = next(line for line in metrics(undisturbed) if "val/loss" in line)
+    rounded = next(line for line in metrics(recipe) if "val/loss" in line)
+    assert rounded["val/loss"] == pytest.approx(exact["val/loss"], rel=2e-2)
+    assert tensors(recipe)["final_layer.conv.weight"].dtype == torch.float32
