@@ -166,6 +166,10 @@ class MMAudioPipeline:
         self._check(requests, settings)
         return self._generate(requests, batch_size, settings)
 
+    def decode(self, latent_NC: torch.Tensor) -> torch.Tensor:
+        """Waveform (samples,), on the CPU, of one latent (N, C) that is not normalised, as feature stores hold them."""
+        return self._encoders("decode").decode_latent(latent_NC[None])[0].float().cpu()
+
     def _settings(self, duration, num_steps, guidance_scale, seed, solver) -> _Settings:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {num_steps}")
