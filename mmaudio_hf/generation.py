@@ -353,6 +353,7 @@ def _read_encoders(folder: Path) -> EncoderConfig:
         return EncoderConfig()
     try:
         config = EncoderConfig(**json.loads(path.read_text()))
+        check_encoders(**_encoder_options(config), mode="16k", parts=())  # names of kind and precision
     except Exception as error:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
     codecs = [toy_codec_file(folder, mode) for mode in ("16k", "44k")]
