@@ -39,7 +39,7 @@ WORD = re.compile(r"[^\W_]+|[^\w\s]")
 
 LATENT_STD = 0.05  # of every latent channel, which themselves have unit variance
 DYNAMIC_RANGE = 3.5  # decades below the loudest mel value; what is quieter counts as silence
-GRIFFIN_LIM_STEPS = 32
+GRIFFIN_LIM_STEPS, SPECTRUM_STEPS, SPECTRUM_EPS = 32, 30, 1e-8
 
 
 def clip_features(frames: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
     """
     rate = audio_mode(mode)
     loudness = (10**mel if mode == "16k" else mel.exp()).clamp(max=1e3)
-    magnitude = (_inverse_filter_bank(mode, mel.device) @ loudness).clamp(min=0)
+    magnitude = _linear_spectrum(loudness, mel_filter_bank(mode).to(mel.device))
     vocoder = GriffinLim(
         rate.mel_window, GRIFFIN_LIM_STEPS, hop_length=rate.mel_hop, power=1.0, rand_init=False, momentum=0.9
     ).to(mel.device)
@@ -239,6 +239,14 @@ def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
     return waveform[:, start : start + mel.shape[2] * rate.mel_hop].clamp(-1, 1)
 
 
-@lru_cache(maxsize=4)
-def _inverse_filter_bank(mode: str, device) -> torch.Tensor:
-    return torch.linalg.pinv(mel_filter_bank(mode).double()).float().to(device)
+def _linear_spectrum(mel: torch.Tensor, filter_bank: torch.Tensor) -> torch.Tensor:
+    """Magnitudes (B, frequencies, frames) >= 0 that give `mel` (B, bins, frames) >= 0.
+
+    Multiplicative updates of the Kullback-Leibler divergence (Lee and Seung 2001, theorem 2). Least squares go
+    negative beside strong lines, and what is then cut off is heard as echoes between the events.
+    """
+    weight = filter_bank.sum(0)[:, None] + SPECTRUM_EPS
+    spectrum = filter_bank.T @ mel + SPECTRUM_EPS
+    for _ in range(SPECTRUM_STEPS):
+        spectrum = spectrum * (filter_bank.T @ (mel / (filter_bank @ spectrum + SPECTRUM_EPS))) / weight
+    return spectrum

@@ -1,0 +1,244 @@
+"""The toy encoders carry what they say, and the encoders are built from what is there."""
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+from scipy.signal import find_peaks
+
+from mmaudio_hf.features import toy
+from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device, toy_codec_file
+from mmaudio_hf.features.mel import MelSpectrogram
+from mmaudio_hf.media.audio import read_waveform, resample
+from mmaudio_hf.media.example import read_events, write_example_media
+from mmaudio_hf.media.video import normalize_pictures, read_video
+from mmaudio_hf.schema import column_shapes, sequence_lengths
+
+RATES = {"16k": 16_000, "44k": 44_100}
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    return write_example_media(tmp_path_factory.mktemp("example"), small=True)
+
+
+@pytest.fixture(scope="module")
+def videos(example):
+    """id -> (VideoClip with uint8 pictures, event times within it)."""
+    events = read_events(example / "events.json")
+    paths = sorted((example / "videos").glob("*.mp4"))
+    return {
+        path.stem: (read_video(path, as_uint8=True), [t for t in events[path.stem].times if t < 7.9]) for path in paths
+    }
+
+
+def held_out(videos):
+    return [item for name, item in videos.items() if not name.startswith("train")]
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def picture_of_token() -> np.ndarray:
+    """First picture of each of the 192 tokens."""
+    token = np.arange(192)
+    return token // 8 * 8 + token % 8 * 2
+
+
+def event_tokens(times) -> np.ndarray:
+    """(192,) 1 where one of the token's two pictures is that of an event."""
+    first = picture_of_token()
+    return np.array([any(f <= round(t * 25) < f + 2 for t in times) for f in first], dtype=np.float64)
+
+
+def test_a_linear_readout_of_the_sync_tokens_finds_the_events_of_unseen_videos(videos):
+    def tokens(clip):
+        return toy.sync_features(clip.sync_frames).numpy().astype(np.float64)
+
+    train = [(tokens(clip), event_tokens(times)) for name, (clip, times) in videos.items() if name.startswith("train")]
+    x, y = (np.concatenate(part) for part in zip(*train, strict=True))
+    weights = np.linalg.solve(x.T @ x + 10 * np.eye(768), x.T @ (y - y.mean()))
+    found = total = 0
+    for clip, times in held_out(videos):
+        strength = np.full(100, -np.inf)
+        np.maximum.at(strength, picture_of_token() // 2, tokens(clip) @ weights)
+        peaks, _ = find_peaks(strength[: picture_of_token().max() // 2 + 1], distance=4)
+        best = peaks[np.argsort(-strength[peaks])][: len(times)]
+        found += sum(np.abs(best - round(t * 25) // 2).min() <= 1 for t in times)
+        total += len(times)
+    assert total > 20
+    assert found / total >= 0.95
+
+
+def test_sync_tokens_of_a_still_picture_show_no_event():
+    still = torch.full((32, 3, 224, 224), 90, dtype=torch.uint8)
+    flash = still.clone()
+    flash[13] += 60
+    quiet, loud = toy.sync_features(still), toy.sync_features(flash)
+    moved = (loud - quiet).square().sum(1)
+    first_segment = moved[:8]
+    assert first_segment.argmax() in (6, 7)  # pictures 12-13, 14-15: the flash comes and goes
+    assert quiet.shape == (24, 768)
+    # A still scene says only when its segment is.
+    assert torch.equal(quiet[0], quiet[7])
+
+
+def test_pictures_may_be_bytes_or_floats(videos):
+    clip, _ = next(iter(videos.values()))
+    clip_floats, sync_floats = normalize_pictures(clip.clip_frames[:4], clip.sync_frames[:32])
+    torch.testing.assert_close(toy.clip_features(clip.clip_frames[:4]), toy.clip_features(clip_floats))
+    # Cells that hardly change differ by rounding, relative to the usual change.
+    torch.testing.assert_close(
+        toy.sync_features(clip.sync_frames[:32]), toy.sync_features(sync_floats), atol=0.02, rtol=0
+    )
+
+
+def test_clip_features_have_unit_length_and_tell_scenes_apart(videos):
+    features = torch.stack([toy.clip_features(clip.clip_frames[:16]) for clip, _ in videos.values()])
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(videos), 16))
+    centre = features.mean(1)
+    distance = torch.cdist(features.flatten(0, 1), centre)
+    assert (distance.argmin(1) == torch.arange(len(videos)).repeat_interleave(16)).float().mean() > 0.95
+
+
+# --- captions ----------------------------------------------------------------------------------------------------
+
+
+def test_text_features_tell_captions_apart_by_words_and_order():
+    captions = ["a red ball bouncing", "a blue ball bouncing", "a ball red bouncing", "Water dripping!", ""]
+    rows = toy.text_features(captions)
+    assert rows.shape == (5, 77, 1024)
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5, 77))
+    assert torch.equal(rows, toy.text_features(captions))
+    pooled = torch.nn.functional.normalize(rows.mean(1), dim=1)
+    similar = pooled @ pooled.T
+    assert similar[0, 1] > similar[0, 3]  # shared words
+    assert (rows[0] - rows[2]).norm() > 0.5  # order
+    assert (rows[4] - rows[0]).norm() > 1  # no words
+    assert torch.equal(rows[:1], toy.text_features(["A red  BALL bouncing"]))
+
+
+def test_long_captions_are_cut():
+    rows = toy.text_features([" ".join(f"w{n}" for n in range(75)), " ".join(f"w{n}" for n in range(200))])
+    assert torch.equal(rows[0], rows[1])
+
+
+# --- sound -------------------------------------------------------------------------------------------------------
+
+
+def waveform_of(path, mode):
+    waveform, rate = read_waveform(path)
+    waveform = resample(waveform / waveform.abs().max() * 0.95, rate, RATES[mode])
+    return waveform[: sequence_lengths(mode).audio_samples]
+
+
+def onsets(waveform, rate) -> np.ndarray:
+    """Times at which the energy rises by more than a factor of 2.2 within 20 ms."""
+    step = rate // 200
+    samples = waveform.double().numpy()
+    energy = np.sqrt(np.add.reduceat(samples**2, np.arange(0, len(samples), step)) / step)
+    level = np.log(energy + 0.01 * energy.max())
+    peaks, _ = find_peaks(level[4:] - level[:-4], height=0.8, distance=50)
+    return (peaks + 3) / 200
+
+
+@pytest.mark.parametrize("mode", ["16k", "44k"])
+def test_sound_keeps_its_events_through_codec_and_vocoder(example, mode, tmp_path):
+    events = read_events(example / "events.json")
+    paths = sorted((example / "videos").glob("*.mp4"))
+    train, test = [p for p in paths if p.stem.startswith("train")], [p for p in paths if not p.stem.startswith("train")]
+    fit_toy_codec(tmp_path, mode, train)
+    encoders = load_encoders("toy", mode, weights_dir=tmp_path, clip="", parts=("latent", "decode"))
+    scores = []
+    for path in test:
+        waveform = waveform_of(path, mode)
+        mean, std = encoders.encode_audio(waveform[None])
+        assert tuple(mean.shape[1:]) == tuple(std.shape[1:]) == column_shapes(mode)["mean"]
+        decoded = encoders.decode_latent(mean)
+        assert decoded.shape == (1, len(waveform))
+        assert decoded.abs().max() <= 1
+        times = np.array([t for t in events[path.stem].times if t < 7.9])
+        scores.append(mir_eval.onset.f_measure(times, onsets(decoded[0], RATES[mode]), window=0.03)[0])
+    assert np.mean(scores) >= 0.98
+    assert encoders.sample_rate == RATES[mode]
+
+
+def test_latents_of_the_fitted_sound_have_unit_variance_and_the_file_is_the_codec(example, tmp_path):
+    paths = sorted((example / "videos").glob("train*.mp4"))
+    mels = [MelSpectrogram("16k")(waveform_of(path, "16k")[None])[0] for path in paths]
+    codec = toy.ToyMelCodec.fit("16k", mels)
+    mean, _ = codec.encode(torch.stack(mels))
+    torch.testing.assert_close(mean.mean((0, 1)), torch.zeros(20), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mean.std((0, 1)), torch.ones(20), atol=1e-2, rtol=0)
+    decoded = codec.decode(mean)
+    audible = torch.stack(mels).clamp(min=codec.tensors["floor"])
+    assert (decoded - audible).square().mean() < 0.1 * audible.var()
+    (tmp_path / "codec.safetensors").write_bytes(codec.to_bytes())
+    loaded = toy.ToyMelCodec.load("16k", tmp_path / "codec.safetensors")
+    assert torch.equal(loaded.decode(mean), decoded)
+    with pytest.raises(ValueError, match="not a toy codec of mode 44k"):
+        toy.ToyMelCodec.load("44k", tmp_path / "codec.safetensors")
+    (tmp_path / "codec.safetensors").write_bytes(codec.to_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        toy.ToyMelCodec.load("16k", tmp_path / "codec.safetensors")
+    with pytest.raises(ValueError, match="more than 160 latent frames"):
+        toy.ToyMelCodec.fit("16k", [mels[0][:, :200]])
+
+
+@pytest.mark.parametrize("mode", ["16k", "44k"])
+def test_a_click_stays_where_it_is(mode):
+    waveform = torch.zeros(1, sequence_lengths(mode, 2.0).audio_samples)
+    place = RATES[mode]
+    waveform[0, place : place + 20] = 0.9
+    decoded = toy.mel_to_waveform(MelSpectrogram(mode)(waveform), mode)
+    assert decoded.shape == waveform.shape
+    centre = (decoded.square() * torch.arange(decoded.shape[1])).sum() / decoded.square().sum()
+    assert abs(float(centre) - place - 10) < 0.005 * RATES[mode]
+
+
+# --- building them -----------------------------------------------------------------------------------------------
+
+
+def test_fitting_skips_bad_files_and_is_reproducible(example, tmp_path):
+    paths = sorted((example / "videos").glob("train*.mp4"))[:2]
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("no video")
+    first = fit_toy_codec(tmp_path / "a", "16k", paths).read_bytes()
+    assert fit_toy_codec(tmp_path / "b", "16k", [broken, *paths]).read_bytes() == first
+    with pytest.raises(ValueError, match="none of 1 files has usable sound"):
+        fit_toy_codec(tmp_path / "c", "16k", [broken])
+    one = load_encoders("toy", "16k", weights_dir=tmp_path / "a", clip="").fingerprints
+    assert set(one) == {"clip", "sync", "text", "latent"}
+    fit_toy_codec(tmp_path / "a", "16k", paths[:1])
+    other = load_encoders("toy", "16k", weights_dir=tmp_path / "a", clip="").fingerprints
+    assert one["latent"] != other["latent"]
+    assert one["sync"] == other["sync"]
+
+
+def test_missing_files_and_wrong_settings_are_named(tmp_path):
+    where = {"weights_dir": tmp_path, "clip": "nobody/nothing"}
+    with pytest.raises(ValueError, match=f"{toy_codec_file(tmp_path, '16k')} is missing: `mmaudio-hf extract"):
+        load_encoders("toy", "16k", **where)
+    load_encoders("toy", "16k", **where, parts=("clip", "sync", "text"))  # needs no codec
+    for part, mode, file in (
+        ("sync", "16k", "synchformer_state_dict.pth"),
+        ("latent", "16k", "v1-16.pth"),
+        ("latent", "44k", "v1-44.pth"),
+    ):
+        with pytest.raises(ValueError, match=f"{file} is missing: .*mmaudio-hf weights download"):
+            load_encoders("released", mode, **where, parts=(part,))
+    (tmp_path / "v1-44.pth").touch()
+    with pytest.raises(ValueError, match=r"bigvgan_generator\.pt is missing"):
+        load_encoders("released", "44k", **where, parts=("decode",))
+    with pytest.raises(ValueError, match=r"encoders.kind 'real': use one of released, toy"):
+        load_encoders("real", "16k", **where)
+    with pytest.raises(ValueError, match=r"encoders.precision 'fp16'"):
+        load_encoders("toy", "16k", **where, precision="fp16")
+    with pytest.raises(ValueError, match="unknown parts sound"):
+        load_encoders("toy", "16k", **where, parts=("sound",))
+    with pytest.raises(ValueError, match="'text' was not loaded"):
+        load_encoders("toy", "16k", **where, parts=("clip",)).encode_text(["a"])
+    with pytest.raises(ValueError, match="list of captions"):
+        load_encoders("toy", "16k", **where, parts=("text",)).encode_text("a")
+    with pytest.raises(ValueError, match="is not known to torch"):
+        pick_device("abacus")
