@@ -1,0 +1,262 @@
+"""Onsets against the example's events and mir_eval, published metrics against recorded values."""
+
+import json
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+from golden_data import GOLDEN, MEDIA_SEED, normal
+
+from mmaudio_hf.evaluation import (
+    clean_id,
+    desync_score,
+    evaluate_caches,
+    frechet_distance,
+    inception_score,
+    kl_divergence,
+    mean_cosine,
+    onset_f1,
+    onset_scores,
+    onset_times,
+    shuffled_pairing,
+    waveform_scores,
+)
+from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
+from mmaudio_hf.media.audio import read_waveform, resample
+from mmaudio_hf.media.example import read_events, write_example_media
+
+RECORDED = json.loads((GOLDEN / "media_metrics.json").read_text())
+DIRECT, CACHES = RECORDED["direct"], RECORDED["evaluate"]
+
+
+def arr(name: str, *shape: int) -> np.ndarray:
+    return normal(name, shape, MEDIA_SEED)
+
+
+# --- onsets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """(16 kHz sound, the same through the toy codec, event times) of every video of the small example."""
+    folder = write_example_media(tmp_path_factory.mktemp("media"), small=True)
+    files = sorted((folder / "videos").glob("*.mp4"))
+    fit_toy_codec(folder, "16k", files)
+    codec = load_encoders("toy", "16k", weights_dir=folder, clip="", parts=("latent", "decode"))
+    events, found = read_events(folder / "events.json"), []
+    for file in files:
+        waveform, rate = read_waveform(file)
+        waveform = resample(waveform, rate, 16000)[:128000]
+        decoded = codec.decode_latent(codec.encode_audio(waveform[None])[0])[0]
+        found.append((waveform, decoded, events[file.stem].times))
+    return found
+
+
+def test_onsets_of_the_example(sounds):
+    for track, floor in ((0, 0.97), (1, 0.97)):
+        detected = [onset_times(sound[track], 16000) for sound in sounds]
+        scores = onset_scores(detected, [sound[2] for sound in sounds], duration=8.0)
+        assert scores["f1"] >= floor and scores["clips"] == 12
+        assert scores["f1_shuffled"] < 0.45  # about one event a second, and 0.2 s around each counts
+        late = [d.min() - sound[2][0] for d, sound in zip(detected, sounds, strict=True)]
+        assert np.abs(np.median(late)) < 0.01  # no constant delay
+
+
+def test_onsets_bear_loudness_and_noise(sounds):
+    waveform, _, times = sounds[0]
+    plain = onset_times(waveform, 16000)
+    assert np.allclose(onset_times(0.01 * waveform, 16000), plain)
+    noisy = waveform + 0.02 * waveform.abs().max() * torch.randn(waveform.shape, generator=torch.manual_seed(0))
+    assert onset_f1(onset_times(noisy, 16000), [t for t in times if t < 8], 0.03)[2] > 0.9
+    assert np.allclose(onset_times(resample(waveform, 16000, 44100), 44100), plain, atol=0.02)
+
+
+def test_what_has_no_onsets():
+    generator = np.random.default_rng(0)
+    for silent in (np.zeros(16000), 1e-5 * generator.standard_normal(16000), np.zeros(100), np.zeros(0)):
+        assert onset_times(silent, 16000).size == 0
+    tone = np.sin(np.arange(32000) * 0.3)
+    assert onset_times(tone, 16000).size == 0
+    assert onset_times(0.1 * generator.standard_normal(64000), 16000).size <= 1
+    tone[:20000] *= 0.01
+    assert np.allclose(onset_times(tone, 16000), [1.25], atol=0.02)
+    with pytest.raises(ValueError, match=r"\(samples,\)"):
+        onset_times(np.zeros((2, 16000)), 16000)
+
+
+def test_onset_f1_equals_mir_eval():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        predicted, reference = (np.sort(generator.uniform(0, 3, generator.integers(0, 25))) for _ in range(2))
+        f1, precision, recall = mir_eval.onset.f_measure(reference, predicted, window=0.1)
+        assert np.allclose(onset_f1(predicted, reference, 0.1), (precision, recall, f1)), (predicted, reference)
+    assert onset_f1([0.0, 0.09], [0.1, 0.18]) == (1, 1, 1)  # the nearest pair first would lose one
+    assert onset_f1([1.0, 1.0], [1.0]) == (0.5, 1, 2 / 3)  # one to one
+    assert onset_f1([], [1.0]) == onset_f1([], []) == (0, 0, 0)
+
+
+def test_shuffled_pairing():
+    for n in (2, 3, 12, 100):
+        order = shuffled_pairing(n, seed=n)
+        assert sorted(order) == list(range(n)) and not (order == np.arange(n)).any()
+    assert not np.array_equal(shuffled_pairing(12, 0), shuffled_pairing(12, 1))
+    assert np.array_equal(shuffled_pairing(12, 0), shuffled_pairing(12, 0))
+    events = [(1.0,), (1.0,), (2.0,), (2.0,)]
+    for seed in range(20):
+        assert all(events[i] != events[j] for i, j in enumerate(shuffled_pairing(4, seed, events)))
+    for n, same in ((0, None), (1, None), (3, [(1.0,)] * 3)):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            shuffled_pairing(n, 0, same)
+
+
+def test_onset_scores():
+    events = [(0.5, 1.5, 9.0), (0.8, 1.2)]
+    scores = onset_scores([np.array([0.5, 1.5]), np.array([0.8])], events, duration=2.0)
+    assert scores["precision"] == 1 and scores["recall"] == 0.75 and scores["f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scores["f1_shuffled"] == 0
+    assert np.isnan(onset_scores([np.array([0.5])], events[:1], duration=2.0)["f1_shuffled"])
+
+
+# --- statistics of sound -------------------------------------------------------------------------------------------
+
+
+def test_waveform_scores():
+    generator = np.random.default_rng(0)
+    time = np.arange(32000) / 16000
+    noise = generator.standard_normal(32000)
+    tone = np.sin(2 * np.pi * 500 * time)
+    assert waveform_scores(noise, noise, 16000) == pytest.approx(
+        {"log_mel_distance": 0, "loudness_difference": 0, "centroid_difference": 0, "flatness_difference": 0}
+        | {"envelope_correlation": 1}
+    )
+    quieter = waveform_scores(0.1 * noise, noise, 16000)
+    assert quieter["loudness_difference"] == pytest.approx(-20) == -quieter["log_mel_distance"]
+    octave = waveform_scores(np.sin(2 * np.pi * 1000 * time)[:20000], tone, 16000)
+    assert octave["centroid_difference"] == pytest.approx(1, abs=0.02)
+    other = waveform_scores(noise, tone, 16000)
+    assert other["flatness_difference"] > 20 and other["log_mel_distance"] > 20
+    gate = 0.01 + (np.sin(2 * np.pi * time) > 0)
+    assert waveform_scores(noise * gate, noise * (1.01 - gate), 16000)["envelope_correlation"] < -0.8
+    assert np.isfinite(list(waveform_scores(np.zeros(32000), np.zeros(32000), 16000).values())).all()
+    with pytest.raises(ValueError, match="too few"):
+        waveform_scores(noise[:100], noise, 16000)
+
+
+# --- published metrics ---------------------------------------------------------------------------------------------
+
+
+FD_SIZES = {"a": (500, 400, 16), "b": (600, 600, 64), "c": (300, 250, 128), "rank_deficient": (40, 40, 64)}
+
+
+@pytest.mark.parametrize(("tag", "sizes"), [*FD_SIZES.items(), ("small", (12, 9, 8))])
+def test_frechet_distance(tag, sizes):
+    n1, n2, d = sizes
+    predicted = (arr(f"fd/{tag}/pred", n1, d) * (1 + 0.5 * np.arange(d) / d) + 0.2).astype(np.float32)
+    reference = arr(f"fd/{tag}/gt", n2, d)
+    tolerance = 1e-5 if tag == "rank_deficient" else 1e-6
+    assert frechet_distance(predicted, reference) == pytest.approx(DIRECT[f"fd/{tag}"], rel=tolerance)
+    assert frechet_distance(reference, predicted) == pytest.approx(DIRECT[f"fd/{tag}/swapped"], rel=tolerance)
+    assert frechet_distance(predicted, predicted) == pytest.approx(DIRECT[f"fd/{tag}/self"], abs=1e-4)
+
+
+def test_other_direct_values():
+    for tag, shape in (("a", (64, 527)), ("b", (7, 10))):
+        predicted, reference = 2 * arr(f"kl/{tag}/pred", *shape), 2 * arr(f"kl/{tag}/gt", *shape)
+        for kind in ("softmax", "sigmoid"):
+            assert kl_divergence(predicted, reference, kind) == pytest.approx(DIRECT[f"kl/{tag}/{kind}"], rel=1e-5)
+    for tag, n, c, splits in (("a", 100, 527, 10), ("b", 25, 40, 10), ("c", 33, 12, 4)):
+        for shuffle in (True, False):
+            ours, key = (
+                inception_score(2 * arr(f"isc/{tag}", n, c), splits, shuffle),
+                f"isc/{tag}/shuffle{int(shuffle)}",
+            )
+            assert ours == pytest.approx((DIRECT[f"{key}/mean"], DIRECT[f"{key}/std"]), rel=1e-5)
+    assert np.isnan(inception_score(np.zeros((9, 4)))).all()
+    a, b = arr("cos/a", 20, 1024), arr("cos/b", 20, 1024)
+    assert mean_cosine(a + 0.5 * b, b) == pytest.approx(DIRECT["cosine_mean"], rel=1e-5)
+    for bad in ((np.zeros((1, 3)), np.zeros((5, 3))), (np.zeros((5, 3)), np.zeros((5, 4)))):
+        with pytest.raises(ValueError, match="at least two rows"):
+            frechet_distance(*bad)
+    with pytest.raises(ValueError, match="one shape"):
+        kl_divergence(np.zeros((2, 3)), np.zeros((3, 3)))
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """The caches of the recorded evaluation, without the Synchformer ones."""
+
+    def t(kind, shape, item_id, side):
+        return torch.from_numpy(arr(f"{side}/{kind}/{item_id}", *np.atleast_1d(shape)))
+
+    folder, dims = tmp_path_factory.mktemp("caches"), RECORDED["dims"]
+    for side, ids in (("gt", CACHES["ids"]), ("pred", CACHES["pred_ids"])):
+        files = {
+            "pann_features.pth": lambda i, s: {k: a * t(k, dims[k], i, s) for k, a in (("2048", 1), ("logits", 2))},
+            "vggish_features.pth": lambda i, s: t("vgg", dims["vgg"], i, s),
+            "passt_features_embed.pth": lambda i, s: t("passt", dims["passt"], i, s),
+            "passt_logits.pth": lambda i, s: 2 * t("passt_logits", dims["passt_logits"], i, s),
+        }
+        for kind, file, weight in (("ib", "imagebind", 0.3), ("laion", "clap_laion", 0.5), ("ms", "clap_ms", 0.5)):
+            if side == "gt":
+                name = f"{file}_{'video' if kind == 'ib' else 'text'}.pth"
+                files[name] = lambda i, s, kind=kind: t(kind, dims[kind], i, "gt")
+            else:
+                files[f"{file}_audio.pth"] = lambda i, s, kind=kind, weight=weight: (
+                    t(kind, dims[kind], i, "pred") + weight * t(kind, dims[kind], i, "gt")
+                )
+        (folder / side).mkdir()
+        for name, make in files.items():
+            torch.save({i: make(i, side) for i in ids}, folder / side / name)
+    return folder
+
+
+def test_evaluate_caches(caches):
+    common = [i for i in CACHES["pred_ids"] if i in CACHES["ids"]]
+    classes = dict(zip(common, CACHES["desync_top_classes"], strict=True))
+    for paired, expected in ((True, CACHES["paired"]), (False, CACHES["unpaired"])):
+        ours = evaluate_caches(caches / "gt", caches / "pred", paired=paired, desync_classes=classes)
+        names = {name for name in ours if "/" not in name}
+        assert names == set(expected)
+        for name in names:
+            tolerance = 1e-6 if name.startswith("FD") else 1e-5
+            assert ours[name] == pytest.approx(expected[name], rel=tolerance), (name, paired)
+        assert (ours["FD-PANN/used"], ours["FD-PANN/dropped"]) == (35, 0)
+        used = (34, 1) if paired else (35, 0)
+        assert (ours["FD-PASST/used"], ours["FD-PASST/dropped"]) == used
+    assert desync_score(CACHES["desync_top_classes"]) == pytest.approx(CACHES["desync_recomputed"], rel=1e-6)
+
+
+def test_clean_ids():
+    for name, cleaned in CACHES["clean_names"].items():
+        assert clean_id(name) == cleaned
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_bad_caches(tmp_path, capsys):
+    gt, pred = tmp_path / "gt", tmp_path / "pred"
+    gt.mkdir(), pred.mkdir()
+    with pytest.raises(ValueError, match="gt holds no cached features"):
+        evaluate_caches(gt, pred)
+    values = {f"id{i}": torch.randn(4) for i in range(12)}
+    torch.save(values, gt / "passt_features_embed.pth")
+    torch.save(values, pred / "passt_logits.pth")
+    with pytest.raises(ValueError, match=r"pred/passt_features_embed\.pth is missing"):
+        evaluate_caches(gt, pred)
+    torch.save({f"other{i}": v for i, v in enumerate(values.values())}, pred / "passt_features_embed.pth")
+    with pytest.raises(ValueError, match="no id in common"):
+        evaluate_caches(gt, pred)
+    (pred / "passt_features_embed.pth").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="cannot be read"):
+        evaluate_caches(gt, pred)
+    torch.save({"id0": _Evil()}, pred / "passt_features_embed.pth")
+    with pytest.raises(ValueError, match="cannot be read"):
+        evaluate_caches(gt, pred)
+    assert "unpickled" not in capsys.readouterr().out
+    torch.save([1], pred / "passt_features_embed.pth")
+    with pytest.raises(ValueError, match="must be a dictionary"):
+        evaluate_caches(gt, pred)
