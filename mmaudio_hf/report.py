@@ -306,7 +306,7 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> str:
     rate = Curve("train/learning_rate", "learning rate", "a", _series(metrics, "train/learning_rate"))
     charts = [
         line_chart("Loss", "step", [c for c in curves if c.points]),
-        line_chart("Validation loss over time t", "t: 0 is noise, 1 is data", _loss_over_time(metrics)),
+        line_chart("Validation loss over time t", "t: 0 is noise, 1 is data", _loss_over_time(metrics), x_range=(0, 1)),
         line_chart("Learning rate", "step", [rate] if rate.points else [], from_zero=True),
     ]
     return "".join(charts)
@@ -349,11 +349,14 @@ class Curve:
     points: list[tuple[float, float]]
 
 
-def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: bool = False) -> str:
-    """A figure with an SVG line chart and its legend; every point of every curve is drawn."""
+def line_chart(
+    title: str, x_label: str, curves: Sequence[Curve], *, from_zero: bool = False, x_range: Sequence[float] = ()
+) -> str:
+    """A figure with an SVG line chart and its legend; every point of every curve is drawn, axes hold `x_range`."""
     if not curves:
         return f"<figure><figcaption>{escape(title)}</figcaption><p class='note'>Nothing was logged.</p></figure>"
     xs, ys = ([point[axis] for curve in curves for point in curve.points] for axis in (0, 1))
+    xs += x_range
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(0 if from_zero else min(ys), max(ys))
     x_low, x_high = min(x_ticks[0], min(xs)), max(x_ticks[-1], max(xs)) or 1
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -571,7 +574,7 @@ video { max-height: 330px; background: #000; border-radius: 4px; }
 .spectrogram { position: relative; height: 130px; overflow: hidden; border-radius: 4px; background: #0c0a1e; }
 .spectrogram img { position: absolute; width: 100%; height: 100%; }
 i.event, i.onset, .playhead, .key::before { position: absolute; content: ""; }
-i.event, .key.event::before { top: 0; bottom: 0; border-left: 2px dotted #fff; opacity: .85; }
+i.event, .key.event::before { top: 0; bottom: 0; border-left: 1px dashed #fff; opacity: .8; }
 .key::before { left: 8px; }
 i.onset, .key.onset::before { bottom: 0; border: 5px solid transparent; border-top-width: 0;
   border-bottom: 9px solid #5ff0d8; }

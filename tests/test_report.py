@@ -1,0 +1,230 @@
+"""The page of a run: its structure, what is inside it, and that it reaches for nothing outside."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from toy_stores import MODEL, write_store
+
+from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
+from mmaudio_hf.features.encoders import fit_toy_codec
+from mmaudio_hf.media.example import read_events, write_example_media
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.report import Curve, ReportClip, encode_png, line_chart, report_run, run_summary, write_report
+
+EVIL = '<script>alert(1)</script> "a" & b'
+
+
+class Page(HTMLParser):
+    """All tags with their attributes, the visible text, and scripts and styles apart."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self.raw, self.open = [], "", {"script": [], "style": []}, []
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in self.raw:
+            self.raw[self.open[-1]].append(data)
+        else:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    return write_example_media(tmp_path_factory.mktemp("media"), small=True)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder with what the training loop writes, but for the weights."""
+    run = tmp_path / "my <run>"
+    run.mkdir()
+    bins = {f"loss_t_{k / 10:.1f}": 1.5 - k / 20 for k in range(10)}
+    entries = [{"step": 0, "val/loss": 2.0} | {f"val/{k}": v + 1 for k, v in bins.items()}]
+    for step in range(1, 7):
+        entries.append({"step": step, "train/loss": 2 - step / 5, "train/learning_rate": 1e-4 * step})
+        if step % 3 == 0:
+            scores = {f"{kind}/{k}": v / step for kind in ("val", "val_ema") for k, v in bins.items()}
+            entries.append({"step": step, "val/loss": 2 - step / 4, "val_ema/loss": 1.9 - step / 4, **scores})
+    entries.append({"step": 6, "train/loss": float("nan")})
+    lines = [json.dumps(entry) for entry in entries] + ['{"step": 7, "tra']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    speed = {"speed/steps_per_second": 2.0, "speed/samples_per_second": 8.0, "speed/peak_memory_gb": 0.5}
+    (run / "speed.jsonl").write_text(json.dumps({"step": 6, **speed}) + "\n")
+    return run
+
+
+def sound(times, seconds=2.0, rate=16000) -> torch.Tensor:
+    waveform = torch.zeros(int(seconds * rate))
+    noise = torch.randn(800, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 0, 800)
+    for time in times:
+        waveform[int(time * rate) :][:800] = noise
+    return waveform
+
+
+def content(uri: str) -> bytes:
+    return base64.b64decode(uri.partition("base64,")[2], validate=True)
+
+
+def test_page(run_dir, media):
+    events = (0.4, 1.2)
+    clips = [
+        ReportClip("a", EVIL, sound((0.4, 0.8)), 16000, sound(events), media / "videos/test_00_ball.mp4", events),
+        ReportClip("b", "no pictures", sound((0.5,), rate=44100), 44100),
+        ReportClip("c", "lost", sound((0.5,)), 16000, None, media / "videos/none.mp4"),
+    ]
+    timing = {"onset_f1": 0.5, "onset_f1_shuffled": 0.25, "onset_clips": 3, "onset_f1_true_latents": 1.0}
+    path = write_report(run_dir, clips, timing=timing)
+    assert path == run_dir / "report" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+
+    # Curves have every point that was logged, and none that is not finite.
+    curves = {line["data-series"]: len(line["points"].split()) for line in page.all("polyline")}
+    assert curves == {
+        "train/loss": 6,
+        "val/loss": 3,
+        "val_ema/loss": 2,
+        "train/learning_rate": 6,
+        "val/loss_t_*:0": 10,
+        "val/loss_t_*:6": 10,
+        "val_ema/loss_t_*:6": 10,
+    }
+
+    # The video has the new sound, the pictures and the length of the clip.
+    assert len(page.all("video")) == 2 and len(page.all("audio")) == 2 and len(page.all("article")) == 3
+    with av.open(io.BytesIO(content(page.all("video")[0]["src"]))) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+        container.seek(0)
+        samples = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
+    assert abs(frames - 50) <= 3
+    loud = np.abs(samples).reshape(-1, 64).max(1) > 0.1
+    assert np.flatnonzero(loud)[0] * 64 / 16000 == pytest.approx(0.4, abs=0.05)
+    with av.open(io.BytesIO(content(page.all("audio")[0]["src"]))) as container:
+        assert container.streams.audio[0].rate == 44100
+
+    # Spectrograms: time runs over the width, the clicks are bright, marks lie where the events are.
+    images = page.all("img")
+    assert len(images) == 4 and all(image["alt"] for image in images)
+    with av.open(io.BytesIO(content(images[0]["src"]))) as container:
+        picture = next(container.decode(video=0)).to_ndarray(format="gray")
+    assert picture.shape == (80, 125)
+    assert np.argmax(picture.mean(0) > 60) / 125 == pytest.approx(0.2, abs=0.03)
+    marks = [(i["class"], i["style"]) for i in page.all("i") if i["class"] != "playhead"]
+    assert marks[:2] == [("event", "left:20.00%"), ("event", "left:60.00%")]
+    assert sum(kind == "event" for kind, _ in marks) == 4
+
+    # Words.
+    assert "onset F1 0.50 (precision 0.50, recall 0.50)" in page.text and "onset F1 1.00" in page.text
+    for figure in ("0.50", "0.25", "2.000", "0.400", "0.50 GB", "6 steps"):
+        assert figure in page.text, figure
+
+
+def test_page_is_safe_and_alone(run_dir, media):
+    clip = ReportClip(EVIL, EVIL, sound((0.4,)), 16000, video=media / "videos/test_01_lamp.mp4", scores={EVIL: 1.0})
+    text = write_report(run_dir, [clip]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.all("script")) == 1 and "alert(1)" not in "".join(page.raw["script"])
+    assert EVIL in page.text and "my <run>" in page.text
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "data", "poster", "srcset", "action"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy and "http" not in policy
+    assert page.all("html")[0]["lang"] and any(meta.get("name") == "viewport" for meta in page.all("meta"))
+    assert all(video["aria-label"] for video in page.all("video"))
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+
+
+def test_page_of_a_run_that_has_logged_nothing(tmp_path):
+    page = Page(write_report(tmp_path, []).read_text())
+    assert page.text.count("Nothing was logged.") == 3 and "No clips" in page.text
+
+
+def test_summary(run_dir):
+    summary = run_summary(run_dir)
+    assert summary["steps"] == 6 and summary["run"] == "my <run>"
+    assert [summary[f"val_loss_{n}"] for n in ("first", "last", "last_ema")] == pytest.approx([2.0, 0.5, 0.4])
+    assert summary["steps_per_second"] == 2 and summary["peak_memory_gb"] == 0.5
+
+
+def test_png():
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    palette = np.stack([np.arange(256), np.zeros(256), 255 - np.arange(256)], 1).astype(np.uint8)
+    with av.open(io.BytesIO(encode_png(pixels, palette))) as container:
+        decoded = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.array_equal(decoded, palette[pixels])
+
+
+def test_charts_of_odd_values():
+    for points in ([(0, 1.0)], [(0, 0.0), (1, 0.0)], [(5, -1e-7), (9, 3e-7)], [(0, 1e9), (1, 2e9)]):
+        chart = line_chart("a", "x", [Curve("n", "n", "a", points)])
+        (line,) = Page(chart).all("polyline")
+        places = [float(v) for point in line["points"].split() for v in point.split(",")]
+        assert len(places) == 2 * len(points) and all(0 <= v <= 400 for v in places)
+
+
+def test_report_of_a_run(tmp_path, media):
+    """From a run folder to generated clips: toy features of one second, a network of a few thousand weights."""
+    events = read_events(media / "events.json")
+    store = write_store(tmp_path / "held_out", 3)
+    names = ["test_00_ball", "test_01_lamp", "elsewhere"]
+    (tmp_path / "held_out.tsv").write_text("id\tcaption\n" + "".join(f"{name}\tcaption of {name}\n" for name in names))
+    (tmp_path / "held_out.manifest.json").unlink()  # its hash of the ids no longer fits
+    tree = {
+        "model": MODEL,
+        "output_dir": str(tmp_path),
+        "encoders": to_dict(EncoderConfig(kind="toy", weights_dir=str(tmp_path))),
+        "extraction": {"videos": [{"name": "held_out", "media_dir": str(media / "videos"), "list": "x.tsv"}]},
+        "data": {"test": [{"path": str(store)}]},
+        "sampling": {"num_steps": 2},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "run.yaml")
+    folder = recipe.run_dir / "last" / "pretrained_model"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no config\.yaml"):
+        report_run(recipe.run_dir)
+    save_recipe(recipe, recipe.run_dir / "config.yaml")
+    with pytest.raises(ValueError, match="no trained network"):
+        report_run(recipe.run_dir)
+    network = MMAudio(recipe.model)
+    network.set_latent_statistics(torch.zeros(20), torch.ones(20))
+    network.save_pretrained(folder)
+    fit_toy_codec(folder, "16k", sorted((media / "videos").glob("*.mp4")))
+    (folder / "encoders.json").write_text(json.dumps(to_dict(recipe.encoders)))
+    (folder / "weights.json").write_text(json.dumps({"weights": "ema", "sigma_rel": 0.05, "step": 4}))
+
+    summary = report_run(recipe.run_dir, events=media / "events.json", shown=2, device="cpu", started=0.0)
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["generated_clips"] == 3 and summary["onset_clips"] == 2 and summary["seconds"] > 1e9
+    assert 0 <= summary["onset_f1"] <= 1 and summary["sigma_rel"] == 0.05
+    page = Page((recipe.run_dir / "report" / "index.html").read_text())
+    assert len(page.all("article")) == 2 and len(page.all("video")) == 4
+    assert "caption of test_01_lamp" in page.text and "EMA" in page.text and "step 4" in page.text
+    inside = sum(t < 1 for name in names[:2] for t in events[name].times)
+    assert sum(i["class"] == "event" for i in page.all("i")) == 2 * inside > 0
