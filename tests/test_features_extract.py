@@ -1,0 +1,319 @@
+"""Extraction from real media to real stores: the same result in every way of getting there, and every refusal named."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from mmaudio_hf.data.store import FeatureStore, StoreWriter, verify
+from mmaudio_hf.features import extract
+from mmaudio_hf.features.encoders import load_encoders
+from mmaudio_hf.features.extract import extract_audio, extract_video
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.clips import write_clips
+from mmaudio_hf.media.example import write_example_media
+from mmaudio_hf.media.video import read_video
+
+DURATION = 2.0  # s; short, so that the tests are
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    folder = write_example_media(tmp_path_factory.mktemp("example"), small=True)
+    write_clips(folder / "audios", folder / "clips.tsv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(example, tmp_path_factory):
+    """Folder with the toy codec, which the first extraction fits."""
+    folder = tmp_path_factory.mktemp("weights")
+    report = extract_video("val", example / "videos", example / "val.tsv", folder / "out", **options(folder))
+    assert (folder / "toy_codec_16k.safetensors").is_file()
+    assert report.accepted == report.listed == 2
+    return folder
+
+
+def options(weights, **changes):
+    encoders = {"kind": "toy", "weights_dir": str(weights), "clip": "", "precision": "fp32", "device": "cpu"}
+    usual = {"encoders": encoders, "mode": "16k", "duration": DURATION, "open_writer": StoreWriter, "progress": False}
+    return usual | {"shard_size": 3, "batch_size": 2} | changes
+
+
+def write_list(path, rows, column="label"):
+    path.write_text(f"id\t{column}\n" + "".join(f"{item_id}\t{caption}\n" for item_id, caption in rows))
+    return path
+
+
+def content(folder, name) -> dict[str, bytes]:
+    """Everything of a store, by file name."""
+    paths = [*(folder / name).iterdir(), folder / f"{name}.tsv", folder / f"{name}.manifest.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def shard_times(folder, name) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / f"{name}.shards").glob("shard_*.json")}
+
+
+def rejects_of(report) -> list[dict]:
+    return [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def train(example, weights, tmp_path_factory):
+    """Store of the training videos, made in one go."""
+    folder = tmp_path_factory.mktemp("train")
+    extract_video("train", example / "videos", example / "train.tsv", folder, **options(weights))
+    return folder
+
+
+def test_a_store_holds_what_the_encoders_say_of_each_row_in_list_order(example, weights, train):
+    store = FeatureStore.open(train / "train")
+    listed = [line.split("\t") for line in (example / "train.tsv").read_text().splitlines()[1:]]
+    assert [store.ids, store.captions] == [[row[0] for row in listed], [row[1] for row in listed]]
+    assert verify(train / "train").ok
+    encoders = load_encoders("toy", "16k", weights_dir=weights, clip="", duration=DURATION)
+    clip = read_video(example / "videos" / f"{store.ids[4]}.mp4", duration=DURATION)
+    row = store.read([4])
+    for name, value in (
+        ("clip_features", encoders.encode_clip(clip.clip_frames[None])),
+        ("text_features", encoders.encode_text([store.captions[4]])),
+        ("mean", encoders.encode_audio(clip.audio[None])[0]),
+    ):
+        torch.testing.assert_close(row[name], value, atol=1e-4, rtol=1e-4)
+    assert store.manifest["counts"] == {"listed": 8, "accepted": 8, "rejected": 0}
+    assert store.manifest["encoders"] == encoders.fingerprints
+    assert store.manifest["normalisation"] == {"audio_peak": 0.95}
+
+
+def test_processes_shards_and_batches_do_not_change_the_store(example, weights, train, tmp_path):
+    media = example / "videos", example / "train.tsv"
+    report = extract_video("train", *media, tmp_path, **options(weights, num_proc=2, shard_size=5, batch_size=16))
+    assert (report.shards, report.reused_shards) == (2, 0)
+    assert content(tmp_path, "train") == content(train, "train")
+
+
+SCRIPT = """
+import sys
+from test_features_extract import *
+if __name__ == "__main__":
+    example, weights, folder, processes = sys.argv[1:]
+    media = f"{example}/videos", f"{example}/train.tsv"
+    extract_video("train", *media, folder, **options(weights, shard_size=1, num_proc=int(processes)))
+"""
+
+
+def test_a_run_killed_anywhere_and_started_again_gives_the_same_store(example, weights, train, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "RUN": str(out)}
+    seen = 0
+    for seed, processes in ((0, 1), (1, 2), (2, 1)):
+        command = [sys.executable, str(script), str(example), str(weights), str(out), str(processes)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda: len(list(out.glob("train.shards/*.json"))) > seen or process.poll() is not None)  # noqa: B023
+        time.sleep(random.Random(seed).uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen = len(list(out.glob("train.shards/*.json")))
+        assert seen > 0
+        wait_until(lambda: not processes_with(f"RUN={out}"))
+    kept = shard_times(out, "train")
+    media = example / "videos", example / "train.tsv"
+    report = extract_video("train", *media, out, **options(weights, shard_size=1))
+    assert report.reused_shards == len(kept) > 0
+    assert all(shard_times(out, "train")[name] == when for name, when in kept.items())
+    assert content(out, "train") == content(train, "train")
+    assert not list(out.rglob("*.part*"))
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_with(setting: str) -> list[str]:
+    """Processes that have `setting` in their environment: a killed run's workers, for as long as they live."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
+            found += [entry] * (setting.encode() in file.read().split(b"\0"))
+    return found
+
+
+def test_only_what_changed_is_made_again(example, weights, tmp_path):
+    media, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(example / "videos", media)
+    rows = [tuple(line.split("\t")) for line in (example / "train.tsv").read_text().splitlines()[1:]][:4]
+
+    def run(rows, weights=weights, **changes):
+        table = write_list(tmp_path / "list.tsv", rows)
+        return extract_video("train", media, table, out, **options(weights, shard_size=1, **changes))
+
+    assert run(rows).reused_shards == 0
+    times, first = shard_times(out, "train"), content(out, "train")
+    assert run(rows).reused_shards == 4
+    assert (shard_times(out, "train"), content(out, "train")) == (times, first)
+    # a caption
+    changed = [*rows[:2], (rows[2][0], "something else"), rows[3]]
+    assert run(changed).reused_shards == 3
+    assert FeatureStore.open(out / "train").captions[2] == "something else"
+    # a file
+    os.utime(media / f"{rows[1][0]}.mp4", ns=(1, 1))
+    assert run(changed).reused_shards == 3
+    # a shorter list: what is left over goes
+    assert run(changed[:2]).reused_shards == 2
+    assert len(shard_times(out, "train")) == 2
+    assert len(FeatureStore.open(out / "train")) == 2
+    # a setting and the encoder
+    assert run(changed[:2], normalize_audio=False).reused_shards == 0
+    other = shutil.copytree(weights, tmp_path / "other", ignore=shutil.ignore_patterns("out"))
+    codec = load_encoders("toy", "16k", weights_dir=weights, clip="").fingerprints["latent"]
+    extract.fit_toy_codec(other, "16k", [media / f"{rows[0][0]}.mp4"])
+    assert run(changed[:2], weights=other).reused_shards == 0
+    assert FeatureStore.open(out / "train").manifest["encoders"]["latent"] != codec
+    # a damaged shard
+    (out / "train.shards" / "shard_00001.arrow").write_bytes(b"")
+    assert run(changed[:2], weights=other).reused_shards == 1
+
+
+def write_silent_copy(source, path, *, sound):
+    """The pictures of `source` with silence under them, or without a track of sound."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        video = old.streams.video[0]
+        stream = new.add_stream_from_template(video)
+        audio = new.add_stream("aac", rate=44_100, layout="mono") if sound else None
+        packets = [packet for packet in old.demux(video) if packet.size]
+        for packet in packets:
+            packet.stream = stream
+            new.mux(packet)
+        if audio is not None:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100 * 8), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44_100, 0
+            new.mux([*audio.encode(frame), *audio.encode(None)])
+
+
+def test_bad_media_are_rejected_one_by_one_and_counted(example, weights, tmp_path):
+    media, (good, other) = tmp_path / "videos", sorted((example / "videos").glob("train*.mp4"))[:2]
+    media.mkdir()
+    shutil.copy(good, media / "good.mp4")
+    shutil.copy(other, media / "other.mp4")
+    (media / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (media / "text.mp4").write_text("this is no video\n" * 100)
+    write_silent_copy(good, media / "mute.mp4", sound=False)
+    write_silent_copy(good, media / "silent.mp4", sound=True)
+    (media / "folder.mp4").mkdir()
+    names = ["absent", "good", "cut", "text", "mute", "other", "silent", "folder"]
+    table = write_list(tmp_path / "list.tsv", [(name, f"caption of {name}") for name in names])
+    report = extract_video("bad", media, table, tmp_path / "out", **options(weights))
+    rejects = rejects_of(report)
+    assert (report.listed, report.accepted, report.rejected, report.missing) == (8, 2, 6, 2)
+    reasons = {reject["id"]: (reject["stage"], reject["reason"]) for reject in rejects}
+    assert list(reasons) == [name for name in names if name not in ("good", "other")]
+    assert reasons["absent"] == reasons["folder"] == ("list", "not_found")
+    assert reasons["text"] == reasons["cut"] == ("read", "unreadable")
+    assert reasons["mute"] == ("read", "no_audio")
+    assert reasons["silent"] == ("read", "silent")
+    assert all(reject["message"] and isinstance(reject["facts"], dict) for reject in rejects)
+    assert FeatureStore.open(report.store_path).ids == ["good", "other"]
+    before = report.rejects_path.read_bytes()
+    again = extract_video("bad", media, table, tmp_path / "out", **options(weights))
+    assert (again.rejected, again.rejects_path.read_bytes()) == (6, before)
+
+
+def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_path):
+    media = tmp_path / "audios"
+    media.mkdir()
+    for path in (example / "audios").glob("*.flac"):
+        shutil.copy(path, media / f"{path.stem[:12]}.flac")
+    write_audio(media / "quiet.wav", torch.zeros(9 * 16_000), 16_000)
+    write_clips(media, tmp_path / "clips.tsv")
+    with open(tmp_path / "clips.tsv", "a") as file:
+        file.write("gone_0\tgone\t0\t400000\nrecording_00_9\trecording_00\t900000\t99000000\n")
+    captions = [("recording_00", "one"), ("recording_01", "two"), ("recording_00", "three"), ("recording_00", "one")]
+    table = write_list(tmp_path / "captions.tsv", [*captions, ("quiet", "none"), ("gone", "lost")], "caption")
+    arguments = "audio", media, table, tmp_path / "clips.tsv", tmp_path / "out"
+    report = extract_audio(*arguments, **options(weights, shard_size=2))
+    store = FeatureStore.open(report.store_path)
+    assert store.ids == [
+        "recording_00_0", "recording_00_0.2", "recording_00_1", "recording_00_1.2", "recording_01_0", "recording_01_1",
+    ]  # fmt: skip
+    assert store.captions == ["one", "three", "one", "three", "two", "two"]
+    assert list(store.columns) == ["mean", "std", "text_features"]
+    values = store.read(range(6))
+    assert torch.equal(values["mean"][0], values["mean"][1])
+    assert not torch.equal(values["text_features"][0], values["text_features"][1])
+    assert not torch.equal(values["mean"][0], values["mean"][2])
+    reasons = Counter(reject["reason"] for reject in rejects_of(report))
+    assert reasons == {"silent": 1, "no_caption": 2, "not_found": 1, "clip_out_of_range": 2}
+    assert report.listed == report.accepted + report.rejected == 12
+
+
+def test_the_users_mistakes_are_named_before_any_work(example, weights, tmp_path):
+    media, table = example / "videos", example / "val.tsv"
+
+    def refused(message, name="s", media=media, table=table, out=tmp_path / "out", **changes):
+        with pytest.raises(ValueError, match=message):
+            extract_video(name, media, table, out, **options(weights, **changes))
+
+    refused("no such folder", media=tmp_path / "nowhere")
+    refused("no such file", table=tmp_path / "nowhere.tsv")
+    refused("not a plain name.*line 2", table=write_list(tmp_path / "evil.tsv", [("../../x", "c")]))
+    refused("already on line 2", table=write_list(tmp_path / "twice.tsv", [("a", "c"), ("a", "d")]))
+    refused("none of 2 items can be used.*no such file", table=write_list(tmp_path / "n.tsv", [("a", "c"), ("b", "d")]))
+    refused("not a plain name", name="../s")
+    refused("has a dot", name="a.b")
+    refused("alignment 'sideways'", alignment="sideways")
+    refused("shard_size must be at least 1", shard_size=0)
+    refused("unknown audio mode '8k'", mode="8k")
+    refused("output_dir must be a folder", out=table)
+    released = {"kind": "released", "weights_dir": str(tmp_path), "clip": "x", "precision": "fp32", "device": "cpu"}
+    refused(r"synchformer_state_dict\.pth is missing", encoders=released)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "s").mkdir(parents=True)
+    refused("exists and was not made from")
+    with pytest.raises(ValueError, match="no such clip list; make it with `mmaudio-hf partition`"):
+        extract_audio("a", example / "audios", example / "audios.tsv", tmp_path / "c.tsv", tmp_path, **options(weights))
+
+
+def test_nothing_usable_is_an_error_without_a_store(weights, tmp_path):
+    (tmp_path / "a.mp4").write_text("no video")
+    table = write_list(tmp_path / "list.tsv", [("a", "c"), ("b", "d")])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"all 2 items were rejected \(.*not_found 1.*bad\.rejects\.jsonl"):
+            extract_video("bad", tmp_path, table, tmp_path / "out", **options(weights))
+        assert not (tmp_path / "out" / "bad").exists()
+        assert len((tmp_path / "out" / "bad.rejects.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_is_seen_before_the_work(example, weights, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(extract.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"0\.0\d GB are needed .* 0\.00 GB are free; make room"):
+        extract_video("val", example / "videos", example / "val.tsv", tmp_path / "out", **options(weights))
+    assert not list((tmp_path / "out").rglob("shard_*"))
+
+
+def test_two_runs_at_once_do_not_mix(example, weights, tmp_path):
+    def second_run(*arguments, **keywords):
+        with pytest.raises(ValueError, match="another process extracts 'val'"):
+            extract_video("val", example / "videos", example / "val.tsv", tmp_path, **options(weights))
+        return StoreWriter(*arguments, **keywords)
+
+    report = extract_video(
+        "val", example / "videos", example / "val.tsv", tmp_path, **options(weights, open_writer=second_run)
+    )
+    assert report.accepted == 2
