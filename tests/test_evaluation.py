@@ -260,3 +260,17 @@ def test_bad_caches(tmp_path, capsys):
     torch.save([1], pred / "passt_features_embed.pth")
     with pytest.raises(ValueError, match="must be a dictionary"):
         evaluate_caches(gt, pred)
+
+
+def test_pairing_by_cleaned_ids(tmp_path):
+    """A prediction named with a counter is paired with its clip, but for PANNs, which want equal ids."""
+    ids = [f"abcdefghijk_{i:06d}-0" for i in range(12)]
+    for side, names in (("gt", [i[:18] for i in ids]), ("pred", ids)):
+        (tmp_path / side).mkdir()
+        values = {name: torch.from_numpy(arr(f"clean/{side}/{i}", 6)) for i, name in enumerate(names)}
+        torch.save(values, tmp_path / side / "passt_logits.pth")
+        torch.save({k: {"2048": v, "logits": v} for k, v in values.items()}, tmp_path / side / "pann_features.pth")
+    scores = evaluate_caches(tmp_path / "gt", tmp_path / "pred")
+    assert (scores["KL-PASST-softmax/used"], scores["KL-PASST-softmax/dropped"]) == (12, 0)
+    assert (scores["KL-PANNS-softmax/used"], scores["KL-PANNS-softmax/dropped"]) == (0, 12)
+    assert np.isnan(scores["KL-PANNS-softmax"])
