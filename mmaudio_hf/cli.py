@@ -15,11 +15,17 @@ from pathlib import Path
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
 
 ENCODERS_FILE = "encoders.json"
+SUMMARY_NAMES = {
+    "onset_f1": "f1_right",
+    "onset_f1_shuffled": "f1_shuffled",
+    "steps_per_second": "steps_per_s",
+    "peak_memory_gb": "peak_mem_gb",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mmaudio-hf`; returns the exit code. A user's mistake ends with one sentence on stderr and code 2."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.command(options) or 0
     except ValueError as error:
@@ -30,6 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Run `train.py RECIPE [key=value ...] [--dry-run]`."""
     return main(["train", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand before and after options, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strangers = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -316,9 +334,16 @@ def _generate(options) -> None:
 def _report(options) -> None:
     from mmaudio_hf.report import report_run
 
-    summary = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
+    figures = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
     print(f"report: {options.run / 'report' / 'index.html'}")
-    print("summary " + json.dumps(summary))
+    if "onset_f1" in figures:
+        right, shuffled = figures["onset_f1"], figures["onset_f1_shuffled"]
+        print(f"onset F1 (+-100 ms): {right:.3f} with the right videos, {shuffled:.3f} with shuffled ones")
+    if "val_loss_first" in figures:
+        print(f"validation loss: {figures['val_loss_first']:.4f} first, {figures['val_loss_last']:.4f} last")
+    if "steps_per_second" in figures:
+        print(f"training: {figures['steps_per_second']:.2f} steps/s, peak memory {figures['peak_memory_gb']:.2f} GB")
+    print("summary " + json.dumps({SUMMARY_NAMES.get(name, name): value for name, value in figures.items()}))
 
 
 def _bench(options) -> None:

@@ -1,0 +1,32 @@
+# Every target makes .venv first when it is missing. CI calls nothing but these.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: example test test-slow style quality clean
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 for a trial of a few minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" SHORT="$(SHORT)" bash scripts/example.sh
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
+	$(BIN)/python -m pytest -m slow
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""Every recipe and every command line of the documentation is read by the program that it is meant for."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmaudio_hf.cli import parse
+from mmaudio_hf.config import load_recipe, variant_config
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipe_is_valid_and_opens_with_its_command(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"recipes/{path.name}" in header
+    assert "Hardware:" in header and "Cost:" in header
+
+
+def test_the_published_recipe():
+    """Spec networks, section 4."""
+    recipe = load_recipe(ROOT / "recipes" / "small_16k.yaml")
+    assert recipe.model == variant_config("small_16k")
+    optim, training = recipe.optim, recipe.training
+    assert (optim.learning_rate, optim.betas, optim.eps, optim.weight_decay) == (1e-4, (0.9, 0.95), 1e-6, 1e-6)
+    assert (optim.schedule, optim.warmup_steps, optim.milestones, optim.gamma) == (
+        "step",
+        1000,
+        (240_000, 270_000),
+        0.1,
+    )
+    assert (training.steps, training.batch_size, training.mixed_precision) == (300_000, 512, "bf16")
+    assert optim.max_grad_norm == 1.0 and recipe.flow.condition_dropout == 0.1
+    assert (recipe.ema.sigma_rels, recipe.ema.sigma_rel, recipe.ema.snapshot_every) == ((0.05, 0.1), 0.05, 5000)
+    assert [store.repeats for store in recipe.data.train] == [5, 1, 1, 1, 1, 1]
+    assert recipe.seed == 14159265
+
+
+def test_dry_run_prints_the_recipe_and_its_numbers():
+    command = [sys.executable, "train.py", "recipes/small_16k.yaml", "--dry-run", "training.accumulation_steps=4"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in (
+        "accumulation_steps: 4",
+        "per_process_and_pass: 128",
+        "trainable_parameters: 157204756",
+        "latent: 250",
+    ):
+        assert line in result.stdout
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Command lines of the pages: in fenced blocks and recipe headers."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            line = re.sub(r"^#\s*", "", line.strip())
+            if re.match(r"(mmaudio-hf|accelerate launch|make|python train\.py) ", line):
+                found.append((f"{page.name}: {line}", shlex.split(line, comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), commands(), ids=lambda v: v if isinstance(v, str) else "")
+def test_command_lines_of_the_documentation(where, words):
+    if words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {word for word in words[1:] if "=" not in word} <= targets
+        return
+    if words[0] == "mmaudio-hf":
+        check_arguments(words[1:])
+        return
+    assert "train.py" in words
+    before, after = words[: words.index("train.py")], words[words.index("train.py") + 1 :]
+    if "--config_file" in before:
+        assert (ROOT / before[before.index("--config_file") + 1]).is_file()
+    check_arguments(["train", *after])
+
+
+def check_arguments(words: list[str]) -> None:
+    """The command is known, and a recipe that is named exists and takes the overrides."""
+    try:
+        options = parse(words)
+    except SystemExit:
+        pytest.fail(f"the command line does not parse: {' '.join(words)}")
+    recipe = getattr(options, "recipe", "$")
+    if not recipe.startswith("$") and recipe != "RECIPE":
+        load_recipe(ROOT / recipe, options.overrides)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_scripts_are_thin_doors(path):
+    assert len(path.read_text().splitlines()) <= 40
+    result = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: mmaudio-hf" in result.stdout
