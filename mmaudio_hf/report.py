@@ -26,7 +26,7 @@ import torch
 
 from mmaudio_hf.config import Recipe, load_recipe
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times
+from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.generation import MMAudioPipeline, Request, find_pretrained
 from mmaudio_hf.media.audio import MediaError, write_audio
@@ -150,7 +150,9 @@ def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, rows: list[_Row]
             ceiling.append(onset_times(decoded, rate))
         inside = None if events is None else tuple(t for t in events if t < duration)
         reference = decoded if reference is None else reference
-        clips.append(ReportClip(row.item_id, row.caption, result.waveform, rate, reference, row.video, inside))
+        distance = waveform_scores(result.waveform, reference, rate)["log_mel_distance"]
+        scores = {"log-mel distance to the truth in dB:": distance}
+        clips.append(ReportClip(row.item_id, row.caption, result.waveform, rate, reference, row.video, inside, scores))
     if not known:
         return clips, {"generated_clips": len(clips)}
     scores = onset_scores(detected, known, duration=duration, seed=recipe.seed)
@@ -336,7 +338,7 @@ def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list["Curve"]:
 # --- plots ---------------------------------------------------------------------------------------------------------
 
 _WIDTH, _HEIGHT = 400, 240  # of a chart, in pixels where three stand side by side
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 24, 8, 38
 
 
 @dataclass(frozen=True)
