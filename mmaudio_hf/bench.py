@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +19,9 @@ MATMUL_SIZE = 3072
 SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
 
 
-def step(variant: str = "small_16k", batch_size: int = 4, rounds: int = 3) -> dict[str, float | str]:
+def step(
+    variant: str = "small_16k", batch_size: int = 4, rounds: int = 3, precisions: Sequence[str] = ("fp32", "bf16")
+) -> dict[str, float | str]:
     """GFLOP/s of a whole training step (forward, backward, clipping, AdamW, EMA) against a large matrix product.
 
     Operations are those of matrix products, convolutions and attention; what else a step does counts as time only.
@@ -29,7 +31,8 @@ def step(variant: str = "small_16k", batch_size: int = 4, rounds: int = 3) -> di
     figures: dict[str, float | str] = {"variant": variant, "device": device.type, "threads": torch.get_num_threads()}
     rates = {dtype: _median_rate([_matmul(device, dtype, 256)], 1)[0] for dtype in (torch.float32, torch.bfloat16)}
     slow_bf16 = rates[torch.bfloat16] < SLOW_BF16 * rates[torch.float32]
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for name in precisions:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         slow = dtype == torch.bfloat16 and slow_bf16
         size = 1 if slow else batch_size
         matmul, train, ema_share = (

@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=("step",))
     bench.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     bench.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
+    bench.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts (default 3)")
+    bench.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -349,7 +351,8 @@ def _report(options) -> None:
 def _bench(options) -> None:
     from mmaudio_hf import bench
 
-    figures = bench.step(options.variant, options.batch_size)
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    figures = bench.step(options.variant, options.batch_size, options.rounds, precisions)
     if options.json:
         print(json.dumps(figures))
     else:

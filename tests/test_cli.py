@@ -1,0 +1,128 @@
+"""The command line as a user meets it: every step of the quick start on a handful of clips, and mistakes on the way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import yaml
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import load_recipe, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mmaudio_hf.cli", *words]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A folder in which the quick start has been run in its short form, with a still smaller network."""
+    folder = tmp_path_factory.mktemp("project")
+    tree = to_dict(load_recipe(ROOT / "recipes" / "example_short.yaml"))
+    tree["model"] = {"variant": "small_16k", "hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1}
+    tree["training"] |= {"steps": 2, "batch_size": 2, "log_every": 1, "validate_every": 2, "checkpoint_every": 2}
+    tree["sampling"] |= {"num_steps": 2}
+    (folder / "short.yaml").write_text(yaml.safe_dump(tree | {"name": "short"}))
+    run("example-media", "output/example_short-media", "--small", cwd=folder)
+    run("extract-video", "short.yaml", cwd=folder)
+    refused = run("extract-audio", "short.yaml", cwd=folder, code=2)
+    assert "run `mmaudio-hf partition short.yaml` first" in refused.stderr
+    run("partition", "short.yaml", cwd=folder)
+    run("extract-audio", "short.yaml", cwd=folder)
+    run("train", "short.yaml", cwd=folder)
+    return folder
+
+
+def test_stores_verify(project):
+    for name in ("video_train", "video_val", "video_test", "audio_train"):
+        result = run("verify", f"output/example_short-features/{name}", cwd=project)
+        assert result.stdout.strip().endswith("ok")
+    file = project / "output/example_short-features/video_test/mean.memmap"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    assert "checksum" in run("verify", "output/example_short-features/video_test", cwd=project, code=1).stdout
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def test_dry_run_knows_the_rows(project):
+    derived = yaml.safe_load(run("train", "short.yaml", "--dry-run", cwd=project).stdout)["derived"]
+    assert derived["steps_per_epoch"] == derived["rows_per_epoch"] / 2
+    assert derived["lengths"] == {"latent": 250, "clip": 64, "sync": 192, "sync_frames": 200, "audio_samples": 128000}
+
+
+def test_generate_writes_sound_and_video(project):
+    video = sorted((project / "output/example_short-media/videos").glob("*.mp4"))[0]
+    options = ("--run", "output/short", "--video", str(video), "--steps", "2")
+    run("generate", *options, "--prompt", "a ball", "--out", "made/with_sound.mp4", cwd=project)
+    run(
+        "generate", "--run", "output/short", "--prompt", "a bell", "--steps", "1", "--out", "made/text.wav", cwd=project
+    )
+    with av.open(str(project / "made" / "with_sound.mp4")) as made:
+        assert {stream.type for stream in made.streams} == {"video", "audio"}
+    with av.open(str(project / "made" / "text.wav")) as made:
+        assert made.streams.audio[0].rate == 16000
+        assert sum(frame.samples for frame in made.decode(audio=0)) == 128000
+
+
+def test_report_ends_with_the_summary(project):
+    events = "output/example_short-media/events.json"
+    result = run("report", "--run", "output/short", "--events", events, "--clips", "1", "--started", "0", cwd=project)
+    assert (project / "output/short/report/index.html").stat().st_size > 10_000
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("summary ")
+    summary = json.loads(last.removeprefix("summary "))
+    wanted = {"f1_right", "f1_shuffled", "val_loss_first", "val_loss_last", "steps_per_s", "peak_mem_gb", "seconds"}
+    assert wanted <= summary.keys()
+    assert all(isinstance(summary[name], (int, float)) for name in wanted)
+
+
+def test_bench_step_measures_and_prints_json(project):
+    figures = json.loads(
+        run(
+            "bench",
+            "step",
+            "--variant",
+            "small_16k",
+            "--batch-size",
+            "1",
+            "--json",
+            "--rounds",
+            "1",
+            "--precision",
+            "fp32",
+            cwd=project,
+        ).stdout
+    )
+    assert figures["fp32_step_tflop"] > 0.1
+    assert 0 < figures["fp32_step_of_matmul"] < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "--run", "x", "--out", "a.wav"], "give --video, --prompt or both"),
+        (["generate", "--run", "x", "--prompt", "p", "--out", "a.mp4"], "choose a .wav or .flac name"),
+        (["train", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["report", "--run", "nowhere"], "nowhere is no run folder"),
+        (["partition", str(ROOT / "recipes/small_16k.yaml"), "extraction.audios=[]"], "nothing under extraction.audios"),
+        (["train", str(ROOT / "recipes" / "example.yaml"), "data.train=[]"], "names no feature store"),
+        (["train", str(ROOT / "recipes" / "example.yaml"), "data.train=[{path: gone}]"], "gone"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_one_sentence(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
