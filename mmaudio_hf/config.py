@@ -31,6 +31,8 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# `strict` runs the `validate_*` methods; it does not look at the types of frozen classes: `_convert` does, wherever
+# plain values are read.
 @strict
 @dataclass(frozen=True)
 class ModelConfig:
@@ -359,6 +361,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _build(Recipe, tree, "", origins, str(path))
 
 
+def model_config(fields: Mapping[str, Any], source: str | Path) -> ModelConfig:
+    """Configuration of a network from plain values, checked as in a recipe; `source` names their file in messages."""
+    return _build(ModelConfig, dict(fields), "", {}, str(source))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dict of a configuration, as it goes into YAML or JSON."""
     plain = dataclasses.asdict(config)
@@ -500,7 +507,7 @@ def _build(cls: type, tree: Any, prefix: str, origins: dict[str, str], file: str
 def _with_variant(tree: dict[str, Any], origins: dict[str, str], file: str) -> dict[str, Any]:
     variant = tree.get("variant", "small_16k")
     if variant not in VARIANTS:
-        where = origins.get("model.variant", file)
+        where = _origin("model.variant", origins, file)
         raise RecipeError(f"{where}: model.variant: unknown variant {variant!r}: {_nearest(str(variant), VARIANTS)}")
     return {"variant": variant, **VARIANTS[variant], **tree}
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from torch import nn
 
-from mmaudio_hf.config import ModelConfig, to_dict, variant_config
+from mmaudio_hf.config import ModelConfig, model_config, to_dict, variant_config
 from mmaudio_hf.models.conditioning import (
     Conditions,
     clip_projection,
@@ -282,8 +282,8 @@ def read_model_config(path: str | Path) -> ModelConfig:
     """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
     try:
         fields = json.loads(Path(path).read_text())
-        return ModelConfig(**fields)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not the configuration of an MMAudio network: {error.__cause__ or error}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not the configuration of an MMAudio network")
+    return model_config(fields, path)
