@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check a feature store: sizes, checksums, ids, non-finite values")
     verify.add_argument("store", metavar="STORE", type=Path)
 
+    _add_weights_commands(add("weights", None, "list, download, verify and convert released weights"))
+
     bench = add("bench", _bench, "measure a training step against a large matrix product")
     bench.add_argument("what", choices=("step",))
     bench.add_argument("--variant", default="small_16k", help="network (default small_16k)")
@@ -101,6 +103,29 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_weights_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name, function, help_text, folder=True):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=function)
+        if folder:
+            command.add_argument("--dir", type=Path, help="folder of weights (default: the recipe's, or ext_weights)")
+        return command
+
+    add("list", _weights_list, "what is released, under which licence, and what of it is here")
+    download = add("download", _weights_download, "fetch released files; licences and sizes are shown first")
+    download.add_argument("names", metavar="NAME", nargs="*", help="names of `weights list`, or all")
+    download.add_argument("--for", dest="recipe", metavar="RECIPE", help="everything that a recipe reads")
+    download.add_argument("--force", action="store_true", help="fetch again what is already there")
+    verify = add("verify", _weights_verify, "compare files with their published checksums, or read them")
+    verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
+    convert = add("convert", _weights_convert, "make a pretrained_model folder of a flow network", folder=False)
+    convert.add_argument("file", metavar="FILE", type=Path, help="released file")
+    convert.add_argument("out", metavar="OUT", type=Path, help="new folder; for other networks NAME.safetensors")
+    convert.add_argument("--variant", help="network that it must be (default: recognised)")
 
 
 # --- media and features --------------------------------------------------------------------------------------------
@@ -199,6 +224,84 @@ def _verify(options) -> int:
         print(line)
     print(f"{report.path}: {report.rows} rows, {'ok' if report.ok else f'{len(report.problems)} problems'}")
     return 0 if report.ok else 1
+
+
+# --- released weights ----------------------------------------------------------------------------------------------
+
+
+def _weights_dir(options, recipe: Recipe | None = None) -> Path:
+    return options.dir or Path(recipe.encoders.weights_dir if recipe else "ext_weights")
+
+
+def _weights_list(options) -> None:
+    from mmaudio_hf import weights
+
+    print(weights.table(_weights_dir(options)))
+
+
+def _weights_download(options) -> None:
+    from mmaudio_hf import weights
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    wanted = weights.find(options.names)
+    if recipe is not None:
+        wanted += [weight for weight in weights.needed(recipe) if weight not in wanted]
+        if recipe.encoders.kind == "toy":
+            print(f"{options.recipe} has toy encoders, which need no released weights")
+    elif not wanted:
+        names = " ".join(weight.path for weight in weights.CATALOGUE)
+        raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
+    weights.download(wanted, _weights_dir(options, recipe), _weight_checks(), options.force)
+
+
+def _weights_verify(options) -> int:
+    from mmaudio_hf import weights
+
+    folder, bad = _weights_dir(options), 0
+    chosen = weights.find(options.names) or [w for w in weights.CATALOGUE if weights.locate(w, folder)]
+    for weight in chosen:
+        problem = weights.problem_of(weight, folder, _weight_checks())
+        bad += problem is not None
+        print(problem or f"{weight.path}: ok", flush=True)
+    if not chosen:
+        print(f"{folder} holds no released weights: `mmaudio-hf weights list` shows what there is")
+    return 1 if bad else 0
+
+
+def _weights_convert(options) -> None:
+    from mmaudio_hf import weights
+
+    print(weights.convert(options.file, options.out, options.variant))
+
+
+def _weight_checks():
+    """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
+
+    def vocoder(path: Path) -> None:
+        from mmaudio_hf.features.vocoder import Vocoder
+
+        Vocoder("44k").load_released(path)
+
+    def vocoder_settings(path: Path) -> None:
+        try:
+            rates = json.loads(path.read_text())["upsample_rates"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
+        if rates != [8, 4, 2, 2, 2, 2]:
+            raise ValueError(f"{path} is of another vocoder: its upsample_rates are {rates}")
+
+    def empty_text(path: Path) -> None:
+        from mmaudio_hf.features.clip import load_empty_text
+
+        load_empty_text(path)
+
+    from mmaudio_hf.weights import BIGVGAN
+
+    return {
+        f"{BIGVGAN}/bigvgan_generator.pt": vocoder,
+        f"{BIGVGAN}/config.json": vocoder_settings,
+        "empty_string.pth": empty_text,
+    }
 
 
 # --- training ------------------------------------------------------------------------------------------------------

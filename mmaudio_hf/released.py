@@ -19,7 +19,12 @@ def describe(source) -> str:
     return "the given state dict" if isinstance(source, Mapping) else str(source)
 
 
-def _read(path: Path) -> dict:
+def read_file(source: str | PathLike):
+    """Content of a weight file, whatever its form: tensors on the CPU in dicts, lists or alone, and plain values.
+
+    ValueError naming the file when it is absent, damaged, or a pickle that would run code.
+    """
+    path = Path(source)
     if not path.is_file():
         raise ValueError(
             f"{path} is not a file: correct the path, or fetch released weights with `mmaudio-hf weights download`"
@@ -49,7 +54,7 @@ def load_state(
     taken as the bare state dict. Tensors of files are mapped where the format allows, so that large files open at once.
     Raises ValueError for anything else than a readable file of tensors; pickled code is never run.
     """
-    state = source if isinstance(source, Mapping) else _read(Path(source))
+    state = source if isinstance(source, Mapping) else read_file(source)
     if key is not None and isinstance(state, Mapping) and key in state:
         state = state[key]
     if not isinstance(state, Mapping):

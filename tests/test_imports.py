@@ -23,6 +23,8 @@ ALLOWED = {
     "generation": {"schema", "config", "released", "media", "features", "models"},
     "evaluation": {"schema", "config", "generation"},
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
+    "weights": {"schema", "config", "released", "models"},
+    "interop": {"schema", "config", "released", "models", "training"},
     "bench": {"schema", "config", "data", "models", "training"},
     "cli": None,
     "__init__": None,

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from mmaudio_hf.released import load_state, load_strict
+from mmaudio_hf.released import load_state, load_strict, read_file
 from mmaudio_hf.schema import CLIP_DIM, CLIP_PIXELS, TEXT_DIM, TEXT_TOKENS
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,6 +53,27 @@ def clip_config(vision_layers: int = 32, text_layers: int = 24) -> CLIPConfig:
         "num_hidden_layers": vision_layers,
     }
     return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=CLIP_DIM)
+
+
+def load_empty_text(path: str | Path) -> torch.Tensor:
+    """CLIP text features (77, 1024) float32 of the empty string, from the released `empty_string.pth`.
+
+    The file holds them alone, or as the first of a list, tuple or batch. ValueError naming the file for anything else;
+    pickled code is never run.
+    """
+    value = read_file(path)
+    if (isinstance(value, (list, tuple)) and value) or (isinstance(value, torch.Tensor) and value.ndim == 3):
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not text features: {DOWNLOAD_HINT}")
+    if value.shape != (TEXT_TOKENS, TEXT_DIM) or not value.is_floating_point():
+        raise ValueError(
+            f"{path} holds {value.dtype} of shape {tuple(value.shape)}, not text features"
+            f" ({TEXT_TOKENS}, {TEXT_DIM}): {DOWNLOAD_HINT}"
+        )
+    if not value.isfinite().all():
+        raise ValueError(f"{path} holds values that are not finite: {DOWNLOAD_HINT}")
+    return value.float().clone()
 
 
 class ClipEncoder(nn.Module):

@@ -1,0 +1,130 @@
+"""Released flow networks: which one a state dict is, in which order its tensors stand, and as a `pretrained_model`."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from mmaudio_hf.config import VARIANTS, ModelConfig, variant_config
+from mmaudio_hf.models.network import DERIVED_TENSORS, FROZEN_TENSORS, MMAudio
+from mmaudio_hf.released import describe, load_state
+from mmaudio_hf.schema import MODES
+
+FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow network, and in no other released file
+_BLOCK = re.compile(r"(joint_blocks\.\d+\.\w+|fused_blocks\.\d+)\.")
+
+
+def is_flow_state(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether `state` is that of a flow network."""
+    return FLOW_TENSOR in state
+
+
+def infer_config(state: Mapping[str, torch.Tensor], source) -> ModelConfig:
+    """Configuration of the flow network that `state` belongs to, from its names and shapes, at 8 s.
+
+    The variant is the released one of these sizes; other sizes are written out under a variant of the same mode and
+    version. ValueError, naming `source`, where `state` is not that of a flow network (spec networks, section 2.5).
+    """
+    try:
+        hidden, channels = state[FLOW_TENSOR].shape[:2]
+        fused = _count(state, "fused_blocks")
+        text_tokens, text_dim = state["empty_string_feat"].shape
+        sizes = {
+            "mode": next(mode.name for mode in MODES.values() if mode.latent_channels == channels),
+            "hidden_dim": hidden,
+            "num_heads": hidden // len(state["joint_blocks.0.latent_block.attn.q_norm.weight"]),
+            "depth": _count(state, "joint_blocks") + fused,
+            "fused_depth": fused,
+            "v2": "clip_input_proj.2.w1.weight" in state,
+        }
+        others = {
+            "clip_dim": state["empty_clip_feat"].shape[1],
+            "sync_dim": state["empty_sync_feat"].shape[1],
+            "text_dim": text_dim,
+            "text_tokens": text_tokens,
+        }
+    except (KeyError, ValueError, IndexError, StopIteration, AttributeError) as error:
+        raise ValueError(
+            f"{describe(source)} is not a flow network of MMAudio: its names or shapes do not fit ({error!r})"
+        ) from None
+    exact = [name for name, fixed in VARIANTS.items() if sizes == {"v2": False} | fixed]
+    alike = [name for name, fixed in VARIANTS.items() if fixed["mode"] == sizes["mode"]]
+    if sizes["v2"]:
+        alike = [name for name in alike if VARIANTS[name].get("v2")] or alike
+    return ModelConfig(**{"variant": (exact or alike)[0], **sizes, **others})
+
+
+def _count(state: Mapping, blocks: str) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+
+
+def check_variant(config: ModelConfig, variant: str, source) -> None:
+    """ValueError unless `config`, inferred from `source`, has the sizes of the released `variant`."""
+    wanted = variant_config(variant)
+    for field in ("mode", "hidden_dim", "num_heads", "depth", "fused_depth", "v2"):
+        ours, theirs = getattr(wanted, field), getattr(config, field)
+        if ours != theirs:
+            raise ValueError(
+                f"{describe(source)} is not {variant}: {field} is {theirs}, not {ours};"
+                f" leave the variant out, and it is recognised"
+            )
+
+
+def reference_order(names: Iterable[str]) -> list[str]:
+    """`names` of a flow network in the order in which the reference implementation registers its parameters.
+
+    That is the order of the released state dicts, and of the numbers in an optimizer state (frozen tensors are left out
+    there). It differs from ours in the blocks, whose modulation comes last.
+    """
+    places: dict[str, int] = {}
+
+    def key(name: str) -> tuple[int, bool]:
+        block = _BLOCK.match(name)
+        return places.setdefault(block[1] if block else name, len(places)), bool(block) and "adaLN" in name
+
+    return sorted(names, key=key)  # stable: only the modulations move
+
+
+def trainable(names: Iterable[str]) -> list[str]:
+    """`names` without those of frozen tensors, which no optimizer holds."""
+    return [name for name in names if name not in FROZEN_TENSORS]
+
+
+def write_pretrained(
+    state: Mapping[str, torch.Tensor], folder: Path, source, variant: str | None = None
+) -> ModelConfig:
+    """Write released weights as a `pretrained_model` folder (config.json, model.safetensors); return the config.
+
+    `variant` is recognised when it is not given. The folder must not exist; it appears only when it is complete.
+    ValueError naming `source` and the first tensors that do not fit.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose a new folder")
+    config = infer_config(state, source)
+    if variant is not None:
+        check_variant(config, variant, source)
+        config = dataclasses.replace(config, variant=variant)
+    kept = {name: value for name, value in state.items() if name not in DERIVED_TENSORS}
+    network = MMAudio.from_config_and_state(config, kept, source)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        network.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def read_released(source) -> dict[str, torch.Tensor]:
+    """Named tensors of a released file, also where they are one entry of it (`weights`, `generator`, `state_dict`)."""
+    problem = None
+    for key in ("weights", "generator", "state_dict"):
+        try:
+            return load_state(source, key=key)
+        except ValueError as error:
+            problem = problem or error
+    raise problem

@@ -1,0 +1,469 @@
+"""Released files: where each comes from, under which licence; list, download, verify and convert them.
+
+The names below the folder of weights are those that the reference implementation uses, so that its `ext_weights/` and
+`weights/` serve as they are. Files of the MMAudio release are fetched over HTTP, the others from the Hugging Face Hub.
+"""
+
+import difflib
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mmaudio_hf.config import Recipe
+
+RELEASE_URL = "https://github.com/hkchengrex/MMAudio/releases/download/v0.1"
+RELEASE_VARIABLE = "MMAUDIO_RELEASE_URL"  # another place for the files of the release: a mirror
+ATTEMPTS = 5
+PAUSE = 1.0  # s before the second attempt, doubled for each further one
+TIMEOUT = 30  # s without a byte
+CHUNK = 1 << 20
+
+NON_COMMERCIAL = "CC-BY-NC 4.0"
+MIT = "MIT"
+APPLE = "Apple research licence"
+
+Check = Callable[[Path], object]  # raises ValueError for a file that is not what it should be
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One released file. Its name is its path below the folder of weights."""
+
+    path: str
+    what: str
+    licence: str
+    size: str = ""  # as published
+    md5: str = ""  # where published
+    repo: str = ""  # on the Hub; without one, the file is part of the release
+    file: str = ""  # its path in the repository; "" for a whole model, which is kept in the cache of the Hub
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether this is a model in the cache of the Hub, and no file below the folder of weights."""
+        return bool(self.repo) and not self.file
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        if self.repo:
+            return f"Hub {self.repo}" + (f", {self.file}" if self.file else "")
+        return self.url
+
+    @property
+    def url(self) -> str:
+        """Address of a file of the release."""
+        return f"{os.environ.get(RELEASE_VARIABLE, RELEASE_URL).rstrip('/')}/{self.path}"
+
+
+def _flow(variant: str, size: str, md5: str) -> Weight:
+    name = f"mmaudio_{variant}.pth"
+    return Weight(name, "flow network", NON_COMMERCIAL, size, md5, "hkchengrex/MMAudio", f"weights/{name}")
+
+
+BIGVGAN = "bigvgan_v2_44khz_128band_512x"
+CLIP = Weight("clip", "CLIP, pictures and text", APPLE, "3.9G", repo="apple/DFN5B-CLIP-ViT-H-14-384")
+CATALOGUE = (
+    _flow("small_16k", "601M", "af93cde404179f58e3919ac085b8033b"),
+    _flow("small_44k", "601M", "babd74c884783d13701ea2820a5f5b6d"),
+    _flow("medium_44k", "2.4G", "5a56b6665e45a1e65ada534defa903d0"),
+    _flow("large_44k", "3.9G", "fed96c325a6785b85ce75ae1aafd2673"),
+    _flow("large_44k_v2", "3.9G", "01ad4464f049b2d7efdaa4c1a59b8dfe"),
+    Weight("v1-16.pth", "mel VAE, 16 kHz", NON_COMMERCIAL, "655M", "69f56803f59a549a1a507c93859fd4d7"),
+    Weight("v1-44.pth", "mel VAE, 44.1 kHz", NON_COMMERCIAL, "1.2G", "fab020275fa44c6589820ce025191600"),
+    Weight("best_netG.pt", "vocoder, 16 kHz (BigVGAN)", MIT, "429M", "eeaf372a38a9c31c362120aba2dde292"),
+    Weight(
+        f"{BIGVGAN}/bigvgan_generator.pt",
+        "vocoder, 44.1 kHz (BigVGAN-v2)",
+        MIT,
+        repo=f"nvidia/{BIGVGAN}",
+        file="bigvgan_generator.pt",
+    ),
+    Weight(f"{BIGVGAN}/config.json", "its settings", MIT, "small", repo=f"nvidia/{BIGVGAN}", file="config.json"),
+    Weight("synchformer_state_dict.pth", "sync features", MIT, "907M", "5b2f5594b0730f70e41e549b7c94390c"),
+    Weight("empty_string.pth", 'CLIP text features of ""', APPLE, "small"),
+    CLIP,
+)
+CLIP_PATTERNS = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+
+
+# --- choosing ------------------------------------------------------------------------------------------------------
+
+
+def find(names: Iterable[str]) -> list[Weight]:
+    """Entries of the catalogue by name, file name, that without its ending, or folder; "all" for every one.
+
+    ValueError naming the nearest entry for a name that is unknown.
+    """
+    return list(dict.fromkeys(weight for name in names for weight in _find(name)))
+
+
+def _find(name: str) -> Sequence[Weight]:
+    if name == "all":
+        return CATALOGUE
+    for spelling in (str, os.path.basename, lambda path: Path(path).stem, os.path.dirname):
+        if found := [weight for weight in CATALOGUE if spelling(weight.path) == name]:
+            return found
+    close = difflib.get_close_matches(name, [weight.path for weight in CATALOGUE], n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "`mmaudio-hf weights list` shows what there is"
+    raise ValueError(f"there is no released file {name!r}: {hint}")
+
+
+def needed(recipe: Recipe) -> list[Weight]:
+    """What extraction, training and generation with `recipe` read; nothing for toy encoders."""
+    if recipe.encoders.kind == "toy":
+        return []
+    sound = {"16k": ("v1-16.pth", "best_netG.pt"), "44k": ("v1-44.pth", f"{BIGVGAN}/bigvgan_generator.pt")}
+    wanted = find([*sound[recipe.model.mode], "synchformer_state_dict.pth", "empty_string.pth"])
+    return [*wanted, CLIP] if recipe.encoders.clip == CLIP.repo else wanted
+
+
+def locate(weight: Weight, folder: Path) -> Path | None:
+    """Where `weight` is: below `folder`, in the `weights/` beside it (the reference's place of flow networks), or in
+    the cache of the Hub; None when it is absent.
+    """
+    if weight.whole_model:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(weight.repo, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else None
+        return folder if folder and any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()) else None
+    places = [folder / weight.path]
+    if weight.file.startswith("weights/"):
+        places.append(folder.resolve().parent / weight.file)
+    return next((place for place in places if place.is_file()), None)
+
+
+def command(weight: Weight, folder: Path, force: bool = False) -> str:
+    """The command that fetches `weight` into `folder`."""
+    return f"`mmaudio-hf weights download {weight.path} --dir {folder}{' --force' if force else ''}`"
+
+
+def table(folder: Path) -> str:
+    """The catalogue as lines of text, with what is in `folder`."""
+    rows = [("name", "present", "size", "licence", "what", "source")]
+    for weight in CATALOGUE:
+        present = "yes" if locate(weight, folder) else "partly" if _partial(folder / weight.path).exists() else "no"
+        rows.append((weight.path, present, weight.size or "-", weight.licence, weight.what, weight.source))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+# --- verifying -----------------------------------------------------------------------------------------------------
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file, as the releases publish it; not for security."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def problem_of(weight: Weight, folder: Path, checks: Mapping[str, Check]) -> str | None:
+    """One sentence on what is wrong with `weight` in `folder`, with the command that mends it; None when it is right.
+
+    By MD5 where it is published, else by `checks[weight.path]`, which reads the file; a model of the Hub by the SHA-256
+    under which its cache keeps it.
+    """
+    path = locate(weight, folder)
+    if path is None:
+        return f"{weight.path} is missing: fetch it with {command(weight, folder)}"
+    try:
+        _check(weight, path, checks)
+    except ValueError as error:
+        return f"{error}: fetch it again with {command(weight, folder, force=True)}"
+    return None
+
+
+def _check(weight: Weight, path: Path, checks: Mapping[str, Check]) -> None:
+    if weight.whole_model:
+        _check_cached(path)
+    elif weight.md5:
+        if (found := md5_of(path)) != weight.md5:
+            raise ValueError(f"{path} is damaged: its md5 is {found}, not {weight.md5}")
+    elif weight.path in checks:
+        checks[weight.path](path)
+
+
+def _check_cached(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        name = file.resolve().name  # of the blob: SHA-256 of large files
+        if re.fullmatch("[0-9a-f]{64}", name):
+            with open(file, "rb") as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != name:
+                    raise ValueError(f"{file} is damaged: its sha256 is not {name}")
+
+
+# --- downloading ---------------------------------------------------------------------------------------------------
+
+
+def download(
+    weights: Sequence[Weight],
+    folder: Path,
+    checks: Mapping[str, Check] | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Fetch what is missing or damaged of `weights` into `folder`; first show licences, sizes and their sum.
+
+    A file is checked before it gets its name, so a file with its name is a right one. Interrupted downloads go on where
+    they stopped. `force` fetches what is present, too. ValueError, in one sentence, where a server cannot be reached,
+    does not have the file or sends another one, and where the disk is too small.
+    """
+    checks = checks or {}
+    wanted = [weight for weight in weights if force or not _is_right(weight, folder, checks, say)]
+    sizes = {weight: _server_size(weight) for weight in wanted}
+    for weight, size in sizes.items():
+        say(f"{weight.path}: {_readable(size)}, {weight.licence}, {weight.source}")
+    if not wanted:
+        return
+    say(f"total: {_readable(sum(sizes.values()))} in {len(wanted)} file{'s' * (len(wanted) > 1)}")
+    _check_space(sizes, folder)
+    for weight, size in sizes.items():
+        _download(weight, size, folder, checks, force)
+        say(f"{weight.path}: done")
+
+
+def _is_right(weight: Weight, folder: Path, checks: Mapping[str, Check], say: Callable[[str], None]) -> bool:
+    path = locate(weight, folder)
+    if path is None:
+        return False
+    try:
+        _check(weight, path, checks)
+    except ValueError as error:
+        say(f"{error}; it is fetched again")
+        return False
+    say(f"{weight.path}: already there, {path}")
+    return True
+
+
+def _readable(size: int) -> str:
+    return f"{size:,} bytes" + (f" ({size / 1e9:.2f} GB)" if size >= 1e7 else "") if size else "size unknown"
+
+
+def _check_space(sizes: Mapping[Weight, int], folder: Path) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    needs: dict[Path, int] = {}
+    for weight, size in sizes.items():
+        place = _existing(Path(HF_HUB_CACHE) if weight.whole_model else folder)
+        partial = _partial(folder / weight.path)
+        needs[place] = needs.get(place, 0) + size - (partial.stat().st_size if partial.is_file() else 0)
+    for place, need in needs.items():
+        if need > (free := shutil.disk_usage(place).free):
+            raise ValueError(
+                f"{place} has {_readable(free)} left, {_readable(need)} are needed: make room, or choose another --dir"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.resolve()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def _download(weight: Weight, size: int, folder: Path, checks: Mapping[str, Check], force: bool) -> None:
+    if weight.whole_model:
+        for name in _model_files(weight):
+            _from_hub(weight, name, None, force)
+        return
+    target = folder / weight.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, staging = _partial(target), folder / f".hub-{target.name}"
+    if weight.repo:
+        _from_hub(weight, weight.file, staging, force).replace(partial)
+    else:
+        _from_url(weight.url, partial, size)
+    try:
+        _check(weight, partial, checks)
+    except ValueError as error:
+        partial.unlink()
+        raise ValueError(f"{weight.source} sent another file than the released one, it is dropped: {error}") from error
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+    _tag_file(partial).unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _server_size(weight: Weight) -> int:
+    """Bytes that the server announces; 0 when it does not say."""
+    if not weight.repo:
+        try:
+            request = urllib.request.Request(weight.url, method="HEAD", headers={"Accept-Encoding": "identity"})
+            with _opened(request) as response:
+                return int(response.headers.get("Content-Length") or 0)
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(
+                f"{weight.url} cannot be reached ({_first_line(error)}): check the connection, or name a mirror in"
+                f" {RELEASE_VARIABLE}"
+            ) from error
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    names = _model_files(weight) if weight.whole_model else [weight.file]
+    with _hub_errors(weight.repo):
+        return sum(get_hf_file_metadata(hf_hub_url(weight.repo, name)).size or 0 for name in names)
+
+
+# --- from the Hub --------------------------------------------------------------------------------------------------
+
+
+class _hub_errors:
+    """Turns what the Hub's client raises into one sentence."""
+
+    def __init__(self, repo: str):
+        self.repo = repo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ValueError):
+            raise ValueError(
+                f"Hub repository {self.repo} cannot be read ({_first_line(error)}): check the connection, HF_ENDPOINT,"
+                " and whether the repository asks for a login (`hf auth login`)"
+            ) from error
+
+
+def _model_files(weight: Weight) -> list[str]:
+    """Files that transformers reads of a model: safetensors, or else pickled weights of tensors alone."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(weight.repo):
+        names = HfApi().list_repo_files(weight.repo)
+    shards = [name for name in names if re.fullmatch(r"model[\w.-]*\.safetensors(\.index\.json)?", name)]
+    shards = shards or [name for name in names if re.fullmatch(r"pytorch_model[\w.-]*\.bin(\.index\.json)?", name)]
+    if not shards:
+        raise ValueError(f"Hub repository {weight.repo} holds no weights for transformers")
+    return [name for name in names if name in CLIP_PATTERNS] + shards
+
+
+def _from_hub(weight: Weight, name: str, staging: Path | None, force: bool) -> Path:
+    """Fetch one file into `staging`, or into the cache of the Hub; the client resumes by itself."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(weight.repo):
+        return Path(hf_hub_download(weight.repo, name, local_dir=staging, force_download=force))
+
+
+# --- from a URL ----------------------------------------------------------------------------------------------------
+
+
+def _first_line(error: Exception) -> str:
+    """First line of a message without the queries of addresses, which may be signed."""
+    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
+    return re.sub(r"\?\S+", "", text.splitlines()[0])
+
+
+def _opened(request: urllib.request.Request):
+    """The answer to `request`: ValueError where trying again is of no use, OSError where it may help."""
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in (408, 429) or error.code >= 500:
+            raise ConnectionError(f"the server answers {error.code}") from error
+        raise ValueError(
+            f"{request.full_url} cannot be had, the server answers {error.code}: check {RELEASE_VARIABLE} if it is set"
+        ) from error
+
+
+def _tag_file(partial: Path) -> Path:
+    """Holds the ETag of the version that the partial file is of."""
+    return partial.with_name(partial.name + ".etag")
+
+
+def _from_url(url: str, partial: Path, size: int) -> None:
+    """Fetch `url` into `partial`, which may hold its beginning; a broken connection is taken up again."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _continue(url, partial, size)
+        except (OSError, http.client.HTTPException) as error:
+            last = error
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(PAUSE * 2**attempt)
+    have = partial.stat().st_size if partial.exists() else 0
+    raise ValueError(
+        f"{url} broke off {ATTEMPTS} times, last at {have:,} of {size:,} bytes ({_first_line(last)}):"
+        " the same command goes on from there"
+    )
+
+
+def _continue(url: str, partial: Path, size: int) -> None:
+    tag_file = _tag_file(partial)
+    tag = tag_file.read_text() if tag_file.exists() else ""
+    have = partial.stat().st_size if partial.exists() else 0
+    if not tag or have >= size > 0:
+        have = 0  # what is there cannot be told from another version
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
+    with _opened(urllib.request.Request(url, headers=headers)) as response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if not resumed:  # another version, or a server that always sends the whole
+            if response.status == 206:
+                raise ConnectionError("the server sent another part than the one asked for")
+            have, tag = 0, response.headers.get("ETag", "")
+            # A weak tag does not promise the same bytes, so nothing can be continued with it.
+            tag_file.write_text("" if tag.startswith("W/") else tag)
+        _write(response, partial, have)
+
+
+def _write(response, partial: Path, have: int) -> None:
+    total = have + int(response.headers.get("Content-Length") or 0)
+    name = partial.name.removesuffix(".partial")
+    with (
+        open(partial, "r+b" if have else "wb") as file,
+        tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as bar,
+    ):
+        file.seek(have)
+        while chunk := response.read(CHUNK):
+            try:
+                file.write(chunk)
+            except OSError as error:
+                raise ValueError(f"{partial} cannot be written ({error.strerror})") from error
+            bar.update(len(chunk))
+        if total > have and file.tell() < total:  # http.client takes a lost connection for the end
+            raise ConnectionError(f"the connection was lost after {file.tell():,} bytes")
+
+
+# --- converting ----------------------------------------------------------------------------------------------------
+
+
+def convert(file: Path, out: Path, variant: str | None = None) -> str:
+    """Convert a released file; return a sentence on what became of it.
+
+    A flow network becomes a `pretrained_model` folder `out` that `MMAudio.from_pretrained` reads; its variant is
+    recognised from its shapes, or checked against `variant`. Any other file becomes plain safetensors `out`.
+    """
+    from safetensors.torch import save_file
+
+    from mmaudio_hf.models.convert import is_flow_state, read_released, write_pretrained
+
+    if out.exists():
+        raise ValueError(f"{out} exists: choose a new name")
+    state = read_released(file)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if is_flow_state(state):
+        config = write_pretrained(state, out, file, variant)
+        return f"{out}: flow network {config.variant}, hidden {config.hidden_dim}, depth {config.depth}"
+    if variant is not None:
+        raise ValueError(f"{file} is not a flow network of MMAudio: --variant has no meaning for it")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{file} is not a flow network and becomes one file: give {out} the ending .safetensors")
+    partial = _partial(out)
+    # Copied, because tensors of one file may share memory, which safetensors refuses.
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, partial)
+    partial.replace(out)
+    return f"{out}: {len(state)} tensors"
