@@ -24,7 +24,7 @@ from mmaudio_hf.evaluation import (
 )
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import read_waveform, resample
-from mmaudio_hf.media.example import read_events, write_example_media
+from mmaudio_hf.media.example import read_events
 
 RECORDED = json.loads((GOLDEN / "media_metrics.json").read_text())
 DIRECT, CACHES = RECORDED["direct"], RECORDED["evaluate"]
@@ -38,9 +38,9 @@ def arr(name: str, *shape: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
+def sounds(example_media):
     """(16 kHz sound, the same through the toy codec, event times) of every video of the small example."""
-    folder = write_example_media(tmp_path_factory.mktemp("media"), small=True)
+    folder = example_media()
     files = sorted((folder / "videos").glob("*.mp4"))
     fit_toy_codec(folder, "16k", files)
     codec = load_encoders("toy", "16k", weights_dir=folder, clip="", parts=("latent", "decode"))

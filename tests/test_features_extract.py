@@ -22,15 +22,14 @@ from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.features.extract import extract_audio, extract_video
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.clips import write_clips
-from mmaudio_hf.media.example import write_example_media
 from mmaudio_hf.media.video import read_video
 
 DURATION = 2.0  # s; short, so that the tests are
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory):
-    folder = write_example_media(tmp_path_factory.mktemp("example"), small=True)
+def example(example_media):
+    folder = example_media()
     write_clips(folder / "audios", folder / "clips.tsv")
     return folder
 

@@ -16,7 +16,6 @@ from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise
 from mmaudio_hf.media.audio import read_waveform
-from mmaudio_hf.media.example import write_example_media
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
@@ -26,8 +25,8 @@ SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "durati
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    folder = write_example_media(tmp_path_factory.mktemp("media"), small=True)
+def media(example_media):
+    folder = example_media()
     fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
     return folder
 

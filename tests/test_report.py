@@ -14,7 +14,7 @@ from toy_stores import MODEL, write_store
 
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
 from mmaudio_hf.features.encoders import fit_toy_codec
-from mmaudio_hf.media.example import read_events, write_example_media
+from mmaudio_hf.media.example import read_events
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.report import Curve, ReportClip, encode_png, line_chart, report_run, run_summary, write_report
 
@@ -52,8 +52,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    return write_example_media(tmp_path_factory.mktemp("media"), small=True)
+def media(example_media):
+    return example_media()
 
 
 @pytest.fixture

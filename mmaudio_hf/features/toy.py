@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
+from scipy.fft import dct
 from torchaudio.transforms import GriffinLim
 
 from mmaudio_hf.features.mel import mel_filter_bank
@@ -30,14 +31,14 @@ from mmaudio_hf.schema import (
     audio_mode,
 )
 
-VERSION = 1  # part of the fingerprints: raise it whenever a formula below changes
+VERSION = 2  # part of the fingerprints: raise it whenever a formula below changes
 
 CLIP_GRID, SYNC_GRID = 12, 28  # cells per side
 MOTION_GRID = 7
 CONTEXT_WEIGHT = 0.7  # of the words so far, in a row of text features
 WORD = re.compile(r"[^\W_]+|[^\w\s]")
 
-LATENT_STD = 0.05  # of every latent channel, which themselves have unit variance
+LATENT_STD = 0.05  # of every latent channel, which themselves have variances near 1
 DYNAMIC_RANGE = 3.5  # decades below the loudest mel value; what is quieter counts as silence
 GRIFFIN_LIM_STEPS, SPECTRUM_STEPS, SPECTRUM_EPS = 32, 30, 1e-8
 
@@ -80,7 +81,10 @@ def sync_features(frames: torch.Tensor) -> torch.Tensor:
         ],
         dim=1,
     )
-    segments = [_segments(values.asinh()) for values in (local.flatten(1), amount)]  # (segments, 16, features)
+    # The amounts are few and tell most; without this the many cells of the grid would drown them.
+    amount = amount.asinh()
+    amount = amount / (amount.std(0) + 0.02)
+    segments = [_segments(values) for values in (local.flatten(1).asinh(), amount)]  # (segments, 16, features)
     own = segments[0].unflatten(1, (-1, 2)).flatten(2)
     own_amount = segments[1].unflatten(1, (-1, 2)).flatten(2)
     count, tokens = own.shape[:2]
@@ -88,7 +92,7 @@ def sync_features(frames: torch.Tensor) -> torch.Tensor:
     begin = torch.arange(count, device=frames.device, dtype=torch.float32) * SYNC_HOP_FRAMES / 25
     angle = begin[:, None] * math.pi / torch.tensor([1.0, 2.0, 4.0, 8.0], device=frames.device)
     clock = torch.cat([angle.sin(), angle.cos()], dim=1)[:, None].expand(count, tokens, -1)
-    described = torch.cat([own, 3 * own_amount, 2 * around, clock], dim=2).flatten(0, 1)
+    described = torch.cat([own / 2, 2 * own_amount, around, clock], dim=2).flatten(0, 1)
     return described @ _projection("sync", described.shape[1], SYNC_DIM, described.device)
 
 
@@ -155,13 +159,15 @@ def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 class ToyMelCodec:
     """Mel spectrograms to latents by principal components of patches of two frames; a linear map, nothing learned.
 
-    Has the rates and channels of the mel VAE of `mode`. Channels have mean 0 and variance 1 over the fitted sound. It
-    carries the spectral envelope in steps of two mel frames, as far as the components reach.
+    Has the rates and channels of the mel VAE of `mode`. It carries the spectral envelope in steps of two mel frames, as
+    far as the components reach. The components are spread over the channels by an orthonormal cosine transform, so that
+    the channels have mean 0 and variances near 1 while distances remain those of mel spectrograms: a network that
+    normalises every channel would otherwise spend most of its loss on components that are hardly heard.
     """
 
     def __init__(self, mode: str, tensors: dict[str, torch.Tensor]):
         self.mode = audio_mode(mode)
-        self.tensors = tensors  # floor (), mean (2 bins,), basis (2 bins, C), scale (C,)
+        self.tensors = tensors  # floor (), mean (2 bins,), basis (2 bins, C), scale ()
 
     @classmethod
     def fit(cls, mode: str, mels: Sequence[torch.Tensor]) -> "ToyMelCodec":
@@ -178,8 +184,9 @@ class ToyMelCodec:
         order = torch.arange(size - 1, size - 1 - rate.latent_channels, -1)
         basis = vectors[:, order]
         signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-        scale = variance[order].clamp(min=1e-6).sqrt()
-        tensors = {"floor": torch.tensor(floor), "mean": mean, "basis": basis * signs, "scale": scale}
+        spread = torch.from_numpy(dct(np.eye(rate.latent_channels), norm="ortho", axis=0))
+        scale = variance[order].mean().clamp(min=1e-6).sqrt()
+        tensors = {"floor": torch.tensor(floor), "mean": mean, "basis": (basis * signs) @ spread, "scale": scale}
         return cls(mode, {name: value.float().contiguous() for name, value in tensors.items()})
 
     @classmethod
@@ -191,7 +198,7 @@ class ToyMelCodec:
             raise ValueError(f"{path} is damaged: remove it, it is fitted again by `mmaudio-hf extract`") from error
         rate = audio_mode(mode)
         size, channels = LATENT_STRIDE * rate.mel_bins, rate.latent_channels
-        wanted = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": (channels,)}
+        wanted = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": ()}
         if {name: tuple(value.shape) for name, value in tensors.items()} != wanted:
             raise ValueError(f"{path} is not a toy codec of mode {mode}: remove it, it is fitted again by extraction")
         return cls(mode, tensors)

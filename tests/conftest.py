@@ -1,0 +1,16 @@
+"""Fixtures that several files share."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmaudio_hf.media.example import write_example_media
+
+
+@pytest.fixture(scope="session")
+def example_media(tmp_path_factory) -> Callable[[], Path]:
+    """Makes a folder of small example media of one's own; they are synthesised once and copied."""
+    original = write_example_media(tmp_path_factory.mktemp("example") / "media", small=True)
+    return lambda: Path(shutil.copytree(original, tmp_path_factory.mktemp("media") / "example"))
