@@ -95,6 +95,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_weights_commands(add("weights", None, "list, download, verify and convert released weights"))
 
+    importing = add("import", _import, "make a run folder of a checkpoint of the reference implementation")
+    importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
+    importing.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    importing.add_argument("--recipe", required=True, help="recipe to go on with")
+    importing.add_argument("--run", required=True, type=Path, help="run folder to make")
+    importing.add_argument("--snapshots", type=Path, help="folder of its EMA snapshots, 0.5000.pt and so on")
+    exporting = add("export", _export, "write a run as files of the reference implementation")
+    exporting.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
+    exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+
     bench = add("bench", _bench, "measure a training step against a large matrix product")
     bench.add_argument("what", choices=("step",))
     bench.add_argument("--variant", default="small_16k", help="network (default small_16k)")
@@ -409,6 +420,30 @@ def _store_rows(path: str) -> int:
         return 0
     with FeatureStore.open(path) as store:
         return len(store)
+
+
+# --- checkpoints of the reference ----------------------------------------------------------------------------------
+
+
+def _import(options) -> None:
+    place = [f"name={json.dumps(options.run.name)}", f"output_dir={json.dumps(str(options.run.parent))}"]
+    recipe = load_recipe(options.recipe, [*options.overrides, *place])
+    from mmaudio_hf.interop import import_checkpoint
+
+    result = import_checkpoint(
+        options.file, recipe, options.snapshots, lambda folder: write_encoder_files(recipe, folder)
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"{result.folder}: step {result.step}")
+    print(f"go on with: accelerate launch train.py {options.run / 'config.yaml'}")
+
+
+def _export(options) -> None:
+    from mmaudio_hf.interop import export_run
+
+    for path in export_run(options.run, options.out, options.step):
+        print(path)
 
 
 # --- generation and report -----------------------------------------------------------------------------------------
