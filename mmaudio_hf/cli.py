@@ -129,7 +129,7 @@ def _add_weights_commands(parser: argparse.ArgumentParser) -> None:
     add("list", _weights_list, "what is released, under which licence, and what of it is here")
     download = add("download", _weights_download, "fetch released files; licences and sizes are shown first")
     download.add_argument("names", metavar="NAME", nargs="*", help="names of `weights list`, or all")
-    download.add_argument("--for", dest="recipe", metavar="RECIPE", help="everything that a recipe reads")
+    download.add_argument("--for", dest="for_recipe", metavar="RECIPE", help="everything that a recipe reads")
     download.add_argument("--force", action="store_true", help="fetch again what is already there")
     verify = add("verify", _weights_verify, "compare files with their published checksums, or read them")
     verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
@@ -253,12 +253,12 @@ def _weights_list(options) -> None:
 def _weights_download(options) -> None:
     from mmaudio_hf import weights
 
-    recipe = load_recipe(options.recipe) if options.recipe else None
+    recipe = load_recipe(options.for_recipe) if options.for_recipe else None
     wanted = weights.find(options.names)
     if recipe is not None:
         wanted += [weight for weight in weights.needed(recipe) if weight not in wanted]
         if recipe.encoders.kind == "toy":
-            print(f"{options.recipe} has toy encoders, which need no released weights")
+            print(f"{options.for_recipe} has toy encoders, which need no released weights")
     elif not wanted:
         names = " ".join(weight.path for weight in weights.CATALOGUE)
         raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
