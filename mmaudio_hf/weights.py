@@ -214,9 +214,10 @@ def download(
 ) -> None:
     """Fetch what is missing or damaged of `weights` into `folder`; first show licences, sizes and their sum.
 
-    A file is checked before it gets its name, so a file with its name is a right one. Interrupted downloads go on where
-    they stopped. `force` fetches what is present, too. ValueError, in one sentence, where a server cannot be reached,
-    does not have the file or sends another one, and where the disk is too small.
+    A file is checked before it gets its name, so a file with its name is a right one. Lost connections are taken up
+    again, and files of the release go on where an earlier call stopped. `force` fetches what is present, too.
+    ValueError, in one sentence, where a server cannot be reached, does not have the file or sends another one, and
+    where the disk is too small.
     """
     checks = checks or {}
     wanted = [weight for weight in weights if force or not _is_right(weight, folder, checks, say)]
@@ -282,7 +283,10 @@ def _download(weight: Weight, size: int, folder: Path, checks: Mapping[str, Chec
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, staging = _partial(target), folder / f".hub-{target.name}"
     if weight.repo:
-        _from_hub(weight, weight.file, staging, force).replace(partial)
+        try:
+            _from_hub(weight, weight.file, staging, force).replace(partial)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     else:
         _from_url(weight.url, partial, size)
     try:
@@ -294,7 +298,6 @@ def _download(weight: Weight, size: int, folder: Path, checks: Mapping[str, Chec
         os.fsync(file.fileno())
     partial.replace(target)
     _tag_file(partial).unlink(missing_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _server_size(weight: Weight) -> int:
@@ -350,7 +353,10 @@ def _model_files(weight: Weight) -> list[str]:
 
 
 def _from_hub(weight: Weight, name: str, staging: Path | None, force: bool) -> Path:
-    """Fetch one file into `staging`, or into the cache of the Hub; the client resumes by itself."""
+    """Fetch one file into `staging`, or into the cache of the Hub.
+
+    The client takes up lost connections by itself, but keeps nothing of a call that was ended.
+    """
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(weight.repo):
@@ -366,10 +372,20 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\?\S+", "", text.splitlines()[0])
 
 
+class _KeepMethod(urllib.request.HTTPRedirectHandler):
+    """Asks the storage that a release names with HEAD, too, and not with GET for a file of gigabytes."""
+
+    def redirect_request(self, request, *arguments):
+        followed = super().redirect_request(request, *arguments)
+        if followed is not None:
+            followed.method = request.get_method()
+        return followed
+
+
 def _opened(request: urllib.request.Request):
     """The answer to `request`: ValueError where trying again is of no use, OSError where it may help."""
     try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
+        return urllib.request.build_opener(_KeepMethod).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (408, 429) or error.code >= 500:

@@ -50,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
             names = [p.split("/resolve/main/")[1] for p in self.server.files if p.startswith(f"/{repo}/resolve/main/")]
             listing = [{"type": "file", "path": name, "oid": "0" * 40, "size": 1} for name in names]
             return self.send(json.dumps(listing).encode(), with_body)
+        if path in self.server.moved:
+            return self.send(b"", with_body, status=302, extra={"Location": self.server.moved[path]})
         body = self.server.files.get(path.replace(f"/resolve/{COMMIT}/", "/resolve/main/"))
         if body is None:
             return self.send(b"Not Found", with_body, status=404, extra={"X-Error-Code": "EntryNotFound"})
@@ -82,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.cut, server.tag = {}, [], [], None
-    server.broken, server.claim = False, 0
+    server.broken, server.claim, server.moved = False, 0, {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -149,6 +151,18 @@ def test_a_lost_connection_is_taken_up_where_it_broke(server, tmp_path):
     fetch(a_weight(server), tmp_path)
     assert (tmp_path / "a.pth").read_bytes() == CONTENT
     assert bodies(server) == [None, "bytes=2000000-", "bytes=3000000-"]
+
+
+def test_storage_elsewhere_is_followed(server, tmp_path):
+    """A release answers with the signed address of a storage; ranges must go there, too."""
+    weight = a_weight(server)
+    server.files["/storage/1"] = server.files.pop("/v0.1/a.pth")
+    server.moved["/v0.1/a.pth"] = f"{server.url.replace('127.0.0.1', 'localhost')}/storage/1?signature=abc"
+    said = []
+    server.cut = [3_000_000]
+    weights.download([weight], tmp_path, say=said.append)
+    assert (tmp_path / "a.pth").read_bytes() == CONTENT and "5,120,000 bytes" in said[0]
+    assert [wanted for _, path, wanted in server.requests if path == "/storage/1"][-1] == "bytes=3000000-"
 
 
 def test_a_later_call_goes_on_but_not_with_another_version(server, tmp_path, monkeypatch):
@@ -258,6 +272,15 @@ def test_a_repository_that_is_not_there(server, tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: Hub repository hkchengrex/MMAudio cannot be read")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_another_file_on_the_hub_is_dropped(server, tmp_path):
+    """Also after a lost connection, which the client of the Hub takes up."""
+    server.files["/hkchengrex/MMAudio/resolve/main/weights/mmaudio_small_16k.pth"] = CONTENT
+    server.cut = [2_000_000]
+    result = run(server, "download", "mmaudio_small_16k", "--dir", "w", folder=tmp_path)
+    assert result.returncode == 2 and f"its md5 is {MD5}" in result.stderr
+    assert server.cut == [] and list((tmp_path / "w").iterdir()) == []
 
 
 def test_command_line_fetches_and_refuses(server, tmp_path):
