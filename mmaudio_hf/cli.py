@@ -466,6 +466,7 @@ def _generate(options) -> None:
         guidance_scale=options.guidance_scale,
         seed=options.seed,
     )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     save_generated(result, options.out, video=options.video)
     seconds = len(result.waveform) / result.sample_rate
     print(f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz")
