@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,7 @@ from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.optim import build_optimizer, clip_gradients, guarded_step
 from mmaudio_hf.training.step import flow_step
 
-MATMUL_SIZE = 3072
+MATMUL_SIZE, SMALL_MATMUL = 3072, 256
 SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
 
 
@@ -29,17 +30,12 @@ def step(
     config = variant_config(variant)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float | str] = {"variant": variant, "device": device.type, "threads": torch.get_num_threads()}
-    rates = {dtype: _median_rate([_matmul(device, dtype, 256)], 1)[0] for dtype in (torch.float32, torch.bfloat16)}
-    slow_bf16 = rates[torch.bfloat16] < SLOW_BF16 * rates[torch.float32]
     for name in precisions:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-        slow = dtype == torch.bfloat16 and slow_bf16
+        slow = dtype == torch.bfloat16 and emulates_bf16(device)
         size = 1 if slow else batch_size
-        matmul, train, ema_share = (
-            _matmul(device, dtype, 256 if slow else MATMUL_SIZE),
-            *_train_step(config, size, device, dtype),
-        )
-        matmul_rate, step_rate = _median_rate([matmul, train], 1 if slow else rounds)
+        matmul, (train, ema_seconds) = time_matmul(device, dtype), _train_step(config, size, device, dtype)
+        matmul_rate, step_rate = median_rates([matmul, train], 1 if slow else rounds)
         figures |= {
             f"{name}_batch_size": size,
             f"{name}_step_tflop": train[1] / 1e12,
@@ -49,7 +45,7 @@ def step(
             f"{name}_step_of_matmul": step_rate / matmul_rate,
         }
         if not slow:
-            figures[f"{name}_ema_share"] = ema_share() / (train[1] / step_rate)
+            figures[f"{name}_ema_share"] = ema_seconds() / (train[1] / step_rate)
     return figures
 
 
@@ -57,10 +53,10 @@ Timed = tuple[Callable[[], None], float]
 """Something to run, and its floating-point operations."""
 
 
-def _median_rate(parts: list[Timed], rounds: int) -> list[float]:
-    """Operations per second of each part, run in turn `rounds` times after a warm-up; medians."""
+def median_rates(parts: list[Timed], rounds: int) -> list[float]:
+    """Operations per second of each part, run in turn `rounds` times after a warm-up (one round: without); medians."""
     seconds: list[list[float]] = [[] for _ in parts]
-    for number in range(rounds + 1):
+    for number in range(rounds + 1 if rounds > 1 else 1):
         for (run, _), times in zip(parts, seconds, strict=True):
             began = time.perf_counter()
             run()
@@ -69,7 +65,9 @@ def _median_rate(parts: list[Timed], rounds: int) -> list[float]:
     return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
 
 
-def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> Timed:
+def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Timed:
+    """A large product of square matrices, by default a small one where the processor emulates the dtype."""
+    size = size or (SMALL_MATMUL if dtype == torch.bfloat16 and emulates_bf16(device) else MATMUL_SIZE)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def run() -> None:
@@ -77,6 +75,14 @@ def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> Timed:
         _wait(device)
 
     return run, 2.0 * size**3
+
+
+@lru_cache
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are far slower than float32 ones here."""
+    timed = [time_matmul(device, dtype, SMALL_MATMUL) for dtype in (torch.float32, torch.bfloat16)]
+    fp32, bf16 = median_rates(timed, 2)
+    return bf16 < SLOW_BF16 * fp32
 
 
 def _wait(device: torch.device) -> None:

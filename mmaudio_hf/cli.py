@@ -106,12 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
     exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
 
-    bench = add("bench", _bench, "measure a training step against a large matrix product")
-    bench.add_argument("what", choices=("step",))
-    bench.add_argument("--variant", default="small_16k", help="network (default small_16k)")
-    bench.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
+    bench = add("bench", _bench, "measure training steps, or extraction, against what the machine can do")
+    bench.add_argument("what", choices=("step", "extract"))
+    bench.add_argument("--variant", default="small_16k", help="step: network (default small_16k)")
+    bench.add_argument("--batch-size", type=int, default=4, help="step: samples (default 4)")
+    bench.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="step: default both")
+    bench.add_argument("--video", type=Path, help="extract: video to read (default: one of 720p is made)")
     bench.add_argument("--rounds", type=int, default=3, help="repetitions, of which the median counts (default 3)")
-    bench.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -488,10 +489,15 @@ def _report(options) -> None:
 
 
 def _bench(options) -> None:
-    from mmaudio_hf import bench
+    if options.what == "step":
+        from mmaudio_hf.bench import step
 
-    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    figures = bench.step(options.variant, options.batch_size, options.rounds, precisions)
+        precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+        figures = step(options.variant, options.batch_size, options.rounds, precisions)
+    else:
+        from mmaudio_hf.bench_extract import extract
+
+        figures = extract(options.video, options.rounds)
     if options.json:
         print(json.dumps(figures))
     else:

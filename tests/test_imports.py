@@ -26,6 +26,7 @@ ALLOWED = {
     "weights": {"schema", "config", "released", "models"},
     "interop": {"schema", "config", "released", "models", "training"},
     "bench": {"schema", "config", "data", "models", "training"},
+    "bench_extract": {"schema", "media", "features", "bench"},
     "cli": None,
     "__init__": None,
 }

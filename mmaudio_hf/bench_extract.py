@@ -1,0 +1,163 @@
+"""Benchmark of extraction: reading videos against the straightforward way, encoders against matrix products."""
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchaudio.functional import resample
+
+from mmaudio_hf.bench import median_rates, time_matmul
+from mmaudio_hf.features import autoencoder, synchformer
+from mmaudio_hf.media.video import read_video
+from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, sequence_lengths
+
+SECONDS, SIZE, FPS = 10, (1280, 720), 30  # of the clip that is made when none is given
+
+
+def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> dict[str, float | str]:
+    """Videos per second of decoding and preprocessing, GFLOP/s of the encoders, and growth of memory over videos.
+
+    The straightforward way decodes the file once per stream, pictures through an fps filter, and resizes picture by
+    picture. The encoders have random weights, which does not change their cost.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        video = video or _make_clip(Path(folder) / "clip.mp4")
+        ours, plain = _seconds(
+            [lambda: read_video(video, mode=mode, as_uint8=True), lambda: _plain_read(video, mode)], rounds
+        )
+        figures: dict[str, float | str] = {
+            "threads": torch.get_num_threads(),
+            "ours_videos_s": 1 / ours,
+            "straightforward_videos_s": 1 / plain,
+            "ratio": plain / ours,
+        }
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(5):
+            read_video(video, mode=mode, as_uint8=True)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        figures["peak_memory_growth_over_5_videos_mb"] = (after - before) / 1024
+    return figures | _encoder_rates(mode, rounds)
+
+
+def _seconds(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each function, run in turn after a warm-up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds + 1):
+        for run, taken in zip(runs, times, strict=True):
+            began = time.perf_counter()
+            run()
+            if number:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
+
+
+def _make_clip(path: Path) -> Path:
+    """Moving stripes with noise and a tone: H.264 and AAC, as large as real clips are."""
+    width, height = SIZE
+    noise = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23"})
+        pictures.width, pictures.height, pictures.pix_fmt = width, height, "yuv420p"
+        sound = container.add_stream("aac", rate=44_100, layout="stereo")
+        grain = noise.integers(0, 40, (height, width, 3), dtype=np.uint8)
+        stripes = (np.arange(width) % 200).astype(np.uint8)[None, :, None]
+        for index in range(SECONDS * FPS):
+            picture = np.roll(stripes, 7 * index, axis=1) + np.roll(grain, 13 * index, axis=0)
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(pictures.encode(None))
+        tone = 0.5 * np.sin(np.arange(SECONDS * 44_100) * (2 * np.pi * 440 / 44_100)).astype(np.float32)
+        for start in range(0, len(tone), 1024):
+            part = np.ascontiguousarray(np.stack([tone[start : start + 1024]] * 2))
+            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = 44_100, start
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    return path
+
+
+def _plain_read(path: Path, mode: str) -> None:
+    """Two passes over the pictures and one over the sound, each picture resized on its own."""
+    lengths = sequence_lengths(mode)
+    for fps, count, resize in ((CLIP_FPS, lengths.clip, _resize_clip), (SYNC_FPS, lengths.sync_frames, _resize_sync)):
+        torch.stack([resize(picture) for picture in _plain_pictures(path, fps, count)])
+    with av.open(str(path)) as container:
+        rate = container.streams.audio[0].rate
+        waveform = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1).mean(0)
+    target = 16_000 if mode == "16k" else 44_100
+    options = {"lowpass_filter_width": 64, "rolloff": 0.9475937167399596, "beta": 14.769656459379492}
+    resample(torch.from_numpy(waveform), rate, target, resampling_method="sinc_interp_kaiser", **options)
+
+
+def _plain_pictures(path: Path, fps: int, count: int) -> list[torch.Tensor]:
+    pictures: list[torch.Tensor] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        graph.link_nodes(
+            graph.add_buffer(template=stream, time_base=stream.time_base),
+            graph.add("fps", str(fps)),
+            graph.add("format", "pix_fmts=rgb24"),
+            graph.add("buffersink"),
+        ).configure()
+        for frame in container.decode(stream):
+            graph.vpush(frame)
+            while True:
+                try:
+                    pictures.append(torch.from_numpy(graph.vpull().to_ndarray()).permute(2, 0, 1)[None])
+                except (BlockingIOError, av.EOFError):
+                    break
+            if len(pictures) >= count:
+                break
+    return pictures[:count]
+
+
+def _resize_clip(picture: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(picture, (CLIP_PIXELS, CLIP_PIXELS), mode="bicubic", antialias=True)
+
+
+def _resize_sync(picture: torch.Tensor) -> torch.Tensor:
+    height, width = picture.shape[2:]
+    size = (
+        (SYNC_PIXELS, SYNC_PIXELS * width // height) if height < width else (SYNC_PIXELS * height // width, SYNC_PIXELS)
+    )
+    resized = F.interpolate(picture, size, mode="bicubic", antialias=True)
+    top, left = (size[0] - SYNC_PIXELS) // 2, (size[1] - SYNC_PIXELS) // 2
+    return resized[..., top : top + SYNC_PIXELS, left : left + SYNC_PIXELS]
+
+
+def _encoder_rates(mode: str, rounds: int) -> dict[str, float]:
+    """One Synchformer segment and one clip through the VAE encoder, fp32 and bf16, each beside a matrix product."""
+    segment = torch.randn(1, 1, *synchformer.SEGMENT_SHAPE)
+    frames = 2 * sequence_lengths(mode).latent
+    vae = autoencoder.MelVAE(mode)
+    mel = torch.randn(1, vae.mode.mel_bins, frames)
+    networks = {
+        "synchformer": (_randomised(synchformer.SynchformerVisual()), segment, synchformer.flops(1)),
+        "vae_encode": (_randomised(vae).encode, mel, autoencoder.flops(mode, frames)[0]),
+    }
+    figures: dict[str, float] = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for name, (network, inputs, flops) in networks.items():
+
+            def run(network=network, inputs=inputs, dtype=dtype) -> None:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    network(inputs)
+
+            matmul, rate = median_rates([time_matmul(torch.device("cpu"), dtype), (run, flops)], rounds)
+            figures[f"{name}_{precision}_gflop_s"] = rate / 1e9
+            figures[f"{name}_{precision}_of_matmul"] = rate / matmul
+    return figures
+
+
+def _randomised(network: torch.nn.Module) -> torch.nn.Module:
+    network = network.to_empty(device="cpu")
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.normal_(std=0.02).abs_()
+    return network
