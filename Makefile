@@ -14,8 +14,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 for a trial of a few minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" SHORT="$(SHORT)" bash scripts/example.sh
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+test: $(INSTALLED)  # one worker a core with one thread each; the files of a worker share their fixtures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+from mmaudio_hf.schema import RunError
 
 ENCODERS_FILE = "encoders.json"
 SUMMARY_NAMES = {
@@ -24,13 +25,19 @@ SUMMARY_NAMES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `mmaudio-hf`; returns the exit code. A user's mistake ends with one sentence on stderr and code 2."""
+    """Run `mmaudio-hf`; returns the exit code.
+
+    A user's mistake ends with one sentence on stderr and code 2; a fault of the machine or the data with code 1.
+    """
     options = parse(arguments)
     try:
         return options.command(options) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:

@@ -150,7 +150,6 @@ class ExtractionConfig:
     videos: tuple[VideoSource, ...] = ()
     audios: tuple[AudioSource, ...] = ()
     alignment: Literal["timestamps", "reference"] = "timestamps"
-    layout: Literal["reference"] = "reference"
     batch_size: int = 16
     num_proc: int = 1
     shard_size: int = 512
@@ -326,6 +325,10 @@ class Recipe:
             bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)), f"name {self.name!r} must be a plain folder name"
         )
         _require(self.seed >= 0, "seed must be at least 0")
+        _require(
+            self.ema.start < self.training.steps,
+            f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -355,7 +358,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     origins: dict[str, str] = {}
     tree = _read_with_bases(Path(path), origins, ())
-    for override in overrides:
+    # A variant brings its own sizes, so it comes before sizes that are named beside it.
+    for override in sorted(overrides, key=lambda text: not text.startswith("model.variant=")):
         _apply_override(tree, override, origins)
     tree.setdefault("name", Path(path).stem)
     return _build(Recipe, tree, "", origins, str(path))
@@ -506,7 +510,7 @@ def _build(cls: type, tree: Any, prefix: str, origins: dict[str, str], file: str
 
 def _with_variant(tree: dict[str, Any], origins: dict[str, str], file: str) -> dict[str, Any]:
     variant = tree.get("variant", "small_16k")
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         where = _origin("model.variant", origins, file)
         raise RecipeError(f"{where}: model.variant: unknown variant {variant!r}: {_nearest(str(variant), VARIANTS)}")
     return {"variant": variant, **VARIANTS[variant], **tree}

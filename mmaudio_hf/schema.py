@@ -37,6 +37,10 @@ VIDEO_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
 AUDIO_COLUMNS = (MEAN, STD, TEXT_FEATURES)
 
 
+class RunError(RuntimeError):
+    """Work cannot go on, and it is nobody's typing error; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class AudioMode:
     """One of the two published audio settings (spec networks, section 1 and 7)."""

@@ -42,6 +42,8 @@ MISTAKES = [
     ("model.num_heads=3", r"hidden_dim 448 must be an even multiple of model\.num_heads 3"),
     ("model.fused_depth=12", r"fused_depth 12 must be at least 0 and less than model\.depth 12"),
     ("model.duration=0.1", r"shorter than one sync segment"),
+    ("ema.start=300000", r"ema\.start 300000 must be less than training\.steps 300000"),
+    ("model.variant=[1]", r"unknown variant \[1\]"),
     ("name=../up", r"must be a plain folder name"),
     ("data.train.2.path=x", r"the recipe has no entry data\.train\.2"),
     ("data.train.0.pth=x", r"unknown key data\.train\.0\.pth: did you mean 'path'"),
@@ -88,6 +90,8 @@ def test_a_new_variant_drops_the_sizes_of_the_old_one(recipe, tmp_path):
     recipe.write_text("model: {variant: small_16k, hidden_dim: 128, num_heads: 2}\n")
     assert load_recipe(recipe).model.hidden_dim == 128
     assert load_recipe(recipe, ["model.variant=medium_44k"]).model.hidden_dim == 896
+    overrides = ["model.hidden_dim=64", "model.num_heads=1", "model.variant=small_44k"]  # in any order
+    assert load_recipe(recipe, overrides).model == variant_config("small_44k", hidden_dim=64, num_heads=1)
 
 
 def test_circles_missing_files_and_double_keys(tmp_path):

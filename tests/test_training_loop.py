@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_stores import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +210,34 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(undisturbed):
     result = launch(recipe, "training.steps=9", processes=0)
     assert result.returncode == 0, result.stderr
     assert "damaged" in result.stdout and "from step 4 to 9" in result.stdout
+    names = sorted(p.name for p in (run_dir(recipe) / "checkpoints").iterdir())
+    assert names == ["step_4", "step_8", "step_8.damaged", "step_9"]
+
+
+def test_a_recipe_that_no_longer_fits_leaves_the_run_as_it_is(undisturbed):
+    kept = (run_dir(undisturbed) / "config.yaml").read_bytes()
+    for override, message in (
+        ("model.hidden_dim=128", "was trained with model"),
+        ("ema.sigma_rels=[0.03, 0.2]", "was trained with ema.sigma_rels"),
+        ("training.steps=6", "has trained 12 steps"),
+        ("resume=never", "holds checkpoints"),
+    ):
+        result = launch(undisturbed, override, processes=0)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+        assert (run_dir(undisturbed) / "config.yaml").read_bytes() == kept
+
+
+def test_other_stores_may_follow_and_leftovers_go(undisturbed):
+    recipe = write_recipe(undisturbed.parent, "moved_on")
+    assert launch(recipe, "training.steps=4", "training.log_every=3", processes=0).returncode == 0
+    leftover = run_dir(recipe) / "checkpoints" / "step_9.partial"
+    leftover.mkdir()
+    stale = run_dir(recipe) / "ema" / "sigma_0.05_step_000000099.safetensors"
+    save_file({"w": torch.zeros(1)}, stale, metadata={"sigma_rel": "0.05", "step": "99"})
+    result = launch(recipe, "data.train=[{path: videos}]", "seed=8", "training.steps=5", processes=0)
+    assert result.returncode == 0, result.stderr
+    assert "note: seed was 7 and is 8" in result.stdout and "note: data.train was" in result.stdout
+    assert not leftover.exists() and not stale.exists()
 
 
 def test_bf16_trains_close_to_float32(undisturbed):

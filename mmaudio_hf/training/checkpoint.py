@@ -53,8 +53,7 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(partial, state, write_pretrained)
-        if folder.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(folder)
+        _remove(folder)  # the same step again, after a resume from an earlier one
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,8 +61,17 @@ def save_checkpoint(
     _point_last_at(run_dir, folder)
     if keep is not None:
         for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, so that a kill on the way leaves nothing under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.old.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path], None]) -> None:
@@ -101,7 +109,7 @@ def _point_last_at(run_dir: Path, folder: Path) -> None:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; also what an interrupted run left behind `last`."""
+    """Complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in (run_dir / "checkpoints").glob("step_*") if (match := _step_of(path))]
     return [path for _, path in sorted(found)]
 
@@ -144,7 +152,7 @@ def latest_training_state(run_dir: Path, warn: Callable[[str], None]) -> Trainin
         except ValueError as error:
             warn(str(error))
     if folders:
-        raise ValueError(f"no checkpoint of {run_dir} can be read: move {run_dir / 'checkpoints'} away to start anew")
+        raise ValueError(f"no checkpoint of {run_dir} can be read: move the folder away to start anew")
     return None
 
 

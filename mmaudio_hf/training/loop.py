@@ -4,9 +4,11 @@
 that was killed and resumed is the same run, and the same global batch trains the same model on any number of processes.
 """
 
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -27,7 +29,8 @@ from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import training_batches, validation_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.schema import RunError
+from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, list_checkpoints, save_checkpoint
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, synthesize
 from mmaudio_hf.training.optim import (
     build_optimizer,
@@ -72,11 +75,19 @@ def check_launch() -> None:
     accelerate does that silently for `distributed_type: MULTI_CPU`: it sets the address of the main process then, but
     no WORLD_SIZE.
     """
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below
+    if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "the launch asked for several processes but started one: use accelerate_configs/ddp.yaml, or on a machine"
             " without GPUs `accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes N`"
         )
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """ValueError for a tracker whose package is not installed: accelerate would leave it out without a word."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"training.trackers names {name}, which is not installed: run `pip install {name}`")
 
 
 def train(
@@ -91,9 +102,10 @@ def train(
 
     `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
     with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
-    Raises ValueError for settings that do not fit the processes, and RuntimeError after too many non-finite steps.
+    Raises ValueError for settings that do not fit the processes, and RunError after too many non-finite steps.
     """
     check_launch()
+    check_trackers(recipe.training.trackers)
     accelerator = Accelerator(
         # accelerate's launcher does not hand `use_cpu` on to several processes, and without it they stay apart.
         cpu=not torch.accelerator.is_available(),
@@ -136,8 +148,8 @@ class _Run:
 
     def go(self) -> RunResult:
         training = self.recipe.training
-        self._prepare_folder()
         self._resume()
+        self._prepare_folder()
         self.latent_mean, self.latent_std = self.network.latent_mean.clone(), self.network.latent_std.clone()
         self.model = self.accelerator.prepare(self.network)
         self._announce()
@@ -183,34 +195,73 @@ class _Run:
 
     # --- start ------------------------------------------------------------------------------------------------------
 
-    def _prepare_folder(self) -> None:
-        if self.accelerator.is_main_process:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            save_recipe(self.recipe, self.run_dir / "config.yaml")
-        self.accelerator.wait_for_everyone()
-
     def _resume(self) -> None:
-        state = None
+        """Take up the newest checkpoint, if there is one. Nothing is written before everything fits."""
+        state, folder = None, self.run_dir / "checkpoints"
         if self.recipe.resume == "auto":
             state = latest_training_state(self.run_dir, self.accelerator.print)
-        elif (self.run_dir / "checkpoints").exists():
+        elif folder.exists():
             raise ValueError(
                 f"{self.run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto"
             )
+        self.accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
         if state is not None:
-            if state.step > self.recipe.training.steps:
-                raise ValueError(
-                    f"{self.run_dir} has trained {state.step} steps, training.steps is {self.recipe.training.steps}"
-                )
+            self._check_same_run(state)
             self.network.load_state_dict(state.tensors["model"])
             load_optimizer_tensors(self.network, self.optimizer, dict(state.tensors["optimizer"]))
             self.ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
-            if self.accelerator.is_main_process:
+            # The sums of a log window that was cut short; with other stores they have no meaning and are dropped.
+            if self.accelerator.is_main_process and state.tensors["window"]["sums"].shape == self.window.shape:
                 self.window.copy_(state.tensors["window"]["sums"])
             self.step, self.skipped = state.step, state.facts["skipped"]
             self.final_weights = state.facts["weights"]
         if self.accelerator.is_main_process:
             self.history = truncate_metrics(self.run_dir / "metrics.jsonl", self.step)
+            set_aside_later(self.run_dir, self.step, self.ema.step)
+
+    def _check_same_run(self, state: TrainingState) -> None:
+        """ValueError where the recipe no longer fits the checkpoint; a note where it continues differently."""
+        recipe, facts = self.recipe, state.facts
+        if state.step > recipe.training.steps:
+            raise ValueError(
+                f"{self.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}"
+            )
+        now = self._identity()
+        for name, was in facts.get("must_match", {}).items():  # an imported checkpoint has none
+            if now["must_match"][name] != was:
+                raise ValueError(
+                    f"{self.run_dir} was trained with {name} {was}, the recipe has {now['must_match'][name]}: put it"
+                    " back, or give the new run another name"
+                )
+        for name, was in facts.get("may_change", {}).items():
+            if now["may_change"][name] != was:
+                self.accelerator.print(f"note: {name} was {was} and is {now['may_change'][name]} from here on")
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What of a recipe a checkpoint depends on, as plain JSON values."""
+        recipe = to_dict(self.recipe)
+        return {
+            "must_match": {
+                "model": recipe["model"],
+                "ema.sigma_rels": recipe["ema"]["sigma_rels"],
+                "ema.update_every": recipe["ema"]["update_every"],
+            },
+            "may_change": {
+                "seed": recipe["seed"],
+                "training.batch_size": recipe["training"]["batch_size"],
+                "data.train": recipe["data"]["train"],
+                "flow": recipe["flow"],
+                "optim": recipe["optim"],
+            },
+        }
+
+    def _prepare_folder(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            partial = self.run_dir / "config.yaml.partial"
+            save_recipe(self.recipe, partial)
+            partial.replace(self.run_dir / "config.yaml")
+        self.accelerator.wait_for_everyone()
 
     def _announce(self) -> None:
         training, world = self.recipe.training, self.accelerator.num_processes
@@ -375,6 +426,8 @@ class _Run:
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over."""
+        if self.ema.step == 0:
+            return self.network.state_dict(), {"weights": "raw", "sigma_rel": None, "step": self.step}
         wanted, frozen = self.recipe.ema.sigma_rel, {n: getattr(self.network, n) for n in FROZEN_TENSORS}
         sigma, averages = self.ema.nearest(wanted)
         if self.step == self.recipe.training.steps and sigma != wanted:
@@ -393,6 +446,7 @@ class _Run:
         averages, self.final_weights = self._averages()
         if self.accelerator.is_main_process:
             facts = {"skipped": self.skipped, "ema_step": self.ema.step, "weights": self.final_weights}
+            facts |= self._identity()
             tensors = {
                 "model": self.network.state_dict(),
                 "optimizer": optimizer_tensors(self.network, self.optimizer),
@@ -503,10 +557,27 @@ class _Guard:
             tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
             _append_line(run.run_dir / "skipped.jsonl", {"step": step, "ids": all_ids})
         if self.in_a_row >= run.recipe.training.max_skipped_steps:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.in_a_row} steps in a row were not finite: the ids are in {run.run_dir / 'skipped.jsonl'};"
                 f" the last checkpoint is as it was, lower optim.learning_rate or check the data and start again"
             )
+
+
+def set_aside_later(run_dir: Path, step: int, ema_step: int) -> None:
+    """Put away what belongs to a future that is trained anew: later (damaged) checkpoints and EMA snapshots.
+
+    Checkpoints are renamed, not deleted. Leftovers of killed writers go.
+    """
+    for folder in list_checkpoints(run_dir):
+        if int(folder.name.removeprefix("step_")) > step:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+    for partial in (run_dir / "checkpoints").glob("step_*.partial"):
+        shutil.rmtree(partial)
+    for snapshot in find_snapshots(run_dir / "ema"):
+        if snapshot.step > ema_step:
+            snapshot.tensors.unlink()
 
 
 def truncate_metrics(path: Path, step: int) -> list[dict[str, float]]:
