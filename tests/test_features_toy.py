@@ -223,7 +223,7 @@ def test_fitting_skips_bad_files_and_is_reproducible(example, tmp_path):
 
 def test_missing_files_and_wrong_settings_are_named(tmp_path):
     where = {"weights_dir": tmp_path, "clip": "nobody/nothing"}
-    with pytest.raises(ValueError, match=f"{toy_codec_file(tmp_path, '16k')} is missing: `mmaudio-hf extract"):
+    with pytest.raises(ValueError, match=f"{toy_codec_file(tmp_path, '16k')} is missing: `mmaudio-hf extract-video`"):
         load_encoders("toy", "16k", **where)
     load_encoders("toy", "16k", **where, parts=("clip", "sync", "text"))  # needs no codec
     for part, mode, file in (

@@ -1,5 +1,6 @@
 """Every recipe and every command line of the documentation is read by the program that it is meant for."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -94,6 +95,26 @@ def check_arguments(words: list[str]) -> None:
     recipe = getattr(options, "recipe", "$")
     if not recipe.startswith("$") and recipe != "RECIPE":
         load_recipe(ROOT / recipe, options.overrides)
+
+
+def commands_of_messages() -> dict[str, str]:
+    """Every `mmaudio-hf WORD` in the strings of the package: WORD and where it was seen first."""
+    found = {}
+    for path in sorted((ROOT / "mmaudio_hf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for word in re.findall(r"mmaudio-hf\s+([\w-]+)", node.value):
+                    found.setdefault(word, f"{path.name}, line {node.lineno}")
+    return found
+
+
+def test_messages_name_commands_that_exist(capsys):
+    found = commands_of_messages()
+    assert {"extract-video", "partition", "weights"} <= set(found)
+    for word, where in found.items():
+        with pytest.raises(SystemExit) as ending:
+            parse([word, "--help"])
+        assert ending.value.code == 0, f"{where}: there is no `mmaudio-hf {word}`"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)

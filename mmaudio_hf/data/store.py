@@ -36,7 +36,7 @@ _BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
 _PARTIAL = ".partial"
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux: buffers of one preadv
 _PLAIN_ID = re.compile(r"[\w-]{1,50}", re.ASCII)  # passes schema.check_id, which takes 6 s for a million ids
-_AGAIN = "export the store again with `mmaudio-hf extract RECIPE`"
+_AGAIN = "remove the store folder and run `mmaudio-hf extract-video` (or extract-audio) again"
 
 
 class Column(NamedTuple):
@@ -445,7 +445,10 @@ def _read_meta(path: Path) -> tuple[int, dict[str, Column]]:
     """Number of rows and columns of a folder; entries of both vintages of TensorDict."""
     file = path / "meta.json"
     if not path.is_dir():
-        raise ValueError(f"no feature store at {path}; make it with `mmaudio-hf extract RECIPE` or correct data.*.path")
+        raise ValueError(
+            f"no feature store at {path}; make it with `mmaudio-hf extract-video` (or extract-audio),"
+            " or correct data.*.path"
+        )
     if path.name.endswith(_PARTIAL):
         raise ValueError(f"{path} is an export that was not finished; {_AGAIN}")
     if not file.is_file():

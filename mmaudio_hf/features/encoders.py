@@ -153,7 +153,8 @@ def check_encoders(
         raise ValueError(f"unknown parts {', '.join(unknown)}: there are {', '.join(PARTS)}")
     if kind == "toy" and {"latent", "decode"} & set(parts) and not toy_codec_file(weights_dir, mode).is_file():
         raise ValueError(
-            f"{toy_codec_file(weights_dir, mode)} is missing: `mmaudio-hf extract RECIPE` fits it to the example"
+            f"{toy_codec_file(weights_dir, mode)} is missing:"
+            " `mmaudio-hf extract-video` (or extract-audio) fits it to a recipe's media"
         )
     if kind == "released":
         for part in parts:

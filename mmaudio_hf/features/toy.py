@@ -195,7 +195,9 @@ class ToyMelCodec:
         try:
             tensors = load_file(path)
         except Exception as error:
-            raise ValueError(f"{path} is damaged: remove it, it is fitted again by `mmaudio-hf extract`") from error
+            raise ValueError(
+                f"{path} is damaged: remove it, it is fitted again by `mmaudio-hf extract-video`"
+            ) from error
         rate = audio_mode(mode)
         size, channels = LATENT_STRIDE * rate.mel_bins, rate.latent_channels
         wanted = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": ()}
