@@ -163,8 +163,21 @@ def _partition(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     for source in _sources(recipe, "audios"):
         path = clips_path(recipe, source)
+        rejects = path.with_suffix(".rejects.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_clips(source.media_dir, path)
+        report = write_clips(source.media_dir, path, workers=recipe.extraction.num_proc, progress=True)
+        rejects.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in report.rejects))
+        if not report.clips:
+            path.unlink()
+            raise ValueError(
+                f"{source.media_dir}: no recording gives a clip, each needs 8.1 s of sound at least;"
+                f" {rejects} says what is wrong with each of {len(report.rejects)}"
+            )
+        left_out = f", see {rejects}" if report.rejects else ""
+        print(
+            f"{path}: {len(report.clips)} clips, {len(report.rejects)} recordings rejected{left_out};"
+            f" {len(report.ignored)} other files ignored"
+        )
 
 
 def clips_path(recipe: Recipe, source) -> Path:

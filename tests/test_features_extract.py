@@ -243,7 +243,9 @@ def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_p
     with open(tmp_path / "clips.tsv", "a") as file:
         file.write("gone_0\tgone\t0\t400000\nrecording_00_9\trecording_00\t900000\t99000000\n")
     captions = [("recording_00", "one"), ("recording_01", "two"), ("recording_00", "three"), ("recording_00", "one")]
-    table = write_list(tmp_path / "captions.tsv", [*captions, ("quiet", "none"), ("gone", "lost")], "caption")
+    # A listed recording may have no clip, and be called what a clip of another one is called.
+    others = [("quiet", "none"), ("gone", "lost"), ("brief", "a"), ("brief", "b"), ("recording_00_0", "c")]
+    table = write_list(tmp_path / "captions.tsv", [*captions, *others], "caption")
     arguments = "audio", media, table, tmp_path / "clips.tsv", tmp_path / "out"
     report = extract_audio(*arguments, **options(weights, shard_size=2))
     store = FeatureStore.open(report.store_path)
@@ -257,8 +259,8 @@ def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_p
     assert not torch.equal(values["text_features"][0], values["text_features"][1])
     assert not torch.equal(values["mean"][0], values["mean"][2])
     reasons = Counter(reject["reason"] for reject in rejects_of(report))
-    assert reasons == {"silent": 1, "no_caption": 2, "not_found": 1, "clip_out_of_range": 2}
-    assert report.listed == report.accepted + report.rejected == 12
+    assert reasons == {"silent": 1, "no_caption": 2, "not_found": 1, "clip_out_of_range": 2, "no_clip": 2}
+    assert report.listed == report.accepted + report.rejected == 14
 
 
 def test_the_users_mistakes_are_named_before_any_work(example, weights, tmp_path):

@@ -207,7 +207,8 @@ def extract_audio(
 
     `list_path` is a TSV of captions (`id` of the recording, `caption`; several rows per id allowed). Every clip gives
     one row for each different caption of its recording: the first has the id of the clip, the n-th that id and
-    `.n`. A clip whose recording has no caption is rejected as no_caption. The rest is as for `extract_video`.
+    `.n`. A clip whose recording has no caption is rejected as no_caption, a listed recording without any clip as
+    no_clip. The rest is as for `extract_video`.
     """
     job = _Job(
         name, Path(output_dir), False, mode, float(duration), "timestamps", True, dict(encoders), batch_size, num_proc,
@@ -232,6 +233,10 @@ def extract_audio(
     repeated = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
     if repeated:
         raise ValueError(f"{clips_path}: clip {repeated[0]!r} has the id of another clip's second caption; rename it")
+    for name in captions:
+        if name not in paths:
+            message = f"{clips_path}: has no clip of {name!r}; it is absent, damaged or shorter than 8.1 s"
+            items.append(_Item(name, "", str(Path(media_dir) / name), problem=("no_clip", message)))
     return _extract(job, items, list_path, open_writer, progress)
 
 
@@ -547,8 +552,8 @@ def _make_shard(
 ) -> None:
     """Read and encode `items` and write the shard: first the rows, then its record."""
     usable = [item for item in items if item.problem is None]
-    rejects = {item.id: _reject(item, "list", *item.problem) for item in items if item.problem is not None}
-    advance(len(rejects))
+    rejects: dict[str, dict] = {}  # of usable items, whose ids differ
+    advance(len(items) - len(usable))
     arrow, sidecar = _shard_file(job, number, ".arrow"), _shard_file(job, number, ".json")
     work = _shard_file(job, number, ".partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -568,7 +573,11 @@ def _make_shard(
         "accepted": len(accepted),
         "arrow_bytes": arrow.stat().st_size if accepted else 0,
         "ids": accepted,
-        "rejects": [rejects[item.id] for item in items if item.id in rejects],
+        "rejects": [
+            rejects[item.id] if item.problem is None else _reject(item, "list", *item.problem)
+            for item in items
+            if item.problem is not None or item.id in rejects
+        ],
     }
     _write_text(sidecar, json.dumps(record) + "\n")
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from mmaudio_hf.media.audio import MediaError, count_samples
 from mmaudio_hf.schema import check_id
 
@@ -69,13 +71,15 @@ def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
     return [(i * step, i * step + length) for i in range(count)]
 
 
-def write_clips(folder: str | os.PathLike, path: str | os.PathLike, *, workers: int = 1) -> ClipReport:
+def write_clips(
+    folder: str | os.PathLike, path: str | os.PathLike, *, workers: int = 1, progress: bool = False
+) -> ClipReport:
     """Cut every recording of `folder` by `partition` and write `path` (`id, name, start_sample, end_sample`).
 
     Recordings are known by their ending (`AUDIO_ENDINGS`) and decoded once, so that damaged files are found here and
     lengths are true; they, files that are too short and bad names come back as `rejects`. Other files, and a second
     file with the same stem (flac before wav before the others), come back as `ignored`. The list is replaced as a
-    whole. ValueError if the folder has no recording.
+    whole. progress: show a bar. ValueError if the folder has no recording.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -84,7 +88,8 @@ def write_clips(folder: str | os.PathLike, path: str | os.PathLike, *, workers: 
     if not files:
         raise ValueError(f"{folder}: no recordings found; looked for {' '.join(AUDIO_ENDINGS)}")
     with ThreadPoolExecutor(workers) as pool:
-        outcomes = list(pool.map(_clips_of, files))
+        bar = tqdm(pool.map(_clips_of, files), folder.name, len(files), unit="file", disable=not progress)
+        outcomes = list(bar)
     clips = [clip for outcome in outcomes if not isinstance(outcome, Reject) for clip in outcome]
     rows = [[clip.id, clip.name, clip.start_sample, clip.end_sample] for clip in clips]
     _write_table(path, [_CLIP_COLUMNS, *rows])
