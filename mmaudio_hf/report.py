@@ -102,27 +102,28 @@ class _Row:
     request: Request
     mean: torch.Tensor  # (N, C) latent of the true sound
     video: Path | None
+    normalize_audio: bool  # of the source of the video
 
 
 def _test_rows(recipe: Recipe, limit: int) -> list[_Row]:
-    folders = {source.name: Path(source.media_dir) for source in recipe.extraction.videos}
+    videos = {source.name: source for source in recipe.extraction.videos}
     rows: list[_Row] = []
     for source in recipe.data.test:
         with FeatureStore.open(source.path) as store:
             count = min(len(store), limit - len(rows))
-            folder = folders.get(Path(source.path).name)
+            media = videos.get(Path(source.path).name)
             for place in range(count):
                 item_id = check_id(store.ids[place], f"{store.path}.tsv")
                 values = {name: column[0].float() for name, column in store.read([place]).items()}
                 features = {n: values.get(n) for n in (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)}
                 request = Request(key=item_id, **features)
-                rows.append(_Row(item_id, store.captions[place], request, values[MEAN], _find_video(folder, item_id)))
+                video = None if media is None else _find_video(Path(media.media_dir), item_id)
+                normalize = media is None or media.normalize_audio
+                rows.append(_Row(item_id, store.captions[place], request, values[MEAN], video, normalize))
     return rows
 
 
-def _find_video(folder: Path | None, item_id: str) -> Path | None:
-    if folder is None:
-        return None
+def _find_video(folder: Path, item_id: str) -> Path | None:
     found = sorted(path for path in folder.glob(f"{glob.escape(item_id)}.*") if path.stem == item_id)
     return found[0] if found else None
 
@@ -162,11 +163,18 @@ def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, rows: list[_Row]
 
 
 def _true_sound(row: _Row, recipe: Recipe) -> torch.Tensor | None:
-    """The sound of the file, aligned with its pictures as in extraction; None when it cannot be read any more."""
+    """The sound of the file, read as extraction reads it; None when it cannot be read any more."""
     if row.video is None:
         return None
     with contextlib.suppress(MediaError):
-        return read_video(row.video, mode=recipe.model.mode, duration=recipe.model.duration, as_uint8=True).audio
+        return read_video(
+            row.video,
+            mode=recipe.model.mode,
+            duration=recipe.model.duration,
+            alignment=recipe.extraction.alignment,
+            normalize_audio=row.normalize_audio,
+            as_uint8=True,
+        ).audio
     return None
 
 

@@ -12,9 +12,11 @@ import torch
 import yaml
 from toy_stores import MODEL, write_store
 
+from mmaudio_hf import report
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
 from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import read_events
+from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.report import Curve, ReportClip, encode_png, line_chart, report_run, run_summary, write_report
 
@@ -186,6 +188,30 @@ def test_charts_of_odd_values():
         (line,) = Page(chart).all("polyline")
         places = [float(v) for point in line["points"].split() for v in point.split(",")]
         assert len(places) == 2 * len(points) and all(0 <= v <= 400 for v in places)
+
+
+def test_true_sound_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "read_video", lambda path, **how: asked.append(how) or read_video(path, **how))
+    for name in ("loud", "asis"):
+        write_store(tmp_path / name, 2)
+        (tmp_path / f"{name}.tsv").write_text("id\tcaption\ntest_00_ball\ta\nelsewhere\tb\n")
+        (tmp_path / f"{name}.manifest.json").unlink()
+    source = {"media_dir": str(media / "videos"), "list": "x.tsv"}
+    tree = {
+        "model": MODEL,
+        "extraction": {
+            "alignment": "reference",
+            "videos": [{"name": "loud", **source}, {"name": "asis", "normalize_audio": False, **source}],
+        },
+        "data": {"test": [{"path": str(tmp_path / name)} for name in ("loud", "asis")]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "run.yaml")
+    sounds = [report._true_sound(row, recipe) for row in report._test_rows(recipe, 4)]
+    assert [(how["alignment"], how["normalize_audio"]) for how in asked] == [("reference", True), ("reference", False)]
+    assert [sound is None for sound in sounds] == [False, True, False, True]
+    assert not torch.equal(sounds[0], sounds[2])
 
 
 def test_report_of_a_run(tmp_path, media):
