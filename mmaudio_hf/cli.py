@@ -388,8 +388,15 @@ def empty_text_features(recipe: Recipe):
 
 
 def write_encoder_files(recipe: Recipe, folder: Path) -> None:
-    """Put beside a model what generation needs to know of its encoders, and the fitted codec of toy ones."""
-    (folder / ENCODERS_FILE).write_text(json.dumps(_encoder_options(recipe), indent=1) + "\n")
+    """Put beside a model what generation needs to know of its encoders, and the fitted codec of toy ones.
+
+    The folder is meant to be published, so paths that hold for this machine alone stay out of it.
+    """
+    encoders = recipe.encoders
+    noted = {"kind": encoders.kind, "precision": encoders.precision}
+    paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
+    noted |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
+    (folder / ENCODERS_FILE).write_text(json.dumps(noted, indent=1) + "\n")
     if recipe.encoders.kind == "toy":
         from mmaudio_hf.features.encoders import toy_codec_file
 

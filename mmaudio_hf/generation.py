@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 
-from mmaudio_hf.config import EncoderConfig
+from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import Encoders, check_encoders, load_encoders, pick_device, toy_codec_file
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.video import probe, read_video, write_video_with_audio
@@ -28,6 +28,7 @@ from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE, MMAudio
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES, SequenceLengths, audio_mode, sequence_lengths
 
 ENCODERS_FILE = "encoders.json"
+RECIPE_FILE = "config.yaml"  # of a run folder
 # What is fetched from the Hub; a model repository may hold more.
 PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "weights.json", ENCODERS_FILE, "toy_codec_*.safetensors")
 SOLVERS = ("euler", "adaptive")
@@ -340,6 +341,8 @@ def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -
         )
     if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
         raise ValueError(f"{source} is neither a folder nor a Hub id (owner/name)")
+    if folder.parent.is_dir():
+        raise ValueError(f"{source}: no such run folder ({folder.parent} is a folder here, so the Hub was not asked)")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(PUBLISHED_FILES)))
     except (OSError, ValueError) as error:
@@ -347,12 +350,17 @@ def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -
 
 
 def _read_encoders(folder: Path) -> EncoderConfig:
-    """The encoders noted at training; a toy codec beside the weights goes before the folder it was fitted in."""
+    """The encoders noted at training; a toy codec beside the weights goes before the folder it was fitted in.
+
+    Paths that were not noted are those of the recipe while the folder is part of its run, else the usual ones.
+    """
     path = folder / ENCODERS_FILE
     if not path.is_file():
         return EncoderConfig()
     try:
-        config = EncoderConfig(**json.loads(path.read_text()))
+        noted = json.loads(path.read_text())
+        paths = {} if {"weights_dir", "clip"} <= set(noted) else _paths_of_run(folder)
+        config = EncoderConfig(**(paths | noted))
         check_encoders(**_encoder_options(config), mode="16k", parts=())  # names of kind and precision
     except Exception as error:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
@@ -360,6 +368,16 @@ def _read_encoders(folder: Path) -> EncoderConfig:
     if config.kind == "toy" and any(codec.is_file() for codec in codecs):
         return dataclasses.replace(config, weights_dir=str(folder))
     return config
+
+
+def _paths_of_run(folder: Path) -> dict[str, str]:
+    """Where the recipe of RUN/checkpoints/step_N/pretrained_model has its encoders; {} when `folder` is elsewhere."""
+    checkpoints = folder.resolve().parent.parent
+    recipe = checkpoints.parent / RECIPE_FILE
+    if checkpoints.name != "checkpoints" or not recipe.is_file():
+        return {}
+    encoders = load_recipe(recipe).encoders
+    return {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
 
 
 def _encoder_options(config: EncoderConfig) -> dict[str, str]:

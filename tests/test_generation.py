@@ -9,10 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from golden_data import golden, state_dict, tensor
 
 from mmaudio_hf import generation
-from mmaudio_hf.config import EncoderConfig
+from mmaudio_hf.cli import write_encoder_files
+from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise
 from mmaudio_hf.media.audio import read_waveform
@@ -199,6 +201,48 @@ def test_from_pretrained(published, pipeline):
     for source in (published, str(published), published / "last", published / "checkpoints/step_7/pretrained_model"):
         loaded = MMAudioPipeline.from_pretrained(source, device="cpu")
         assert torch.equal(loaded(prompt="a lamp", num_steps=1).latent, expected)
+
+
+def test_encoders_that_were_not_noted_are_those_of_the_run_or_the_usual_ones(published, media, monkeypatch):
+    folder = published / "last" / "pretrained_model"
+    (folder / "toy_codec_16k.safetensors").unlink()
+    (published / "config.yaml").write_text(
+        yaml.safe_dump({"name": "run", "encoders": {"kind": "toy", "weights_dir": str(media)}})
+    )
+    recipe = load_recipe(published / "config.yaml")
+    write_encoder_files(recipe, folder)
+    assert json.loads((folder / "encoders.json").read_text()) == {
+        "kind": "toy",
+        "precision": "fp32",
+        "clip": EncoderConfig().clip,
+    }
+    assert (folder / "toy_codec_16k.safetensors").is_file()
+    (folder / "toy_codec_16k.safetensors").unlink()
+    MMAudioPipeline.from_pretrained(published, device="cpu")(prompt="a lamp", num_steps=1)
+    (published / "config.yaml").unlink()
+    monkeypatch.chdir(published)
+    with pytest.raises(ValueError, match=r"ext_weights/toy_codec_16k\.safetensors is missing"):
+        MMAudioPipeline.from_pretrained(published, device="cpu")(prompt="a lamp", num_steps=1)
+
+
+def test_paths_of_this_machine_are_not_published(tmp_path):
+    for weights_dir, clip, expected in (
+        ("/home/someone/weights", "~/clip", {}),
+        ("weights", "/home/someone/clip.pt", {"weights_dir": "weights"}),
+        ("weights", "someone/clip", {"weights_dir": "weights", "clip": "someone/clip"}),
+    ):
+        encoders = EncoderConfig(weights_dir=weights_dir, clip=clip, precision="bf16", device="cuda:1")
+        write_encoder_files(Recipe("r", encoders=encoders), tmp_path)
+        noted = json.loads((tmp_path / "encoders.json").read_text())
+        assert noted == {"kind": "released", "precision": "bf16", **expected}
+
+
+def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "example").mkdir(parents=True)
+    with pytest.raises(ValueError, match="output/exampel: no such run folder"):
+        MMAudioPipeline.from_pretrained("output/exampel")
 
 
 def test_from_the_hub(published, monkeypatch):
