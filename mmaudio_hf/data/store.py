@@ -257,7 +257,8 @@ class StoreWriter:
             self._check_values(name, tensor, ids)
         for name, tensor in tensors.items():
             _write_all(self._files[name], bytes_of(tensor.contiguous()), first_row * self.columns[name].record_bytes)
-        self._moments.add(tensors[MEAN])
+        for row in tensors[MEAN]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
+            self._moments.add(row)
         self._ids[rows.start : rows.stop] = ids
         self._captions[rows.start : rows.stop] = captions
 
