@@ -21,7 +21,7 @@ def data_statistics(mode):
 
 
 # Drawing the 300 million values of the larger network takes most of 15 s.
-@pytest.mark.parametrize("mode", ["16k", pytest.param("44k", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["16k", "44k"])
 def test_encode_and_decode_match_golden(mode):
     arrays, statistics = golden(f"vae_{mode}"), data_statistics(mode)
     vae = MelVAE(mode).load_released(state_dict(f"vae_{mode}") | statistics)
