@@ -15,7 +15,7 @@ example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 
 	PATH="$(CURDIR)/$(BIN):$$PATH" SHORT="$(SHORT)" bash scripts/example.sh
 
 test: $(INSTALLED)  # one worker a core with one thread each; the files of a worker share their fixtures
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
 	$(BIN)/python -m pytest -m slow

@@ -9,6 +9,14 @@ import pytest
 from mmaudio_hf.media.example import write_example_media
 
 
+LONG_FILES = ("test_training_loop.py", "test_models_network.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take minutes come first, so that all workers end together."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def example_media(tmp_path_factory) -> Callable[[], Path]:
     """Makes a folder of small example media of one's own; they are synthesised once and copied."""
