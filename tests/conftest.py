@@ -8,7 +8,6 @@ import pytest
 
 from mmaudio_hf.media.example import write_example_media
 
-
 LONG_FILES = ("test_training_loop.py", "test_models_network.py")
 
 
