@@ -13,7 +13,7 @@ import yaml
 from golden_data import golden, state_dict, tensor
 
 from mmaudio_hf import generation
-from mmaudio_hf.cli import write_encoder_files
+from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise

@@ -25,8 +25,7 @@ ALLOWED = {
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
     "weights": {"schema", "config", "released", "models"},
     "interop": {"schema", "config", "released", "models", "training"},
-    "bench": {"schema", "config", "data", "models", "training"},
-    "bench_extract": {"schema", "media", "features", "bench"},
+    "bench": {"schema", "config", "media", "features", "data", "models", "training", "generation"},
     "cli": None,
     "__init__": None,
 }

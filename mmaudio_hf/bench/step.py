@@ -1,13 +1,13 @@
-"""Benchmarks. Everything that is compared is measured in turn in one run, because absolute times drift on a machine."""
+"""`mmaudio-hf bench step`: whole training steps against a matrix product."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmaudio_hf.bench.measure import Timed, emulates_bf16, median_rates, time_matmul, wait_for
 from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig, variant_config
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import draws
@@ -15,9 +15,6 @@ from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.optim import build_optimizer, clip_gradients, guarded_step
 from mmaudio_hf.training.step import flow_step
-
-MATMUL_SIZE, SMALL_MATMUL = 3072, 256
-SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
 
 
 def step(
@@ -49,47 +46,6 @@ def step(
     return figures
 
 
-Timed = tuple[Callable[[], None], float]
-"""Something to run, and its floating-point operations."""
-
-
-def median_rates(parts: list[Timed], rounds: int) -> list[float]:
-    """Operations per second of each part, run in turn `rounds` times after a warm-up (one round: without); medians."""
-    seconds: list[list[float]] = [[] for _ in parts]
-    for number in range(rounds + 1 if rounds > 1 else 1):
-        for (run, _), times in zip(parts, seconds, strict=True):
-            began = time.perf_counter()
-            run()
-            if number or rounds == 1:
-                times.append(time.perf_counter() - began)
-    return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
-
-
-def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Timed:
-    """A large product of square matrices, by default a small one where the processor emulates the dtype."""
-    size = size or (SMALL_MATMUL if dtype == torch.bfloat16 and emulates_bf16(device) else MATMUL_SIZE)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def run() -> None:
-        torch.mm(a, b)
-        _wait(device)
-
-    return run, 2.0 * size**3
-
-
-@lru_cache
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are far slower than float32 ones here."""
-    timed = [time_matmul(device, dtype, SMALL_MATMUL) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = median_rates(timed, 2)
-    return bf16 < SLOW_BF16 * fp32
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Timed, Callable[[], float]]:
     network = MMAudio(config).to(device).train()
     network.set_latent_statistics(torch.zeros(config.latent_channels), torch.ones(config.latent_channels))
@@ -107,14 +63,14 @@ def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Ti
         norm = clip_gradients(network.parameters(), 1.0)
         guarded_step(optimizer, ~torch.isfinite(norm))
         ema.update()
-        _wait(device)
+        wait_for(device)
 
     def ema_seconds() -> float:
         times = []
         for _ in range(3):
             began = time.perf_counter()
             ema.update()
-            _wait(device)
+            wait_for(device)
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 

@@ -1,0 +1,1 @@
+"""Benchmarks, one module each; `mmaudio-hf bench` runs them."""

@@ -1,0 +1,52 @@
+"""How benchmarks measure. Everything that is compared runs in turn in one process: absolute times drift."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+MATMUL_SIZE, SMALL_MATMUL = 3072, 256
+SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
+
+Timed = tuple[Callable[[], None], float]
+"""Something to run, and its floating-point operations."""
+
+
+def median_rates(parts: list[Timed], rounds: int) -> list[float]:
+    """Operations per second of each part, run in turn `rounds` times after a warm-up (one round: without); medians."""
+    seconds: list[list[float]] = [[] for _ in parts]
+    for number in range(rounds + 1 if rounds > 1 else 1):
+        for (run, _), times in zip(parts, seconds, strict=True):
+            began = time.perf_counter()
+            run()
+            if number or rounds == 1:
+                times.append(time.perf_counter() - began)
+    return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
+
+
+def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Timed:
+    """A large product of square matrices, by default a small one where the processor emulates the dtype."""
+    size = size or (SMALL_MATMUL if dtype == torch.bfloat16 and emulates_bf16(device) else MATMUL_SIZE)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def run() -> None:
+        torch.mm(a, b)
+        wait_for(device)
+
+    return run, 2.0 * size**3
+
+
+@lru_cache
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are far slower than float32 ones here."""
+    timed = [time_matmul(device, dtype, SMALL_MATMUL) for dtype in (torch.float32, torch.bfloat16)]
+    fp32, bf16 = median_rates(timed, 2)
+    return bf16 < SLOW_BF16 * fp32
+
+
+def wait_for(device: torch.device) -> None:
+    """Until queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

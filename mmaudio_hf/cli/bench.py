@@ -1,0 +1,45 @@
+"""`mmaudio-hf bench`: what takes how long, against what the machine can do."""
+
+import json
+from pathlib import Path
+
+
+def add_commands(add) -> None:
+    """Add it by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    parser = add("bench", None, "measure a part against what the machine can do")
+    parts = parser.add_subparsers(required=True, metavar="PART")
+
+    def part(name, function, help_text):
+        command = parts.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=lambda options: _show(function(options), options.json))
+        command.add_argument("--rounds", type=int, default=3, help="repetitions; the median counts (default 3)")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        return command
+
+    step = part("step", _step, "training steps against a matrix product")
+    step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    step.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
+    step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
+    extract = part("extract", _extract, "decoding and encoders")
+    extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
+
+
+def _step(options) -> dict:
+    from mmaudio_hf.bench.step import step
+
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    return step(options.variant, options.batch_size, options.rounds, precisions)
+
+
+def _extract(options) -> dict:
+    from mmaudio_hf.bench.extract import extract
+
+    return extract(options.video, options.rounds)
+
+
+def _show(figures: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")

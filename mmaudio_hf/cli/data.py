@@ -1,0 +1,128 @@
+"""Commands from media to feature stores."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from mmaudio_hf.config import Recipe, load_recipe
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    media = add("example-media", _example_media, "write the synthesised example videos, recordings and captions")
+    media.add_argument("directory", metavar="DIR", type=Path)
+    media.add_argument("--seed", type=int, default=0)
+    media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
+    add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
+    add("extract-video", _extract_video, "make the feature stores of a recipe's videos", recipe=True)
+    add("extract-audio", _extract_audio, "make the feature stores of a recipe's recordings", recipe=True)
+    verify = add("verify", _verify, "check a feature store: sizes, checksums, ids, non-finite values")
+    verify.add_argument("store", metavar="STORE", type=Path)
+
+
+def _example_media(options) -> None:
+    from mmaudio_hf.media.example import write_example_media
+
+    write_example_media(options.directory, seed=options.seed, small=options.small)
+    print(f"example media: {options.directory}")
+
+
+def _partition(options) -> None:
+    from mmaudio_hf.media.clips import write_clips
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for source in _sources(recipe, "audios"):
+        path = clips_path(recipe, source)
+        rejects = path.with_suffix(".rejects.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report = write_clips(source.media_dir, path, workers=recipe.extraction.num_proc, progress=True)
+        rejects.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in report.rejects))
+        if not report.clips:
+            path.unlink()
+            raise ValueError(
+                f"{source.media_dir}: no recording gives a clip, each needs 8.1 s of sound at least;"
+                f" {rejects} says what is wrong with each of {len(report.rejects)}"
+            )
+        left_out = f", see {rejects}" if report.rejects else ""
+        print(
+            f"{path}: {len(report.clips)} clips, {len(report.rejects)} recordings rejected{left_out};"
+            f" {len(report.ignored)} other files ignored"
+        )
+
+
+def clips_path(recipe: Recipe, source) -> Path:
+    """The clips.tsv of an audio source: named in the recipe, or beside its store."""
+    return Path(source.clips or Path(recipe.extraction.output_dir) / f"{source.name}.clips.tsv")
+
+
+def _sources(recipe: Recipe, kind: str):
+    sources = getattr(recipe.extraction, kind)
+    if not sources:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
+    return sources
+
+
+def _encoder_options(recipe: Recipe) -> dict:
+    return asdict(recipe.encoders)
+
+
+def _open_writer():
+    from mmaudio_hf.data.store import StoreWriter
+
+    return StoreWriter
+
+
+def _extraction_options(recipe: Recipe) -> dict:
+    extraction = recipe.extraction
+    return {
+        "output_dir": Path(extraction.output_dir),
+        "encoders": _encoder_options(recipe),
+        "mode": recipe.model.mode,
+        "duration": recipe.model.duration,
+        "batch_size": extraction.batch_size,
+        "num_proc": extraction.num_proc,
+        "shard_size": extraction.shard_size,
+        "open_writer": _open_writer(),
+    }
+
+
+def _extract_video(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "videos")
+    from mmaudio_hf.features.extract import extract_video
+
+    for source in sources:
+        extract_video(
+            source.name,
+            source.media_dir,
+            source.list,
+            alignment=recipe.extraction.alignment,
+            normalize_audio=source.normalize_audio,
+            **_extraction_options(recipe),
+        )
+
+
+def _extract_audio(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "audios")
+    for source in sources:
+        if not clips_path(recipe, source).is_file():
+            raise ValueError(
+                f"{clips_path(recipe, source)} is missing: run `mmaudio-hf partition {options.recipe}` first"
+            )
+    from mmaudio_hf.features.extract import extract_audio
+
+    for source in sources:
+        extract_audio(
+            source.name, source.media_dir, source.list, clips_path(recipe, source), **_extraction_options(recipe)
+        )
+
+
+def _verify(options) -> int:
+    from mmaudio_hf.data.store import verify
+
+    report = verify(options.store)
+    for line in (*report.problems, *report.notes):
+        print(line)
+    print(f"{report.path}: {report.rows} rows, {'ok' if report.ok else f'{len(report.problems)} problems'}")
+    return 0 if report.ok else 1

@@ -1,0 +1,70 @@
+"""Commands that generate sound and look at it."""
+
+import json
+from pathlib import Path
+
+SUMMARY_NAMES = {
+    "onset_f1": "f1_right",
+    "onset_f1_shuffled": "f1_shuffled",
+    "steps_per_second": "steps_per_s",
+    "peak_memory_gb": "peak_mem_gb",
+}
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    generate = add("generate", _generate, "make sound for a video, for a text, or for both")
+    generate.add_argument("--run", required=True, help="run folder, pretrained_model folder or Hub id")
+    generate.add_argument("--video", type=Path, help="video to make sound for")
+    generate.add_argument("--prompt", default="", help="what is to be heard")
+    generate.add_argument("--negative-prompt", default="", help="what is not to be heard")
+    generate.add_argument("--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 with --video")
+    generate.add_argument("--duration", type=float, help="seconds; default: what the model was trained on")
+    generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
+    generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", default="auto")
+
+    report = add("report", _report, "generate the test split of a run, score it and write report/index.html")
+    report.add_argument("--run", required=True, type=Path, help="run folder")
+    report.add_argument("--events", type=Path, help="events.json of example media: adds onset scores")
+    report.add_argument("--clips", type=int, default=6, help="clips shown on the page (default 6)")
+    report.add_argument("--started", type=float, help="time in s since the epoch that `seconds` counts from")
+
+
+def _generate(options) -> None:
+    if options.video is None and not options.prompt:
+        raise ValueError("nothing to go by: give --video, --prompt or both")
+    if options.out.suffix.lower() == ".mp4" and options.video is None:
+        raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
+    from mmaudio_hf.generation import MMAudioPipeline, save_generated
+
+    pipeline = MMAudioPipeline.from_pretrained(options.run, device=options.device)
+    result = pipeline(
+        video=options.video,
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        duration=options.duration,
+        num_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_generated(result, options.out, video=options.video)
+    seconds = len(result.waveform) / result.sample_rate
+    print(f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz")
+
+
+def _report(options) -> None:
+    from mmaudio_hf.report import report_run
+
+    figures = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
+    print(f"report: {options.run / 'report' / 'index.html'}")
+    if "onset_f1" in figures:
+        right, shuffled = figures["onset_f1"], figures["onset_f1_shuffled"]
+        print(f"onset F1 (+-100 ms): {right:.3f} with the right videos, {shuffled:.3f} with shuffled ones")
+    if "val_loss_first" in figures:
+        print(f"validation loss: {figures['val_loss_first']:.4f} first, {figures['val_loss_last']:.4f} last")
+    if "steps_per_second" in figures:
+        print(f"training: {figures['steps_per_second']:.2f} steps/s, peak memory {figures['peak_memory_gb']:.2f} GB")
+    print("summary " + json.dumps({SUMMARY_NAMES.get(name, name): value for name, value in figures.items()}))

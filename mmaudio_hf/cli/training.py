@@ -1,0 +1,129 @@
+"""Commands that train."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+
+ENCODERS_FILE = "encoders.json"
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+
+
+def _train(options) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size(recipe.training, world)
+    if options.dry_run:
+        print(dry_run_text(recipe, world))
+        return 0
+    if not recipe.data.train:
+        raise ValueError(f"{options.recipe}: data.train names no feature store")
+    from mmaudio_hf.training.loop import check_launch
+
+    check_launch()
+    return _run_training(recipe)
+
+
+def _run_training(recipe: Recipe) -> int:
+    import torch
+
+    from mmaudio_hf.data.dataset import open_mixture
+    from mmaudio_hf.models.network import MMAudio
+    from mmaudio_hf.training.loop import train
+
+    mixture = open_mixture(recipe.data.train, recipe.model)
+    validation = open_mixture(recipe.data.validation, recipe.model) if recipe.data.validation else None
+    torch.manual_seed(recipe.seed)
+    network = MMAudio(recipe.model)
+    network.set_latent_statistics(*mixture.latent_statistics())
+    network.set_empty_text(empty_text_features(recipe))
+    result = train(
+        recipe, network, mixture, validation, write_extras=lambda folder: write_encoder_files(recipe, folder)
+    )
+    if result.stopped_by is not None:
+        print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
+        return 128 + result.stopped_by
+    return 0
+
+
+def empty_text_features(recipe: Recipe):
+    """Text features (77, 1024) of the empty string, from the toy formulas or the released file of them."""
+    if recipe.encoders.kind == "toy":
+        from mmaudio_hf.features.toy import text_features
+
+        return text_features([""])[0]
+    from mmaudio_hf.features.clip import load_empty_text
+
+    return load_empty_text(Path(recipe.encoders.weights_dir) / "empty_string.pth")
+
+
+def write_encoder_files(recipe: Recipe, folder: Path) -> None:
+    """Put beside a model what generation needs to know of its encoders, and the fitted codec of toy ones.
+
+    The folder is meant to be published, so paths that hold for this machine alone stay out of it.
+    """
+    encoders = recipe.encoders
+    noted = {"kind": encoders.kind, "precision": encoders.precision}
+    paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
+    noted |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
+    (folder / ENCODERS_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+    if recipe.encoders.kind == "toy":
+        from mmaudio_hf.features.encoders import toy_codec_file
+
+        codec = toy_codec_file(recipe.encoders.weights_dir, recipe.model.mode)
+        if codec.is_file():  # absent when only the store of another machine is here
+            shutil.copyfile(codec, folder / codec.name)
+
+
+def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
+    """The resolved recipe as YAML, and the numbers that follow from it."""
+    import torch
+    import yaml
+
+    from mmaudio_hf.config import to_dict
+    from mmaudio_hf.models.network import MMAudio
+    from mmaudio_hf.schema import audio_mode, sequence_lengths
+
+    with torch.device("meta"):
+        network = MMAudio(recipe.model)
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
+    training = recipe.training
+    derived = {
+        "sample_rate": audio_mode(recipe.model.mode).sample_rate,
+        "lengths": asdict(lengths),
+        "trainable_parameters": trainable,
+        "batch": {
+            "global": training.batch_size,
+            "processes": world_size,
+            "accumulation_steps": training.accumulation_steps,
+            "per_process_and_pass": micro_batch_size(training, world_size),
+        },
+        "rows_per_epoch": "unknown: a store of data.train is missing",
+    }
+    rows = [_store_rows(store.path) for store in recipe.data.train]
+    if rows and all(rows):
+        per_epoch = sum(n * store.repeats for n, store in zip(rows, recipe.data.train, strict=True))
+        derived["rows_per_epoch"] = per_epoch
+        derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
+        derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
+    parts = {"recipe": to_dict(recipe), "derived": derived}
+    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _store_rows(path: str) -> int:
+    from mmaudio_hf.data.store import FeatureStore
+
+    if not Path(path).exists():
+        return 0
+    with FeatureStore.open(path) as store:
+        return len(store)

@@ -1,0 +1,141 @@
+"""Commands for released weights, and for checkpoints of the reference implementation."""
+
+import json
+from pathlib import Path
+
+from mmaudio_hf.cli.training import write_encoder_files
+from mmaudio_hf.config import Recipe, load_recipe
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    _add_weights_commands(add("weights", None, "list, download, verify and convert released weights"))
+    importing = add("import", _import, "make a run folder of a checkpoint of the reference implementation")
+    importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
+    importing.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    importing.add_argument("--recipe", required=True, help="recipe to go on with")
+    importing.add_argument("--run", required=True, type=Path, help="run folder to make")
+    importing.add_argument("--snapshots", type=Path, help="folder of its EMA snapshots, 0.5000.pt and so on")
+    exporting = add("export", _export, "write a run as files of the reference implementation")
+    exporting.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
+    exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+
+
+def _add_weights_commands(parser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name, function, help_text, folder=True):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=function)
+        if folder:
+            command.add_argument("--dir", type=Path, help="folder of weights (default: the recipe's, or ext_weights)")
+        return command
+
+    add("list", _weights_list, "what is released, under which licence, and what of it is here")
+    download = add("download", _weights_download, "fetch released files; licences and sizes are shown first")
+    download.add_argument("names", metavar="NAME", nargs="*", help="names of `weights list`, or all")
+    download.add_argument("--for", dest="for_recipe", metavar="RECIPE", help="everything that a recipe reads")
+    download.add_argument("--force", action="store_true", help="fetch again what is already there")
+    verify = add("verify", _weights_verify, "compare files with their published checksums, or read them")
+    verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
+    convert = add("convert", _weights_convert, "make a pretrained_model folder of a flow network", folder=False)
+    convert.add_argument("file", metavar="FILE", type=Path, help="released file")
+    convert.add_argument("out", metavar="OUT", type=Path, help="new folder; for other networks NAME.safetensors")
+    convert.add_argument("--variant", help="network that it must be (default: recognised)")
+
+
+def _weights_dir(options, recipe: Recipe | None = None) -> Path:
+    return options.dir or Path(recipe.encoders.weights_dir if recipe else "ext_weights")
+
+
+def _weights_list(options) -> None:
+    from mmaudio_hf import weights
+
+    print(weights.table(_weights_dir(options)))
+
+
+def _weights_download(options) -> None:
+    from mmaudio_hf import weights
+
+    recipe = load_recipe(options.for_recipe) if options.for_recipe else None
+    wanted = weights.find(options.names)
+    if recipe is not None:
+        wanted += [weight for weight in weights.needed(recipe) if weight not in wanted]
+        if recipe.encoders.kind == "toy":
+            print(f"{options.for_recipe} has toy encoders, which need no released weights")
+    elif not wanted:
+        names = " ".join(weight.path for weight in weights.CATALOGUE)
+        raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
+    weights.download(wanted, _weights_dir(options, recipe), _weight_checks(), options.force)
+
+
+def _weights_verify(options) -> int:
+    from mmaudio_hf import weights
+
+    folder, bad = _weights_dir(options), 0
+    chosen = weights.find(options.names) or [w for w in weights.CATALOGUE if weights.locate(w, folder)]
+    for weight in chosen:
+        problem = weights.problem_of(weight, folder, _weight_checks())
+        bad += problem is not None
+        print(problem or f"{weight.path}: ok", flush=True)
+    if not chosen:
+        print(f"{folder} holds no released weights: `mmaudio-hf weights list` shows what there is")
+    return 1 if bad else 0
+
+
+def _weights_convert(options) -> None:
+    from mmaudio_hf import weights
+
+    print(weights.convert(options.file, options.out, options.variant))
+
+
+def _weight_checks():
+    """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
+
+    def vocoder(path: Path) -> None:
+        from mmaudio_hf.features.vocoder import Vocoder
+
+        Vocoder("44k").load_released(path)
+
+    def vocoder_settings(path: Path) -> None:
+        try:
+            rates = json.loads(path.read_text())["upsample_rates"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
+        if rates != [8, 4, 2, 2, 2, 2]:
+            raise ValueError(f"{path} is of another vocoder: its upsample_rates are {rates}")
+
+    def empty_text(path: Path) -> None:
+        from mmaudio_hf.features.clip import load_empty_text
+
+        load_empty_text(path)
+
+    from mmaudio_hf.weights import BIGVGAN
+
+    return {
+        f"{BIGVGAN}/bigvgan_generator.pt": vocoder,
+        f"{BIGVGAN}/config.json": vocoder_settings,
+        "empty_string.pth": empty_text,
+    }
+
+
+def _import(options) -> None:
+    place = [f"name={json.dumps(options.run.name)}", f"output_dir={json.dumps(str(options.run.parent))}"]
+    recipe = load_recipe(options.recipe, [*options.overrides, *place])
+    from mmaudio_hf.interop import import_checkpoint
+
+    result = import_checkpoint(
+        options.file, recipe, options.snapshots, lambda folder: write_encoder_files(recipe, folder)
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"{result.folder}: step {result.step}")
+    print(f"go on with: accelerate launch train.py {options.run / 'config.yaml'}")
+
+
+def _export(options) -> None:
+    from mmaudio_hf.interop import export_run
+
+    for path in export_run(options.run, options.out, options.step):
+        print(path)
