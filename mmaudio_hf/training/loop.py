@@ -8,11 +8,7 @@ import importlib.util
 import json
 import os
 import resource
-import shutil
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
@@ -29,9 +25,9 @@ from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import training_batches, validation_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.schema import RunError
-from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, list_checkpoints, save_checkpoint
+from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, synthesize
+from mmaudio_hf.training.guard import Guard, StopSignals, append_line
 from mmaudio_hf.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -41,10 +37,10 @@ from mmaudio_hf.training.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from mmaudio_hf.training.resume import check_same_run, identity, set_aside_later, truncate_metrics
 from mmaudio_hf.training.step import flow_step
 
 TIME_BINS = 10
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Evaluator(Protocol):
@@ -135,7 +131,8 @@ class _Run:
         self.write_extras = write_extras
         self.run_dir = recipe.run_dir
         self.step = 0
-        self.skipped = 0
+        self.stop = StopSignals()
+        self.guard = Guard(accelerator, self.run_dir, recipe.training.max_skipped_steps, self.stop)
         self.history: list[dict[str, float]] = []
         self.final_weights: dict[str, Any] = {}
         self.device = accelerator.device
@@ -158,28 +155,27 @@ class _Run:
         if self.step == 0:
             self._validate()
         with (
-            _StopSignals() as stop,
+            self.stop,
             tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
             self._loader() as loader,
         ):
-            guard = _Guard(self, stop)
             self.clock = began = time.perf_counter()
             for batches in loader:
-                self._update(batches, guard)
+                self._update(batches)
                 bar.update()
-                stopping = guard.check() or self.step == training.steps
+                stopping = self.guard.check() or self.step == training.steps
                 ended = time.perf_counter()
                 busy += ended - began
                 self.window_seconds += ended - began
-                self._housekeeping(bar, loader, guard, stopping)
+                self._housekeeping(bar, loader, stopping)
                 began = time.perf_counter()
                 if stopping:
                     break
-        stopped_by = stop.number if self.step < training.steps else None
+        stopped_by = self.stop.number if self.step < training.steps else None
         rate = (self.step - first_step) / max(busy, 1e-9)
-        return RunResult(self.step, stopped_by, self.skipped, self.final_weights, rate, self.history)
+        return RunResult(self.step, stopped_by, self.guard.skipped, self.final_weights, rate, self.history)
 
-    def _housekeeping(self, bar, loader, guard: "_Guard", stopping: bool) -> None:
+    def _housekeeping(self, bar, loader, stopping: bool) -> None:
         """Everything that happens every so many steps, and after the last one; not counted as training time."""
         training, last = self.recipe.training, self.step == self.recipe.training.steps
         if last or self.step % training.log_every == 0:
@@ -190,7 +186,7 @@ class _Run:
             self._save_snapshots()
         self._evaluate()
         if stopping or self.step % training.checkpoint_every == 0:
-            guard.settle()
+            self.guard.settle()
             self._save_checkpoint()
 
     # --- start ------------------------------------------------------------------------------------------------------
@@ -206,54 +202,18 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
         if state is not None:
-            self._check_same_run(state)
+            check_same_run(self.recipe, state, self.accelerator.print)
             self.network.load_state_dict(state.tensors["model"])
             load_optimizer_tensors(self.network, self.optimizer, dict(state.tensors["optimizer"]))
             self.ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
             # The sums of a log window that was cut short; with other stores they have no meaning and are dropped.
             if self.accelerator.is_main_process and state.tensors["window"]["sums"].shape == self.window.shape:
                 self.window.copy_(state.tensors["window"]["sums"])
-            self.step, self.skipped = state.step, state.facts["skipped"]
+            self.step, self.guard.skipped = state.step, state.facts["skipped"]
             self.final_weights = state.facts["weights"]
         if self.accelerator.is_main_process:
             self.history = truncate_metrics(self.run_dir / "metrics.jsonl", self.step)
             set_aside_later(self.run_dir, self.step, self.ema.step)
-
-    def _check_same_run(self, state: TrainingState) -> None:
-        """ValueError where the recipe no longer fits the checkpoint; a note where it continues differently."""
-        recipe, facts = self.recipe, state.facts
-        if state.step > recipe.training.steps:
-            raise ValueError(
-                f"{self.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}"
-            )
-        now = self._identity()
-        for name, was in facts.get("must_match", {}).items():  # an imported checkpoint has none
-            if now["must_match"][name] != was:
-                raise ValueError(
-                    f"{self.run_dir} was trained with {name} {was}, the recipe has {now['must_match'][name]}: put it"
-                    " back, or give the new run another name"
-                )
-        for name, was in facts.get("may_change", {}).items():
-            if now["may_change"][name] != was:
-                self.accelerator.print(f"note: {name} was {was} and is {now['may_change'][name]} from here on")
-
-    def _identity(self) -> dict[str, dict[str, Any]]:
-        """What of a recipe a checkpoint depends on, as plain JSON values."""
-        recipe = to_dict(self.recipe)
-        return {
-            "must_match": {
-                "model": recipe["model"],
-                "ema.sigma_rels": recipe["ema"]["sigma_rels"],
-                "ema.update_every": recipe["ema"]["update_every"],
-            },
-            "may_change": {
-                "seed": recipe["seed"],
-                "training.batch_size": recipe["training"]["batch_size"],
-                "data.train": recipe["data"]["train"],
-                "flow": recipe["flow"],
-                "optim": recipe["optim"],
-            },
-        }
 
     def _prepare_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -293,7 +253,7 @@ class _Run:
 
     # --- one update -------------------------------------------------------------------------------------------------
 
-    def _update(self, batches, guard: "_Guard") -> None:
+    def _update(self, batches) -> None:
         training = self.recipe.training
         set_learning_rate(self.optimizer, learning_rate(self.step, self.recipe.optim, training.steps))
         self.optimizer.zero_grad(set_to_none=True)
@@ -307,7 +267,7 @@ class _Run:
                 self.accelerator.backward(result.loss.sum() * scale)
             self._add_losses(sums, result.loss.detach(), batch.source)
         norm = clip_gradients(self.network.parameters(), self.recipe.optim.max_grad_norm)
-        refuse = guard.judge(sums[0], norm, [i for batch in batches for i in batch.ids])
+        refuse = self.guard.judge(self.step, sums[0], norm, [i for batch in batches for i in batch.ids])
         guarded_step(self.optimizer, refuse)
         sums[1] = norm / self.accelerator.num_processes  # the same on every process; summed over them when logged
         # A refused step counts for nothing in the averages: its numbers are not finite.
@@ -335,7 +295,7 @@ class _Run:
             "train/loss": sums[0] / steps,
             "train/grad_norm": sums[1] / steps,
             "train/learning_rate": learning_rate(self.step - 1, self.recipe.optim, self.recipe.training.steps),
-            "train/skipped_steps": self.skipped,
+            "train/skipped_steps": self.guard.skipped,
         }
         totals, counts = sums[3 : 3 + len(stores)], sums[3 + len(stores) :]
         for store, total, count in zip(stores, totals, counts, strict=True):
@@ -357,14 +317,14 @@ class _Run:
         self.window_steps, self.window_seconds, loader.wait_seconds = 0, 0.0, 0.0
         self.accelerator.log(speed, step=self.step)
         if self.accelerator.is_main_process:
-            _append_line(self.run_dir / "speed.jsonl", {"step": self.step, **speed})
+            append_line(self.run_dir / "speed.jsonl", {"step": self.step, **speed})
 
     def _record(self, scores: dict[str, float]) -> None:
         """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
         self.accelerator.log(scores, step=self.step)
         if self.accelerator.is_main_process:
             self.history.append({"step": self.step, **scores})
-            _append_line(self.run_dir / "metrics.jsonl", self.history[-1])
+            append_line(self.run_dir / "metrics.jsonl", self.history[-1])
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -445,8 +405,8 @@ class _Run:
         window = self.accelerator.reduce(self.window.clone(), "sum")
         averages, self.final_weights = self._averages()
         if self.accelerator.is_main_process:
-            facts = {"skipped": self.skipped, "ema_step": self.ema.step, "weights": self.final_weights}
-            facts |= self._identity()
+            facts = {"skipped": self.guard.skipped, "ema_step": self.ema.step, "weights": self.final_weights}
+            facts |= identity(self.recipe)
             tensors = {
                 "model": self.network.state_dict(),
                 "optimizer": optimizer_tensors(self.network, self.optimizer),
@@ -466,146 +426,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-# --- helpers -------------------------------------------------------------------------------------------------------
-
-
-class _StopSignals:
-    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of dying of it; a second one interrupts at once."""
-
-    def __init__(self):
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def _note(self, number: int, _frame) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
-        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _OnHost:
-    """A small tensor on its way to the host; reading it waits for the copy alone, not for work queued after it."""
-
-    def __init__(self, values: torch.Tensor):
-        self.event = None
-        self.values = values
-        if values.device.type == "cuda":
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.event = torch.cuda.current_stream(values.device).record_event()
-
-    def read(self) -> list[int]:
-        """The values, as soon as they have arrived."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.values.tolist()
-
-
-class _Guard:
-    """Keeps non-finite steps from the optimizer and lets all processes stop after the same step.
-
-    The verdict on a step is formed on the device and read one step later, so the host never waits for it.
-    """
-
-    def __init__(self, run: _Run, stop: _StopSignals):
-        self.run, self.stop = run, stop
-        self.pending: deque[tuple[int, _OnHost, list[str]]] = deque()
-        self.in_a_row = 0
-        self.stopping = False
-
-    def judge(self, loss: torch.Tensor, norm: torch.Tensor, ids: list[str]) -> torch.Tensor:
-        """True (a boolean scalar on the device) where this step must not reach the optimizer, on every process."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        asked = torch.full_like(bad, self.stop.number is not None)
-        flags = torch.stack([bad, asked]).to(torch.int32)
-        if self.run.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self.pending.append((self.run.step, _OnHost(flags), ids))
-        return flags[0] > 0
-
-    def check(self) -> bool:
-        """Read the verdicts of all steps but the last; True when a process was asked to stop."""
-        while len(self.pending) > 1:
-            self._settle_one()
-        return self.stopping
-
-    def settle(self) -> None:
-        """Read all verdicts, before a checkpoint."""
-        while self.pending:
-            self._settle_one()
-
-    def _settle_one(self) -> None:
-        step, flags, ids = self.pending.popleft()
-        bad, asked = flags.read()
-        self.stopping = self.stopping or bool(asked)
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if not bad:
-            return
-        run = self.run
-        run.skipped += 1
-        all_ids = gather_object(ids)
-        if run.accelerator.is_main_process:
-            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
-            _append_line(run.run_dir / "skipped.jsonl", {"step": step, "ids": all_ids})
-        if self.in_a_row >= run.recipe.training.max_skipped_steps:
-            raise RunError(
-                f"{self.in_a_row} steps in a row were not finite: the ids are in {run.run_dir / 'skipped.jsonl'};"
-                f" the last checkpoint is as it was, lower optim.learning_rate or check the data and start again"
-            )
-
-
-def set_aside_later(run_dir: Path, step: int, ema_step: int) -> None:
-    """Put away what belongs to a future that is trained anew: later (damaged) checkpoints and EMA snapshots.
-
-    Checkpoints are renamed, not deleted. Leftovers of killed writers go.
-    """
-    for folder in list_checkpoints(run_dir):
-        if int(folder.name.removeprefix("step_")) > step:
-            aside = folder.with_name(f"{folder.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-    for partial in (run_dir / "checkpoints").glob("step_*.partial"):
-        shutil.rmtree(partial)
-    for snapshot in find_snapshots(run_dir / "ema"):
-        if snapshot.step > ema_step:
-            snapshot.tensors.unlink()
-
-
-def truncate_metrics(path: Path, step: int) -> list[dict[str, float]]:
-    """Drop the lines that a killed run logged after `step`, which will be logged again; return the others."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # a line cut short by the kill
-        # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
-        if entry["step"] <= step and step > 0:
-            kept.append(entry)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
-    return kept
-
-
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory this process has held: on the accelerator, or resident on the host when there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _append_line(path: Path, entry: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
