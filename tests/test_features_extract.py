@@ -21,7 +21,7 @@ from mmaudio_hf.features import extract
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.features.extract import extract_audio, extract_video
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import write_clips
+from mmaudio_hf.media.clips import read_clips, write_clips
 from mmaudio_hf.media.video import read_video
 
 DURATION = 2.0  # s; short, so that the tests are
@@ -231,6 +231,32 @@ def test_bad_media_are_rejected_one_by_one_and_counted(example, weights, tmp_pat
     before = report.rejects_path.read_bytes()
     again = extract_video("bad", media, table, tmp_path / "out", **options(weights))
     assert (again.rejected, again.rejects_path.read_bytes()) == (6, before)
+
+
+def test_findings_of_an_audit_are_rejects_of_their_own_stage(example, weights, tmp_path):
+    """They are counted, the files are not opened, other findings make the shard again and the same ones keep it."""
+    first, second = sorted(path.stem for path in (example / "videos").glob("train*.mp4"))[:2]
+    table = write_list(tmp_path / "list.tsv", [(first, "a"), (second, "b"), ("gone", "c")])
+    found = {first: ("still", "it does not move"), "gone": ("still", "neither"), "stranger": ("silent", "unlisted")}
+
+    def run(problems):
+        return extract_video("s", example / "videos", table, tmp_path, **options(weights), problems=problems)
+
+    report = run(found)
+    assert (report.listed, report.accepted, report.rejected, report.missing) == (3, 1, 2, 1)
+    moved, gone = rejects_of(report)
+    assert (moved["id"], moved["stage"], moved["reason"]) == (first, "audit", "still")
+    assert (moved["message"], gone["id"], gone["stage"]) == ("it does not move", "gone", "list")
+    assert run(found).reused_shards == 1
+    assert run({first: ("silent", "no sound")}).reused_shards == 0
+    assert (run(None).accepted, run({}).reused_shards) == (2, 1)
+    write_clips(example / "audios", tmp_path / "clips.tsv")
+    report = extract_audio(
+        "a", example / "audios", example / "audios.tsv", tmp_path / "clips.tsv", tmp_path, **options(weights),
+        problems={read_clips(tmp_path / "clips.tsv")[0].name: ("silent", "nothing is heard")},
+    )  # fmt: skip
+    assert {(r["stage"], r["reason"]) for r in rejects_of(report)} == {("audit", "silent")}
+    assert report.rejected == 2 and report.accepted + report.rejected == report.listed
 
 
 def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_path):

@@ -48,7 +48,7 @@ from mmaudio_hf.features.encoders import (
     toy_codec_file,
 )
 from mmaudio_hf.media.audio import MediaError, cut_audio_clip, read_waveform
-from mmaudio_hf.media.clips import find_recording, read_clips, read_media_list
+from mmaudio_hf.media.clips import find_recording, find_video, read_clips, read_media_list
 from mmaudio_hf.media.video import ALIGNMENTS, read_video
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
@@ -61,7 +61,6 @@ from mmaudio_hf.schema import (
     column_shapes,
 )
 
-VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 VERSION = 1  # part of every key: raise it when the same inputs give other features
 
 _AUDIO_PEAK = 0.95
@@ -94,13 +93,13 @@ class ExtractionReport:
 
 @dataclass(frozen=True)
 class _Item:
-    """One row to be: a video, or a clip of a recording. `problem` is a known (reason, message) to reject it for."""
+    """One row to be: a video, or a clip of a recording. `problem`: a known (stage, reason, message) to reject it for."""
 
     id: str
     caption: str
     path: str
     span: tuple[int, int] | None = None  # samples of the recording; None for videos
-    problem: tuple[str, str] | None = None
+    problem: tuple[str, str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,7 @@ def extract_video(
     batch_size: int = 16,
     num_proc: int = 1,
     shard_size: int = 512,
+    problems: Mapping[str, tuple[str, str]] | None = None,
     progress: bool = True,
 ) -> ExtractionReport:
     """Make the feature store `output_dir/name` of the videos `media_dir/ID.mp4` listed in a TSV (`id`, `label`).
@@ -171,6 +171,8 @@ def extract_video(
     ..., "clip": "", "precision": "fp32", "device": "auto"}; the toy codec is fitted to these media if there is none.
     open_writer: `StoreWriter`, or what takes its arguments. batch_size: rows per batch of the Arrow files. num_proc:
     processes; process i uses CUDA device i modulo their number. shard_size: rows of the list per shard.
+    problems: id of a video -> (reason, message) of what is known to be wrong with it, from an audit; such a video is
+    a reject of the stage "audit" and its file is not opened.
 
     A file that cannot be used is rejected, never fatal. Raises ValueError for mistakes in settings, lists and folders
     before any work, when the disk is too small, and when every item was rejected (then there is no store).
@@ -182,8 +184,10 @@ def extract_video(
     _check_settings(job, media_dir)
     items = []
     for row in read_media_list(list_path, "label"):
-        path = _find_video(Path(media_dir), row.id)
-        problem = None if path.is_file() else ("not_found", f"{path}: no such file; check the folder and the id")
+        path = find_video(media_dir, row.id)
+        problem = _audit_problem(problems, row.id)
+        if not path.is_file():
+            problem = ("list", "not_found", f"{path}: no such file; check the folder and the id")
         items.append(_Item(row.id, row.caption, str(path), problem=problem))
     return _extract(job, items, list_path, open_writer, progress)
 
@@ -202,6 +206,7 @@ def extract_audio(
     batch_size: int = 16,
     num_proc: int = 1,
     shard_size: int = 512,
+    problems: Mapping[str, tuple[str, str]] | None = None,
     progress: bool = True,
 ) -> ExtractionReport:
     """Make the feature store `output_dir/name` of the clips in `clips_path` of recordings in `media_dir`.
@@ -209,7 +214,7 @@ def extract_audio(
     `list_path` is a TSV of captions (`id` of the recording, `caption`; several rows per id allowed). Every clip gives
     one row for each different caption of its recording: the first has the id of the clip, the n-th that id and
     `.n`. A clip whose recording has no caption is rejected as no_caption, a listed recording without any clip as
-    no_clip. The rest is as for `extract_video`.
+    no_clip. `problems` is keyed by the name of the recording. The rest is as for `extract_video`.
     """
     job = _Job(
         name, Path(output_dir), False, mode, float(duration), "timestamps", True, dict(encoders), batch_size, num_proc,
@@ -226,8 +231,13 @@ def extract_audio(
         if clip.name not in paths:
             paths[clip.name] = _find_recording(Path(media_dir), clip.name)
         path, problem = paths[clip.name]
+        problem = problem or _audit_problem(problems, clip.name)
         if clip.name not in captions:
-            problem = ("no_caption", f"{list_path}: has no caption for {clip.name!r}; add a row or remove the clip")
+            problem = (
+                "list",
+                "no_caption",
+                f"{list_path}: has no caption for {clip.name!r}; add a row or remove the clip",
+            )
         for number, caption in enumerate(captions.get(clip.name, {"": None}), start=1):
             row_id = clip.id if number == 1 else f"{clip.id}.{number}"
             items.append(_Item(row_id, caption, path, (clip.start_sample, clip.end_sample), problem))
@@ -237,7 +247,7 @@ def extract_audio(
     for name in captions:
         if name not in paths:
             message = f"{clips_path}: has no clip of {name!r}; it is absent, damaged or shorter than 8.1 s"
-            items.append(_Item(name, "", str(Path(media_dir) / name), problem=("no_clip", message)))
+            items.append(_Item(name, "", str(Path(media_dir) / name), problem=("list", "no_clip", message)))
     return _extract(job, items, list_path, open_writer, progress)
 
 
@@ -261,24 +271,22 @@ def _check_settings(job: _Job, media_dir) -> None:
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
 
 
-def _find_video(folder: Path, item_id: str) -> Path:
-    """`ID.mp4`, or the same with another ending if only that exists."""
-    paths = [folder / f"{item_id}{ending}" for ending in VIDEO_ENDINGS]
-    return next((path for path in paths if path.is_file()), paths[0])
+def _audit_problem(problems: Mapping[str, tuple[str, str]] | None, name: str) -> tuple[str, str, str] | None:
+    return ("audit", *problems[name]) if problems and name in problems else None
 
 
-def _find_recording(folder: Path, name: str) -> tuple[str, tuple[str, str] | None]:
+def _find_recording(folder: Path, name: str) -> tuple[str, tuple[str, str, str] | None]:
     try:
         return str(find_recording(folder, name)), None
     except MediaError as error:
-        return str(folder / name), (error.reason, str(error))
+        return str(folder / name), ("list", error.reason, str(error))
 
 
 def _prepare_encoders(job: _Job, items: Sequence[_Item], list_path) -> None:
     """Refuse a list without media and encoders without files; fit the toy codec if there is none."""
     usable = [item for item in items if item.problem is None]
     if not usable:
-        reason, message = items[0].problem
+        _, reason, message = items[0].problem
         raise ValueError(f"{list_path}: none of {len(items)} items can be used; the first: {reason}: {message}")
     kind, weights_dir = job.encoders["kind"], job.encoders["weights_dir"]
     if kind == "toy" and not toy_codec_file(weights_dir, job.mode).is_file():
@@ -349,7 +357,7 @@ def _shard_keys(job: _Job, parts: Sequence[Sequence[_Item]]) -> list[str]:
         for item in part:
             if item.path not in facts:
                 facts[item.path] = _file_facts(item.path)
-            reason = item.problem and item.problem[0]
+            reason = item.problem and item.problem[:2]
             rows.append([item.id, item.caption, Path(item.path).name, item.span, reason, facts[item.path]])
         keys.append(_hash([settings, rows]))
     return keys
@@ -573,7 +581,7 @@ def _make_shard(
         "arrow_bytes": arrow.stat().st_size if accepted else 0,
         "ids": accepted,
         "rejects": [
-            rejects[item.id] if item.problem is None else _reject(item, "list", *item.problem)
+            rejects[item.id] if item.problem is None else _reject(item, *item.problem)
             for item in items
             if item.problem is not None or item.id in rejects
         ],

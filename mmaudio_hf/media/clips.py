@@ -14,6 +14,7 @@ from mmaudio_hf.media.audio import MediaError, count_samples
 from mmaudio_hf.schema import check_id
 
 AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
+VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
 _CLIP_SECONDS = 8.1
 _MAX_CLIPS = 5
@@ -103,6 +104,13 @@ def find_recording(folder: str | os.PathLike, name: str) -> Path:
         if (path := Path(folder) / f"{name}{ending}").is_file():
             return path
     raise MediaError("not_found", f"{Path(folder) / name}: no recording with an ending of {' '.join(AUDIO_ENDINGS)}")
+
+
+def find_video(folder: str | os.PathLike, item_id: str) -> Path:
+    """`ID.mp4`, or the same with another ending (`VIDEO_ENDINGS`) if only that exists; `ID.mp4` when none does."""
+    check_id(item_id)
+    paths = [Path(folder) / f"{item_id}{ending}" for ending in VIDEO_ENDINGS]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def read_clips(path: str | os.PathLike) -> list[Clip]:
