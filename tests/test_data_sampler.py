@@ -103,6 +103,7 @@ def test_a_recipe_names_the_stores(tmp_path):
         ({"duration": 10.0}, "v has duration 8.0, .*w has 10.0"),
         ({"normalisation": "peak"}, "v has normalisation None, .*w has 'peak'"),
         ({"encoders": {"clip": {"id": "toy", "fingerprint": "c2"}}}, "v has encoder clip .*c1.*w has .*c2"),
+        ({"encoders": {"clip": {"id": "toy", "fingerprint": "tensors c1"}}}, "of files and not of tensors anew"),
         ({"shapes": {**SHAPES, "clip_features": (6, 9)}}, r"v has clip_features as \(\(6, 8\).*w as \(\(6, 9\)"),
         ({"dtype": torch.bfloat16}, "v has mean as .*float32.*w as .*bfloat16"),
     ],
@@ -113,8 +114,9 @@ def test_stores_that_disagree_are_refused_by_name(facts, message, tmp_path):
         Mixture([(first, 1), (second, 1)])
 
 
-def test_stores_that_use_other_encoders_agree(tmp_path):
-    first, second = make_store(tmp_path / "v", 2), make_store(tmp_path / "w", 2, AUDIO_SHAPES, encoders={"vae": {}})
+@pytest.mark.parametrize("encoders", [{"vae": {}}, {"clip": {"id": "the same elsewhere", "fingerprint": "c1"}}])
+def test_stores_of_other_parts_or_of_the_same_weights_agree(encoders, tmp_path):
+    first, second = make_store(tmp_path / "v", 2), make_store(tmp_path / "w", 2, AUDIO_SHAPES, encoders=encoders)
     assert len(Mixture([(first, 1), (second, 1)], MODEL)) == 4
 
 

@@ -1,9 +1,8 @@
-import json
-
 import pytest
 import torch
-from golden_data import GOLDEN, golden, relative_error, state_dict, tensor
+from golden_data import golden, relative_error, state_dict, tensor
 from refusals import check_refusals
+from released_files import data_statistics
 
 from mmaudio_hf.features.autoencoder import MelVAE, flops
 
@@ -13,11 +12,6 @@ def small_state(mode="16k"):
     vae, generator = MelVAE(mode, width=8), torch.Generator().manual_seed(0)
     state = {name: torch.randn(value.shape, generator=generator) for name, value in vae.state_dict().items()}
     return state | {f"{half}.learnable_gain": torch.tensor(0.1) for half in ("encoder", "decoder")}
-
-
-def data_statistics(mode):
-    stats = json.loads((GOLDEN / "vae_stats.json").read_text())[mode]
-    return {name: torch.tensor(stats[name]).reshape(1, -1, 1) for name in ("data_mean", "data_std")}
 
 
 # Drawing the 300 million values of the larger network takes most of 15 s.

@@ -2,21 +2,20 @@ import csv
 import gzip
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
-from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_data import GOLDEN, MEDIA_SEED, golden, normal
+from golden_data import GOLDEN, MEDIA_SEED, golden
 from refusals import Code, check_refusals
+from released_files import clip_state, open_clip_names, write_merge_list
 from transformers import CLIPConfig, CLIPModel
 
 from mmaudio_hf.features import clip
@@ -27,43 +26,6 @@ CAPTIONS = json.loads((GOLDEN / "media_tokens.json").read_text(encoding="utf-8")
 
 
 # Encoder
-
-
-def named_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    x = normal(name, shape, MEDIA_SEED)
-    if len(shape) >= 2:
-        return torch.from_numpy(x / np.float32(math.sqrt(np.prod(shape[1:]))))
-    if len(shape) == 1 and name.endswith(".weight"):
-        return torch.from_numpy(1 + np.float32(0.1) * x)
-    return torch.from_numpy(np.asarray(np.float32(0.02) * x))
-
-
-def listed_names() -> dict[str, dict[str, str]]:
-    """Rows of the listing of names by the name of transformers."""
-    with open(GOLDEN / "media_clip_names.tsv", newline="") as file:
-        return {row["transformers_name"]: row for row in csv.DictReader(file, delimiter="\t")}
-
-
-def named_state(vision_layers: int, text_layers: int) -> dict[str, torch.Tensor]:
-    """Name-seeded state dict of so many layers, names of transformers."""
-    state = {}
-    for name, row in listed_names().items():
-        layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else -1
-        if layer < (vision_layers if name.startswith("vision") else text_layers):
-            state[name] = named_weight(name, tuple(int(n) for n in row["shape"].split("x") if n))
-    return state
-
-
-def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of transformers in open_clip's names, put together by the listing."""
-    renamed, thirds, rows = {}, {}, listed_names()
-    for name, value in state.items():
-        how, theirs = rows[name]["how"], rows[name]["open_clip_name"]
-        if how.startswith("rows"):
-            thirds.setdefault(theirs, {})[how] = value
-        else:
-            renamed[theirs] = value.T.contiguous() if how == "transpose" else value.clone()
-    return renamed | {name: torch.cat([parts[f"rows {i}/3"] for i in range(3)]) for name, parts in thirds.items()}
 
 
 def tiny_config() -> CLIPConfig:
@@ -87,7 +49,7 @@ def frames_of_golden() -> torch.Tensor:
 def test_features_match_golden(size):
     arrays = golden(f"media_clip_{size}")
     encoder = ClipEncoder.from_open_clip(
-        open_clip_names(named_state(*LAYERS[size])), clip_config(*LAYERS[size]), batch_size=3
+        open_clip_names(clip_state(*LAYERS[size])), clip_config(*LAYERS[size]), batch_size=3
     )
     image = encoder.encode_images(frames_of_golden())
     assert image.shape == (2, 1024)
@@ -190,22 +152,9 @@ def test_wrong_inputs_are_refused(tiny):
 # Tokenizer: logic on a table made here, ids on the real table where it can be had
 
 
-def synthetic_merges() -> list[tuple[str, str]]:
-    """As many merges as the real table has: a few that matter, then pairs of rare byte symbols."""
-    merges = [("d", "o"), ("do", "g</w>"), ("c", "a"), ("ca", "t</w>"), ("a", "t</w>")]
-    rare = clip._byte_symbols()[150:]
-    pairs = product(rare, [*rare, *(symbol + "</w>" for symbol in rare)])
-    triples = ((a + b, c) for a, b, c in product(rare, repeat=3))
-    filler = chain(pairs, triples)
-    return merges + [next(filler) for _ in range(clip.MERGES - len(merges))]
-
-
 @pytest.fixture(scope="module")
 def merge_list(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bpe") / "bpe.txt.gz"
-    lines = ["#version: made by a test", *(" ".join(pair) for pair in synthetic_merges()), "un used", ""]
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    return path
+    return write_merge_list(tmp_path_factory.mktemp("bpe") / "bpe.txt.gz")
 
 
 @pytest.fixture(scope="module")

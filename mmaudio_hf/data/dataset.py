@@ -129,16 +129,22 @@ def _check_agreement(stores: Sequence[FeatureStore], key: str) -> None:
 
 
 def _check_encoders(stores: Sequence[FeatureStore]) -> None:
-    """An encoder that made features of two stores must be the same one; a store names only those it used."""
+    """An encoder that made features of two stores must be the same one; a store names only those it used.
+
+    The fingerprint decides where there is one: the same weights may have been read from places of other names.
+    """
     seen: dict[str, tuple[FeatureStore, Any]] = {}
     for store in stores:
         for name, facts in (store.manifest or {"encoders": {}})["encoders"].items():
             owner, first = seen.setdefault(name, (store, facts))
-            if first != facts:
-                _refuse(f"encoder {name}", owner, first, store, facts)
+            if first.get("fingerprint", first) != facts.get("fingerprint", facts):
+                of_tensors = [str(made.get("fingerprint")).startswith("tensors ") for made in (first, facts)]
+                old = "extract the one whose fingerprint is of files and not of tensors anew"
+                remedy = {"remedy": old} if len(set(of_tensors)) == 2 else {}
+                _refuse(f"encoder {name}", owner, first, store, facts, **remedy)
 
 
-def _refuse(what: str, first: FeatureStore, value: Any, second: FeatureStore, other: Any) -> None:
-    raise ValueError(
-        f"{first.path} has {what} {value!r}, {second.path} has {other!r}: they cannot be mixed, export one anew"
-    )
+def _refuse(
+    what: str, first: FeatureStore, value: Any, second: FeatureStore, other: Any, remedy: str = "export one anew"
+) -> None:
+    raise ValueError(f"{first.path} has {what} {value!r}, {second.path} has {other!r}: they cannot be mixed, {remedy}")

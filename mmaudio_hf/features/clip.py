@@ -5,6 +5,7 @@ transformers and of open_clip.
 """
 
 import gzip
+import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from pickle import UnpicklingError
 import ftfy
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -147,6 +149,50 @@ class ClipEncoder(nn.Module):
         batches = token_ids.split(self.batch_size)
         states = [self.model.text_model(input_ids=batch).last_hidden_state.float() for batch in batches]
         return F.normalize(torch.cat(states), dim=-1)
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """The files with the weights of a CLIP model: a checkpoint itself, else those that transformers would read of a
+    folder or Hub id, which is fetched if need be. ValueError where there are none.
+    """
+    if Path(source).is_file():
+        return [Path(source)]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if whole := _model_file(source, name):
+            return [whole]
+        if index := _model_file(source, f"{name}.index.json"):
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged: download it again ({error!r})") from error
+            if all(paths := [_model_file(source, shard) for shard in shards]):
+                return paths
+    where = "this folder" if Path(source).is_dir() else "a file, a folder or on the Hub"
+    raise ValueError(f"encoders.clip {str(source)!r}: no weights of CLIP are in {where}: {DOWNLOAD_HINT}")
+
+
+def _model_file(source: str | Path, name: str) -> Path | None:
+    if Path(source).is_dir():
+        return path if (path := Path(source) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"encoders.clip {str(source)!r} is neither a file, a folder nor on the Hub: {DOWNLOAD_HINT} ({error})"
+        ) from error
+
+
+def hash_tensors(files: Sequence[Path]) -> str:
+    """sha256 of the tensors of a CLIP model, whatever files and names they are in: transformers' or open_clip's."""
+    state = {name: value for file in files for name, value in load_state(file, key="state_dict").items()}
+    digest = hashlib.sha256()
+    for name, value in sorted(_transformers_names(state).items()):
+        if not name.endswith("position_ids"):  # a table of 0, 1, 2 ... that only some files have
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 _WHOLE_NAMES = {

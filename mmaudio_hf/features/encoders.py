@@ -168,9 +168,10 @@ def check_encoders(
 def fingerprints(
     kind: str, mode: str, *, weights_dir, clip: str, precision: str = "fp32", parts: Sequence[str] = PARTS
 ) -> dict[str, dict[str, str]]:
-    """What made the features: part -> {"id", "fingerprint"}, the latter of the content of the weights.
+    """What made the features: part -> {"id", "fingerprint"}, for people and for comparing.
 
-    Reads each file once per process. "decode" makes no features and is left out.
+    The fingerprint depends on the content of the weights and the precision, not on where they are. Reads each file once
+    per process. "decode" makes no features and is left out.
     """
     prints = {}
     for part in parts:
@@ -186,7 +187,7 @@ def fingerprints(
             files = _released_files(part, mode, Path(weights_dir))
             name, content = files[0].name, " ".join(_file_hash(file) for file in files)
         if kind == "released" and part != "latent" and precision != "fp32":
-            name = f"{name} ({precision})"
+            name, content = (f"{text} ({precision})" for text in (name, content))
         prints[part] = {"id": name, "fingerprint": content}
     return prints
 
@@ -297,32 +298,28 @@ def _tokenizer_source(clip: str) -> str | Path:
 
 
 def _clip_print(clip: str) -> tuple[str, str]:
-    """Name and fingerprint of a CLIP model: the commit of a Hub id, else a hash of the files with weights."""
-    source = Path(clip)
-    if source.is_file():
-        return source.name, _file_hash(source)
-    if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
-        return source.name, hashlib.sha256("".join(_file_hash(file) for file in files).encode()).hexdigest()
-    from huggingface_hub import hf_hub_download
+    """Name of a CLIP model, and a hash of its tensors: the same for a Hub id, a folder and an open_clip checkpoint."""
+    from mmaudio_hf.features.clip import hash_tensors, weight_files
 
-    try:
-        snapshot = Path(hf_hub_download(clip, "config.json")).parent
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"encoders.clip {clip!r} is neither a file, a folder nor on the Hub: correct it,"
-            f" or fetch it with `mmaudio-hf weights download` ({error})"
-        ) from error
-    return clip, snapshot.name
+    files = weight_files(clip)
+    name = Path(clip).name if Path(clip).exists() else clip
+    return name, "tensors " + _hash_once(tuple(files), hash_tensors)
 
 
 _HASHES: dict[tuple, str] = {}  # of this process, by path, size and time of change
 
 
-def _file_hash(file: Path) -> str:
-    facts = file.stat()
-    key = (file.resolve(), facts.st_size, facts.st_mtime_ns)
+def _hash_once(files: tuple[Path, ...], hash_files: Callable[[tuple[Path, ...]], str]) -> str:
+    facts = [(file.resolve(), file.stat()) for file in files]
+    key = tuple((path, fact.st_size, fact.st_mtime_ns) for path, fact in facts)
     if key not in _HASHES:
-        with open(file, "rb") as handle:
-            _HASHES[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        _HASHES[key] = hash_files(files)
     return _HASHES[key]
+
+
+def _file_hash(file: Path) -> str:
+    def sha256(files: tuple[Path, ...]) -> str:
+        with open(files[0], "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+
+    return _hash_once((file,), sha256)
