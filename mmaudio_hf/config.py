@@ -267,6 +267,14 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] = "bf16"
     log_every: int = 50
     validate_every: int = 5000
+    # Scored beside the whole: what the conditions are reduced to, and how many items of the split each of them sees.
+    validation_combinations: tuple[Literal["video_text", "video", "text", "none"], ...] = (
+        "video_text",
+        "video",
+        "text",
+        "none",
+    )
+    validation_items: int = 512
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
@@ -275,8 +283,10 @@ class TrainingConfig:
     def validate_ranges(self):
         """Positive counts; the batch splits evenly over accumulation."""
         names = ("steps", "batch_size", "accumulation_steps", "log_every", "validate_every", "checkpoint_every")
-        for name in (*names, "keep_checkpoints", "max_skipped_steps"):
+        for name in (*names, "keep_checkpoints", "max_skipped_steps", "validation_items"):
             _require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
+        chosen = self.validation_combinations
+        _require(len(set(chosen)) == len(chosen), "training.validation_combinations names one twice")
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"

@@ -98,20 +98,22 @@ def validation_batches(
     *,
     seed: int,
     batch_size: int,
+    chosen: np.ndarray | None = None,
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
     threads: int = 4,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """Batches of process `rank` over the whole mixture in plain order, as many on every process.
+    """Batches of process `rank` over the whole mixture, or the `chosen` positions of it, in order; as many everywhere.
 
     Random numbers depend on the seed and an item's id alone; rows with `counted` False are padding. A batch is valid
     until the next one is taken.
     """
     draw = lambda ids: draws_for_ids(seed, ids, mixture.latent_shape)  # noqa: E731
-    shares = validation_positions(len(mixture), batch_size, rank, world_size)
-    steps = ([Plan(i, found, counted, draw)] for i, (found, counted) in enumerate(shares))
+    chosen = np.arange(len(mixture)) if chosen is None else chosen
+    shares = validation_positions(len(chosen), batch_size, rank, world_size)
+    steps = ([Plan(i, chosen[found], counted, draw)] for i, (found, counted) in enumerate(shares))
     with BatchLoader(mixture, steps, batch_size, 1, prefetch=prefetch, threads=threads, device=device) as loader:
         for (batch,) in loader:
             yield batch

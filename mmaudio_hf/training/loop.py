@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
 from mmaudio_hf.data.dataset import Mixture
-from mmaudio_hf.data.loader import training_batches, validation_batches
+from mmaudio_hf.data.loader import training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
@@ -39,8 +39,7 @@ from mmaudio_hf.training.optim import (
 )
 from mmaudio_hf.training.resume import check_same_run, identity, set_aside_later, truncate_metrics
 from mmaudio_hf.training.step import flow_step
-
-TIME_BINS = 10
+from mmaudio_hf.training.validation import Validator
 
 
 class Evaluator(Protocol):
@@ -127,7 +126,8 @@ class _Run:
 
     def __init__(self, recipe, network, mixture, validation, evaluators, write_extras, accelerator: Accelerator):
         self.recipe, self.network, self.accelerator = recipe, network, accelerator
-        self.mixture, self.validation, self.evaluators = mixture, validation, evaluators
+        self.mixture, self.evaluators = mixture, evaluators
+        self.validation = None if validation is None else Validator(validation, recipe, accelerator)
         self.write_extras = write_extras
         self.run_dir = recipe.run_dir
         self.step = 0
@@ -330,20 +330,22 @@ class _Run:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        self.network.eval()
-        scores = self._validation_scores("val", None)
+        weights: dict[str, Any] = {"val": None}
         if self.ema.step:
-            scores |= self._validation_scores("val_ema", self.ema.nearest(self.recipe.ema.sigma_rel)[1])
+            weights["val_ema"] = self.ema.nearest(self.recipe.ema.sigma_rel)[1]
+        scores = {}
+        self.network.eval()
+        for kind, values in weights.items():
+            found = self.validation.scores(self._forward(values), self.latent_mean, self.latent_std)
+            scores |= {f"{kind}/{name}": value for name, value in found.items()}
         self.network.train()
         self._record(scores)
         if self.accelerator.is_main_process:
             averaged = f", EMA {scores['val_ema/loss']:.4f}" if self.ema.step else ""
             tqdm.write(f"step {self.step}: validation loss {scores['val/loss']:.4f}{averaged}")
 
-    def _validation_scores(self, kind: str, weights) -> dict[str, float]:
-        """Loss over the whole split with noise and times fixed per item, overall, per source and over bins of t."""
-        data, rows = self.recipe.data, len(self.validation.stores)
-        sums = torch.zeros(2, 1 + rows + TIME_BINS, device=self.device, dtype=torch.float64)
+    def _forward(self, weights: dict[str, torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+        """The network in training, or with other weights in their place."""
 
         def forward(*args, **kwargs):
             with self.accelerator.autocast():
@@ -351,28 +353,7 @@ class _Run:
                     return self.network(*args, **kwargs)
                 return torch.func.functional_call(self.network, weights, args, kwargs)
 
-        world = self.accelerator.num_processes
-        size = max(1, min(micro_batch_size(self.recipe.training, world), -(-len(self.validation) // world)))
-        batches = validation_batches(
-            self.validation,
-            seed=self.recipe.seed,
-            batch_size=size,
-            rank=self.accelerator.process_index,
-            world_size=world,
-            threads=data.read_threads,
-            device=self.device,
-        )
-        for batch in batches:
-            result = flow_step(forward, batch, self.recipe.flow, self.latent_mean, self.latent_std)
-            bins = (result.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            counted = batch.counted.double()
-            for column in (torch.zeros_like(bins), 1 + batch.source, 1 + rows + bins):
-                sums[0].index_add_(0, column, result.loss.double() * counted)
-                sums[1].index_add_(0, column, counted)
-        totals, counts = self.accelerator.reduce(sums, "sum").tolist()
-        names = ["loss", *(f"loss_{store.path.name}" for store in self.validation.stores)]
-        names += [f"loss_t_{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]
-        return {f"{kind}/{n}": a / c for n, a, c in zip(names, totals, counts, strict=True) if c}
+        return forward
 
     def _evaluate(self) -> None:
         due = [e for e in self.evaluators if self.step % e.every == 0 or self.step == self.recipe.training.steps]
