@@ -258,6 +258,25 @@ class EmaConfig:
 
 @strict
 @dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a run ends before its last step: `patience` validations in a row without a score better by `min_delta`."""
+
+    metric: str = "val_ema/loss"  # a name of metrics.jsonl that validation writes; lower is better
+    patience: int = 0  # 0: never
+    min_delta: float = 0.0
+
+    def validate_ranges(self):
+        """Signs."""
+        _require(self.patience >= 0, "training.early_stopping.patience must be at least 0")
+        _require(
+            self.metric.startswith(("val/", "val_ema/")),
+            f"training.early_stopping.metric {self.metric!r} must be a score of validation: val/... or val_ema/...",
+        )
+        _require(self.min_delta >= 0, "training.early_stopping.min_delta must be at least 0")
+
+
+@strict
+@dataclass(frozen=True)
 class TrainingConfig:
     """Length, batch, precision and rhythm of a run. A step is one optimizer update."""
 
@@ -279,6 +298,7 @@ class TrainingConfig:
     keep_checkpoints: int = 3
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     def validate_ranges(self):
         """Positive counts; the batch splits evenly over accumulation."""
@@ -291,6 +311,44 @@ class TrainingConfig:
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"
             f" {self.accumulation_steps}",
+        )
+
+
+@strict
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the transformer blocks (Hu et al. 2021), trained in place of the network; needs peft."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = ("qkv", "proj", "mlp")
+
+    def validate_ranges(self):
+        """Sizes, and something to adapt."""
+        _require(self.rank >= 0, "finetune.lora.rank must be at least 0")
+        _require(self.alpha > 0, "finetune.lora.alpha must be positive")
+        _require(0 <= self.dropout < 1, "finetune.lora.dropout must be at least 0 and less than 1")
+        _require(len(self.targets) > 0, "finetune.lora.targets must name at least one of qkv, proj, mlp")
+
+
+@strict
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Training that starts from trained weights, and which part of them it changes."""
+
+    # A pretrained_model or run folder, an adapter folder, a released file, or a Hub id; empty: from random weights.
+    init_from: str = ""
+    latent_statistics: Literal["keep", "recompute"] = "keep"  # those of the weights, or of the stores
+    empty_text: Literal["keep", "recompute"] = "keep"  # likewise the features of the empty caption
+    freeze: tuple[str, ...] = ()  # opening parts of parameter names, as fused_blocks.0-3; or text, clip, sync
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def validate_start(self):
+        """Settings that need a trained start."""
+        _require(
+            bool(self.init_from) or not (self.lora.rank or self.freeze),
+            "finetune.freeze and finetune.lora keep weights as they are: name the trained ones in finetune.init_from",
         )
 
 
@@ -327,6 +385,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def validate_whole(self):

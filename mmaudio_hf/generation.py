@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import Encoders, check_encoders, load_encoders, pick_device, toy_codec_file
@@ -24,13 +23,11 @@ from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.video import probe, read_video, write_video_with_audio
 from mmaudio_hf.models.conditioning import Conditions
 from mmaudio_hf.models.flow import guided_velocity, sample_adaptive, sample_euler
-from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE, MMAudio
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES, SequenceLengths, audio_mode, sequence_lengths
 
-ENCODERS_FILE = "encoders.json"
 RECIPE_FILE = "config.yaml"  # of a run folder
-# What is fetched from the Hub; a model repository may hold more.
-PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "weights.json", ENCODERS_FILE, "toy_codec_*.safetensors")
 SOLVERS = ("euler", "adaptive")
 PRECISIONS = ("fp32", "bf16")
 
@@ -326,27 +323,6 @@ def guided_velocity_function(network: MMAudio, conditions: Conditions, empty: Co
         return guided_velocity(*sides.float().chunk(2), guidance_scale)
 
     return velocity
-
-
-def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -> Path:
-    """Folder with config.json and model.safetensors: of a run, a checkpoint, itself, or fetched from the Hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        for candidate in (folder, folder / "pretrained_model", folder / "last" / "pretrained_model"):
-            if (candidate / CONFIG_FILE).is_file() and (candidate / WEIGHTS_FILE).is_file():
-                return candidate
-        raise ValueError(
-            f"{folder} holds no trained network: give a run folder with a checkpoint, a checkpoint,"
-            f" or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
-        raise ValueError(f"{source} is neither a folder nor a Hub id (owner/name)")
-    if folder.parent.is_dir():
-        raise ValueError(f"{source}: no such run folder ({folder.parent} is a folder here, so the Hub was not asked)")
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(PUBLISHED_FILES)))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no folder here, and cannot be fetched from the Hub: {error}") from error
 
 
 def _read_encoders(folder: Path) -> EncoderConfig:

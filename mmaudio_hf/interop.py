@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe
-from mmaudio_hf.models.convert import infer_config, reference_order, trainable
+from mmaudio_hf.models.convert import check_sizes, infer_config, reference_order, trainable
 from mmaudio_hf.models.network import DERIVED_TENSORS, WEIGHTS_FILE, MMAudio
 from mmaudio_hf.released import check_state, load_state, read_file
 from mmaudio_hf.training.checkpoint import (
@@ -31,10 +31,10 @@ from mmaudio_hf.training.checkpoint import (
     save_checkpoint,
 )
 from mmaudio_hf.training.ema import PostHocEMA, Snapshot, find_snapshots
+from mmaudio_hf.training.finetune import published_state
 from mmaudio_hf.training.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-SIZES = ("mode", "hidden_dim", "num_heads", "depth", "fused_depth", "v2")
 SNAPSHOT_NAME = re.compile(r"(\d+)\.(\d+)\.pt")
 
 
@@ -95,12 +95,7 @@ def import_checkpoint(
 
 def _network(recipe: Recipe, weights: Mapping[str, torch.Tensor], file: Path) -> MMAudio:
     found = infer_config(weights, file)
-    for name in SIZES:
-        if getattr(found, name) != getattr(recipe.model, name):
-            raise ValueError(
-                f"{file} has model.{name} {getattr(found, name)}, the recipe {getattr(recipe.model, name)}:"
-                f" take a recipe of {found.variant}, or set the sizes"
-            )
+    check_sizes(found, recipe.model, file)
     kept = {name: value for name, value in weights.items() if name not in DERIVED_TENSORS}
     network = MMAudio.from_config_and_state(recipe.model, kept, file)
     for name in ("latent_mean", "latent_std"):
@@ -258,12 +253,17 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, say: Callable[
     with torch.device("meta"):
         names = reference_order(MMAudio(recipe.model).state_dict())
     published = checkpoint_folder(run_dir, state.step) / "pretrained_model" / WEIGHTS_FILE
+    raw = published_state(state.tensors["model"], recipe.finetune.lora)
     contents: dict[str, Callable[[], Any]] = {
-        f"{recipe.name}_ckpt_last.pth": lambda: _training_checkpoint(recipe, state, names),
-        f"{recipe.name}_last.pth": lambda: _ordered(state.tensors["model"], names),
+        f"{recipe.name}_last.pth": lambda: _ordered(raw, names),
         f"{recipe.name}_ema_final.pth": lambda: _ordered(load_state(published), names),
     }
-    for snapshot in find_snapshots(run_dir / "ema"):
+    whole = not (recipe.finetune.freeze or recipe.finetune.lora.rank)
+    if whole:
+        contents[f"{recipe.name}_ckpt_last.pth"] = lambda: _training_checkpoint(recipe, state, names)
+    else:
+        say("note: only a part of the network is trained, so there is nothing that could resume there, nor snapshots")
+    for snapshot in find_snapshots(run_dir / "ema") if whole else []:
         name = f"{recipe.ema.sigma_rels.index(snapshot.sigma_rel)}.{snapshot.step}.pt"
         contents[f"ema/{name}"] = lambda snapshot=snapshot: _snapshot(snapshot, names)
     paths = [out / name for name in contents]

@@ -28,10 +28,11 @@ from mmaudio_hf.config import Recipe, load_recipe
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.features.mel import MelSpectrogram
-from mmaudio_hf.generation import MMAudioPipeline, Request, find_pretrained
+from mmaudio_hf.generation import MMAudioPipeline, Request
 from mmaudio_hf.media.audio import MediaError, write_audio
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video, write_video_with_audio
+from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
     MEAN,

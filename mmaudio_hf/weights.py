@@ -124,6 +124,7 @@ def needed(recipe: Recipe) -> list[Weight]:
         return []
     sound = {"16k": ("v1-16.pth", "best_netG.pt"), "44k": ("v1-44.pth", f"{BIGVGAN}/bigvgan_generator.pt")}
     wanted = find([*sound[recipe.model.mode], "synchformer_state_dict.pth", "empty_string.pth"])
+    wanted += [w for w in CATALOGUE if w.file.startswith("weights/") and w.path == Path(recipe.finetune.init_from).name]
     return [*wanted, CLIP] if recipe.encoders.clip == CLIP.repo else wanted
 
 

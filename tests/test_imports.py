@@ -19,7 +19,7 @@ ALLOWED = {
     "features": {"schema", "released", "media"},
     "data": {"schema", "config"},
     "models": {"schema", "config", "released"},
-    "training": {"schema", "config", "data", "models"},
+    "training": {"schema", "config", "released", "data", "models"},
     "generation": {"schema", "config", "released", "media", "features", "models"},
     "evaluation": {"schema", "config", "generation"},
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},

@@ -308,6 +308,8 @@ def test_names_and_needs_are_those_of_the_encoders():
         asked = load_recipe(root / "recipes" / "small_16k.yaml", [f"model.variant={variant}"])
         names = {weight.path for weight in weights.needed(asked)}
         assert names == {VAE_FILES[mode], VOCODER_FILES[mode], SYNC_FILE, "empty_string.pth", "clip"}
+    tuned = weights.needed(load_recipe(root / "recipes" / "finetune_small_16k.yaml"))
+    assert {w.path for w in tuned} - {w.path for w in weights.needed(recipe)} == {"mmaudio_small_16k.pth"}
     assert recipe.encoders.clip == CLIP.repo
     assert weights.needed(load_recipe(root / "recipes" / "example.yaml")) == []
     assert weights.find(["v1-16"]) == weights.find(["v1-16.pth"]) and len(weights.find(["all"])) == 13

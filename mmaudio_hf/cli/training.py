@@ -9,8 +9,6 @@ from pathlib import Path
 
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
 
-ENCODERS_FILE = "encoders.json"
-
 
 def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
@@ -37,15 +35,13 @@ def _run_training(recipe: Recipe) -> int:
     import torch
 
     from mmaudio_hf.data.dataset import open_mixture
-    from mmaudio_hf.models.network import MMAudio
+    from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
     mixture = open_mixture(recipe.data.train, recipe.model)
     validation = open_mixture(recipe.data.validation, recipe.model) if recipe.data.validation else None
     torch.manual_seed(recipe.seed)
-    network = MMAudio(recipe.model)
-    network.set_latent_statistics(*mixture.latent_statistics())
-    network.set_empty_text(empty_text_features(recipe))
+    network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
         recipe, network, mixture, validation, write_extras=lambda folder: write_encoder_files(recipe, folder)
     )
@@ -71,6 +67,8 @@ def write_encoder_files(recipe: Recipe, folder: Path) -> None:
 
     The folder is meant to be published, so paths that hold for this machine alone stay out of it.
     """
+    from mmaudio_hf.models.pretrained import ENCODERS_FILE
+
     encoders = recipe.encoders
     noted = {"kind": encoders.kind, "precision": encoders.precision}
     paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
@@ -92,9 +90,10 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     from mmaudio_hf.config import to_dict
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
+    from mmaudio_hf.training.finetune import mark_trained
 
     with torch.device("meta"):
-        network = MMAudio(recipe.model)
+        network = mark_trained(MMAudio(recipe.model), recipe.finetune)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
     training = recipe.training

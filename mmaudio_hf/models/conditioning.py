@@ -32,7 +32,7 @@ def text_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
 def temporal_projection(in_dim: int, dim: int, v2: bool, kernel_size: int) -> nn.Sequential:
     """Latents or sync features to the hidden size, looking at seven neighbouring tokens first."""
     activation = nn.SiLU() if v2 else nn.SELU()
-    return nn.Sequential(ChannelLastConv1d(in_dim, dim, 7), activation, GatedMLP(dim, kernel_size))
+    return nn.Sequential(ChannelLastConv1d(in_dim, dim, 7, padding=3), activation, GatedMLP(dim, kernel_size))
 
 
 def upsample_sync(sync_BSD: torch.Tensor, latent_length: int) -> torch.Tensor:

@@ -14,6 +14,9 @@ from mmaudio_hf.released import describe, load_state
 from mmaudio_hf.schema import MODES
 
 FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow network, and in no other released file
+SIZES = (
+    "mode", "hidden_dim", "num_heads", "depth", "fused_depth", "v2", "clip_dim", "sync_dim", "text_dim", "text_tokens"
+)  # fmt: skip
 _BLOCK = re.compile(r"(joint_blocks\.\d+\.\w+|fused_blocks\.\d+)\.")
 
 
@@ -70,6 +73,16 @@ def check_variant(config: ModelConfig, variant: str, source) -> None:
             raise ValueError(
                 f"{describe(source)} is not {variant}: {field} is {theirs}, not {ours};"
                 f" leave the variant out, and it is recognised"
+            )
+
+
+def check_sizes(found: ModelConfig, wanted: ModelConfig, source) -> None:
+    """ValueError unless the weights of a network `found` fit a network `wanted`; durations may differ."""
+    for name in SIZES:
+        if getattr(found, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{describe(source)} has model.{name} {getattr(found, name)}, the recipe {getattr(wanted, name)}:"
+                f" take a recipe of {found.variant}, or set the sizes"
             )
 
 

@@ -9,10 +9,7 @@ RMS_EPS = torch.finfo(torch.float32).eps
 
 
 class ChannelLastConv1d(nn.Conv1d):
-    """Length-preserving convolution along the token axis of a channel-last tensor."""
-
-    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, bias: bool = True):
-        super().__init__(in_dim, out_dim, kernel_size, padding=kernel_size // 2, bias=bias)
+    """Convolution along the token axis of a channel-last tensor; takes what `nn.Conv1d` takes, as adapters rely on."""
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """Convolve (B, N, in_dim) to (B, N, out_dim)."""
@@ -23,7 +20,7 @@ def token_map(in_dim: int, out_dim: int, kernel_size: int, bias: bool = True) ->
     """A map over channels that sees `kernel_size` neighbouring tokens; a kernel of 1 is stored as a Linear (2-D)."""
     if kernel_size == 1:
         return nn.Linear(in_dim, out_dim, bias=bias)
-    return ChannelLastConv1d(in_dim, out_dim, kernel_size, bias=bias)
+    return ChannelLastConv1d(in_dim, out_dim, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
 class GatedMLP(nn.Module):

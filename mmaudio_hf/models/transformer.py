@@ -103,7 +103,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, latent_channels: int):
         super().__init__()
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(dim, 2 * dim))
-        self.conv = ChannelLastConv1d(dim, latent_channels, 7)
+        self.conv = ChannelLastConv1d(dim, latent_channels, 7, padding=3)
 
     def forward(self, x_BND: torch.Tensor, activated_condition: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to velocities (B, N, C)."""

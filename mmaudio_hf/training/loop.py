@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
@@ -26,7 +26,9 @@ from mmaudio_hf.data.loader import training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.training.early_stopping import check_metric, judge
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, synthesize
+from mmaudio_hf.training.finetune import published_state, save_adapter, seed_dropout
 from mmaudio_hf.training.guard import Guard, StopSignals, append_line
 from mmaudio_hf.training.optim import (
     build_optimizer,
@@ -59,6 +61,7 @@ class RunResult:
     step: int
     stopped_by: int | None  # number of the signal that ended it early, or None
     skipped_steps: int
+    stopped_early: bool  # validation no longer improved
     final_weights: dict[str, Any]
     steps_per_second: float
     history: list[dict[str, float]]  # lines of metrics.jsonl; empty but on the main process
@@ -131,6 +134,7 @@ class _Run:
         self.write_extras = write_extras
         self.run_dir = recipe.run_dir
         self.step = 0
+        self.finished = False  # all steps are done, or validation no longer improves
         self.stop = StopSignals()
         self.guard = Guard(accelerator, self.run_dir, recipe.training.max_skipped_steps, self.stop)
         self.history: list[dict[str, float]] = []
@@ -154,6 +158,9 @@ class _Run:
         first_step, busy = self.step, 0.0
         if self.step == 0:
             self._validate()
+            if main:
+                check_metric(training.early_stopping, list(self.history[-1]) if self.history else [])
+        self._judge_finished()
         with (
             self.stop,
             tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
@@ -163,31 +170,46 @@ class _Run:
             for batches in loader:
                 self._update(batches)
                 bar.update()
-                stopping = self.guard.check() or self.step == training.steps
+                asked = self.guard.check()
                 ended = time.perf_counter()
                 busy += ended - began
                 self.window_seconds += ended - began
-                self._housekeeping(bar, loader, stopping)
+                self._housekeeping(bar, loader, asked)
                 began = time.perf_counter()
-                if stopping:
+                if asked or self.finished:
                     break
-        stopped_by = self.stop.number if self.step < training.steps else None
+        stopped_by = None if self.finished else self.stop.number
+        early = self.finished and self.step < training.steps
         rate = (self.step - first_step) / max(busy, 1e-9)
-        return RunResult(self.step, stopped_by, self.guard.skipped, self.final_weights, rate, self.history)
+        return RunResult(self.step, stopped_by, self.guard.skipped, early, self.final_weights, rate, self.history)
 
-    def _housekeeping(self, bar, loader, stopping: bool) -> None:
+    def _housekeeping(self, bar, loader, asked: bool) -> None:
         """Everything that happens every so many steps, and after the last one; not counted as training time."""
         training, last = self.recipe.training, self.step == self.recipe.training.steps
         if last or self.step % training.log_every == 0:
             self._log_training(bar, loader)
         if last or self.step % training.validate_every == 0:
             self._validate()
-        if last or self.step % self.recipe.ema.snapshot_every == 0:
+            self._judge_finished()
+        if self.finished or self.step % self.recipe.ema.snapshot_every == 0:
             self._save_snapshots()
         self._evaluate()
-        if stopping or self.step % training.checkpoint_every == 0:
+        if asked or self.finished or self.step % training.checkpoint_every == 0:
             self.guard.settle()
             self._save_checkpoint()
+
+    def _judge_finished(self) -> None:
+        """Note the end of the run; the main process, which has the scores, decides on an early one for all."""
+        verdict = judge(self.history, self.recipe.training.early_stopping)
+        self.finished = self.step == self.recipe.training.steps
+        if self.recipe.training.early_stopping.patience:
+            [early] = broadcast_object_list([verdict.stop])
+            if early and not self.finished:
+                self.accelerator.print(
+                    f"step {self.step}: {self.recipe.training.early_stopping.metric} no longer improves,"
+                    f" it was best at step {verdict.best_step} ({verdict.best:.4f}): the run is finished"
+                )
+            self.finished = self.finished or early
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +267,7 @@ class _Run:
             global_batch=training.batch_size,
             slots=process_slots(training.batch_size, world, rank, training.accumulation_steps),
             start_step=self.step,
-            num_steps=training.steps - self.step,
+            num_steps=0 if self.finished else training.steps - self.step,
             prefetch=data.prefetch_batches,
             threads=data.read_threads,
             device=self.device,
@@ -261,6 +283,8 @@ class _Run:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
+                if self.recipe.finetune.lora.dropout:
+                    seed_dropout(self.recipe.seed, self.step, index, self.accelerator.process_index)
                 result = flow_step(self.model, batch, self.recipe.flow, self.latent_mean, self.latent_std)
                 # DDP averages over processes: scaled so that the sum is the mean over the global batch.
                 scale = self.accelerator.num_processes / training.batch_size
@@ -356,26 +380,34 @@ class _Run:
         return forward
 
     def _evaluate(self) -> None:
-        due = [e for e in self.evaluators if self.step % e.every == 0 or self.step == self.recipe.training.steps]
+        due = [e for e in self.evaluators if self.step % e.every == 0 or self.finished]
         if due:
             model = self._averaged_network()
             for evaluator in due:
                 self._record({f"{evaluator.name}/{k}": v for k, v in evaluator.run(model, self.step).items()})
 
     def _averaged_network(self) -> MMAudio:
-        return MMAudio.from_config_and_state(self.network.config, self._averages()[0], "EMA").to(self.device).eval()
+        return self._published(self._averages()[0]).to(self.device).eval()
+
+    def _published(self, state: dict[str, torch.Tensor]) -> MMAudio:
+        state = published_state(state, self.recipe.finetune.lora)
+        return MMAudio.from_config_and_state(self.network.config, state, "EMA")
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over."""
+        """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over.
+
+        The names are those of the network in training, with an adapter of its own.
+        """
+        raw = self.network.state_dict()
         if self.ema.step == 0:
-            return self.network.state_dict(), {"weights": "raw", "sigma_rel": None, "step": self.step}
+            return raw, {"weights": "raw", "sigma_rel": None, "step": self.step}
         wanted, frozen = self.recipe.ema.sigma_rel, {n: getattr(self.network, n) for n in FROZEN_TENSORS}
         sigma, averages = self.ema.nearest(wanted)
-        if self.step == self.recipe.training.steps and sigma != wanted:
+        if self.finished and sigma != wanted:
             snapshots = find_snapshots(self.run_dir / "ema")
             if snapshots:
                 averages, sigma = synthesize(snapshots, wanted, self.ema.step, frozen), wanted
-        return averages, {"weights": "ema", "sigma_rel": sigma, "step": self.step}
+        return raw | averages, {"weights": "ema", "sigma_rel": sigma, "step": self.step}
 
     def _save_snapshots(self) -> None:
         if self.accelerator.is_main_process and self.ema.step:
@@ -396,7 +428,9 @@ class _Run:
             }
 
             def write_pretrained(folder: Path) -> None:
-                MMAudio.from_config_and_state(self.network.config, averages, "EMA").save_pretrained(folder)
+                self._published(averages).save_pretrained(folder)
+                if self.recipe.finetune.lora.rank:
+                    save_adapter(averages, self.recipe, folder.with_name("adapter"))
                 (folder / "weights.json").write_text(json.dumps(self.final_weights) + "\n")
                 self.write_extras(folder)
 

@@ -34,6 +34,7 @@ def identity(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {
         "must_match": {
             "model": plain["model"],
+            "finetune": plain["finetune"],
             "ema.sigma_rels": plain["ema"]["sigma_rels"],
             "ema.update_every": plain["ema"]["update_every"],
         },

@@ -1,0 +1,281 @@
+"""Training from trained weights: strict start, frozen parts, adapters, other durations, early stopping."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from toy_stores import MODEL, recipe_tree, write_store
+
+from mmaudio_hf import MMAudio
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import EarlyStoppingConfig, LoraConfig, load_recipe, variant_config
+from mmaudio_hf.interop import export_run
+from mmaudio_hf.training.early_stopping import judge
+from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_start
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with stores and a trained network: `output/base`, and `released.pth` like a released file."""
+    folder = tmp_path_factory.mktemp("finetune")
+    assert train(folder, "base", steps=4) == 0
+    network = MMAudio.from_pretrained(folder / "output" / "base" / "last" / "pretrained_model")
+    torch.save(network.state_dict(), folder / "released.pth")
+    return folder
+
+
+def write(folder: Path, name: str, finetune: dict | None = None, model: dict | None = None, **training) -> Path:
+    tree = recipe_tree(folder, **training) | {"name": name, "finetune": finetune or {}}
+    tree["model"] = MODEL | (model or {})
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(folder: Path, name: str, finetune: dict | None = None, overrides=(), **training) -> int:
+    return main(["train", str(write(folder, name, finetune, **training)), *overrides])
+
+
+def last(folder: Path, name: str) -> Path:
+    return folder / "output" / name / "last"
+
+
+def model_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(last(folder, name) / "pretrained_model" / "model.safetensors")
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("start", ["output/base", "output/base/last/pretrained_model", "released.pth"])
+def test_weights_statistics_and_empty_text_come_from_the_start(base, start):
+    config, state, source = read_start(str(base / start))
+    assert source.exists() and config.hidden_dim == 64
+    expected = load_file(last(base, "base") / "pretrained_model" / "model.safetensors")
+    assert changed(expected, state) == set()
+
+
+def test_statistics_are_kept_or_computed_anew(base):
+    write_store(base / "own", 8, seed=5)
+    own = [f"data.train=[{{path: {base / 'own'}}}]"]
+    before = model_tensors(base, "base")
+    statistics = {"latent_mean", "latent_std"}
+    assert train(base, "kept", {"init_from": str(base / "released.pth")}, own, steps=1) == 0
+    moved = changed(before, model_tensors(base, "kept"))
+    assert not moved & {*statistics, "empty_string_feat"} and "final_layer.conv.weight" in moved
+    again = {"init_from": str(base / "released.pth"), "latent_statistics": "recompute"}
+    assert train(base, "anew", again, own, steps=1) == 0
+    assert statistics <= changed(before, model_tensors(base, "anew"))
+
+
+def test_the_first_step_sees_the_trained_network(base):
+    """Validation before the first step is that of the weights given, not of a network without training."""
+    assert train(base, "first", {"init_from": str(base / "output" / "base")}, steps=1) == 0
+    lines = [json.loads(line) for line in (base / "output" / "first" / "metrics.jsonl").read_text().splitlines()]
+    of_base = [json.loads(line) for line in (base / "output" / "base" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["val/loss"] == pytest.approx(of_base[-1]["val_ema/loss"], rel=1e-6)
+    assert lines[0]["val/loss"] != of_base[0]["val/loss"]
+
+
+def test_a_start_that_does_not_fit_is_refused(base, capsys):
+    released = str(base / "released.pth")
+    for finetune, model, message in (
+        ({"init_from": released}, {"hidden_dim": 128, "num_heads": 2}, "released.pth has model.hidden_dim 64"),
+        ({"init_from": str(base / "nothing.pth")}, {}, "nothing.pth is not a file"),
+        ({"init_from": str(base)}, {}, "holds no trained network"),
+        ({"init_from": released, "freeze": ["fused_block"]}, {}, "did you mean fused_blocks"),
+        ({"init_from": released, "freeze": ["joint_blocks.3-9"]}, {}, "no parameter is called 'joint_blocks.3-9'"),
+        ({"init_from": released, "freeze": ["*"]}, {}, "leaves nothing to train"),
+        ({"freeze": ["text"]}, {}, "name the trained ones in finetune.init_from"),
+        ({"init_from": released, "lora": {"rank": 2, "targets": ["quv"]}}, {}, "did you mean 'qkv'"),
+    ):
+        assert main(["train", str(write(base, "refused", finetune, model))]) == 2
+        assert message in capsys.readouterr().err
+    spoiled = torch.load(released, weights_only=True) | {"latent_std": torch.full((1, 1, 20), math.nan)}
+    torch.save(spoiled, base / "spoiled.pth")
+    assert main(["train", str(write(base, "refused", {"init_from": str(base / "spoiled.pth")}))]) == 2
+    assert "latent_std that is not finite" in capsys.readouterr().err
+    encoders = "encoders.kind=released"
+    assert main(["train", str(write(base, "refused", {"init_from": str(base / "output/base")})), encoders]) == 2
+    assert "trained with toy encoders" in capsys.readouterr().err
+    assert not (base / "output" / "refused").exists()
+
+
+def test_frozen_parts_stay_and_have_neither_moments_nor_averages(base):
+    settings = {"init_from": str(base / "released.pth"), "freeze": ["text", "fused_blocks.0-5", "t_embed.mlp.*.bias"]}
+    assert train(base, "frozen", settings, steps=2) == 0
+    moved = changed(model_tensors(base, "base"), model_tensors(base, "frozen"))
+    frozen = ("text_", "fused_blocks.", "joint_blocks.0.text_block", "t_embed.mlp.0.bias", "t_embed.mlp.2.bias")
+    assert moved and not {name for name in moved if name.startswith(frozen)}
+    assert {"t_embed.mlp.0.weight", "joint_blocks.0.latent_block.attn.qkv.weight", "clip_cond_proj.bias"} <= moved
+    training_state = last(base, "frozen") / "training_state"
+    for file in ("optimizer", "ema"):
+        names = [n.split(".", 1)[1] for n in load_file(training_state / f"{file}.safetensors")]
+        assert names and not [name for name in names if name.startswith(frozen)]
+
+
+def test_freeze_patterns():
+    with torch.device("meta"):
+        network = MMAudio(variant_config("small_16k"))
+    freeze(network, ["joint_blocks.0-2", "fused_blocks.*.attn", "sync"])
+    frozen = {n for n, p in network.named_parameters() if not p.requires_grad}
+    assert {"joint_blocks.2.clip_block.ffn.w1.weight", "fused_blocks.7.attn.qkv.bias", "sync_pos_emb"} <= frozen
+    assert not frozen & {"joint_blocks.3.clip_block.attn.qkv.weight", "fused_blocks.0.linear1.weight"}
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+ADAPTED = {"lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def adapted(base) -> Path:
+    """The base with an adapter trained for four steps, in `output/adapted`."""
+    assert train(base, "adapted", ADAPTED | {"init_from": str(base / "released.pth")}, steps=4, checkpoint_every=2) == 0
+    return base
+
+
+def test_an_adapter_merges_as_peft_merges_it_and_loads_there(adapted):
+    """The published network, our merge of the adapter folder, and peft's own reading of it are one network."""
+    from peft import PeftModel
+
+    folder = last(adapted, "adapted")
+    published = model_tensors(adapted, "adapted")
+    moved = changed(model_tensors(adapted, "base"), published)
+    layers = json.loads((folder / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert moved == {f"{layer}.weight" for layer in layers}
+    assert {"fused_blocks.0.ffn.w2", "joint_blocks.0.text_block.attn.qkv"} <= set(layers)
+
+    start = MMAudio.from_pretrained(last(adapted, "base") / "pretrained_model")
+    merged = PeftModel.from_pretrained(start, folder / "adapter").merge_and_unload()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, published[name], rtol=1e-5, atol=1e-7)
+
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] is None  # an absolute path is not published
+    with pytest.raises(ValueError, match="does not name its weights"):
+        read_start(str(folder / "adapter"))
+    settings["base_model_name_or_path"] = str(adapted / "released.pth")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    assert changed(published, read_start(str(folder / "adapter"))[1]) == set()
+    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < 0.2 * (folder / "pretrained_model" / "model.safetensors").stat().st_size
+
+
+def test_an_export_of_a_part_has_whole_weights_and_nothing_to_resume(adapted, tmp_path, capsys):
+    paths = export_run(adapted / "output" / "adapted", tmp_path)
+    assert sorted(path.name for path in paths) == ["adapted_ema_final.pth", "adapted_last.pth"]
+    assert "only a part of the network is trained" in capsys.readouterr().out
+    published = model_tensors(adapted, "adapted")
+    assert changed(published, torch.load(tmp_path / "adapted_ema_final.pth", weights_only=True)) == set()
+    assert torch.load(tmp_path / "adapted_last.pth", weights_only=True).keys() == published.keys()
+
+
+def test_an_adapter_in_training_is_its_merged_network():
+    """Outputs agree before and after the merge, for linear maps and for convolutions over tokens."""
+    torch.manual_seed(0)
+    network = MMAudio(variant_config("small_16k", **{k: v for k, v in MODEL.items() if k != "variant"})).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    plain = {name: value.clone() for name, value in network.state_dict().items()}
+    add_adapter(network, LoraConfig(rank=2, alpha=6.0))
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert trained and all(".lora_" in name for name in trained)
+    for name in trained:
+        torch.nn.init.normal_(network.get_parameter(name), std=0.1)
+    config = network.config
+    inputs = (
+        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
+        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
+    )  # fmt: skip
+    with torch.no_grad():
+        adapted_output = network(*inputs)
+        merged = MMAudio.from_config_and_state(config, merge_adapter(network.state_dict(), 3.0), "merged").eval()
+        torch.testing.assert_close(merged(*inputs), adapted_output, rtol=1e-4, atol=1e-4)
+        without = MMAudio.from_config_and_state(config, plain, "plain").eval()
+        assert not torch.allclose(without(*inputs), adapted_output, atol=1e-2)
+
+
+def test_an_adapter_that_is_stopped_goes_on_with_the_same_bytes(adapted):
+    """Also with dropout, whose masks depend on the step; the start is not needed any more."""
+    start = adapted / "moved.pth"
+    start.write_bytes((adapted / "released.pth").read_bytes())
+    settings = ADAPTED | {"init_from": str(start)}
+    assert train(adapted, "two_parts", settings, steps=4, checkpoint_every=2, overrides=["training.steps=2"]) == 0
+    start.unlink()
+    assert train(adapted, "two_parts", settings, steps=4, checkpoint_every=2) == 0
+    for file in ("training_state/model", "training_state/ema", "training_state/optimizer", "pretrained_model/model"):
+        ours, theirs = (last(adapted, name) / f"{file}.safetensors" for name in ("two_parts", "adapted"))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+
+
+# --- other durations -----------------------------------------------------------------------------------------------
+
+
+def test_a_shorter_duration_is_trained_from_a_longer_checkpoint(base, capsys):
+    path = write(base, "shorter", {"init_from": str(base / "released.pth")}, {"duration": 0.8}, steps=2)
+    stores = [f"data.train=[{{path: {base / 'short'}}}]", f"data.validation=[{{path: {base / 'short'}}}]"]
+    assert main(["train", str(path)]) == 2
+    assert "has shape (32, 20), model small_16k expects (25, 20)" in capsys.readouterr().err
+    write_store(base / "short", 6, duration=0.8)
+    assert main(["train", str(path), *stores]) == 0
+    network = MMAudio.from_pretrained(last(base, "shorter") / "pretrained_model")
+    assert (network.latent_length, network.clip_length, network.sync_length) == (25, 6, 8)
+    assert load_recipe(base / "output" / "shorter" / "config.yaml").model.duration == 0.8
+    longer = MMAudio.from_pretrained(last(base, "base") / "pretrained_model")
+    longer.set_lengths(25, 6, 8)
+    assert torch.equal(longer._clip_table, network._clip_table)
+    assert changed(longer.state_dict(), network.state_dict())
+
+
+# --- early stopping ------------------------------------------------------------------------------------------------
+
+
+def lines(*scores: float) -> list[dict]:
+    return [{"step": 10 * i, "val/loss": score} for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "min_delta", "stop", "best_step"),
+    [
+        ((3, 2, 1, 2), 2, 0, False, 20),
+        ((3, 2, 1, 2, 1), 2, 0, True, 20),
+        ((3, 2, 1.95, 1.9), 2, 0.2, True, 10),
+        ((3, 2, 1.95, 1.9), 2, 0.05, False, 30),
+        ((3, math.nan, math.inf), 2, 0, True, 0),
+        ((3, 3, 3, 3, 3), 0, 0, False, 0),
+        ((), 1, 0, False, -1),
+    ],
+)
+def test_early_stopping_judges_by_the_history(scores, patience, min_delta, stop, best_step):
+    history = [{"step": 5, "train/loss": 0.0}, *lines(*scores)]
+    verdict = judge(history, EarlyStoppingConfig(metric="val/loss", patience=patience, min_delta=min_delta))
+    assert (verdict.stop, verdict.best_step) == (stop, best_step)
+
+
+def test_a_run_that_no_longer_improves_ends_and_stays_ended(base, capsys):
+    """An improvement by 100 never comes; a run that is killed before its end ends alike."""
+    stopping = {"metric": "val/loss", "patience": 2, "min_delta": 100.0}
+    settings = {"steps": 12, "validate_every": 2, "early_stopping": stopping, "checkpoint_every": 3}
+    assert train(base, "early", None, **settings) == 0
+    out = capsys.readouterr().out
+    assert "step 4: val/loss no longer improves, it was best at step 0" in out
+    assert last(base, "early").resolve().name == "step_4"
+    assert train(base, "early", None, **settings) == 0
+    assert last(base, "early").resolve().name == "step_4"
+    killed = base / "output" / "killed"
+    shutil.copytree(base / "output" / "early", killed, symlinks=True)  # killed before its last checkpoint was there
+    shutil.rmtree(killed / "checkpoints" / "step_4")
+    assert train(base, "killed", None, **settings) == 0
+    assert last(base, "killed").resolve().name == "step_4"
+    for file in ("last/training_state/model.safetensors", "last/pretrained_model/model.safetensors", "metrics.jsonl"):
+        assert (base / "output" / "early" / file).read_bytes() == (killed / file).read_bytes()
+    assert train(base, "typo", None, **(settings | {"early_stopping": stopping | {"metric": "val/los"}})) == 2
+    assert "did you mean val/loss?" in capsys.readouterr().err
