@@ -1,27 +1,33 @@
-"""Batches from a mixture, read ahead by a background thread.
+"""Batches from a mixture, read ahead.
 
 Records are read with concurrent positional reads straight into a ring of reused buffers, and the random numbers of
-the samples are drawn meanwhile, so the training loop waits for neither. There are no worker processes: reading
-releases the interpreter lock, and nothing is pickled or copied between processes.
+the samples are drawn by the same threads, so the training loop waits for neither. There are no worker processes:
+reading and drawing release the interpreter lock, and nothing is pickled or copied between processes. The threads go
+on to the next batch without waiting for the last piece of the one before.
 """
 
+import mmap
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mmaudio_hf.data.dataset import Mixture
-from mmaudio_hf.data.noise import Draws, draws, draws_for_ids
+from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
 from mmaudio_hf.data.sampler import positions, validation_positions
-from mmaudio_hf.data.store import bytes_of
+from mmaudio_hf.data.store import Column, FeatureStore, bytes_of
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
+_TASK_BYTES = 8 << 20  # what one thread reads at a time: about a millisecond of copying from the page cache
+_TASK_DRAWS = 16  # samples whose random numbers one thread draws at a time: about two milliseconds
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,6 @@ class Batch:
         """The same batch on `device`."""
         return replace(self, **{name: v.to(device, non_blocking=non_blocking) for name, v in self._tensors().items()})
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory; tensors that are there already stay."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
-
     def _tensors(self) -> dict:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "ids")}
 
@@ -61,7 +63,7 @@ class Plan:
     step: int
     positions: np.ndarray
     counted: np.ndarray
-    draw: Callable[[list[str]], Draws]  # given the ids of the batch
+    draw: Callable[[Draws, slice, list[str]], None]  # fills the numbers of the given samples, given the batch's ids
 
 
 def training_batches(
@@ -81,16 +83,25 @@ def training_batches(
     slots: global slots of each accumulation micro batch, from `sampler.process_slots`. Iterating yields one list of
     batches per step, one batch per micro batch. `device` None leaves them on the CPU.
     """
-
-    def plan(step: int, share: np.ndarray) -> Plan:
-        draw = lambda ids: draws(seed, "train", step, share, mixture.latent_shape)  # noqa: E731
-        found = positions(seed, step, share, global_batch, len(mixture))
-        return Plan(step, found, np.ones(len(share), dtype=bool), draw)
-
-    steps = ([plan(step, share) for share in slots] for step in range(start_step, start_step + num_steps))
+    steps = training_plans(len(mixture), seed, global_batch, slots, range(start_step, start_step + num_steps))
     return BatchLoader(
         mixture, steps, max(map(len, slots)), len(slots), prefetch=prefetch, threads=threads, device=device
     )
+
+
+def training_plans(
+    epoch_length: int, seed: int, global_batch: int, slots: Sequence[np.ndarray], steps: range
+) -> Iterator[list[Plan]]:
+    """Plans of the micro batches of each step."""
+
+    def plan(step: int, share: np.ndarray) -> Plan:
+        def draw(out: Draws, samples: slice, ids: list[str]) -> None:
+            draw_into(out.part(samples), seed, "train", step, share[samples].tolist())
+
+        found = positions(seed, step, share, global_batch, epoch_length)
+        return Plan(step, found, np.ones(len(share), dtype=bool), draw)
+
+    return ([plan(step, share) for share in slots] for step in steps)
 
 
 def validation_batches(
@@ -110,7 +121,10 @@ def validation_batches(
     Random numbers depend on the seed and an item's id alone; rows with `counted` False are padding. A batch is valid
     until the next one is taken.
     """
-    draw = lambda ids: draws_for_ids(seed, ids, mixture.latent_shape)  # noqa: E731
+
+    def draw(out: Draws, samples: slice, ids: list[str]) -> None:
+        draw_for_ids_into(out.part(samples), seed, ids[samples])
+
     chosen = np.arange(len(mixture)) if chosen is None else chosen
     shares = validation_positions(len(chosen), batch_size, rank, world_size)
     steps = ([Plan(i, chosen[found], counted, draw)] for i, (found, counted) in enumerate(shares))
@@ -126,6 +140,9 @@ class BatchLoader:
     another device they are copies that stay valid; for CUDA they are made from page-locked buffers without waiting.
     `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
     waited. What goes wrong while reading (OSError with the file name) is raised by the iterator.
+
+    hints: tell the system which records come next and to read nothing else. None does so when the stores do not fit
+    into memory; records that are cached cost a little more with it.
     """
 
     def __init__(
@@ -138,16 +155,18 @@ class BatchLoader:
         prefetch: int = 2,
         threads: int = 4,
         device: torch.device | str | None = None,
+        hints: bool | None = None,
     ):
         self.wait_seconds = 0.0
+        self.bytes_read = 0  # of features; asked for, as soon as a batch is begun
         self._mixture = mixture
         self._steps = steps
         self._micro_batches = micro_batches
         self._device = torch.device(device or "cpu")
         self._pinned = self._device.type == "cuda"
-        self._threads = threads
+        self._hints = exceeds_memory(mixture) if hints is None else hints
         self._free: queue.SimpleQueue = queue.SimpleQueue()  # buffers to fill; None: stop
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # (batch, buffers), or what ends the iteration
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # _Filling, in order, or what ends the iteration
         self._held: list[_Buffers] = []
         for _ in range(micro_batches + max(prefetch, micro_batches)):
             self._free.put(_Buffers(mixture, batch_size, self._pinned))
@@ -166,29 +185,36 @@ class BatchLoader:
         for buffers in self._held:
             self._free.put(buffers)
         self._held = []
-        batches = []
-        while len(batches) < self._micro_batches:
-            item = self._take()
-            if isinstance(item, BaseException):
-                self.close()
-                raise item
-            batches.append(self._hand_over(*item))
-        return batches
+        try:
+            return [self._hand_over(self._take()) for _ in range(self._micro_batches)]
+        except BaseException as error:
+            stopped = self._stopped  # by another thread: what that broke is no error
+            self.close()
+            if stopped and isinstance(error, Exception):
+                raise StopIteration from None
+            raise
 
-    def _take(self):
+    def _take(self) -> "_Filling":
+        """The next batch, when it is complete."""
         start = time.perf_counter()
-        item = self._ready.get()
-        self.wait_seconds += time.perf_counter() - start
-        return item
+        try:
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            for task in item.tasks:
+                task.result()
+            return item
+        finally:
+            self.wait_seconds += time.perf_counter() - start
 
-    def _hand_over(self, batch: Batch, buffers: "_Buffers") -> Batch:
+    def _hand_over(self, filled: "_Filling") -> Batch:
         """The batch on its device; its buffers are free after the copy, or else when the next step is taken."""
         if self._device.type == "cpu":
-            self._held.append(buffers)
-            return batch
-        batch = batch.to(self._device, non_blocking=self._pinned)
-        buffers.mark_copied(self._device)
-        self._free.put(buffers)
+            self._held.append(filled.buffers)
+            return filled.batch
+        batch = filled.batch.to(self._device, non_blocking=self._pinned)
+        filled.buffers.mark_copied(self._device)
+        self._free.put(filled.buffers)
         return batch
 
     def close(self) -> None:
@@ -205,74 +231,149 @@ class BatchLoader:
         self.close()
 
     def _produce(self) -> None:
+        """Have all batches filled, each as soon as there is room for it."""
+        end: BaseException = StopIteration()
         try:
+            if self._hints:
+                for store in self._mixture.stores:
+                    store.expect_random_order()
             for plans in self._steps:
                 for plan in plans:
+                    samples = _Samples(self._mixture, plan.positions)
+                    if self._hints:
+                        samples.expect()
                     buffers = self._free.get()
                     if buffers is None:
                         return
-                    self._ready.put((self._fill(plan, buffers), buffers))
-            self._ready.put(StopIteration())
+                    buffers.wait_copied()
+                    self._ready.put(self._start(plan, samples, buffers))
         except BaseException as error:
-            self._ready.put(error)
+            end = error
+        finally:
+            self._ready.put(end)
 
-    def _fill(self, plan: Plan, buffers: "_Buffers") -> Batch:
-        mixture, stores = self._mixture, self._mixture.stores
-        buffers.wait_copied()
-        source, rows = mixture.locate(plan.positions)
-        has_video = np.array([store.has_video for store in stores])[source]
-        has_text = np.array([store.has_text for store in stores])[source]
-        places = np.cumsum(has_video) - 1
-        shares = np.array_split(np.arange(len(rows)), 2 * self._threads)  # more than threads: they balance
-        running = [self._pool.submit(buffers.fill, mixture, source, rows, places, share) for share in shares]
-        ids = [stores[s].ids[row] for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
-        noise = plan.draw(ids)
-        tensors = buffers.views(len(rows), int(has_video.sum()))
-        for future in running:
-            future.result()
-        if not has_text.all():
-            tensors[TEXT_FEATURES][torch.from_numpy(~has_text)] = 0
-        batch = Batch(
-            step=plan.step,
-            video_rows=torch.from_numpy(np.flatnonzero(has_video)),
-            has_video=torch.from_numpy(has_video),
-            has_text=torch.from_numpy(has_text),
-            source=torch.from_numpy(source),
-            counted=torch.from_numpy(plan.counted),
-            ids=ids,
-            draws=noise,
-            **tensors,
-        )
-        return batch.pin_memory() if self._pinned else batch
+    def _start(self, plan: Plan, samples: "_Samples", buffers: "_Buffers") -> "_Filling":
+        """Give the threads all that fills one batch."""
+        batch = buffers.batch(plan, samples)
+        tasks = [self._pool.submit(buffers.read, pieces) for pieces in samples.tasks()]
+        for first in range(0, len(batch.ids), _TASK_DRAWS):
+            part = slice(first, first + _TASK_DRAWS)
+            tasks.append(self._pool.submit(plan.draw, batch.draws, part, batch.ids))
+        self.bytes_read += sum(piece.bytes for piece in samples.pieces)
+        return _Filling(batch, buffers, tasks)
+
+
+def sample_bytes(mixture: Mixture, positions: np.ndarray) -> int:
+    """Bytes of the features of samples: what is read for them, once, and what goes to the device besides noise."""
+    return sum(piece.bytes for piece in _Samples(mixture, positions).pieces)
+
+
+def exceeds_memory(mixture: Mixture) -> bool:
+    """Whether the features take more than half of this machine's memory, so that the page cache will not hold them."""
+    size = sum(len(store) * sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
+    return 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Piece(NamedTuple):
+    """Records of one column of one store, and their places in the batch."""
+
+    store: FeatureStore
+    column: str
+    rows: np.ndarray
+    places: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        return len(self.rows) * self.store.columns[self.column].record_bytes
+
+
+class _Samples:
+    """Where the samples at some positions of a mixture lie, and where in a batch their records go."""
+
+    def __init__(self, mixture: Mixture, positions: np.ndarray):
+        stores = mixture.stores
+        self.source, rows = mixture.locate(positions)
+        self.has_video = np.array([store.has_video for store in stores])[self.source]
+        self.has_text = np.array([store.has_text for store in stores])[self.source]
+        self.ids = [stores[s].ids[row] for s, row in zip(self.source.tolist(), rows.tolist(), strict=True)]
+        self.pieces: list[_Piece] = []
+        video_places = np.cumsum(self.has_video) - 1
+        for index, store in enumerate(stores):
+            chosen = np.flatnonzero(self.source == index)
+            for name in store.columns.keys() & mixture.columns.keys() if len(chosen) else ():
+                places = video_places[chosen] if name in _VIDEO else chosen
+                count = max(1, _TASK_BYTES // store.columns[name].record_bytes)
+                for first in range(0, len(chosen), count):
+                    part = slice(first, first + count)
+                    self.pieces.append(_Piece(store, name, rows[chosen[part]], places[part]))
+
+    def expect(self) -> None:
+        """Have the system fetch all records."""
+        for piece in self.pieces:
+            piece.store.expect(piece.column, piece.rows)
+
+    def tasks(self) -> Iterator[list[_Piece]]:
+        """The pieces in portions of about `_TASK_BYTES`."""
+        portion, size = [], 0
+        for piece in self.pieces:
+            portion.append(piece)
+            size += piece.bytes
+            if size >= _TASK_BYTES:
+                yield portion
+                portion, size = [], 0
+        if portion:
+            yield portion
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """A batch that is being filled: it is complete when all tasks are."""
+
+    batch: Batch
+    buffers: "_Buffers"
+    tasks: list[Future]
 
 
 class _Buffers:
-    """Room for the features of one batch. Pages that no record is ever read into are never touched."""
+    """Room for one batch. Pages that no record is ever read into are never touched, unless they are page-locked."""
 
     def __init__(self, mixture: Mixture, batch_size: int, pinned: bool):
         any_video = any(store.has_video for store in mixture.stores)
-        self._tensors = {
-            name: torch.empty(
-                (0 if name in _VIDEO and not any_video else batch_size, *column.shape),
-                dtype=column.dtype,
-                pin_memory=pinned,
-            )
+        self._features = {
+            name: _room(column, 0 if name in _VIDEO and not any_video else batch_size, pinned)
             for name, column in mixture.columns.items()
         }
-        self._bytes = {name: bytes_of(tensor) for name, tensor in self._tensors.items()}
+        self._bytes = {name: bytes_of(tensor) for name, tensor in self._features.items()}
+        flags = {"has_video": bool, "has_text": bool, "counted": bool, "source": np.int64, "video_rows": np.int64}
+        self._facts = {name: torch.from_numpy(np.zeros(batch_size, kind)) for name, kind in flags.items()}
+        if pinned:
+            self._facts = {name: tensor.pin_memory() for name, tensor in self._facts.items()}
+        self._draws = Draws.empty(batch_size, mixture.latent_shape, pinned)
         self._copied: torch.cuda.Event | None = None
 
-    def fill(self, mixture: Mixture, source, rows, video_places, share) -> None:
-        """Read samples `share` of the batch: row `rows[i]` of store `source[i]`, its video to `video_places[i]`."""
-        for index, store in enumerate(mixture.stores):
-            chosen = share[source[share] == index]
-            for name in store.columns.keys() & self._bytes.keys():
-                places = video_places[chosen] if name in _VIDEO else chosen
-                store.read_into(name, rows[chosen], self._bytes[name], places)
+    def batch(self, plan: Plan, samples: _Samples) -> Batch:
+        """The batch that these buffers will hold; what is not read or drawn is there already."""
+        size, video_rows = len(samples.ids), np.flatnonzero(samples.has_video)
+        facts = {
+            "has_video": samples.has_video,
+            "has_text": samples.has_text,
+            "counted": plan.counted,
+            "source": samples.source,
+            "video_rows": video_rows,
+        }
+        for name, value in facts.items():
+            self._facts[name][: len(value)] = torch.from_numpy(value)
+        tensors = {name: self._facts[name][: len(value)] for name, value in facts.items()}
+        for name, room in self._features.items():
+            tensors[name] = room[: len(video_rows) if name in _VIDEO else size]
+        if not samples.has_text.all():
+            tensors[TEXT_FEATURES][~tensors["has_text"]] = 0
+        return Batch(step=plan.step, ids=samples.ids, draws=self._draws.part(slice(0, size)), **tensors)
 
-    def views(self, batch: int, with_video: int) -> dict[str, torch.Tensor]:
-        """The filled part of every column."""
-        return {name: tensor[: with_video if name in _VIDEO else batch] for name, tensor in self._tensors.items()}
+    def read(self, pieces: Sequence[_Piece]) -> None:
+        """Read some of the records."""
+        for piece in pieces:
+            piece.store.read_into(piece.column, piece.rows, self._bytes[piece.column], piece.places)
 
     def mark_copied(self, device: torch.device) -> None:
         """Note that the copies queued so far are the last use of the buffers."""
@@ -284,3 +385,14 @@ class _Buffers:
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
+
+
+def _room(column: Column, records: int, pinned: bool) -> torch.Tensor:
+    """Memory for records (records, *shape): page-locked, or in large pages where the system has them to give."""
+    shape = (records, *column.shape)
+    if pinned or not records * column.record_bytes:
+        return torch.empty(shape, dtype=column.dtype, pin_memory=pinned)
+    memory = mmap.mmap(-1, records * column.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=column.dtype).view(shape)

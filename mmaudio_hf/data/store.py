@@ -117,18 +117,33 @@ class FeatureStore:
         """
         if len(rows) == 0:
             return
-        if rows.min() < 0 or rows.max() >= len(self):
-            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
-        size = self.columns[name].record_bytes
-        order = np.argsort(rows, kind="stable")
+        file, size = self._files[name], self.columns[name].record_bytes
+        order, runs = self._runs(name, rows)
         where = ((order if places is None else places[order]) * size).tolist()
-        sorted_rows = rows[order]
-        offsets = (sorted_rows * size).tolist()
-        starts = np.flatnonzero(np.diff(sorted_rows, prepend=-2) != 1).tolist()
-        for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+        for record, first, last in runs:
             for low in range(first, last, _MAX_BUFFERS):
                 parts = [target[place : place + size] for place in where[low : min(low + _MAX_BUFFERS, last)]]
-                _read_at(self._files[name], offsets[low], parts)
+                _read_at(file, (record + low - first) * size, parts)
+
+    def expect(self, name: str, rows: np.ndarray) -> None:
+        """Have the system fetch records of a column from the disk, without waiting for them."""
+        size = self.columns[name].record_bytes
+        for record, first, last in self._runs(name, rows)[1]:
+            os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
+
+    def expect_random_order(self) -> None:
+        """Have the system read no further than asked: for stores that do not fit into memory."""
+        for file in self._files.values():
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _runs(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+        """Order of `rows` in the file of a column, and what lies together: (record, first, last + 1 in that order)."""
+        if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(self):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
+        order = np.argsort(rows, kind="stable")
+        records = rows[order]
+        firsts = np.flatnonzero(np.diff(records, prepend=-2) != 1).tolist()
+        return order, list(zip(records[firsts].tolist(), firsts, [*firsts[1:], len(rows)], strict=True))
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The column in file order, as (first row, records); memory does not grow with the store."""
