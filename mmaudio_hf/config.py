@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, audio_mode, sequence_lengths
+from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, AuditVerdict, audio_mode, sequence_lengths
 
 COMMAND_LINE = "the command line"
 
@@ -153,6 +153,8 @@ class ExtractionConfig:
     batch_size: int = 16
     num_proc: int = 1
     shard_size: int = 512
+    audit: str = ""  # table of an audit; items with a verdict of `reject` are left out. Empty: none is used
+    reject: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
 
     def validate_sizes(self):
         """Positive sizes, one name per store."""

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from mmaudio_hf.cli.audit import audit_problems
 from mmaudio_hf.config import Recipe, load_recipe
 
 
@@ -98,6 +99,7 @@ def _extract_video(options) -> None:
             source.list,
             alignment=recipe.extraction.alignment,
             normalize_audio=source.normalize_audio,
+            problems=audit_problems(recipe, source, options.recipe),
             **_extraction_options(recipe),
         )
 
@@ -114,7 +116,12 @@ def _extract_audio(options) -> None:
 
     for source in sources:
         extract_audio(
-            source.name, source.media_dir, source.list, clips_path(recipe, source), **_extraction_options(recipe)
+            source.name,
+            source.media_dir,
+            source.list,
+            clips_path(recipe, source),
+            problems=audit_problems(recipe, source, options.recipe),
+            **_extraction_options(recipe),
         )
 
 

@@ -93,7 +93,7 @@ class ExtractionReport:
 
 @dataclass(frozen=True)
 class _Item:
-    """One row to be: a video, or a clip of a recording. `problem`: a known (stage, reason, message) to reject it for."""
+    """One row to be: a video, or a clip of a recording. `problem`: known (stage, reason, message) to reject it for."""
 
     id: str
     caption: str
