@@ -297,7 +297,10 @@ class TrainingConfig:
     )
     validation_items: int = 512
     checkpoint_every: int = 10_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ones; besides them those of steps that keep_every divides, and the best
+    keep_every: int = 0  # 0: none
+    best_metric: str = ""  # a name of metrics.jsonl, as val_ema/loss; empty: none is kept as the best
+    best_mode: Literal["min", "max"] = "min"
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
@@ -309,6 +312,7 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
         chosen = self.validation_combinations
         _require(len(set(chosen)) == len(chosen), "training.validation_combinations names one twice")
+        _require(self.keep_every >= 0, "training.keep_every must be at least 0")
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"

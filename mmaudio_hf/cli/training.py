@@ -14,6 +14,7 @@ def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+    train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
 
 
 def _train(options) -> int:
@@ -28,10 +29,10 @@ def _train(options) -> int:
     from mmaudio_hf.training.loop import check_launch
 
     check_launch()
-    return _run_training(recipe)
+    return _run_training(recipe, options.allow_changes)
 
 
-def _run_training(recipe: Recipe) -> int:
+def _run_training(recipe: Recipe, allow_changes: bool) -> int:
     import torch
 
     from mmaudio_hf.data.dataset import open_mixture
@@ -43,7 +44,12 @@ def _run_training(recipe: Recipe) -> int:
     torch.manual_seed(recipe.seed)
     network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
-        recipe, network, mixture, validation, write_extras=lambda folder: write_encoder_files(recipe, folder)
+        recipe,
+        network,
+        mixture,
+        validation,
+        write_extras=lambda folder: write_encoder_files(recipe, folder),
+        allow_changes=allow_changes,
     )
     if result.stopped_by is not None:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
