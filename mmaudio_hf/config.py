@@ -150,6 +150,8 @@ class ExtractionConfig:
     videos: tuple[VideoSource, ...] = ()
     audios: tuple[AudioSource, ...] = ()
     alignment: Literal["timestamps", "reference"] = "timestamps"
+    layout: Literal["reference", "compact"] = "reference"  # compact: bf16 CLIP and text features, each text once
+    sync_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 only in the compact layout
     batch_size: int = 16
     num_proc: int = 1
     shard_size: int = 512
@@ -160,6 +162,10 @@ class ExtractionConfig:
         """Positive sizes, one name per store."""
         for name in ("batch_size", "num_proc", "shard_size"):
             _require(getattr(self, name) >= 1, f"extraction.{name} must be at least 1")
+        _require(
+            self.layout == "compact" or self.sync_dtype == "float32",
+            "extraction.sync_dtype bfloat16 needs extraction.layout compact",
+        )
         names = [source.name for source in (*self.videos, *self.audios)]
         twice = {name for name in names if names.count(name) > 1}
         _require(not twice, f"extraction: two sources are called {', '.join(sorted(twice))}; store names must differ")
@@ -168,14 +174,14 @@ class ExtractionConfig:
 @strict
 @dataclass(frozen=True)
 class StoreConfig:
-    """One feature store of a mixture: every row is visited `repeats` times per epoch."""
+    """One feature store of a mixture: every row is visited `repeats` times per epoch; 0.5 is a half of them."""
 
     path: str
-    repeats: int = 1
+    repeats: float = 1.0
 
     def validate_repeats(self):
-        """At least one visit."""
-        _require(self.repeats >= 1, f"data: repeats of {self.path} must be at least 1, not {self.repeats}")
+        """Some visits."""
+        _require(self.repeats > 0, f"data: repeats of {self.path} must be positive, not {self.repeats}")
 
 
 @strict

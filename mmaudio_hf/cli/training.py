@@ -39,8 +39,9 @@ def _run_training(recipe: Recipe, allow_changes: bool) -> int:
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
-    mixture = open_mixture(recipe.data.train, recipe.model)
-    validation = open_mixture(recipe.data.validation, recipe.model) if recipe.data.validation else None
+    expected = {"model": recipe.model, "encoders": recipe.encoders, "seed": recipe.seed}
+    mixture = open_mixture(recipe.data.train, **expected)
+    validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
     torch.manual_seed(recipe.seed)
     network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
@@ -94,6 +95,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     import yaml
 
     from mmaudio_hf.config import to_dict
+    from mmaudio_hf.data.dataset import places_per_epoch
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
     from mmaudio_hf.training.finetune import mark_trained
@@ -117,7 +119,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     }
     rows = [_store_rows(store.path) for store in recipe.data.train]
     if rows and all(rows):
-        per_epoch = sum(n * store.repeats for n, store in zip(rows, recipe.data.train, strict=True))
+        per_epoch = sum(places_per_epoch(n, s.repeats) for n, s in zip(rows, recipe.data.train, strict=True))
         derived["rows_per_epoch"] = per_epoch
         derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
         derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)

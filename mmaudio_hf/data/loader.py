@@ -22,7 +22,8 @@ import torch
 from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
 from mmaudio_hf.data.sampler import positions, validation_positions
-from mmaudio_hf.data.store import Column, FeatureStore, bytes_of
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.data.store_files import Column, bytes_of
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
