@@ -271,7 +271,7 @@ def sample_bytes(mixture: Mixture, positions: np.ndarray) -> int:
 
 def exceeds_memory(mixture: Mixture) -> bool:
     """Whether the features take more than half of this machine's memory, so that the page cache will not hold them."""
-    size = sum(len(store) * sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
+    size = sum(store.contents.size for store in mixture.stores)
     return 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
