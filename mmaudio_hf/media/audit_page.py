@@ -194,7 +194,7 @@ def _example(row: dict[str, Any], reason: str) -> str:
     others = [verdict for verdict in row["verdicts"] if verdict not in HARMLESS]
     return (
         f"<li><b><bdi>{escape(row['id'])}</bdi></b> <span class=note>{escape(row['source'])}</span>"
-        f"<p>{escape(reason)}</p>"
+        f"<p><bdi>{escape(reason)}</bdi></p>"
         f"<p class=note><bdi>{escape(caption) or 'no caption'}</bdi></p><p class=note><bdi>{escape(row['path'])}</bdi>"
         f"{' · ' + ', '.join(others) if len(others) > 1 else ''}</p></li>"
     )

@@ -60,7 +60,7 @@ def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[s
             facts["opened"] = True
             facts |= _measured(container, kind, Fraction(duration).limit_denominator(1_000_000))
     except MediaError as error:
-        facts["damage"] = str(error)
+        facts["damage"] = str(error).removeprefix(f"{path}: ")
     if facts.get("frames"):
         facts |= _movement(path, facts)
     facts.pop("_samples", None)
