@@ -20,7 +20,7 @@ import torch
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import Encoders, check_encoders, load_encoders, pick_device, toy_codec_file
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.video import probe, read_video, write_video_with_audio
+from mmaudio_hf.media.video import ALIGNMENTS, probe, read_video, write_video_with_audio
 from mmaudio_hf.models.conditioning import Conditions
 from mmaudio_hf.models.flow import guided_velocity, sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
@@ -80,13 +80,16 @@ class MMAudioPipeline:
         *,
         device: str | torch.device | None = None,
         precision: str = "fp32",
+        alignment: str = "timestamps",
     ):
         """`network` is moved to `device` (None: stays where it is) and put into evaluation mode.
 
         encoders: how to load them, or ready ones with the parts that will be needed. precision: of the network.
+        alignment: the rules by which `read_video` reads pictures; those of the features it was trained on.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+        for name, value, options in (("precision", precision, PRECISIONS), ("alignment", alignment, ALIGNMENTS)):
+            if value not in options:
+                raise ValueError(f"{name} {value!r}: use one of {', '.join(options)}")
         if not (torch.isfinite(network.latent_mean).all() and torch.isfinite(network.latent_std).all()):
             raise ValueError("the network has no latent statistics: train it, or load a trained one")
         if isinstance(encoders, Encoders) and encoders.mode != network.config.mode:
@@ -94,6 +97,7 @@ class MMAudioPipeline:
         self.device = network.latent_mean.device if device is None else pick_device(device)
         self.network = network.to(self.device).eval()
         self.precision = precision
+        self.alignment = alignment
         self._source = encoders
         self._loaded: dict[str, Encoders] = {}
 
@@ -105,18 +109,24 @@ class MMAudioPipeline:
         device: str | torch.device = "auto",
         encoders: EncoderConfig | Encoders | None = None,
         precision: str = "fp32",
+        alignment: str | None = None,
         revision: str | None = None,
     ) -> "MMAudioPipeline":
         """Load from a run folder (its last checkpoint), a checkpoint, a `pretrained_model` folder or a Hub id.
 
-        encoders: in place of those noted at training, as when their files are elsewhere on this machine.
+        encoders: in place of those noted at training, as when their files are elsewhere on this machine; alignment: in
+        place of the noted one ("timestamps" where none is).
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
         folder = find_pretrained(source, revision=revision)
-        if encoders is None:
-            encoders = _read_encoders(folder)
-        device = pick_device(device)
-        return cls(MMAudio.from_pretrained(folder), encoders, device=device, precision=precision)
+        noted, noted_alignment = (encoders, None) if encoders and alignment else _read_encoders(folder)
+        return cls(
+            MMAudio.from_pretrained(folder),
+            encoders or noted,
+            device=pick_device(device),
+            precision=precision,
+            alignment=alignment or noted_alignment,
+        )
 
     @property
     def sample_rate(self) -> int:
@@ -249,7 +259,8 @@ class MMAudioPipeline:
         for request in batch:
             clip, sync = request.clip_features, request.sync_features
             if request.video is not None and (clip is None or sync is None):
-                frames = read_video(request.video, mode=mode, duration=duration, as_uint8=True, pictures_only=True)
+                how = {"alignment": self.alignment, "as_uint8": True, "pictures_only": True}
+                frames = read_video(request.video, mode=mode, duration=duration, **how)
                 # One video at a time: its pictures are a batch of their own.
                 if clip is None:
                     clip = self._encoders("clip").encode_clip(frames.clip_frames[None])[0]
@@ -325,16 +336,20 @@ def guided_velocity_function(network: MMAudio, conditions: Conditions, empty: Co
     return velocity
 
 
-def _read_encoders(folder: Path) -> EncoderConfig:
-    """The encoders noted at training; a toy codec beside the weights goes before the folder it was fitted in.
+def _read_encoders(folder: Path) -> tuple[EncoderConfig, str]:
+    """The encoders and the alignment noted at training; a toy codec beside the weights goes before the folder it was
+    fitted in.
 
     Paths that were not noted are those of the recipe while the folder is part of its run, else the usual ones.
     """
     path = folder / ENCODERS_FILE
     if not path.is_file():
-        return EncoderConfig()
+        return EncoderConfig(), ALIGNMENTS[0]
     try:
-        noted = json.loads(path.read_text())
+        noted = dict(json.loads(path.read_text()))
+        alignment = noted.pop("alignment", ALIGNMENTS[0])  # not noted by earlier versions
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
         paths = {} if {"weights_dir", "clip"} <= set(noted) else _paths_of_run(folder)
         config = EncoderConfig(**(paths | noted))
         check_encoders(**_encoder_options(config), mode="16k", parts=())  # names of kind and precision
@@ -342,8 +357,8 @@ def _read_encoders(folder: Path) -> EncoderConfig:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
     codecs = [toy_codec_file(folder, mode) for mode in ("16k", "44k")]
     if config.kind == "toy" and any(codec.is_file() for codec in codecs):
-        return dataclasses.replace(config, weights_dir=str(folder))
-    return config
+        config = dataclasses.replace(config, weights_dir=str(folder))
+    return config, alignment
 
 
 def _paths_of_run(folder: Path) -> dict[str, str]:

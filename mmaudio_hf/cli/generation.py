@@ -24,6 +24,8 @@ def add_commands(add) -> None:
     generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", default="auto")
+    rules = ("timestamps", "reference")
+    generate.add_argument("--alignment", choices=rules, help="how pictures are read; default: as for training")
 
     report = add("report", _report, "generate the test split of a run, score it and write report/index.html")
     report.add_argument("--run", required=True, type=Path, help="run folder")
@@ -39,7 +41,7 @@ def _generate(options) -> None:
         raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
     from mmaudio_hf.generation import MMAudioPipeline, save_generated
 
-    pipeline = MMAudioPipeline.from_pretrained(options.run, device=options.device)
+    pipeline = MMAudioPipeline.from_pretrained(options.run, device=options.device, alignment=options.alignment)
     result = pipeline(
         video=options.video,
         prompt=options.prompt,

@@ -178,8 +178,8 @@ class SynchformerVisual(nn.Module):
         return self.spatial_attn_agg(frames).view(len(segments), -1, SYNC_DIM)
 
 
-def flops(segments: int = 1) -> int:
+def flops(segments: int = 1, depth: int = DEPTH) -> int:
     """Floating-point operations (a multiplication and an addition are two) for so many segments."""
     with FlopCounterMode(display=False) as counter:
-        SynchformerVisual()(torch.empty(1, 1, *SEGMENT_SHAPE, device="meta"))
+        SynchformerVisual(depth=depth)(torch.empty(1, 1, *SEGMENT_SHAPE, device="meta"))
     return segments * counter.get_total_flops()
