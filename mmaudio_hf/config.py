@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, audio_mode, sequence_lengths
+from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, AuditVerdict, audio_mode, sequence_lengths
 
 COMMAND_LINE = "the command line"
 
@@ -150,14 +150,22 @@ class ExtractionConfig:
     videos: tuple[VideoSource, ...] = ()
     audios: tuple[AudioSource, ...] = ()
     alignment: Literal["timestamps", "reference"] = "timestamps"
+    layout: Literal["reference", "compact"] = "reference"  # compact: bf16 CLIP and text features, each text once
+    sync_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 only in the compact layout
     batch_size: int = 16
     num_proc: int = 1
     shard_size: int = 512
+    audit: str = ""  # table of an audit; items with a verdict of `reject` are left out. Empty: none is used
+    reject: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
 
     def validate_sizes(self):
         """Positive sizes, one name per store."""
         for name in ("batch_size", "num_proc", "shard_size"):
             _require(getattr(self, name) >= 1, f"extraction.{name} must be at least 1")
+        _require(
+            self.layout == "compact" or self.sync_dtype == "float32",
+            "extraction.sync_dtype bfloat16 needs extraction.layout compact",
+        )
         names = [source.name for source in (*self.videos, *self.audios)]
         twice = {name for name in names if names.count(name) > 1}
         _require(not twice, f"extraction: two sources are called {', '.join(sorted(twice))}; store names must differ")
@@ -166,14 +174,14 @@ class ExtractionConfig:
 @strict
 @dataclass(frozen=True)
 class StoreConfig:
-    """One feature store of a mixture: every row is visited `repeats` times per epoch."""
+    """One feature store of a mixture: every row is visited `repeats` times per epoch; 0.5 is a half of them."""
 
     path: str
-    repeats: int = 1
+    repeats: float = 1.0
 
     def validate_repeats(self):
-        """At least one visit."""
-        _require(self.repeats >= 1, f"data: repeats of {self.path} must be at least 1, not {self.repeats}")
+        """Some visits."""
+        _require(self.repeats > 0, f"data: repeats of {self.path} must be positive, not {self.repeats}")
 
 
 @strict
@@ -295,7 +303,10 @@ class TrainingConfig:
     )
     validation_items: int = 512
     checkpoint_every: int = 10_000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ones; besides them those of steps that keep_every divides, and the best
+    keep_every: int = 0  # 0: none
+    best_metric: str = ""  # a name of metrics.jsonl, as val_ema/loss; empty: none is kept as the best
+    best_mode: Literal["min", "max"] = "min"
     max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
@@ -307,6 +318,7 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
         chosen = self.validation_combinations
         _require(len(set(chosen)) == len(chosen), "training.validation_combinations names one twice")
+        _require(self.keep_every >= 0, "training.keep_every must be at least 0")
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"

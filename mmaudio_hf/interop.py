@@ -9,16 +9,16 @@ and our log sums. Everything random differs between the two programs, so an impo
 order of the data than it would have seen there.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe
+from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.models.convert import check_sizes, infer_config, reference_order, trainable
 from mmaudio_hf.models.network import DERIVED_TENSORS, WEIGHTS_FILE, MMAudio
 from mmaudio_hf.released import check_state, load_state, read_file
@@ -33,6 +33,7 @@ from mmaudio_hf.training.checkpoint import (
 from mmaudio_hf.training.ema import PostHocEMA, Snapshot, find_snapshots
 from mmaudio_hf.training.finetune import published_state
 from mmaudio_hf.training.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from mmaudio_hf.training.publish import write_pretrained
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 SNAPSHOT_NAME = re.compile(r"(\d+)\.(\d+)\.pt")
@@ -88,7 +89,7 @@ def import_checkpoint(
     save_recipe(recipe, recipe.run_dir / "config.yaml")
     for profile, path in found:
         _import_snapshot(path, recipe.ema.sigma_rels[profile], network, recipe.run_dir / "ema")
-    facts |= {"skipped": skipped, "ema_step": ema.step}
+    facts |= {"skipped": skipped, "ema_step": ema.step, "recipe": to_dict(recipe)}
     folder = _save(recipe, network, optimizer, ema, step, facts, write_extras)
     return Imported(folder, step, tuple(notes))
 
@@ -223,12 +224,8 @@ def _save(recipe, network, optimizer, ema, step, facts, write_extras) -> Path:
         "window": {"sums": torch.zeros(3 + 2 * len(recipe.data.train))},  # nothing logged yet
     }
 
-    def write_pretrained(folder: Path) -> None:
-        MMAudio.from_config_and_state(network.config, averages, "EMA").save_pretrained(folder)
-        (folder / "weights.json").write_text(json.dumps(facts["weights"]) + "\n")
-        write_extras(folder)
-
-    return save_checkpoint(recipe.run_dir, TrainingState(step, tensors, facts), write_pretrained)
+    publish = partial(write_pretrained, recipe, averages, facts["weights"], write_extras)
+    return save_checkpoint(recipe.run_dir, TrainingState(step, tensors, facts), publish)
 
 
 # --- export --------------------------------------------------------------------------------------------------------

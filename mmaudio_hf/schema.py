@@ -9,6 +9,7 @@ Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
 import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 SCHEMA_VERSION = 1
 
@@ -35,6 +36,27 @@ SYNC_FEATURES = "sync_features"
 TEXT_FEATURES = "text_features"
 VIDEO_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
 AUDIO_COLUMNS = (MEAN, STD, TEXT_FEATURES)
+
+# What an audit may say of a listed item, the graver things first.
+AuditVerdict = Literal[
+    "not_found",
+    "unreadable",
+    "no_video",
+    "no_audio",
+    "leakage",
+    "duplicate_id",
+    "duplicate_content",
+    "still",
+    "silent",
+    "damaged",
+    "too_short",
+    "too_long",
+    "odd_duration",
+    "start_gap",
+    "clipped",
+    "variable_frame_rate",
+    "duplicate_caption",
+]
 
 
 class RunError(RuntimeError):

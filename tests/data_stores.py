@@ -37,8 +37,7 @@ def random_values(rows: int, shapes=SHAPES, seed: int = 0) -> dict[str, torch.Te
 
 def make_store(path: Path, rows: int, shapes=SHAPES, seed: int = 0, **facts) -> FeatureStore:
     """A store of random records with ids `<name>_<row>`."""
-    dtype = facts.pop("dtype", torch.float32)
-    with StoreWriter(path, shapes, rows, **{**FACTS, **facts}, dtype=dtype) as writer:
+    with StoreWriter(path, shapes, rows, **{**FACTS, **facts}) as writer:
         ids = [f"{path.name}_{row:03d}" for row in range(rows)]
         writer.write(0, ids, [f"caption {row}" for row in range(rows)], random_values(rows, shapes, seed))
     return FeatureStore.open(path)

@@ -67,6 +67,8 @@ class Odd:
     rate: int = 44_100
     layout: str = "stereo"
     silent: bool = False
+    gain: float = 1.0  # of the bursts, which are clipped at full scale
+    still: bool = False  # every picture is the first one
     size: tuple[int, int] = (96, 96)  # width, height
     codec: str = "libx264"
     pix_fmt: str = "yuv420p"
@@ -101,7 +103,7 @@ def write_odd(path: Path, odd: Odd, container_options: dict | None = None) -> Pa
             audio = container.add_stream("aac", rate=odd.rate, layout=odd.layout)
         packets = []
         for number, time in enumerate(odd.picture_times):
-            frame = av.VideoFrame.from_ndarray(code_picture(number, width, height), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(code_picture(0 if odd.still else number, width, height), format="rgb24")
             frame.pts, frame.time_base = round(time / unit), unit
             packets += video.encode(frame)
         packets += video.encode(None)
@@ -114,7 +116,8 @@ def write_odd(path: Path, odd: Odd, container_options: dict | None = None) -> Pa
 
 def _sound_packets(stream, odd: Odd) -> list[av.Packet]:
     channels = stream.codec_context.layout.nb_channels
-    track = burst_track(odd.sound_seconds, odd.rate, odd.sound_start, channels) * (0 if odd.silent else 1)
+    track = burst_track(odd.sound_seconds, odd.rate, odd.sound_start, channels) * (0 if odd.silent else odd.gain)
+    track = np.clip(track, -1, 1)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(track), format="fltp", layout=odd.layout)
     frame.sample_rate, frame.time_base = odd.rate, Fraction(1, odd.rate)
     frame.pts = round(odd.sound_start * odd.rate)
@@ -136,6 +139,17 @@ def cut_without_encoding(source: Path, path: Path, start: float) -> Path:
             packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
             packet.stream = streams[packet.stream.index]
             new.mux(packet)
+    return path
+
+
+def remux(source: Path, path: Path) -> Path:
+    """The same packets in another container, by the ending."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                new.mux(packet)
     return path
 
 

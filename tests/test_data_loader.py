@@ -97,7 +97,7 @@ def test_one_kind_of_rows_is_enough(shapes, tmp_path):
 
 
 def test_reads_half_precision_as_it_is_stored(tmp_path):
-    mixture = Mixture([(make_store(tmp_path / "s", 9, dtype=torch.bfloat16), 1)], MODEL)
+    mixture = Mixture([(make_store(tmp_path / "s", 9, layout="compact"), 1)], MODEL)
     with loader(mixture, global_batch=4) as batches:
         for step, (batch,) in enumerate(batches):
             assert batch.clip_features.dtype == torch.bfloat16

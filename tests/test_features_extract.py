@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudio_hf.data.store import FeatureStore, StoreWriter, verify
+from mmaudio_hf.data.store import FeatureStore, StoreWriter
+from mmaudio_hf.data.verify import verify
 from mmaudio_hf.features import extract
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.features.extract import extract_audio, extract_video

@@ -92,7 +92,7 @@ def check_arguments(words: list[str]) -> None:
         options = parse(words)
     except SystemExit:
         pytest.fail(f"the command line does not parse: {' '.join(words)}")
-    recipe = getattr(options, "recipe", "$")
+    recipe = getattr(options, "recipe", None) or "$"
     if not recipe.startswith("$") and recipe != "RECIPE":
         load_recipe(ROOT / recipe, options.overrides)
 

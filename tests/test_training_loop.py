@@ -214,16 +214,25 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(undisturbed):
     assert names == ["step_4", "step_8", "step_8.damaged", "step_9"]
 
 
-def test_a_recipe_that_no_longer_fits_leaves_the_run_as_it_is(undisturbed):
+def test_a_changed_recipe_is_shown_and_refused(undisturbed):
     kept = (run_dir(undisturbed) / "config.yaml").read_bytes()
-    for override, message in (
-        ("model.hidden_dim=128", "was trained with model"),
-        ("ema.sigma_rels=[0.03, 0.2]", "was trained with ema.sigma_rels"),
-        ("training.steps=6", "has trained 12 steps"),
-        ("resume=never", "holds checkpoints"),
+    for overrides, messages in (
+        (["model.hidden_dim=128"], ["depend on: put model.hidden_dim back", "- model.hidden_dim: 64"]),
+        (["ema.sigma_rels=[0.03, 0.2]", "--allow-changes"], ["depend on", "+ ema.sigma_rels: [0.03, 0.2]"]),
+        (
+            ["seed=8", "flow.condition_dropout=0.2", "training.log_every=1"],
+            [
+                "--allow-changes\n  - seed: 7\n  + seed: 8\n",
+                "- flow.condition_dropout: 0.1\n  + flow.condition_dropout: 0.2\n",
+            ],
+        ),
+        (["training.steps=6"], ["has trained 12 steps"]),
+        (["training.best_metric=score/f1"], ["name a score that begins with val/ or val_ema/"]),
+        (["resume=never"], ["holds checkpoints"]),
     ):
-        result = launch(undisturbed, override, processes=0)
-        assert result.returncode == 2 and message in result.stderr, result.stderr
+        result = launch(undisturbed, *overrides, processes=0)
+        assert result.returncode == 2 and "log_every" not in result.stderr, result.stderr
+        assert all(message in result.stderr for message in messages), result.stderr
         assert (run_dir(undisturbed) / "config.yaml").read_bytes() == kept
 
 
@@ -234,9 +243,11 @@ def test_other_stores_may_follow_and_leftovers_go(undisturbed):
     leftover.mkdir()
     stale = run_dir(recipe) / "ema" / "sigma_0.05_step_000000099.safetensors"
     save_file({"w": torch.zeros(1)}, stale, metadata={"sigma_rel": "0.05", "step": "99"})
-    result = launch(recipe, "data.train=[{path: videos}]", "seed=8", "training.steps=5", processes=0)
+    changes = ("data.train=[{path: videos}]", "seed=8", "training.steps=5")
+    result = launch(recipe, *changes, "--allow-changes", processes=0)
     assert result.returncode == 0, result.stderr
-    assert "note: seed was 7 and is 8" in result.stdout and "note: data.train was" in result.stdout
+    assert "- seed: 7\n  + seed: 8" in result.stdout and "+ data.train: [{'path': 'videos'" in result.stdout
+    assert "- training.steps: 4\n  + training.steps: 5" in result.stdout
     assert not leftover.exists() and not stale.exists()
 
 

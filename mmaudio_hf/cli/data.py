@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+from mmaudio_hf.cli.audit import audit_problems
 from mmaudio_hf.config import Recipe, load_recipe
 
 
@@ -16,8 +18,6 @@ def add_commands(add) -> None:
     add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
     add("extract-video", _extract_video, "make the feature stores of a recipe's videos", recipe=True)
     add("extract-audio", _extract_audio, "make the feature stores of a recipe's recordings", recipe=True)
-    verify = add("verify", _verify, "check a feature store: sizes, checksums, ids, non-finite values")
-    verify.add_argument("store", metavar="STORE", type=Path)
 
 
 def _example_media(options) -> None:
@@ -66,10 +66,26 @@ def _encoder_options(recipe: Recipe) -> dict:
     return asdict(recipe.encoders)
 
 
-def _open_writer():
-    from mmaudio_hf.data.store import StoreWriter
+def _open_writer(recipe: Recipe):
+    """`StoreWriter` for the layout of the recipe; ValueError when a store of the recipe is there in another one."""
+    from mmaudio_hf.data.rewrite import layout_of
+    from mmaudio_hf.data.store import FeatureStore, StoreWriter
 
-    return StoreWriter
+    wanted = (recipe.extraction.layout, recipe.extraction.sync_dtype)
+    for source in (*recipe.extraction.videos, *recipe.extraction.audios):
+        path = Path(recipe.extraction.output_dir) / source.name
+        if not path.exists():
+            continue
+        with FeatureStore.open(path) as store:
+            found = layout_of(store)
+            if found[0] != wanted[0] or (store.has_video and found[1] != wanted[1]):
+                options = f"--layout {wanted[0]} --sync-dtype {wanted[1]}"
+                raise ValueError(
+                    f"{path} has the layout {found[0]} (sync {found[1]}), the recipe asks for {wanted[0]} (sync"
+                    f" {wanted[1]}): `mmaudio-hf store convert {path} {path}_{wanted[0]} {options}` writes it anew, or"
+                    " remove the store and run the same command: the shards are kept"
+                )
+    return partial(StoreWriter, layout=wanted[0], sync_dtype=wanted[1])
 
 
 def _extraction_options(recipe: Recipe) -> dict:
@@ -82,7 +98,7 @@ def _extraction_options(recipe: Recipe) -> dict:
         "batch_size": extraction.batch_size,
         "num_proc": extraction.num_proc,
         "shard_size": extraction.shard_size,
-        "open_writer": _open_writer(),
+        "open_writer": _open_writer(recipe),
     }
 
 
@@ -98,6 +114,7 @@ def _extract_video(options) -> None:
             source.list,
             alignment=recipe.extraction.alignment,
             normalize_audio=source.normalize_audio,
+            problems=audit_problems(recipe, source, options.recipe),
             **_extraction_options(recipe),
         )
 
@@ -114,15 +131,10 @@ def _extract_audio(options) -> None:
 
     for source in sources:
         extract_audio(
-            source.name, source.media_dir, source.list, clips_path(recipe, source), **_extraction_options(recipe)
+            source.name,
+            source.media_dir,
+            source.list,
+            clips_path(recipe, source),
+            problems=audit_problems(recipe, source, options.recipe),
+            **_extraction_options(recipe),
         )
-
-
-def _verify(options) -> int:
-    from mmaudio_hf.data.store import verify
-
-    report = verify(options.store)
-    for line in (*report.problems, *report.notes):
-        print(line)
-    print(f"{report.path}: {report.rows} rows, {'ok' if report.ok else f'{len(report.problems)} problems'}")
-    return 0 if report.ok else 1

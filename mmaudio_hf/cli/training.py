@@ -14,6 +14,7 @@ def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+    train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
 
 
 def _train(options) -> int:
@@ -28,22 +29,28 @@ def _train(options) -> int:
     from mmaudio_hf.training.loop import check_launch
 
     check_launch()
-    return _run_training(recipe)
+    return _run_training(recipe, options.allow_changes)
 
 
-def _run_training(recipe: Recipe) -> int:
+def _run_training(recipe: Recipe, allow_changes: bool) -> int:
     import torch
 
     from mmaudio_hf.data.dataset import open_mixture
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
-    mixture = open_mixture(recipe.data.train, recipe.model)
-    validation = open_mixture(recipe.data.validation, recipe.model) if recipe.data.validation else None
+    expected = {"model": recipe.model, "encoders": recipe.encoders, "seed": recipe.seed}
+    mixture = open_mixture(recipe.data.train, **expected)
+    validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
     torch.manual_seed(recipe.seed)
     network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
-        recipe, network, mixture, validation, write_extras=lambda folder: write_encoder_files(recipe, folder)
+        recipe,
+        network,
+        mixture,
+        validation,
+        write_extras=lambda folder: write_encoder_files(recipe, folder),
+        allow_changes=allow_changes,
     )
     if result.stopped_by is not None:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
@@ -89,6 +96,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     import yaml
 
     from mmaudio_hf.config import to_dict
+    from mmaudio_hf.data.dataset import places_per_epoch
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
     from mmaudio_hf.training.finetune import mark_trained
@@ -112,7 +120,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     }
     rows = [_store_rows(store.path) for store in recipe.data.train]
     if rows and all(rows):
-        per_epoch = sum(n * store.repeats for n, store in zip(rows, recipe.data.train, strict=True))
+        per_epoch = sum(places_per_epoch(n, s.repeats) for n, s in zip(rows, recipe.data.train, strict=True))
         derived["rows_per_epoch"] = per_epoch
         derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
         derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)

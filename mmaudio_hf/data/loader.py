@@ -22,7 +22,8 @@ import torch
 from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
 from mmaudio_hf.data.sampler import positions, validation_positions
-from mmaudio_hf.data.store import Column, FeatureStore, bytes_of
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.data.store_files import Column, bytes_of
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
@@ -270,7 +271,7 @@ def sample_bytes(mixture: Mixture, positions: np.ndarray) -> int:
 
 def exceeds_memory(mixture: Mixture) -> bool:
     """Whether the features take more than half of this machine's memory, so that the page cache will not hold them."""
-    size = sum(len(store) * sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
+    size = sum(store.contents.size for store in mixture.stores)
     return 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -28,12 +28,15 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def positions(seed: int, step: int, slots: np.ndarray, global_batch: int, epoch_length: int) -> np.ndarray:
-    """Epoch positions (int64, as many as `slots`) of the samples in global `slots` of `step`."""
+    """Positions (int64, as many as `slots`) of the samples in global `slots` of `step`.
+
+    Position p is place p % epoch_length of epoch p // epoch_length, as `Mixture.locate` takes it.
+    """
     epochs, places = np.divmod(step * global_batch + np.asarray(slots, dtype=np.int64), epoch_length)
     found = np.empty_like(places)
     for epoch in np.unique(epochs).tolist():
         chosen = epochs == epoch
-        found[chosen] = permutation(seed, epoch, epoch_length)[places[chosen]]
+        found[chosen] = epoch * epoch_length + permutation(seed, epoch, epoch_length)[places[chosen]]
     return found
 
 

@@ -93,7 +93,7 @@ class ExtractionReport:
 
 @dataclass(frozen=True)
 class _Item:
-    """One row to be: a video, or a clip of a recording. `problem`: a known (stage, reason, message) to reject it for."""
+    """One row to be: a video, or a clip of a recording. `problem`: known (stage, reason, message) to reject it for."""
 
     id: str
     caption: str
@@ -439,7 +439,7 @@ def _export(job: _Job, report: ExtractionReport, key: str, record: Path, open_wr
         mode=job.mode,
         duration=job.duration,
         encoders=job.fingerprints,
-        preprocessing=_hash(job.preprocessing),
+        preprocessing=job.preprocessing,
         normalisation={"audio_peak": _AUDIO_PEAK if job.normalize_audio else None},
         counts={"listed": report.listed, "accepted": report.accepted, "rejected": report.rejected},
     ) as writer:

@@ -73,12 +73,17 @@ def decode_error(path, error: Exception, facts: dict | None = None) -> MediaErro
 
 def mono_samples(frame: av.AudioFrame) -> np.ndarray:
     """Mean over the channels of a decoded frame, (samples,) float32, integers scaled to [-1, 1)."""
+    return channel_samples(frame).mean(axis=0, dtype=np.float32)
+
+
+def channel_samples(frame: av.AudioFrame) -> np.ndarray:
+    """A decoded frame as (channels, samples) float32, integers scaled to [-1, 1)."""
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(frame.samples, frame.layout.nb_channels).T
     kind = frame.format.name.removesuffix("p")
     data = data.astype(np.float32) - np.float32(128 if kind == "u8" else 0)
-    return (data / np.float32(_FULL_SCALE[kind])).mean(axis=0, dtype=np.float32)
+    return data / np.float32(_FULL_SCALE[kind])
 
 
 def _decoded(path) -> Iterator[tuple[np.ndarray, int]]:

@@ -16,7 +16,7 @@ from mmaudio_hf.schema import check_id
 AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
-_CLIP_SECONDS = 8.1
+CLIP_SECONDS = 8.1
 _MAX_CLIPS = 5
 _CLIP_COLUMNS = ("id", "name", "start_sample", "end_sample")
 _TEXT_COLUMNS = ("label", "caption")
@@ -64,9 +64,9 @@ def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
 
     Ends are exclusive; a recording shorter than 8.1 s gives none. Spec media, section 2.3.
     """
-    if num_samples < sample_rate * _CLIP_SECONDS:
+    if num_samples < sample_rate * CLIP_SECONDS:
         return []
-    length = int(sample_rate * _CLIP_SECONDS)
+    length = int(sample_rate * CLIP_SECONDS)
     count = min(_MAX_CLIPS, num_samples // length)
     step = (num_samples - length) // (count - 1) if count > 1 else 0
     return [(i * step, i * step + length) for i in range(count)]
@@ -178,7 +178,7 @@ def _clips_of(path: Path) -> list[Clip] | Reject:
     spans = partition(num_samples, rate)
     if not spans:
         have = num_samples / rate if rate else 0.0
-        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of sound, {_CLIP_SECONDS} s needed")
+        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of sound, {CLIP_SECONDS} s needed")
     return [Clip(f"{path.stem}_{i}", path.stem, start, end) for i, (start, end) in enumerate(spans)]
 
 

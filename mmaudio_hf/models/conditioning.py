@@ -47,8 +47,9 @@ def fill_missing(features: torch.Tensor, missing_B: torch.Tensor | None, empty: 
     """Replace the tokens of samples where `missing_B` is true by `empty` (1 or L tokens, broadcast).
 
     With a mask given, `empty` takes part in the graph even when no sample is missing: its gradient is then zero, not
-    absent, as the published training had it (spec networks, section 4).
+    absent, as the published training had it (spec networks, section 4). The result has the wider of both types: bf16
+    features of a compact store are filled in float32, so that the gradient of `empty` is summed as for float32 ones.
     """
     if missing_B is None:
         return features
-    return torch.where(missing_B.view(-1, 1, 1), empty.to(features.dtype), features)
+    return torch.where(missing_B.view(-1, 1, 1), empty, features)

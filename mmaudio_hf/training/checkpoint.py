@@ -3,6 +3,7 @@
     <run>/checkpoints/step_N/pretrained_model/   config.json, model.safetensors, weights.json, encoder files
     <run>/checkpoints/step_N/training_state/     model, optimizer and EMA tensors, state.json with their checksums
     <run>/last                                   link to the newest complete checkpoint
+    <run>/best                                   link to the best one by `training.best_metric`, if that is set
 
 A checkpoint is written beside its place and renamed when it is complete, so a kill or a full disk never leaves half of
 one under a valid name. Everything random in training is a function of (seed, step), so no generator state is saved.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 STATE_FILE = "state.json"
@@ -40,13 +42,11 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
 
 
-def save_checkpoint(
-    run_dir: Path, state: TrainingState, write_pretrained: Callable[[Path], None], keep: int | None = None
-) -> Path:
-    """Write a checkpoint, point `last` at it and remove all but the newest `keep`; return its folder.
+def save_checkpoint(run_dir: Path, state: TrainingState, write_pretrained: Callable[[Path], None]) -> Path:
+    """Write a checkpoint and point `last` at it; return its folder.
 
-    `write_pretrained` fills the `pretrained_model/` folder it is given. OSError when the disk fails or is full; what
-    was saved before is then untouched.
+    `write_pretrained` fills the `pretrained_model/` folder it is given. OSError naming the folder when the disk fails
+    or is full; what was saved before is then untouched.
     """
     folder = checkpoint_folder(run_dir, state.step)
     partial = folder.with_name(folder.name + ".partial")
@@ -55,14 +55,29 @@ def save_checkpoint(
         _write(partial, state, write_pretrained)
         _remove(folder)  # the same step again, after a resume from an earlier one
         partial.rename(folder)
-    except BaseException:
+        point_at(run_dir, "last", folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _point_last_at(run_dir, folder)
-    if keep is not None:
-        for old in list_checkpoints(run_dir)[:-keep]:
-            _remove(old)
+        good = run_dir / "last"
+        kept = f"the last good one is {good.resolve().name}" if good.exists() else "there is none before it"
+        raise OSError(f"{folder} could not be written ({error}); {kept}") from error
     return folder
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `newest`, those of steps that `every` divides, and the best."""
+
+    newest: int
+    every: int = 0  # 0: none
+
+    def prune(self, run_dir: Path) -> None:
+        """Remove the others; the best is what the link `best` points at."""
+        best = (run_dir / "best").resolve().name
+        for folder in list_checkpoints(run_dir)[: -self.newest]:
+            step = checkpoint_step(folder)
+            if folder.name != best and not (self.every and step % self.every == 0):
+                _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -87,11 +102,12 @@ def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path
     (partial / "pretrained_model").mkdir()
     write_pretrained(partial / "pretrained_model")
     for path in sorted(partial.rglob("*")):
-        _sync(path)
-    _sync(partial)
+        sync(path)
+    sync(partial)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until what was written to a file, or renamed in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,23 +115,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _point_last_at(run_dir: Path, folder: Path) -> None:
-    link = run_dir / "last.partial"
+def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
+    """Let the link `name` ("last" or "best") of a run point at a checkpoint, or remove it."""
+    link = run_dir / f"{name}.partial"
     link.unlink(missing_ok=True)
+    if folder is None:
+        (run_dir / name).unlink(missing_ok=True)
+        return
     link.symlink_to(folder.relative_to(run_dir), target_is_directory=True)
-    link.replace(run_dir / "last")
-    _sync(folder.parent)
-    _sync(run_dir)
+    link.replace(run_dir / name)
+    sync(folder.parent)
+    sync(run_dir)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in (run_dir / "checkpoints").glob("step_*") if (match := _step_of(path))]
-    return [path for _, path in sorted(found)]
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in folders if re.fullmatch(r"step_\d+", path.name)), key=checkpoint_step)
 
 
-def _step_of(path: Path) -> re.Match | None:
-    return re.fullmatch(r"step_(\d+)", path.name)
+def checkpoint_step(folder: Path) -> int:
+    """Step of a folder that `checkpoint_folder` named."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def load_training_state(folder: Path) -> TrainingState:
@@ -140,12 +161,12 @@ def load_training_state(folder: Path) -> TrainingState:
     return TrainingState(step, tensors, facts)
 
 
-def latest_training_state(run_dir: Path, warn: Callable[[str], None]) -> TrainingState | None:
-    """The newest state that loads, or None when the run has no checkpoint.
+def latest_training_state(run_dir: Path, warn: Callable[[str], None], until: int | None = None) -> TrainingState | None:
+    """The newest state that loads, of those at step `until` or before, or None when there is no such checkpoint.
 
     A damaged checkpoint is reported through `warn` and the one before it is tried; ValueError when all are damaged.
     """
-    folders = list_checkpoints(run_dir)
+    folders = [f for f in list_checkpoints(run_dir) if until is None or checkpoint_step(f) <= until]
     for folder in reversed(folders):
         try:
             return load_training_state(folder)

@@ -4,13 +4,14 @@ Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion 
 step-size correction and the treatment of frozen tensors follow spec networks, section 5.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmaudio_hf.models.network import FROZEN_TENSORS
@@ -103,16 +104,34 @@ class PostHocEMA:
         self.step = step
 
     def save_snapshots(self, folder: Path) -> list[Path]:
-        """Write one file per profile, each under a temporary name first; return their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for sigma, averages in self.profiles.items():
-            path = snapshot_path(folder, sigma, self.step)
-            partial = path.with_suffix(".partial")
-            save_file(averages, partial, metadata={"sigma_rel": repr(sigma), "step": str(self.step)})
+        """Write one file per profile; return their paths."""
+        return save_snapshots(folder, list(self.profiles), self.tensors(), self.step)
+
+
+def save_snapshots(
+    folder: Path, sigma_rels: Sequence[float], tensors: Mapping[str, torch.Tensor], step: int
+) -> list[Path]:
+    """Write the averages that `PostHocEMA.tensors` returned at `step`, one file per profile; return their paths.
+
+    Each is written under a temporary name first. OSError naming the file when the disk fails or is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, sigma in enumerate(sigma_rels):
+        opening = f"{index}."
+        averages = {n.removeprefix(opening): t for n, t in tensors.items() if n.startswith(opening)}
+        path = snapshot_path(folder, sigma, step)
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(averages, partial, metadata={"sigma_rel": repr(sigma), "step": str(step)})
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
             partial.replace(path)
-            paths.append(path)
-        return paths
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({error})") from error
+        paths.append(path)
+    return paths
 
 
 class Snapshot(NamedTuple):

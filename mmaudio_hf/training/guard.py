@@ -1,27 +1,29 @@
 """What ends a run early or keeps a step out of it: signals, and numbers that are not finite."""
 
-import json
 import signal
 import threading
+import time
 from collections import deque
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from mmaudio_hf.schema import RunError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ONE_PRESS_SECONDS = 2.0  # a launcher passes on the signal that the whole process group has already had
 
 
 class StopSignals:
-    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of dying of it; a second one interrupts at once."""
+    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of dying of it; a later one interrupts at once."""
 
     def __init__(self):
         self.number: int | None = None
+        self._noted = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -30,10 +32,11 @@ class StopSignals:
         return self
 
     def _note(self, number: int, _frame) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number, self._noted = number, time.monotonic()
+            tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
+        elif time.monotonic() - self._noted > ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
-        self.number = number
-        tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -58,28 +61,47 @@ class _OnHost:
         return self.values.tolist()
 
 
+@dataclass(frozen=True)
+class StepTrace:
+    """What is known of one step's numbers, on the device; samples are those of this process, in micro-batch order."""
+
+    step: int
+    ids: list[str]
+    loss: torch.Tensor  # (B,)
+    t: torch.Tensor  # (B,)
+    gradient_norms: torch.Tensor  # (P,) of every trainable tensor, in the order of the parameters
+    total_norm: torch.Tensor  # ()
+
+
 class Guard:
     """Keeps non-finite steps from the optimizer and lets all processes stop after the same step.
 
-    The verdict on a step is formed on the device and read one step later, so the host never waits for it.
+    The verdict on a step is formed on the device and read one step later, so the host never waits for it. `on_skip` is
+    called on every process for a step that was refused.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, max_skipped_steps: int, stop: StopSignals):
-        self.accelerator, self.run_dir = accelerator, run_dir
-        self.max_skipped_steps, self.stop = max_skipped_steps, stop
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        max_skipped_steps: int,
+        stop: StopSignals,
+        on_skip: Callable[[StepTrace], None],
+    ):
+        self.accelerator, self.stop, self.on_skip = accelerator, stop, on_skip
+        self.max_skipped_steps = max_skipped_steps
         self.skipped = 0  # over all sessions of the run
-        self.pending: deque[tuple[int, _OnHost, list[str]]] = deque()
+        self.pending: deque[tuple[StepTrace, _OnHost]] = deque()
         self.in_a_row = 0
         self.stopping = False
 
-    def judge(self, step: int, loss: torch.Tensor, norm: torch.Tensor, ids: list[str]) -> torch.Tensor:
+    def judge(self, trace: StepTrace) -> torch.Tensor:
         """True (a boolean scalar on the device) where this step must not reach the optimizer, on every process."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        bad = ~(torch.isfinite(trace.loss).all() & torch.isfinite(trace.total_norm))
         asked = torch.full_like(bad, self.stop.number is not None)
         flags = torch.stack([bad, asked]).to(torch.int32)
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self.pending.append((step, _OnHost(flags), ids))
+        self.pending.append((trace, _OnHost(flags)))
         return flags[0] > 0
 
     def check(self) -> bool:
@@ -94,25 +116,17 @@ class Guard:
             self._settle_one()
 
     def _settle_one(self) -> None:
-        step, flags, ids = self.pending.popleft()
+        trace, flags = self.pending.popleft()
         bad, asked = flags.read()
         self.stopping = self.stopping or bool(asked)
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if not bad:
             return
         self.skipped += 1
-        all_ids = gather_object(ids)
-        if self.accelerator.is_main_process:
-            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
-            append_line(self.run_dir / "skipped.jsonl", {"step": step, "ids": all_ids})
+        self.on_skip(trace)
         if self.in_a_row >= self.max_skipped_steps:
             raise RunError(
-                f"{self.in_a_row} steps in a row were not finite: the ids are in {self.run_dir / 'skipped.jsonl'};"
-                f" the last checkpoint is as it was, lower optim.learning_rate or check the data and start again"
+                f"{self.in_a_row} steps in a row were not finite: their samples are in skipped.jsonl and autopsy/ of"
+                " the run; the last checkpoint is as it was, lower optim.learning_rate or check the data and start"
+                " again"
             )
-
-
-def append_line(path: Path, entry: dict) -> None:
-    """Add one JSON line to a log file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")

@@ -12,35 +12,42 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
 from mmaudio_hf.data.dataset import Mixture
-from mmaudio_hf.data.loader import training_batches
+from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.training.checkpoint import TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.schema import RunError
+from mmaudio_hf.training.autopsy import examine_samples, examine_step, write_autopsy
+from mmaudio_hf.training.best import BestScore
+from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
 from mmaudio_hf.training.early_stopping import check_metric, judge
-from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, synthesize
-from mmaudio_hf.training.finetune import published_state, save_adapter, seed_dropout
-from mmaudio_hf.training.guard import Guard, StopSignals, append_line
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, synthesize
+from mmaudio_hf.training.finetune import seed_dropout
+from mmaudio_hf.training.guard import Guard, StepTrace, StopSignals
 from mmaudio_hf.training.optim import (
     build_optimizer,
     clip_gradients,
+    gradient_norms,
     guarded_step,
     learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
     set_learning_rate,
 )
-from mmaudio_hf.training.resume import check_same_run, identity, set_aside_later, truncate_metrics
-from mmaudio_hf.training.step import flow_step
+from mmaudio_hf.training.publish import published_network, write_pretrained
+from mmaudio_hf.training.records import JsonLines
+from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, restore_tensors
+from mmaudio_hf.training.saving import BackgroundWriter
+from mmaudio_hf.training.step import StepResult, flow_step
 from mmaudio_hf.training.validation import Validator
 
 
@@ -95,15 +102,27 @@ def train(
     validation: Mixture | None = None,
     evaluators: Sequence[Evaluator] = (),
     write_extras: Callable[[Path], None] = lambda folder: None,
+    allow_changes: bool = False,
 ) -> RunResult:
     """Train `network` as `recipe` says and return how it went; everything else is in `recipe.run_dir`.
 
     `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
     with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
-    Raises ValueError for settings that do not fit the processes, and RunError after too many non-finite steps.
+    Raises ValueError for settings that do not fit the processes or (but for `allow_changes`) the run to be resumed, and
+    RunError after too many non-finite steps, or when the last checkpoint could not be written.
     """
     check_launch()
     check_trackers(recipe.training.trackers)
+    accelerator = make_accelerator(recipe)
+    run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
+    try:
+        return run.go(allow_changes)
+    finally:
+        accelerator.end_training()
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """This process among those of the run. ValueError when they do not find each other, or the batch is uneven."""
     accelerator = Accelerator(
         # accelerate's launcher does not hand `use_cpu` on to several processes, and without it they stay apart.
         cpu=not torch.accelerator.is_available(),
@@ -117,14 +136,10 @@ def train(
             " GPUs that are not to be used, set ACCELERATE_USE_CPU=true"
         )
     micro_batch_size(recipe.training, accelerator.num_processes)  # refuses an uneven split before anything is made
-    run = _Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
-    try:
-        return run.go()
-    finally:
-        accelerator.end_training()
+    return accelerator
 
 
-class _Run:
+class Run:
     """State of one run. Methods are in the order in which they happen."""
 
     def __init__(self, recipe, network, mixture, validation, evaluators, write_extras, accelerator: Accelerator):
@@ -136,7 +151,14 @@ class _Run:
         self.step = 0
         self.finished = False  # all steps are done, or validation no longer improves
         self.stop = StopSignals()
-        self.guard = Guard(accelerator, self.run_dir, recipe.training.max_skipped_steps, self.stop)
+        self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self.stop, self._report_skip)
+        self.writer = BackgroundWriter(self._warn)
+        self.metrics = JsonLines(self.run_dir / "metrics.jsonl", self._warn)
+        self.speed = JsonLines(self.run_dir / "speed.jsonl", self._warn)
+        self.skips = JsonLines(self.run_dir / "skipped.jsonl", self._warn)
+        validated = ["val", "val_ema"] if validation is not None else []
+        kinds = [*validated, *(evaluator.name for evaluator in evaluators)]
+        self.best = BestScore(recipe.training.best_metric, recipe.training.best_mode, kinds)
         self.history: list[dict[str, float]] = []
         self.final_weights: dict[str, Any] = {}
         self.device = accelerator.device
@@ -147,28 +169,29 @@ class _Run:
         self.window = torch.zeros(3 + 2 * len(mixture.stores), device=self.device)
         self.window_steps, self.window_seconds = 0, 0.0
 
-    def go(self) -> RunResult:
+    def go(self, allow_changes: bool = False) -> RunResult:
+        """Resume or begin, and train to the end or until a signal comes."""
         training = self.recipe.training
-        self._resume()
+        self._resume(allow_changes)
         self._prepare_folder()
-        self.latent_mean, self.latent_std = self.network.latent_mean.clone(), self.network.latent_std.clone()
-        self.model = self.accelerator.prepare(self.network)
+        self.prepare()
         self._announce()
         main = self.accelerator.is_main_process
         first_step, busy = self.step, 0.0
         if self.step == 0:
-            self._validate()
-            if main:
-                check_metric(training.early_stopping, list(self.history[-1]) if self.history else [])
+            scores = self._validate()
+            self.best.check(scores)
+            check_metric(training.early_stopping, list(scores))
         self._judge_finished()
         with (
             self.stop,
+            self.writer,
             tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
-            self._loader() as loader,
+            self.loader(self.step if self.finished else training.steps) as loader,
         ):
             self.clock = began = time.perf_counter()
             for batches in loader:
-                self._update(batches)
+                self.update(batches)
                 bar.update()
                 asked = self.guard.check()
                 ended = time.perf_counter()
@@ -178,6 +201,7 @@ class _Run:
                 began = time.perf_counter()
                 if asked or self.finished:
                     break
+            self._check_saved()
         stopped_by = None if self.finished else self.stop.number
         early = self.finished and self.step < training.steps
         rate = (self.step - first_step) / max(busy, 1e-9)
@@ -186,17 +210,27 @@ class _Run:
     def _housekeeping(self, bar, loader, asked: bool) -> None:
         """Everything that happens every so many steps, and after the last one; not counted as training time."""
         training, last = self.recipe.training, self.step == self.recipe.training.steps
-        if last or self.step % training.log_every == 0:
-            self._log_training(bar, loader)
+        log = last or self.step % training.log_every == 0
+        scores: dict[str, float] = {}
+        if log:
+            self._log_training(bar)
         if last or self.step % training.validate_every == 0:
-            self._validate()
+            scores |= self._validate()
             self._judge_finished()
-        if self.finished or self.step % self.recipe.ema.snapshot_every == 0:
-            self._save_snapshots()
-        self._evaluate()
-        if asked or self.finished or self.step % training.checkpoint_every == 0:
-            self.guard.settle()
-            self._save_checkpoint()
+        if self.finished:  # the weights to evaluate and publish are made from all snapshots
+            self._save(snapshot=True, checkpoint=False)
+            self.writer.wait()
+            self.accelerator.wait_for_everyone()
+        scores |= self._evaluate()
+        best = [self.best.note(scores, self.step)]
+        if self.best.metric in scores and self.accelerator.num_processes > 1:
+            broadcast_object_list(best)
+        self._save(
+            snapshot=not self.finished and self.step % self.recipe.ema.snapshot_every == 0,
+            checkpoint=asked or self.finished or best[0] or self.step % training.checkpoint_every == 0,
+        )
+        if log:
+            self._log_speed(loader)
 
     def _judge_finished(self) -> None:
         """Note the end of the run; the main process, which has the scores, decides on an early one for all."""
@@ -213,7 +247,7 @@ class _Run:
 
     # --- start ------------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def _resume(self, allow_changes: bool) -> None:
         """Take up the newest checkpoint, if there is one. Nothing is written before everything fits."""
         state, folder = None, self.run_dir / "checkpoints"
         if self.recipe.resume == "auto":
@@ -224,18 +258,25 @@ class _Run:
             )
         self.accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
         if state is not None:
-            check_same_run(self.recipe, state, self.accelerator.print)
-            self.network.load_state_dict(state.tensors["model"])
-            load_optimizer_tensors(self.network, self.optimizer, dict(state.tensors["optimizer"]))
-            self.ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
-            # The sums of a log window that was cut short; with other stores they have no meaning and are dropped.
-            if self.accelerator.is_main_process and state.tensors["window"]["sums"].shape == self.window.shape:
-                self.window.copy_(state.tensors["window"]["sums"])
-            self.step, self.guard.skipped = state.step, state.facts["skipped"]
-            self.final_weights = state.facts["weights"]
+            check_same_run(self.recipe, state, allow_changes, self.accelerator.print)
+            self.load(state)
         if self.accelerator.is_main_process:
-            self.history = truncate_metrics(self.run_dir / "metrics.jsonl", self.step)
-            set_aside_later(self.run_dir, self.step, self.ema.step)
+            self.history = drop_later(self.run_dir, self.step, self.ema.step, self.best.step)
+
+    def load(self, state: TrainingState) -> None:
+        """Put the run where `state` was saved; nothing is written."""
+        restore_tensors(state, self.network, self.optimizer, self.ema)
+        # The sums of a log window that was cut short; with other stores they have no meaning and are dropped.
+        if self.accelerator.is_main_process and state.tensors["window"]["sums"].shape == self.window.shape:
+            self.window.copy_(state.tensors["window"]["sums"])
+        self.step, self.guard.skipped = state.step, state.facts["skipped"]
+        self.final_weights = state.facts["weights"]
+        self.best.restore(state.facts.get("best"))
+
+    def prepare(self) -> None:
+        """Wrap the network for its processes, once its weights are in place."""
+        self.latent_mean, self.latent_std = self.network.latent_mean.clone(), self.network.latent_std.clone()
+        self.model = self.accelerator.prepare(self.network)
 
     def _prepare_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -258,16 +299,23 @@ class _Run:
             f" ({len(self.mixture) / training.batch_size:.1f} steps), from step {self.step} to {training.steps}"
         )
 
-    def _loader(self):
-        training, data = self.recipe.training, self.recipe.data
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+    def slots(self) -> list[np.ndarray]:
+        """Global slots of this process, per micro batch."""
+        training, accelerator = self.recipe.training, self.accelerator
+        return process_slots(
+            training.batch_size, accelerator.num_processes, accelerator.process_index, training.accumulation_steps
+        )
+
+    def loader(self, until: int) -> BatchLoader:
+        """This process's batches of the steps from the present one up to, and without, `until`."""
+        data = self.recipe.data
         return training_batches(
             self.mixture,
             seed=self.recipe.seed,
-            global_batch=training.batch_size,
-            slots=process_slots(training.batch_size, world, rank, training.accumulation_steps),
+            global_batch=self.recipe.training.batch_size,
+            slots=self.slots(),
             start_step=self.step,
-            num_steps=0 if self.finished else training.steps - self.step,
+            num_steps=until - self.step,
             prefetch=data.prefetch_batches,
             threads=data.read_threads,
             device=self.device,
@@ -275,11 +323,27 @@ class _Run:
 
     # --- one update -------------------------------------------------------------------------------------------------
 
-    def _update(self, batches) -> None:
-        training = self.recipe.training
-        set_learning_rate(self.optimizer, learning_rate(self.step, self.recipe.optim, training.steps))
-        self.optimizer.zero_grad(set_to_none=True)
+    def update(self, batches: Sequence[Batch]) -> None:
+        """One optimizer update, or none where its numbers are not finite, and one of the averages."""
         sums = torch.zeros_like(self.window)
+        trace = self.gradients(batches, sums)
+        refuse = self.guard.judge(trace)
+        guarded_step(self.optimizer, refuse)
+        # The norm is the same on every process; summed over them when logged.
+        sums[1] = trace.total_norm / self.accelerator.num_processes
+        # A refused step counts for nothing in the averages: its numbers are not finite.
+        self.window += torch.where(refuse, torch.zeros_like(sums), sums)
+        if self.step >= self.recipe.ema.start:
+            self.ema.update()
+        self.step += 1
+        self.window_steps += 1
+
+    def gradients(self, batches: Sequence[Batch], sums: torch.Tensor) -> StepTrace:
+        """Clipped gradients of the present step, and what it looked like; losses are added to `sums`."""
+        training, optim = self.recipe.training, self.recipe.optim
+        set_learning_rate(self.optimizer, learning_rate(self.step, optim, training.steps))
+        self.optimizer.zero_grad(set_to_none=True)
+        results = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -289,17 +353,13 @@ class _Run:
                 # DDP averages over processes: scaled so that the sum is the mean over the global batch.
                 scale = self.accelerator.num_processes / training.batch_size
                 self.accelerator.backward(result.loss.sum() * scale)
-            self._add_losses(sums, result.loss.detach(), batch.source)
-        norm = clip_gradients(self.network.parameters(), self.recipe.optim.max_grad_norm)
-        refuse = self.guard.judge(self.step, sums[0], norm, [i for batch in batches for i in batch.ids])
-        guarded_step(self.optimizer, refuse)
-        sums[1] = norm / self.accelerator.num_processes  # the same on every process; summed over them when logged
-        # A refused step counts for nothing in the averages: its numbers are not finite.
-        self.window += torch.where(refuse, torch.zeros_like(sums), sums)
-        if self.step >= self.recipe.ema.start:
-            self.ema.update()
-        self.step += 1
-        self.window_steps += 1
+            results.append(StepResult(result.loss.detach(), result.t))
+            self._add_losses(sums, results[-1].loss, batch.source)
+        norms = gradient_norms(self.network.parameters())
+        total = clip_gradients(self.network.parameters(), optim.max_grad_norm, norms)
+        ids = [item_id for batch in batches for item_id in batch.ids]
+        losses, times = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return StepTrace(self.step, ids, losses, times, norms, total)
 
     def _add_losses(self, sums: torch.Tensor, loss: torch.Tensor, source: torch.Tensor) -> None:
         sums[0] += loss.sum() / self.recipe.training.batch_size
@@ -311,7 +371,7 @@ class _Run:
 
     # --- what is written on the way ---------------------------------------------------------------------------------
 
-    def _log_training(self, bar, loader) -> None:
+    def _log_training(self, bar) -> None:
         sums = self.accelerator.reduce(self.window.clone(), "sum").tolist()
         self.window.zero_()
         steps, stores = max(sums[2], 1), self.mixture.stores
@@ -326,7 +386,6 @@ class _Run:
             if count:
                 scores[f"train/loss_{store.path.name}"] = total / count
         self._record(scores)
-        self._log_speed(loader)
         bar.set_postfix(loss=f"{scores['train/loss']:.4f}", lr=f"{scores['train/learning_rate']:.1e}")
 
     def _log_speed(self, loader) -> None:
@@ -336,24 +395,26 @@ class _Run:
             "speed/steps_per_second": rate,
             "speed/samples_per_second": rate * self.recipe.training.batch_size,
             "speed/data_wait": loader.wait_seconds / seconds,
+            "speed/checkpoint_stall_seconds": self.writer.stall_seconds,
             "speed/peak_memory_gb": peak_memory_gb(self.device),
         }
         self.window_steps, self.window_seconds, loader.wait_seconds = 0, 0.0, 0.0
+        self.writer.stall_seconds = 0.0
         self.accelerator.log(speed, step=self.step)
         if self.accelerator.is_main_process:
-            append_line(self.run_dir / "speed.jsonl", {"step": self.step, **speed})
+            self.speed.append({"step": self.step, **speed})
 
     def _record(self, scores: dict[str, float]) -> None:
         """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
         self.accelerator.log(scores, step=self.step)
         if self.accelerator.is_main_process:
             self.history.append({"step": self.step, **scores})
-            append_line(self.run_dir / "metrics.jsonl", self.history[-1])
+            self.metrics.append(self.history[-1])
 
     @torch.no_grad()
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         if self.validation is None:
-            return
+            return {}
         weights: dict[str, Any] = {"val": None}
         if self.ema.step:
             weights["val_ema"] = self.ema.nearest(self.recipe.ema.sigma_rel)[1]
@@ -367,6 +428,7 @@ class _Run:
         if self.accelerator.is_main_process:
             averaged = f", EMA {scores['val_ema/loss']:.4f}" if self.ema.step else ""
             tqdm.write(f"step {self.step}: validation loss {scores['val/loss']:.4f}{averaged}")
+        return scores
 
     def _forward(self, weights: dict[str, torch.Tensor] | None) -> Callable[..., torch.Tensor]:
         """The network in training, or with other weights in their place."""
@@ -379,19 +441,19 @@ class _Run:
 
         return forward
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
         due = [e for e in self.evaluators if self.step % e.every == 0 or self.finished]
         if due:
             model = self._averaged_network()
             for evaluator in due:
-                self._record({f"{evaluator.name}/{k}": v for k, v in evaluator.run(model, self.step).items()})
+                found = {f"{evaluator.name}/{k}": v for k, v in evaluator.run(model, self.step).items()}
+                self._record(found)
+                scores |= found
+        return scores
 
     def _averaged_network(self) -> MMAudio:
-        return self._published(self._averages()[0]).to(self.device).eval()
-
-    def _published(self, state: dict[str, torch.Tensor]) -> MMAudio:
-        state = published_state(state, self.recipe.finetune.lora)
-        return MMAudio.from_config_and_state(self.network.config, state, "EMA")
+        return published_network(self.recipe, self._averages()[0]).to(self.device).eval()
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over.
@@ -409,36 +471,83 @@ class _Run:
                 averages, sigma = synthesize(snapshots, wanted, self.ema.step, frozen), wanted
         return raw | averages, {"weights": "ema", "sigma_rel": sigma, "step": self.step}
 
-    def _save_snapshots(self) -> None:
-        if self.accelerator.is_main_process and self.ema.step:
-            self.ema.save_snapshots(self.run_dir / "ema")
-        self.accelerator.wait_for_everyone()
+    def _save(self, snapshot: bool, checkpoint: bool) -> None:
+        """Copy what is to be saved and write it while training goes on."""
+        snapshot = snapshot and self.ema.step > 0
+        if checkpoint:
+            self.guard.settle()
+            window = self.accelerator.reduce(self.window.clone(), "sum")
+            groups = collect_tensors(self.network, self.optimizer, self.ema) | {"window": {"sums": window}}
+            groups["published"], self.final_weights = self._averages()
+            # The sums over all processes are with the first one now, here and after a resume.
+            self.window.copy_(window if self.accelerator.is_main_process else torch.zeros_like(window))
+        elif snapshot:
+            groups = {"ema": self.ema.tensors()}
+        if (checkpoint or snapshot) and self.accelerator.is_main_process:
+            self.writer.save(groups, self._write_job(snapshot, checkpoint))
 
-    def _save_checkpoint(self) -> None:
-        window = self.accelerator.reduce(self.window.clone(), "sum")
-        averages, self.final_weights = self._averages()
-        if self.accelerator.is_main_process:
-            facts = {"skipped": self.guard.skipped, "ema_step": self.ema.step, "weights": self.final_weights}
-            facts |= identity(self.recipe)
-            tensors = {
-                "model": self.network.state_dict(),
-                "optimizer": optimizer_tensors(self.network, self.optimizer),
-                "ema": self.ema.tensors(),
-                "window": {"sums": window},
-            }
+    def _write_job(self, snapshot: bool, checkpoint: bool) -> Callable[[dict], None]:
+        """What the thread does with the copies. It sees the run as it is now, not as it will be."""
+        recipe, run_dir, step, ema_step = self.recipe, self.run_dir, self.step, self.ema.step
+        facts = {"skipped": self.guard.skipped, "ema_step": ema_step, "weights": self.final_weights}
+        facts |= {"best": self.best.record, "processes": self.accelerator.num_processes, "recipe": to_dict(recipe)}
+        best, logged = self.best.step, not self.metrics.waiting
+        retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every)
 
-            def write_pretrained(folder: Path) -> None:
-                self._published(averages).save_pretrained(folder)
-                if self.recipe.finetune.lora.rank:
-                    save_adapter(averages, self.recipe, folder.with_name("adapter"))
-                (folder / "weights.json").write_text(json.dumps(self.final_weights) + "\n")
-                self.write_extras(folder)
+        def write(groups: dict) -> None:
+            if snapshot:
+                save_snapshots(run_dir / "ema", recipe.ema.sigma_rels, groups["ema"], ema_step)
+            if not checkpoint:
+                return
+            if not logged:  # a run that resumed from here would never log them
+                raise OSError(f"step_{step} is not saved: lines of {self.metrics.path} wait for room on the disk")
+            publish = partial(write_pretrained, recipe, groups["published"], facts["weights"], self.write_extras)
+            folder = save_checkpoint(run_dir, TrainingState(step, groups, facts), publish)
+            if best == step:
+                point_at(run_dir, "best", folder)
+            retention.prune(run_dir)
 
-            state = TrainingState(self.step, tensors, facts)
-            save_checkpoint(self.run_dir, state, write_pretrained, self.recipe.training.keep_checkpoints)
-        # The sums over all processes are with the first one now, here and after a resume.
-        self.window.copy_(window if self.accelerator.is_main_process else torch.zeros_like(window))
-        self.accelerator.wait_for_everyone()
+        return write
+
+    def _check_saved(self) -> None:
+        """RunError, on every process, when the last checkpoint could not be written."""
+        error = [self.writer.finish()]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(error)
+        if error[0] is not None:
+            raise RunError(f"{error[0]}: make room and start again; the run goes on from its last good checkpoint")
+
+    def _warn(self, message: str) -> None:
+        tqdm.write(f"warning: {message}; training goes on")
+
+    def _report_skip(self, trace: StepTrace) -> None:
+        """Note a refused step and its samples, and what they looked like."""
+        figures = self.autopsy(trace)
+        if not self.accelerator.is_main_process:
+            return
+        ids = [sample["id"] for sample in figures["samples"]]
+        suspects = f"; not finite: {', '.join(figures['suspects'][:5])}" if figures["suspects"] else ""
+        tqdm.write(f"step {trace.step}: loss or gradient is not finite, the step is skipped{suspects}")
+        self.skips.append({"step": trace.step, "ids": ids})
+        try:
+            write_autopsy(self.run_dir, figures)
+        except OSError as error:
+            self._warn(str(error))
+
+    def autopsy(self, trace: StepTrace) -> dict[str, Any]:
+        """Figures of a step that has been made. Its batches are read once more; called on every process."""
+        training, slots = self.recipe.training, self.slots()
+        with training_batches(
+            self.mixture,
+            seed=self.recipe.seed,
+            global_batch=training.batch_size,
+            slots=slots,
+            start_step=trace.step,
+            num_steps=1,
+        ) as loader:
+            samples = examine_samples(trace, next(loader), np.concatenate(slots).tolist())
+        rate = learning_rate(trace.step, self.recipe.optim, training.steps)
+        return examine_step(self.network, trace, gather_object(samples), rate)
 
 
 def peak_memory_gb(device: torch.device) -> float:

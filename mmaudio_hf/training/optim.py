@@ -47,12 +47,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """L2 norm of every gradient there is, (P,), on the device."""
+    return torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, norms: torch.Tensor | None = None
+) -> torch.Tensor:
     """Scale gradients so that their global L2 norm is at most `max_norm`; return the norm before, on the device.
 
-    The norm is taken per tensor, then over tensors; gradients are never scaled up.
+    The norm is taken per tensor (`norms`, where they are known), then over tensors; gradients are never scaled up.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    parameters = list(parameters)
+    norms = gradient_norms(parameters) if norms is None else norms
+    total = torch.linalg.vector_norm(norms)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+    return total
 
 
 def guarded_step(optimizer: torch.optim.AdamW, refuse: torch.Tensor) -> None:

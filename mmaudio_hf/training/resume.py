@@ -1,84 +1,121 @@
-"""Taking up a run where its newest checkpoint left it."""
+"""Taking up a run where its newest checkpoint left it, with the same recipe or a changed one."""
 
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmaudio_hf.config import Recipe, to_dict
-from mmaudio_hf.training.checkpoint import TrainingState, list_checkpoints
-from mmaudio_hf.training.ema import find_snapshots
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training.checkpoint import TrainingState, checkpoint_folder, checkpoint_step, list_checkpoints, point_at
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots
+from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
+from mmaudio_hf.training.records import truncate_lines
+
+# What the tensors of a checkpoint depend on: it cannot change at all.
+FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
+# What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
+HARMLESS = (
+    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "ema.snapshot_every", "ema.sigma_rel"),
+    *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
+    *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
+    *("training.checkpoint_every", "training.keep_checkpoints", "training.keep_every", "training.max_skipped_steps"),
+    *("training.best_metric", "training.best_mode", "training.validation_combinations", "training.validation_items"),
+)
 
 
-def check_same_run(recipe: Recipe, state: TrainingState, say: Callable[[str], None]) -> None:
-    """ValueError where the recipe no longer fits the checkpoint; a note where it continues differently."""
-    facts = state.facts
+def check_same_run(recipe: Recipe, state: TrainingState, allow_changes: bool, say: Callable[[str], None]) -> None:
+    """Show every setting that differs from those of the checkpoint as `- key: old`, `+ key: new`.
+
+    Harmless ones are noted and used from here on. ValueError for one that alters training, unless `allow_changes`, and
+    for one that the tensors of the checkpoint depend on.
+    """
     if state.step > recipe.training.steps:
         raise ValueError(f"{recipe.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}")
-    now = identity(recipe)
-    for name, was in facts.get("must_match", {}).items():  # an imported checkpoint has none
-        if now["must_match"][name] != was:
-            raise ValueError(
-                f"{recipe.run_dir} was trained with {name} {was}, the recipe has {now['must_match'][name]}: put it"
-                " back, or give the new run another name"
-            )
-    for name, was in facts.get("may_change", {}).items():
-        if now["may_change"][name] != was:
-            say(f"note: {name} was {was} and is {now['may_change'][name]} from here on")
+    if "recipe" not in state.facts:
+        return
+    changes = changed_settings(state.facts["recipe"], to_dict(recipe))
+    shown = {key: f"  - {key}: {was}\n  + {key}: {now}" for key, (was, now) in changes.items()}
+    fixed = [key for key in shown if _within(key, FIXED)]
+    altering = [key for key in shown if not _within(key, (*FIXED, *_harmless(recipe)))]
+    listed = "\n".join(shown[key] for key in (*fixed, *altering))
+    if fixed:
+        raise ValueError(
+            f"{recipe.run_dir} was trained with other settings, which its checkpoints depend on: put {fixed[0]} back,"
+            f" or give the new run another name\n{listed}"
+        )
+    if altering and not allow_changes:
+        raise ValueError(
+            f"{recipe.run_dir} was trained with other settings: put them back, give the new run another name, or go on"
+            f" with the new ones by --allow-changes\n{listed}"
+        )
+    if shown:
+        say(f"settings that differ from step {state.step} on:\n" + "\n".join(shown.values()))
 
 
-def identity(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What of a recipe a checkpoint depends on, as plain JSON values."""
-    plain = to_dict(recipe)
-    return {
-        "must_match": {
-            "model": plain["model"],
-            "finetune": plain["finetune"],
-            "ema.sigma_rels": plain["ema"]["sigma_rels"],
-            "ema.update_every": plain["ema"]["update_every"],
-        },
-        "may_change": {
-            "seed": plain["seed"],
-            "training.batch_size": plain["training"]["batch_size"],
-            "data.train": plain["data"]["train"],
-            "flow": plain["flow"],
-            "optim": plain["optim"],
-        },
-    }
+def _harmless(recipe: Recipe) -> tuple[str, ...]:
+    # Only this schedule looks ahead to the end of the run.
+    return HARMLESS if recipe.optim.schedule == "poly" else (*HARMLESS, "training.steps")
 
 
-def set_aside_later(run_dir: Path, step: int, ema_step: int) -> None:
-    """Put away what belongs to a future that is trained anew: later (damaged) checkpoints and EMA snapshots.
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
-    Checkpoints are renamed, not deleted. Leftovers of killed writers go.
+
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every key, as `section.key`, that differs; a key that one side lacks has its default."""
+    defaults = _flat(to_dict(Recipe(name="default")))
+    old, new = ({**defaults, **_flat(tree)} for tree in (was, now))
+    return {key: (old.get(key), new.get(key)) for key in {**new, **old} if old.get(key) != new.get(key)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
+    """Put away what belongs to a future that is trained anew after `step`; return the lines of metrics.jsonl.
+
+    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, log lines and what
+    killed writers left go. `last` and `best` point at what is left.
     """
     for folder in list_checkpoints(run_dir):
-        if int(folder.name.removeprefix("step_")) > step:
+        if checkpoint_step(folder) > step:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
     for partial in (run_dir / "checkpoints").glob("step_*.partial"):
         shutil.rmtree(partial)
+    for partial in (run_dir / "ema").glob("*.partial"):
+        partial.unlink()
     for snapshot in find_snapshots(run_dir / "ema"):
         if snapshot.step > ema_step:
             snapshot.tensors.unlink()
+    if run_dir.exists():
+        for name, pointed in (("last", step), ("best", best)):
+            folder = None if pointed is None else checkpoint_folder(run_dir, pointed)
+            point_at(run_dir, name, folder if folder is not None and folder.exists() else None)
+    truncate_lines(run_dir / "skipped.jsonl", lambda line: line["step"] < step)
+    # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
+    return truncate_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= step and step > 0)
 
 
-def truncate_metrics(path: Path, step: int) -> list[dict[str, float]]:
-    """Drop the lines that a killed run logged after `step`, which will be logged again; return the others."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # a line cut short by the kill
-        # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
-        if entry["step"] <= step and step > 0:
-            kept.append(entry)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
-    return kept
+def collect_tensors(network: MMAudio, optimizer: torch.optim.Optimizer, ema: PostHocEMA) -> dict[str, dict]:
+    """Everything a checkpoint keeps of a run, as named tensors in groups; called on every process."""
+    return {
+        "model": network.state_dict(),
+        "optimizer": optimizer_tensors(network, optimizer),
+        "ema": ema.tensors(),
+    }
+
+
+def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.optim.Optimizer, ema: PostHocEMA) -> None:
+    """Put back what `collect_tensors` returned; called on every process."""
+    network.load_state_dict(state.tensors["model"])
+    load_optimizer_tensors(network, optimizer, dict(state.tensors["optimizer"]))
+    ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])

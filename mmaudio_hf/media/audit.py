@@ -1,0 +1,576 @@
+"""What is wrong with the media of a list, known before any feature is made.
+
+    OUT.parquet   one row per listed item: figures of its file, verdicts and the reason of each (`SCHEMA`)
+    OUT.html      the same as a page (`audit_page`)
+    OUT.sqlite    the figures of every file measured so far, kept under path, size and time of change
+
+Files are measured by processes and the figures kept as they come, so an audit that was killed goes on where it was, and
+ends with the same table. Memory grows with the length of the lists alone; nothing of the media is kept.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import av.error
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from mmaudio_hf.media import measure
+from mmaudio_hf.media.audio import MediaError
+from mmaudio_hf.media.clips import CLIP_SECONDS, find_recording, find_video, read_media_list
+from mmaudio_hf.schema import AuditVerdict, RunError, check_id
+
+VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
+HARMLESS = ("duplicate_caption",)  # said, but the item is ok
+
+_TEXT, _LISTED = pa.string(), pa.list_(pa.string())
+SCHEMA = pa.schema(
+    [
+        ("id", _TEXT),
+        ("source", _TEXT),
+        ("kind", _TEXT),  # video or audio
+        ("held_out", pa.bool_()),  # validated or tested on
+        ("row", pa.int64()),  # line of the list
+        ("path", _TEXT),
+        ("ok", pa.bool_()),
+        ("verdicts", _LISTED),
+        ("reasons", _LISTED),  # one for each verdict
+        ("bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("container", _TEXT),
+        ("duration", pa.float64()),  # s for which both tracks, or the recording, have something
+        ("stated_duration", pa.float64()),  # s, by the container
+        ("video_codec", _TEXT),
+        ("width", pa.int32()),  # as stored, before the rotation
+        ("height", pa.int32()),
+        ("rotation", pa.int32()),  # degrees
+        ("fps", pa.float64()),  # mean
+        ("frames", pa.int64()),
+        ("variable_frame_rate", pa.bool_()),
+        ("uneven_intervals", pa.float64()),  # share of the intervals between pictures that are not the usual one
+        ("video_start", pa.float64()),
+        ("video_duration", pa.float64()),
+        ("sampled_pictures", pa.int32()),
+        ("still_fraction", pa.float64()),  # share of the sampled pictures that are like the one before
+        ("largest_change", pa.float64()),  # of a cell between two of them, of 255
+        ("audio_codec", _TEXT),
+        ("sample_rate", pa.int32()),
+        ("channels", pa.int32()),
+        ("audio_start", pa.float64()),
+        ("audio_duration", pa.float64()),
+        ("start_gap", pa.float64()),  # audio_start - video_start
+        ("peak", pa.float64()),  # of the mono mix of the whole track
+        ("level_dbfs", pa.float64()),  # RMS of the mono mix
+        ("silent_fraction", pa.float64()),
+        ("clipped_fraction", pa.float64()),
+        ("file_sha256", _TEXT),
+        ("video_hash", _TEXT),  # of the packets
+        ("audio_hash", _TEXT),
+        ("captions", _LISTED),
+    ]
+)
+_MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : -1])
+_TOLERANCE = 0.02  # s that may lack, as in `read_video`
+_ROWS = 1024  # per write
+_COMMIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class AuditSource:
+    """A list and the folder of its media. `kind` is "video" or "audio"."""
+
+    name: str
+    kind: str
+    media_dir: str | os.PathLike
+    list: str | os.PathLike
+    trains: bool = True
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a figure becomes a verdict; the fractions count from 0 to 1, the rest is in seconds."""
+
+    max_still: float = 0.85  # of the sampled pictures: one change of scene in a slide show is not enough
+    max_silent: float = 0.95  # of the sound below -60 dBFS: 0.4 s of 8 s may be all that is heard
+    max_clipped: float = 0.005
+    max_uneven: float = 0.02  # of the intervals between pictures
+    max_start_gap: float = 0.1
+    max_duration: float = 60.0  # of a video
+    max_difference: float = 1.0  # between the tracks, or what the container states and what is there
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not value >= 0:
+                raise ValueError(f"limit {name} must be 0 or more, not {value}")
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found: listed items, those without a verdict but harmless ones, and items per verdict."""
+
+    table: Path
+    listed: int
+    ok: int
+    counts: dict[str, int]
+    measured: int  # files looked at in this run
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Item:
+    """A row of a list, or all rows of one recording."""
+
+    source: AuditSource
+    id: str
+    row: int
+    captions: tuple[str, ...]
+    path: str
+    key: tuple[int, int] | None  # bytes, mtime in ns; None: no such file
+
+
+def audit(
+    sources: Sequence[AuditSource],
+    table: str | os.PathLike,
+    *,
+    duration: float = 8.0,
+    limits: Limits | None = None,
+    workers: int = 1,
+    progress: bool = True,
+) -> AuditReport:
+    """Measure all files of the lists, judge them and write `table`, one row per item in the order of the lists.
+
+    duration: seconds of a video that are trained on. Files measured by an earlier call with this table, killed or not,
+    are not read again unless their size or time of change differs. ValueError for mistakes in lists and settings,
+    OSError and RunError for faults of the machine.
+    """
+    began, table = time.monotonic(), Path(table)
+    _check(sources, table, workers, duration)
+    limits = limits or Limits()
+    items = [item for source in sources for item in _items(source)]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with _Measures(table.with_suffix(".sqlite"), duration) as measures:
+        measured = _measure(items, measures, duration, workers, progress)
+        known = _Known(items, measures, limits)
+        settings = {"duration": duration, "limits": asdict(limits), "sources": [_plain(source) for source in sources]}
+        counts: Counter = Counter()
+        ok = _write(table, _rows(items, measures, known, limits, duration), settings, counts)
+    ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+    return AuditReport(table, len(items), ok, ordered, measured, time.monotonic() - began)
+
+
+def known_problems(
+    table: str | os.PathLike, source: AuditSource, reject: Sequence[str], *, renew: str
+) -> dict[str, tuple[str, str]]:
+    """id -> (verdict, message) of the items of a source to which the table gives a verdict of `reject`.
+
+    ValueError when there is no table, it is not one, or it does not describe the listed files as they are now: every
+    item must be there, with the size and the time of change that its file has. `renew` is the command that makes it.
+    """
+    rows = {row["id"]: row for row in _read(table, renew) if row["source"] == source.name}
+    stale, problems = [], {}
+    for item in _items(source):
+        row = rows.get(item.id)
+        if row is None or (row["bytes"], row["mtime_ns"]) != (item.key or (None, None)):
+            stale.append(item.path)
+        else:
+            found = dict(zip(row["verdicts"], row["reasons"], strict=True))
+            verdict = next((verdict for verdict in VERDICTS if verdict in reject and verdict in found), None)
+            if verdict is not None:
+                problems[item.id] = (verdict, f"{item.path}: {found[verdict]}")
+    if stale:
+        raise ValueError(
+            f"{table}: is older than the media of {source.name!r}: {len(stale)} listed files are new or have changed,"
+            f" as {stale[0]}; renew it with `{renew}`"
+        )
+    return problems
+
+
+def _read(table, renew: str) -> Iterator[dict[str, Any]]:
+    columns = ["id", "source", "bytes", "mtime_ns", "verdicts", "reasons"]
+    if not Path(table).is_file():
+        raise ValueError(f"{table}: no such audit; make it with `{renew}`")
+    try:
+        with pq.ParquetFile(table) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise pa.ArrowInvalid(f"no column {missing[0]}")
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{table}: is no audit table ({error}); make it again with `{renew}`") from error
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
+def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: float) -> None:
+    if not sources:
+        raise ValueError("there is nothing to audit: name a list of videos or recordings")
+    if table.suffix != ".parquet":
+        raise ValueError(f"{table}: the table of an audit is a .parquet file")
+    if workers < 1 or not duration > 0:
+        raise ValueError(f"workers {workers} must be at least 1 and duration {duration} more than 0")
+    for name, count in Counter(source.name for source in sources).items():
+        check_id(name, "name of a source")
+        if count > 1:
+            raise ValueError(f"two sources are called {name!r}; their names must differ")
+    for source in sources:
+        if not Path(source.media_dir).is_dir():
+            raise ValueError(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
+
+
+def _items(source: AuditSource) -> Iterator[_Item]:
+    """Every row of a list of videos; every recording once, with its captions."""
+    video = source.kind == "video"
+    rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
+    if not video:
+        captions: dict[str, dict[str, None]] = {}
+        for row in rows:
+            captions.setdefault(row.id, {})[row.caption] = None
+    seen = set()
+    for row in rows:
+        if video:
+            path, texts = str(find_video(source.media_dir, row.id)), (row.caption,)
+        elif row.id in seen:
+            continue
+        else:
+            path, texts = _recording(source.media_dir, row.id), tuple(captions[row.id])
+            seen.add(row.id)
+        yield _Item(source, row.id, row.row, texts, path, measure.file_key(path))
+
+
+def _recording(folder, name: str) -> str:
+    try:
+        return str(find_recording(folder, name))
+    except MediaError:
+        return str(Path(folder) / f"{name}.flac")
+
+
+def _plain(source: AuditSource) -> dict[str, Any]:
+    return asdict(source) | {"media_dir": str(source.media_dir), "list": str(source.list)}
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+class _Measures:
+    """Figures of files on disk, under path, kind and how they were measured; as of a size and a time of change."""
+
+    def __init__(self, path: Path, duration: float):
+        self.path = path
+        self.how = {"video": f"{measure.VERSION} video {duration:g}", "audio": f"{measure.VERSION} audio"}
+
+    def __enter__(self) -> "_Measures":
+        with self._faults():
+            self.base = sqlite3.connect(self.path)
+            self.base.execute(
+                "CREATE TABLE IF NOT EXISTS measures (path TEXT, how TEXT, bytes INTEGER, mtime_ns INTEGER,"
+                " facts TEXT, PRIMARY KEY (path, how))"
+            )
+            self.base.commit()
+        self.committed = time.monotonic()
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._faults():
+            self.base.commit()
+        self.base.close()
+
+    @contextlib.contextmanager
+    def _faults(self):
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RunError(
+                f"{self.path}: cannot be used ({error}); if another audit writes it, wait for that one; if the disk is"
+                " full, make room; if the file is damaged, delete it, and all files are measured again"
+            ) from error
+
+    def find(self, item: _Item) -> dict[str, Any] | None:
+        """Figures of the file of an item as it is now, None if there are none."""
+        if item.key is None:
+            return None
+        question = "SELECT bytes, mtime_ns, facts FROM measures WHERE path = ? AND how = ?"
+        with self._faults():
+            row = self.base.execute(question, (os.path.abspath(item.path), self.how[item.source.kind])).fetchone()
+        return json.loads(row[2]) if row is not None and row[:2] == item.key else None
+
+    def keep(self, item: _Item, facts: Mapping[str, Any]) -> None:
+        """Safe on the disk within a second."""
+        row = os.path.abspath(item.path), self.how[item.source.kind], *item.key, json.dumps(facts)
+        with self._faults():
+            self.base.execute("INSERT OR REPLACE INTO measures VALUES (?, ?, ?, ?, ?)", row)
+            if time.monotonic() - self.committed > _COMMIT_SECONDS:
+                self.base.commit()
+                self.committed = time.monotonic()
+
+
+def _measure(items: Sequence[_Item], measures: _Measures, duration: float, workers: int, progress: bool) -> int:
+    """Measure what is not known yet; returns the number of files."""
+    files = {(item.path, item.source.kind): item for item in items if item.key is not None}
+    # What did not open may have been a matter of rights or memory: it is tried again.
+    pending = [item for item in files.values() if not (measures.find(item) or {}).get("opened")]
+    done = len(files) - len(pending)
+    with tqdm(total=len(files), initial=done, desc="audit", unit="file", disable=not progress, smoothing=0.1) as bar:
+        for item, facts in _measured(pending, duration, workers):
+            measures.keep(item, facts)
+            bar.update()
+    return len(pending)
+
+
+def _measured(pending: Sequence[_Item], duration: float, workers: int) -> Iterator[tuple[_Item, dict[str, Any]]]:
+    """(item, figures) as they come. Files that were being read when a process died are read again one at a time."""
+    waiting, suspects = iter(pending), []
+    while True:
+        with contextlib.suppress(BrokenProcessPool):
+            yield from _in_processes(waiting, suspects, duration, min(workers, len(pending)))
+        if not suspects:
+            return
+        for item in suspects:
+            alone: list[_Item] = []
+            with contextlib.suppress(BrokenProcessPool):
+                yield from _in_processes(iter([item]), alone, duration, 1)
+            if alone:
+                yield item, {"opened": False, "damage": "the decoder crashes on it"}
+        suspects.clear()
+
+
+def _in_processes(
+    waiting: Iterator[_Item], unfinished: list[_Item], duration: float, workers: int
+) -> Iterator[tuple[_Item, dict[str, Any]]]:
+    """Measure in a pool that lives until the last file; `unfinished` has what was begun and not yielded."""
+    # Processes are forked from a server that has imported this module and nothing else: neither threads nor a GPU of
+    # the caller come along, and a hundred of them start in a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(max(1, workers), context, _start_worker)
+    running = {}
+    try:
+        while True:
+            for item in waiting:
+                unfinished.append(item)
+                running[pool.submit(_facts, item.path, item.source.kind, duration)] = item
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running[future]
+                facts = future.result()
+                del running[future]
+                unfinished.remove(item)
+                yield item, facts
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Workers wait for files for ever when the main process is killed; end with it."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _facts(path: str, kind: str, duration: float) -> dict[str, Any]:
+    try:
+        return measure.measure(path, kind, duration)
+    except Exception as error:
+        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, (av.error.FFmpegError, PermissionError)):
+            raise  # the machine's fault, not the file's
+        return {"opened": False, "damage": f"reading it failed ({error!r})"}
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+
+
+class _Known:
+    """What has to be known of all items to judge one: who else has its id, its captions and its content."""
+
+    def __init__(self, items: Sequence[_Item], measures: _Measures, limits: Limits):
+        self.items = items
+        self.ids: dict[tuple[str, str], int] = {}  # (source, id): the first item
+        self.captions: Counter = Counter()  # (source, caption): items
+        self.contents: dict[bool, dict[bytes, int]] = {True: {}, False: {}}  # by `trains`; hash: the first item
+        self.held_ids: dict[str, int] = {}
+        self.held_contents: dict[bytes, int] = {}
+        for number, item in enumerate(items):
+            self.ids.setdefault((item.source.name, item.id), number)
+            self.captions.update((item.source.name, caption) for caption in item.captions)
+            if item.source.held_out:
+                self.held_ids.setdefault(item.id, number)
+            for _, content in _contents(measures.find(item), limits):
+                self.contents[item.source.trains].setdefault(content, number)
+                if item.source.held_out:
+                    self.held_contents.setdefault(content, number)
+
+    def name(self, number: int) -> str:
+        item = self.items[number]
+        return f"{item.id!r} of {item.source.name}"
+
+
+def _contents(facts: Mapping[str, Any] | None, limits: Limits) -> Iterator[tuple[str, bytes]]:
+    """(what it is, hash) of everything that a copy of this file would have in common with it.
+
+    Silence and pictures that do not move are no content: they are alike without being copies.
+    """
+    if not facts or not facts["opened"]:
+        return
+    yield "file", bytes.fromhex(facts["file_sha256"])[:16]
+    if facts.get("video_hash") and facts.get("still_fraction", 1.0) < limits.max_still:
+        yield "pictures", bytes.fromhex(facts["video_hash"])
+    if facts.get("audio_hash") and facts.get("silent_fraction", 1.0) < limits.max_silent:
+        yield "sound", bytes.fromhex(facts["audio_hash"])
+
+
+def _judge(
+    number: int, facts: Mapping[str, Any] | None, known: _Known, limits: Limits, duration: float
+) -> dict[str, str]:
+    """verdict -> reason of one item, in the order of `VERDICTS`."""
+    item = known.items[number]
+    if item.key is None:
+        found = {"not_found": "there is no such file"}
+    elif not facts["opened"]:
+        found = {"unreadable": facts["damage"]}
+    else:
+        found = _judge_file(item.source.kind, facts, limits, duration)
+    found |= _judge_among_others(number, item, facts, known, limits)
+    return {verdict: found[verdict] for verdict in VERDICTS if verdict in found}
+
+
+def _judge_among_others(number: int, item: _Item, facts, known: _Known, limits: Limits) -> dict[str, str]:
+    found = {}
+    first = known.ids[item.source.name, item.id]
+    if first != number:
+        found["duplicate_id"] = f"the id is on line {known.items[first].row} of the list too"
+    others = max(known.captions[item.source.name, caption] for caption in item.captions) - 1
+    if others:
+        found["duplicate_caption"] = f"{others} other item{'s have' if others > 1 else ' has'} the same caption"
+    if item.source.trains and item.id in known.held_ids:
+        found["leakage"] = f"the id is held out in {known.items[known.held_ids[item.id]].source.name}"
+    for what, content in _contents(facts, limits):
+        first = known.contents[item.source.trains][content]
+        if known.items[first].id != item.id:
+            found.setdefault("duplicate_content", f"the same {what} as {known.name(first)}")
+        if item.source.trains and content in known.held_contents:
+            found.setdefault("leakage", f"the same {what} as {known.name(known.held_contents[content])}, held out")
+    return found
+
+
+def _judge_file(kind: str, facts: Mapping[str, Any], limits: Limits, duration: float) -> dict[str, str]:
+    """Verdicts on a file that opens."""
+    found = {}
+    if facts["damage"]:
+        found["damaged" if facts["duration"] else "unreadable"] = facts["damage"]
+    if "audio_codec" not in facts:
+        found["no_audio"] = "has no readable sound"
+    if kind == "video" and "video_codec" not in facts:
+        found["no_video"] = "has no pictures"
+    if "no_audio" in found or "no_video" in found:
+        return found
+    have, needed = facts["duration"], duration if kind == "video" else CLIP_SECONDS
+    if have < needed - (_TOLERANCE if kind == "video" else 0):
+        found["too_short"] = f"{have:.3f} s can be used, {needed:g} s are needed"
+    if facts.get("silent_fraction", 0) >= limits.max_silent:
+        found["silent"] = f"{_percent(facts['silent_fraction'])} of its sound is below {measure.SILENT_DBFS:g} dBFS"
+    if facts.get("clipped_fraction", 0) > limits.max_clipped:
+        found["clipped"] = f"{_percent(facts['clipped_fraction'])} of its samples are at full scale"
+    return found | (_judge_video(facts, limits) if kind == "video" else {})
+
+
+def _judge_video(facts: Mapping[str, Any], limits: Limits) -> dict[str, str]:
+    found = {}
+    if facts.get("still_fraction", 0) >= limits.max_still:
+        found["still"] = (
+            f"{_percent(facts['still_fraction'])} of {facts['sampled_pictures']} pictures are like the one before,"
+            f" the largest change is {facts['largest_change']:g} of 255"
+        )
+    if facts["duration"] > limits.max_duration:
+        found["too_long"] = f"lasts {facts['duration']:.1f} s"
+    lengths = {"pictures": facts.get("video_duration", 0.0), "sound": facts.get("audio_duration", 0.0)}
+    stated = facts["stated_duration"]
+    longest = max(facts.get(f"{track}_start", 0) + facts.get(f"{track}_duration", 0) for track in ("video", "audio"))
+    if abs(lengths["pictures"] - lengths["sound"]) > limits.max_difference:
+        found["odd_duration"] = " and ".join(f"{length:.2f} s of {what}" for what, length in lengths.items())
+    elif stated is not None and abs(stated - longest) > limits.max_difference:
+        found["odd_duration"] = f"the container states {stated:.2f} s, {longest:.2f} s are there"
+    gap = facts.get("start_gap", 0.0)
+    if abs(gap) > limits.max_start_gap:
+        found["start_gap"] = f"the sound begins {abs(gap):.3f} s {'after' if gap > 0 else 'before'} the pictures"
+    uneven = facts.get("uneven_intervals", 0)
+    if uneven > limits.max_uneven and uneven * facts["frames"] > 1.5:  # one hole is no variable rate
+        found["variable_frame_rate"] = f"{_percent(uneven)} of the intervals are not the usual one"
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    items: Sequence[_Item], measures: _Measures, known: _Known, limits: Limits, duration: float
+) -> Iterator[dict[str, Any]]:
+    for number, item in enumerate(items):
+        facts = measures.find(item)
+        found = _judge(number, facts, known, limits, duration)
+        size, changed = item.key or (None, None)
+        measured = {name: (facts or {}).get(name) for name in _MEASURED}
+        if measured["uneven_intervals"] is not None:
+            measured["variable_frame_rate"] = "variable_frame_rate" in found
+        yield {
+            "id": item.id,
+            "source": item.source.name,
+            "kind": item.source.kind,
+            "held_out": item.source.held_out,
+            "row": item.row,
+            "path": item.path,
+            "ok": all(verdict in HARMLESS for verdict in found),
+            "verdicts": list(found),
+            "reasons": list(found.values()),
+            "bytes": size,
+            "mtime_ns": changed,
+            "captions": list(item.captions),
+            **measured,
+        }
+
+
+def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, Any], counts: Counter) -> int:
+    """Write the table as a whole; fills `counts` and returns the number of good items."""
+    partial = table.with_name(f".{table.name}.{os.getpid()}.part")
+    schema, ok, batch = SCHEMA.with_metadata({"mmaudio_hf.audit": json.dumps(settings)}), 0, []
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for row in rows:
+                ok += row["ok"]
+                counts.update(row["verdicts"])
+                batch.append(row)
+                if len(batch) == _ROWS:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                    batch.clear()
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        os.replace(partial, table)
+    finally:
+        partial.unlink(missing_ok=True)
+    return ok

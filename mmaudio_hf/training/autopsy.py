@@ -1,0 +1,115 @@
+"""What a step looked like whose numbers were not finite: samples, features, gradients and weights."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES
+from mmaudio_hf.training.guard import StepTrace
+
+MAX_AUTOPSIES = 100  # files per run: a run that skips more has shown what it can
+
+
+def autopsy_path(run_dir: Path, step: int) -> Path:
+    """File of the autopsy of the update that followed `step` completed ones."""
+    return run_dir / "autopsy" / f"step_{step}.json"
+
+
+def examine_samples(trace: StepTrace, batches: Iterable[Batch], slots: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry per sample of this process: id, slot, loss, t, and statistics of its features (absent ones left out).
+
+    `batches` are those of the step, read once more; `slots` the global slots of their samples.
+    """
+    losses, times, entries = trace.loss.tolist(), trace.t.tolist(), []
+    for batch in batches:
+        video_row = {sample: row for row, sample in enumerate(batch.video_rows.tolist())}
+        for i, item_id in enumerate(batch.ids):
+            columns = {MEAN: batch.mean[i], STD: batch.std[i]}
+            if i in video_row:
+                columns |= {CLIP_FEATURES: batch.clip_features[video_row[i]]}
+                columns |= {SYNC_FEATURES: batch.sync_features[video_row[i]]}
+            if batch.has_text[i]:
+                columns[TEXT_FEATURES] = batch.text_features[i]
+            place = len(entries)
+            features = {name: _statistics(values) for name, values in columns.items()}
+            entries.append(
+                {"id": item_id, "slot": int(slots[place]), "loss": losses[place], "t": times[place]}
+                | {"features": features}
+            )
+    return entries
+
+
+def _statistics(values: torch.Tensor) -> dict[str, float]:
+    finite = values.isfinite()
+    good = values[finite].double()
+    if not len(good):
+        return {"nonfinite": values.numel()}
+    figures = {"min": good.min(), "max": good.max(), "mean": good.mean(), "std": good.std(correction=0)}
+    return {name: float(value) for name, value in figures.items()} | {"nonfinite": int((~finite).sum())}
+
+
+def examine_step(
+    network: nn.Module, trace: StepTrace, samples: Sequence[Mapping[str, Any]], learning_rate: float
+) -> dict[str, Any]:
+    """The whole autopsy, given `examine_samples` of every process.
+
+    `suspects` are the samples whose loss or features are not finite. Gradient norms are those before clipping, by
+    block of the network.
+    """
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    norms = dict(zip(names, trace.gradient_norms.tolist(), strict=True))
+    groups: dict[str, float] = {}
+    for name, norm in norms.items():
+        group = _group(name)
+        groups[group] = math.hypot(groups.get(group, 0.0), norm)
+    samples = sorted(samples, key=lambda sample: sample["slot"])
+    return {
+        "step": trace.step,
+        "learning_rate": learning_rate,
+        "loss": sum(sample["loss"] for sample in samples) / len(samples),
+        "gradient_norm": float(trace.total_norm),
+        "suspects": [s["id"] for s in samples if not math.isfinite(s["loss"]) or _has_nonfinite(s["features"])],
+        "gradient_norms": groups,
+        "nonfinite_gradients": [name for name, norm in norms.items() if not math.isfinite(norm)],
+        "nonfinite_parameters": [n for n, p in network.named_parameters() if not p.isfinite().all()],
+        "samples": samples,
+    }
+
+
+def _has_nonfinite(features: Mapping[str, Mapping[str, float]]) -> bool:
+    return any(column["nonfinite"] for column in features.values())
+
+
+def _group(name: str) -> str:
+    """`joint_blocks.3` of `joint_blocks.3.latent_block.attn.qkv.weight`, `final_layer` of `final_layer.conv.weight`."""
+    first, *rest = name.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+
+
+def to_json(figures: Any) -> str:
+    """Figures as JSON, where numbers that are not finite are the strings "nan", "inf" and "-inf"."""
+    return json.dumps(_plain(figures), indent=1) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_autopsy(run_dir: Path, figures: Mapping[str, Any]) -> Path | None:
+    """Write `autopsy/step_N.json`; None, and nothing, when the run has `MAX_AUTOPSIES` of them."""
+    path = autopsy_path(run_dir, figures["step"])
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() and len(list(path.parent.glob("step_*.json"))) >= MAX_AUTOPSIES:
+        return None
+    path.write_text(to_json(figures))
+    return path
