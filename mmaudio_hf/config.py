@@ -292,6 +292,9 @@ class TrainingConfig:
     batch_size: int = 512  # over all processes and accumulation
     accumulation_steps: int = 1
     mixed_precision: Literal["no", "bf16"] = "bf16"
+    tf32: bool = True  # float32 products with TF32 inputs on CUDA; elsewhere nothing
+    activation_checkpointing: bool = False  # blocks run once more in the backward pass, instead of keeping activations
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto: on CUDA, where it works
     log_every: int = 50
     validate_every: int = 5000
     # Scored beside the whole: what the conditions are reduced to, and how many items of the split each of them sees.

@@ -12,19 +12,21 @@ from mmaudio_hf.schema import column_shapes
 MODEL = {"variant": "small_16k", "hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
 
 
-def write_store(path: Path, rows: int, *, video: bool = True, seed: int = 0, duration: float = 1.0) -> Path:
+def write_store(
+    path: Path, rows: int, *, video: bool = True, seed: int = 0, duration: float = 1.0, mode: str = "16k"
+) -> Path:
     """A store of random features whose latents depend on their sync features, so that there is something to learn."""
     generator = np.random.default_rng(seed)
-    shapes = column_shapes("16k", duration, video=video)
+    shapes = column_shapes(mode, duration, video=video)
     values = {n: generator.standard_normal((rows, *s), dtype=np.float32) for n, s in shapes.items()}
     values["std"] = np.full_like(values["std"], 0.1)
     if video:
         lengths = shapes["mean"][0], shapes["sync_features"][0]
         nearest = np.arange(lengths[0]) * lengths[1] // lengths[0]
-        values["mean"] = values["sync_features"][:, nearest, :20] * 2 + 1
+        values["mean"] = values["sync_features"][:, nearest, : shapes["mean"][1]] * 2 + 1
     ids = [f"{path.name}_{i:04d}" for i in range(rows)]
     encoders = {"toy": {"id": "random", "fingerprint": "0"}}
-    with StoreWriter(path, shapes, rows, mode="16k", duration=duration, encoders=encoders) as writer:
+    with StoreWriter(path, shapes, rows, mode=mode, duration=duration, encoders=encoders) as writer:
         writer.write(0, ids, [f"caption {i}" for i in range(rows)], {n: torch.from_numpy(v) for n, v in values.items()})
     return path
 

@@ -51,7 +51,7 @@ def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Ti
     network.set_latent_statistics(torch.zeros(config.latent_channels), torch.ones(config.latent_channels))
     optimizer = build_optimizer(network, OptimConfig())
     ema = PostHocEMA(network, EmaConfig().sigma_rels)
-    batch = _random_batch(config, batch_size).to(device)
+    batch = random_batch(config, batch_size).to(device)
 
     def losses() -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -81,13 +81,14 @@ def _step_flops(config: ModelConfig, batch_size: int) -> float:
     """Operations of forward and backward, counted on tensors without data."""
     with torch.device("meta"):
         network = MMAudio(config).train()
-        batch = _random_batch(config, 1).to("meta")
+        batch = random_batch(config, 1).to("meta")
     with FlopCounterMode(display=False) as counter:
         flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss.mean().backward()
     return float(counter.get_total_flops()) * batch_size
 
 
-def _random_batch(config: ModelConfig, size: int) -> Batch:
+def random_batch(config: ModelConfig, size: int) -> Batch:
+    """A batch of `size` random samples with video and text for a network of these sizes."""
     every = torch.ones(size, dtype=torch.bool, device="cpu")
     latent = torch.randn(size, config.latent_length, config.latent_channels, device="cpu")
     return Batch(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmaudio_hf.config import ModelConfig, model_config, to_dict, variant_config
 from mmaudio_hf.models.conditioning import (
@@ -43,6 +44,7 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         dim, heads, v2 = config.hidden_dim, config.num_heads, config.v2
         self.audio_input_proj = temporal_projection(config.latent_channels, dim, v2, kernel_size=7)
         self.clip_input_proj = clip_projection(config.clip_dim, dim, v2)
@@ -69,6 +71,11 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         self.set_lengths(config.latent_length, config.clip_length, config.sync_length)
         if self.sync_pos_emb.device.type != "meta":
             self.reset_parameters()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in their order."""
+        return [*self.joint_blocks, *self.fused_blocks]
 
     @classmethod
     def from_variant(cls, variant: str, **changes: Any) -> "MMAudio":
@@ -201,11 +208,17 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         clip, text = conditions.clip, conditions.text
         tables = (self._latent_table, self._clip_table)
         for block in self.joint_blocks:
-            latent, clip, text = block(latent, clip, text, activated, activated_global, *tables)
+            latent, clip, text = self._run(block, latent, clip, text, activated, activated_global, *tables)
         for block in self.fused_blocks:
-            latent = block(latent, activated, self._latent_table)
+            latent = self._run(block, latent, activated, self._latent_table)
         # Global condition only, without sync: unintended by the authors, but the weights are trained with it.
         return self.final_layer(latent, activated_global)
+
+    def _run(self, block: nn.Module, *inputs: torch.Tensor):
+        """Output of a block; with `activation_checkpointing` only its inputs are kept for the backward pass."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def predict_guided_velocity(
         self,

@@ -43,6 +43,7 @@ from mmaudio_hf.training.optim import (
     learning_rate,
     set_learning_rate,
 )
+from mmaudio_hf.training.parallel import allow_tf32, compile_blocks, wants_compile
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
 from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, restore_tensors
@@ -163,6 +164,10 @@ class Run:
         self.final_weights: dict[str, Any] = {}
         self.device = accelerator.device
         network.to(self.device).train()
+        network.activation_checkpointing = recipe.training.activation_checkpointing
+        allow_tf32(recipe.training.tf32)
+        if wants_compile(recipe.training.compile, self.device):
+            compile_blocks(network, accelerator.print, required=recipe.training.compile == "on")
         self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every)
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
