@@ -64,6 +64,34 @@ def test_stores_verify(project):
     file.write_bytes(content)
 
 
+def test_rows_made_anew_are_those_of_their_files(project, tmp_path):
+    features, media = "output/example_short-features", project / "output/example_short-media"
+    made_anew = {}
+    for name, kind, columns in (("video_test", "videos", 5), ("audio_train", "audios", 3)):
+        arguments = ("verify", f"{features}/{name}", "--sample", "2", "--media", str(media / kind))
+        lines = run(*arguments, cwd=project).stdout.splitlines()
+        made_anew[name] = [line for line in lines if ": 2 rows made anew, relative difference at most 0" in line]
+        assert len(made_anew[name]) == columns and lines[-1].endswith("ok")
+    manifest = json.loads((project / features / "video_test.manifest.json").read_text())
+    assert manifest["preprocessing"]["alignment"] == "timestamps" and manifest["preprocessing"]["normalize_audio"]
+    # The same in the compact layout, with the recipe's encoders and text alone.
+    compact = str(tmp_path / "audio_train")
+    run("store", "convert", f"{features}/audio_train", compact, "--layout", "compact", cwd=project)
+    facts = json.loads(run("store", "inspect", compact, "--json", cwd=project).stdout)
+    assert facts["layout"] == "compact" and facts["bytes"] < 0.6 * facts["reference_bytes"]
+    assert facts["columns"]["text_features"]["records"] == facts["distinct_captions"] < facts["rows"]
+    assert "audio_train: " in run("store", "inspect", compact, cwd=project).stdout
+    run("store", "verify", compact, "--sample", "3", "--recipe", "short.yaml", cwd=project)
+    # One file under the name of another.
+    ids = [line.split("\t")[0] for line in (project / features / "video_test.tsv").read_text().splitlines()[1:]]
+    for item_id, other in zip(ids, [*ids[1:], ids[0]], strict=True):
+        (tmp_path / f"{item_id}.mp4").symlink_to(media / "videos" / f"{other}.mp4")
+    found = run("verify", f"{features}/video_test", "--sample", "1", "--media", str(tmp_path), cwd=project, code=1)
+    assert "clip_features of row" in found.stdout and "are not those of its file" in found.stdout
+    refused = run("extract-audio", "short.yaml", "extraction.layout=compact", cwd=project, code=2)
+    assert "has the layout reference" in refused.stderr and "mmaudio-hf store convert" in refused.stderr
+
+
 def test_dry_run_knows_the_rows(project):
     derived = yaml.safe_load(run("train", "short.yaml", "--dry-run", cwd=project).stdout)["derived"]
     assert derived["steps_per_epoch"] == derived["rows_per_epoch"] / 2
@@ -123,6 +151,9 @@ def test_bench_step_measures_and_prints_json(project):
         (["generate", "--run", "x", "--out", "a.wav"], "give --video, --prompt or both"),
         (["generate", "--run", "x", "--prompt", "p", "--out", "a.mp4"], "choose a .wav or .flac name"),
         (["train", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["verify", "gone", "--media", "x"], "give --sample N as well"),
+        (["store", "subset", "gone", "new"], "Give --rows, --ids or --match"),
+        (["store", "inspect", "gone"], "no feature store at gone"),
         (["report", "--run", "nowhere"], "nowhere is no run folder"),
         (["partition", str(ROOT / "recipes/small_16k.yaml"), "extraction.audios=[]"], "nothing under extraction"),
         (["train", str(ROOT / "recipes" / "example.yaml"), "data.train=[]"], "names no feature store"),

@@ -36,6 +36,7 @@ from mmaudio_hf.data.store_files import (
     manifest_file,
     manifest_text,
     meta_text,
+    naming,
     new_table_file,
     read_manifest,
     read_meta,
@@ -446,9 +447,8 @@ class _SharedTexts:
             self._index = np.argsort(order).astype(np.int32)[self._index]
         os.fsync(self.file.fileno())
         self.file.close()
-        with open(column_file(self._folder, TEXT_INDEX), "wb") as file:
-            file.write(self._index.astype("<i4").tobytes())
-            file.flush()
+        with open(column_file(self._folder, TEXT_INDEX), "wb", buffering=0) as file:
+            write_all(file, memoryview(self._index.astype("<i4")).cast("B"), 0)
             os.fsync(file.fileno())
         return len(order)
 
@@ -472,7 +472,8 @@ def _check_room(folder: Path, size: int) -> None:
 
 def _preallocated(folder: Path, name: str, rows: int, column: Column):
     file = open(column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
-    os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)
+    with naming(file.name):
+        os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)
     return file
 
 

@@ -7,6 +7,7 @@ Two layouts, told apart by meta.json alone, so that a store opens without its ma
                 text_features.memmap, and text_index.memmap (int32) names the text of every row
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -345,7 +346,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_text(file: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """Write the lines and wait until they are on the disk."""
-    with open(file, "w", newline="", encoding="utf-8") as handle:
+    with naming(file), open(file, "w", newline="", encoding="utf-8") as handle:
         handle.writelines(lines)
         handle.flush()
         os.fsync(handle.fileno())
@@ -358,9 +359,20 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def write_all(file, data: memoryview, offset: int) -> None:
     """Write `data` at byte `offset` of an unbuffered file."""
-    while data:
-        count = os.pwrite(file.fileno(), data, offset)
-        data, offset = data[count:], offset + count
+    with naming(file.name):
+        while data:
+            count = os.pwrite(file.fileno(), data, offset)
+            data, offset = data[count:], offset + count
+
+
+@contextlib.contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Add the file to an OSError (a full disk) that does not name any."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
