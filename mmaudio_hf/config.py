@@ -385,6 +385,21 @@ class SamplingConfig:
 
 @strict
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Held-out items that are made audible during training, as `sampling` says and always from the same noise."""
+
+    every: int = 0  # steps, and after the last one; 0: never
+    items: int = 4  # at even distances over the split
+    split: Literal["validation", "test"] = "validation"
+
+    def validate_ranges(self):
+        """Counts."""
+        _require(self.every >= 0, "samples.every must be at least 0")
+        _require(self.items >= 1, "samples.items must be at least 1")
+
+
+@strict
+@dataclass(frozen=True)
 class Recipe:
     """Everything one experiment is made of, except the hardware."""
 
@@ -402,6 +417,7 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     def validate_whole(self):
         """What concerns more than one section."""
@@ -412,6 +428,11 @@ class Recipe:
         _require(
             self.ema.start < self.training.steps,
             f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
+        )
+        split = self.samples.split
+        _require(
+            not self.samples.every or bool(getattr(self.data, split)),
+            f"samples.every asks for sound of data.{split}, which names no store: name one, or set samples.every to 0",
         )
 
     @property

@@ -9,7 +9,10 @@ Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
 import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +64,24 @@ AuditVerdict = Literal[
 
 class RunError(RuntimeError):
     """Work cannot go on, and it is nobody's typing error; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound to be listened to."""
+
+    name: str  # a plain name, as of ids
+    caption: str
+    waveform: "torch.Tensor"  # (samples,) float32 in [-1, 1], on the CPU
+    sample_rate: int  # Hz
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found out about a network: scores for the log, and sounds to judge by ear."""
+
+    scores: dict[str, float]
+    sounds: list[Sound]
 
 
 @dataclass(frozen=True)

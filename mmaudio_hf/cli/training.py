@@ -42,6 +42,11 @@ def _run_training(recipe: Recipe, allow_changes: bool) -> int:
     expected = {"model": recipe.model, "encoders": recipe.encoders, "seed": recipe.seed}
     mixture = open_mixture(recipe.data.train, **expected)
     validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
+    evaluators = []
+    if recipe.samples.every:
+        from mmaudio_hf.samples import SampleEvaluator
+
+        evaluators.append(SampleEvaluator(recipe))
     torch.manual_seed(recipe.seed)
     network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
@@ -49,6 +54,7 @@ def _run_training(recipe: Recipe, allow_changes: bool) -> int:
         network,
         mixture,
         validation,
+        evaluators,
         write_extras=lambda folder: write_encoder_files(recipe, folder),
         allow_changes=allow_changes,
     )

@@ -4,10 +4,8 @@
 that was killed and resumed is the same run, and the same global batch trains the same model on any number of processes.
 """
 
-import importlib.util
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,7 +25,7 @@ from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.schema import RunError
+from mmaudio_hf.schema import Evaluation, RunError
 from mmaudio_hf.training.autopsy import examine_samples, examine_step, write_autopsy
 from mmaudio_hf.training.best import BestScore
 from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
@@ -44,22 +42,27 @@ from mmaudio_hf.training.optim import (
     set_learning_rate,
 )
 from mmaudio_hf.training.parallel import allow_tf32, compile_blocks, wants_compile
+from mmaudio_hf.training.progress import Progress, in_short
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
 from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, restore_tensors
 from mmaudio_hf.training.saving import BackgroundWriter
 from mmaudio_hf.training.step import StepResult, flow_step
+from mmaudio_hf.training.trackers import check_trackers, log_sounds
 from mmaudio_hf.training.validation import Validator
 
 
 class Evaluator(Protocol):
-    """Something that is run every `every` steps, and after the last one, and returns scores for the log."""
+    """Something that is run every `every` steps, and after the last one, and judges the network."""
 
     name: str
     every: int
 
-    def run(self, model: MMAudio, step: int) -> dict[str, float]:
-        """Score `model`, which holds the averaged weights; called on every process."""
+    def run(self, model: MMAudio, step: int) -> Evaluation:
+        """Judge `model`, which holds the averaged weights; called on every process. The scores are the same on all,
+
+        and logged as NAME/SCORE; the first process may have sounds for the trackers beside them.
+        """
 
 
 @dataclass
@@ -87,13 +90,6 @@ def check_launch() -> None:
             "the launch asked for several processes but started one: use accelerate_configs/ddp.yaml, or on a machine"
             " without GPUs `accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes N`"
         )
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """ValueError for a tracker whose package is not installed: accelerate would leave it out without a word."""
-    for name in trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"training.trackers names {name}, which is not installed: run `pip install {name}`")
 
 
 def train(
@@ -172,7 +168,6 @@ class Run:
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
         self.window = torch.zeros(3 + 2 * len(mixture.stores), device=self.device)
-        self.window_steps, self.window_seconds = 0, 0.0
 
     def go(self, allow_changes: bool = False) -> RunResult:
         """Resume or begin, and train to the end or until a signal comes."""
@@ -182,7 +177,7 @@ class Run:
         self.prepare()
         self._announce()
         main = self.accelerator.is_main_process
-        first_step, busy = self.step, 0.0
+        self.progress = Progress(self.recipe, self.accelerator, self.step)
         if self.step == 0:
             scores = self._validate()
             self.best.check(scores)
@@ -194,14 +189,12 @@ class Run:
             tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
             self.loader(self.step if self.finished else training.steps) as loader,
         ):
-            self.clock = began = time.perf_counter()
+            began = time.perf_counter()
             for batches in loader:
                 self.update(batches)
                 bar.update()
                 asked = self.guard.check()
-                ended = time.perf_counter()
-                busy += ended - began
-                self.window_seconds += ended - began
+                self.progress.add(time.perf_counter() - began)
                 self._housekeeping(bar, loader, asked)
                 began = time.perf_counter()
                 if asked or self.finished:
@@ -209,7 +202,7 @@ class Run:
             self._check_saved()
         stopped_by = None if self.finished else self.stop.number
         early = self.finished and self.step < training.steps
-        rate = (self.step - first_step) / max(busy, 1e-9)
+        rate = self.progress.steps_per_second
         return RunResult(self.step, stopped_by, self.guard.skipped, early, self.final_weights, rate, self.history)
 
     def _housekeeping(self, bar, loader, asked: bool) -> None:
@@ -218,7 +211,7 @@ class Run:
         log = last or self.step % training.log_every == 0
         scores: dict[str, float] = {}
         if log:
-            self._log_training(bar)
+            line = self._log_training()
         if last or self.step % training.validate_every == 0:
             scores |= self._validate()
             self._judge_finished()
@@ -235,7 +228,7 @@ class Run:
             checkpoint=asked or self.finished or best[0] or self.step % training.checkpoint_every == 0,
         )
         if log:
-            self._log_speed(loader)
+            bar.set_postfix(line | self._log_speed(loader))
 
     def _judge_finished(self) -> None:
         """Note the end of the run; the main process, which has the scores, decides on an early one for all."""
@@ -341,7 +334,6 @@ class Run:
         if self.step >= self.recipe.ema.start:
             self.ema.update()
         self.step += 1
-        self.window_steps += 1
 
     def gradients(self, batches: Sequence[Batch], sums: torch.Tensor) -> StepTrace:
         """Clipped gradients of the present step, and what it looked like; losses are added to `sums`."""
@@ -376,7 +368,8 @@ class Run:
 
     # --- what is written on the way ---------------------------------------------------------------------------------
 
-    def _log_training(self, bar) -> None:
+    def _log_training(self) -> dict[str, str]:
+        """Log the means since the last line; returns what the progress line shows of them."""
         sums = self.accelerator.reduce(self.window.clone(), "sum").tolist()
         self.window.zero_()
         steps, stores = max(sums[2], 1), self.mixture.stores
@@ -391,23 +384,17 @@ class Run:
             if count:
                 scores[f"train/loss_{store.path.name}"] = total / count
         self._record(scores)
-        bar.set_postfix(loss=f"{scores['train/loss']:.4f}", lr=f"{scores['train/learning_rate']:.1e}")
+        return {"loss": f"{scores['train/loss']:.4f}", "lr": f"{scores['train/learning_rate']:.1e}"}
 
-    def _log_speed(self, loader) -> None:
-        seconds = max(self.window_seconds, 1e-9)
-        rate = self.window_steps / seconds
-        speed = {
-            "speed/steps_per_second": rate,
-            "speed/samples_per_second": rate * self.recipe.training.batch_size,
-            "speed/data_wait": loader.wait_seconds / seconds,
-            "speed/checkpoint_stall_seconds": self.writer.stall_seconds,
-            "speed/peak_memory_gb": peak_memory_gb(self.device),
-        }
-        self.window_steps, self.window_seconds, loader.wait_seconds = 0, 0.0, 0.0
-        self.writer.stall_seconds = 0.0
+    def _log_speed(self, loader) -> dict[str, str]:
+        """Log what the steps since the last line cost, apart: this is not reproducible."""
+        speed = self.progress.figures(self.step, loader.wait_seconds)
+        speed["speed/checkpoint_stall_seconds"] = self.writer.stall_seconds
+        loader.wait_seconds = self.writer.stall_seconds = 0.0
         self.accelerator.log(speed, step=self.step)
         if self.accelerator.is_main_process:
             self.speed.append({"step": self.step, **speed})
+        return in_short(speed)
 
     def _record(self, scores: dict[str, float]) -> None:
         """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
@@ -452,8 +439,10 @@ class Run:
         if due:
             model = self._averaged_network()
             for evaluator in due:
-                found = {f"{evaluator.name}/{k}": v for k, v in evaluator.run(model, self.step).items()}
+                result = evaluator.run(model, self.step)
+                found = {f"{evaluator.name}/{k}": v for k, v in result.scores.items()}
                 self._record(found)
+                log_sounds(self.accelerator, evaluator.name, result.sounds, self.step)
                 scores |= found
         return scores
 
@@ -553,10 +542,3 @@ class Run:
             samples = examine_samples(trace, next(loader), np.concatenate(slots).tolist())
         rate = learning_rate(trace.step, self.recipe.optim, training.steps)
         return examine_step(self.network, trace, gather_object(samples), rate)
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory this process has held: on the accelerator, or resident on the host when there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

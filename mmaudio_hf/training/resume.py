@@ -1,5 +1,6 @@
 """Taking up a run where its newest checkpoint left it, with the same recipe or a changed one."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,17 @@ from mmaudio_hf.training.records import truncate_lines
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
-    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "ema.snapshot_every", "ema.sigma_rel"),
+    *(
+        "name",
+        "output_dir",
+        "resume",
+        "encoders",
+        "extraction",
+        "sampling",
+        "samples",
+        "ema.snapshot_every",
+        "ema.sigma_rel",
+    ),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
     *("training.checkpoint_every", "training.keep_checkpoints", "training.keep_every", "training.max_skipped_steps"),
@@ -82,8 +93,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
     """Put away what belongs to a future that is trained anew after `step`; return the lines of metrics.jsonl.
 
-    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, log lines and what
-    killed writers left go. `last` and `best` point at what is left.
+    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, samples, log lines and
+    what killed writers left go. `last` and `best` point at what is left.
     """
     for folder in list_checkpoints(run_dir):
         if checkpoint_step(folder) > step:
@@ -97,6 +108,10 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
     for snapshot in find_snapshots(run_dir / "ema"):
         if snapshot.step > ema_step:
             snapshot.tensors.unlink()
+    for folder in (run_dir / "samples").glob("step_*"):
+        number = re.fullmatch(r"step_(\d+)(\.partial)?", folder.name)
+        if number and (number[2] or int(number[1]) > step):
+            shutil.rmtree(folder)
     if run_dir.exists():
         for name, pointed in (("last", step), ("best", best)):
             folder = None if pointed is None else checkpoint_folder(run_dir, pointed)

@@ -40,23 +40,24 @@ class Validator:
                 f"data.validation: {', '.join(twice)} would be the name of two scores (stores {', '.join(stores)});"
                 " give the stores other names, or leave the combination out of training.validation_combinations"
             )
-        order = hash_order(recipe.seed, (item_id for store in mixture.stores for item_id in store.ids))
+        ids = self._ids()
+        order = hash_order(recipe.seed, ids)
         self._z = dict(zip(order, stratified_normals(recipe.seed, order), strict=True))
-        self._shared = self._share(order)
+        # Scored under every combination: evenly spread over the times.
+        count = min(recipe.training.validation_items, len(order))
+        chosen = {order[i * len(order) // count] for i in range(count)}
+        self._shared = np.flatnonzero([item_id in chosen for item_id in ids])
 
     def _possible(self, combination: str) -> bool:
         """Whether any store has what `combination` keeps."""
         video, text = COMBINATIONS[combination]
         return any(store.has_video >= video and store.has_text >= text for store in self.mixture.stores)
 
-    def _share(self, order: list[str]) -> np.ndarray:
-        """Positions of the items that are scored under every combination, evenly spread over the times."""
-        count = min(self.recipe.training.validation_items, len(order))
-        chosen = {order[i * len(order) // count] for i in range(count)}
+    def _ids(self) -> list[str]:
+        """Id at every position of the mixture."""
         source, rows = self.mixture.locate(np.arange(len(self.mixture)))
         stores = self.mixture.stores
-        taken = [stores[s].ids[row] in chosen for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
-        return np.flatnonzero(taken)
+        return [stores[s].ids[row] for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
 
     @torch.no_grad()
     def scores(

@@ -1,0 +1,147 @@
+"""Sound of a few held-out items, made again and again while a network is trained.
+
+    <run>/samples/reference/ID.wav     the true latents, as the decoder renders them
+    <run>/samples/step_N/ID.wav        what the averaged weights of step N make of the items' features
+    <run>/samples/step_N/samples.json  scores of each item against its reference
+
+A folder is written beside its place and renamed when it is complete. The noise of an item depends on the seed and its
+id alone, so that what differs between steps is the network.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from mmaudio_hf.config import Recipe, StoreConfig
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.features.encoders import check_encoders, load_encoders
+from mmaudio_hf.generation import MMAudioPipeline, Request
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES, Evaluation, Sound, check_id
+
+SAMPLES_FILE = "samples.json"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class HeldOutItem:
+    """One row of a store: what a network is given for it, and the latent (N, C) of its true sound."""
+
+    item_id: str
+    caption: str
+    request: Request
+    latent: torch.Tensor
+    store: str  # name of the store
+
+
+def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
+    """The first `limit` rows of the stores one after the other, or with `spread` as many at even distances.
+
+    An id that comes twice is taken once. ValueError for a store that cannot be opened.
+    """
+    stores = [FeatureStore.open(source.path) for source in sources]
+    rows = [(store, row) for store in stores for row in range(len(store))]
+    count = min(limit, len(rows))
+    chosen = [rows[i * len(rows) // count if spread else i] for i in range(count)]
+    items = {store.ids[row]: _read_item(store, row) for store, row in chosen}
+    for store in stores:
+        store.close()
+    return list(items.values())
+
+
+def _read_item(store: FeatureStore, row: int) -> HeldOutItem:
+    item_id = check_id(store.ids[row], f"{store.path}.tsv")
+    values = {name: column[0].float() for name, column in store.read([row]).items()}
+    features = {name: values.get(name) for name in (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)}
+    request = Request(key=item_id, **features)
+    return HeldOutItem(item_id, store.captions[row], request, values[MEAN], store.path.name)
+
+
+class SampleEvaluator:
+    """What the training loop runs every `recipe.samples.every` steps; each process makes its share of the sounds.
+
+    ValueError when a file of the decoder is missing, or a store.
+    """
+
+    name = "eval"
+
+    def __init__(self, recipe: Recipe):
+        self.every = recipe.samples.every
+        self._recipe = recipe
+        self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
+        check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
+        self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
+        self._references: dict[str, torch.Tensor] = {}
+
+    def run(self, model: MMAudio, step: int) -> Evaluation:
+        """Generate, score and write the items with `model`; every process calls it and has all results."""
+        state = PartialState()
+        share = self._items[state.process_index :: state.num_processes]
+        made = {item_id: found for item_id, *found in gather_object(self._generate(model, share))}
+        rows, sounds = [], []
+        for item in self._items:
+            waveform, self._references[item.item_id], rate = made[item.item_id]
+            scores = waveform_scores(waveform, self._references[item.item_id], rate)
+            rows.append({"id": item.item_id, "caption": item.caption, "scores": scores})
+            sounds.append(Sound(item.item_id, item.caption, waveform, rate))
+        if state.is_main_process:
+            try:
+                self._write(step, sounds, rows)
+            except OSError as error:  # a full disk must not end a run; its scores are logged all the same
+                print(f"warning: the samples of step {step} could not be written ({error})", file=sys.stderr)
+        means = {name: float(np.mean([row["scores"][name] for row in rows])) for name in rows[0]["scores"]}
+        return Evaluation(means, sounds)
+
+    def _generate(self, model: MMAudio, share: Sequence[HeldOutItem]) -> list[tuple]:
+        """(id, waveform, true waveform, sample rate) of each item of `share`. The decoder is held meanwhile only."""
+        if not share:
+            return []
+        recipe, device = self._recipe, model.latent_mean.device
+        encoders = load_encoders(mode=recipe.model.mode, device=device, parts=("decode",), **self._encoders)
+        precision = "bf16" if recipe.training.mixed_precision == "bf16" else "fp32"
+        pipeline = MMAudioPipeline(model, encoders, precision=precision)
+        sampling = recipe.sampling
+        results = pipeline.generate(
+            [item.request for item in share],
+            sampling.batch_size,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            solver=sampling.solver,
+            seed=recipe.seed,
+        )
+        found = []
+        for item, result in zip(share, results, strict=True):
+            known = self._references.get(item.item_id)
+            true = pipeline.decode(item.latent.to(device)) if known is None else known
+            found.append((item.item_id, result.waveform, true, result.sample_rate))
+        return found
+
+    def _write(self, step: int, sounds: Sequence[Sound], rows: Sequence[dict]) -> None:
+        folder = self._recipe.run_dir / "samples"
+        true = [Sound(s.name, s.caption, self._references[s.name], s.sample_rate) for s in sounds]
+        _write_folder(folder / REFERENCE, true, None)
+        _write_folder(folder / f"step_{step}", sounds, rows)
+
+
+def _write_folder(folder: Path, sounds: Sequence[Sound], rows: Sequence[dict] | None) -> None:
+    """Write the sounds and their scores beside `folder`, then put them in its place."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for sound in sounds:
+        write_audio(partial / f"{sound.name}.wav", sound.waveform, sound.sample_rate)
+    if rows is not None:
+        (partial / SAMPLES_FILE).write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, made before the run was taken up again
+    os.rename(partial, folder)

@@ -1,0 +1,135 @@
+"""Sound made during training: whole runs of `train.py` on small stores, on one and two processes, killed on the way."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training_loop import ROOT, environment, launch, metrics, run_dir
+from toy_stores import recipe_tree
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import load_recipe
+from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.features.toy import ToyMelCodec
+from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.samples import SampleEvaluator, read_items
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Stores, and a codec fitted to noise."""
+    folder = tmp_path_factory.mktemp("samples")
+    recipe_tree(folder)
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    return folder
+
+
+def write_recipe(folder: Path, name: str, **training) -> Path:
+    tree = recipe_tree(folder, steps=4, validate_every=4, checkpoint_every=2, log_every=2, **training)
+    tree |= {"name": name, "samples": {"every": 2, "items": 3}, "sampling": {"num_steps": 2}}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    recipe = write_recipe(folder, "finished", trackers=["tensorboard"])
+    assert main(["train", str(recipe)]) == 0
+    return recipe
+
+
+def samples(recipe: Path) -> dict[str, bytes]:
+    """Every file below samples/, by its path there."""
+    root = run_dir(recipe) / "samples"
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def waveform(content: bytes, folder: Path) -> np.ndarray:
+    (folder / "sound.wav").write_bytes(content)
+    with av.open(str(folder / "sound.wav")) as container:
+        return np.concatenate([f.to_ndarray().reshape(-1) for f in container.decode(audio=0)]) / 32768
+
+
+def test_samples_scores_and_trackers(finished, tmp_path):
+    recipe, files = load_recipe(finished), samples(finished)
+    items = read_items(recipe.data.validation, 3, spread=True)
+    ids = [item.item_id for item in items]
+    assert ids == ["held_out_0000", "held_out_0001", "held_out_0003"]
+    names = {f"{place}/{i}.wav" for place in ("reference", "step_2", "step_4") for i in ids}
+    assert set(files) == names | {"step_2/samples.json", "step_4/samples.json"}
+
+    # What is heard at the last step is what the published weights make of the features, from the same noise.
+    pipeline = MMAudioPipeline.from_pretrained(run_dir(finished), device="cpu")
+    results = pipeline.generate([item.request for item in items], num_steps=2, seed=recipe.seed)
+    wanted = [result.waveform.numpy() for result in results][1]
+    assert waveform(files[f"step_4/{ids[1]}.wav"], tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+    reference = pipeline.decode(items[1].latent)
+    assert waveform(files[f"reference/{ids[1]}.wav"], tmp_path) == pytest.approx(reference.clamp(-1, 1), abs=1e-3)
+    rows = json.loads(files["step_4/samples.json"])
+    assert [(row["id"], row["caption"]) for row in rows] == [(i.item_id, i.caption) for i in items]
+    assert rows[1]["scores"] == pytest.approx(waveform_scores(wanted, reference, 16000), rel=1e-3, abs=1e-3)
+    logged = {line["step"]: line for line in metrics(finished) if "eval/log_mel_distance" in line}
+    assert sorted(logged) == [2, 4]
+    means = {name: np.mean([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
+    assert {name: logged[4][f"eval/{name}"] for name in means} == pytest.approx(means)
+
+    events = EventAccumulator(str(run_dir(finished) / "trackers" / "finished"), size_guidance={"audio": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "val_ema/loss", "eval/log_mel_distance", "speed/model_flop_utilisation"} <= set(
+        tags["scalars"]
+    )
+    for line in metrics(finished):
+        for name in line.keys() - {"step"}:
+            found = {event.step: event.value for event in events.Scalars(name)}
+            assert found[line["step"]] == pytest.approx(line[name], rel=1e-5), name
+    assert set(tags["audio"]) == {f"eval/{i}" for i in ids}
+    heard = events.Audio(f"eval/{ids[1]}")
+    assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
+    assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+
+
+def test_two_processes_share_the_items(finished):
+    recipe = write_recipe(finished.parent, "shared")
+    result = launch(recipe, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert samples(recipe).keys() == samples(finished).keys()
+    for ours, theirs in zip(metrics(recipe), metrics(finished), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-2, abs=1e-2)
+
+
+def test_a_run_killed_between_sounds_leaves_no_half_samples(finished):
+    """Killed as soon as a sound of step 4 is there, and taken up again."""
+    recipe = write_recipe(finished.parent, "killed")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(recipe)], env=environment(), cwd=recipe.parent,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(run_dir(recipe).glob("samples/step_4*/*.wav")) and process.poll() is None:
+        threading.Event().wait(0.001)
+    process.kill()
+    process.wait()
+    before = samples(recipe)
+    assert all(before[name] == content for name, content in samples(finished).items() if name.startswith("step_2/"))
+    assert main(["train", str(recipe)]) == 0
+    assert samples(recipe) == samples(finished)
+    assert (run_dir(recipe) / "metrics.jsonl").read_bytes() == (run_dir(finished) / "metrics.jsonl").read_bytes()
+
+
+def test_what_is_missing_is_said_before_training(finished):
+    recipe = load_recipe(finished, ["encoders.weights_dir=nowhere"])
+    with pytest.raises(ValueError, match=r"toy_codec_16k\.safetensors is missing"):
+        SampleEvaluator(recipe)
+    with pytest.raises(ValueError, match=r"data\.test, which names no store"):
+        load_recipe(finished, ["samples.split=test"])
