@@ -94,7 +94,7 @@ def check_arguments(words: list[str]) -> None:
         pytest.fail(f"the command line does not parse: {' '.join(words)}")
     recipe = getattr(options, "recipe", None) or "$"
     if not recipe.startswith("$") and recipe != "RECIPE":
-        load_recipe(ROOT / recipe, options.overrides)
+        load_recipe(ROOT / recipe, getattr(options, "overrides", ()))
 
 
 def commands_of_messages() -> dict[str, str]:
