@@ -27,6 +27,7 @@ ALLOWED = {
     "weights": {"schema", "config", "released", "models"},
     "interop": {"schema", "config", "released", "models", "training"},
     "bench": {"schema", "config", "media", "features", "data", "models", "training", "generation"},
+    "doctor": {"schema", "config", "data", "features", "models", "training", "weights"},
     "cli": None,
     "__init__": None,
 }

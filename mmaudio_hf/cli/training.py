@@ -14,6 +14,9 @@ def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+    doctor = add("doctor", _doctor, "say whether a recipe will run here, before it is started", recipe=True)
+    doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
+    doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
     train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
 
 
@@ -30,6 +33,23 @@ def _train(options) -> int:
 
     check_launch()
     return _run_training(recipe, options.allow_changes)
+
+
+def _doctor(options) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes must be at least 1, not {options.processes}")
+    import torch
+
+    from mmaudio_hf.cli.weights import weight_checks
+    from mmaudio_hf.doctor import as_table, examine
+
+    processes = options.processes or max(1, torch.cuda.device_count())
+    findings = list(examine(recipe, processes, weight_checks(), options.quick))
+    print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
+    failed = sum(finding.level == "FAIL" for finding in findings)
+    print(f"{recipe.name}: {f'{failed} of these must be mended first' if failed else 'ready to train'}")
+    return 1 if failed else 0
 
 
 def _run_training(recipe: Recipe, allow_changes: bool) -> int:

@@ -67,7 +67,7 @@ def _weights_download(options) -> None:
     elif not wanted:
         names = " ".join(weight.path for weight in weights.CATALOGUE)
         raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
-    weights.download(wanted, _weights_dir(options, recipe), _weight_checks(), options.force)
+    weights.download(wanted, _weights_dir(options, recipe), weight_checks(), options.force)
 
 
 def _weights_verify(options) -> int:
@@ -76,7 +76,7 @@ def _weights_verify(options) -> int:
     folder, bad = _weights_dir(options), 0
     chosen = weights.find(options.names) or [w for w in weights.CATALOGUE if weights.locate(w, folder)]
     for weight in chosen:
-        problem = weights.problem_of(weight, folder, _weight_checks())
+        problem = weights.problem_of(weight, folder, weight_checks())
         bad += problem is not None
         print(problem or f"{weight.path}: ok", flush=True)
     if not chosen:
@@ -90,7 +90,7 @@ def _weights_convert(options) -> None:
     print(weights.convert(options.file, options.out, options.variant))
 
 
-def _weight_checks():
+def weight_checks():
     """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
 
     def vocoder(path: Path) -> None:

@@ -142,9 +142,16 @@ class FeatureStore:
 
     def expect(self, name: str, rows: np.ndarray) -> None:
         """Have the system fetch records of a column from the disk, without waiting for them."""
+        self._advise(name, rows, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, name: str, rows: np.ndarray) -> None:
+        """Have the system drop records of a column from memory, so that they are read from the disk next time."""
+        self._advise(name, rows, os.POSIX_FADV_DONTNEED)
+
+    def _advise(self, name: str, rows: np.ndarray, advice: int) -> None:
         size = self.columns[name].record_bytes
         for record, first, last in self._runs(name, rows)[1]:
-            os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, advice)
 
     def expect_random_order(self) -> None:
         """Have the system read no further than asked: for stores that do not fit into memory."""

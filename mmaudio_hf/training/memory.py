@@ -5,39 +5,69 @@ from collections.abc import Callable
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmaudio_hf.config import Recipe, micro_batch_size
+from mmaudio_hf.config import Recipe
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import TEXT_FEATURES, column_shapes
+from mmaudio_hf.schema import column_shapes
 
 _FLOAT = 4  # bytes
 
 
-def training_memory(recipe: Recipe, processes: int, make_network: Callable[[], MMAudio]) -> dict[str, int]:
-    """Bytes on one device by what they hold, when training is at its peak; the context of a GPU comes on top.
+class MemoryEstimate:
+    """Sizes of a network in training. `make_network` builds it as the run has it, with its frozen parts and adapters.
 
-    `make_network` builds the network as the run has it. Activations are what backward needs of a pass over tensors
-    without data, at two batch sizes, continued in a straight line.
+    Activations are what backward needs of a pass over tensors without data, at two batch sizes, continued in a straight
+    line. FSDP, which divides the rest among devices, is not considered.
     """
-    size = micro_batch_size(recipe.training, processes)
-    with FakeTensorMode():
-        network = make_network().train()
-        parameters = sum(p.numel() for p in network.parameters())
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        one, two = (_saved_bytes(network, recipe, batch) for batch in (1, 2))
-    columns = column_shapes(recipe.model.mode, recipe.model.duration)
-    numbers = sum(a * b for a, b in columns.values()) + 2 * columns["mean"][0] * columns["mean"][1]
-    del columns[TEXT_FEATURES]
-    activations, accumulation = one + (two - one) * (size - 1), recipe.training.accumulation_steps
-    # Gradients are freed before a step, and made while activations go; DDP keeps buckets of them all the time.
-    kept = (processes > 1) + (accumulation > 1)
-    return {
-        "parameters": _FLOAT * parameters,
-        "optimizer": 2 * _FLOAT * trained,
-        "EMA": _FLOAT * parameters * len(recipe.ema.sigma_rels),
-        "kept gradients": _FLOAT * trained * kept,
-        "activations": max(activations, _FLOAT * trained),
-        "batches": _FLOAT * numbers * size * (1 + accumulation),
-    }
+
+    def __init__(self, recipe: Recipe, make_network: Callable[[], MMAudio]):
+        self.recipe = recipe
+        with FakeTensorMode():
+            network = make_network().train()
+            self.parameters = sum(p.numel() for p in network.parameters())
+            self.trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            one, two = (_activation_bytes(network, recipe, batch) for batch in (1, 2))
+        self._fixed, self._per_sample = 2 * one - two, two - one
+
+    def on_device(self, processes: int, accumulation_steps: int) -> dict[str, int]:
+        """Bytes on one device by what they hold, at the peak of a step; the context of a GPU comes on top."""
+        recipe = self.recipe
+        size = recipe.training.batch_size // processes // accumulation_steps
+        shapes = column_shapes(recipe.model.mode, recipe.model.duration)
+        numbers = sum(a * b for a, b in shapes.values()) + 2 * shapes["mean"][0] * shapes["mean"][1]  # and the noise
+        activations = self._fixed + self._per_sample * size
+        # Gradients are freed before a step, and made while activations go; DDP keeps buckets of them all the time.
+        kept = (processes > 1) + (accumulation_steps > 1)
+        return {
+            "parameters": _FLOAT * self.parameters,
+            "optimizer": 2 * _FLOAT * self.trained,
+            "EMA": _FLOAT * self.parameters * len(recipe.ema.sigma_rels),
+            "kept gradients": _FLOAT * self.trained * kept,
+            "activations": max(activations, _FLOAT * self.trained),
+            "batches": _FLOAT * numbers * size * (1 + accumulation_steps),
+        }
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint: weights, optimizer, averages, and the averages that are published."""
+        return _FLOAT * (self.parameters * (2 + len(self.recipe.ema.sigma_rels)) + 2 * self.trained)
+
+    @property
+    def snapshot(self) -> int:
+        """Bytes of the EMA snapshots of one step."""
+        return _FLOAT * self.parameters * len(self.recipe.ema.sigma_rels)
+
+
+def _activation_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
+    network.activation_checkpointing = False
+    whole = _saved_bytes(network, recipe, batch)
+    if not recipe.training.activation_checkpointing:
+        return whole
+    network.activation_checkpointing = True
+    outside, blocks, model = _saved_bytes(network, recipe, batch), recipe.model.depth, recipe.model
+    tokens = model.latent_length + model.clip_length + model.text_tokens
+    # Of the blocks their inputs are left, and all of the one that is run again; a joint block may be two of the others.
+    inputs = _FLOAT * batch * tokens * model.hidden_dim * blocks
+    return min(whole, outside + inputs + 2 * (whole - outside) // blocks)
 
 
 def _saved_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
@@ -65,5 +95,5 @@ def _saved_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
         velocity = network(*inputs, clip_missing=missing, sync_missing=missing, text_missing=missing)
         loss = velocity.float().square().sum()
     kept_bytes = sum(kept.values())
-    del loss
+    del loss  # until here: a storage that is freed could give its number to the next one
     return kept_bytes

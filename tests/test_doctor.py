@@ -1,0 +1,109 @@
+"""`mmaudio-hf doctor` on small recipes: nothing to complain of, and many faults at once, each with its way out."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from toy_stores import recipe_tree, write_recipe
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import load_recipe
+from mmaudio_hf.data.dataset import open_mixture
+from mmaudio_hf.doctor import available_memory, measure_reading
+from mmaudio_hf.features.toy import ToyMelCodec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Stores, and a codec fitted to noise."""
+    folder = tmp_path_factory.mktemp("doctor")
+    recipe_tree(folder)
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    return folder
+
+
+def doctor(capsys, *words: str) -> tuple[int, dict[str, str], str]:
+    """Exit code, the level of every subject (the worst of its lines), and the text with its lines joined."""
+    code = main(["doctor", *words])
+    text = capsys.readouterr().out
+    levels: dict[str, str] = {}
+    for line in text.splitlines():
+        level, subject = line[:4].strip(), line[6:24].split("  ")[0].strip()
+        if level in ("ok", "warn", "FAIL") and levels.get(subject) != "FAIL":
+            levels[subject] = level
+    return code, levels, " ".join(text.split())
+
+
+def test_a_good_recipe_has_nothing_to_mend(folder, capsys):
+    recipe = write_recipe(folder, "good", trackers=["tensorboard"])
+    code, levels, text = doctor(capsys, str(recipe), "samples.every=2", "--processes", "2")
+    assert code == 0 and set(levels.values()) == {"ok"}, text
+    subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
+    assert list(levels) == [*subjects, "tracker", "memory", "disk space", "speed", "reading"]
+    assert "videos 24, sounds 8 rows; 40 an epoch" in text and text.endswith("good: ready to train")
+    assert not (folder / "output").exists()
+
+
+def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
+    for store in ("videos", "sounds", "held_out"):
+        shutil.copytree(folder / store, tmp_path / store)
+        for file in (f"{store}.tsv", f"{store}.manifest.json"):
+            shutil.copy(folder / file, tmp_path / file)
+    means = np.memmap(tmp_path / "videos" / "mean.memmap", dtype=np.float32, mode="r+")
+    means[5 * (means.size // 24)] = np.nan
+    means.flush()
+    # About 2 MB of activations a sample, and 0.8 MB of features: too much for one pass, not for several.
+    batch_size = int(available_memory() / 1.5e6) // 64 * 64
+    recipe = write_recipe(tmp_path, "bad", batch_size=batch_size, steps=100_000_000)
+    # A run that has been here, and was faster than any disk.
+    (tmp_path / "output" / "bad").mkdir(parents=True)
+    (tmp_path / "output" / "bad" / "speed.jsonl").write_text(json.dumps({"speed/samples_per_second": 1e9}) + "\n{")
+    changes = ("samples.every=2", "ema.snapshot_every=1", "data.test=[{path: nowhere}]")
+    code, levels, text = doctor(capsys, str(recipe), *changes)
+    assert code == 1 and text.endswith("bad: 3 of these must be mended first"), text
+    assert {name for name, level in levels.items() if level == "FAIL"} == {"data.train", "memory", "disk space"}
+    assert {name for name, level in levels.items() if level == "warn"} == {"data.test", "weights"}
+    assert "mean of row 5 (videos_0005) is not finite; `mmaudio-hf verify" in text
+    assert "toy_codec_16k.safetensors is missing" in text and "set training.accumulation_steps=" in text
+    assert "raise ema.snapshot_every" in text
+
+    repaired = "data.train=[{path: held_out}]".replace("held_out", str(tmp_path / "held_out"))
+    code, levels, text = doctor(capsys, str(recipe), *changes, repaired, "training.batch_size=4", "training.steps=10")
+    assert levels["weights"] == "FAIL" and levels["reading"] == "warn" and levels["disk space"] == "ok", text
+    assert "as the run had it last" in text and "it will wait 100% of the time" in text
+
+
+def test_what_was_launched_wrongly(folder, capsys):
+    recipe = write_recipe(folder, "wrong", batch_size=4)
+    code, levels, text = doctor(capsys, str(recipe), "--processes", "3", "--quick", "data.validation=[]")
+    assert code == 1 and levels["batch"] == "FAIL" and levels["data.validation"] == "warn"
+    assert "batch_size 4 does not split over 3 processes" in text and "memory" not in levels
+    absent = next((name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None), None)
+    if absent is not None:  # both are extras
+        code, levels, text = doctor(capsys, str(recipe), "--quick", f"training.trackers=[{absent}]")
+        assert levels["tracker"] == "FAIL" and f"pip install {absent}" in text
+    (folder / "output" / "wrong" / "checkpoints" / "step_4").mkdir(parents=True)
+    code, levels, text = doctor(capsys, str(recipe), "--quick", "--processes", "3", "resume=never")
+    assert levels["run folder"] == "FAIL" and "or resume=auto" in text
+
+
+def test_released_weights_that_training_needs_are_asked_for(folder, capsys):
+    recipe = write_recipe(folder, "released", batch_size=4)
+    words = ("encoders.kind=released", f"encoders.weights_dir={folder}", "--quick", "--processes", "3")
+    _, levels, text = doctor(capsys, str(recipe), *words)
+    assert levels["data.train"] == "ok" and levels["weights"] == "FAIL"  # of toy encoders that have no names
+    lines = {name: f"{name} is missing" in text for name in ("empty_string.pth", "v1-16.pth", "clip")}
+    assert all(lines.values())
+    assert text.count("(training does without") == 4 and "weights download empty_string.pth --dir" in text
+
+
+def test_reading_is_measured(folder):
+    recipe = load_recipe(write_recipe(folder, "reading"))
+    mixture = open_mixture(recipe.data.train, recipe.model)
+    found = measure_reading(mixture, threads=2, seconds=0.1)
+    video, sound = (sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
+    assert sound < found.bytes_per_second / found.samples_per_second < video
