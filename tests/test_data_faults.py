@@ -44,6 +44,9 @@ def test_every_flipped_bit_and_every_cut_is_found(layout, tmp_path):
             report = verify(path)
             assert not report.ok, f"{file.name}: bit {bit} of byte {place} ({whole[place : place + 20]})"
             assert any(str(tmp_path) in problem for problem in report.problems)
+        for name in ("checksum", "captions_sha256") if file.suffix == ".json" and file.parent == tmp_path else ():
+            file.write_bytes(whole.replace(name.encode(), b"x" + name.encode()[1:]))
+            assert not verify(path).ok, name
         for size in (0, len(whole) // 2, len(whole) - 2):  # the last newline of the table may go
             file.write_bytes(whole[:size])
             assert not verify(path).ok, (file.name, size)
@@ -106,6 +109,9 @@ def test_rows_that_cannot_be_made_anew_are_problems(captioned):
 
     report = verify(captioned, sample=2, reencode=gone)
     assert len(report.problems) == 2 and "cannot be made anew: id_" in report.problems[0]
+    known = iter([encode("", "another sound")])
+    report = verify(captioned, sample=1, reencode=lambda *row: next(known, None) or gone(*row))
+    assert len(report.problems) == 1 and "are not those of its caption" in report.problems[0]  # neighbours are gone
     assert relative_difference(torch.ones(2, 3), torch.ones(3, 2)) == float("inf")
 
 
