@@ -44,7 +44,7 @@ from mmaudio_hf.bench.step import random_batch
 from mmaudio_hf.config import Recipe, TrainingConfig, variant_config
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.ema import PostHocEMA
-from mmaudio_hf.training.memory import training_memory
+from mmaudio_hf.training.memory import MemoryEstimate
 from mmaudio_hf.training.optim import build_optimizer
 from mmaudio_hf.training.progress import peak_memory_gb
 from mmaudio_hf.training.step import flow_step
@@ -67,7 +67,8 @@ def train(recipe):
 
 before = train(recipe(1, hidden_dim=32, depth=2, fused_depth=1, duration=1.0))  # what libraries take
 real = recipe(6, hidden_dim=128, depth=6, fused_depth=3)
-print(train(real) - before, sum(training_memory(real, 1, lambda: MMAudio(real.model)).values()))
+sizes = MemoryEstimate(real, lambda: MMAudio(real.model)).on_device(1, 1)
+print(train(real) - before, sum(sizes.values()))
 """
 
 
