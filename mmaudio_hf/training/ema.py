@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmaudio_hf.models.network import FROZEN_TENSORS
+from mmaudio_hf.training.parallel import local, put
 
 
 def exponent(sigma_rel: float) -> float:
@@ -82,9 +83,15 @@ class PostHocEMA:
     def update(self) -> None:
         """Take in the network's present weights."""
         self.step += 1
-        weights = [weight.detach() for weight in self._weights.values()]
+        weights = [local(weight.detach()) for weight in self._weights.values()]
         for sigma, averages in self.profiles.items():
-            update(list(averages.values()), weights, self.step, exponent(sigma), self.update_every)
+            update(
+                [local(average) for average in averages.values()],
+                weights,
+                self.step,
+                exponent(sigma),
+                self.update_every,
+            )
 
     def nearest(self, sigma_rel: float) -> tuple[float, dict[str, torch.Tensor]]:
         """The stored profile whose width is nearest to `sigma_rel`, and its averages."""
@@ -100,7 +107,7 @@ class PostHocEMA:
         for key, average in self.tensors().items():
             if key not in tensors or tensors[key].shape != average.shape:
                 raise ValueError(f"EMA tensor {key} is missing or has another shape: the checkpoint is of another run")
-            average.copy_(tensors[key])
+            put(average, tensors[key])
         self.step = step
 
     def save_snapshots(self, folder: Path) -> list[Path]:

@@ -41,7 +41,16 @@ from mmaudio_hf.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mmaudio_hf.training.parallel import allow_tf32, compile_blocks, wants_compile
+from mmaudio_hf.training.parallel import (
+    allow_tf32,
+    compile_blocks,
+    no_sync,
+    other_weights,
+    shard,
+    sharding_plugin,
+    wants_compile,
+    whole,
+)
 from mmaudio_hf.training.progress import Progress, in_short
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
@@ -164,6 +173,10 @@ class Run:
         allow_tf32(recipe.training.tf32)
         if wants_compile(recipe.training.compile, self.device):
             compile_blocks(network, accelerator.print, required=recipe.training.compile == "on")
+        self.latent_mean, self.latent_std = network.latent_mean.clone(), network.latent_std.clone()
+        self.sharded = sharding_plugin()
+        if self.sharded:
+            shard(network, accelerator, self.sharded)
         self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every)
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
@@ -267,14 +280,15 @@ class Run:
         # The sums of a log window that was cut short; with other stores they have no meaning and are dropped.
         if self.accelerator.is_main_process and state.tensors["window"]["sums"].shape == self.window.shape:
             self.window.copy_(state.tensors["window"]["sums"])
+        statistics = (state.tensors["model"][name] for name in ("latent_mean", "latent_std"))
+        self.latent_mean, self.latent_std = (value.to(self.device) for value in statistics)
         self.step, self.guard.skipped = state.step, state.facts["skipped"]
         self.final_weights = state.facts["weights"]
         self.best.restore(state.facts.get("best"))
 
     def prepare(self) -> None:
         """Wrap the network for its processes, once its weights are in place."""
-        self.latent_mean, self.latent_std = self.network.latent_mean.clone(), self.network.latent_std.clone()
-        self.model = self.accelerator.prepare(self.network)
+        self.model = self.network if self.sharded else self.accelerator.prepare(self.network)
 
     def _prepare_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -343,7 +357,7 @@ class Run:
         results = []
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else no_sync(self.accelerator, self.model):
                 if self.recipe.finetune.lora.dropout:
                     seed_dropout(self.recipe.seed, self.step, index, self.accelerator.process_index)
                 result = flow_step(self.model, batch, self.recipe.flow, self.latent_mean, self.latent_std)
@@ -413,7 +427,8 @@ class Run:
         scores = {}
         self.network.eval()
         for kind, values in weights.items():
-            found = self.validation.scores(self._forward(values), self.latent_mean, self.latent_std)
+            with other_weights(self.network, values):
+                found = self.validation.scores(self._forward, self.latent_mean, self.latent_std)
             scores |= {f"{kind}/{name}": value for name, value in found.items()}
         self.network.train()
         self._record(scores)
@@ -422,16 +437,9 @@ class Run:
             tqdm.write(f"step {self.step}: validation loss {scores['val/loss']:.4f}{averaged}")
         return scores
 
-    def _forward(self, weights: dict[str, torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-        """The network in training, or with other weights in their place."""
-
-        def forward(*args, **kwargs):
-            with self.accelerator.autocast():
-                if weights is None:
-                    return self.network(*args, **kwargs)
-                return torch.func.functional_call(self.network, weights, args, kwargs)
-
-        return forward
+    def _forward(self, *args, **kwargs) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.network(*args, **kwargs)
 
     def _evaluate(self) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -447,7 +455,8 @@ class Run:
         return scores
 
     def _averaged_network(self) -> MMAudio:
-        return published_network(self.recipe, self._averages()[0]).to(self.device).eval()
+        tensors = whole({"published": self._averages()[0]}, keep=True)["published"]
+        return published_network(self.recipe, tensors).to(self.device).eval()
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over.
@@ -477,8 +486,10 @@ class Run:
             self.window.copy_(window if self.accelerator.is_main_process else torch.zeros_like(window))
         elif snapshot:
             groups = {"ema": self.ema.tensors()}
-        if (checkpoint or snapshot) and self.accelerator.is_main_process:
-            self.writer.save(groups, self._write_job(snapshot, checkpoint))
+        if checkpoint or snapshot:
+            groups = whole(groups, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                self.writer.save(groups, self._write_job(snapshot, checkpoint))
 
     def _write_job(self, snapshot: bool, checkpoint: bool) -> Callable[[dict], None]:
         """What the thread does with the copies. It sees the run as it is now, not as it will be."""

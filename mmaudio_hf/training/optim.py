@@ -5,8 +5,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mmaudio_hf.config import OptimConfig
+from mmaudio_hf.training.parallel import like
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -49,7 +51,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """L2 norm of every gradient there is, (P,), on the device."""
-    return torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    return norms.full_tensor() if isinstance(norms, DTensor) else norms
 
 
 def clip_gradients(
@@ -90,7 +93,8 @@ def load_optimizer_tensors(
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             raise ValueError(f"optimizer state {key} does not fit the network: the checkpoint is of another model")
         parameter = parameters[name]
-        state.setdefault(parameter, {})[kind] = value.to(parameter.device, copy=True)
+        value = like(parameter, value) if value.ndim else value.to(parameter.device)
+        state.setdefault(parameter, {})[kind] = value.clone()
     missing = [name for name, parameter in parameters.items() if parameter not in state] if tensors else []
     if missing:
         raise ValueError(

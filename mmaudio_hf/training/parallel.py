@@ -1,9 +1,20 @@
-"""What makes a step faster or smaller without changing what is trained: TF32, torch.compile."""
+"""What makes a step faster or smaller: TF32, torch.compile, and networks whose tensors are shared out (FSDP).
+
+Under FSDP every process holds a slice of each parameter, gradient, moment and average, as a DTensor; the tensors of a
+block are gathered while it runs. What is saved is whole, so a run may go on with and without FSDP.
+"""
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
@@ -54,3 +65,111 @@ def probe_compile(network: MMAudio) -> str | None:
     finally:
         torch._dynamo.reset()
     return None
+
+
+# --- FSDP ----------------------------------------------------------------------------------------------------------
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
+    """What the launch says about FSDP, None without it; ValueError for settings that are not supported.
+
+    It is read from the launcher's environment, since accelerate itself leaves FSDP out on machines without GPUs.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP is supported in version 2 alone: use accelerate_configs/fsdp.yaml")
+    plugin = FullyShardedDataParallelPlugin()
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_offload_params is not supported: set it to false")
+    if plugin.activation_checkpointing:
+        raise ValueError("set training.activation_checkpointing in the recipe, and fsdp_activation_checkpointing false")
+    return plugin
+
+
+def shard(network: MMAudio, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Share out the tensors of the network over all processes, block by block; what is left is one more group.
+
+    Weights stay float32 and are gathered as such; bf16 is that of autocast, as without FSDP. An optimizer and averages
+    must be made afterwards.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(network, mesh=mesh)
+    network.forward = convert_outputs_to_fp32(accelerator.autocast()(network.forward))
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Gradients are kept by each process, to be summed with those of later passes before they are exchanged."""
+    if not isinstance(model, FSDPModule):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def whole(groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Groups of named tensors, with shared-out ones gathered in host memory; called on every process.
+
+    One tensor at a time is gathered on the device. Processes that do not `keep` them get empty groups.
+    """
+    gathered: dict[int, torch.Tensor] = {}
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in groups}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            value = tensor
+            if isinstance(tensor, DTensor):
+                if id(tensor) not in gathered:
+                    part = tensor.detach().full_tensor()
+                    gathered[id(tensor)] = part.cpu() if keep else part.new_empty(0)
+                value = gathered[id(tensor)]
+            if keep:
+                found[group][name] = value
+    return found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def put(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor into `target`, or this process's slice of it where `target` is shared out."""
+    target.copy_(like(target, value))
+
+
+def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which every process has, on the device of `target` and shared out as it is."""
+    value = value.to(target.device)
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+@contextmanager
+def other_weights(network: MMAudio, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """Meanwhile the parameters in `weights` have these values, and `weights` theirs; they are exchanged back after."""
+    _exchange(network, weights or {})
+    try:
+        yield
+    finally:
+        _exchange(network, weights or {})
+
+
+@torch.no_grad()
+def _exchange(network: MMAudio, weights: Mapping[str, torch.Tensor]) -> None:
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass leaves the outermost group gathered, where changes would not last
+    for name, theirs in weights.items():
+        ours = network.get_parameter(name)
+        kept = ours.clone()
+        ours.copy_(theirs)
+        theirs.copy_(kept)

@@ -10,9 +10,11 @@ import torch
 
 from mmaudio_hf.config import Recipe, to_dict
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.released import check_state
 from mmaudio_hf.training.checkpoint import TrainingState, checkpoint_folder, checkpoint_step, list_checkpoints, point_at
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
+from mmaudio_hf.training.parallel import put
 from mmaudio_hf.training.records import truncate_lines
 
 # What the tensors of a checkpoint depend on: it cannot change at all.
@@ -132,6 +134,8 @@ def collect_tensors(network: MMAudio, optimizer: torch.optim.Optimizer, ema: Pos
 
 def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.optim.Optimizer, ema: PostHocEMA) -> None:
     """Put back what `collect_tensors` returned; called on every process."""
-    network.load_state_dict(state.tensors["model"])
+    check_state(state.tensors["model"], network.state_dict(), "the checkpoint")
+    for name, tensor in network.state_dict().items():
+        put(tensor, state.tensors["model"][name])
     load_optimizer_tensors(network, optimizer, dict(state.tensors["optimizer"]))
     ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
