@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -202,6 +202,7 @@ class BatchLoader:
             item = self._ready.get()
             if isinstance(item, BaseException):
                 raise item
+            wait(item.tasks, return_when=FIRST_EXCEPTION)  # one waking up rather than one for each task
             for task in item.tasks:
                 task.result()
             return item
