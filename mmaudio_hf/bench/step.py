@@ -81,7 +81,7 @@ def _step_flops(config: ModelConfig, batch_size: int) -> float:
     """Operations of forward and backward, counted on tensors without data."""
     with torch.device("meta"):
         network = MMAudio(config).train()
-        batch = random_batch(config, 1).to("meta")
+    batch = random_batch(config, 1).to("meta")
     with FlopCounterMode(display=False) as counter:
         flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss.mean().backward()
     return float(counter.get_total_flops()) * batch_size
@@ -89,8 +89,8 @@ def _step_flops(config: ModelConfig, batch_size: int) -> float:
 
 def random_batch(config: ModelConfig, size: int) -> Batch:
     """A batch of `size` random samples with video and text for a network of these sizes."""
-    every = torch.ones(size, dtype=torch.bool, device="cpu")
-    latent = torch.randn(size, config.latent_length, config.latent_channels, device="cpu")
+    every = torch.ones(size, dtype=torch.bool)
+    latent = torch.randn(size, config.latent_length, config.latent_channels)
     return Batch(
         step=0,
         mean=latent,
