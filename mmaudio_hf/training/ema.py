@@ -5,7 +5,7 @@ step-size correction and the treatment of frozen tensors follow spec networks, s
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.models.network import FROZEN_TENSORS
 from mmaudio_hf.training.parallel import local, put
 
 
@@ -58,22 +57,23 @@ def update(
     torch._foreach_lerp_(list(averages), list(weights), 1 - beta)
 
 
-def is_averaged(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether an average of a parameter is kept."""
-    return parameter.is_floating_point() and (parameter.requires_grad or name in FROZEN_TENSORS)
-
-
 class PostHocEMA:
-    """Averages of a network's trained tensors, one set per profile, in float32 on the network's device.
+    """Averages of every floating tensor of a network, one set per profile, in float32 on the network's device.
 
-    The three tensors that are never trained are kept too, as in published snapshots.
+    Tensors in `leave_out` have none.
     """
 
-    def __init__(self, network: torch.nn.Module, sigma_rels: Iterable[float], update_every: int = 1):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        sigma_rels: Iterable[float],
+        update_every: int = 1,
+        leave_out: Collection[str] = (),
+    ):
         self.update_every = update_every
         self.step = 0
         # The parameters themselves: wrapping a network for several processes may give them new storage.
-        self._weights = {n: p for n, p in network.named_parameters() if is_averaged(n, p)}
+        self._weights = {n: p for n, p in network.named_parameters() if p.is_floating_point() and n not in leave_out}
         # Copied and not left empty, so that a profile is usable before the first update.
         self.profiles = {
             sigma: {name: weight.detach().float().clone() for name, weight in self._weights.items()}

@@ -18,7 +18,14 @@ from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe
 from mmaudio_hf.models.convert import check_sizes, infer_config
-from mmaudio_hf.models.network import CONFIG_FILE, DERIVED_TENSORS, WEIGHTS_FILE, MMAudio, read_model_config
+from mmaudio_hf.models.network import (
+    CONFIG_FILE,
+    DERIVED_TENSORS,
+    FROZEN_TENSORS,
+    WEIGHTS_FILE,
+    MMAudio,
+    read_model_config,
+)
 from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
 from mmaudio_hf.released import load_state
 from mmaudio_hf.training.checkpoint import list_checkpoints
@@ -121,6 +128,11 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"finetune.freeze: no parameter is called {pattern!r}: {_nearest_part(pattern, names)}")
         for name in chosen:
             network.get_parameter(name).requires_grad_(False)
+
+
+def held_back(network: nn.Module) -> list[str]:
+    """Parameters that this run does not train; without the three that no run trains, which averages always hold."""
+    return [n for n, p in network.named_parameters() if not p.requires_grad and n not in FROZEN_TENSORS]
 
 
 def _opens(wanted: Sequence[str], name: Sequence[str]) -> bool:

@@ -31,7 +31,7 @@ from mmaudio_hf.training.best import BestScore
 from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
 from mmaudio_hf.training.early_stopping import check_metric, judge
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, synthesize
-from mmaudio_hf.training.finetune import seed_dropout
+from mmaudio_hf.training.finetune import held_back, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, StopSignals
 from mmaudio_hf.training.optim import (
     build_optimizer,
@@ -177,7 +177,7 @@ class Run:
         self.sharded = sharding_plugin()
         if self.sharded:
             shard(network, accelerator, self.sharded)
-        self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every)
+        self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every, held_back(network))
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
         self.window = torch.zeros(3 + 2 * len(mixture.stores), device=self.device)
