@@ -160,6 +160,10 @@ class _Starts:
     rate: int = 0
 
 
+_Read = tuple[av.Packet, list[av.VideoFrame | av.AudioFrame] | None]
+"""A packet of the file and its frames; None: not decoded yet."""
+
+
 @dataclass
 class _Grid:
     """Pictures of one rate. Position k shows the last source picture whose tick is at most `first + k`."""
@@ -321,12 +325,13 @@ def _tick(seconds: Fraction, fps: int) -> int:
 
 def _read(request: _Request) -> VideoClip:
     """One clip with uint8 pictures."""
-    starts = _first_times(request)
-    grids, sound = _plan(request, starts)
-    pictures = _Pictures(grids, rotate=request.alignment == "timestamps")
-    seek = not request.sound and request.start > 2 * _SEEK_MARGIN
-    if not (seek and _fill(request, starts, pictures, sound, seek=True)):
-        _fill(request, starts, pictures, sound)
+    with open_media(request.path) as container:
+        starts, packets = _first_times(request, container)
+        grids, sound = _plan(request, starts)
+        pictures = _Pictures(grids, rotate=request.alignment == "timestamps")
+        seek = not request.sound and request.start > 2 * _SEEK_MARGIN
+        if not (seek and _fill_from_key_picture(request, starts, pictures)):
+            _fill(request, starts, packets, pictures, sound)
     if request.alignment == "timestamps" and not pictures.full:
         pictures.finish()
     for grid in grids:
@@ -344,35 +349,37 @@ def _frame_time(request: _Request, frame: av.VideoFrame | av.AudioFrame) -> Frac
     return ticks * frame.time_base
 
 
-def _first_times(request: _Request) -> _Starts:
-    """Decode the first picture and the first samples: the container's start times leave out priming and edit lists."""
-    with open_media(request.path) as container:
-        video, audio = container.streams.best("video"), container.streams.best("audio")
-        if video is None:
-            raise request.refuse("no_video", "has no pictures; remove it from the list")
-        if request.sound and audio is None:
-            raise request.refuse("no_audio", "has no readable sound; remove it from the list or put sound under it")
-        missing = [video, audio] if request.sound else [video]
-        first = {}
-        try:
-            for packet in container.demux(*missing):
-                if packet.stream not in missing:
-                    continue
-                for frame in packet.decode()[:1]:
-                    first[packet.stream.type] = frame
-                    missing.remove(packet.stream)
-                if not missing:
-                    break
-        except (av.error.FFmpegError, OSError) as error:
-            raise request.damaged(error) from error
+def _first_times(request: _Request, container: av.container.InputContainer) -> tuple[_Starts, Iterator[_Read]]:
+    """When pictures and sound begin, and everything that is read, from the beginning of the file on.
+
+    The first picture and the first samples are decoded to know: the container's start times leave out priming and edit
+    lists. What was decoded on the way is kept, so that nothing is decoded twice.
+    """
+    video, audio = container.streams.best("video"), container.streams.best("audio")
+    if video is None:
+        raise request.refuse("no_video", "has no pictures; remove it from the list")
+    if request.sound and audio is None:
+        raise request.refuse("no_audio", "has no readable sound; remove it from the list or put sound under it")
+    missing = [video, audio] if request.sound else [video]
+    packets = container.demux(*missing)
+    first, read = {}, []
+    try:
+        while missing and (packet := next(packets, None)) is not None:
+            frames = packet.decode() if packet.stream in missing else None
+            read.append((packet, frames))
+            if frames:
+                first[packet.stream.type] = frames[0]
+                missing.remove(packet.stream)
+    except (av.error.FFmpegError, OSError) as error:
+        raise request.damaged(error) from error
     if missing:
         kind = missing[0].type
         raise request.refuse(f"{kind}_too_short", f"nothing of its {kind} can be decoded; remove it from the list")
-    if not request.sound:
-        return _Starts(_frame_time(request, first["video"]))
-    return _Starts(
-        _frame_time(request, first["video"]), _frame_time(request, first["audio"]), first["audio"].sample_rate
-    )
+    starts = _Starts(_frame_time(request, first["video"]))
+    if request.sound:
+        audio_start = _frame_time(request, first["audio"])
+        starts = replace(starts, audio=audio_start, rate=first["audio"].sample_rate)
+    return starts, itertools.chain(read, ((packet, None) for packet in packets))
 
 
 def _plan(request: _Request, starts: _Starts) -> tuple[list[_Grid], _Sound | None]:
@@ -395,52 +402,65 @@ def _plan(request: _Request, starts: _Starts) -> tuple[list[_Grid], _Sound | Non
     return grids, _Sound(round(skip * starts.rate), needed, needed + starts.rate)  # the filter is far shorter than 1 s
 
 
-def _fill(request: _Request, starts: _Starts, pictures: _Pictures, sound: _Sound | None, *, seek: bool = False) -> bool:
-    """Decode until pictures and sound are complete. False: the file has no key picture where it was sought."""
+def _fill_from_key_picture(request: _Request, starts: _Starts, pictures: _Pictures) -> bool:
+    """`_fill` from shortly before the window on. False, with nothing done: the file has no key picture there."""
     with open_media(request.path) as container:
-        streams = [container.streams.best("video")] + ([container.streams.best("audio")] if sound else [])
-        if seek:
-            moment = starts.video + request.start - _SEEK_MARGIN
-            try:
-                container.seek(int(moment / streams[0].time_base), stream=streams[0])
-            except (av.error.FFmpegError, OSError):
-                return False
-        for frame in _frames(request, container, streams, pictures, sound):
-            time, begun = _frame_time(request, frame), pictures.last is not None
-            if isinstance(frame, av.AudioFrame):
-                _add_sound(request, sound, frame, time - starts.audio, starts.rate)
-            elif seek and not begun and time > starts.video + request.start:
-                return False
-            elif request.alignment == "timestamps" and begun and time < pictures.time:
-                raise request.refuse("decode_error", "its pictures come without usable times; convert it to mp4")
-            else:
-                pictures.add(frame, time)
+        video = container.streams.best("video")
+        moment = starts.video + request.start
+        try:
+            container.seek(int((moment - _SEEK_MARGIN) / video.time_base), stream=video)
+        except (av.error.FFmpegError, OSError):
+            return False
+        packets = ((packet, None) for packet in container.demux(video))
+        return _fill(request, starts, packets, pictures, None, latest=moment)
+
+
+def _fill(
+    request: _Request,
+    starts: _Starts,
+    packets: Iterator[_Read],
+    pictures: _Pictures,
+    sound: _Sound | None,
+    latest: Fraction | None = None,
+) -> bool:
+    """Decode until pictures and sound are complete. False, with nothing done: the first picture is behind `latest`."""
+    for frame in _frames(request, packets, pictures, sound):
+        time, begun = _frame_time(request, frame), pictures.last is not None
+        if isinstance(frame, av.AudioFrame):
+            _add_sound(request, sound, frame, time - starts.audio, starts.rate)
+        elif latest is not None and not begun and time > latest:
+            return False
+        elif request.alignment == "timestamps" and begun and time < pictures.time:
+            raise request.refuse("decode_error", "its pictures come without usable times; convert it to mp4")
+        else:
+            pictures.add(frame, time)
     return True
 
 
-def _frames(request, container, streams, pictures, sound) -> Iterator[av.VideoFrame | av.AudioFrame]:
+def _frames(request, packets: Iterator[_Read], pictures, sound) -> Iterator[av.VideoFrame | av.AudioFrame]:
     """Decoded frames in file order for as long as they are wanted; damage of a wanted stream is a MediaError."""
 
-    def lacking(stream) -> bool:
-        return not (pictures.full if stream.type == "video" else sound.complete)
+    def lacking(kind: str) -> bool:
+        return not (pictures.full if kind == "video" else sound.complete)
 
-    packets = container.demux(*streams)
+    kinds = ["video", "audio"] if sound else ["video"]
     while request.strict or not pictures.full or (sound and (request.normalize_audio or not sound.full)):
-        stream = None  # of an error while reading
+        kind = None  # of an error while reading
         try:
-            packet = next(packets, None)
+            packet, frames = next(packets, (None, None))
             if packet is None:
                 return
-            stream = packet.stream
-            # Behind the clip the sound still counts for the peak of the track; pictures are of no use.
-            frames = packet.decode() if request.strict or stream.type == "audio" or not pictures.full else []
+            kind = packet.stream.type
+            if frames is None:
+                # Behind the clip the sound still counts for the peak of the track; pictures are of no use.
+                frames = packet.decode() if request.strict or kind == "audio" or not pictures.full else []
         except (av.error.FFmpegError, OSError) as error:
-            if request.strict or any(lacking(s) for s in streams if stream in (None, s)):
+            if request.strict or any(lacking(k) for k in kinds if kind in (None, k)):
                 raise request.damaged(error) from error
             continue
         for frame in frames:
-            if request.alignment == "timestamps" and frame.is_corrupt and lacking(stream):
-                raise request.damaged(ValueError(f"{stream.type} at {float(_frame_time(request, frame)):.2f} s"))
+            if request.alignment == "timestamps" and frame.is_corrupt and lacking(kind):
+                raise request.damaged(ValueError(f"{kind} at {float(_frame_time(request, frame)):.2f} s"))
             yield frame
 
 
@@ -509,7 +529,8 @@ def write_video_with_audio(
     audio_frame(waveform, sample_rate, "fltp")  # refuses a bad waveform before any file is made
     partial = out_path.with_name(f".{out_path.name}.{os.getpid()}.part")
     try:
-        start = _first_times(request).video
+        with open_media(video_path) as source:
+            start = _first_times(request, source)[0].video
         length, copyable = _video_length(request, start)
         length = min(length, Fraction(waveform.shape[-1], sample_rate))
         sound = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
