@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,9 +122,13 @@ def train(
     accelerator = make_accelerator(recipe)
     run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
     try:
-        return run.go(allow_changes)
-    finally:
-        accelerator.end_training()
+        result = run.go(allow_changes)
+    except BaseException:
+        with suppress(Exception):  # a tracker that never started must not hide what went wrong
+            accelerator.end_training()
+        raise
+    accelerator.end_training()
+    return result
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -301,7 +305,9 @@ class Run:
     def _announce(self) -> None:
         training, world = self.recipe.training, self.accelerator.num_processes
         if training.trackers:
-            self.accelerator.init_trackers(self.recipe.name, config={"recipe": json.dumps(to_dict(self.recipe))})
+            config, folder = {"recipe": json.dumps(to_dict(self.recipe))}, self.run_dir / "trackers"
+            folder.mkdir(exist_ok=True)
+            self.accelerator.init_trackers(self.recipe.name, config, {"wandb": {"dir": str(folder)}})
         parameters = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
         self.accelerator.print(
             f"{self.recipe.name}: {world} process{'es' * (world > 1)} on {self.device.type},"

@@ -1,7 +1,10 @@
 """TensorBoard, wandb and trackio through accelerate: which are there, and sound for those that play it."""
 
 import importlib.util
-from collections.abc import Sequence
+import tempfile
+import wave
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -33,21 +36,23 @@ def _to_tensorboard(writer, kind: str, sounds: Sequence[Sound], step: int) -> No
 def _to_wandb(run, kind: str, sounds: Sequence[Sound], step: int) -> None:
     import wandb
 
-    players = {
-        f"{kind}/{s.name}": wandb.Audio(s.waveform.numpy(), sample_rate=s.sample_rate, caption=s.caption)
-        for s in sounds
-    }
-    run.log(players, step=step)
+    _log_files(run, wandb.Audio, kind, sounds, step)
 
 
 def _to_trackio(run, kind: str, sounds: Sequence[Sound], step: int) -> None:
     import trackio
 
-    players = {
-        # Whole numbers stay as they are; trackio makes every sound of floats as loud as can be.
-        f"{kind}/{s.name}": trackio.Audio(
-            (s.waveform.clamp(-1, 1) * 32767).short().numpy(), sample_rate=s.sample_rate, caption=s.caption
-        )
-        for s in sounds
-    }
-    run.log(players, step=step)
+    _log_files(run, trackio.Audio, kind, sounds, step)
+
+
+def _log_files(run, player: Callable, kind: str, sounds: Sequence[Sound], step: int) -> None:
+    """Both take arrays too, but wandb needs another package for them, and trackio makes each as loud as can be."""
+    with tempfile.TemporaryDirectory() as folder:
+        players = {}
+        for number, sound in enumerate(sounds):
+            path = str(Path(folder) / f"{number}.wav")
+            with wave.open(path, "wb") as file:
+                file.setparams((1, 2, sound.sample_rate, 0, "NONE", ""))
+                file.writeframes((sound.waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
+            players[f"{kind}/{sound.name}"] = player(path, caption=sound.caption)
+        run.log(players, step=step)  # copies the files
