@@ -48,16 +48,16 @@ class HeldOutItem:
 def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
     """The first `limit` rows of the stores one after the other, or with `spread` as many at even distances.
 
-    An id that comes twice is taken once. ValueError for a store that cannot be opened.
+    ValueError for a store that cannot be opened.
     """
     stores = [FeatureStore.open(source.path) for source in sources]
     rows = [(store, row) for store in stores for row in range(len(store))]
     count = min(limit, len(rows))
     chosen = [rows[i * len(rows) // count if spread else i] for i in range(count)]
-    items = {store.ids[row]: _read_item(store, row) for store, row in chosen}
+    items = [_read_item(store, row) for store, row in chosen]
     for store in stores:
         store.close()
-    return list(items.values())
+    return items
 
 
 def _read_item(store: FeatureStore, row: int) -> HeldOutItem:
@@ -81,7 +81,8 @@ class SampleEvaluator:
         self._recipe = recipe
         self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
         check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
-        self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
+        items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
+        self._items = list({item.item_id: item for item in items}.values())  # a file has one id
         self._references: dict[str, torch.Tensor] = {}
 
     def run(self, model: MMAudio, step: int) -> Evaluation:

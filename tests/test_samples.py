@@ -1,5 +1,6 @@
 """Sound made during training: whole runs of `train.py` on small stores, on one and two processes, killed on the way."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import Page
 from test_training_loop import ROOT, environment, launch, metrics, run_dir
 from toy_stores import recipe_tree
 
@@ -20,6 +22,7 @@ from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import waveform_scores
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.report import write_report
 from mmaudio_hf.samples import SampleEvaluator, read_items
 
 
@@ -97,6 +100,17 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     heard = events.Audio(f"eval/{ids[1]}")
     assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
     assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+
+
+def test_the_report_lets_one_hear_them(finished):
+    page = Page(write_report(run_dir(finished), []).read_text())
+    players = page.all("audio")
+    assert len(players) == 9 and "2 steps were sampled" in page.text and len(page.all("article")) == 3
+    files = samples(finished)
+    sounds = [base64.b64decode(player["src"].partition("base64,")[2]) for player in players[:3]]
+    assert sounds == [files[f"{place}/held_out_0000.wav"] for place in ("reference", "step_2", "step_4")]
+    (curve,) = [line for line in page.all("polyline") if line["data-series"] == "eval/log_mel_distance"]
+    assert len(curve["points"].split()) == 2
 
 
 def test_two_processes_share_the_items(finished):
