@@ -52,12 +52,12 @@ class Finding:
 
 
 def examine(
-    recipe: Recipe, processes: int, checks: Mapping[str, weights.Check], quick: bool = False
+    recipe: Recipe, processes: int, checks: Mapping[str, weights.Check], *, fsdp: bool = False, quick: bool = False
 ) -> Iterator[Finding]:
     """Everything there is to say of `recipe` on `processes` devices of this machine, in the order of the table.
 
-    checks: how released files without published checksums are told, for `weights.problem_of`. quick: released files are
-    only looked for, and no speed is measured.
+    checks: how released files without published checksums are told, for `weights.problem_of`. fsdp: the launch shares
+    out the network. quick: released files are only looked for, and no speed is measured.
     """
     device = pick_device("auto")
     yield from _software(recipe, device, processes)
@@ -70,7 +70,7 @@ def examine(
     if recipe.training.batch_size % (processes * recipe.training.accumulation_steps):
         return  # what follows is about the share of one device
     estimate = MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune))
-    yield from _memory(recipe, device, processes, estimate)
+    yield from _memory(recipe, device, processes, estimate, fsdp)
     yield from _disk_space(recipe, estimate)
     if not quick:
         rate, finding = _expected_speed(recipe, device, processes)
@@ -229,9 +229,10 @@ def _toy_codec(recipe: Recipe, folder: Path, complete: bool) -> Iterator[Finding
 # --- what is enough ------------------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, device: torch.device, processes: int, estimate: MemoryEstimate) -> Iterator[Finding]:
-    training = recipe.training
-    parts = estimate.on_device(processes, training.accumulation_steps)
+def _memory(
+    recipe: Recipe, device: torch.device, processes: int, estimate: MemoryEstimate, fsdp: bool
+) -> Iterator[Finding]:
+    parts = estimate.on_device(processes, recipe.training.accumulation_steps, fsdp)
     if device.type == "cuda":
         room, what, share = torch.cuda.mem_get_info(device)[1], "the GPU has", GPU_CONTEXT
     else:
@@ -243,17 +244,19 @@ def _memory(recipe: Recipe, device: torch.device, processes: int, estimate: Memo
         level = "ok" if need <= TIGHT * room else "warn"
         yield Finding(level, "memory", message + ("" if level == "ok" else ": this may be too tight"))
         return
-    yield Finding("FAIL", "memory", f"{message}: {_smaller(recipe, processes, estimate, room - share)}")
+    yield Finding("FAIL", "memory", f"{message}: {_smaller(recipe, processes, estimate, fsdp, room - share)}")
 
 
-def _smaller(recipe: Recipe, processes: int, estimate: MemoryEstimate, room: float) -> str:
+def _smaller(recipe: Recipe, processes: int, estimate: MemoryEstimate, fsdp: bool, room: float) -> str:
     """What makes the recipe fit into `room` bytes."""
     share = recipe.training.batch_size // processes
     for steps in (n for n in range(recipe.training.accumulation_steps + 1, share + 1) if share % n == 0):
-        if sum(estimate.on_device(processes, steps).values()) <= room * TIGHT:
+        if sum(estimate.on_device(processes, steps, fsdp).values()) <= room * TIGHT:
             return f"set training.accumulation_steps={steps}"
     if not recipe.training.activation_checkpointing:
         return "set training.activation_checkpointing=true, or take more or larger devices"
+    if not fsdp and processes > 1:
+        return "share out the network by accelerate_configs/fsdp.yaml, or take larger devices"
     return "a smaller model or larger devices are needed"
 
 

@@ -9,9 +9,11 @@ from test_training_loop import environment
 from torch.utils.flop_counter import FlopCounterMode
 from toy_stores import MODEL
 
-from mmaudio_hf.config import ModelConfig, variant_config
+from mmaudio_hf.config import FinetuneConfig, ModelConfig, Recipe, TrainingConfig, variant_config
 from mmaudio_hf.models.flops import forward_flops, training_flops
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training.finetune import mark_trained
+from mmaudio_hf.training.memory import MemoryEstimate
 from mmaudio_hf.training.progress import device_peak
 
 
@@ -78,3 +80,21 @@ def test_memory_is_estimated_as_it_is_used():
     assert result.returncode == 0, result.stderr
     measured, estimated = (int(word) for word in result.stdout.split())
     assert estimated / 1.3 < measured < estimated * 1.3
+
+
+def test_memory_of_other_ways_to_train():
+    """Sharing out divides what is kept, recomputing makes activations few, and nothing is kept of frozen tensors."""
+
+    def estimate(**changes):
+        recipe = Recipe(name="x", model=variant_config("small_16k"), **changes)
+        return MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune)).on_device
+
+    plain = estimate()
+    alone, shared = plain(8, 1), plain(8, 1, fsdp=True)
+    assert alone["optimizer"] == 8 * shared["optimizer"] and alone["parameters"] > 3 * shared["parameters"]
+    assert alone["activations"] == shared["activations"] and not shared["kept gradients"]
+    assert plain(8, 2)["activations"] == pytest.approx(alone["activations"] / 2, rel=0.1)
+    recomputing = estimate(training=TrainingConfig(activation_checkpointing=True))(8, 1)
+    assert 0.1 < recomputing["activations"] / alone["activations"] < 0.5
+    frozen = estimate(finetune=FinetuneConfig(init_from="x", freeze=("fused_blocks", "joint_blocks")))(8, 1)
+    assert frozen["EMA"] < alone["EMA"] / 2 and frozen["optimizer"] < alone["optimizer"] / 2

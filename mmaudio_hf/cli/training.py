@@ -16,6 +16,7 @@ def add_commands(add) -> None:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
     doctor = add("doctor", _doctor, "say whether a recipe will run here, before it is started", recipe=True)
     doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
+    doctor.add_argument("--fsdp", action="store_true", help="the launch shares out the network, as by fsdp.yaml")
     doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
     train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
 
@@ -45,7 +46,7 @@ def _doctor(options) -> int:
     from mmaudio_hf.doctor import as_table, examine
 
     processes = options.processes or max(1, torch.cuda.device_count())
-    findings = list(examine(recipe, processes, weight_checks(), options.quick))
+    findings = list(examine(recipe, processes, weight_checks(), fsdp=options.fsdp, quick=options.quick))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)
     print(f"{recipe.name}: {f'{failed} of these must be mended first' if failed else 'ready to train'}")

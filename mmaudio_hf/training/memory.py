@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import column_shapes
+from mmaudio_hf.training.finetune import held_back
 
 _FLOAT = 4  # bytes
 
@@ -16,7 +17,7 @@ class MemoryEstimate:
     """Sizes of a network in training. `make_network` builds it as the run has it, with its frozen parts and adapters.
 
     Activations are what backward needs of a pass over tensors without data, at two batch sizes, continued in a straight
-    line. FSDP, which divides the rest among devices, is not considered.
+    line.
     """
 
     def __init__(self, recipe: Recipe, make_network: Callable[[], MMAudio]):
@@ -25,36 +26,43 @@ class MemoryEstimate:
             network = make_network().train()
             self.parameters = sum(p.numel() for p in network.parameters())
             self.trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            without = set(held_back(network))
+            self.averaged = sum(p.numel() for name, p in network.named_parameters() if name not in without)
             one, two = (_activation_bytes(network, recipe, batch) for batch in (1, 2))
         self._fixed, self._per_sample = 2 * one - two, two - one
 
-    def on_device(self, processes: int, accumulation_steps: int) -> dict[str, int]:
-        """Bytes on one device by what they hold, at the peak of a step; the context of a GPU comes on top."""
+    def on_device(self, processes: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
+        """Bytes on one device by what they hold, at the peak of a step; the context of a GPU comes on top.
+
+        fsdp: weights, moments and averages are shared out over the processes, and two blocks are gathered at a time.
+        """
         recipe = self.recipe
         size = recipe.training.batch_size // processes // accumulation_steps
         shapes = column_shapes(recipe.model.mode, recipe.model.duration)
         numbers = sum(a * b for a, b in shapes.values()) + 2 * shapes["mean"][0] * shapes["mean"][1]  # and the noise
         activations = self._fixed + self._per_sample * size
         # Gradients are freed before a step, and made while activations go; DDP keeps buckets of them all the time.
-        kept = (processes > 1) + (accumulation_steps > 1)
+        kept = (processes > 1 and not fsdp) + (accumulation_steps > 1)
+        shares = processes if fsdp else 1
+        gathered = 2 * self.parameters // recipe.model.depth if fsdp else 0
         return {
-            "parameters": _FLOAT * self.parameters,
-            "optimizer": 2 * _FLOAT * self.trained,
-            "EMA": _FLOAT * self.parameters * len(recipe.ema.sigma_rels),
+            "parameters": _FLOAT * (self.parameters // shares + gathered),
+            "optimizer": 2 * _FLOAT * self.trained // shares,
+            "EMA": _FLOAT * self.averaged * len(recipe.ema.sigma_rels) // shares,
             "kept gradients": _FLOAT * self.trained * kept,
-            "activations": max(activations, _FLOAT * self.trained),
+            "activations": max(activations, _FLOAT * self.trained // shares),
             "batches": _FLOAT * numbers * size * (1 + accumulation_steps),
         }
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: weights, optimizer, averages, and the averages that are published."""
-        return _FLOAT * (self.parameters * (2 + len(self.recipe.ema.sigma_rels)) + 2 * self.trained)
+        return _FLOAT * (2 * self.parameters + 2 * self.trained) + self.snapshot
 
     @property
     def snapshot(self) -> int:
         """Bytes of the EMA snapshots of one step."""
-        return _FLOAT * self.parameters * len(self.recipe.ema.sigma_rels)
+        return _FLOAT * self.averaged * len(self.recipe.ema.sigma_rels)
 
 
 def _activation_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
