@@ -12,7 +12,7 @@ import torch
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
 from mmaudio_hf.data.dataset import Mixture
-from mmaudio_hf.data.loader import BatchLoader, Plan, training_batches, validation_batches
+from mmaudio_hf.data.loader import BatchLoader, Plan, sample_bytes, training_batches, validation_batches
 from mmaudio_hf.data.noise import draws, draws_for_ids
 from mmaudio_hf.data.sampler import positions, process_slots
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
@@ -116,12 +116,13 @@ def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
     monkeypatch.setattr(os, "preadv", counting)
     with loader(mixture, num_steps=1, global_batch=24, threads=1) as batches:
         ((batch,),) = list(batches)
+        assert batches.bytes_read == read["bytes"]
     sizes = {name: column.record_bytes for name, column in mixture.columns.items()}
     wanted = sum(
         sum(sizes[name] for name in (VIDEO_COLUMNS if video else AUDIO_COLUMNS) if text or name != "text_features")
         for video, text in zip(batch.has_video.tolist(), batch.has_text.tolist(), strict=True)
     )
-    assert read["bytes"] == wanted
+    assert read["bytes"] == wanted == sample_bytes(mixture, positions(SEED, 0, np.arange(24), 24, len(mixture)))
 
 
 def test_a_step_stays_valid_until_the_next_is_taken(mixture):
@@ -139,6 +140,50 @@ def test_batches_of_another_device_are_copies_there(mixture):
                 value for value in (*vars(batch).values(), *vars(batch.draws).values()) if torch.is_tensor(value)
             ]
             assert len(tensors) == 17 and all(value.device.type == "meta" for value in tensors)
+            with_video = len(batch.video_rows)
+            assert 0 < with_video < len(batch.ids) == len(batch.text_features)
+            assert len(batch.clip_features) == len(batch.sync_features) == with_video  # no other row costs any bytes
+
+
+@pytest.mark.parametrize(("threads", "prefetch", "accumulation"), [(1, 1, 1), (2, 4, 3), (6, 2, 2), (5, 1, 3)])
+def test_every_record_is_right_whatever_is_read_at_once(mixture, monkeypatch, threads, prefetch, accumulation):
+    monkeypatch.setattr("mmaudio_hf.data.loader._TASK_BYTES", 600)  # a few records: many tasks, in any order
+    monkeypatch.setattr("mmaudio_hf.data.loader._TASK_DRAWS", 3)
+    shares = process_slots(36, 1, 0, accumulation)
+    memory = {}
+    settings = {"threads": threads, "prefetch": prefetch, "accumulation": accumulation, "num_steps": 25}
+    with loader(mixture, global_batch=36, **settings) as batches:
+        for step, micro_batches in enumerate(batches):
+            for batch, share in zip(micro_batches, shares, strict=True):
+                check_against_store(batch, mixture, positions(SEED, step, share, 36, len(mixture)))
+                wanted = draws(SEED, "train", step, share, (5, 4))
+                assert all(torch.equal(getattr(batch.draws, name), value) for name, value in vars(wanted).items())
+                for name, value in (*vars(batch).items(), *vars(batch.draws).items()):
+                    if torch.is_tensor(value):
+                        memory.setdefault(name, set()).add(value.data_ptr())
+    ring = accumulation + max(prefetch, accumulation)
+    assert len(memory) == 17 and max(map(len, memory.values())) <= ring  # nothing is allocated anew
+
+
+def test_stores_that_exceed_memory_are_announced_to_the_system(mixture, monkeypatch):
+    advised, advise, sysconf = [], os.posix_fadvise, os.sysconf
+
+    def noting(file, offset, length, advice):
+        advised.append((length, advice))
+        advise(file, offset, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noting)
+    with loader(mixture) as batches:
+        list(batches)
+    assert advised == []  # what is cached need not be asked for
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
+    with loader(mixture) as batches:
+        for step, (batch,) in enumerate(batches):
+            check_against_store(batch, mixture, positions(SEED, step, np.arange(12), 12, len(mixture)))
+        soon = sum(length for length, advice in advised if advice == os.POSIX_FADV_WILLNEED)
+        assert soon == batches.bytes_read
+    files = sum(len(store.columns) for store in mixture.stores)
+    assert [advice for _, advice in advised].count(os.POSIX_FADV_RANDOM) == files
 
 
 def test_waiting_is_counted(mixture):
@@ -197,6 +242,27 @@ def test_closing_early_is_prompt_and_ends_the_iteration(mixture):
     batches.close()
     assert time.perf_counter() - start < 5  # the machine may be busy; 10**9 steps take longer
     assert list(batches) == []
+
+
+def test_closing_from_another_thread_ends_a_consumer_that_waits(mixture):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def never():
+        begun.set()
+        go_on.wait(60)
+        yield from ()
+
+    with BatchLoader(mixture, never(), 2, 1) as batches:
+        seen = []
+        consumer = threading.Thread(target=lambda: seen.extend(batches))
+        consumer.start()
+        begun.wait(60)
+        closer = threading.Thread(target=batches.close)
+        closer.start()
+        go_on.set()
+        closer.join(60)
+        consumer.join(60)
+        assert not consumer.is_alive() and not closer.is_alive() and seen == []
 
 
 def test_an_abandoned_loader_does_not_keep_the_process_alive(mixture, tmp_path):

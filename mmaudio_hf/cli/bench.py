@@ -22,6 +22,13 @@ def add_commands(add) -> None:
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     extract = part("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
+    loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
+    loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: made)")
+    loader.add_argument("--rows", type=int, default=2000, help="rows of stores that are made (default 2000, 2 GB)")
+    loader.add_argument("--batch-size", type=int, default=64, help="samples (default 64)")
+    loader.add_argument("--audio-share", type=float, help="rows without video (default: as in the published mix, 0.3)")
+    loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
+    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in files of holes")
 
 
 def _step(options) -> dict:
@@ -35,6 +42,15 @@ def _extract(options) -> dict:
     from mmaudio_hf.bench.extract import extract
 
     return extract(options.video, options.rounds)
+
+
+def _loader(options) -> dict:
+    from mmaudio_hf.bench.loader import AUDIO_SHARE, loader
+
+    share = AUDIO_SHARE if options.audio_share is None else options.audio_share
+    return loader(
+        options.store, options.rows, options.batch_size, share, options.rounds, options.threads, sweep=options.sweep
+    )
 
 
 def _show(figures: dict, as_json: bool) -> None:

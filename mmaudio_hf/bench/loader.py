@@ -1,0 +1,269 @@
+"""`mmaudio-hf bench loader`: batches as training reads them, against a DataLoader over memory maps and against memcpy.
+
+GB/s counts the bytes of features that are delivered, once: zeros that stand for absent video count as time only.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch.utils.data import DataLoader, Dataset
+
+from mmaudio_hf.config import ModelConfig, variant_config
+from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_plans
+from mmaudio_hf.data.sampler import permutation, positions
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.data.store_files import Column, layout_columns
+from mmaudio_hf.schema import column_shapes
+
+SEED = 0
+WARM = 4  # steps before the clock starts: every buffer has been used, and nothing is read ahead of the consumer
+WORKERS = (0, 2, 4)
+VIDEO_ROWS, VIDEO_REPEATS, AUDIO_ROWS, GLOBAL_BATCH = 180_000, 5, 380_000, 512  # recipes/small_16k.yaml
+AUDIO_SHARE = AUDIO_ROWS / (VIDEO_ROWS * VIDEO_REPEATS + AUDIO_ROWS)
+SWEEP_ROWS, SWEEP_STEPS = (1_000, 10_000, 100_000, 1_000_000), 12
+COPIES, DATALOADER_COPIES = 2, 3  # of every byte, until it is on a device: see `mix_bytes`
+
+Figures = dict[str, float | int | str]
+
+
+def loader(
+    stores: Sequence[Path] = (),
+    rows: int = 2000,
+    batch_size: int = 64,
+    audio_share: float = AUDIO_SHARE,
+    rounds: int = 3,
+    threads: int = 4,
+    variant: str = "small_16k",
+    sweep: bool = False,
+) -> Figures:
+    """Figures of reading random rows that are in the page cache; `docs/performance.md` says what each one is.
+
+    stores: feature stores to read; none: `rows` rows of the variant's sizes are made, `audio_share` of them without
+    video. With `sweep`, also the time per sample from a thousand to a million rows.
+    """
+    model = variant_config(variant)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
+        paths = list(stores) or _make_stores(Path(folder) / "stores", rows, audio_share, model)
+        with closing(Mixture([(FeatureStore.open(path), 1) for path in paths])) as mixture:
+            figures = _compare(mixture, batch_size, rounds, threads)
+        figures |= mix_bytes(Path(folder))
+        if sweep:
+            figures |= _sweep(Path(folder), batch_size, audio_share, rounds, threads, model)
+    return figures
+
+
+# --- ours, a DataLoader and memcpy --------------------------------------------------------------------------------
+
+
+def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Figures:
+    for store in mixture.stores:
+        if store.layout != "reference":
+            raise ValueError(f"{store.path} has the {store.layout} layout, which no memory map reads: convert it first")
+    steps = WARM + max(WARM, len(mixture) // batch_size - WARM)
+    order = np.concatenate(
+        [positions(SEED, step, np.arange(batch_size), batch_size, len(mixture)) for step in range(steps)]
+    )
+    size = sample_bytes(mixture, order[WARM * batch_size :]) / (steps - WARM)  # bytes of an average step
+    cores = os.cpu_count() or 1
+    runs: dict[str, Callable[[], float]] = {}
+    for workers in WORKERS:  # first, so that the processes fork off a small one
+        runs[f"dataloader_workers_{workers}"] = partial(_timed, _dataloader(mixture, order, batch_size, workers))
+    runs["ours"] = partial(_ours, mixture, batch_size, steps, threads, False)
+    runs["ours_with_noise"] = partial(_ours, mixture, batch_size, steps, threads, True)
+    memory = _Memory(int(size))
+    for count in sorted({1, cores}):
+        runs[f"memcpy_threads_{count}"] = partial(memory.copy, steps, count)
+    seconds = _interleaved(runs, rounds)  # of a step
+
+    figures: Figures = {"rows": len(mixture), "batch_size": batch_size, "bytes_per_step": int(size), "cores": cores}
+    figures |= {"threads": threads, "rounds": rounds}
+    for name, taken in seconds.items():
+        figures |= {f"{name}_gb_s": size / taken / 1e9, f"{name}_samples_s": batch_size / taken}
+    copies = {name: seconds[name] for name in seconds if name.startswith("memcpy")}
+    loaders = {name: seconds[name] for name in seconds if name.startswith("dataloader")}
+    memcpy, best = min(copies, key=copies.get), min(loaders, key=loaders.get)
+    figures |= {
+        "memcpy_gb_s": size / copies[memcpy] / 1e9,
+        "memcpy_limit": memcpy,
+        "best_dataloader_gb_s": size / loaders[best] / 1e9,
+        "best_dataloader": best,
+        "ours_of_memcpy": copies[memcpy] / seconds["ours"],
+        "ours_of_dataloader": loaders[best] / seconds["ours"],
+        "ours_with_noise_of_memcpy": copies[memcpy] / seconds["ours_with_noise"],
+        "ours_with_noise_of_dataloader": loaders[best] / seconds["ours_with_noise"],
+    }
+    return figures
+
+
+def _interleaved(runs: dict, rounds: int) -> dict:
+    """Median of what each run returns, after a round to warm up. All run in turn, quick ones three times a round."""
+    found: dict = {name: [] for name in runs}
+    slow = [name for name in runs if str(name).startswith("dataloader")]
+    schedule = slow + 3 * [name for name in runs if name not in slow]
+    for number in range(rounds + 1):
+        for name in schedule:
+            value = runs[name]()
+            if number:
+                found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _timed(batches: Iterable) -> float:
+    """Seconds per batch, of those after the first `WARM`; the consumer does nothing with them."""
+    iterator = iter(batches)
+    for _ in islice(iterator, WARM):
+        pass
+    began = time.perf_counter()
+    count = sum(1 for _ in iterator)
+    return (time.perf_counter() - began) / count
+
+
+def _ours(mixture: Mixture, batch_size: int, steps: int, threads: int, noise: bool) -> float:
+    """What `training_batches` is; without noise it draws no random numbers."""
+    plans = training_plans(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
+    if not noise:
+        plans = ([replace(plan, draw=lambda *_: None) for plan in step] for step in plans)
+    with BatchLoader(mixture, plans, batch_size, 1, threads=threads) as batches:
+        return _timed(batches)
+
+
+class _MemoryMaps(Dataset):
+    """One sample of a mixture at a time, as TensorDict maps its records; what a row has not is zeros, to collate."""
+
+    def __init__(self, mixture: Mixture):
+        self.columns = [dict(TensorDict.load_memmap(store.path).items()) for store in mixture.stores]
+        self.absent = {name: torch.zeros(c.shape, dtype=c.dtype) for name, c in mixture.columns.items()}
+        self.places = [part.tolist() for part in mixture.locate(np.arange(len(mixture)))]
+
+    def __len__(self) -> int:
+        return len(self.places[0])
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        source, row = (part[position] for part in self.places)
+        columns = self.columns[source]
+        return {name: columns[name][row] if name in columns else zeros for name, zeros in self.absent.items()}
+
+
+def _dataloader(mixture: Mixture, order: np.ndarray, batch_size: int, workers: int) -> DataLoader:
+    return DataLoader(
+        _MemoryMaps(mixture),
+        batch_size,
+        sampler=(order % len(mixture)).tolist(),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+class _Memory:
+    """As much memory as one step moves, in a ring of three as the loader's, and a source that no cache holds."""
+
+    def __init__(self, size: int):
+        self._source = np.ones(max(8 * size, 256 << 20), dtype=np.uint8)
+        self._targets = [np.ones(size, dtype=np.uint8) for _ in range(3)]
+
+    def copy(self, steps: int, threads: int) -> float:
+        """Seconds of copying one step's bytes by memcpy, shared among `threads`."""
+        size = len(self._targets[0])
+        bounds = np.linspace(0, size, threads + 1).astype(int).tolist()
+        with ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            for step in range(steps):
+                source = self._source[step * size % (len(self._source) - size) :]
+                target = self._targets[step % 3]
+                parts = [slice(*ends) for ends in pairwise(bounds)]
+                list(pool.map(lambda part, to=target, of=source: np.copyto(to[part], of[part]), parts))
+            return (time.perf_counter() - began) / steps
+
+
+# --- bytes of the published mix, and any number of rows ----------------------------------------------------------
+
+
+def mix_bytes(folder: Path, variant: str = "small_16k") -> Figures:
+    """Bytes that one global batch of the published mix moves, by the loader's own accounting, and its share of theirs.
+
+    A byte is moved by every copy on its way to the device: two here (from the page cache into page-locked memory, and
+    to the device), three in a DataLoader with worker processes (collated into shared memory, into page-locked memory,
+    to the device). There every row is float32 and has the size of one with video. Computed for the layouts of stores.
+    """
+    model = variant_config(variant)
+    shapes = column_shapes(model.mode, model.duration)
+    theirs = sum(column.record_bytes for column in layout_columns(shapes).values()) * GLOBAL_BATCH
+    figures: Figures = {"mix_dataloader_bytes": DATALOADER_COPIES * theirs}
+    layouts = {"reference": (), "compact": ("compact",), "compact_bf16_sync": ("compact", "bfloat16")}
+    for name, layout in layouts.items():
+        stores = []
+        for rows, video, repeats in ((VIDEO_ROWS, True, VIDEO_REPEATS), (AUDIO_ROWS, False, 1)):
+            columns = layout_columns(column_shapes(model.mode, model.duration, video=video), *layout)
+            path = _make_store(folder / f"{name}_{'video' if video else 'audio'}", rows // 100, columns)
+            stores.append((FeatureStore.open(path), repeats))
+        with closing(Mixture(stores)) as mixture:
+            ours = sample_bytes(mixture, np.arange(len(mixture))) / len(mixture) * GLOBAL_BATCH
+        figures |= {f"mix_{name}_bytes": COPIES * ours, f"mix_{name}_features_of_dataloader": ours / theirs}
+        figures[f"mix_{name}_of_dataloader"] = COPIES * ours / (DATALOADER_COPIES * theirs)
+    return figures
+
+
+def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threads: int, model: ModelConfig) -> Figures:
+    """Time per sample over stores of holes, from a thousand to a million rows.
+
+    Every size reads as many rows, all of them cached by the round that warms up, so only their number differs.
+    """
+    runs: dict[int, Callable[[], float]] = {}
+    figures: Figures = {}
+    size = min(batch_size, min(SWEEP_ROWS) // SWEEP_STEPS)  # no row twice, in none of them
+    with ExitStack() as stack:
+        for rows in SWEEP_ROWS:
+            paths = _make_stores(folder / str(rows), rows, audio_share, model, filled=False)
+            mixture = stack.enter_context(closing(Mixture([(FeatureStore.open(path), 1) for path in paths])))
+            began = time.perf_counter()
+            permutation(SEED, 0, rows)  # once per epoch; the loader has it from here
+            figures[f"sweep_epoch_order_seconds_{rows}"] = time.perf_counter() - began
+            runs[rows] = partial(_ours, mixture, size, SWEEP_STEPS, threads, False)
+        seconds = _interleaved(runs, rounds)
+    figures |= {f"sweep_us_per_sample_{rows}": taken / size * 1e6 for rows, taken in seconds.items()}
+    figures["sweep_slowest_of_fastest"] = max(seconds.values()) / min(seconds.values())
+    return figures
+
+
+def _make_stores(folder: Path, rows: int, audio_share: float, model: ModelConfig, filled: bool = True) -> list[Path]:
+    """Stores with and without video, `rows` rows together."""
+    audio = round(rows * audio_share)
+    paths = []
+    for name, count, video in (("video", rows - audio, True), ("audio", audio, False)):
+        if count:
+            columns = layout_columns(column_shapes(model.mode, model.duration, video=video))
+            paths.append(_make_store(folder / name, count, columns, filled))
+    return paths
+
+
+def _make_store(path: Path, rows: int, columns: dict[str, Column], filled: bool = False) -> Path:
+    """A store in the layout of TensorDict without a manifest; unless `filled`, its records are holes in the files."""
+    path.mkdir(parents=True)
+    block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32).tobytes() if filled else b""
+    meta: dict = {"shape": [], "device": "cpu", "_type": "<class 'tensordict._td.TensorDict'>"}
+    for name, column in columns.items():
+        meta[name] = {"device": "cpu", "shape": [rows, *column.shape], "dtype": str(column.dtype)}
+        size = rows * column.record_bytes
+        with open(path / f"{name}.memmap", "wb") as file:
+            for first in range(0, size if filled else 0, max(1, len(block))):
+                file.write(block[: size - first])
+            file.truncate(size)
+    (path / "meta.json").write_text(json.dumps(meta))
+    path.with_name(f"{path.name}.tsv").write_text("id\tcaption\n" + "".join(f"row_{row}\t\n" for row in range(rows)))
+    return path
