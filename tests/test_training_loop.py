@@ -1,7 +1,6 @@
 """Whole runs of `train.py` on small stores: one and two processes, resume, interruption, bad steps."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,53 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toy_stores import write_recipe
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = Path(sys.executable).parent
-
-
-def environment() -> dict[str, str]:
-    hidden = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run train.py through accelerate, as the README says; processes=0 runs it without a launcher."""
-    command = [sys.executable, str(ROOT / "train.py")]
-    if processes:
-        config = ROOT / "accelerate_configs" / "cpu.yaml"
-        command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config)]
-        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py")]
-    command += [str(recipe), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
-
-
-def run_dir(recipe: Path) -> Path:
-    return recipe.parent / "output" / recipe.stem
-
-
-def tensors(recipe: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run_dir(recipe) / "last" / "training_state" / f"{name}.safetensors")
-
-
-def same_bytes(a: Path, b: Path) -> None:
-    names = ("model", "optimizer", "ema", "window")
-    files = [f"last/training_state/{n}.safetensors" for n in names]
-    for file in (*files, "last/pretrained_model/model.safetensors", "metrics.jsonl"):
-        assert (run_dir(a) / file).read_bytes() == (run_dir(b) / file).read_bytes(), file
-
-
-def assert_close(a: Path, b: Path, tolerance: float) -> None:
-    """Same weights up to summation order: relative to how far training moved them from their initial values."""
-    ours, theirs = tensors(a), tensors(b)
-    distance = torch.cat([(ours[n] - theirs[n]).flatten() for n in ours if n != "latent_mean"]).norm()
-    size = torch.cat([theirs[n].flatten() for n in theirs if n != "latent_mean"]).norm()
-    assert distance / size < tolerance
-
-
-def metrics(recipe: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir(recipe) / "metrics.jsonl").read_text().splitlines()]
+from training_runs import ROOT, SCRIPTS, assert_close, environment, launch, metrics, run_dir, same_bytes, tensors
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +51,6 @@ def test_the_same_recipe_gives_the_same_bytes(undisturbed):
     again = write_recipe(undisturbed.parent, "again")
     assert launch(again, processes=0).returncode == 0
     same_bytes(undisturbed, again)
-
-
-@pytest.mark.parametrize("moment", ["after a checkpoint", "before any checkpoint"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed, moment):
-    name = moment.replace(" ", "_")
-    recipe = write_recipe(undisturbed.parent, name)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), str(recipe)], env=environment(), cwd=recipe.parent,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    awaited = "checkpoints/step_4" if moment.startswith("after") else "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (run_dir(recipe) / awaited).exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert not (run_dir(recipe) / "checkpoints" / "step_12").exists()
-    assert launch(recipe, processes=0).returncode == 0
-    same_bytes(undisturbed, recipe)
 
 
 def test_a_signal_leaves_a_checkpoint_that_goes_on(undisturbed):

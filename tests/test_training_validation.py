@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from test_training_loop import ROOT, SCRIPTS, environment
 from toy_stores import recipe_tree, write_store
+from training_runs import ROOT, SCRIPTS, environment
 
 from mmaudio_hf.config import Recipe, load_recipe, save_recipe
 from mmaudio_hf.data.dataset import open_mixture

@@ -20,6 +20,7 @@ def add_commands(add) -> None:
     step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     step.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
+    step.add_argument("--checkpoint", action="store_true", help="also save checkpoints, to a temporary folder")
     extract = part("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
     loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
@@ -35,7 +36,13 @@ def _step(options) -> dict:
     from mmaudio_hf.bench.step import step
 
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    return step(options.variant, options.batch_size, options.rounds, precisions)
+    figures = step(options.variant, options.batch_size, options.rounds, precisions)
+    if options.checkpoint:
+        from mmaudio_hf.bench.checkpoint import checkpoint
+        from mmaudio_hf.config import variant_config
+
+        figures |= checkpoint(variant_config(options.variant), options.rounds)
+    return figures
 
 
 def _extract(options) -> dict:

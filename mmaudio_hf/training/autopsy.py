@@ -12,6 +12,7 @@ from torch import nn
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES
 from mmaudio_hf.training.guard import StepTrace
+from mmaudio_hf.training.parallel import local
 
 MAX_AUTOPSIES = 100  # files per run: a run that skips more has shown what it can
 
@@ -45,6 +46,11 @@ def examine_samples(trace: StepTrace, batches: Iterable[Batch], slots: Sequence[
     return entries
 
 
+def broken_parameters(network: nn.Module) -> list[str]:
+    """Names of the parameters with values, of those that this process holds, that are not finite."""
+    return [name for name, parameter in network.named_parameters() if not local(parameter).isfinite().all()]
+
+
 def _statistics(values: torch.Tensor) -> dict[str, float]:
     finite = values.isfinite()
     good = values[finite].double()
@@ -55,9 +61,13 @@ def _statistics(values: torch.Tensor) -> dict[str, float]:
 
 
 def examine_step(
-    network: nn.Module, trace: StepTrace, samples: Sequence[Mapping[str, Any]], learning_rate: float
+    network: nn.Module,
+    trace: StepTrace,
+    samples: Sequence[Mapping[str, Any]],
+    broken: Sequence[str],
+    learning_rate: float,
 ) -> dict[str, Any]:
-    """The whole autopsy, given `examine_samples` of every process.
+    """The whole autopsy, given `examine_samples` and `broken_parameters` of every process.
 
     `suspects` are the samples whose loss or features are not finite. Gradient norms are those before clipping, by
     block of the network.
@@ -77,7 +87,7 @@ def examine_step(
         "suspects": [s["id"] for s in samples if not math.isfinite(s["loss"]) or _has_nonfinite(s["features"])],
         "gradient_norms": groups,
         "nonfinite_gradients": [name for name, norm in norms.items() if not math.isfinite(norm)],
-        "nonfinite_parameters": [n for n, p in network.named_parameters() if not p.isfinite().all()],
+        "nonfinite_parameters": [name for name, _ in network.named_parameters() if name in set(broken)],
         "samples": samples,
     }
 
@@ -113,3 +123,23 @@ def write_autopsy(run_dir: Path, figures: Mapping[str, Any]) -> Path | None:
         return None
     path.write_text(to_json(figures))
     return path
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """An autopsy as lines of text: the whole step, its suspects, then every sample."""
+    lines = [
+        f"step {figures['step']}: loss {figures['loss']:.6g}, gradient norm {figures['gradient_norm']:.6g},"
+        f" learning rate {figures['learning_rate']:.3g}"
+    ]
+    if "weights_of_step" in figures:
+        lines.append(f"weights: those after {figures['weights_of_step']} updates")
+    titles = {"suspects": "suspects", "nonfinite_gradients": "gradients not finite"}
+    for name, title in (titles | {"nonfinite_parameters": "weights not finite"}).items():
+        found = figures[name]
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        lines.append(f"{title}: {', '.join(found[:5]) or 'none'}{more}")
+    for sample in figures["samples"]:
+        sizes = {n: max(abs(c.get("min", 0.0)), abs(c.get("max", 0.0))) for n, c in sample["features"].items()}
+        largest = ", ".join(f"{name} {size:.3g}" for name, size in sizes.items())
+        lines.append(f"  {sample['id']}: loss {sample['loss']:.6g}, t {sample['t']:.4f}; largest values: {largest}")
+    return "\n".join(lines)

@@ -26,7 +26,7 @@ from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.schema import Evaluation, RunError
-from mmaudio_hf.training.autopsy import examine_samples, examine_step, write_autopsy
+from mmaudio_hf.training.autopsy import broken_parameters, examine_samples, examine_step, write_autopsy
 from mmaudio_hf.training.best import BestScore
 from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
 from mmaudio_hf.training.early_stopping import check_metric, judge
@@ -194,6 +194,7 @@ class Run:
         self.prepare()
         self._announce()
         main = self.accelerator.is_main_process
+        first_step = self.step
         self.progress = Progress(self.recipe, self.accelerator, self.step)
         if self.step == 0:
             scores = self._validate()
@@ -216,6 +217,8 @@ class Run:
                 began = time.perf_counter()
                 if asked or self.finished:
                     break
+                if self.step == first_step + 1:  # the optimizer has its moments now
+                    self._reserve()
             self._check_saved()
         stopped_by = None if self.finished else self.stop.number
         early = self.finished and self.step < training.steps
@@ -324,14 +327,14 @@ class Run:
             training.batch_size, accelerator.num_processes, accelerator.process_index, training.accumulation_steps
         )
 
-    def loader(self, until: int) -> BatchLoader:
-        """This process's batches of the steps from the present one up to, and without, `until`."""
+    def loader(self, until: int, slots: Sequence[np.ndarray] | None = None) -> BatchLoader:
+        """Batches of the steps from the present one to the one before `until`: this process's, or those of `slots`."""
         data = self.recipe.data
         return training_batches(
             self.mixture,
             seed=self.recipe.seed,
             global_batch=self.recipe.training.batch_size,
-            slots=self.slots(),
+            slots=self.slots() if slots is None else slots,
             start_step=self.step,
             num_steps=until - self.step,
             prefetch=data.prefetch_batches,
@@ -493,9 +496,16 @@ class Run:
         elif snapshot:
             groups = {"ema": self.ema.tensors()}
         if checkpoint or snapshot:
+            began = time.perf_counter()
             groups = whole(groups, keep=self.accelerator.is_main_process)
+            self.writer.stall_seconds += time.perf_counter() - began
             if self.accelerator.is_main_process:
                 self.writer.save(groups, self._write_job(snapshot, checkpoint))
+
+    def _reserve(self) -> None:
+        """Get the memory for checkpoints. What is gathered from processes for each of them comes with its own."""
+        if self.accelerator.is_main_process and not self.sharded:
+            self.writer.reserve(collect_tensors(self.network, self.optimizer, self.ema))
 
     def _write_job(self, snapshot: bool, checkpoint: bool) -> Callable[[dict], None]:
         """What the thread does with the copies. It sees the run as it is now, not as it will be."""
@@ -558,4 +568,5 @@ class Run:
         ) as loader:
             samples = examine_samples(trace, next(loader), np.concatenate(slots).tolist())
         rate = learning_rate(trace.step, self.recipe.optim, training.steps)
-        return examine_step(self.network, trace, gather_object(samples), rate)
+        broken = gather_object(broken_parameters(self.network))
+        return examine_step(self.network, trace, gather_object(samples), broken, rate)

@@ -21,17 +21,8 @@ from mmaudio_hf.training.records import truncate_lines
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
-    *(
-        "name",
-        "output_dir",
-        "resume",
-        "encoders",
-        "extraction",
-        "sampling",
-        "samples",
-        "ema.snapshot_every",
-        "ema.sigma_rel",
-    ),
+    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples"),
+    *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
     *("training.checkpoint_every", "training.keep_checkpoints", "training.keep_every", "training.max_skipped_steps"),

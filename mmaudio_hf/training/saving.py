@@ -12,38 +12,53 @@ Groups = Mapping[str, Mapping[str, torch.Tensor]]
 class HostCopy:
     """Host memory for a copy of many tensors, kept from one copy to the next.
 
-    Fresh pages cost several times what copying into known ones does; for CUDA they are page-locked as well.
+    Fresh pages cost several times what copying into known ones does; for CUDA they are page-locked as well. A tensor
+    that occurs in several groups has one copy.
     """
 
     def __init__(self):
         self._memory: dict[tuple, torch.Tensor] = {}
+        self._reserved: set[tuple] = set()
+
+    def reserve(self, groups: Groups) -> None:
+        """Get the memory for a copy of these tensors and keep it for good."""
+        self._find_memory(groups)
+        self._reserved = set(self._memory)
+        for room in self._memory.values():
+            room.zero_()  # before that a page is only promised
+
+    def _find_memory(self, groups: Groups) -> None:
+        sources = {_place(tensor): tensor for tensors in groups.values() for tensor in tensors.values()}
+        wanted = self._reserved | sources.keys()  # memory of other tensors, which are gone, is given back
+        self._memory = {place: room for place, room in self._memory.items() if place in wanted}
+        for place in sources.keys() - self._memory.keys():
+            source = sources[place]
+            self._memory[place] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
 
     @torch.no_grad()
     def take(self, groups: Groups) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
         """Copies of the tensors of all groups, and what to wait for before they are read (None: nothing).
 
-        A tensor that occurs in several groups is copied once. The copies hold until the next call.
+        The copies hold until the next call.
         """
-        memory, taken, event = {}, {}, None
+        self._find_memory(groups)
+        copied, taken, stream = set(), {}, None
         for group, tensors in groups.items():
             taken[group] = {}
             for name, tensor in tensors.items():
-                source = tensor.detach()
-                key = (source.data_ptr(), source.dtype, source.shape, source.device)
-                if key not in memory:
-                    memory[key] = self._room(key, source)
-                    memory[key].copy_(source, non_blocking=True)
-                    if source.is_cuda:
-                        event = torch.cuda.current_stream(source.device)
-                taken[group][name] = memory[key]
-        self._memory = memory  # room of tensors that are gone is given back
+                place = _place(tensor)
+                taken[group][name] = self._memory[place]
+                if place not in copied:
+                    self._memory[place].copy_(tensor.detach(), non_blocking=True)
+                    copied.add(place)
+                if tensor.is_cuda:
+                    stream = torch.cuda.current_stream(tensor.device)
         # The copies are queued before whatever the next step changes, so the host need not wait for them.
-        return taken, None if event is None else event.record_event()
+        return taken, None if stream is None else stream.record_event()
 
-    def _room(self, key: tuple, source: torch.Tensor) -> torch.Tensor:
-        if key in self._memory:
-            return self._memory[key]
-        return torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+
+def _place(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device
 
 
 class BackgroundWriter:
@@ -60,22 +75,34 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def reserve(self, groups: Groups) -> None:
+        """Get the memory that saving these tensors will need, in the thread, so that the first copy is no slower."""
+        self.wait()
+        self._start(lambda: self._copy.reserve(groups))
+
     def save(self, groups: Groups, write: Callable[[dict[str, dict[str, torch.Tensor]]], None]) -> None:
         """Copy the tensors and hand the copies to `write` in the thread, once the job before is done."""
         began = time.perf_counter()
         self.wait()
         copies, event = self._copy.take(groups)
-        # A daemon: a second Ctrl-C does not wait for a disk.
-        self._thread = threading.Thread(target=self._work, args=(copies, event, write), name="writer", daemon=True)
-        self._thread.start()
-        self.stall_seconds += time.perf_counter() - began
 
-    def _work(self, copies, event, write) -> None:
-        began = time.perf_counter()
-        try:
+        def work() -> None:
             if event is not None:
                 event.synchronize()
             write(copies)
+
+        self._start(work)
+        self.stall_seconds += time.perf_counter() - began
+
+    def _start(self, work: Callable[[], None]) -> None:
+        # A daemon: a second Ctrl-C does not wait for a disk.
+        self._thread = threading.Thread(target=self._run, args=(work,), name="writer", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        try:
+            work()
             self._error = None
         except OSError as error:
             self._error = error
