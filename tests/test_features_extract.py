@@ -1,14 +1,8 @@
 """Extraction from real media to real stores: the same result in every way of getting there, and every refusal named."""
 
-import contextlib
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import av
@@ -102,56 +96,6 @@ def test_processes_shards_and_batches_do_not_change_the_store(example, weights, 
     report = extract_video("train", *media, tmp_path, **options(weights, num_proc=2, shard_size=5, batch_size=16))
     assert (report.shards, report.reused_shards) == (2, 0)
     assert content(tmp_path, "train") == content(train, "train")
-
-
-SCRIPT = """
-import sys
-from test_features_extract import *
-if __name__ == "__main__":
-    example, weights, folder, processes = sys.argv[1:]
-    media = f"{example}/videos", f"{example}/train.tsv"
-    extract_video("train", *media, folder, **options(weights, shard_size=1, num_proc=int(processes)))
-"""
-
-
-def test_a_run_killed_anywhere_and_started_again_gives_the_same_store(example, weights, train, tmp_path):
-    out, script = tmp_path / "out", tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "RUN": str(out)}
-    seen = 0
-    for seed, processes in ((0, 1), (1, 2), (2, 1)):
-        command = [sys.executable, str(script), str(example), str(weights), str(out), str(processes)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_until(lambda: len(list(out.glob("train.shards/*.json"))) > seen or process.poll() is not None)  # noqa: B023
-        time.sleep(random.Random(seed).uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        seen = len(list(out.glob("train.shards/*.json")))
-        assert seen > 0
-        wait_until(lambda: not processes_with(f"RUN={out}"))
-    kept = shard_times(out, "train")
-    media = example / "videos", example / "train.tsv"
-    report = extract_video("train", *media, out, **options(weights, shard_size=1))
-    assert report.reused_shards == len(kept) > 0
-    assert all(shard_times(out, "train")[name] == when for name, when in kept.items())
-    assert content(out, "train") == content(train, "train")
-    assert not list(out.rglob("*.part*"))
-
-
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def processes_with(setting: str) -> list[str]:
-    """Processes that have `setting` in their environment: a killed run's workers, for as long as they live."""
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
-            found += [entry] * (setting.encode() in file.read().split(b"\0"))
-    return found
 
 
 def test_only_what_changed_is_made_again(example, weights, tmp_path):
@@ -333,15 +277,3 @@ def test_a_full_disk_is_seen_before_the_work(example, weights, tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"0\.0\d GB are needed .* 0\.00 GB are free; make room"):
         extract_video("val", example / "videos", example / "val.tsv", tmp_path / "out", **options(weights))
     assert not list((tmp_path / "out").rglob("shard_*"))
-
-
-def test_two_runs_at_once_do_not_mix(example, weights, tmp_path):
-    def second_run(*arguments, **keywords):
-        with pytest.raises(ValueError, match="another process extracts 'val'"):
-            extract_video("val", example / "videos", example / "val.tsv", tmp_path, **options(weights))
-        return StoreWriter(*arguments, **keywords)
-
-    report = extract_video(
-        "val", example / "videos", example / "val.tsv", tmp_path, **options(weights, open_writer=second_run)
-    )
-    assert report.accepted == 2

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.verify import verify
 from mmaudio_hf.features.autoencoder import MelVAE
 from mmaudio_hf.features.clip import ClipEncoder, ClipTokenizer, clip_config
-from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, load_encoders
+from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, _sync_batch, load_encoders
 from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.synchformer import SynchformerVisual, segment_frames
 from mmaudio_hf.media.audio import read_waveform
@@ -62,6 +63,7 @@ def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **
             "validation": [],
             "test": [],
         },
+        "samples": {"every": 0},
         "training": {"steps": 1, "batch_size": 2, "mixed_precision": "no", "log_every": 1, "trackers": []},
     }
     path = folder / f"{variant}.yaml"
@@ -162,6 +164,29 @@ def test_files_to_one_step(small):
     mean, std = vae.encode(MelSpectrogram("16k")(clip.audio[None])[:, :, :40])
     torch.testing.assert_close(values["mean"], mean[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(values["std"], std[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_gives_what_single_items_give(small):
+    """Up to rounding; and the passes of Synchformer and CLIP, which are smaller than the batch, keep the order."""
+    encoders, draw = load(small, ("clip", "text", "latent")), torch.Generator().manual_seed(0)
+    shallow = SynchformerVisual(segment_batch=2, depth=1).to_empty(device="cpu")
+    for tensor in (*shallow.parameters(), *shallow.buffers()):
+        tensor.data.normal_(std=0.05, generator=draw)
+    encoders = replace(encoders, networks={**encoders.networks, "sync": lambda frames: _sync_batch(shallow, frames)})
+    pictures = torch.randint(0, 256, (3, 16, 3, 384, 384), dtype=torch.uint8, generator=draw)
+    sound = 0.1 * torch.randn(3, sequence_lengths("16k", SHORT).audio_samples, generator=draw)
+    small_pictures = pictures[..., :224, :224]
+    for encode, inputs in (
+        (encoders.encode_clip, pictures[:, :7]),
+        (encoders.encode_sync, small_pictures),
+        (encoders.encode_text, ["a dog", "do", "a cat at a dog"]),
+        (lambda waveform: torch.cat(encoders.encode_audio(waveform), dim=2), sound),
+    ):
+        batch, single = encode(inputs), torch.cat([encode(inputs[i : i + 1]) for i in range(3)])
+        assert batch.shape == single.shape and not torch.allclose(batch[0], batch[1], atol=1e-3)
+        difference = (batch - single).abs().max() / single.std()
+        print(f"{tuple(batch.shape)}: {difference:.1e}")
+        assert difference < 1e-4
 
 
 def test_the_trained_network_makes_sound_of_a_text(small):

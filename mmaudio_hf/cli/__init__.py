@@ -16,7 +16,8 @@ PARTS = (audit, data, store, training, runs, generation, weights, bench)  # in t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mmaudio-hf`; returns the exit code.
 
-    A user's mistake ends with one sentence on stderr and code 2; a fault of the machine or the data with code 1.
+    A user's mistake ends with one sentence on stderr and code 2; a fault of the machine or the data with code 1;
+    Ctrl-C with code 130.
     """
     options = parse(arguments)
     try:
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if interrupt.args else "interrupted", file=sys.stderr)
+        return 130
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:

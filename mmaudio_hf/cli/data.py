@@ -1,6 +1,7 @@
 """Commands from media to feature stores."""
 
 import json
+import os
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,12 @@ def add_commands(add) -> None:
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
     add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
-    add("extract-video", _extract_video, "make the feature stores of a recipe's videos", recipe=True)
-    add("extract-audio", _extract_audio, "make the feature stores of a recipe's recordings", recipe=True)
+    for kind, function, media_of in (("video", _extract_video, "videos"), ("audio", _extract_audio, "recordings")):
+        extract = add(f"extract-{kind}", function, f"make the feature stores of a recipe's {media_of}", recipe=True)
+        extract.add_argument(
+            "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
+        )
+        extract.add_argument("--num-shards", type=int, metavar="N", help="number of shares the shards are dealt out in")
 
 
 def _example_media(options) -> None:
@@ -88,9 +93,28 @@ def _open_writer(recipe: Recipe):
     return partial(StoreWriter, layout=wanted[0], sync_dtype=wanted[1])
 
 
-def _extraction_options(recipe: Recipe) -> dict:
+def _share(options):
+    """The share of the shards that the options name, else the launcher's environment, else the whole."""
+    from mmaudio_hf.features.extract import Share
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        rank, world, local_rank, local_world = (int(os.environ[name]) if name in os.environ else None for name in names)
+    except ValueError as error:
+        raise ValueError(f"the launcher's {', '.join(names)} must be whole numbers ({error})") from None
+    index, count, source = options.shard_index, options.num_shards, "--shard-index and --num-shards"
+    if index is None and count is None:
+        index, count, source = rank, world, "RANK and WORLD_SIZE in the environment"
+    if (index is None) != (count is None):
+        raise ValueError(f"{source} go together: give both or neither")
+    local_rank = local_rank or 0
+    return Share(index or 0, 1 if count is None else count, local_rank, local_world or local_rank + 1)
+
+
+def _extraction_options(recipe: Recipe, options) -> dict:
     extraction = recipe.extraction
     return {
+        "share": _share(options),
         "output_dir": Path(extraction.output_dir),
         "encoders": _encoder_options(recipe),
         "mode": recipe.model.mode,
@@ -115,7 +139,7 @@ def _extract_video(options) -> None:
             alignment=recipe.extraction.alignment,
             normalize_audio=source.normalize_audio,
             problems=audit_problems(recipe, source, options.recipe),
-            **_extraction_options(recipe),
+            **_extraction_options(recipe, options),
         )
 
 
@@ -136,5 +160,5 @@ def _extract_audio(options) -> None:
             source.list,
             clips_path(recipe, source),
             problems=audit_problems(recipe, source, options.recipe),
-            **_extraction_options(recipe),
+            **_extraction_options(recipe, options),
         )

@@ -41,7 +41,7 @@ class Encoders:
     duration: float
     device: torch.device
     precision: str
-    networks: dict[str, Callable]  # part -> function; "text" takes captions, the others take tensors
+    networks: dict[str, Callable]  # part -> function of a batch; "text" takes captions, the others take tensors
     weights_dir: Path
     clip: str
 
@@ -60,13 +60,13 @@ class Encoders:
     def encode_clip(self, frames: torch.Tensor) -> torch.Tensor:
         """CLIP features (B, T, 1024) of pictures (B, T, 3, 384, 384)."""
         with self._precision():
-            return torch.stack([self._network("clip")(pictures.to(self.device)).float() for pictures in frames])
+            return self._network("clip")(frames.to(self.device)).float()
 
     @torch.no_grad()
     def encode_sync(self, frames: torch.Tensor) -> torch.Tensor:
         """Sync features (B, S, 768) of 25 fps pictures (B, F, 3, 224, 224)."""
         with self._precision():
-            return torch.stack([self._network("sync")(pictures.to(self.device)).float() for pictures in frames])
+            return self._network("sync")(frames.to(self.device)).float()
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> torch.Tensor:
@@ -231,11 +231,19 @@ def _fitting_mel(path, mode: str, spectrogram: MelSpectrogram) -> torch.Tensor:
 
 
 def _toy_networks(mode: str, weights_dir: Path, clip: str, device: torch.device, parts) -> dict[str, Callable]:
-    networks = {"clip": toy.clip_features, "sync": toy.sync_features, "text": toy.text_features}
+    # One by one: they are cheap, and so their results do not depend on the batch by a single bit.
+    networks = {
+        "clip": lambda frames: torch.stack([toy.clip_features(pictures) for pictures in frames]),
+        "sync": lambda frames: torch.stack([toy.sync_features(pictures) for pictures in frames]),
+        "text": toy.text_features,
+    }
     if {"latent", "decode"} & set(parts):
         codec = toy.ToyMelCodec.load(mode, toy_codec_file(weights_dir, mode)).to(device)
         spectrogram = MelSpectrogram(mode).to(device)
-        networks["latent"] = lambda waveform: codec.encode(_even(spectrogram(waveform)))
+        networks["latent"] = lambda waveforms: tuple(
+            torch.cat(values)
+            for values in zip(*(codec.encode(_even(spectrogram(wave[None]))) for wave in waveforms), strict=True)
+        )
         networks["decode"] = lambda latent_BNC: toy.mel_to_waveform(codec.decode(latent_BNC), mode)
     return {part: networks[part] for part in parts}
 
@@ -249,15 +257,15 @@ def _released_networks(mode: str, weights_dir: Path, clip: str, device: torch.de
         source = Path(clip)
         encoder = ClipEncoder.from_open_clip(source) if source.is_file() else ClipEncoder.from_pretrained(clip)
         encoder = encoder.to(device)
-        networks["clip"] = lambda frames: encoder.encode_images(_floats(frames, signed=False))
+        networks["clip"] = lambda frames: _clip_batch(encoder, frames)
         if "text" in parts:
             tokenizer = ClipTokenizer.from_files(_tokenizer_source(clip))
             networks["text"] = lambda captions: encoder.encode_text(tokenizer(captions).to(device))
     if "sync" in parts:
-        from mmaudio_hf.features.synchformer import SynchformerVisual, segment_frames
+        from mmaudio_hf.features.synchformer import SynchformerVisual
 
         synchformer = SynchformerVisual().load_released(weights_dir / SYNC_FILE).to(device)
-        networks["sync"] = lambda frames: synchformer(segment_frames(_floats(frames, signed=True))[None])[0]
+        networks["sync"] = lambda frames: _sync_batch(synchformer, frames)
     if {"latent", "decode"} & set(parts):
         from mmaudio_hf.features.autoencoder import MelVAE
 
@@ -270,6 +278,24 @@ def _released_networks(mode: str, weights_dir: Path, clip: str, device: torch.de
         vocoder = Vocoder(mode).load_released(weights_dir / VOCODER_FILES[mode]).to(device)
         networks["decode"] = lambda latent_BNC: vocoder(vae.decode(latent_BNC))
     return {part: networks[part] for part in parts}
+
+
+def _clip_batch(encoder, frames: torch.Tensor) -> torch.Tensor:
+    """(B, T, 1024). Few pictures at a time become floats: those of a whole batch would be gigabytes."""
+    pictures = frames.flatten(0, 1).split(encoder.batch_size)
+    features = [encoder.encode_images(_floats(part, signed=False)) for part in pictures]
+    return torch.cat(features).unflatten(0, frames.shape[:2])
+
+
+def _sync_batch(synchformer, frames: torch.Tensor) -> torch.Tensor:
+    """(B, S, 768). Segments of different videos share a pass; few at a time become floats."""
+    from mmaudio_hf.features.synchformer import segment_frames
+
+    segments = [segment for pictures in frames for segment in segment_frames(pictures)]  # views
+    size = synchformer.segment_batch
+    batches = (torch.stack(segments[first : first + size]) for first in range(0, len(segments), size))
+    tokens = torch.cat([synchformer(_floats(batch, signed=True)[None])[0] for batch in batches])
+    return tokens.unflatten(0, (len(frames), -1))
 
 
 def _floats(frames: torch.Tensor, signed: bool) -> torch.Tensor:

@@ -221,17 +221,19 @@ class _RgbConverter:
     """8-bit RGB by a filter graph: `VideoFrame.to_ndarray` differs by up to 70 at chroma edges of odd 4:2:0 sizes."""
 
     def __init__(self):
-        self.layout = self.graph = None
+        self.layout = self.graph = self.matrix = None
 
     def __call__(self, frame: av.VideoFrame, rotate: bool) -> np.ndarray:
         """(H, W, 3) uint8, turned and mirrored as the file asks if `rotate`."""
-        matrix = frame.side_data.get("DISPLAYMATRIX") if rotate else None
         layout = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
         if layout != self.layout:  # also when the size changes within a file
             self.layout, self.graph = layout, _rgb_graph(frame)
+            # Not of every picture: one whose side data were asked for stays in memory until the garbage collector runs.
+            matrix = frame.side_data.get("DISPLAYMATRIX") if rotate else None
+            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
         self.graph.push(frame)
         picture = self.graph.pull().to_ndarray()
-        return picture if matrix is None else _turned(picture, np.frombuffer(matrix, np.int32))
+        return picture if self.matrix is None else _turned(picture, self.matrix)
 
 
 @dataclass

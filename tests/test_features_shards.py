@@ -1,0 +1,496 @@
+"""Extraction at scale: many processes in one folder, batches, full disks, kills at any moment, many damaged files."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from odd_media import Odd, steady, truncate, write_odd
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.data.store import FeatureStore, StoreWriter
+from mmaudio_hf.features import shards
+from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
+from mmaudio_hf.features.extract import Share, extract_audio
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.schema import RunError
+
+RATE, SECONDS = 16_000, 0.7
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Folder with a toy codec."""
+    folder = tmp_path_factory.mktemp("weights")
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal(8 * RATE).astype(np.float32))
+    write_audio(folder / "noise.wav", 0.1 * noise, RATE)
+    fit_toy_codec(folder, "16k", [folder / "noise.wav"])
+    return folder
+
+
+class Recordings:
+    """A folder of short recordings, one clip and caption each, and ways to extract it."""
+
+    def __init__(self, folder: Path, names, captions=None):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        noise = torch.from_numpy(np.random.default_rng(0).standard_normal(RATE).astype(np.float32))
+        write_audio(folder / "sound.wav", 0.1 * noise, RATE)
+        for name in names:
+            os.link(folder / "sound.wav", folder / f"{name}.wav")
+        os.unlink(folder / "sound.wav")
+        captions = captions or {name: f"the sound {name}" for name in names}
+        self.captions, self.clips = folder / "captions.tsv", folder / "clips.tsv"
+        self.captions.write_text("id\tcaption\n" + "".join(f"{n}\t{text}\n" for n, text in captions.items()))
+        rows = "".join(f"{name}_0\t{name}\t0\t{RATE}\n" for name in names)
+        self.clips.write_text("id\tname\tstart_sample\tend_sample\n" + rows)
+
+    def extract(self, out, weights, **changes):
+        encoders = {"kind": "toy", "weights_dir": str(weights), "clip": "", "precision": "fp32", "device": "cpu"}
+        usual = {"encoders": encoders, "mode": "16k", "duration": SECONDS, "open_writer": StoreWriter}
+        usual |= {"progress": False, "shard_size": 4, "batch_size": 3}
+        return extract_audio("s", self.folder, self.captions, self.clips, out, **(usual | changes))
+
+    def recipe(self, path: Path, out, weights, **changes) -> Path:
+        """The same as a recipe."""
+        extraction = {"output_dir": str(out), "shard_size": 4, "batch_size": 3} | changes
+        source = {"name": "s", "media_dir": str(self.folder), "list": str(self.captions), "clips": str(self.clips)}
+        tree = {
+            "name": "run",
+            "model": {"variant": "small_16k", "duration": SECONDS},
+            "encoders": {"kind": "toy", "weights_dir": str(weights), "device": "cpu"},
+            "extraction": extraction | {"audios": [source]},
+        }
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+
+def content(folder) -> dict[str, bytes]:
+    """Every byte of the store, of the shards and of the rejects."""
+    paths = [p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def left_over(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).rglob("*") if ".part" in path.name)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Encoders whose results depend on the size of the batch; notes the captions of each. `limits`: of the memory."""
+    seen = Namespace(batches=[], limits={}, stop_after=None)
+
+    def load(*arguments, **keywords):
+        encoders = load_encoders(*arguments, **keywords)
+
+        def watch(part, network, inputs):
+            if len(inputs) > seen.limits.get(part, 1000):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if part == "text":
+                seen.batches.append([caption.split()[-1] for caption in inputs])
+                if len(seen.batches) == seen.stop_after:
+                    raise KeyboardInterrupt
+                return network(inputs) + 0.01 * len(inputs)
+            mean, std = network(inputs)
+            return mean + 0.01 * len(inputs), std
+
+        networks = {part: functools.partial(watch, part, network) for part, network in encoders.networks.items()}
+        return dataclasses.replace(encoders, networks=networks)
+
+    monkeypatch.setattr(shards, "load_encoders", load)
+    return seen
+
+
+class Namespace:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+def test_batches_follow_from_the_list_alone(weights, watched, tmp_path):
+    """So neither shares, nor an interruption, nor what is wrong in other shards changes a byte."""
+    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(11)])
+    for name in ("n01", "n09"):
+        os.unlink(media.folder / f"{name}.wav")
+        (media.folder / f"{name}.wav").write_text("no sound")
+    report = media.extract(tmp_path / "whole", weights)
+    assert (report.shards, report.accepted, report.rejected, report.open_shards) == (3, 9, 2, 0)
+    assert watched.batches == [["n00", "n02"], ["n03"], ["n04", "n05", "n06"], ["n07"], ["n08", "n10"]]
+    whole = content(tmp_path / "whole")
+
+    for index in (2, 0, 1):
+        report = media.extract(tmp_path / "shares", weights, share=Share(index, 3))
+        assert (report.open_shards == 0) == (index == 1) == (tmp_path / "shares" / "s").exists()
+    assert content(tmp_path / "shares") == whole
+
+    watched.batches.clear()
+    watched.stop_after = 4
+    with pytest.raises(KeyboardInterrupt, match="s: complete shards are kept and the same command goes on from them"):
+        media.extract(tmp_path / "stopped", weights)
+    assert not left_over(tmp_path / "stopped")
+    watched.stop_after = None
+    assert media.extract(tmp_path / "stopped", weights).reused_shards == 1
+    assert len(watched.batches) == 4 + 3  # the fourth one is made again, with the batch before it that was complete
+    assert content(tmp_path / "stopped") == whole
+
+    os.unlink(media.folder / "n09.wav")
+    os.link(media.folder / "n00.wav", media.folder / "n09.wav")
+    watched.batches.clear()
+    assert media.extract(tmp_path / "whole", weights).reused_shards == 2
+    assert watched.batches == [["n08", "n09", "n10"]]
+
+
+def test_memory_that_is_too_small_halves_the_batch(weights, watched, tmp_path):
+    """The same halves, whether this process met the limit in an earlier shard or not."""
+    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(14)])
+    watched.limits["text"] = 3
+    settings = {"shard_size": 9, "batch_size": 8}
+    report = media.extract(tmp_path / "whole", weights, **settings)
+    assert report.halved == {"text": 3}
+    assert "batches halved for want of memory (text 3)" in str(report)
+    assert [len(batch) for batch in watched.batches] == [2, 2, 2, 2, 1, 3, 2]
+    sidecar = json.loads((tmp_path / "whole" / "s.shards" / "shard_00000.json").read_text())
+    assert (sidecar["batch_size"], sidecar["halved"]) == (8, {"text": 2})
+    for index in (1, 0):
+        media.extract(tmp_path / "shares", weights, share=Share(index, 2), **settings)
+    assert content(tmp_path / "shares") == content(tmp_path / "whole")
+
+    watched.limits["latent"] = 0
+    with pytest.raises(
+        RunError, match=r"the latent encoder finds no memory on cpu for a single item \(CUDA out of mem"
+    ):
+        media.extract(tmp_path / "none", weights, **settings)
+    assert not left_over(tmp_path / "none")
+    watched.limits.clear()
+    assert media.extract(tmp_path / "none", weights, **settings).accepted == 14
+
+
+def test_two_runs_at_once_share_the_work(weights, watched, tmp_path):
+    """Each shard is made once, both return with the store, and it is the usual one."""
+    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(40)])
+    media.extract(tmp_path / "one", weights)
+    once = sorted(watched.batches)
+    watched.batches.clear()
+    reports = []
+    runs = [threading.Thread(target=lambda: reports.append(media.extract(tmp_path / "two", weights))) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [report.accepted for report in reports] == [40, 40]
+    assert sorted(watched.batches) == once
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):
+    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)])
+    before = media.captions.read_text()
+
+    def other_run(*arguments, **keywords):
+        media.captions.write_text(before.replace("sound", "noise"))
+        report = media.extract(tmp_path / "out", weights, share=Share(1, 2))
+        assert (report.reused_shards, report.open_shards) == (0, 1)
+        return StoreWriter(*arguments, **keywords)
+
+    with pytest.raises(RunError, match="another run with other settings, list or media makes these shards again"):
+        media.extract(tmp_path / "out", weights, open_writer=other_run)
+    assert not (tmp_path / "out" / "s").exists() and not left_over(tmp_path / "out")
+    assert media.extract(tmp_path / "out", weights).reused_shards == 1
+    assert FeatureStore.open(tmp_path / "out" / "s").captions == [f"the noise n{i}" for i in range(8)]
+
+
+# --- faults of real processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts commands as processes of their own within milliseconds: they are forked from one that imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmaudio_hf.cli", "mmaudio_hf.features.extract", "mmaudio_hf.data.store"])
+    return lambda *command: context.Process(target=_run, args=(command,))
+
+
+def _run(command) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.exit(main(list(command)))
+
+
+def finish(process) -> int:
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_the_store_is_the_same(weights, server, tmp_path, seed):
+    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(48)])
+    os.unlink(media.folder / "n05.wav")
+    (media.folder / "n05.wav").write_text("broken")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert finish(server("extract-audio", str(media.recipe(tmp_path / "whole.yaml", whole, weights)))) == 0
+    wanted, command = content(whole), ("extract-audio", str(media.recipe(tmp_path / "out.yaml", out, weights)))
+    wanted_store = {name: data for name, data in wanted.items() if "shards" not in name}
+    records, stages = out / "s.shards", Counter()
+    moment = random.Random(seed)
+    for attempt in range(10):
+        process, before = server(*command), len(list(records.glob("*.json")))
+        process.start()
+        if attempt < 5:  # while the next shard is made
+            wait_until(lambda: len(list(records.glob("*.json"))) > before or not process.is_alive())  # noqa: B023
+            time.sleep(moment.uniform(0, 0.08))
+        else:  # in the export
+            wait_until(lambda: (out / "s.partial").exists() or not process.is_alive())  # noqa: B023
+            time.sleep(moment.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        stages["complete" if (out / "s").exists() else "export" if (out / "s.partial").exists() else "shards"] += 1
+        if (out / "s").exists():  # then it is whole; without it the next run exports again
+            assert {name: data for name, data in content(out).items() if "shards" not in name} == wanted_store
+            shutil.rmtree(out / "s")
+    assert stages["shards"] and stages["export"] + stages["complete"], stages
+    kept = {path: path.stat().st_mtime_ns for path in records.glob("shard_*.json")}
+    assert finish(server(*command)) == 0
+    assert content(out) == wanted and not left_over(out)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert len((out / "s.rejects.jsonl").read_text().splitlines()) + len(FeatureStore.open(out / "s")) == 48
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def test_workers_end_with_a_killed_run_and_the_next_one_goes_on(weights, tmp_path):
+    """Real command, two worker processes: SIGKILL, then Ctrl-C, then to the end."""
+    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(96)])
+    out, mark = tmp_path / "out", f"MARK={tmp_path}"
+    recipe = media.recipe(tmp_path / "r.yaml", out, weights, num_proc=2)
+    command = [sys.executable, "-m", "mmaudio_hf.cli", "extract-audio", str(recipe)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+
+    def start_and_wait_for(more):
+        before = len(list(out.glob("s.shards/*.json")))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(lambda: len(list(out.glob("s.shards/*.json"))) > before + more or process.poll() is not None)
+        return process
+
+    process = start_and_wait_for(1)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not processes_with(mark))
+    process = start_and_wait_for(1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate()
+    assert process.returncode == 130
+    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and "/96 [" not in line]
+    assert lines == ["interrupted: s: complete shards are kept and the same command goes on from them"], said
+    wait_until(lambda: not processes_with(mark))
+    kept = len(list(out.glob("s.shards/*.json")))
+    assert 0 < kept < 24
+    report = media.extract(out, weights)
+    assert report.reused_shards >= kept and report.accepted == 96
+    media.extract(tmp_path / "whole", weights)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def processes_with(setting: str) -> list[str]:
+    """Processes that have `setting` in their environment: a killed run's workers, for as long as they live."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
+            found += [entry] * (setting.encode() in file.read().split(b"\0"))
+    return found
+
+
+def test_accelerate_launch_gives_each_process_its_share(weights, tmp_path):
+    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(16)])
+    recipe = media.recipe(tmp_path / "r.yaml", tmp_path / "out", weights)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    command += ["--num_processes", "2", "-m", "mmaudio_hf.cli", "extract-audio", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    media.extract(tmp_path / "one", weights)
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    assert re.search(r"s: [234] of 4 shards complete|s: 16 of 16 in", done.stdout + done.stderr)
+
+
+def test_shares_come_from_options_or_the_launcher(weights, tmp_path, monkeypatch, capsys):
+    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)])
+    command = ["extract-audio", str(media.recipe(tmp_path / "r.yaml", tmp_path / "out", weights))]
+    shard_files = lambda: sorted(path.name for path in tmp_path.glob("out/s.shards/*.json"))  # noqa: E731
+    assert main([*command, "--shard-index", "1", "--num-shards", "2"]) == 0
+    assert shard_files() == ["shard_00001.json"]
+    assert "s: 1 of 2 shards complete" in capsys.readouterr().out
+    assert main([*command, "--shard-index", "2"]) == 2
+    assert main([*command, "--shard-index", "2", "--num-shards", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "go together" in said and "shard index 2 of 2" in said
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 0
+    assert shard_files()[:2] == ["shard_00000.json", "shard_00001.json"]
+    assert (tmp_path / "out" / "s").is_dir()
+
+
+FULL_DISK = """
+import contextlib, io, json, os, shutil, subprocess, sys
+from collections import namedtuple
+folder, recipe, copy = sys.argv[1:]
+from mmaudio_hf.cli import main
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
+# As where others fill the disk meanwhile: there seems to be room.
+shutil.disk_usage = lambda _: namedtuple("Usage", "total used free")(10**12, 0, 10**12)
+ends = []
+for size in ("3m", "7m", "40m"):
+    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(["extract-audio", recipe])
+    names = [name for _, folders, files in os.walk(folder) for name in folders + files]
+    ends.append([code, said.getvalue().splitlines()[-1:], sorted(names)])
+shutil.copytree(folder, copy)
+print(json.dumps(ends))
+"""
+
+
+def test_a_full_disk_ends_with_one_sentence_and_room_mends_it(weights, tmp_path):
+    """Too small for the shards, then for the store, then large enough."""
+    media, folder = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(16)]), tmp_path / "small"
+    folder.mkdir()
+    arguments = [str(folder), str(media.recipe(tmp_path / "r.yaml", folder / "out", weights)), str(tmp_path / "copy")]
+    command = ["unshare", "--mount", "--map-root-user", sys.executable, "-c", FULL_DISK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare: " in done.stderr or "mount: " in done.stderr:
+        pytest.skip(f"no file system of our own can be mounted here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    first, second, last = json.loads(done.stdout.splitlines()[-1])
+    hint = "make room; complete shards are kept and the same command goes on from them"
+    for (code, said, names), file, kept in (
+        (first, "out/s.shards/shard_00002.arrow", 2),
+        (second, "out/s.partial/text_features.memmap", 4),
+    ):
+        assert code == 1
+        assert hint in said[0] and "No space left on device" in said[0] and str(folder / file) in said[0], said
+        assert [name for name in names if name.endswith(".json") and "shard" in name] == [
+            f"shard_{number:05d}.json" for number in range(kept)
+        ]
+        assert sum(name.endswith(".arrow") for name in names) == kept
+        assert not [name for name in names if ".part" in name or name == "s"]
+    assert last[0] == 0
+    media.extract(tmp_path / "whole", weights)
+    assert content(tmp_path / "copy" / "out") == content(tmp_path / "whole")
+
+
+# --- many items --------------------------------------------------------------------------------------------------
+
+
+def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
+    """5 % broken in ten ways: accepted and rejected add up to the listed ones, and each reason is right."""
+    names = [f"item_{i:04d}" for i in range(2000)]
+    random.Random(0).shuffle(names)
+    media = Recordings(tmp_path / "media", names)
+    good = media.folder / f"{names[-1]}.wav"
+    noise = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
+    write_audio(tmp_path / "good.flac", noise, RATE)
+    truncate(tmp_path / "good.flac", tmp_path / "cut.flac", 0.7)
+    write_audio(tmp_path / "silent.wav", torch.zeros(RATE), RATE)
+    write_audio(tmp_path / "short.wav", noise[: RATE // 2], RATE)
+    write_odd(tmp_path / "mute.mp4", Odd(picture_times=steady(0.5), sound_seconds=None))
+    (tmp_path / "text.wav").write_text("this is no sound\n" * 50)
+    (tmp_path / "empty.wav").touch()
+    ways = {
+        "not_found": lambda path: None,
+        "folder": lambda path: path.mkdir(),
+        "text": lambda path: os.link(tmp_path / "text.wav", path),
+        "empty": lambda path: os.link(tmp_path / "empty.wav", path),
+        "cut": lambda path: os.link(tmp_path / "cut.flac", path.with_suffix(".flac")),
+        "silent": lambda path: os.link(tmp_path / "silent.wav", path),
+        "short": lambda path: os.link(tmp_path / "short.wav", path),
+        "mute": lambda path: os.link(tmp_path / "mute.mp4", path.with_suffix(".m4a")),
+        "no_caption": lambda path: os.link(good, path),
+        "audit": lambda path: os.link(good, path),
+    }
+    reasons = {
+        "not_found": ("list", "not_found"),
+        "folder": ("list", "not_found"),
+        "text": ("read", "unreadable"),
+        "empty": ("read", "unreadable"),
+        "cut": ("read", "decode_error"),
+        "silent": ("read", "silent"),
+        "short": ("read", "clip_out_of_range"),
+        "mute": ("read", "no_audio"),
+        "no_caption": ("list", "no_caption"),
+        "audit": ("audit", "clipped"),
+    }
+    broken = dict(zip(names[:100], [*ways] * 10, strict=True))
+    for name, way in broken.items():
+        path = media.folder / f"{name}.wav"
+        path.unlink()
+        ways[way](path)
+    lines = media.captions.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if broken.get(line.split("\t")[0]) != "no_caption"]
+    media.captions.write_text("".join(kept))
+    problems = {name: ("clipped", "too loud") for name, way in broken.items() if way == "audit"}
+    report = media.extract(tmp_path / "out", weights, shard_size=512, batch_size=64, problems=problems)
+    rejects = [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
+    assert (report.listed, report.accepted, report.rejected, report.missing) == (2000, 1900, 100, 20)
+    found = {reject["id"].removesuffix("_0"): (reject["stage"], reject["reason"]) for reject in rejects}
+    assert found == {name: reasons[way] for name, way in broken.items()}
+    assert all(reject["message"] for reject in rejects)
+    store = FeatureStore.open(report.store_path)
+    assert store.ids == [f"{name}_0" for name in names if name not in broken]
+    assert store.captions == [f"the sound {name}" for name in names if name not in broken]
+    shutil.rmtree(tmp_path / "out")
+
+
+MEMORY = """
+import resource, sys
+from mmaudio_hf.data.store import StoreWriter
+from mmaudio_hf.features.extract import extract_video
+folder, weights, count = sys.argv[1:]
+open(f"{folder}/list.tsv", "w").write("id\\tlabel\\n" + "".join(f"clip_{i}\\ta clip\\n" for i in range(int(count))))
+encoders = {"kind": "toy", "weights_dir": weights, "clip": "", "precision": "fp32", "device": "cpu"}
+extract_video(f"s{count}", folder, f"{folder}/list.tsv", f"{folder}/out", encoders=encoders, mode="16k", duration=2.0,
+              open_writer=StoreWriter, shard_size=6, batch_size=3, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_videos(weights, tmp_path):
+    clip = write_odd(tmp_path / "clip_0.mp4", Odd(picture_times=steady(2.4), sound_seconds=2.5, size=(960, 540)))
+    for number in range(1, 30):
+        os.link(clip, tmp_path / f"clip_{number}.mp4")
+
+    def peak_mb(count: int) -> float:
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(weights), str(count)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1024
+
+    few, many = peak_mb(6), peak_mb(30)
+    assert many < few + 40, (few, many)
