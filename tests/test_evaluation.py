@@ -1,6 +1,7 @@
 """Onsets against the example's events and mir_eval, published metrics against recorded values."""
 
 import json
+import math
 
 import mir_eval
 import numpy as np
@@ -19,9 +20,11 @@ from mmaudio_hf.evaluation import (
     onset_f1,
     onset_scores,
     onset_times,
+    score_caches,
     shuffled_pairing,
     waveform_scores,
 )
+from mmaudio_hf.evaluation.offsets import OffsetHead
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import read_waveform, resample
 from mmaudio_hf.media.example import read_events
@@ -274,3 +277,103 @@ def test_pairing_by_cleaned_ids(tmp_path):
     assert (scores["KL-PASST-softmax/used"], scores["KL-PASST-softmax/dropped"]) == (12, 0)
     assert (scores["KL-PANNS-softmax/used"], scores["KL-PANNS-softmax/dropped"]) == (0, 12)
     assert np.isnan(scores["KL-PANNS-softmax"])
+
+
+def sync_features(item_id: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Video and audio features of one id of the recorded evaluation."""
+    one = lambda kind, shape, side: arr(f"{side}/{kind}/{item_id}", *shape)  # noqa: E731
+    video = 2 * one("syncv0", (1, 1, 768), "gt") + one("syncv", (24, 8, 768), "gt")
+    audio = 2 * one("synca0", (1, 1, 768), "pred") + one("synca", (24, 6, 768), "pred")
+    return torch.from_numpy(video), torch.from_numpy(audio)
+
+
+@pytest.fixture(scope="module")
+def sync_weights(tmp_path_factory):
+    """A file with the name-seeded head behind the recorded classes, and with a tensor of another part."""
+    state = {"afeat_extractor.stray": torch.zeros(1)}
+    for name, own in OffsetHead().state_dict().items():
+        value = arr(name, *own.shape)
+        if own.ndim > 1:
+            value = value / np.float32(math.sqrt(np.prod(own.shape[1:])))
+        else:
+            value = 1 + np.float32(0.1) * value if name.endswith(".weight") else np.float32(0.02) * value
+        state[name] = torch.from_numpy(value)
+    assert len(state) - 1 == CACHES["sync_tensors_seeded"]
+    path = tmp_path_factory.mktemp("sync") / "synchformer_state_dict.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_desync_from_cached_features(tmp_path, sync_weights):
+    """The classes of the reference's own head, of ids whose two ends differ and of some others."""
+    common = [i for i in CACHES["pred_ids"] if i in CACHES["ids"]]
+    recorded = dict(zip(common, CACHES["desync_top_classes"], strict=True))
+    chosen = [i for i in common if recorded[i][0] != recorded[i][1]] + common[:2]
+    features = {i: sync_features(i) for i in chosen}
+    head = OffsetHead().load_released(sync_weights)
+    found = head.classes(*(torch.stack(side) for side in zip(*features.values(), strict=True)))
+    assert found.tolist() == [recorded[i] for i in chosen] and len(chosen) == 4
+    for side, which in (("gt", 0), ("pred", 1)):
+        (tmp_path / side).mkdir()
+        names = {"gt": "synchformer_video.pth", "pred": "synchformer_audio.pth"}
+        torch.save({i: features[i][which] for i in chosen[:2]}, tmp_path / side / names[side])
+    score = score_caches(tmp_path / "gt", tmp_path / "pred", sync_weights=sync_weights)["DeSync"]
+    assert score.value == pytest.approx(desync_score([recorded[i] for i in chosen[:2]]))
+    assert (score.unit, score.better, score.used) == ("s", "lower", 2)
+    with pytest.raises(ValueError, match="at least 14 segments"):
+        head.classes(torch.zeros(1, 9, 8, 768), torch.zeros(1, 9, 6, 768))
+    with pytest.raises(ValueError, match=r"vproj\.weight is missing"):
+        OffsetHead().load_released({"transformer.OFF_tok": torch.zeros(1, 1, 768)})
+
+
+def test_what_was_dropped_and_why(tmp_path):
+    ids = [f"clip{i:02d}" for i in range(14)]
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        values = {i: torch.from_numpy(arr(f"drop/{side}/{i}", 6)) for i in ids}
+        if side == "pred":
+            values["clip00"][2] = math.nan
+            values["stranger"] = values["clip05"]
+        else:
+            values["clip01"][0] = math.inf
+        for name in ("passt_features_embed.pth", "passt_logits.pth"):
+            torch.save(values, tmp_path / side / name)
+    reasons = {
+        "features that are not finite": ["clip00"],
+        "no ground truth of this id": ["stranger"],
+        "ground truth whose features are not finite": ["clip01"],
+    }
+    scores = score_caches(tmp_path / "gt", tmp_path / "pred")
+    assert set(scores) == {"FD-PASST", "KL-PASST-softmax", "ISC-PASST-mean", "ISC-PASST-std"}
+    for score in scores.values():
+        assert score.used == 12 and score.dropped == reasons and math.isfinite(score.value)
+    plain = scores["KL-PASST-softmax"].to_json()
+    assert plain["unit"] == "nats" and {r["reason"]: (r["count"], r["ids"]) for r in plain["dropped"]} == {
+        reason: (1, found) for reason, found in reasons.items()
+    }
+    # Without pairs every finite prediction counts, and every finite ground truth.
+    alone = score_caches(tmp_path / "gt", tmp_path / "pred", paired=False)["FD-PASST"]
+    assert alone.used == 14 and set(alone.dropped) == set(reasons) - {"no ground truth of this id"}
+
+
+def test_too_few_sounds_give_null_and_a_complex_root_minus_one(tmp_path):
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        for name in ("passt_features_embed.pth", "passt_logits.pth"):
+            torch.save({"only": torch.ones(4)}, tmp_path / side / name)
+    scores = score_caches(tmp_path / "gt", tmp_path / "pred")
+    plain = {name: score.to_json() for name, score in scores.items()}
+    assert plain["FD-PASST"]["value"] is None and plain["ISC-PASST-mean"]["note"] == "fewer than 10 sounds"
+    assert json.loads(json.dumps(plain, allow_nan=False))["KL-PASST-softmax"]["value"] == 0.0
+    # Fewer rows than columns, and large ones: rounding makes eigenvalues of the product negative.
+    assert frechet_distance(1e6 * arr("complex/a", 5, 40), 1e6 * arr("complex/b", 5, 40)) == -1.0
+
+
+def test_equal_ids_are_partners_whatever_their_length(tmp_path):
+    """Names of 20 characters of one's own, which `clean_id` would cut."""
+    values = {f"abcdefghijklmnop_{i:03d}": torch.from_numpy(arr(f"long/{i}", 5)) for i in range(10)}
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        torch.save(values, tmp_path / side / "passt_logits.pth", _use_new_zipfile_serialization=side == "gt")
+    score = score_caches(tmp_path / "gt", tmp_path / "pred")["KL-PASST-softmax"]
+    assert (score.used, score.dropped, score.value) == (10, {}, 0.0)

@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"schema", "config", "released"},
     "training": {"schema", "config", "released", "data", "models"},
     "generation": {"schema", "config", "released", "media", "features", "models"},
-    "evaluation": {"schema", "config", "generation"},
+    "evaluation": {"schema", "config", "released", "data", "media", "features", "models", "generation"},
     "samples": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation", "samples"},
     "weights": {"schema", "config", "released", "models"},
