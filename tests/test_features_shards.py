@@ -471,15 +471,17 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import sys
+import torch
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.features.extract import extract_video
+from mmaudio_hf.training.progress import peak_memory_gb
 folder, weights, count = sys.argv[1:]
 open(f"{folder}/list.tsv", "w").write("id\\tlabel\\n" + "".join(f"clip_{i}\\ta clip\\n" for i in range(int(count))))
 encoders = {"kind": "toy", "weights_dir": weights, "clip": "", "precision": "fp32", "device": "cpu"}
 extract_video(f"s{count}", folder, f"{folder}/list.tsv", f"{folder}/out", encoders=encoders, mode="16k", duration=2.0,
               open_writer=StoreWriter, shard_size=6, batch_size=3, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(1e3 * peak_memory_gb(torch.device("cpu")))
 """
 
 
@@ -490,7 +492,7 @@ def test_memory_does_not_grow_with_the_number_of_videos(weights, tmp_path):
 
     def peak_mb(count: int) -> float:
         command = [sys.executable, "-c", MEMORY, str(tmp_path), str(weights), str(count)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1024
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
     few, many = peak_mb(6), peak_mb(30)
     assert many < few + 40, (few, many)
