@@ -172,7 +172,7 @@ def _stores(recipe: Recipe, mixtures: dict[str, Mixture]) -> Iterator[Finding]:
             yield Finding(_ABSENT[split][0], subject, f"names no store: {_ABSENT[split][1]}")
             continue
         try:
-            mixture = open_mixture(sources, recipe.model, recipe.encoders, recipe.seed)
+            mixture = open_mixture(sources, recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
             for store in mixture.stores:
                 _look_at(store)
             mixtures[split] = mixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
-from mmaudio_hf.config import StoreConfig
+from mmaudio_hf.config import EncoderConfig, ExtractionConfig, StoreConfig, VideoSource
 from mmaudio_hf.data.dataset import Mixture, open_mixture
 from mmaudio_hf.data.sampler import permutation, positions, process_slots, validation_positions
 
@@ -132,3 +132,38 @@ def test_stores_that_do_not_fit_the_model_are_refused(facts, message, tmp_path):
     store = make_store(tmp_path / "v", 2, **facts)
     with pytest.raises(ValueError, match=message):
         Mixture([(store, 1)], MODEL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "toy"}, "v was made with the released encoder net, .*encoders.kind toy"),
+        ({"precision": "bf16"}, "v was made with the encoder net in fp32, .*set encoders.precision=fp32"),
+    ],
+)
+def test_stores_of_other_encoders_than_the_recipes_are_refused(changes, message, tmp_path):
+    store = make_store(tmp_path / "v", 2, encoders={"clip": {"id": "net", "fingerprint": "c1"}})
+    assert len(Mixture([(store, 1)], encoders=EncoderConfig())) == 2
+    with pytest.raises(ValueError, match=message):
+        Mixture([(store, 1)], encoders=EncoderConfig(**changes))
+    half = make_store(tmp_path / "h", 2, encoders={"clip": {"id": "net (bf16)", "fingerprint": "c1 (bf16)"}})
+    assert len(Mixture([(half, 1)], encoders=EncoderConfig(precision="bf16"))) == 2
+    with pytest.raises(ValueError, match=r"h was made with the encoder net \(bf16\) in bf16"):
+        Mixture([(half, 1)], encoders=EncoderConfig())
+
+
+def test_a_store_made_with_other_settings_of_the_same_recipe_is_refused(tmp_path):
+    """Where the recipe extracts the store itself; other stores only have to agree with each other."""
+    settings = {"version": 1, "alignment": "timestamps", "normalize_audio": True}
+    make_store(tmp_path / "v", 2, preprocessing=settings)
+
+    def opened(name: str = "v", alignment: str = "timestamps", normalize_audio: bool = True) -> int:
+        source = VideoSource(name, "videos", "list.tsv", normalize_audio)
+        extraction = ExtractionConfig(str(tmp_path), (source,), alignment=alignment)
+        return len(open_mixture([StoreConfig(str(tmp_path / "v"))], extraction=extraction))
+
+    assert opened() == opened("other", "reference", False) == 2
+    with pytest.raises(ValueError, match=r"v was made with alignment 'timestamps', .* 'reference'.*extract-video"):
+        opened(alignment="reference")
+    with pytest.raises(ValueError, match=r"v was made with normalize_audio True, .* False"):
+        opened(normalize_audio=False)

@@ -56,13 +56,19 @@ def _doctor(options) -> int:
 def _run_training(recipe: Recipe, allow_changes: bool) -> int:
     import torch
 
-    from mmaudio_hf.data.dataset import open_mixture
+    from mmaudio_hf.data.dataset import check_encoders, open_mixture
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
-    expected = {"model": recipe.model, "encoders": recipe.encoders, "seed": recipe.seed}
+    expected = {
+        "model": recipe.model,
+        "encoders": recipe.encoders,
+        "seed": recipe.seed,
+        "extraction": recipe.extraction,
+    }
     mixture = open_mixture(recipe.data.train, **expected)
     validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
+    check_encoders([*mixture.stores, *(validation.stores if validation else ())])
     evaluators = []
     if recipe.samples.every:
         from mmaudio_hf.samples import SampleEvaluator

@@ -8,12 +8,13 @@ half), the round has an order of its own, drawn from the seed, the store's place
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mmaudio_hf.config import EncoderConfig, ModelConfig, StoreConfig
+from mmaudio_hf.config import EncoderConfig, ExtractionConfig, ModelConfig, StoreConfig
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.store_files import Column, dtype_name
 from mmaudio_hf.schema import (
@@ -57,7 +58,7 @@ class Mixture:
             if model is not None:
                 _check_against_model(store, model)
             if encoders is not None:
-                _check_encoder_kind(store, encoders)
+                _check_encoder_settings(store, encoders)
         self.columns = _common_columns(self.stores, model)
         for key in ("mode", "duration", "normalisation"):
             check_agreement(self.stores, key)
@@ -104,9 +105,13 @@ def open_mixture(
     model: ModelConfig | None = None,
     encoders: EncoderConfig | None = None,
     seed: int = 0,
+    extraction: ExtractionConfig | None = None,
 ) -> Mixture:
     """Open the stores of a recipe's `data.train`, `data.validation` or `data.test` as one mixture."""
-    return Mixture([(FeatureStore.open(source.path), source.repeats) for source in sources], model, encoders, seed)
+    stores = [(FeatureStore.open(source.path), source.repeats) for source in sources]
+    if extraction is not None:
+        check_extraction([store for store, _ in stores], extraction)
+    return Mixture(stores, model, encoders, seed)
 
 
 def places_per_epoch(rows: int, repeats: float) -> int:
@@ -146,15 +151,38 @@ def _check_against_model(store: FeatureStore, model: ModelConfig) -> None:
             raise ValueError(f"{store.path} has {key} {found!r}, model {model.variant} expects {wanted!r}")
 
 
-def _check_encoder_kind(store: FeatureStore, encoders: EncoderConfig) -> None:
+def _check_encoder_settings(store: FeatureStore, encoders: EncoderConfig) -> None:
     """Features of toy and released encoders have the same shapes; empty captions and generation use the recipe's."""
     for name, facts in (store.manifest or {"encoders": {}})["encoders"].items():
-        made = "toy" if str(facts.get("id", "")).startswith("toy_") else "released"
-        if name in ("clip", "sync", "text", "latent") and "id" in facts and made != encoders.kind:
+        if name not in ("clip", "sync", "text", "latent") or "id" not in facts:
+            continue
+        made = "toy" if str(facts["id"]).startswith("toy_") else "released"
+        precision = "bf16" if str(facts["id"]).endswith(" (bf16)") else "fp32"  # see features.encoders.fingerprints
+        if made != encoders.kind:
             raise ValueError(
                 f"{store.path} was made with the {made} encoder {facts['id']}, the recipe has encoders.kind"
                 f" {encoders.kind}: use the recipe of the extraction, or extract anew"
             )
+        if made == "released" and name != "latent" and precision != encoders.precision:
+            raise ValueError(
+                f"{store.path} was made with the encoder {facts['id']} in {precision}, the recipe has"
+                f" encoders.precision {encoders.precision}: set encoders.precision={precision}, or extract anew"
+            )
+
+
+def check_extraction(stores: Sequence[FeatureStore], extraction: ExtractionConfig) -> None:
+    """ValueError for a store of the recipe's own extraction that was made with other settings than it has now."""
+    sources = {(Path(extraction.output_dir) / source.name).resolve(): source for source in extraction.videos}
+    for store in stores:
+        source, settings = sources.get(store.path.resolve()), known(store, "preprocessing")
+        if source is None or not isinstance(settings, dict):
+            continue
+        for name, wanted in (("alignment", extraction.alignment), ("normalize_audio", source.normalize_audio)):
+            if settings.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{store.path} was made with {name} {settings[name]!r}, the recipe's extraction has {wanted!r}:"
+                    " run `mmaudio-hf extract-video` again, or change the recipe back"
+                )
 
 
 def _common_columns(stores: Sequence[FeatureStore], model: ModelConfig | None) -> dict[str, Column]:
