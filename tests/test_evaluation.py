@@ -15,6 +15,7 @@ from mmaudio_hf.evaluation import (
     evaluate_caches,
     frechet_distance,
     inception_score,
+    kernel_distance,
     kl_divergence,
     mean_cosine,
     onset_f1,
@@ -175,6 +176,11 @@ def test_other_direct_values():
                 f"isc/{tag}/shuffle{int(shuffle)}",
             )
             assert ours == pytest.approx((DIRECT[f"{key}/mean"], DIRECT[f"{key}/std"]), rel=1e-5)
+    for tag, n1, n2, d, size in (("a", 120, 90, 32, 50), ("b", 40, 30, 8, 1000)):
+        sides = arr(f"kid/{tag}/1", n1, d) + np.float32(0.1), arr(f"kid/{tag}/2", n2, d)
+        expected = (DIRECT[f"kid/{tag}/mean"], DIRECT[f"kid/{tag}/std"])
+        # The recorded means are float32 sums of terms near 1, so 1e-7 of them; one of these means is 0.001.
+        assert kernel_distance(*sides, subsets=20, size=size) == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert np.isnan(inception_score(np.zeros((9, 4)))).all()
     a, b = arr("cos/a", 20, 1024), arr("cos/b", 20, 1024)
     assert mean_cosine(a + 0.5 * b, b) == pytest.approx(DIRECT["cosine_mean"], rel=1e-5)

@@ -59,6 +59,9 @@ def test_features_match_golden(size):
     assert np.abs(text[:, :, ::8].numpy() - arrays["text_strided8"]).max() < 1e-5
     assert np.abs(text[:, [0, 1, 76]].numpy() - arrays["text_first_last"]).max() < 1e-5
     assert np.abs(text.double().sum(-1).numpy() - arrays["text_token_sum"]).max() < 1e-4
+    with torch.no_grad():
+        states = encoder.model.text_model(input_ids=torch.from_numpy(arrays["tokens"]).long()).last_hidden_state
+    assert np.allclose(states.norm(dim=-1).numpy(), arrays["text_prenorm_length"], rtol=1e-5)
 
 
 def test_leading_axes_batches_and_unused_border(tiny):

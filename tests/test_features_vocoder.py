@@ -1,11 +1,22 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_data import golden, relative_error, state_dict, tensor
+from golden_data import GOLDEN, golden, relative_error, state_dict, tensor
 from refusals import check_refusals
 
-from mmaudio_hf.features.vocoder import SnakeBeta, Vocoder, low_pass_filter
+from mmaudio_hf.features.vocoder import (
+    DILATIONS,
+    GENERATORS,
+    RESIDUAL_KERNELS,
+    WIDTH,
+    SnakeBeta,
+    Vocoder,
+    low_pass_filter,
+)
+from mmaudio_hf.schema import audio_mode
 
 
 def small_state(mode="44k", width=64):
@@ -35,6 +46,19 @@ def test_waveform_matches_golden(mode, scale, offset):
 
 def test_filter_matches_golden():
     assert np.abs(low_pass_filter().numpy() - golden("vocoder_16k")["mid.filter"].ravel()).max() < 1e-7
+
+
+def test_settings_are_those_published_with_the_44k_vocoder():
+    published = json.loads((GOLDEN / "bigvgan_44k_config.json").read_text())
+    generator, mode = GENERATORS["44k"], audio_mode("44k")
+    assert list(generator.upsample_rates) == published["upsample_rates"]
+    assert list(generator.upsample_kernels) == published["upsample_kernel_sizes"]
+    assert list(RESIDUAL_KERNELS) == published["resblock_kernel_sizes"]
+    assert [list(DILATIONS)] * 3 == published["resblock_dilation_sizes"]
+    assert (WIDTH, mode.mel_bins) == (published["upsample_initial_channel"], published["num_mels"])
+    assert (mode.mel_hop, mode.sample_rate) == (published["hop_size"], published["sampling_rate"])
+    assert generator.final_tanh == published["use_tanh_at_final"]
+    assert generator.final_bias == published["use_bias_at_final"]
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 37])

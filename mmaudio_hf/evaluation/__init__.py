@@ -10,6 +10,7 @@ from mmaudio_hf.evaluation.metrics import (
     desync_score,
     frechet_distance,
     inception_score,
+    kernel_distance,
     kl_divergence,
     mean_cosine,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate_caches",
     "frechet_distance",
     "inception_score",
+    "kernel_distance",
     "kl_divergence",
     "mean_cosine",
     "onset_f1",
