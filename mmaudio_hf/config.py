@@ -20,6 +20,7 @@ from huggingface_hub.dataclasses import strict
 from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, AuditVerdict, audio_mode, sequence_lengths
 
 COMMAND_LINE = "the command line"
+RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
 
 class RecipeError(ValueError):
@@ -98,6 +99,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large_44k": {"mode": "44k", **_LARGE},
     "large_44k_v2": {"mode": "44k", **_LARGE, "v2": True},
 }
+
+
+def is_released(source: Any) -> bool:
+    """Whether a path has the name of a released network, as `ext_weights/mmaudio_small_16k.pth`."""
+    names = "|".join(VARIANTS)
+    return isinstance(source, (str, Path)) and bool(re.fullmatch(rf"mmaudio_({names})(\.\w+)?", Path(source).name))
 
 
 def variant_config(variant: str, **changes: Any) -> ModelConfig:
@@ -400,6 +407,37 @@ class SamplesConfig:
 
 @strict
 @dataclass(frozen=True)
+class CardSource:
+    """What a model card says of the media behind a feature store, which is named by the last part of its path."""
+
+    store: str
+    license: str = ""
+    source: str = ""  # a dataset of the Hub (owner/name), an address, or words
+
+
+@strict
+@dataclass(frozen=True)
+class CardConfig:
+    """What a model card cannot know from the run."""
+
+    license: str = ""  # of the weights, as the Hub names it: apache-2.0; empty: what follows from their start
+    sources: tuple[CardSource, ...] = ()
+
+    def validate_names(self):
+        """A licence the Hub could know, one entry per store."""
+        _require(
+            bool(re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", self.license)),
+            f"card.license {self.license!r} must be a licence as the Hub names it, for example apache-2.0 or cc-by-4.0",
+        )
+        names = [source.store for source in self.sources]
+        twice = {name for name in names if names.count(name) > 1}
+        _require(not twice, f"card.sources: {', '.join(sorted(twice))} stands there twice")
+        secret = [s.store for s in self.sources if re.search(r"://[^/]*@|hf_\w{20}", f"{s.source} {s.license}")]
+        _require(not secret, f"card.sources: the entry of {', '.join(secret)} holds a password or token: take it out")
+
+
+@strict
+@dataclass(frozen=True)
 class Recipe:
     """Everything one experiment is made of, except the hardware."""
 
@@ -418,6 +456,7 @@ class Recipe:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    card: CardConfig = field(default_factory=CardConfig)
 
     def validate_whole(self):
         """What concerns more than one section."""
@@ -433,6 +472,11 @@ class Recipe:
         _require(
             not self.samples.every or bool(getattr(self.data, split)),
             f"samples.every asks for sound of data.{split}, which names no store: name one, or set samples.every to 0",
+        )
+        _require(
+            self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
+            f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"
+            " so is what is made of them: leave it out",
         )
 
     @property

@@ -42,6 +42,10 @@ MISTAKES = [
     ("model.num_heads=3", r"hidden_dim 448 must be an even multiple of model\.num_heads 3"),
     ("model.fused_depth=12", r"fused_depth 12 must be at least 0 and less than model\.depth 12"),
     ("model.duration=0.1", r"shorter than one sync segment"),
+    ("card.licence=mit", r"unknown key card\.licence: did you mean 'license'"),
+    ("card.license=My own", r"card\.license 'My own' must be a licence as the Hub names it"),
+    ("card.sources=[{store: a}, {store: a}]", r"card\.sources: a stands there twice"),
+    ("card.sources=[{store: a, source: 'https://me:word@host/a'}]", r"the entry of a holds a password or token"),
     ("ema.start=300000", r"ema\.start 300000 must be less than training\.steps 300000"),
     ("model.variant=[1]", r"unknown variant \[1\]"),
     ("name=../up", r"must be a plain folder name"),
@@ -66,6 +70,13 @@ def test_mistakes_in_a_file_name_the_file(recipe, override, message):
     recipe.write_text(f"{key.split('.')[0]}: {{{key.split('.')[1]}: {value}}}\n")
     with pytest.raises(ValueError, match=rf"{recipe.name}.*{message}"):
         load_recipe(recipe)
+
+
+def test_what_is_made_of_released_weights_keeps_their_licence(recipe):
+    start = "finetune.init_from=elsewhere/mmaudio_small_16k.pth"
+    assert load_recipe(recipe, [start, "card.license=cc-by-nc-4.0"]).card.license == "cc-by-nc-4.0"
+    with pytest.raises(ValueError, match=r"card\.license mit: the run starts from released weights"):
+        load_recipe(recipe, [start, "card.license=mit"])
 
 
 def test_a_mistake_in_a_base_names_the_base(recipe, tmp_path):

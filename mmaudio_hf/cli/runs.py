@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mmaudio_hf.cli.training import empty_text_features, write_encoder_files
+from mmaudio_hf.cli.training import empty_text_features, write_extras
 from mmaudio_hf.config import Recipe, load_recipe
 
 
@@ -40,8 +40,8 @@ def _ema(options) -> None:
     from mmaudio_hf.training.publish import publish_average
 
     recipe = _recipe_of(options.run)
-    extras = lambda folder: write_encoder_files(recipe, folder)  # noqa: E731
-    weights = publish_average(options.run, options.sigma_rel, options.step, options.out, extras, _say)
+    average = (options.run, options.sigma_rel, options.step, options.out)
+    weights = publish_average(*average, lambda folder: write_extras(recipe, folder), _say)
     print(f"{options.out}: EMA of sigma_rel {weights['sigma_rel']:g} as of step {weights['step']}")
 
 

@@ -82,7 +82,7 @@ def _run_training(recipe: Recipe, allow_changes: bool) -> int:
         mixture,
         validation,
         evaluators,
-        write_extras=lambda folder: write_encoder_files(recipe, folder),
+        write_extras=lambda folder: write_extras(recipe, folder),
         allow_changes=allow_changes,
     )
     if result.stopped_by is not None:
@@ -100,6 +100,17 @@ def empty_text_features(recipe: Recipe):
     from mmaudio_hf.features.clip import load_empty_text
 
     return load_empty_text(Path(recipe.encoders.weights_dir) / "empty_string.pth")
+
+
+def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
+    """Put beside the weights in a `pretrained_model` folder what goes with them: encoder files, and the model card.
+
+    start: the file the run was imported from.
+    """
+    from mmaudio_hf.hub.card import write_card
+
+    write_encoder_files(recipe, folder)
+    write_card(recipe, folder, start)
 
 
 def write_encoder_files(recipe: Recipe, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mmaudio_hf.cli.training import write_encoder_files
+from mmaudio_hf.cli.training import write_extras
 from mmaudio_hf.config import Recipe, load_recipe
 
 
@@ -126,7 +126,7 @@ def _import(options) -> None:
     from mmaudio_hf.interop import import_checkpoint
 
     result = import_checkpoint(
-        options.file, recipe, options.snapshots, lambda folder: write_encoder_files(recipe, folder)
+        options.file, recipe, options.snapshots, lambda folder: write_extras(recipe, folder, str(options.file))
     )
     for note in result.notes:
         print(f"note: {note}")

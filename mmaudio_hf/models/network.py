@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmaudio_hf.config import ModelConfig, model_config, to_dict, variant_config
+from mmaudio_hf.config import ModelConfig, is_released, model_config, to_dict, variant_config
+from mmaudio_hf.models.card import (
+    CARD_FILE,
+    PLACEHOLDER,
+    download_card,
+    merge,
+    network_card,
+    renamed,
+)
 from mmaudio_hf.models.conditioning import (
     Conditions,
     clip_projection,
@@ -45,6 +53,8 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.card: str | None = None  # that of the folder or repository it was loaded from
+        self.released = False  # the weights are those of a released file
         dim, heads, v2 = config.hidden_dim, config.num_heads, config.v2
         self.audio_input_proj = temporal_projection(config.latent_channels, dim, v2, kernel_size=7)
         self.clip_input_proj = clip_projection(config.clip_dim, dim, v2)
@@ -251,6 +261,7 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         """
         state = load_state(source, key="weights")
         self._load({name: value for name, value in state.items() if name not in DERIVED_TENSORS}, source)
+        self.released = is_released(source)
         return self
 
     def _load(self, state: Mapping[str, torch.Tensor], source: Any) -> None:
@@ -265,6 +276,7 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         network.to_empty(device="cpu")
         network.t_embed.freqs.copy_(network.t_embed.frequencies())
         network._load(state, source)
+        network.released = is_released(source)
         return network
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -282,13 +294,29 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
             for path in (config_path, weights_path):
                 if not path.is_file():
                     raise ValueError(f"{folder} holds no {path.name}: it is not a saved MMAudio network")
+            card_path = folder / CARD_FILE
+            card = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
         else:
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             options |= {"local_files_only": local_files_only, "token": token}
             config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
             weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
+            card = download_card(model_id, **options)
+            card = card and renamed(card, model_id, PLACEHOLDER)
         config = read_model_config(config_path)
-        return cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
+        network = cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
+        network.card = card
+        return network
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, branch: str | None = None, **options) -> str:
+        """As of `ModelHubMixin`, but for the card: what its owners wrote into one that is there is kept."""
+        card = {"repo_id": repo_id, "existing": download_card(repo_id, token=token, revision=branch)}
+        return super().push_to_hub(repo_id, token=token, branch=branch, model_card_kwargs=card, **options)
+
+    def generate_model_card(self, repo_id: str = PLACEHOLDER, existing: str | None = None) -> ModelCard:
+        """The card of what the network was loaded from, else one of its sizes; see `models.card.merge`."""
+        card = self.card or network_card(self.config, released=self.released)
+        return ModelCard(merge(existing, renamed(card, PLACEHOLDER, repo_id)), ignore_metadata_errors=True)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:

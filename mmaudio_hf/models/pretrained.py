@@ -5,11 +5,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from mmaudio_hf.models.card import CARD_FILE
 from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE
 
 ENCODERS_FILE = "encoders.json"
 # What is fetched from the Hub; a model repository may hold more.
-PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "weights.json", ENCODERS_FILE, "toy_codec_*.safetensors")
+PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "weights.json", ENCODERS_FILE, "toy_codec_*.safetensors", CARD_FILE)
 
 
 def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -> Path:

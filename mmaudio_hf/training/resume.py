@@ -21,7 +21,7 @@ from mmaudio_hf.training.records import truncate_lines
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
-    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples"),
+    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "card"),
     *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),

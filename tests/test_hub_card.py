@@ -1,0 +1,246 @@
+"""Model cards: of a run of `train.py`, of networks alone, and what becomes of cards that people have edited."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, RepoCard
+from toy_stores import MODEL, recipe_tree, write_store
+
+from mmaudio_hf import MMAudio
+from mmaudio_hf.cli import main, parse
+from mmaudio_hf.config import ModelConfig, load_recipe
+from mmaudio_hf.features.toy import ToyMelCodec
+from mmaudio_hf.hub.card import code_version, model_card, run_samples, write_card
+from mmaudio_hf.models.card import CLOSE, OPEN, merge, plain
+
+SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
+SECRET = "hf_" + "a" * 34
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder: 4 steps, two validations, sounds of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("cards")
+    write_store(folder / "vgg-train", 8)
+    write_store(folder / "own|set", 8, seed=1)
+    write_store(folder / "held_out", 5, seed=2)
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    (folder / "videos").mkdir()  # recipe_tree would make its own stores otherwise
+    tree = recipe_tree(folder, steps=4, validate_every=2, checkpoint_every=2, log_every=2)
+    tree["data"]["train"] = [{"path": str(folder / "vgg-train"), "repeats": 3}, {"path": str(folder / "own|set")}]
+    tree["samples"] = {"every": 2, "items": 3}
+    tree["sampling"] = {"num_steps": 1}
+    tree["card"] = {"sources": [{"store": "own|set", "license": "cc-by-4.0", "source": "me/own-set"}]}
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        assert main(["train", str(folder / "run.yaml")]) == 0
+    return folder / "output" / "run"
+
+
+def section(text: str, title: str) -> str:
+    """What stands below a heading."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of a Markdown table, without its head."""
+    lines = [line for line in table.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_the_card_says_what_the_run_is(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    text = model_card(run, repo_id="me/run")
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"], data["datasets"]) == (
+        "mmaudio_hf",
+        "text-to-audio",
+        ["me/own-set"],
+    )
+    assert "license" not in data and "The licence of the weights is not stated" in section(text, "Licence")
+    assert data["mmaudio_hf"] == code_version() and f"commit {code_version()['commit']}" in card.text
+    assert "post-hoc EMA of relative width 0.05, as of step 4 of 4" in card.text
+    assert rows(section(text, "Data")) == [
+        [
+            "vgg-train",
+            "train",
+            "8",
+            "3",
+            r"[VGGSound](https://www.robots.ox.ac.uk/~vgg/data/vggsound/)",
+            "labels CC BY 4\\.0; videos from YouTube",
+        ],
+        [
+            r"own\|set",
+            "train",
+            "8",
+            "1",
+            r"[me\/own-set](https://huggingface.co/datasets/me/own-set)",
+            r"cc-by-4\.0",
+        ],
+        [r"held\_out", "validation", "5", "", "not stated", "not stated"],
+    ]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_ema/loss"] for line in lines if "val_ema/loss" in line}
+    assert sorted(losses) == [2, 4]
+    found = {row[0]: row[1:] for row in rows(section(text, "Scores"))}
+    assert found["validation loss, averaged weights, last"] == [f"{losses[4]:.4g}", "4"]
+    best = min(losses, key=losses.get)
+    assert found["validation loss, averaged weights, best"] == [f"{losses[best]:.4g}", str(best)]
+    results = {result.metric_name: result for result in card.data.eval_results}
+    last = results["validation loss, averaged weights, last (step 4)"]
+    assert (last.metric_value, last.dataset_name) == (pytest.approx(losses[4], abs=1e-6), "held_out")
+    judged = next(line for line in reversed(lines) if "eval/log_mel_distance" in line)
+    assert results["log mel distance (step 4)"].metric_value == pytest.approx(judged["eval/log_mel_distance"], abs=1e-6)
+    assert str(run.parent.parent) not in text and "/tmp" not in text and SECRET not in text
+    recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert recipe["optim"]["learning_rate"] == 1e-3 and recipe["data"]["train"][1]["path"] == "own|set"
+
+
+def test_what_the_card_tells_to_type_is_right(run):
+    text = section(model_card(run, repo_id="me/run"), "Use")
+    [command] = re.findall(r"^mmaudio-hf generate .*$", text, re.MULTILINE)
+    options = parse(shlex.split(command)[1:])
+    assert (options.run, options.video.name, options.out.suffix) == ("me/run", "clip.mp4", ".mp4")
+    code = ast.parse(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    imports = ast.Module([node for node in code.body if isinstance(node, ast.ImportFrom)], [])
+    exec(compile(imports, "card", "exec"), {})
+
+
+def test_every_checkpoint_has_a_card_of_its_own_step(run):
+    for step in (2, 4):
+        text = (run / f"checkpoints/step_{step}/pretrained_model/README.md").read_text()
+        assert f"as of step {step} of 4" in text and "## Samples" not in text
+        steps = {int(row[2]) for row in rows(section(text, "Scores"))}
+        assert max(steps) == step
+    network = MMAudio.from_pretrained(run / "last" / "pretrained_model")
+    card = str(network.generate_model_card("me/other"))
+    assert "as of step 4 of 4" in card and 'from_pretrained("me/other")' in card and "USER/NAME" not in card
+
+
+def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    samples = run_samples(copy)
+    ids = [sample.item_id for sample in samples]
+    assert ids == ["held_out_0000", "held_out_0001", "held_out_0003"]
+    assert samples[0].files == {
+        "samples/held_out_0000.wav": copy / "samples/step_4/held_out_0000.wav",
+        "samples/reference/held_out_0000.wav": copy / "samples/reference/held_out_0000.wav",
+    }
+    file = copy / "samples" / "step_4" / "samples.json"
+    hostile = (
+        "a | b\n---\n## Licence\n<script>alert(1)</script> ![x](http://evil/x) `x` [l](javascript:x) www.x.org\x1b[m"
+    )
+    content = json.loads(file.read_text())
+    content[0]["caption"] = hostile
+    file.write_text(json.dumps(content))
+    text = model_card(copy)
+    table = rows(section(text, "Samples"))
+    assert [row[1:] for row in table] == [
+        [f"[listen](samples/{i}.wav)", f"[listen](samples/reference/{i}.wav)"] for i in ids
+    ]
+    unescaped = re.sub(r"\\.", "", table[0][0])
+    assert not set(unescaped) & set("|<>[]`#!*_:.\n\x1b") and "javascript" in unescaped
+    assert text.count("## Licence") == 1
+    content[0]["id"] = "../../etc"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"'\.\./\.\./etc' is not a plain name.*samples\.json"):
+        model_card(copy)
+
+
+def test_licence_and_base_follow_from_the_start(tmp_path, monkeypatch):
+    """Of each kind of start; the card of a folder goes on to what is made of it."""
+    path = tmp_path / "recipe.yaml"
+
+    def card(*overrides: str, start: str = "", name: str = "a") -> dict:
+        tree = {"model": MODEL, "encoders": {"kind": "toy"}, "output_dir": str(tmp_path), "name": name}
+        path.write_text(yaml.safe_dump(tree))
+        recipe = load_recipe(path, overrides)
+        folder = tmp_path / name / "last" / "pretrained_model"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).touch()
+        (folder / "weights.json").write_text(json.dumps({"weights": "raw", "sigma_rel": None, "step": 4}))
+        write_card(recipe, folder, start)
+        return ModelCard((folder / "README.md").read_text()).data.to_dict()
+
+    def told(data: dict) -> tuple:
+        return data.get("license"), data.get("base_model")
+
+    assert told(card()) == (None, None)
+    assert told(card("card.license=apache-2.0")) == ("apache-2.0", None)
+    assert told(card("encoders.kind=released")) == ("cc-by-nc-4.0", None)
+    assert told(card("encoders.kind=released", "card.license=mit")) == ("mit", None)
+    released = ("cc-by-nc-4.0", "hkchengrex/MMAudio")
+    assert told(card("finetune.init_from=ext_weights/mmaudio_small_16k.pth", name="fine")) == released
+    # Of a fine-tuned run, whose folder is gone later on; neither can be given another licence.
+    again = [f"finetune.init_from={tmp_path / 'fine'}", "card.license=mit"]
+    assert told(card(*again, name="second")) == released
+    shutil.rmtree(tmp_path / "fine")
+    assert told(card(*again, name="second")) == released
+    assert told(card(start="ext_weights/mmaudio_small_44k.pth", name="imported")) == released
+    assert told(card(name="imported")) == released  # trained on
+    assert told(card(f"finetune.init_from={tmp_path / 'a'}", name="third")) == ("mit", None)
+    # A model of the Hub in the cache, of which only the card is looked at.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert told(card("finetune.init_from=you/base", name="fourth")) == (None, "you/base")
+    snapshot = tmp_path / "cache" / "models--you--base" / "snapshots" / "0" / "README.md"
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "cache" / "models--you--base" / "refs").mkdir()
+    (tmp_path / "cache" / "models--you--base" / "refs" / "main").write_text("0")
+    snapshot.write_text("---\nbase_model: [hkchengrex/MMAudio]\nlicense: mit\n---\n")
+    made = card("finetune.init_from=you/base", "card.license=mit", name="fifth")
+    assert told(made) == ("cc-by-nc-4.0", "you/base")
+    text = (tmp_path / "fifth/last/pretrained_model/README.md").read_text()
+    assert "Training started from `you/base`" in section(text, "Licence")
+
+
+def test_what_people_wrote_into_a_card_is_kept(run):
+    new = model_card(run, repo_id="me/run")
+    ours = new[new.index(OPEN) : new.index(CLOSE)]
+    assert merge(None, new) == new
+    once = merge(merge("", new), new)
+    assert once.count(OPEN) == 1 and ours in once
+    # A card written by hand stays before ours, one written around ours stays around it.
+    hand = "---\nlicense: mit\nlanguage: fr\ntags: [mine, mmaudio]\n---\n# By hand\n\nwords\n"
+    both = merge(hand, new)
+    assert both.index("# By hand") < both.index(OPEN) and ours in both
+    metadata = RepoCard(both).data.to_dict()
+    assert metadata["language"] == "fr" and metadata["tags"][:2] == ["mine", "mmaudio"]
+    assert "video-to-audio" in metadata["tags"] and len(set(metadata["tags"])) == len(metadata["tags"])
+    edited = both.replace(OPEN, f"above\n\n{OPEN}").replace(CLOSE, f"{CLOSE}\n\nbelow")
+    older = edited.replace("step 4 of 4", "step 2 of 4")
+    updated = model_card(run, repo_id="me/run", existing=older)
+    assert updated == edited
+    # Results that others measured stay beside ours.
+    other = {"name": "elsewhere", "results": [{"task": {"type": "x"}, "dataset": {"name": "y", "type": "y"}}]}
+    judged = merge(f"---\n{yaml.safe_dump({'model-index': [other]})}---\n", new)
+    assert [r["name"] for r in RepoCard(judged).data.to_dict()["model-index"]] == ["run", "elsewhere"]
+    with pytest.raises(ValueError, match=r"metadata of README\.md on the Hub cannot be read"):
+        merge("---\na: [\n---\n", new)
+
+
+def test_networks_alone_have_cards_too(tmp_path):
+    network = MMAudio(ModelConfig(**SIZES))
+    network.save_pretrained(tmp_path / "mine")
+    data = ModelCard((tmp_path / "mine" / "README.md").read_text()).data.to_dict()
+    assert "license" not in data and data["library_name"] == "mmaudio_hf"
+    torch.save(network.state_dict(), tmp_path / "mmaudio_small_16k.pth")
+    loaded = network.load_released(tmp_path / "mmaudio_small_16k.pth")
+    data = loaded.generate_model_card("me/x").data.to_dict()
+    assert (data["license"], data["base_model"]) == ("cc-by-nc-4.0", "hkchengrex/MMAudio")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        model_card(tmp_path / "mine")
+
+
+def test_long_words_are_cut():
+    assert plain("word " * 100).endswith("…") and len(plain("word " * 100)) == 200
