@@ -10,7 +10,8 @@ import heapq
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -41,13 +42,25 @@ from mmaudio_hf.schema import (
     sequence_lengths,
 )
 
-__all__ = ["MediaError", "VideoClip", "normalize_pictures", "probe", "read_video", "write_video_with_audio"]
+__all__ = [
+    "MediaError",
+    "VideoClip",
+    "normalize_pictures",
+    "probe",
+    "read_image",
+    "read_video",
+    "read_windows",
+    "video_seconds",
+    "write_video_with_audio",
+]
 
 ALIGNMENTS = ("timestamps", "reference")
 SAME_START = Fraction(1, 2 * SYNC_FPS)  # s; a smaller offset is below what the 25 fps pictures can express
 PADDING = 0.015  # s of missing sound that "timestamps" fills with zeros: half an AAC frame, and 353280 - 8 s
 GAP = 0.1  # s; a hole in the sound at least this long is filled with zeros in "timestamps"
+_HOLD = Fraction(1, 4)  # s that `read_windows` shows the last picture longer, where the file ends a little early
 _SEEK_MARGIN = 1  # s before a window, so that pictures which depend on an earlier key picture are whole
+VIDEO_FORMATS = {".mp4": "mp4", ".mkv": "matroska"}  # that are written
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
 
 
@@ -89,13 +102,7 @@ def read_video(
 
     Raises MediaError, ValueError for wrong arguments.
     """
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
-    if not (start >= 0 and math.isfinite(start)):
-        raise ValueError(f"start {start} must be 0 or more seconds")
-    when = Fraction(start).limit_denominator(1_000_000)
-    request = _Request(Path(path), mode, duration, when, alignment, normalize_audio, sound=not pictures_only)
-    request.lengths  # noqa: B018  (checks mode and duration)
+    request = _checked(path, mode, duration, start, alignment, normalize_audio, sound=not pictures_only)
     try:
         clip = _read(request)
     except MediaError as error:
@@ -105,6 +112,48 @@ def read_video(
     if not as_uint8:
         clip = VideoClip(*normalize_pictures(clip.clip_frames, clip.sync_frames), clip.audio)
     return clip
+
+
+def read_windows(
+    path: str | os.PathLike,
+    starts: Sequence[float],
+    *,
+    mode: str = "16k",
+    duration: float = 8.0,
+    alignment: str = "timestamps",
+) -> Iterator[VideoClip]:
+    """The pictures, uint8 and without sound, of windows of `duration` seconds that begin at `starts` (ascending).
+
+    Each is what `read_video(start=..., pictures_only=True)` gives, but the file is read once, and no more windows are
+    held than overlap at one moment. Where the file ends up to 0.25 s before a window does, its last picture is shown
+    until then, in both alignments. Raises as `read_video` does, once the pictures before have been given.
+    """
+    requests = [_checked(path, mode, duration, start, alignment, False, sound=False) for start in starts]
+    if any(after.start < before.start for before, after in itertools.pairwise(requests)):
+        raise ValueError("the starts of windows must ascend")
+    return _windows(requests)
+
+
+def read_image(path: str | os.PathLike) -> VideoClip:
+    """A still picture as one CLIP picture (1, 3, 384, 384) and no sync pictures (0, 3, 224, 224), uint8. MediaError."""
+    request = _checked(path, "16k", 8.0, 0.0, "timestamps", False, sound=False)
+    with open_media(path) as container:
+        if not container.streams.video:
+            raise request.refuse("no_video", "is no picture; give a picture file such as .png or .jpg")
+        try:
+            frame = next(container.decode(video=0))
+        except (av.error.FFmpegError, OSError, StopIteration) as error:
+            raise request.damaged(error) from error
+        picture = _resized(_RgbConverter()(frame, rotate=True), CLIP_FPS)
+    return VideoClip(picture[None], torch.empty((0, 3, SYNC_PIXELS, SYNC_PIXELS), dtype=torch.uint8), None)
+
+
+def video_seconds(path: str | os.PathLike) -> float:
+    """Seconds from the first picture to the end of the last, by the times of all packets. MediaError."""
+    request = _checked(path, "16k", 8.0, 0.0, "timestamps", False, sound=False)
+    with open_media(path) as container:
+        start = _first_times(request, container)[0].video
+    return float(_video_length(request, start)[0])
 
 
 def normalize_pictures(clip_frames: torch.Tensor, sync_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +200,18 @@ class _Request:
         return self.refuse("decode_error", f"damaged data ({text}); replace or re-encode the file")
 
 
+def _checked(path, mode, duration, start, alignment, normalize_audio, *, sound: bool) -> _Request:
+    """The request these arguments make; ValueError for wrong ones."""
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
+    if not (start >= 0 and math.isfinite(start)):
+        raise ValueError(f"start {start} must be 0 or more seconds")
+    when = Fraction(start).limit_denominator(1_000_000)
+    request = _Request(Path(path), mode, duration, when, alignment, normalize_audio, sound)
+    request.lengths  # noqa: B018  (checks mode and duration)
+    return request
+
+
 @dataclass(frozen=True)
 class _Starts:
     """Time of the first picture, of the first sample (None: no sound is read), and the sample rate."""
@@ -190,10 +251,11 @@ class _Pictures:
         self.grids, self.rotate, self.to_rgb = grids, rotate, _RgbConverter()
         self.last: av.VideoFrame | None = None
         self.time = self.gap = Fraction(0)
+        self.more = False  # whether grids are still to come
 
     @property
     def full(self) -> bool:
-        return all(grid.full for grid in self.grids)
+        return not self.more and all(grid.full for grid in self.grids)
 
     def add(self, frame: av.VideoFrame, time: Fraction) -> None:
         if self.last is not None:
@@ -205,15 +267,23 @@ class _Pictures:
         """Show the last picture for its own duration: the container's, else as long as the one before it."""
         if self.last is not None:
             stated = (self.last.duration or 0) * self.last.time_base
-            self._show_last(until=self.time + (stated if stated > 0 else self.gap))
+            self.time += stated if stated > 0 else self.gap
+            self._show_last(until=self.time)
+
+    def hold(self, seconds: Fraction) -> None:
+        """Behind `finish`: show the last picture that much longer."""
+        if self.last is not None:
+            self._show_last(until=self.time + seconds)
 
     def _show_last(self, until: Fraction) -> None:
-        rgb = None
+        rgb, resized = None, {}
         for grid in self.grids:
             if (end := grid.before(until)) > grid.filled:
                 if rgb is None:
                     rgb = self.to_rgb(self.last, self.rotate)
-                grid.frames[grid.filled : end] = _resized(rgb, grid.fps)
+                if grid.fps not in resized:  # windows that overlap share it
+                    resized[grid.fps] = _resized(rgb, grid.fps)
+                grid.frames[grid.filled : end] = resized[grid.fps]
                 grid.filled = end
 
 
@@ -336,12 +406,44 @@ def _read(request: _Request) -> VideoClip:
             _fill(request, starts, packets, pictures, sound)
     if request.alignment == "timestamps" and not pictures.full:
         pictures.finish()
+    _check_full(request, grids)
+    return VideoClip(grids[0].frames, grids[1].frames, sound and _waveform(request, sound, starts.rate))
+
+
+def _check_full(request: _Request, grids: list[_Grid]) -> None:
     for grid in grids:
         if not grid.full:
             have, need = grid.filled / grid.fps, len(grid.frames) / grid.fps
             what = f"{have:.2f} s of pictures where {need:.2f} s are needed; remove it or ask for a shorter duration"
             raise request.refuse("video_too_short", what)
-    return VideoClip(grids[0].frames, grids[1].frames, sound and _waveform(request, sound, starts.rate))
+
+
+def _windows(requests: list[_Request]) -> Iterator[VideoClip]:
+    """The clips of windows of one file, in order, each as soon as it is complete."""
+    waiting = deque(requests)
+    opened: deque[list[_Grid]] = deque()
+    with open_media(requests[0].path) as container:
+        starts, packets = _first_times(requests[0], container)
+        pictures = _Pictures([], rotate=requests[0].alignment == "timestamps")
+        pictures.more = True
+        for frame in _frames(requests[0], packets, pictures, None):
+            time = _frame_time(requests[0], frame)
+            while waiting and starts.video + waiting[0].start <= time:
+                opened.append(_plan(waiting.popleft(), starts)[0])
+                pictures.grids += opened[-1]
+                pictures.more = bool(waiting)
+            _add_picture(requests[0], pictures, frame, time)
+            while opened and all(grid.full for grid in opened[0]):
+                done = opened.popleft()
+                pictures.grids = [grid for grid in pictures.grids if not grid.full]
+                yield VideoClip(done[0].frames, done[1].frames, None)
+                del done  # of 58 MB, which the reader of the next window must not keep
+    pictures.finish()
+    pictures.hold(_HOLD)
+    opened.extend(_plan(request, starts)[0] for request in waiting)
+    for request, grids in zip(requests[len(requests) - len(opened) :], opened, strict=True):
+        _check_full(request, grids)
+        yield VideoClip(grids[0].frames, grids[1].frames, None)
 
 
 def _frame_time(request: _Request, frame: av.VideoFrame | av.AudioFrame) -> Fraction:
@@ -432,11 +534,15 @@ def _fill(
             _add_sound(request, sound, frame, time - starts.audio, starts.rate)
         elif latest is not None and not begun and time > latest:
             return False
-        elif request.alignment == "timestamps" and begun and time < pictures.time:
-            raise request.refuse("decode_error", "its pictures come without usable times; convert it to mp4")
         else:
-            pictures.add(frame, time)
+            _add_picture(request, pictures, frame, time)
     return True
+
+
+def _add_picture(request: _Request, pictures: _Pictures, frame: av.VideoFrame, time: Fraction) -> None:
+    if request.alignment == "timestamps" and pictures.last is not None and time < pictures.time:
+        raise request.refuse("decode_error", "its pictures come without usable times; convert it to mp4")
+    pictures.add(frame, time)
 
 
 def _frames(request, packets: Iterator[_Read], pictures, sound) -> Iterator[av.VideoFrame | av.AudioFrame]:
@@ -518,15 +624,18 @@ def _facts(container: av.container.InputContainer) -> dict:
 
 def write_video_with_audio(
     video_path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int, out_path: str | os.PathLike
-) -> None:
-    """Write an mp4 with the pictures of `video_path` and `waveform` as its only sound (AAC).
+) -> bool:
+    """Write an .mp4 or .mkv with the pictures of `video_path` and `waveform` as its only sound (AAC).
 
     waveform: `(samples,)` or `(1 or 2, samples)` in [-1, 1], starting with the first picture. Pictures are copied
-    without re-encoding where mp4 can hold their codec, else encoded as H.264. The result is as long as the shorter of
+    without re-encoding where the container can hold their codec, else encoded as H.264; returns whether they were
+    copied. The result is as long as the shorter of
     the two, to a picture (a copy may keep the few pictures that others depend on). Written under another name and
-    renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform.
+    renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform or another ending.
     """
     out_path, waveform = Path(out_path), torch.atleast_2d(torch.as_tensor(waveform))
+    if out_path.suffix.lower() not in VIDEO_FORMATS:
+        raise ValueError(f"{out_path}: a video is written as {' or '.join(VIDEO_FORMATS)}, not {out_path.suffix!r}")
     request = _Request(Path(video_path), "16k", 8.0, Fraction(0), "timestamps", False, sound=False)
     audio_frame(waveform, sample_rate, "fltp")  # refuses a bad waveform before any file is made
     partial = out_path.with_name(f".{out_path.name}.{os.getpid()}.part")
@@ -536,7 +645,7 @@ def write_video_with_audio(
         length, copyable = _video_length(request, start)
         length = min(length, Fraction(waveform.shape[-1], sample_rate))
         sound = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
-        with open_media(video_path) as source, av.open(str(partial), "w", format="mp4") as target:
+        with open_media(video_path) as source, _new_video(partial, out_path) as target:
             video = source.streams.best("video")
             copy = copyable and video.codec_context.codec.canonical_name in target.supported_codecs
             pictures = (_copied if copy else _encoded)(request, source, video, target, start, length)
@@ -545,11 +654,16 @@ def write_video_with_audio(
             for packet in heapq.merge(pictures, _encoded_sound(stream, sound), key=_packet_time):
                 target.mux(packet)
         os.replace(partial, out_path)
+        return copy
     except av.error.FFmpegError as error:
         what = f"no sound can be put under it ({error.strerror}); check the free space, or re-encode it as H.264 mp4"
         raise request.refuse("decode_error", what) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _new_video(partial: Path, out_path: Path) -> av.container.OutputContainer:
+    return av.open(str(partial), "w", format=VIDEO_FORMATS[out_path.suffix.lower()])
 
 
 def _packet_time(packet: av.Packet) -> Fraction:
