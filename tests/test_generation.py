@@ -1,7 +1,9 @@
 """Generation with a tiny network and toy encoders: conditions, noise, lengths, files, refusals."""
 
 import dataclasses
+import itertools
 import json
+import math
 from dataclasses import asdict
 from functools import partial
 
@@ -11,18 +13,20 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, state_dict, tensor
-from odd_media import Odd, steady, write_odd
+from odd_media import Odd, code_picture, steady, truncate, write_odd
 
 from mmaudio_hf import generation
 from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise
+from mmaudio_hf.generation.windows import decode_pieces, window_starts
 from mmaudio_hf.media.audio import read_waveform
-from mmaudio_hf.media.video import read_video
+from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
 from mmaudio_hf.schema import column_shapes
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
@@ -70,21 +74,21 @@ def row(seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_video_and_prompt(pipeline, video):
-    result = pipeline(video, "a red ball", num_steps=2)
+    result = pipeline(video, "a red ball", duration=1.0, num_steps=2)
     assert result.waveform.shape == (16384,) and result.waveform.dtype == torch.float32
     assert result.sample_rate == 16000 and result.latent.shape == (32, 20)
     assert result.waveform.abs().max() <= 1 and torch.isfinite(result.waveform).all()
-    same = pipeline(video, "a red ball", num_steps=2)
+    same = pipeline(video, "a red ball", duration=1.0, num_steps=2)
     assert torch.equal(result.latent, same.latent)
-    for other in (pipeline(video, num_steps=2), pipeline(prompt="a red ball", num_steps=2)):
+    for other in (pipeline(video, duration=1.0, num_steps=2), pipeline(prompt="a red ball", num_steps=2)):
         assert not torch.allclose(result.latent, other.latent, atol=1e-4)
     for changed in ({"seed": 1}, {"negative_prompt": "hum"}, {"guidance_scale": 1.0}, {"guidance_scale": 0.5}):
-        other = pipeline(video, "a red ball", num_steps=2, **changed)
+        other = pipeline(video, "a red ball", duration=1.0, num_steps=2, **changed)
         assert not torch.allclose(result.latent, other.latent, atol=1e-4), changed
 
 
 def test_latent_is_the_formula(pipeline, network, media, video):
-    result = pipeline(video, "a red ball", "hum", num_steps=3, guidance_scale=3.0, seed=5)
+    result = pipeline(video, "a red ball", "hum", duration=1.0, num_steps=3, guidance_scale=3.0, seed=5)
     encoders = load_encoders("toy", "16k", weights_dir=media, clip="")
     frames = read_video(video, duration=1.0, pictures_only=True)
     with torch.inference_mode():
@@ -125,8 +129,9 @@ def test_guidance_of_the_golden_network():
     with torch.inference_mode():
         conditions = network.preprocess_conditions(x["clip_f"], x["sync_f"], x["text_f"])
         empty = network.empty_conditions(1, x["negative_text_f"])
-        velocity = generation.guided_velocity_function(network, conditions, empty, 4.5)
-        ours = sample_euler(velocity, x["latent"], 2).numpy()
+        velocity = GuidedVelocity(network, conditions, empty, 4.5)
+        with fast_convolutions(network, "fp32"):
+            ours = sample_euler(velocity, x["latent"], 2).numpy()
     theirs = golden(case)["x1_2steps_negative"]
     assert np.linalg.norm(ours - theirs) < 2e-4 * np.linalg.norm(theirs)
 
@@ -153,7 +158,7 @@ def test_features_are_as_good_as_media(pipeline, media, video):
         text_features=encoders.encode_text(["a red ball"])[0].bfloat16().float(),
     )
     result = next(pipeline.generate([stored], num_steps=2))
-    assert torch.allclose(result.latent, pipeline(video, "a red ball", num_steps=2).latent, atol=1e-2)
+    assert torch.allclose(result.latent, pipeline(video, "a red ball", duration=1.0, num_steps=2).latent, atol=1e-2)
 
 
 def test_starting_noise():
@@ -167,7 +172,7 @@ def test_starting_noise():
 
 def test_other_durations_leave_the_network_as_it_was(pipeline, network, video):
     requests = [Request(video=video), Request(prompt="a lamp")]
-    results = pipeline.generate(requests, 1, duration=2.0, num_steps=1)
+    results = pipeline.generate(requests, 1, duration=2.0, window=2.0, num_steps=1)
     assert next(results).waveform.shape == (63 * 512,)
     assert (network.latent_length, network.clip_length, network.sync_length) == (32, 8, 16)  # between two results too
     assert next(results).latent.shape == (63, 20)
@@ -245,7 +250,7 @@ def test_pictures_are_read_as_for_training(published, network, config, tmp_path)
     odd = Odd(steady(1.5), sound_seconds=None, rotation=90)
     video = write_odd(tmp_path / "rotated.mp4", odd)
     sounds = {
-        rule: MMAudioPipeline(network, config, alignment=rule)(video, num_steps=1).latent
+        rule: MMAudioPipeline(network, config, alignment=rule)(video, duration=1.0, num_steps=1).latent
         for rule in ("timestamps", "reference")
     }
     assert not torch.allclose(*sounds.values(), atol=1e-4)
@@ -259,7 +264,7 @@ def test_pictures_are_read_as_for_training(published, network, config, tmp_path)
         write_encoder_files(recipe, folder)
         pipeline = MMAudioPipeline.from_pretrained(published, device="cpu", alignment=asked)
         assert pipeline.alignment == expected
-        assert torch.equal(pipeline(video, num_steps=1).latent, sounds[expected])
+        assert torch.equal(pipeline(video, duration=1.0, num_steps=1).latent, sounds[expected])
 
 
 def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
@@ -279,7 +284,7 @@ def test_from_the_hub(published, monkeypatch):
 
 
 def test_save_generated(pipeline, video, tmp_path):
-    result = pipeline(video, num_steps=1)
+    result = pipeline(video, duration=1.0, num_steps=1)
     for ending in (".wav", ".flac"):
         samples, rate = read_waveform(save_generated(result, tmp_path / f"a{ending}"))
         assert rate == 16000 and torch.allclose(samples, result.waveform, atol=1e-4)
@@ -309,8 +314,6 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
     ):
         with pytest.raises(ValueError, match=words):
             pipeline.generate(requests, **options)  # before the first result is asked for
-    with pytest.raises(ValueError, match="shorter duration"):
-        pipeline(video, duration=30.0)
     ready = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="", parts=("decode",))
     with pytest.raises(ValueError, match="not loaded: clip, sync, text"):
         MMAudioPipeline(network, ready)(video, "a ball")
@@ -331,3 +334,134 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
         (published / "last/pretrained_model/encoders.json").write_text(text)
         with pytest.raises(ValueError, match=r"encoders\.json does not describe"):
             MMAudioPipeline.from_pretrained(published)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """2.6 s of changing pictures without sound."""
+    return write_odd(tmp_path_factory.mktemp("scene") / "scene.mp4", Odd(steady(2.6), sound_seconds=None))
+
+
+def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, scene):
+    """Against plain code: at every step the velocity of each window, faded linearly where they overlap."""
+    result = pipeline(scene, "a red ball", num_steps=2, seed=3)
+    length = math.ceil(2.6 * 31.25)
+    assert result.latent.shape == (length, 20) and result.waveform.shape == (length * 512,) and not result.note
+    starts = window_starts(length, 32, 0.25)
+    assert starts == (0, 24, 48, 50)
+    encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="")
+    conditions = []
+    for start in starts:
+        frames = read_video(scene, duration=1.0, start=start * 512 / 16_000, pictures_only=True)
+        features = (encoders.encode_clip(frames.clip_frames[None]), encoders.encode_sync(frames.sync_frames[None]))
+        conditions.append(network.preprocess_conditions(*features, encoders.encode_text(["a red ball"])))
+    weights = [torch.ones(32, 1) for _ in starts]
+    for before, after in itertools.pairwise(range(4)):
+        overlap = 32 - (starts[after] - starts[before])
+        ramp = ((torch.arange(overlap) + 0.5) / overlap)[:, None]
+        weights[before][32 - overlap :] *= 1 - ramp
+        weights[after][:overlap] *= ramp
+
+    @torch.no_grad()
+    def velocity(x, t):
+        blended, total = torch.zeros_like(x), torch.zeros(length, 1)
+        for start, condition, weight in zip(starts, conditions, weights, strict=True):
+            part = x[:, start : start + 32]
+            empty = network.empty_conditions(1)
+            blended[0, start : start + 32] += (
+                weight * network.predict_guided_velocity(part, t, condition, empty, 4.5)[0]
+            )
+            total[start : start + 32] += weight
+        return blended / total
+
+    expected = network.unnormalize(sample_euler(velocity, starting_noise(3, "0", (length, 20))[None], 2))[0]
+    torch.testing.assert_close(result.latent, expected.detach(), atol=5e-5, rtol=0)
+    for batch_size in (1, 3):
+        request = Request(key="0", video=scene, prompt="a red ball", seed=3)
+        again = next(pipeline.generate([request], batch_size, num_steps=2))
+        torch.testing.assert_close(again.latent, result.latent, atol=5e-5, rtol=0)
+
+
+def test_decoded_pieces_join_without_clicks(pipeline):
+    """A piece of another phase than its neighbour would jump; the joins are as smooth as the rest."""
+    rate, hop = 16_000, 512
+
+    def decode(latent_BNC):  # the first channel is the time of each latent: a tone that is wrong near the edges
+        time = latent_BNC[:, :, :1] + torch.arange(hop) / rate
+        tone = torch.sin(2 * math.pi * 440 * time).flatten(1)
+        tone[:, : 4 * hop] = 1
+        tone[:, -4 * hop :] = -1
+        return tone
+
+    latent = (torch.arange(200) * hop / rate)[:, None].expand(-1, 20)
+    waveform = decode_pieces(decode, latent, 64, hop)
+    assert waveform.shape == (200 * hop,)
+    inner = slice(4 * hop, -4 * hop)
+    tone = torch.sin(2 * math.pi * 440 * torch.arange(200 * hop) / rate)
+    torch.testing.assert_close(waveform[inner], tone[inner], atol=1e-2, rtol=0)
+    # And with the real decoder: no step between samples is larger at a join than within the pieces.
+    latent = torch.cumsum(0.1 * torch.randn(100, 20, generator=torch.Generator().manual_seed(0)), 0)
+    decoder = pipeline._encoders("decode")
+    pieces = decode_pieces(decoder.decode_latent, latent, 32, hop)
+    whole = decoder.decode_latent(latent[None])[0]
+    assert pieces.diff().abs().max() < 1.5 * whole.diff().abs().max()
+
+
+def test_short_videos_have_short_sounds(pipeline, tmp_path):
+    short = write_odd(tmp_path / "short.mp4", Odd(steady(0.8), sound_seconds=None))
+    whole = pipeline(short, num_steps=1)
+    assert whole.latent.shape == (25, 20) and not whole.note
+    asked = pipeline(short, num_steps=1, duration=5.0)
+    assert (
+        torch.equal(asked.latent, whole.latent)
+        and asked.note == "0.80 s long, as its video is, where 5 s were asked for"
+    )
+    tiny = write_odd(tmp_path / "tiny.mp4", Odd(steady(0.4), sound_seconds=None))
+    with pytest.raises(ValueError, match=r"tiny\.mp4: duration 0\.4 s is shorter than one sync segment"):
+        pipeline(tiny, num_steps=1)
+
+
+def test_a_still_picture_is_seen_all_the_time(pipeline, config, tmp_path):
+    for name, codec in (("a.png", "png"), ("a.jpg", "mjpeg")):
+        with av.open(str(tmp_path / name), "w", format="image2") as container:
+            stream = container.add_stream(
+                codec, width=160, height=96, pix_fmt="rgb24" if codec == "png" else "yuvj420p"
+            )
+            picture = av.VideoFrame.from_ndarray(code_picture(5, 160, 96), format="rgb24")
+            container.mux([*stream.encode(picture.reformat(format=stream.pix_fmt)), *stream.encode(None)])
+    encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="", parts=("clip",))
+    clip = encoders.encode_clip(read_image(tmp_path / "a.png").clip_frames[None])[0].expand(8, -1)
+    expected = next(pipeline.generate([Request(clip_features=clip, prompt="a bell")], num_steps=2)).latent
+    made = pipeline(image=tmp_path / "a.png", prompt="a bell", num_steps=2).latent
+    torch.testing.assert_close(made, expected)
+    assert not torch.allclose(made, pipeline(prompt="a bell", num_steps=2).latent, atol=1e-3)
+    assert torch.allclose(made, pipeline(image=tmp_path / "a.jpg", prompt="a bell", num_steps=2).latent, atol=0.3)
+    longer = pipeline(image=tmp_path / "a.png", num_steps=1, duration=1.5)
+    assert longer.latent.shape == (47, 20)
+
+
+def test_seeds_and_durations_of_items(pipeline, scene):
+    """Batches of 1 and 8, an order of its own, items of other lengths between: the same sounds."""
+    requests = [Request(key="a", seed=7, **row(0)), Request(key="b", prompt="x", duration=0.8)]
+    requests += [Request(key="c", **row(1))]
+    requests += [Request(key="d", video=scene), Request(key="e", seed=7, prompt="x"), Request(key="f", prompt="x")]
+    whole = list(pipeline.generate(requests, 8, num_steps=2))
+    assert [result.key for result in whole] == list("abcdef")
+    assert [len(result.latent) for result in whole] == [32, 25, 32, 82, 32, 32]
+    single = {result.key: result for result in pipeline.generate(requests[::-1], 1, num_steps=2)}
+    for result in whole:
+        assert torch.allclose(result.latent, single[result.key].latent, atol=1e-4), result.key
+        # The toy decoder magnifies rounding.
+        assert (result.waveform - single[result.key].waveform).norm() < 0.1 * result.waveform.norm(), result.key
+    assert not torch.allclose(whole[4].latent, whole[5].latent, atol=0.01)
+    assert torch.equal(starting_noise(7, "d", (82, 20))[:32], starting_noise(7, "d", (32, 20)))
+
+
+def test_items_that_cannot_be_made_are_handed_over(pipeline, scene, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    damaged = truncate(scene, tmp_path / "damaged.mp4", 0.5)
+    requests = [Request(key=p.name, video=p) for p in (tmp_path / "broken.mp4", scene, damaged, tmp_path / "gone.mp4")]
+    rejected = {}
+    made = list(pipeline.generate(requests, num_steps=1, on_reject=lambda r, e: rejected.update({r.key: e.reason})))
+    assert [result.key for result in made] == ["scene.mp4"]
+    assert rejected == {"broken.mp4": "unreadable", "damaged.mp4": "unreadable", "gone.mp4": "not_found"}

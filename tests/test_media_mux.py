@@ -56,10 +56,25 @@ def test_short_sound_cuts_the_pictures(tmp_path):
     assert 2.0 <= facts["video"]["duration"] <= 2.2
 
 
+@pytest.mark.parametrize("ending", ["mkv", "mov"])
+def test_turned_pictures_are_copied_into_mkv_too(ending, tmp_path):
+    source = write_odd(tmp_path / f"a.{ending}", Odd(steady(2), rotation=90))
+    before = read_video(source, duration=1.5, pictures_only=True)
+    for out in ("out.mkv", "out.mp4"):
+        assert write_video_with_audio(source, SOUND, 16_000, tmp_path / out)
+        assert packets_of(tmp_path / out) == packets_of(source)
+        after = read_video(tmp_path / out, duration=1.5)
+        assert torch.equal(after.sync_frames[2:-2], before.sync_frames[2:-2])
+
+
 def test_pictures_that_mp4_cannot_hold_are_encoded(tmp_path):
     odd = Odd(steady(4), codec="libvpx", size=(97, 97), sound_seconds=None)
     source = write_odd(tmp_path / "a.webm", odd)
-    write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
+    assert write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mkv")
+    assert packets_of(tmp_path / "out.mkv") == packets_of(source)
+    with pytest.raises(ValueError, match=r"written as \.mp4 or \.mkv"):
+        write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.avi")
+    assert not write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
     facts = probe(tmp_path / "out.mp4")
     assert facts["video"]["codec"] == "h264" and facts["video"]["width"] == facts["video"]["height"] == 96
     assert read_codes((read_video(tmp_path / "out.mp4", duration=2.0).sync_frames + 1) / 2) == list(range(50))

@@ -16,10 +16,12 @@ def add_commands(add) -> None:
     generate = add("generate", _generate, "make sound for a video, for a text, or for both")
     generate.add_argument("--run", required=True, help="run folder, pretrained_model folder or Hub id")
     generate.add_argument("--video", type=Path, help="video to make sound for")
+    generate.add_argument("--image", type=Path, help="still picture to make sound for")
     generate.add_argument("--prompt", default="", help="what is to be heard")
     generate.add_argument("--negative-prompt", default="", help="what is not to be heard")
-    generate.add_argument("--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 with --video")
-    generate.add_argument("--duration", type=float, help="seconds; default: what the model was trained on")
+    generate.add_argument("--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 or .mkv with --video")
+    generate.add_argument("--duration", type=float, help="seconds; default: the whole video, else as trained")
+    generate.add_argument("--window", type=float, help="longest piece made at once, in seconds; default: as trained")
     generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
     generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
     generate.add_argument("--seed", type=int, default=0)
@@ -35,26 +37,28 @@ def add_commands(add) -> None:
 
 
 def _generate(options) -> None:
-    if options.video is None and not options.prompt:
+    if options.video is None and options.image is None and not options.prompt:
         raise ValueError("nothing to go by: give --video, --prompt or both")
-    if options.out.suffix.lower() == ".mp4" and options.video is None:
+    if options.out.suffix.lower() in (".mp4", ".mkv") and options.video is None:
         raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
-    from mmaudio_hf.generation import MMAudioPipeline, save_generated
+    from mmaudio_hf.generation import MMAudioPipeline, save_and_tell
 
     pipeline = MMAudioPipeline.from_pretrained(options.run, device=options.device, alignment=options.alignment)
     result = pipeline(
         video=options.video,
+        image=options.image,
         prompt=options.prompt,
         negative_prompt=options.negative_prompt,
         duration=options.duration,
+        window=options.window,
         num_steps=options.steps,
         guidance_scale=options.guidance_scale,
         seed=options.seed,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_generated(result, options.out, video=options.video)
+    notes = [result.note, save_and_tell(result, options.out, video=options.video)]
     seconds = len(result.waveform) / result.sample_rate
-    print(f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz")
+    print("; ".join([f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz", *filter(None, notes)]))
 
 
 def _report(options) -> None:

@@ -19,6 +19,17 @@ class Conditions(NamedTuple):
     text_global: torch.Tensor  # (B, D)
 
 
+class SharedRows(NamedTuple):
+    """Values (B, N, D) of which many are the same: the different ones, and which one every token has."""
+
+    rows: torch.Tensor  # (U, D)
+    index_BN: torch.Tensor
+
+    def expand(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, N, E) of what was made of the rows, (U, E)."""
+        return F.embedding(self.index_BN, rows)
+
+
 def clip_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
     """CLIP features to the hidden size. Only v2 has an activation between the two maps."""
     return nn.Sequential(nn.Linear(in_dim, dim), *([nn.SiLU()] if v2 else []), GatedMLP(dim, kernel_size=3))

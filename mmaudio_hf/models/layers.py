@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmaudio_hf.models.winograd import convolve
+
 # The float32 machine epsilon whatever the input dtype: under bf16 the statistic is formed in float32.
 RMS_EPS = torch.finfo(torch.float32).eps
 
@@ -11,8 +13,12 @@ RMS_EPS = torch.finfo(torch.float32).eps
 class ChannelLastConv1d(nn.Conv1d):
     """Convolution along the token axis of a channel-last tensor; takes what `nn.Conv1d` takes, as adapters rely on."""
 
+    transformed: torch.Tensor | None = None  # of the weight, while `winograd_convolutions` holds
+
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """Convolve (B, N, in_dim) to (B, N, out_dim)."""
+        if self.transformed is not None:
+            return convolve(x_BND, self.transformed, self.bias)
         return super().forward(x_BND.transpose(1, 2)).transpose(1, 2)
 
 

@@ -23,6 +23,7 @@ from mmaudio_hf.models.card import (
 )
 from mmaudio_hf.models.conditioning import (
     Conditions,
+    SharedRows,
     clip_projection,
     fill_missing,
     temporal_projection,
@@ -215,7 +216,20 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         # Every modulation starts with this activation, so it is applied once and not once a block.
         activated_global = F.silu(global_condition)
         activated = F.silu(global_condition + conditions.sync)
-        clip, text = conditions.clip, conditions.text
+        return self.transform(latent, conditions.clip, conditions.text, activated, activated_global)
+
+    def transform(
+        self,
+        latent: torch.Tensor,
+        clip: torch.Tensor,
+        text: torch.Tensor,
+        activated: torch.Tensor | SharedRows,
+        activated_global: torch.Tensor,
+    ) -> torch.Tensor:
+        """Velocity (B, N, C) of the three streams (B, N, D), (B, T, D), (B, L, D) at the input of the blocks.
+
+        The conditions come activated: (B, N, D) for latents, (B, 1, D) for the other streams.
+        """
         tables = (self._latent_table, self._clip_table)
         for block in self.joint_blocks:
             latent, clip, text = self._run(block, latent, clip, text, activated, activated_global, *tables)

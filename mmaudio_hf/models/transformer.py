@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmaudio_hf.models.conditioning import SharedRows
 from mmaudio_hf.models.layers import ChannelLastConv1d, GatedMLP, RMSNorm, modulate, rotate, token_map
 
 
@@ -49,9 +50,13 @@ class ModulatedBlock(nn.Module):
             self.linear1 = token_map(dim, dim, kernel_size)
             self.ffn = GatedMLP(dim, kernel_size)
 
-    def modulation(self, activated_condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def modulation(self, activated_condition: torch.Tensor | SharedRows) -> tuple[torch.Tensor, ...]:
         """Shift, scale (and gate, shift, scale, gate) from silu(condition), (B, 1 or N, D) each."""
-        return self.adaLN_modulation(activated_condition).chunk(2 if self.pre_only else 6, dim=-1)
+        if isinstance(activated_condition, SharedRows):
+            values = activated_condition.expand(self.adaLN_modulation(activated_condition.rows))
+        else:
+            values = self.adaLN_modulation(activated_condition)
+        return values.chunk(2 if self.pre_only else 6, dim=-1)
 
     def project(self, x_BND: torch.Tensor, modulation: tuple[torch.Tensor, ...], table: torch.Tensor | None):
         """Queries, keys and values of the modulated stream."""
@@ -67,7 +72,9 @@ class ModulatedBlock(nn.Module):
         x_BND = x_BND + self.linear1(attended_BND) * gate_attention
         return x_BND + self.ffn(modulate(x_BND, shift, scale)) * gate_ffn
 
-    def forward(self, x_BND: torch.Tensor, activated_condition: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_BND: torch.Tensor, activated_condition: torch.Tensor | SharedRows, table: torch.Tensor
+    ) -> torch.Tensor:
         """Self attention over this stream alone."""
         modulation = self.modulation(activated_condition)
         return self.finish(x_BND, attention(*self.project(x_BND, modulation, table)), modulation)
