@@ -17,7 +17,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from mmaudio_hf.schema import CLIP_DIM, SYNC_DIM, TEXT_DIM, TEXT_TOKENS, AuditVerdict, audio_mode, sequence_lengths
+from mmaudio_hf.schema import (
+    CLIP_DIM,
+    HUB_PREFIX,
+    SYNC_DIM,
+    TEXT_DIM,
+    TEXT_TOKENS,
+    AuditVerdict,
+    audio_mode,
+    sequence_lengths,
+    split_hub_id,
+)
 
 COMMAND_LINE = "the command line"
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
@@ -438,13 +448,34 @@ class CardConfig:
 
 @strict
 @dataclass(frozen=True)
+class HubConfig:
+    """A repository of the Hugging Face Hub to which checkpoints are pushed while a run trains."""
+
+    repo_id: str = ""  # owner/name; empty: nothing is pushed
+    private: bool = True  # of a repository that is made; one that exists stays as it is
+    every: int = 0  # least number of steps between two pushes, 0: every checkpoint; the last one is always pushed
+    push: tuple[Literal["pretrained_model", "training_state"], ...] = ("pretrained_model",)
+    wait: int = 1800  # s, at most, at the end of a run for the last push
+
+    def validate_whole(self):
+        """A repository without revision, and something to push."""
+        if self.repo_id:
+            _, revision = split_hub_id(self.repo_id)
+            _require(revision is None, f"hub.repo_id {self.repo_id} must be owner/name: pushes go to the main branch")
+        _require(self.every >= 0 and self.wait >= 0, "hub.every and hub.wait must be at least 0")
+        _require(bool(self.push), "hub.push must name pretrained_model, training_state or both")
+        _require(len(set(self.push)) == len(self.push), "hub.push names one twice")
+
+
+@strict
+@dataclass(frozen=True)
 class Recipe:
     """Everything one experiment is made of, except the hardware."""
 
     name: str
     seed: int = 14159265
     output_dir: str = "output"
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"  # auto, never, or hub://owner/name[@revision]
     model: ModelConfig = field(default_factory=ModelConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
@@ -457,6 +488,15 @@ class Recipe:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     card: CardConfig = field(default_factory=CardConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+
+    def validate_resume(self):
+        """One of the words, or a repository."""
+        if self.resume.startswith(HUB_PREFIX):
+            split_hub_id(self.resume.removeprefix(HUB_PREFIX))
+        else:
+            message = f"resume {self.resume!r} is not allowed: use auto, never or hub://owner/name[@revision]"
+            _require(self.resume in ("auto", "never"), message)
 
     def validate_whole(self):
         """What concerns more than one section."""

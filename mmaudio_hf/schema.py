@@ -7,6 +7,7 @@ Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -169,3 +170,19 @@ def check_id(item_id: str, source: str = "") -> str:
     if any(ord(c) < 32 or ord(c) == 127 for c in item_id) or len(item_id.encode()) > 200:
         raise ValueError(f"id {item_id!r} has control characters or more than 200 bytes{where}")
     return item_id
+
+
+HUB_PREFIX = "hub://"  # opens a place on the Hub where a folder could be meant
+_HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+
+
+def split_hub_id(text: str) -> tuple[str, str | None]:
+    """Repository and revision (None: the newest) of `owner/name[@revision]`; ValueError for anything else.
+
+    A revision is a branch, a tag or a commit.
+    """
+    repo, at, revision = text.partition("@")
+    name = re.fullmatch(rf"{_HUB_NAME}/{_HUB_NAME}", repo) and not re.search(r"--|\.\.", repo)
+    if not name or (at and not re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]*[A-Za-z0-9_])?", revision)):
+        raise ValueError(f"{text!r} is not a repository of the Hub: write owner/name or owner/name@revision")
+    return repo, revision or None

@@ -8,7 +8,7 @@ import pytest
 
 from mmaudio_hf.media.example import write_example_media
 
-LONG_FILES = ("test_training_loop.py", "test_training_checkpoint.py", "test_models_network.py")
+LONG_FILES = ("test_training_loop.py", "test_training_checkpoint.py", "test_models_network.py", "test_hub_runs.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -55,6 +55,17 @@ MISTAKES = [
     ("data.train=a", r"data\.train must be a list"),
     ("novalue", r"not of the form key\.sub=value"),
     ("optim.eps=[", r"not valid YAML"),
+    ("hub.repo=me/run", r"unknown key hub\.repo: did you mean 'repo_id'"),
+    ("hub.repo_id=run", r"'run' is not a repository of the Hub: write owner/name"),
+    ("hub.repo_id=../run", r"is not a repository of the Hub"),
+    ("hub.repo_id=me/run@v1", r"hub\.repo_id me/run@v1 must be owner/name: pushes go to the main branch"),
+    ("hub.push=[]", r"hub\.push must name pretrained_model, training_state or both"),
+    ("hub.push=[weights]", r"hub\.push\.0: 'weights' is not allowed"),
+    ("hub.push=[training_state, training_state]", r"hub\.push names one twice"),
+    ("hub.every=-1", r"hub\.every and hub\.wait must be at least 0"),
+    ("resume=maybe", r"resume 'maybe' is not allowed: use auto, never or hub://owner/name\[@revision\]"),
+    ("resume=hub://run", r"'run' is not a repository of the Hub: write owner/name"),
+    ("resume=hub://me/run@../x", r"is not a repository of the Hub"),
 ]
 
 

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from mmaudio_hf.cli.hub import hub_session, resolve_resume
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
 
 
@@ -33,7 +35,8 @@ def _train(options) -> int:
     from mmaudio_hf.training.loop import check_launch
 
     check_launch()
-    return _run_training(recipe, options.allow_changes)
+    with hub_session(recipe) as on_checkpoint:
+        return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint)
 
 
 def _doctor(options) -> int:
@@ -53,7 +56,7 @@ def _doctor(options) -> int:
     return 1 if failed else 0
 
 
-def _run_training(recipe: Recipe, allow_changes: bool) -> int:
+def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None]) -> int:
     import torch
 
     from mmaudio_hf.data.dataset import check_encoders, open_mixture
@@ -84,6 +87,7 @@ def _run_training(recipe: Recipe, allow_changes: bool) -> int:
         evaluators,
         write_extras=lambda folder: write_extras(recipe, folder),
         allow_changes=allow_changes,
+        on_checkpoint=on_checkpoint,
     )
     if result.stopped_by is not None:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)

@@ -314,6 +314,7 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             options |= {"local_files_only": local_files_only, "token": token}
             config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
+            options["revision"] = config_path.parent.name  # its commit: another push may come between the two files
             weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
             card = download_card(model_id, **options)
             card = card and renamed(card, model_id, PLACEHOLDER)

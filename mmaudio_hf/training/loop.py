@@ -43,8 +43,6 @@ from mmaudio_hf.training.optim import (
 )
 from mmaudio_hf.training.parallel import (
     allow_tf32,
-    check_same_everywhere,
-    check_seen_everywhere,
     compile_blocks,
     no_sync,
     other_weights,
@@ -56,7 +54,7 @@ from mmaudio_hf.training.parallel import (
 from mmaudio_hf.training.progress import Progress, in_short
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
-from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, flat_settings, restore_tensors
+from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, restore_tensors
 from mmaudio_hf.training.saving import BackgroundWriter
 from mmaudio_hf.training.step import StepResult, flow_step
 from mmaudio_hf.training.trackers import check_trackers, log_sounds
@@ -111,18 +109,21 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     write_extras: Callable[[Path], None] = lambda folder: None,
     allow_changes: bool = False,
+    on_checkpoint: Callable[[Path], None] = lambda folder: None,
 ) -> RunResult:
     """Train `network` as `recipe` says and return how it went; everything else is in `recipe.run_dir`.
 
     `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
     with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
+    `on_checkpoint` is told of every finished checkpoint, on the main process in the thread that wrote it, before older
+    ones are removed; it must not raise.
     Raises ValueError for settings that do not fit the processes or (but for `allow_changes`) the run to be resumed, and
     RunError after too many non-finite steps, or when the last checkpoint could not be written.
     """
     check_launch()
     check_trackers(recipe.training.trackers)
     accelerator = make_accelerator(recipe)
-    run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator)
+    run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator, on_checkpoint)
     try:
         result = run.go(allow_changes)
     except BaseException:
@@ -154,11 +155,22 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 class Run:
     """State of one run. Methods are in the order in which they happen."""
 
-    def __init__(self, recipe, network, mixture, validation, evaluators, write_extras, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: MMAudio,
+        mixture: Mixture,
+        validation: Mixture | None,
+        evaluators: Sequence[Evaluator],
+        write_extras: Callable[[Path], None],
+        accelerator: Accelerator,
+        on_checkpoint: Callable[[Path], None] = lambda folder: None,
+    ):
         self.recipe, self.network, self.accelerator = recipe, network, accelerator
         self.mixture, self.evaluators = mixture, evaluators
         self.validation = None if validation is None else Validator(validation, recipe, accelerator)
         self.write_extras = write_extras
+        self.on_checkpoint = on_checkpoint
         self.run_dir = recipe.run_dir
         self.step = 0
         self.finished = False  # all steps are done, or validation no longer improves
@@ -222,7 +234,7 @@ class Run:
                 if self.step == first_step + 1:  # the optimizer has its moments now
                     self._reserve()
             self._check_saved()
-        stopped_by = None if self.finished else self.guard.stopped_by
+        stopped_by = None if self.finished else self.stop.number
         early = self.finished and self.step < training.steps
         rate = self.progress.steps_per_second
         return RunResult(self.step, stopped_by, self.guard.skipped, early, self.final_weights, rate, self.history)
@@ -276,11 +288,7 @@ class Run:
             raise ValueError(
                 f"{self.run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto"
             )
-        check_same_everywhere(
-            flat_settings(to_dict(self.recipe))
-            | {f"rows of {store.path}": len(store) for store in self.mixture.stores}
-            | {f"newest checkpoint of {self.run_dir}": None if state is None else state.step}
-        )  # and nobody changes the folder while another still reads
+        self.accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
         if state is not None:
             check_same_run(self.recipe, state, allow_changes, self.accelerator.print)
             self.load(state)
@@ -310,7 +318,6 @@ class Run:
             save_recipe(self.recipe, partial)
             partial.replace(self.run_dir / "config.yaml")
         self.accelerator.wait_for_everyone()
-        check_seen_everywhere(self.run_dir / "config.yaml")
 
     def _announce(self) -> None:
         training, world = self.recipe.training, self.accelerator.num_processes
@@ -533,6 +540,7 @@ class Run:
             folder = save_checkpoint(run_dir, TrainingState(step, groups, facts), publish)
             if best == step:
                 point_at(run_dir, "best", folder)
+            self.on_checkpoint(folder)
             retention.prune(run_dir)
 
         return write

@@ -21,7 +21,7 @@ from mmaudio_hf.training.records import truncate_lines
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
-    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "card"),
+    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "card", "hub"),
     *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
@@ -71,16 +71,15 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 
 def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every key, as `section.key`, that differs; a key that one side lacks has its default."""
-    defaults = flat_settings(to_dict(Recipe(name="default")))
-    old, new = ({**defaults, **flat_settings(tree)} for tree in (was, now))
+    defaults = _flat(to_dict(Recipe(name="default")))
+    old, new = ({**defaults, **_flat(tree)} for tree in (was, now))
     return {key: (old.get(key), new.get(key)) for key in {**new, **old} if old.get(key) != new.get(key)}
 
 
-def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of a recipe's plain dict by `section.key`."""
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

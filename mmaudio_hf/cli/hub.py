@@ -1,0 +1,159 @@
+"""Commands that exchange runs with the Hub, and what connects training with it."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mmaudio_hf.config import HubConfig, Recipe, load_recipe
+from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    push = add("push", _push, "push the newest checkpoint of a run to the Hub, in one commit")
+    push.add_argument("run", type=Path, metavar="RUN", help="run folder, checkpoint or pretrained_model folder")
+    push.add_argument("repo", nargs="?", metavar="REPO", help="owner/name (default: hub.repo_id of the run's recipe)")
+    push.add_argument("--training-state", action="store_true", help="with what resuming needs, too")
+    push.add_argument("--public", action="store_true", help="a repository that is made is public (default: private)")
+    push.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
+
+    pull = add("pull", _pull, "pull a run or a network from the Hub")
+    pull.add_argument("repo", metavar="REPO[@REVISION]", help="owner/name, with a branch, tag or commit after @")
+    pull.add_argument("--to", type=Path, metavar="DIR", help="new folder, or run folder (default: output/NAME)")
+    pull.add_argument("--dry-run", action="store_true", help="show what would be fetched, and fetch nothing")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _push(options) -> None:
+    hub = _hub_settings(options.run)
+    repo, revision = split_hub_id(options.repo or hub.repo_id) if options.repo or hub.repo_id else (None, None)
+    if repo is None:
+        raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
+    if revision:
+        raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, readable
+    from mmaudio_hf.hub.runs import STATE, plan_push, push, staged, table
+
+    what = [*hub.push, *([STATE] if options.training_state and STATE not in hub.push else [])]
+    with staged(options.run, what) as (folder, step):
+        if options.dry_run:
+            contents = find_contents(repo)
+            if contents is None:
+                print(f"{repo} is not there, or hidden from this token: it would be made")
+            plan = plan_push(folder, repo, step, contents or Contents(repo, "", {}))
+        else:
+            ensure_repository(repo, private=hub.private and not options.public)
+            plan = plan_push(folder, repo, step)
+        new = {upload.name for upload in plan.changed}
+        notes = {u.name: "to send" if u.name in new else "already there" for u in plan.files}
+        print(table([(u.name, u.size) for u in plan.files], notes))
+        if plan.outdated:
+            raise ValueError(
+                f"{repo} holds step {plan.before}, newer than step {step} of {options.run}: nothing is sent"
+            )
+        size = readable(sum(u.size for u in plan.changed))
+        print(f"step {step} to {repo}: {size} in {len(new)} files{', dry run' if options.dry_run else ''}")
+        if not options.dry_run:
+            print(f"{repo}: commit {push(plan)}")
+
+
+def _hub_settings(run: Path) -> HubConfig:
+    """Those of the recipe of a run, or the usual ones."""
+    from mmaudio_hf.hub.runs import find_source
+
+    _, run_dir = find_source(run)
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        return load_recipe(run_dir / "config.yaml").hub
+    return HubConfig()
+
+
+def _pull(options) -> None:
+    repo, revision = split_hub_id(options.repo.removeprefix(HUB_PREFIX))
+    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub.runs import plan_pull, pull, table
+
+    target = options.to or Path("output") / repo.partition("/")[2]
+    plan = plan_pull(repo, revision)
+    print(table([(name, plan.contents.files[name].size) for name in plan.names]))
+    if plan.others:
+        print(f"left on the Hub: {len(plan.others)} files that are none of a run")
+    kind = f"run at step {plan.step}" if plan.has_state else "network"
+    print(f"{kind}, {readable(plan.size)} in {len(plan.names)} files to {target}{', dry run' * options.dry_run}")
+    if not options.dry_run:
+        pull(plan, target, _say)
+        print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def resolve_resume(recipe: Recipe) -> Recipe:
+    """The recipe with what `resume` names on the Hub taken for a run folder here."""
+    return replace(recipe, resume="auto") if recipe.resume.startswith(HUB_PREFIX) else recipe
+
+
+@contextlib.contextmanager
+def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
+    """Bring the run here that `resume` names, check `hub`, and push while the body trains.
+
+    Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work.
+    ValueError when the run, the token or the repository will not do.
+    """
+    resumes = recipe.resume.startswith(HUB_PREFIX)
+    if not (resumes or recipe.hub.repo_id):
+        yield lambda folder: None
+        return
+    import torch
+    from accelerate import PartialState
+
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    if process.is_main_process:
+        if resumes:
+            _fetch_run(recipe)
+        if recipe.hub.repo_id:
+            from mmaudio_hf.hub.sync import check_repository
+
+            check_repository(recipe.hub, recipe.run_dir, resumes, lambda message: _say(f"warning: {message}"))
+    process.wait_for_everyone()
+    if not (process.is_main_process and recipe.hub.repo_id):
+        yield lambda folder: None
+        return
+    from tqdm import tqdm
+
+    from mmaudio_hf.hub.sync import CheckpointSync
+
+    with CheckpointSync(recipe.hub, recipe.run_dir, lambda message: tqdm.write(message, file=sys.stderr)) as sync:
+        yield sync.announce
+
+
+def _fetch_run(recipe: Recipe) -> None:
+    """Bring the run that `resume` names into the run folder, unless that is as far already."""
+    from mmaudio_hf.hub.repository import find_contents
+    from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_pull, pull
+
+    repo, revision = split_hub_id(recipe.resume.removeprefix(HUB_PREFIX))
+    have = local_step(recipe.run_dir)
+    try:
+        contents = find_contents(repo, revision)
+        begins = contents is None or not set(STATE_FILES) <= set(contents.files)
+        if begins and have is None and recipe.hub.repo_id == repo and revision is None:
+            _say(f"{repo} holds no training state yet: {recipe.run_dir} begins at step 0")
+            return
+        plan = plan_pull(repo, revision)
+    except ConnectionError as error:
+        if have is None:
+            raise
+        _say(f"warning: {error}: {recipe.run_dir} goes on from its own step {have}")
+        return
+    if not plan.has_state:
+        raise ValueError(f"Hub repository {repo} has no training state, only a network: name it in finetune.init_from")
+    if have is not None and have >= plan.step:
+        _say(f"{recipe.run_dir} has step {have}, {recipe.resume} step {plan.step}: it goes on from its own step {have}")
+        return
+    pull(plan, recipe.run_dir, _say)
+    _say(f"{recipe.run_dir} goes on from step {plan.step} of {repo}@{plan.contents.commit[:12]}")

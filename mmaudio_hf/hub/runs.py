@@ -1,0 +1,305 @@
+"""Runs on the Hub: which files of a run go there, under which names, and how they become a run folder again.
+
+    config.json, model.safetensors and others    of pretrained_model/
+    adapter/                                     of runs with finetune.lora
+    training_state/                              of the checkpoint, and config.yaml, metrics.jsonl, skipped.jsonl and
+                                                 ema/ of the run
+
+A push is one commit, so whoever reads sees one checkpoint and never parts of two. Nothing but these names is written
+when a run is pulled.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmaudio_hf.hub.repository import Contents, Upload, changed, commit, fetch, read_contents, read_json, readable
+from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE
+from mmaudio_hf.models.pretrained import PUBLISHED_FILES
+
+STATE = "training_state"
+TENSOR_FILES = ("model", "optimizer", "ema", "window")
+STATE_FILES = (f"{STATE}/state.json", *(f"{STATE}/{name}.safetensors" for name in TENSOR_FILES))
+RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl")  # of the run folder
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+SNAPSHOT = re.compile(rf"{STATE}/ema/sigma_[0-9.e-]{{1,20}}_step_\d{{9,12}}\.safetensors")
+LogLine = Callable[[dict], bool]
+
+
+def is_known(name: str) -> bool:
+    """Whether a file of a repository is one of a run."""
+    known = (*PUBLISHED_FILES, *ADAPTER_FILES, *STATE_FILES, *(f"{STATE}/{n}" for n in RUN_FILES))
+    return name in known or SNAPSHOT.fullmatch(name) is not None
+
+
+# --- the step ------------------------------------------------------------------------------------------------------
+
+
+def local_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint of a run; None without any."""
+    steps = [int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").glob("step_*") if _complete(p)]
+    return max(steps, default=None)
+
+
+def _complete(folder: Path) -> bool:
+    return re.fullmatch(r"step_\d+", folder.name) is not None
+
+
+def remote_step(contents: Contents) -> int | None:
+    """Step of what a repository holds; None when it holds no network.
+
+    ValueError when it holds one that does not say its step, so that nobody's other network is replaced.
+    """
+    records = {name: read_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")}
+    steps = [r["step"] for r in records.values() if type(r.get("step")) is int and r["step"] >= 0]
+    if not steps and (WEIGHTS_FILE in contents.files or CONFIG_FILE in contents.files):
+        raise ValueError(
+            f"Hub repository {contents.repo} holds a network that no run pushed (weights.json names no step):"
+            " name another repository"
+        )
+    return max(steps, default=None)
+
+
+# --- pushing -------------------------------------------------------------------------------------------------------
+
+
+def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path) -> Path:
+    """Put the files of a checkpoint into `folder` as the repository will have them; return it.
+
+    They are hard links where the disk can, since checkpoints never change but old ones are removed; logs end with the
+    checkpoint. `source` is a checkpoint folder of `run_dir`; without `run_dir`, a pretrained_model folder.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if run_dir is None:
+        _link_known(source, partial, "")
+    elif "pretrained_model" in what:
+        _link_known(source / "pretrained_model", partial, "")
+        _link_known(source / "adapter", partial, "adapter/")
+    if run_dir is not None and STATE in what:
+        _link_known(source / STATE, partial, f"{STATE}/")
+        _link_known(run_dir / "ema", partial, f"{STATE}/ema/")
+        _copy_records(run_dir, int(source.name.removeprefix("step_")), partial / STATE)
+    shutil.rmtree(folder, ignore_errors=True)
+    return partial.rename(folder)
+
+
+def _link_known(source: Path, target: Path, opening: str) -> None:
+    for path in sorted(source.iterdir()) if source.is_dir() else ():
+        if is_known(opening + path.name) and path.is_file():
+            place = target / opening / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, place)
+
+
+def _copy_records(run_dir: Path, step: int, target: Path) -> None:
+    shutil.copyfile(run_dir / "config.yaml", target / "config.yaml")
+    kept: dict[str, LogLine] = {
+        "metrics.jsonl": lambda line: line["step"] <= step,
+        "skipped.jsonl": lambda line: line["step"] < step,
+    }
+    for name, keep in kept.items():
+        if (run_dir / name).is_file():
+            lines = [entry for entry in _log_lines(run_dir / name) if keep(json.loads(entry))]
+            (target / name).write_text("".join(f"{line}\n" for line in lines))
+
+
+def _log_lines(path: Path) -> list[str]:
+    """Complete lines of a log that may be growing."""
+    return path.read_text().rpartition("\n")[0].splitlines()
+
+
+@dataclass(frozen=True)
+class Push:
+    """What pushing a staged folder means."""
+
+    contents: Contents
+    step: int
+    before: int | None  # step that the repository holds
+    files: list[Upload]
+    changed: list[Upload]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the repository is ahead."""
+        return self.before is not None and self.before > self.step
+
+
+def plan_push(folder: Path, repo: str, step: int, contents: Contents | None = None) -> Push:
+    """Compare a staged folder with what `repo` holds (or with `contents`, when that is known)."""
+    files = [Upload(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    contents = read_contents(repo) if contents is None else contents
+    return Push(contents, step, remote_step(contents), files, changed(files, contents))
+
+
+def push(plan: Push) -> str:
+    """Send what changed, in one commit; return the commit. The caller has seen that the repository is not ahead."""
+    if not plan.changed:
+        return plan.contents.commit
+    parts = ["weights", "training state"] if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ["weights"]
+    return commit(plan.contents, plan.changed, f"Step {plan.step}: {' and '.join(parts)}")
+
+
+def find_source(run: Path) -> tuple[Path, Path | None]:
+    """Checkpoint (or pretrained_model folder) that `run` means, and the run folder it is of, if any.
+
+    ValueError where there is nothing to push.
+    """
+    if (run / "checkpoints").is_dir() or (run / "last").exists():
+        if not (run / "last").exists():
+            raise ValueError(f"{run} has no checkpoint yet: nothing can be pushed")
+        return (run / "last").resolve(), run
+    if run.parent.name == "checkpoints" and (run / "pretrained_model").is_dir():
+        return run.resolve(), run.resolve().parent.parent
+    for folder in (run, run / "pretrained_model"):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder, None
+    raise ValueError(f"{run} is neither a run folder nor a checkpoint nor a pretrained_model folder")
+
+
+def source_step(source: Path) -> int:
+    """Step of a checkpoint or pretrained_model folder. ValueError when it does not say."""
+    if _complete(source):
+        return int(source.name.removeprefix("step_"))
+    try:
+        return int(json.loads((source / "weights.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source / 'weights.json'} does not name the step of these weights ({error})") from error
+
+
+@contextlib.contextmanager
+def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
+    """The newest checkpoint of `run` (or a pretrained_model folder), staged beside it, and its step."""
+    source, run_dir = find_source(run)
+    if run_dir is None and STATE in what:
+        raise ValueError(f"{run} has no training state: push a run folder, or leave out --training-state")
+    with tempfile.TemporaryDirectory(prefix="hub_push_", dir=run_dir or source.parent) as scratch:
+        yield stage(source, run_dir, what, Path(scratch) / "files"), source_step(source)
+
+
+# --- pulling -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What pulling a repository means."""
+
+    contents: Contents
+    names: list[str]  # files that are fetched
+    others: list[str]  # files that are none of a run and stay where they are
+    step: int | None
+    has_state: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.contents.files[name].size for name in self.names)
+
+
+def plan_pull(repo: str, revision: str | None) -> Pull:
+    """What `repo` offers. ValueError when it holds neither a network nor a training state, or hostile names."""
+    contents = read_contents(repo, revision)
+    names = sorted(name for name in contents.files if is_known(name))
+    others = sorted(set(contents.files) - set(names) - {".gitattributes"})
+    has_state = set(STATE_FILES) <= set(names)
+    if not has_state and not {CONFIG_FILE, WEIGHTS_FILE} <= set(names):
+        raise ValueError(f"Hub repository {repo} holds no network: it has no {CONFIG_FILE} and {WEIGHTS_FILE}")
+    step = read_json(contents, f"{STATE}/state.json" if has_state else "weights.json").get("step")
+    if has_state and (type(step) is not int or step < 0):
+        raise ValueError(f"Hub repository {repo}: {STATE}/state.json names no step")
+    return Pull(contents, names, others, step, has_state)
+
+
+def pull(plan: Pull, target: Path, say: Callable[[str], None]) -> None:
+    """Make a run folder of a training state, or a pretrained_model folder of a network alone.
+
+    Files arrive beside `target` (TARGET.hub) and are verified before anything gets its place; an interrupted call is
+    taken up there. ValueError when `target` holds something else, or another run.
+    """
+    staging = target.with_name(f"{target.name}.hub")
+    _check_target(plan, target)
+    say(f"{plan.contents.repo}: {readable(plan.size)} in {len(plan.names)} files, commit {plan.contents.commit[:12]}")
+    fetch(plan.contents, plan.names, staging)
+    files = target.with_name(f"{target.name}.hub.files")
+    shutil.rmtree(files, ignore_errors=True)
+    for name in plan.names:
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).rename(files / name)
+    if plan.has_state:
+        _install_run(files, target, plan.step)
+    else:
+        if target.exists():
+            target.rmdir()
+        files.rename(target)
+    shutil.rmtree(files, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_target(plan: Pull, target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not plan.has_state or not (target / "checkpoints").is_dir():
+        raise ValueError(f"{target} exists and is not empty: choose another folder")
+    have = local_step(target)
+    if have is not None and plan.step <= have:
+        raise ValueError(
+            f"{target} has step {have} already, {plan.contents.repo} has step {plan.step}: nothing is pulled"
+        )
+
+
+def _install_run(files: Path, run_dir: Path, step: int) -> None:
+    """Put the parts of a run in their places, the checkpoint last: it is what counts."""
+    state = files / STATE
+    _check_same_history(state / "metrics.jsonl", run_dir / "metrics.jsonl", run_dir)
+    for path in sorted((state / "ema").glob("*")):
+        _move(path, run_dir / "ema" / path.name)
+    for name in RUN_FILES:
+        if (state / name).is_file():
+            _move(state / name, run_dir / name)
+    shutil.rmtree(state / "ema", ignore_errors=True)
+    partial = run_dir / "checkpoints" / f"step_{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state.rename(partial / STATE)
+    if (files / "adapter").is_dir():
+        (files / "adapter").rename(partial / "adapter")
+    files.rename(partial / "pretrained_model")
+    partial.rename(partial.with_suffix(""))
+    link = run_dir / "last.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path("checkpoints") / f"step_{step}", target_is_directory=True)
+    link.replace(run_dir / "last")
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+
+
+def _check_same_history(pulled: Path, local: Path, run_dir: Path) -> None:
+    """What this folder has logged up to its checkpoint must be how the pulled run began."""
+    step = local_step(run_dir)
+    if step is None or not local.is_file() or not pulled.is_file():
+        return
+    ours = [line for line in _log_lines(local) if json.loads(line)["step"] <= step]
+    if _log_lines(pulled)[: len(ours)] != ours:
+        raise ValueError(
+            f"{run_dir} holds another run (its metrics.jsonl differs): give this one another name or folder"
+        )
+
+
+def table(files: Sequence[tuple[str, int]], note: dict[str, str] | None = None) -> str:
+    """Names and sizes as lines of text, with a word on each."""
+    width = max((len(name) for name, _ in files), default=0)
+    lines = [f"{name:{width}}  {readable(size):>10}  {(note or {}).get(name, '')}".rstrip() for name, size in files]
+    return "\n".join(lines)

@@ -1,0 +1,529 @@
+"""Runs that travel to a Hub and back: pushed by hand and while they train, pulled, resumed; and what is in the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_server import TOKEN, USER, Hub
+from safetensors.torch import load_file
+from toy_stores import MODEL, recipe_tree
+from training_runs import command, launch, run_dir, same_bytes
+
+from mmaudio_hf import MMAudio, hub_client
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import HubConfig
+from mmaudio_hf.hub import sync
+from mmaudio_hf.hub.runs import local_step
+from mmaudio_hf.hub.sync import CheckpointSync, check_repository
+from mmaudio_hf.models.pretrained import find_pretrained
+
+NAME = f"{USER}/run"
+STEPS, EVERY = 24, 4
+READER = "hf_thisonemayonlyread00000000"
+PUBLISHED = {"config.json", "model.safetensors", "weights.json", "encoders.json", "README.md"}
+
+
+def write_recipe(folder: Path, name: str = "run") -> Path:
+    """Snapshots of two EMA profiles, from which the final weights are synthesised; everything is in one run."""
+    tree = recipe_tree(folder, steps=STEPS, checkpoint_every=EVERY, validate_every=12) | {"name": name}
+    tree["model"] = MODEL | {"hidden_dim": 16}
+    tree["ema"] = {"snapshot_every": EVERY, "sigma_rel": 0.08}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    recipe = write_recipe(tmp_path_factory.mktemp("runs"), "undisturbed")
+    result = launch(recipe, processes=2)
+    assert result.returncode == 0, result.stderr
+    return recipe
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with Hub(tmp_path / "hub", tokens={READER: f"{USER}:read"}) as hub:
+        hub.use_here(monkeypatch, tmp_path / "home")
+        for module in ("utils._http", "file_download"):  # the client's own pauses between attempts
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+        yield hub
+
+
+@pytest.fixture
+def run(undisturbed, tmp_path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(run_dir(undisturbed), tmp_path / "output" / "run", symlinks=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(capsys, *words: object, code: int = 2) -> str:
+    """The one sentence with which a command ends."""
+    assert main([str(word) for word in words]) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and TOKEN not in error, error
+    return error
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch):
+    assert main(["push", str(run), NAME, "--training-state", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "it would be made" in said and "optimizer.safetensors" in said and "dry run" in said
+    assert not hub.repository(NAME).exists
+    assert main(["push", str(run), NAME]) == 0
+    assert set(hub.files(NAME)) == PUBLISHED and hub.repository(NAME).private
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    assert hub.messages(NAME) == [
+        f"Step {STEPS}: weights and training state",
+        f"Step {STEPS}: weights",
+        "initial commit",
+    ]
+    capsys.readouterr()
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    assert "0 bytes in 0 files" in capsys.readouterr().out and len(hub.messages(NAME)) == 3
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["pull", NAME, "--to", "other/run", "--dry-run"]) == 0
+    assert f"run at step {STEPS}" in capsys.readouterr().out and not Path("other").exists()
+    assert main(["pull", NAME, "--to", "other/run"]) == 0
+    pulled = files_of(Path("other/run"))
+    local = {n: c for n, c in files_of(run).items() if f"step_{STEPS}/" in n or n.startswith("ema/")}
+    local |= {n: (run / n).read_bytes() for n in ("config.yaml", "metrics.jsonl")}
+    assert pulled == local and Path("other/run/last").resolve().name == f"step_{STEPS}"
+    assert list(Path("other").iterdir()) == [Path("other/run")]
+
+    first = next(hub.repository(NAME).history(hub.repository(NAME).resolve("main")))["parent"]
+    assert main(["pull", f"{NAME}@{first}", "--to", "network"]) == 0
+    assert set(files_of(Path("network"))) == PUBLISHED
+    expected = MMAudio.from_pretrained(run / "last" / "pretrained_model").state_dict()
+    for source in (NAME, f"{NAME}@{first}", "network", "other/run"):
+        found = MMAudio.from_pretrained(find_pretrained(source)).state_dict()
+        assert all(found[name].equal(value) for name, value in expected.items())
+    assert MMAudio.from_pretrained(NAME).config == MMAudio.from_pretrained("network").config
+    assert "nothing is pulled" in refused(capsys, "pull", NAME, "--to", "other/run")
+    assert "is not empty" in refused(capsys, "pull", NAME, "--to", "network")
+    assert main(["push", "network", f"{USER}/second"]) == 0
+    assert set(hub.files(f"{USER}/second")) == PUBLISHED
+
+
+def test_older_never_replaces_newer(hub, run, capsys):
+    assert main(["push", str(run), NAME]) == 0
+    before = hub.files(NAME)
+    assert f"holds step {STEPS}" in refused(capsys, "push", run / "checkpoints" / f"step_{STEPS - EVERY}", NAME)
+    assert hub.files(NAME) == before
+    hub.repository(f"{USER}/foreign").create(private=False)
+    hub.repository(f"{USER}/foreign").add({"config.json": b"{}", "model.safetensors": b"theirs"})
+    assert "that no run pushed" in refused(capsys, "push", run, f"{USER}/foreign")
+    assert hub.files(f"{USER}/foreign")["model.safetensors"] == b"theirs"
+
+
+def test_what_a_command_is_told(hub, run, tmp_path, capsys, monkeypatch):
+    assert "to which repository?" in refused(capsys, "push", run)
+    assert "is not a repository of the Hub" in refused(capsys, "push", run, "just-a-name")
+    assert "go to the main branch" in refused(capsys, "push", run, f"{NAME}@v1")
+    assert "neither a run folder" in refused(capsys, "push", tmp_path, NAME)
+    assert "does not allow it" in refused(capsys, "push", run, "somebody/else")
+    assert "is not there, or private to others" in refused(capsys, "pull", f"{USER}/none")
+    hub.repository(NAME).create(private=True)
+    assert "holds no network" in refused(capsys, "pull", NAME)
+    assert "no such revision" in refused(capsys, "pull", f"{NAME}@v9")
+    assert "is not there, or private to others" in refused(
+        capsys, "generate", "--run", f"{USER}/none", "--prompt", "a", "--out", "a.wav"
+    )
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert "a write token" in refused(capsys, "push", run, NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodyknowsthisone")
+    for words in (("push", run, NAME), ("pull", NAME)):
+        error = refused(capsys, *words)
+        assert "does not know this token: run `hf auth login`" in error and "nobodyknows" not in error
+    monkeypatch.delenv("HF_TOKEN")
+    assert "without a token: run `hf auth login`" in refused(capsys, "push", run, NAME)
+    assert "is not there, or private" in refused(capsys, "pull", NAME)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for words in (("push", run, NAME), ("pull", NAME), ("generate", "--run", NAME, "--prompt", "a", "--out", "a.wav")):
+        assert "HF_HUB_OFFLINE is set" in refused(capsys, *words, code=1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.kill()
+    assert "cannot be reached" in refused(capsys, "pull", NAME, code=1)
+    assert "cannot be reached" in refused(capsys, "push", run, NAME, code=1)
+    assert not (tmp_path / "output" / "run.hub").exists()
+
+
+HOSTILE = ("../x", "a/../../x", "/etc/x", "C:\\x", "training_state\\x", "a\nb", "training_state/ema/../../../x", "./x")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_refused(hub, run, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    hub.repository(NAME).add({name: b"bad"})
+    assert "is no plain name: nothing was fetched" in refused(capsys, "pull", NAME, "--to", "new/run")
+    assert not Path("new").exists()
+
+
+def test_only_known_files_are_written_and_nothing_is_run(hub, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    strange = (
+        "modeling.py",
+        "pytorch_model.bin",
+        "training_state/model.pt",
+        "toy_codec_/x.safetensors",
+        "extra/config.json",
+    )
+    strange += ("training_state/ema/sigma_0.1_step_1.safetensors.py", ".gitattributes", "toy_codec_48k.safetensors")
+    hub.repository(NAME).add(dict.fromkeys(strange, b"raise SystemExit('run')"))
+    assert main(["pull", NAME, "--to", "new"]) == 0
+    assert "left on the Hub: 7 files" in capsys.readouterr().out
+    find_pretrained(NAME)
+    asked = {request["path"] for request in hub.requests("resolve")}
+    assert not any(path.endswith(name) for path in asked for name in strange if name != "extra/config.json")
+    written = {p.name for folder in ("new", "home") for p in Path(folder).rglob("*") if p.is_file()}
+    assert not written & {Path(name).name for name in strange if name != "extra/config.json"}
+
+
+def test_downloads_that_break_off_are_taken_up(hub, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    hub.faults({"match": "GET /storage/", "drop_download_after": 1000})
+    refused(capsys, "pull", NAME, "--to", "new", code=1)
+    assert not Path("new").exists() and Path("new.hub").is_dir()
+    hub.faults({"match": "GET /storage/", "drop_download_after": 1000, "times": 2})
+    assert main(["pull", NAME, "--to", "new"]) == 0
+    assert (Path("new/last/training_state/model.safetensors")).read_bytes() == (
+        run / "last" / "training_state" / "model.safetensors"
+    ).read_bytes()
+    # A file that is damaged where the Hub keeps it is not taken for right.
+    sha256 = hub.repository(NAME).commit(hub.repository(NAME).resolve("main"))["files"]["model.safetensors"]["sha256"]
+    blob = hub.root / "blobs" / sha256
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    assert "model.safetensors arrived damaged" in refused(capsys, "pull", NAME, "--to", "second", code=1)
+    assert not Path("second").exists()
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=$SIZE tmpfs $DISK
+cd $DISK
+$PULL; echo $?
+ls $DISK
+mount -o remount,size=100m $DISK
+$PULL > /dev/null; echo $?
+ls $DISK
+"""
+
+
+def test_a_full_disk_is_told_and_room_mends_it(hub, run, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    (tmp_path / "disk").mkdir()
+    pull = f"{sys.executable} -m mmaudio_hf.cli pull {NAME} --to new"
+    size = sum(len(content) for content in hub.files(NAME).values()) // 2
+    variables = {"SIZE": str(size), "DISK": str(tmp_path / "disk"), "PULL": pull}
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", SMALL_DISK], env=hub.environment(tmp_path / "home") | variables,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    code, kept, second, made = done.stdout.splitlines()[-4:]
+    assert (code, kept, second, made) == ("1", "new.hub", "0", "new"), done
+    assert "left" in done.stderr and "are needed: make room" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- while it trains ------------------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return [run / "checkpoints" / f"step_{step}" for step in (STEPS - 2 * EVERY, STEPS - EVERY, STEPS)]
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def steps_pushed(hub: Hub) -> list[int]:
+    """Steps of the commits, oldest first."""
+    messages = hub.messages(NAME) if hub.repository(NAME).exists else []
+    return [int(m.split(":")[0].removeprefix("Step ")) for m in reversed(messages) if m.startswith("Step ")]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(sync, "PAUSE", 0.05)
+
+
+def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
+    said: list[str] = []
+    settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
+    check_repository(settings, run.with_name("new"), False, said.append)
+    hub.kill()
+    with CheckpointSync(settings, run, said.append) as pushing:
+        for checkpoint in checkpoints(run):
+            began = time.monotonic()
+            pushing.announce(checkpoint)
+            assert time.monotonic() - began < 0.5
+            shutil.rmtree(checkpoint)  # as retention may
+        until(lambda: pushing.failures >= 2)
+        held = [p.name for p in (run / "hub").iterdir()]
+        assert held == [f"step_{STEPS}"], held  # and no more disk is held than that
+        hub.start()
+        until(lambda: pushing.pushed == STEPS)
+    assert steps_pushed(hub) == [STEPS] and not (run / "hub").exists()
+    failed = [line for line in said if "pushing failed" in line]
+    assert len(failed) == 1 and "cannot be reached" in failed[0] and "is tried again" in failed[0]
+    assert f"step {STEPS} is on the Hub: {NAME}, after" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"match": "POST .*/commit/", "status": 500, "times": 2},
+        {"match": "POST .*/batch", "status": 503, "times": 8},
+        {"match": "PUT /storage", "drop_upload_after": 1000, "times": 9},
+        {"match": "GET /api/models/tester/run$", "delay": 3, "times": 2},  # longer than the limit on waiting
+        {"match": "POST .*/commit/", "status": 412, "times": 1},
+    ],
+    ids=lambda fault: f"{fault['match'].split('/')[-1] or 'commit'}",
+)
+def test_faults_of_the_server_pass(hub, run, quick, monkeypatch, fault):
+    monkeypatch.setattr(hub_client, "TIMEOUT", 1.0)
+    monkeypatch.setattr(sync, "TOLD_EVERY", 0.1)
+    said: list[str] = []
+    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+        hub.faults(fault)
+        pushing.announce(checkpoints(run)[-1])
+    assert steps_pushed(hub) == [STEPS], said
+    assert any("pushing failed" in line for line in said)
+    expected = {p.name: p.read_bytes() for p in (run / "last" / "pretrained_model").iterdir()}
+    assert hub.files(NAME) == expected
+
+
+def test_a_killed_server_leaves_the_checkpoint_before(hub, run, quick):
+    """Readers see one checkpoint as a whole, also while and after an upload breaks off."""
+    said: list[str] = []
+    settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
+    with CheckpointSync(settings, run, said.append) as pushing:
+        check_repository(settings, run.with_name("new"), False, said.append)
+        pushing.announce(checkpoints(run)[0])
+        until(lambda: pushing.pushed is not None)
+        whole = hub.files(NAME)
+        hub.faults({"match": "PUT /storage", "bytes_per_second": 100_000})
+        pushing.announce(checkpoints(run)[1])
+        until(lambda: hub.uploading() > 0)
+        pushing.announce(checkpoints(run)[2])
+        assert hub.files(NAME) == whole
+        hub.kill()
+        assert hub.files(NAME) == whole
+        hub.start()
+    assert steps_pushed(hub)[0] == STEPS - 2 * EVERY and steps_pushed(hub)[-1] == STEPS
+    state = {p.name: p.read_bytes() for p in (run / "last" / "training_state").iterdir()}
+    there = hub.files(NAME)
+    assert {name: there[f"training_state/{name}"] for name in state} == state
+
+
+def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
+    said: list[str] = []
+    with CheckpointSync(HubConfig(repo_id=NAME, every=2 * EVERY + 1), run, said.append) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+        for checkpoint in checkpoints(run):
+            pushing.announce(checkpoint)
+            time.sleep(0.3)
+    assert steps_pushed(hub) == [STEPS - 2 * EVERY, STEPS]
+    # Older than what is there: not pushed, and told.
+    (run / "last").unlink()
+    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+        pushing.announce(checkpoints(run)[0])
+    assert steps_pushed(hub) == [STEPS - 2 * EVERY, STEPS] and "which is newer" in said[-1]
+    # The end does not wait longer than it may, and says how to go on.
+    (run / "last").symlink_to(Path("checkpoints") / f"step_{STEPS}")
+    hub.kill()
+    began = time.monotonic()
+    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=3, push=("training_state",)), run, said.append):
+        pass
+    assert 2.5 < time.monotonic() - began < 6
+    assert f"`mmaudio-hf push {run} {USER}/b` with --training-state pushes it later" in said[-1]
+    assert any("waiting for up to" in line for line in said)
+
+
+def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
+    said: list[str] = []
+    check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, said.append)
+
+    def card(run_dir: Path, folder: Path) -> None:
+        assert run_dir == run
+        (folder / "README.md").unlink()
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+
+    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append, card):
+        pass
+    assert hub.files(NAME)["README.md"].endswith(b"# Mine\n")
+    assert b"# Mine" not in (run / "last" / "pretrained_model" / "README.md").read_bytes()
+
+    def broken(run_dir: Path, folder: Path) -> None:
+        raise KeyError("nothing")
+
+    with CheckpointSync(HubConfig(repo_id=f"{USER}/b"), run, said.append, broken) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+    assert "README.md" not in hub.files(f"{USER}/b") and "model.safetensors" in hub.files(f"{USER}/b")
+    assert any("cannot be written (KeyError" in line for line in said)
+
+
+def test_what_is_looked_at_before_training(hub, run, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    look = lambda repo, folder, resumes=False: check_repository(  # noqa: E731
+        HubConfig(repo_id=repo), folder, resumes, warnings.append
+    )
+    with pytest.raises(ValueError, match="does not allow it"):
+        look("somebody/else", run)
+    look(NAME, run)
+    assert hub.repository(NAME).private
+    assert main(["push", str(run), NAME]) == 0
+    with pytest.raises(ValueError, match=rf"holds step {STEPS}, .* begin at step 0: .*resume=hub://{NAME}"):
+        look(NAME, tmp_path / "new")
+    look(NAME, tmp_path / "new", resumes=True)
+    assert warnings == []
+    older = tmp_path / "older" / "checkpoints" / "step_4"
+    older.mkdir(parents=True)
+    look(NAME, tmp_path / "older")
+    assert "nothing is pushed until it is ahead" in warnings.pop()
+    monkeypatch.setenv("HF_TOKEN", READER)
+    with pytest.raises(ValueError, match="a write token"):
+        look(NAME, run)
+    monkeypatch.setenv("HF_TOKEN", "hf_nobodyknowsthisone")
+    with pytest.raises(ValueError, match="does not know this token"):
+        look(NAME, run)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="without a token"):
+        look(NAME, run)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.kill()
+    look(NAME, run)
+    assert "cannot be reached" in warnings.pop() and warnings == []
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def second_process(folder: Path) -> int:
+    """Process number of the second of two training processes that work in `folder`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = Path(os.readlink(process / "cwd")) == folder
+            variables = (process / "environ").read_bytes().split(b"\0") if ours else []
+        except OSError:
+            continue
+        if b"LOCAL_RANK=1" in variables:
+            return int(process.name)
+    raise AssertionError("there is no second process")
+
+
+def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undisturbed, tmp_path):
+    """Two processes; the server dies in the middle of an upload and comes back, the machine is lost, and another one
+
+    with nothing but the recipe and the stores goes on from the Hub.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    settings = [f"hub.repo_id={NAME}", "hub.push=[pretrained_model, training_state]", f"resume=hub://{NAME}"]
+    recipes = []
+    for folder in (first, second):
+        tree = yaml.safe_load(undisturbed.read_text()) | {"name": "run", "output_dir": "output"}
+        recipes.append(folder / "run.yaml")
+        recipes[-1].write_text(yaml.safe_dump(tree))
+    with Hub(tmp_path / "hub") as hub:
+        variables = hub.environment(tmp_path / "home")
+        process = subprocess.Popen(
+            command(recipes[0], *settings, processes=2), env=variables, cwd=first, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            until(lambda: steps_pushed(hub) or process.poll() is not None, 120)
+            assert process.poll() is None, process.communicate()
+            hub.faults({"match": "PUT /storage", "bytes_per_second": 50_000})
+            until(lambda: hub.uploading() > 0)
+            os.kill(second_process(first), signal.SIGSTOP)  # the steps stand still, what is pushed does not
+            step = local_step(run_dir(recipes[0]))
+            assert step < STEPS
+            hub.kill()
+            time.sleep(0.5)
+            hub.start()
+            until(lambda: steps_pushed(hub)[-1] > EVERY, 60)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            for pid in [second_process(first)] if still_there(first) else []:
+                os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert f"{NAME} holds no training state yet: output/run begins at step 0" in output
+        taken_up = steps_pushed(hub)[-1]
+        assert EVERY < taken_up < STEPS
+
+        done = subprocess.run(
+            command(recipes[1], *settings, processes=2), env=variables, cwd=second, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"goes on from step {taken_up} of {NAME}" in done.stderr and f"from step {taken_up} to" in done.stdout
+        shutil.copytree(run_dir(recipes[1]), run_dir(undisturbed).with_name("second"), symlinks=True)
+        same_bytes(undisturbed, undisturbed.with_name("second.yaml"))
+        for theirs in (run_dir(undisturbed) / "ema").iterdir():  # the order of their metadata is left to chance
+            ours, wanted = load_file(run_dir(recipes[1]) / "ema" / theirs.name), load_file(theirs)
+            assert ours.keys() == wanted.keys() and all(ours[name].equal(wanted[name]) for name in wanted)
+        assert steps_pushed(hub)[-1] == STEPS and steps_pushed(hub) == sorted(steps_pushed(hub))
+        there = hub.files(NAME)
+        for name in ("model", "optimizer", "ema", "window"):
+            file = f"training_state/{name}.safetensors"
+            assert there[file] == (run_dir(undisturbed) / "last" / file).read_bytes()
+        assert there["training_state/metrics.jsonl"] == (run_dir(undisturbed) / "metrics.jsonl").read_bytes()
+
+        # Nowhere is the token: not in what was said, logged, kept, or pushed.
+        kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "tokens.json"]
+        assert len(kept) > 50 and not [p for p in kept if TOKEN.encode() in p.read_bytes()]
+        assert TOKEN not in output + done.stdout + done.stderr
+
+        # What is here is as far as the Hub: it wins, and nothing is trained.
+        again = subprocess.run(
+            command(recipes[1], *settings, processes=0), env=variables, cwd=second, capture_output=True, text=True
+        )
+        assert again.returncode == 0, again.stderr
+        assert f"it goes on from its own step {STEPS}" in again.stderr
+
+
+def still_there(folder: Path) -> bool:
+    try:
+        return bool(second_process(folder))
+    except AssertionError:
+        return False
+
+
+def test_another_run_in_the_folder_is_not_mixed_with_the_pulled_one(hub, run, tmp_path, capsys):
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    for step in (STEPS, STEPS - EVERY):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")
+    log = run / "metrics.jsonl"
+    same = log.read_text()
+    log.write_text(same.replace('"train/loss": ', '"train/loss": 1', 1))
+    before = files_of(run)
+    assert "holds another run" in refused(capsys, "pull", NAME, "--to", run)
+    assert files_of(run) == before
+    log.write_text(same)
+    assert main(["pull", NAME, "--to", str(run)]) == 0
+    assert json.loads((run / "last" / "training_state" / "state.json").read_text())["step"] == STEPS
+    assert local_step(run) == STEPS
