@@ -1,12 +1,22 @@
 """Which released network a state dict is, and the order of its tensors."""
 
+import itertools
+
 import pytest
 import torch
 from golden_data import listed_shapes
+from refusals import check_refusals
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.config import VARIANTS, ModelConfig, variant_config
-from mmaudio_hf.models.convert import infer_config, is_flow_state, reference_order, trainable
+from mmaudio_hf.models.convert import (
+    infer_config,
+    is_flow_state,
+    read_released,
+    reference_order,
+    trainable,
+    write_pretrained,
+)
 
 
 def listed(listing: str) -> dict[str, torch.Tensor]:
@@ -44,3 +54,15 @@ def test_other_files_are_no_flow_networks():
     odd = listed("flow_small_16k") | {"audio_input_proj.0.weight": torch.empty(448, 21, 7, device="meta")}
     with pytest.raises(ValueError, match=r"odd\.pth is not a flow network"):
         infer_config(odd, "odd.pth")
+
+
+def test_every_wrong_flow_network_is_refused(tmp_path, capsys):
+    """As `mmaudio-hf weights convert` and `finetune.init_from` read it: by its names, its sizes inferred."""
+    state = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1)).state_dict()
+    numbers = itertools.count()
+
+    def load(source):
+        return write_pretrained(read_released(source), tmp_path / f"out_{next(numbers)}", source)
+
+    check_refusals(load, state, "t_embed.mlp.0.bias", tmp_path, capsys)
+    assert [folder.name for folder in tmp_path.glob("out_*")] == ["out_0"]
