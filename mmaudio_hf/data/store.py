@@ -135,18 +135,14 @@ class FeatureStore:
         file, size = self._files[name], self.columns[name].record_bytes
         where = (np.arange(len(rows)) if places is None else places) * size
         parts = [target[place : place + size] for place in where.tolist()]
-        reads = []
-        for record, first, last in self._runs(name, rows):
-            for low in range(first, last, _MAX_BUFFERS):
-                high = min(low + _MAX_BUFFERS, last)
-                reads.append(((record + low - first) * size, parts[low:high], (high - low) * size))
+        reads = [(record * size, parts[first:last]) for record, first, last in self._runs(name, rows)]
         descriptor, preadv = file.fileno(), os.preadv
-        for offset, targets, wanted in reads:  # short: copies empty the processor's caches, of this code too
+        for offset, targets in reads:  # short: copies empty the processor's caches, of this code too
             try:
                 count = preadv(descriptor, targets, offset)
             except OSError:
                 count = 0
-            if count != wanted:
+            if count != len(targets) * size:
                 _read_at(file, offset, targets)
 
     def expect(self, name: str, rows: np.ndarray) -> None:
@@ -168,14 +164,18 @@ class FeatureStore:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def _runs(self, name: str, rows: np.ndarray) -> Iterable[tuple[int, int, int]]:
-        """What follows each other in a column's file: (record, first, last), where rows[first:last] are one run."""
+        """What follows each other in a column's file: (record, first, last), where rows[first:last] are one run.
+
+        None is longer than the `_MAX_BUFFERS` that one call reads.
+        """
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
         if name == TEXT_FEATURES and self.text_index is not None:
             rows = self.text_index[rows]
-        breaks = (np.flatnonzero(rows[1:] != rows[:-1] + 1) + 1).tolist()
-        firsts = [0, *breaks]
-        return zip(rows[firsts].tolist(), firsts, [*breaks, len(rows)], strict=True)
+        apart = rows[1:] != rows[:-1] + 1
+        apart[_MAX_BUFFERS - 1 :: _MAX_BUFFERS] = True
+        firsts = [0, *(np.flatnonzero(apart) + 1).tolist()]
+        return zip(rows[firsts].tolist(), firsts, [*firsts[1:], len(rows)], strict=True)
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The column in file order, as (first row, records); memory does not grow with the store."""

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class Column(NamedTuple):
     @property
     def record_bytes(self) -> int:
         """Bytes of one record."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
