@@ -215,6 +215,22 @@ def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):
     assert FeatureStore.open(tmp_path / "out" / "s").captions == [f"the noise n{i}" for i in range(8)]
 
 
+def test_a_shard_that_was_damaged_never_gets_into_a_store(weights, tmp_path):
+    """One bit of the disk, anywhere in the file: the next run names it and the one after it makes it again."""
+    media, out = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)]), tmp_path / "out"
+    media.extract(out, weights)
+    whole, arrow = content(out), out / "s.shards" / "shard_00001.arrow"
+    data, places = arrow.read_bytes(), random.Random(0)
+    for place in (3, len(data) - 5, places.randrange(len(data)), places.randrange(len(data))):
+        shutil.rmtree(out / "s")
+        arrow.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        with pytest.raises(RunError, match=r"shard_00001\.arrow is not what was written .*makes this shard again"):
+            media.extract(out, weights)
+        assert not (out / "s").exists() and not left_over(out)
+        assert media.extract(out, weights).reused_shards == 1
+        assert content(out) == whole
+
+
 # --- faults of real processes ------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device, toy_codec_file
-from mmaudio_hf.features.jobs import Item, Job, Share, locked, naming, read_json, shard_keys, write_text
+from mmaudio_hf.features.jobs import Item, Job, Share, digest_of, locked, naming, read_json, shard_keys, write_text
 from mmaudio_hf.features.shards import make_shards
 from mmaudio_hf.media.audio import MediaError
 from mmaudio_hf.media.clips import find_recording, find_video, read_clips, read_media_list
@@ -401,7 +401,7 @@ def _copy(job: Job, report: ExtractionReport, keys: Sequence[str], writer, progr
 def _rows(job: Job, number: int, key: str) -> Iterator[tuple[str, str, dict]]:
     """(id, caption, {column: (*shape)}) of every row of a shard; the shard is mapped, not read.
 
-    Nobody makes it again meanwhile, and RunError if somebody already did, of other inputs.
+    Nobody makes it again meanwhile. RunError if somebody already did, of other inputs, or if it was damaged.
     """
     path = job.file(number, ".arrow")
     with locked(job.file(number, ".lock"), wait=False, shared=True) as held:
@@ -409,6 +409,14 @@ def _rows(job: Job, number: int, key: str) -> Iterator[tuple[str, str, dict]]:
             raise RunError(_changed(job))
         if not path.is_file():  # every item was rejected
             return
+        sidecar = job.file(number, ".json")
+        written = read_json(sidecar).get("arrow_sha256")  # None: of an earlier version
+        if written is not None and written != digest_of(path):
+            sidecar.unlink()
+            raise RunError(
+                f"{path} is not what was written (its checksum differs; look after the disk): the same command makes"
+                " this shard again"
+            )
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
             for batch in reader:
                 values = {}

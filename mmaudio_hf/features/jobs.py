@@ -104,7 +104,7 @@ class Job:
         return self.folder / f"shard_{number:05d}{ending}"
 
     def is_complete(self, number: int, key: str) -> bool:
-        """Whether shard `number` is there, whole, and made of what `key` says."""
+        """Whether shard `number` is there, of its full size, and made of what `key` says."""
         sidecar, arrow = read_json(self.file(number, ".json")), self.file(number, ".arrow")
         size = arrow.stat().st_size if arrow.is_file() else 0
         return sidecar.get("key") == key and sidecar.get("arrow_bytes") == size
@@ -182,6 +182,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

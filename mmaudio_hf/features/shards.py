@@ -27,7 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
-from mmaudio_hf.features.jobs import Item, Job, locked, naming, sync, write_text
+from mmaudio_hf.features.jobs import Item, Job, digest_of, locked, naming, sync, write_text
 from mmaudio_hf.features.reading import read_ahead
 from mmaudio_hf.media.audio import MediaError
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
@@ -201,6 +201,7 @@ def _record(key: str, items: Sequence[Item], arrow: Path, batches: "_Batches") -
         "listed": len(items),
         "accepted": len(batches.accepted),
         "arrow_bytes": arrow.stat().st_size if batches.accepted else 0,
+        "arrow_sha256": digest_of(arrow) if batches.accepted else "",
         "batch_size": batches.job.batch_size,
         "halved": batches.fitting.halved,
         "ids": batches.accepted,
