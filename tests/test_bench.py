@@ -1,10 +1,21 @@
-"""What the benchmarks compare is the same work."""
+"""What the benchmarks compare is the same work, and they tell what they are for."""
 
+import multiprocessing
+import time
+
+import pytest
 import torch
+from toy_stores import MODEL
 
-from mmaudio_hf.bench import extract
+from mmaudio_hf.bench import extract, scaling
 from mmaudio_hf.bench.extract import plain_read
+from mmaudio_hf.bench.step import loop_overhead, step
+from mmaudio_hf.config import model_config
 from mmaudio_hf.media.video import read_video
+from mmaudio_hf.schema import RunError
+from mmaudio_hf.training.ema import PostHocEMA
+
+TINY = model_config(MODEL | {"hidden_dim": 32}, "test")
 
 
 def test_the_straightforward_reading_gives_the_same(example_media):
@@ -24,3 +35,24 @@ def test_emulated_bf16_is_measured_at_a_small_size_that_is_told(monkeypatch):
     assert figures["bf16_size"] == "1 Synchformer blocks, 64 mel frames"
     rates = [value for name, value in figures.items() if name.endswith(("gflop_s", "of_matmul"))]
     assert len(rates) == 8 and all(value > 0 for value in rates)
+
+
+def test_the_overhead_of_the_loop_is_what_it_adds_to_a_step(monkeypatch):
+    figures = step(TINY, 2, 1, ["fp32"])
+    assert 0 < figures["fp32_ema_share"] < 1 and figures["fp32_loop_overhead"] > -0.9
+    monkeypatch.setattr(PostHocEMA, "update", lambda self: time.sleep(1))
+    assert loop_overhead(TINY, 2, "fp32", 1) > 1.5
+
+
+def test_two_processes_are_compared_with_one():
+    figures = scaling.scaling(TINY, 2, 1)
+    ratio = figures["one_process_step_seconds"] / figures["two_processes_step_seconds"]
+    assert figures["weak_scaling_efficiency"] == ratio > 0 and figures["machine_efficiency"] > 0
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_ends_is_noticed():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(RunError, match="a process has ended too early"):
+        scaling._receive(ours)

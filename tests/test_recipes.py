@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from mmaudio_hf.cli import parse
 from mmaudio_hf.config import load_recipe, variant_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LAUNCHERS = {"accelerate": launch_command_parser, "torchrun": get_args_parser}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
 
 
@@ -64,8 +67,8 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         for line in text.splitlines():
-            line = re.sub(r"^#\s*", "", line.strip())
-            if re.match(r"(mmaudio-hf|accelerate launch|make|python train\.py) ", line):
+            line = re.sub(r"^(#\s*|exec )", "", line.strip())
+            if re.match(r"(mmaudio-hf|accelerate launch|torchrun|make|python train\.py) ", line):
                 found.append((f"{page.name}: {line}", shlex.split(line, comments=True)))
     return found
 
@@ -83,7 +86,19 @@ def test_command_lines_of_the_documentation(where, words):
     before, after = words[: words.index(program)], words[words.index(program) + 1 :]
     if "--config_file" in before:
         assert (ROOT / before[before.index("--config_file") + 1]).is_file()
+    if words[0] in LAUNCHERS:
+        launcher = LAUNCHERS[words[0]]()
+        options = [re.sub(r"^\$\w+$", "1", word) for word in before if word not in ("accelerate", "launch", "torchrun")]
+        launcher.parse_args([*options, program])  # ends the test where an option is unknown
     check_arguments(["train", *after] if program == "train.py" else after)
+
+
+def test_bash_of_the_documentation_is_bash():
+    blocks = [b for page in PAGES for b in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    assert any("#SBATCH" in block for block in blocks)
+    for block in blocks:
+        result = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert result.returncode == 0, (block, result.stderr)
 
 
 def check_arguments(words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,16 +27,15 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
-def launch_command(hardware: str, recipe: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[str]:
+def launch_command(hardware: str, *script: str) -> list[str]:
     config = str(ROOT / "accelerate_configs" / hardware)
-    port = () if "--main_process_port" in options else ("--main_process_port", "0")
-    command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", config, "--num_processes", "2", *port, *options]
-    return [*command, str(ROOT / "train.py"), str(recipe), *overrides]
+    command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", config, "--num_processes", "2"]
+    return [*command, "--main_process_port", "0", *script]
 
 
 def launch(hardware: str, recipe: Path, *overrides: str) -> str:
     """Two processes; returns what they printed."""
-    command = launch_command(hardware, recipe, *overrides)
+    command = launch_command(hardware, str(ROOT / "train.py"), str(recipe), *overrides)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -110,3 +110,140 @@ def test_shared_out_adapters_with_checkpointed_activations(local):
     assert main(["train", str(alone)]) == 0
     assert last(shared).resolve().name == last(alone).resolve().name == "step_4"
     assert_same_model(shared, alone, 1e-4)
+
+
+# --- several machines ----------------------------------------------------------------------------------------------
+
+# Two hosts, each with a network of its own and a cable between them, in namespaces that end with this script.
+HOSTS = """
+set -e
+mount -t tmpfs tmpfs /run
+mkdir /run/netns
+printf '127.0.0.1 localhost\\n10.77.0.1 one\\n10.77.0.2 two\\n' > $LOGS/hosts
+mount --bind $LOGS/hosts /etc/hosts
+ip netns add one
+ip netns add two
+ip link add cable netns one type veth peer name cable netns two
+ip -n one address add 10.77.0.1/24 dev cable
+ip -n two address add 10.77.0.2/24 dev cable
+for host in one two; do
+    ip -n $host link set lo up
+    ip -n $host link set cable up
+done
+export GLOO_SOCKET_IFNAME=cable  # the name of this machine belongs to a network that the hosts do not have
+launch="timeout 100 $ACCELERATE launch --config_file $ROOT/accelerate_configs/multi_node.yaml --num_processes 2"
+launch="$launch --main_process_ip 10.77.0.1"
+train() {  # train NAME WHAT_TWO_DOES_FIRST key=value ...: on both hosts
+    logs=$LOGS/$1; before=$2; shift 2
+    run="$ROOT/train.py $RECIPE $*"
+    ip netns exec two bash -c "$before; exec $launch --machine_rank 1 $run" > $logs.two 2>&1 &
+    two=$!
+    ip netns exec one $launch --machine_rank 0 $run > $logs.one 2>&1 &
+    one=$!
+}
+codes() {
+    for pid in $one $two; do
+        wait $pid && code=0 || code=$?
+        echo $code >> $LOGS/$1.codes
+    done
+}
+train whole true
+codes whole
+cp -a $RUN $KEPT
+train stopped true training.steps=100000 training.log_every=1
+until grep -q '"step": 9,' $RUN/metrics.jsonl || ! kill -0 $one; do sleep 0.05; done
+for pid in $(ip netns pids two); do
+    if grep -qz LOCAL_RANK /proc/$pid/environ; then kill -USR1 $pid; break; fi
+done
+codes stopped
+train apart "mount -t tmpfs tmpfs $(dirname $RUN)"
+codes apart
+"""
+
+
+def test_two_machines_train_the_same_model_stop_together_and_must_share_a_folder(local, tmp_path):
+    """Two hosts in network namespaces end as two processes on one do: the same sums in the same order."""
+    missing = [program for program in ("ip", "unshare") if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} of iproute2 and util-linux missing: two hosts cannot be made")
+    new_namespaces = [
+        "unshare",
+        "--map-root-user",
+        "--net",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    ]
+    tried = subprocess.run([*new_namespaces, "ip", "link"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"this system does not let a test make network namespaces: {tried.stderr.strip()}")
+    recipe, kept = write(local.parent, "hosts"), local.parent / "output" / "hosts_whole"
+    variables = {
+        "LOGS": str(tmp_path),
+        "ROOT": str(ROOT),
+        "ACCELERATE": str(SCRIPTS / "accelerate"),
+        "RECIPE": str(recipe),
+        "RUN": str(last(recipe).parent),
+        "KEPT": str(kept),
+    }
+    result = subprocess.run(
+        [*new_namespaces, "bash", "-c", HOSTS], env=environment(**variables), cwd=local.parent,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    said = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert result.returncode == 0, (result.stderr, said)
+
+    assert said["whole.codes"] == "0\n0\n", said
+    assert "2 processes on cpu, batch 4 = 2 x 2 x 1" in said["whole.one"]
+    for file in FILES:
+        ours, theirs = (load_file(run / f"{file}.safetensors") for run in (kept / "last", last(local)))
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, msg=name)
+    assert (kept / "metrics.jsonl").read_text() == (last(local).parent / "metrics.jsonl").read_text()
+
+    # A scheduler's signal to one process of one host.
+    assert said["stopped.codes"] == "1\n1\n" and "SIGUSR1: saving a checkpoint" in said["stopped.two"], said
+    step = int(last(recipe).resolve().name.removeprefix("step_"))
+    for host in ("one", "two"):
+        assert f"stopped at step {step}; the same command goes on from there" in said[f"stopped.{host}"]
+    assert step > 8
+
+    # A run folder that one host has to itself.
+    assert said["apart.codes"] == "1\n1\n"
+    for host in ("one", "two"):
+        assert f"newest checkpoint of {last(recipe).parent} is {step} for process 0 and None" in said[f"apart.{host}"]
+
+
+DIFFERING = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from mmaudio_hf.training import parallel
+
+rank, parallel.SHARED_SECONDS = PartialState(cpu=True).process_index, 0.1
+Path.exists = lambda path: rank == 0  # as on machines that do not share a file system
+parallel.check_same_everywhere({"seed": 1, "rows": 2})
+for check in (
+    lambda: parallel.check_same_everywhere({"seed": 1, "rows": rank}),
+    lambda: parallel.check_seen_everywhere(Path(sys.argv[1]) / "file"),
+):
+    try:
+        check()
+    except ValueError as error:
+        print(f"process {rank} says: {error}")
+PartialState().destroy_process_group()
+"""
+
+
+def test_what_processes_do_not_have_in_common_is_named(tmp_path):
+    (tmp_path / "program.py").write_text(DIFFERING)
+    command = launch_command("cpu.yaml", str(tmp_path / "program.py"), str(tmp_path))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=str(ROOT)))
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        said = [line for line in result.stdout.splitlines() if line.startswith(f"process {rank} says")]
+        assert len(said) == 2, result.stdout
+        assert "not of one run: rows is 0 for process 0 and 1 for process 1; every machine" in said[0]
+        assert f"the presence of {tmp_path}/file is True for process 0 and False for process 1" in said[1]

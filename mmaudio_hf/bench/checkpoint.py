@@ -52,11 +52,13 @@ def checkpoint(model: ModelConfig, rounds: int, folder: Path | None = None) -> d
             if error := writer.finish():
                 raise OSError(error)
             writes.append(writer.write_seconds)
+    stall, memcpy = statistics.median(stalls), _copy_seconds(sum(distinct.values()), rounds)
     return {
         "checkpoint_gb": sum(distinct.values()) / 1e9,
-        "checkpoint_stall_seconds": statistics.median(stalls),
+        "checkpoint_stall_seconds": stall,
         "checkpoint_write_seconds": statistics.median(writes),
-        "checkpoint_memcpy_seconds": _copy_seconds(sum(distinct.values()), rounds),
+        "checkpoint_memcpy_seconds": memcpy,
+        "checkpoint_stall_of_memcpy": stall / memcpy,
     }
 
 

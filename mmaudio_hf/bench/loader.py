@@ -59,7 +59,7 @@ def loader(
     model = variant_config(variant)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
-        paths = list(stores) or _make_stores(Path(folder) / "stores", rows, audio_share, model)
+        paths = list(stores) or make_stores(Path(folder) / "stores", rows, audio_share, model)
         with closing(Mixture([(FeatureStore.open(path), 1) for path in paths])) as mixture:
             figures = _compare(mixture, batch_size, rounds, threads)
         figures |= mix_bytes(Path(folder))
@@ -229,7 +229,7 @@ def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threa
     size = min(batch_size, min(SWEEP_ROWS) // SWEEP_STEPS)  # no row twice, in none of them
     with ExitStack() as stack:
         for rows in SWEEP_ROWS:
-            paths = _make_stores(folder / str(rows), rows, audio_share, model, filled=False)
+            paths = make_stores(folder / str(rows), rows, audio_share, model, filled=False)
             mixture = stack.enter_context(closing(Mixture([(FeatureStore.open(path), 1) for path in paths])))
             began = time.perf_counter()
             permutation(SEED, 0, rows)  # once per epoch; the loader has it from here
@@ -241,8 +241,8 @@ def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threa
     return figures
 
 
-def _make_stores(folder: Path, rows: int, audio_share: float, model: ModelConfig, filled: bool = True) -> list[Path]:
-    """Stores with and without video, `rows` rows together."""
+def make_stores(folder: Path, rows: int, audio_share: float, model: ModelConfig, filled: bool = True) -> list[Path]:
+    """Stores of random features with and without video, `rows` rows together."""
     audio = round(rows * audio_share)
     paths = []
     for name, count, video in (("video", rows - audio, True), ("audio", audio, False)):

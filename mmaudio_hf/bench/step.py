@@ -1,14 +1,17 @@
 """`mmaudio-hf bench step`: whole training steps against a matrix product."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmaudio_hf.bench.loop import bench_recipe, training_loop
 from mmaudio_hf.bench.measure import Timed, emulates_bf16, median_rates, time_matmul, wait_for
-from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig, variant_config
+from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import draws
 from mmaudio_hf.models.network import MMAudio
@@ -18,15 +21,19 @@ from mmaudio_hf.training.step import flow_step
 
 
 def step(
-    variant: str = "small_16k", batch_size: int = 4, rounds: int = 3, precisions: Sequence[str] = ("fp32", "bf16")
+    config: ModelConfig, batch_size: int = 4, rounds: int = 3, precisions: Sequence[str] = ("fp32", "bf16")
 ) -> dict[str, float | str]:
     """GFLOP/s of a whole training step (forward, backward, clipping, AdamW, EMA) against a large matrix product.
 
     Operations are those of matrix products, convolutions and attention; what else a step does counts as time only.
+    `loop_overhead` is what steps of the training loop take beyond forward, backward and optimizer, as a share of these.
     """
-    config = variant_config(variant)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures: dict[str, float | str] = {"variant": variant, "device": device.type, "threads": torch.get_num_threads()}
+    figures: dict[str, float | str] = {
+        "variant": config.variant,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
     for name in precisions:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         slow = dtype == torch.bfloat16 and emulates_bf16(device)
@@ -43,7 +50,37 @@ def step(
         }
         if not slow:
             figures[f"{name}_ema_share"] = ema_seconds() / (train[1] / step_rate)
+            del matmul, train, ema_seconds  # the memory of one network is enough
+            figures[f"{name}_loop_overhead"] = loop_overhead(config, size, name, rounds)
     return figures
+
+
+def loop_overhead(config: ModelConfig, batch_size: int, precision: str, rounds: int) -> float:
+    """What a step of the training loop takes beyond forward, backward and optimizer, as a share of these.
+
+    That is reading, noise, clipping, the guard, sums for the log, and the averages. Both are measured in turn, on the
+    same network; the median of their ratios counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = bench_recipe(config, batch_size, "bf16" if precision == "bf16" else "no", Path(folder))
+        with training_loop(recipe) as (run, step):
+            batch, never = random_batch(config, batch_size).to(run.device), torch.zeros((), device=run.device)
+
+            def bare() -> None:
+                run.optimizer.zero_grad(set_to_none=True)
+                loss = flow_step(run.model, batch, recipe.flow, run.latent_mean, run.latent_std).loss.mean()
+                run.accelerator.backward(loss)
+                guarded_step(run.optimizer, never)
+                wait_for(run.device)
+
+            pairs = [[_seconds(part) for part in (step, bare)] for _ in range(rounds + 1)]
+    return statistics.median(whole / part for whole, part in pairs[1:]) - 1  # the first round warms up
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Timed, Callable[[], float]]:
@@ -66,13 +103,11 @@ def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Ti
         wait_for(device)
 
     def ema_seconds() -> float:
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
+        def update() -> None:
             ema.update()
             wait_for(device)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+
+        return statistics.median(_seconds(update) for _ in range(3))
 
     return (run, _step_flops(config, batch_size)), ema_seconds
 

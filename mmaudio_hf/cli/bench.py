@@ -1,5 +1,6 @@
 """`mmaudio-hf bench`: what takes how long, against what the machine can do."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -16,11 +17,17 @@ def add_commands(add) -> None:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
-    step = part("step", _step, "training steps against a matrix product")
+    step = part("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
     step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     step.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
-    step.add_argument("--checkpoint", action="store_true", help="also save checkpoints, to a temporary folder")
+    step.add_argument(
+        "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
+    )
+    scaling = part("scaling", _scaling, "two processes with one thread each against one: weak scaling")
+    scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    scaling.add_argument("--batch-size", type=int, default=4, help="samples per process (default 4)")
+    scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     extract = part("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
     loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
@@ -33,16 +40,26 @@ def add_commands(add) -> None:
 
 
 def _step(options) -> dict:
+    from mmaudio_hf.bench.checkpoint import checkpoint
     from mmaudio_hf.bench.step import step
+    from mmaudio_hf.config import variant_config
 
+    config = variant_config(options.variant)
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    figures = step(options.variant, options.batch_size, options.rounds, precisions)
+    figures = step(config, options.batch_size, options.rounds, precisions)
     if options.checkpoint:
-        from mmaudio_hf.bench.checkpoint import checkpoint
-        from mmaudio_hf.config import variant_config
-
-        figures |= checkpoint(variant_config(options.variant), options.rounds)
+        figures |= checkpoint(config, options.rounds)
+        stall, seconds = figures["checkpoint_stall_seconds"], figures[f"{precisions[0]}_step_seconds"]
+        figures["checkpoint_stall_in_steps"] = stall / seconds
     return figures
+
+
+def _scaling(options) -> dict:
+    from mmaudio_hf.bench.scaling import scaling
+    from mmaudio_hf.config import variant_config
+
+    precision = "bf16" if options.precision == "bf16" else "no"
+    return scaling(variant_config(options.variant), options.batch_size, options.rounds, precision)
 
 
 def _extract(options) -> dict:

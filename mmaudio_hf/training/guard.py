@@ -92,13 +92,13 @@ class Guard:
         self.skipped = 0  # over all sessions of the run
         self.pending: deque[tuple[StepTrace, _OnHost]] = deque()
         self.in_a_row = 0
-        self.stopping = False
+        self.stopped_by: int | None = None  # number of the signal that a process has had, the same on all of them
 
     def judge(self, trace: StepTrace) -> torch.Tensor:
         """True (a boolean scalar on the device) where this step must not reach the optimizer, on every process."""
         bad = ~(torch.isfinite(trace.loss).all() & torch.isfinite(trace.total_norm))
-        asked = torch.full_like(bad, self.stop.number is not None)
-        flags = torch.stack([bad, asked]).to(torch.int32)
+        bad = bad.to(torch.int32)
+        flags = torch.stack([bad, torch.full_like(bad, self.stop.number or 0)])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         self.pending.append((trace, _OnHost(flags)))
@@ -108,7 +108,7 @@ class Guard:
         """Read the verdicts of all steps but the last; True when a process was asked to stop."""
         while len(self.pending) > 1:
             self._settle_one()
-        return self.stopping
+        return self.stopped_by is not None
 
     def settle(self) -> None:
         """Read all verdicts, before a checkpoint."""
@@ -117,8 +117,8 @@ class Guard:
 
     def _settle_one(self) -> None:
         trace, flags = self.pending.popleft()
-        bad, asked = flags.read()
-        self.stopping = self.stopping or bool(asked)
+        bad, signal_number = flags.read()
+        self.stopped_by = self.stopped_by or signal_number or None
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if not bad:
             return

@@ -43,6 +43,8 @@ from mmaudio_hf.training.optim import (
 )
 from mmaudio_hf.training.parallel import (
     allow_tf32,
+    check_same_everywhere,
+    check_seen_everywhere,
     compile_blocks,
     no_sync,
     other_weights,
@@ -54,7 +56,7 @@ from mmaudio_hf.training.parallel import (
 from mmaudio_hf.training.progress import Progress, in_short
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
-from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, restore_tensors
+from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, flat_settings, restore_tensors
 from mmaudio_hf.training.saving import BackgroundWriter
 from mmaudio_hf.training.step import StepResult, flow_step
 from mmaudio_hf.training.trackers import check_trackers, log_sounds
@@ -234,7 +236,7 @@ class Run:
                 if self.step == first_step + 1:  # the optimizer has its moments now
                     self._reserve()
             self._check_saved()
-        stopped_by = None if self.finished else self.stop.number
+        stopped_by = None if self.finished else self.guard.stopped_by
         early = self.finished and self.step < training.steps
         rate = self.progress.steps_per_second
         return RunResult(self.step, stopped_by, self.guard.skipped, early, self.final_weights, rate, self.history)
@@ -288,7 +290,11 @@ class Run:
             raise ValueError(
                 f"{self.run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto"
             )
-        self.accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
+        check_same_everywhere(
+            flat_settings(to_dict(self.recipe))
+            | {f"rows of {store.path}": len(store) for store in self.mixture.stores}
+            | {f"newest checkpoint of {self.run_dir}": None if state is None else state.step}
+        )  # and nobody changes the folder while another still reads
         if state is not None:
             check_same_run(self.recipe, state, allow_changes, self.accelerator.print)
             self.load(state)
@@ -318,6 +324,7 @@ class Run:
             save_recipe(self.recipe, partial)
             partial.replace(self.run_dir / "config.yaml")
         self.accelerator.wait_for_everyone()
+        check_seen_everywhere(self.run_dir / "config.yaml")
 
     def _announce(self) -> None:
         training, world = self.recipe.training, self.accelerator.num_processes

@@ -6,18 +6,23 @@ block are gathered while it runs. What is saved is whole, so a run may go on wit
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
+
+SHARED_SECONDS = 30.0  # until a file that one machine has written is seen by another: network file systems remember
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -65,6 +70,30 @@ def probe_compile(network: MMAudio) -> str | None:
     finally:
         torch._dynamo.reset()
     return None
+
+
+# --- several processes, and machines -------------------------------------------------------------------------------
+
+
+def check_same_everywhere(facts: Mapping[str, Any]) -> None:
+    """ValueError, on every process, naming the first of `facts` that is not the same on all; called on each of them."""
+    told = gather_object([dict(facts)])
+    for rank, theirs in enumerate(told):
+        for name, fact in told[0].items():
+            if theirs.get(name) != fact:
+                raise ValueError(
+                    f"the processes are not of one run: {name} is {fact} for process 0 and {theirs.get(name)} for"
+                    f" process {rank}; every machine needs the same command, the same stores and a run folder on a file"
+                    " system that all of them share"
+                )
+
+
+def check_seen_everywhere(path: Path) -> None:
+    """ValueError, on every process, when one of them does not see the file that the first has written."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    check_same_everywhere({f"the presence of {path}": path.exists()})
 
 
 # --- FSDP ----------------------------------------------------------------------------------------------------------

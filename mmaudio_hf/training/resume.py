@@ -71,15 +71,16 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 
 def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every key, as `section.key`, that differs; a key that one side lacks has its default."""
-    defaults = _flat(to_dict(Recipe(name="default")))
-    old, new = ({**defaults, **_flat(tree)} for tree in (was, now))
+    defaults = flat_settings(to_dict(Recipe(name="default")))
+    old, new = ({**defaults, **flat_settings(tree)} for tree in (was, now))
     return {key: (old.get(key), new.get(key)) for key in {**new, **old} if old.get(key) != new.get(key)}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a recipe's plain dict by `section.key`."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
