@@ -25,6 +25,7 @@ ALLOWED = {
     "evaluation": {"schema", "config", "released", "data", "media", "features", "models", "generation"},
     "samples": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation", "samples"},
+    "demo": {"schema", "config", "media", "models", "generation", "report"},
     "weights": {"schema", "config", "released", "models"},
     # Of data, what opens stores: see below.
     "hub": {"schema", "config", "released", "hub_client", "data", "models", "weights"},

@@ -1,6 +1,9 @@
 """Commands that generate sound and look at it."""
 
 import json
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 SUMMARY_NAMES = {
@@ -28,6 +31,15 @@ def add_commands(add) -> None:
     generate.add_argument("--device", default="auto")
     rules = ("timestamps", "reference")
     generate.add_argument("--alignment", choices=rules, help="how pictures are read; default: as for training")
+
+    demo = add("demo", _demo, "a page to try a run: video and text in, sound to hear and see")
+    demo.add_argument("run", metavar="RUN", help="run folder, pretrained_model folder or Hub id")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)"
+    )
+    demo.add_argument("--port", type=int, default=7860, help="default 7860, or a free one when it is taken")
+    demo.add_argument("--max-upload-mb", type=float, default=200, help="largest upload in MB (default 200)")
+    demo.add_argument("--device", default="auto")
 
     report = add("report", _report, "generate the test split of a run, score it and write report/index.html")
     report.add_argument("--run", required=True, type=Path, help="run folder")
@@ -59,6 +71,22 @@ def _generate(options) -> None:
     notes = [result.note, save_and_tell(result, options.out, video=options.video)]
     seconds = len(result.waveform) / result.sample_rate
     print("; ".join([f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz", *filter(None, notes)]))
+
+
+def _demo(options) -> None:
+    if find_spec("gradio") is None:
+        raise ValueError("the demo page needs gradio: run `pip install 'mmaudio-hf[demo]'`")
+    from mmaudio_hf.demo import serve
+
+    serve(
+        options.run,
+        host=options.host,
+        port=options.port,
+        max_upload_mb=options.max_upload_mb,
+        device=options.device,
+    )
+    sys.stdout.flush()
+    os._exit(0)  # a sound that is just being made by a thread is not waited for
 
 
 def _report(options) -> None:

@@ -1,0 +1,243 @@
+"""The demo page: the real server process with a run that was trained, and a real browser from upload to playback."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from toy_stores import recipe_tree, write_store
+from training_runs import environment, launch
+
+from mmaudio_hf import MMAudioPipeline, demo
+from mmaudio_hf.cli import main
+from mmaudio_hf.features.encoders import fit_toy_codec
+from mmaudio_hf.media.audio import read_waveform
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def media(example_media):
+    folder = example_media()
+    fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(media, tmp_path_factory):
+    """A run of two steps, in a folder with a space; its recipe names the test videos of the example media."""
+    folder = tmp_path_factory.mktemp("a run")
+    tree = recipe_tree(folder, steps=2, checkpoint_every=2)
+    tree["encoders"]["weights_dir"] = str(media)
+    tree["data"]["test"] = [{"path": str(write_store(folder / "tested", 2))}]
+    source = {"name": "tested", "media_dir": str(media / "videos"), "list": str(media / "test.tsv")}
+    tree["extraction"] = {"videos": [source]}
+    recipe = folder / "toy.yaml"
+    recipe.write_text(yaml.safe_dump(tree | {"name": "toy"}))
+    result = launch(recipe, processes=0)
+    assert result.returncode == 0, result.stderr
+    return folder / "output" / "toy"
+
+
+@contextlib.contextmanager
+def served(run: Path, scratch: Path, *options: str):
+    """`mmaudio-hf demo` as a process of its own; gives its first lines up to the address. Nothing of it stays."""
+    scratch.mkdir()
+    words = [sys.executable, "-u", "-m", "mmaudio_hf.cli", "demo", str(run), "--device", "cpu", *options]
+    variables = environment() | {"TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        lines = [process.stdout.readline()]
+        while lines[-1] and "http://" not in lines[-1]:
+            lines.append(process.stdout.readline())
+        yield lines
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            errors = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert not [path for path in scratch.rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def address(run, tmp_path_factory):
+    """Of the page of the run, where a port that is taken was asked for."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        scratch = tmp_path_factory.mktemp("served") / "tmp"
+        with served(run, scratch, "--port", str(taken), "--max-upload-mb", "1") as lines:
+            assert lines[0] == f"port {taken} is taken\n"
+            yield lines[1].split()[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page in a fresh profile; at the end, nothing it asked for may have been anywhere but at its own address."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(address)
+    page.get_by_role("button", name="Make sound").wait_for()
+    yield page
+    context.close()
+    assert len(asked) > 10 and not faults, faults
+    elsewhere = [url for url in asked if not url.removeprefix("blob:").startswith((f"{address}/", "data:"))]
+    assert not elsewhere
+
+
+def set_number(page, label: str, value: float) -> None:
+    page.get_by_label(f"number input for {label}").fill(str(value))
+    page.keyboard.press("Tab")
+
+
+def number(page, label: str) -> float:
+    return float(page.get_by_label(f"number input for {label}").input_value())
+
+
+def wait_for_number(page, label: str, value: float) -> None:
+    page.wait_for_function(f"""document.querySelector('[aria-label="number input for {label}"]').value == {value}""")
+
+
+def wait_until(page, player, condition: str) -> None:
+    """`condition` is JavaScript about a media element `e`."""
+    page.wait_for_function(f"e => {condition}", arg=player.element_handle(), timeout=20_000)
+
+
+def test_from_upload_to_playback(page, run, media, tmp_path):
+    video = media / "videos" / "test_00_ball.mp4"
+    assert number(page, "Seconds") == 1  # as trained
+    page.locator("input[type=file]").first.set_input_files(video)
+    wait_for_number(page, "Seconds", 9.4)  # of the video
+    page.get_by_label("Prompt", exact=True).fill("a ball")
+    page.get_by_label("Negative prompt").fill("hum")
+    for label, value in (("Seconds", 2), ("Steps", 3), ("Guidance", 3), ("Seed", 7)):
+        set_number(page, label, value)
+    page.get_by_role("button", name="Make sound").click()
+
+    picture = page.get_by_alt_text("Mel spectrogram of the sound, 2.0 s")
+    picture.wait_for()
+    assert picture.evaluate("e => e.complete && e.naturalWidth") > 100 and picture.bounding_box()["width"] > 300
+    assert page.locator("figure.spectrogram .seconds").inner_text().split() == ["0.0", "0.5", "1.0", "1.5", "2.0", "s"]
+
+    sound = page.locator("audio[src^='blob:']")
+    wait_until(page, sound, "e.duration > 1.9 && e.duration < 2.1")
+    page.get_by_role("button", name="Play").last.click()
+    wait_until(page, sound, "e.currentTime > 0.3 && !e.error")
+    shown = page.get_by_test_id("Video with its new sound-player")
+    wait_until(page, shown, "e.videoWidth > 0 && Math.abs(e.duration - 2) < 0.2")
+    shown.evaluate("e => { e.muted = true; return e.play() }")
+    wait_until(page, shown, "e.currentTime > 0.3 && e.webkitAudioDecodedByteCount > 0")
+
+    with page.expect_download() as download:
+        page.get_by_test_id("download-link").last.click()
+    download.value.save_as(tmp_path / "sound.wav")
+    options = {"duration": 2.0, "num_steps": 3, "guidance_scale": 3.0, "seed": 7}
+    expected = MMAudioPipeline.from_pretrained(run, device="cpu")(video, "a ball", "hum", **options)
+    waveform, rate = read_waveform(tmp_path / "sound.wav")
+    assert rate == 16000 and torch.allclose(waveform, expected.waveform, atol=1e-3)
+
+
+def said(page, words: str):
+    """The message that holds `words`, once it is on the page."""
+    message = page.get_by_test_id("toast-body").filter(has_text=words)
+    message.first.wait_for()
+    assert "Traceback" not in page.content()
+    return message.first.inner_text()
+
+
+def test_what_cannot_be_used_is_said_in_a_sentence(page, media, tmp_path):
+    page.get_by_role("button", name="Make sound").click()
+    said(page, "nothing to go by: choose a video, write a prompt, or both")
+    (tmp_path / "large.mp4").write_bytes(bytes(2**20 + 1))
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "large.mp4")
+    assert "large.mp4" in said(page, "maximum allowed size")
+    page.reload()
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.mp4")
+    assert str(tmp_path.parent) not in said(page, "broken.mp4: cannot be opened as media")
+    page.get_by_role("button", name="Make sound").click()
+    said(page, "broken.mp4: cannot be opened as media")
+
+
+def test_an_example_is_picked_and_a_text_is_enough(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.get_by_text("blue warning light").click()
+    page.wait_for_function("document.querySelector('textarea, input[type=text]').value.startsWith('blue warning')")
+    wait_for_number(page, "Seconds", 9.4)
+    page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
+    set_number(page, "Seconds", 1)
+    set_number(page, "Steps", 1)
+    page.get_by_role("button", name="Make sound").click()
+    page.get_by_alt_text("Mel spectrogram of the sound, 1.0 s").wait_for()
+    assert not page.get_by_test_id("Video with its new sound-player").is_visible()
+
+
+def test_limits_of_a_video(media, monkeypatch):
+    video = media / "videos" / "test_00_ball.mp4"
+    assert demo._usable_seconds(str(video), 8.0) == 8.0
+    assert demo._usable_seconds(str(video), 60.0) == pytest.approx(9.4, abs=0.11)
+    for name, value, words in (
+        ("MAX_VIDEO_SECONDS", 5.0, "test_00_ball.mp4 is 9 s long, this page takes 5 s: cut it"),
+        ("MAX_PICTURE", (10, 10), "has pictures of .*x.*: make them smaller"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(demo.gr.Error, match=words) as caught:
+            patch.setattr(demo, name, value)
+            demo._usable_seconds(str(video), 8.0)
+        assert str(media) not in str(caught.value)
+    recording = next((media / "audios").glob("*.flac"))
+    with pytest.raises(demo.gr.Error, match="has no pictures"):
+        demo._usable_seconds(str(recording), 8.0)
+
+
+def test_refusals_come_before_the_page(run, tmp_path, capsys, monkeypatch):
+    bare = Path(shutil.copytree(run / "last" / "pretrained_model", tmp_path / "bare"))
+    (bare / "toy_codec_16k.safetensors").unlink()
+    (bare / "encoders.json").write_text(json.dumps({"kind": "toy", "weights_dir": str(tmp_path)}))
+    for words, message in (
+        ([str(tmp_path)], "holds no trained network"),
+        ([str(tmp_path / "nothing")], "neither a folder nor a Hub id"),
+        ([str(bare)], "toy_codec_16k.safetensors is missing"),
+        ([str(run), "--host", "203.0.113.1"], "--host 203.0.113.1 --port 7860"),
+        ([str(run), "--port", "99999"], "--port 99999"),
+        ([str(run), "--max-upload-mb", "0"], "--max-upload-mb must be more than 0"),
+    ):
+        assert main(["demo", *words]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", str(run)]) == 2
+    assert "pip install 'mmaudio-hf[demo]'" in capsys.readouterr().err
