@@ -25,6 +25,7 @@ def test_encode_and_decode_match_golden(mode):
     assert mean.shape == std.shape == (2, 32, channels)
     assert relative_error(mean.mT, arrays, "mean") < 1e-4
     assert relative_error(std.mT, arrays, "std") < 1e-4
+    assert relative_error(2 * std.mT.log(), arrays, "logvar") < 1e-4
     eps = tensor(f"vae_{mode}/eps", (2, channels, 32))
     assert relative_error(mean.mT + std.mT * eps, arrays, "sample") < 1e-4
     mel = vae.decode(tensor(f"vae_{mode}/z", (2, channels, 32)).mT)

@@ -61,7 +61,11 @@ def test_features_match_golden(size):
     assert np.abs(text.double().sum(-1).numpy() - arrays["text_token_sum"]).max() < 1e-4
     with torch.no_grad():
         states = encoder.model.text_model(input_ids=torch.from_numpy(arrays["tokens"]).long()).last_hidden_state
+        pixels = ((frames_of_golden() - encoder.pixel_mean) / encoder.pixel_std)[..., :378, :378]
+        patches = encoder.model.vision_model.embeddings.patch_embedding(pixels).flatten(2).mT
     assert np.allclose(states.norm(dim=-1).numpy(), arrays["text_prenorm_length"], rtol=1e-5)
+    if "patch_embed_81_16" in arrays:
+        assert np.abs(patches[:, ::81, ::16].numpy() - arrays["patch_embed_81_16"]).max() < 1e-5
 
 
 def test_leading_axes_batches_and_unused_border(tiny):
