@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +18,18 @@ from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree
 from training_runs import command, launch, run_dir, same_bytes
 
-from mmaudio_hf import MMAudio, hub_client
+from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import HubConfig
+from mmaudio_hf.cli.hub import fetch_run
+from mmaudio_hf.config import HubConfig, load_recipe
 from mmaudio_hf.hub import sync
 from mmaudio_hf.hub.runs import local_step
 from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.training.finetune import read_start
 
 NAME = f"{USER}/run"
-STEPS, EVERY = 24, 4
+STEPS, EVERY = 20, 4
 READER = "hf_thisonemayonlyread00000000"
 PUBLISHED = {"config.json", "model.safetensors", "weights.json", "encoders.json", "README.md"}
 
@@ -111,9 +114,15 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert set(files_of(Path("network"))) == PUBLISHED
     expected = MMAudio.from_pretrained(run / "last" / "pretrained_model").state_dict()
     for source in (NAME, f"{NAME}@{first}", "network", "other/run"):
-        found = MMAudio.from_pretrained(find_pretrained(source)).state_dict()
+        assert len(read_start(source)[1]) > 10
+        found = MMAudioPipeline.from_pretrained(source, device="cpu").network.state_dict()
         assert all(found[name].equal(value) for name, value in expected.items())
     assert MMAudio.from_pretrained(NAME).config == MMAudio.from_pretrained("network").config
+    with pytest.raises(ValueError, match="is not there, or private"):
+        MMAudio.from_pretrained(f"{USER}/none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert MMAudio.from_pretrained(find_pretrained(NAME)).config.hidden_dim == 16  # what is in the cache is enough
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert "nothing is pulled" in refused(capsys, "pull", NAME, "--to", "other/run")
     assert "is not empty" in refused(capsys, "pull", NAME, "--to", "network")
     assert main(["push", "network", f"{USER}/second"]) == 0
@@ -217,13 +226,14 @@ def test_downloads_that_break_off_are_taken_up(hub, run, tmp_path, capsys, monke
 
 
 SMALL_DISK = """
-mount -t tmpfs -o size=$SIZE tmpfs $DISK
-cd $DISK
-$PULL; echo $?
-ls $DISK
-mount -o remount,size=100m $DISK
-$PULL > /dev/null; echo $?
-ls $DISK
+import os, subprocess, sys
+from mmaudio_hf.cli import main
+disk, size, repo = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+os.chdir(disk)
+outcomes = [main(["pull", repo, "--to", "new"]), *os.listdir()]
+subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+print("outcomes", *outcomes, main(["pull", repo, "--to", "new"]), *os.listdir())
 """
 
 
@@ -232,15 +242,12 @@ def test_a_full_disk_is_told_and_room_mends_it(hub, run, tmp_path):
         pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     (tmp_path / "disk").mkdir()
-    pull = f"{sys.executable} -m mmaudio_hf.cli pull {NAME} --to new"
     size = sum(len(content) for content in hub.files(NAME).values()) // 2
-    variables = {"SIZE": str(size), "DISK": str(tmp_path / "disk"), "PULL": pull}
+    words = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "disk"), str(size), NAME]
     done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", SMALL_DISK], env=hub.environment(tmp_path / "home") | variables,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    code, kept, second, made = done.stdout.splitlines()[-4:]
-    assert (code, kept, second, made) == ("1", "new.hub", "0", "new"), done
+        ["unshare", "-rm", *words], env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.endswith("outcomes 1 new.hub 0 new\n"), done
     assert "left" in done.stderr and "are needed: make room" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -435,6 +442,17 @@ def second_process(folder: Path) -> int:
     raise AssertionError("there is no second process")
 
 
+def stop_after(step: int, recipe: Path, process: subprocess.Popen) -> None:
+    """Stop the second process once there is a checkpoint of `step` or later.
+
+    The steps then stand still, and whatever the first process pushes does not.
+    """
+    came = lambda: (local_step(run_dir(recipe)) or 0) >= step or process.poll() is not None  # noqa: E731
+    until(came, 120)
+    assert process.poll() is None, process.communicate()
+    os.kill(second_process(recipe.parent), signal.SIGSTOP)
+
+
 def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undisturbed, tmp_path):
     """Two processes; the server dies in the middle of an upload and comes back, the machine is lost, and another one
 
@@ -455,17 +473,17 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
-            until(lambda: steps_pushed(hub) or process.poll() is not None, 120)
-            assert process.poll() is None, process.communicate()
+            stop_after(EVERY, recipes[0], process)
+            until(lambda: steps_pushed(hub))
+            begun = steps_pushed(hub)[-1]
             hub.faults({"match": "PUT /storage", "bytes_per_second": 50_000})
+            os.kill(second_process(first), signal.SIGCONT)
+            stop_after(begun + 1, recipes[0], process)
             until(lambda: hub.uploading() > 0)
-            os.kill(second_process(first), signal.SIGSTOP)  # the steps stand still, what is pushed does not
-            step = local_step(run_dir(recipes[0]))
-            assert step < STEPS
             hub.kill()
             time.sleep(0.5)
             hub.start()
-            until(lambda: steps_pushed(hub)[-1] > EVERY, 60)
+            until(lambda: steps_pushed(hub)[-1] > begun, 60)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             for pid in [second_process(first)] if still_there(first) else []:
@@ -473,7 +491,7 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
         output, _ = process.communicate(timeout=60)
         assert f"{NAME} holds no training state yet: output/run begins at step 0" in output
         taken_up = steps_pushed(hub)[-1]
-        assert EVERY < taken_up < STEPS
+        assert begun < taken_up < STEPS
 
         done = subprocess.run(
             command(recipes[1], *settings, processes=2), env=variables, cwd=second, capture_output=True, text=True,
@@ -498,19 +516,44 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
         assert len(kept) > 50 and not [p for p in kept if TOKEN.encode() in p.read_bytes()]
         assert TOKEN not in output + done.stdout + done.stderr
 
-        # What is here is as far as the Hub: it wins, and nothing is trained.
-        again = subprocess.run(
-            command(recipes[1], *settings, processes=0), env=variables, cwd=second, capture_output=True, text=True
-        )
-        assert again.returncode == 0, again.stderr
-        assert f"it goes on from its own step {STEPS}" in again.stderr
-
 
 def still_there(folder: Path) -> bool:
     try:
         return bool(second_process(folder))
     except AssertionError:
         return False
+
+
+def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fetch(name: str, repo: str = NAME, **settings) -> str:
+        recipe = load_recipe(undisturbed, [f"name={name}", "output_dir=output", f"resume=hub://{repo}"])
+        fetch_run(replace(recipe, hub=HubConfig(**settings)))
+        return capsys.readouterr().err
+
+    with pytest.raises(ValueError, match="is not there, or private"):
+        fetch("new")
+    assert "begins at step 0" in fetch("new", repo_id=NAME)
+    assert main(["push", str(run), NAME]) == 0
+    with pytest.raises(ValueError, match=r"has no training state, only a network: name it in finetune\.init_from"):
+        fetch("new")
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    assert f"output/run has step {STEPS}, hub://{NAME} step {STEPS}: it goes on from its own step {STEPS}" in fetch(
+        "run"
+    )
+    (run / "last").unlink()
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS}")
+    kept = files_of(run / "checkpoints")
+    assert f"output/run goes on from step {STEPS} of {NAME}@" in fetch("run")
+    assert kept.items() <= files_of(run / "checkpoints").items() and (run / "last").resolve().name == f"step_{STEPS}"
+    assert f"output/new goes on from step {STEPS}" in fetch("new", f"{NAME}@main")
+    with pytest.raises(ValueError, match="no such revision"):
+        fetch("other", f"{NAME}@v3")
+    hub.kill()
+    assert f"Connection refused): output/run goes on from its own step {STEPS}" in fetch("run")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        fetch("other")
 
 
 def test_another_run_in_the_folder_is_not_mixed_with_the_pulled_one(hub, run, tmp_path, capsys):

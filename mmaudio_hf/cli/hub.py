@@ -114,7 +114,7 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
     process = PartialState(cpu=not torch.accelerator.is_available())
     if process.is_main_process:
         if resumes:
-            _fetch_run(recipe)
+            fetch_run(recipe)
         if recipe.hub.repo_id:
             from mmaudio_hf.hub.sync import check_repository
 
@@ -131,8 +131,12 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
         yield sync.announce
 
 
-def _fetch_run(recipe: Recipe) -> None:
-    """Bring the run that `resume` names into the run folder, unless that is as far already."""
+def fetch_run(recipe: Recipe) -> None:
+    """Bring the run that `resume` names into the run folder, unless that is as far already.
+
+    ValueError when there is nothing to go on from, or the folder holds another run; ConnectionError when the Hub cannot
+    be reached and the folder has no checkpoint.
+    """
     from mmaudio_hf.hub.repository import find_contents
     from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_pull, pull
 

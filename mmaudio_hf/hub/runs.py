@@ -155,12 +155,13 @@ def find_source(run: Path) -> tuple[Path, Path | None]:
 
     ValueError where there is nothing to push.
     """
+    run = run.resolve()
     if (run / "checkpoints").is_dir() or (run / "last").exists():
         if not (run / "last").exists():
             raise ValueError(f"{run} has no checkpoint yet: nothing can be pushed")
         return (run / "last").resolve(), run
     if run.parent.name == "checkpoints" and (run / "pretrained_model").is_dir():
-        return run.resolve(), run.resolve().parent.parent
+        return run, run.parent.parent
     for folder in (run, run / "pretrained_model"):
         if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
             return folder, None

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmaudio_hf.config import ModelConfig, is_released, model_config, to_dict, variant_config
+from mmaudio_hf.hub_client import hub_errors
 from mmaudio_hf.models.card import (
     CARD_FILE,
     PLACEHOLDER,
@@ -313,10 +314,11 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         else:
             options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
             options |= {"local_files_only": local_files_only, "token": token}
-            config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
-            options["revision"] = config_path.parent.name  # its commit: another push may come between the two files
-            weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
-            card = download_card(model_id, **options)
+            with hub_errors(model_id):
+                config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
+                options["revision"] = config_path.parent.name  # its commit: a push may come between the files
+                weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
+                card = download_card(model_id, **options)
             card = card and renamed(card, model_id, PLACEHOLDER)
         config = read_model_config(config_path)
         network = cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
