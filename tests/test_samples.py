@@ -2,9 +2,11 @@
 
 import base64
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import av
@@ -14,7 +16,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page
-from test_training_loop import ROOT, environment, launch, metrics, run_dir
+from test_training_loop import ROOT, command, environment, launch, metrics, run_dir
 from toy_stores import recipe_tree
 
 from mmaudio_hf.cli import main
@@ -100,6 +102,34 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     heard = events.Audio(f"eval/{ids[1]}")
     assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
     assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+
+
+def test_trackers_of_other_packages_get_scores_and_sounds(folder, tmp_path):
+    """Without a network: wandb writes its own log, trackio a database."""
+    for name in ("wandb", "trackio"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'mmaudio-hf[{name}]'")
+    recipe = write_recipe(folder, "tracked", trackers=["wandb", "trackio"])
+    settings = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    result = subprocess.run(
+        command(recipe, "training.steps=2", processes=0), env=environment() | settings, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    logged = {"train/loss", "val_ema/loss", "eval/log_mel_distance", "speed/samples_per_second"}
+    [run] = (run_dir(recipe) / "trackers" / "wandb").glob("offline-run-*")
+    [log] = run.glob("*.wandb")
+    assert all(metric.encode() in log.read_bytes() for metric in logged)
+    with closing(sqlite3.connect(tmp_path / "trackio" / "tracked.db")) as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
+    assert logged <= {metric for row in rows for metric in row}
+    ours = [path.read_bytes() for path in (run_dir(recipe) / "samples" / "step_2").glob("*.wav")]
+    made = sorted(waveform(content, tmp_path).tolist() for content in ours)
+    for sounds in (
+        (run / "files" / "media" / "audio" / "eval").glob("held_out_000*_2_*.wav"),
+        (tmp_path / "trackio" / "media").rglob("*.wav"),
+    ):
+        heard = sorted(waveform(path.read_bytes(), tmp_path).tolist() for path in sounds)
+        assert len(heard) == 3 and np.allclose(heard, made, atol=1e-3)
 
 
 def test_the_report_lets_one_hear_them(finished):

@@ -1,6 +1,7 @@
 """Whole runs of `train.py` on small stores: one and two processes, resume, interruption, bad steps."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toy_stores import write_recipe
-from training_runs import ROOT, SCRIPTS, assert_close, environment, launch, metrics, run_dir, same_bytes, tensors
+from training_runs import (
+    ROOT,
+    SCRIPTS,
+    assert_close,
+    command,
+    environment,
+    launch,
+    metrics,
+    run_dir,
+    same_bytes,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +89,35 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on(undisturbed):
     assert f"from step {step} to {step + 2}" in result.stdout
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), (2, 2)])
+def test_signals_save_and_end_with_or_without_a_launcher(undisturbed):
+    """Each session goes on from the one before. A terminal signals all processes, a scheduler may reach one alone."""
+    recipe = write_recipe(undisturbed.parent, "signals", steps=100_000, log_every=1, checkpoint_every=100_000)
+    passed_on = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    step = 0
+    for processes, number, send, code, variables in (
+        (0, signal.SIGTERM, os.kill, 143, {}),
+        (0, signal.SIGUSR1, os.kill, 138, {}),
+        (1, signal.SIGINT, os.killpg, None, {}),
+        (2, signal.SIGUSR1, os.kill, 1, passed_on),
+    ):
+        process = subprocess.Popen(
+            command(recipe, processes=processes), env=environment() | variables, cwd=recipe.parent,
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        log = run_dir(recipe) / "metrics.jsonl"
+        while not (log.exists() and f'{{"step": {step + 1}, "train/loss"' in log.read_text()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        send(process.pid, number)
+        output, _ = process.communicate(timeout=120)  # until the last of the processes has ended
+        # accelerate's launcher for one process ends of Ctrl-C itself.
+        assert process.returncode == code or (code is None and process.returncode != 0), output
+        assert f"from step {step} to 100000" in output and f"{number.name}: saving a checkpoint" in output, output
+        step = int((run_dir(recipe) / "last").resolve().name.removeprefix("step_"))
+        assert f"stopped at step {step}; the same command goes on from there" in output
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(4, 1), (1, 2), (2, 2)])
 def test_processes_and_accumulation_train_the_same_model(undisturbed, processes, accumulation):
     recipe = write_recipe(undisturbed.parent, f"split_{processes}_{accumulation}", accumulation_steps=accumulation)
     result = launch(recipe, processes=processes)
@@ -101,9 +141,9 @@ def test_several_processes_that_did_not_start_are_noticed(undisturbed, tmp_path)
     config = tmp_path / "multi_cpu.yaml"
     text = (ROOT / "accelerate_configs" / "cpu.yaml").read_text().replace("type: MULTI_GPU", "type: MULTI_CPU")
     config.write_text(text.replace("num_processes: 1", "num_processes: 2"))
-    command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config), str(ROOT / "train.py")]
+    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config), str(ROOT / "train.py")]
     result = subprocess.run(
-        [*command, str(undisturbed)], capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120
+        [*words, str(undisturbed)], capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120
     )
     assert result.returncode != 0
     assert "asked for several processes but started one" in result.stderr

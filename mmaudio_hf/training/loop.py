@@ -518,10 +518,12 @@ class Run:
             groups = {"ema": self.ema.tensors()}
         if checkpoint or snapshot:
             began = time.perf_counter()
+            if self.sharded:
+                self.writer.wait()  # there may be room for one set of whole tensors, and not for two
             groups = whole(groups, keep=self.accelerator.is_main_process)
             self.writer.stall_seconds += time.perf_counter() - began
             if self.accelerator.is_main_process:
-                self.writer.save(groups, self._write_job(snapshot, checkpoint))
+                self.writer.save(groups, self._write_job(snapshot, checkpoint), copied=bool(self.sharded))
 
     def _reserve(self) -> None:
         """Get the memory for checkpoints. What is gathered from processes for each of them comes with its own."""

@@ -144,22 +144,21 @@ def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
 
 
 def whole(groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Groups of named tensors, with shared-out ones gathered in host memory; called on every process.
+    """Groups of named tensors. Where some are shared out, copies of all in host memory; called on every process.
 
     One tensor at a time is gathered on the device. Processes that do not `keep` them get empty groups.
     """
+    shared_out = any(isinstance(tensor, DTensor) for tensors in groups.values() for tensor in tensors.values())
     gathered: dict[int, torch.Tensor] = {}
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in groups}
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            value = tensor
-            if isinstance(tensor, DTensor):
-                if id(tensor) not in gathered:
-                    part = tensor.detach().full_tensor()
-                    gathered[id(tensor)] = part.cpu() if keep else part.new_empty(0)
-                value = gathered[id(tensor)]
+            if shared_out and id(tensor) not in gathered:
+                part = tensor.detach()
+                part = part.full_tensor() if isinstance(part, DTensor) else part
+                gathered[id(tensor)] = part.to("cpu", copy=True) if keep else part.new_empty(0)
             if keep:
-                found[group][name] = value
+                found[group][name] = gathered.get(id(tensor), tensor)
     return found
 
 

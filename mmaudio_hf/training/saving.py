@@ -80,11 +80,14 @@ class BackgroundWriter:
         self.wait()
         self._start(lambda: self._copy.reserve(groups))
 
-    def save(self, groups: Groups, write: Callable[[dict[str, dict[str, torch.Tensor]]], None]) -> None:
-        """Copy the tensors and hand the copies to `write` in the thread, once the job before is done."""
+    def save(self, groups: Groups, write: Callable[[Groups], None], *, copied: bool = False) -> None:
+        """Copy the tensors and hand the copies to `write` in the thread, once the job before is done.
+
+        copied: they are copies already, which nobody changes, and are handed over as they are.
+        """
         began = time.perf_counter()
         self.wait()
-        copies, event = self._copy.take(groups)
+        copies, event = (groups, None) if copied else self._copy.take(groups)
 
         def work() -> None:
             if event is not None:
