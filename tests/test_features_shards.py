@@ -156,6 +156,18 @@ def test_batches_follow_from_the_list_alone(weights, watched, tmp_path):
     assert watched.batches == [["n08", "n09", "n10"]]
 
 
+def test_a_caption_is_encoded_once_in_a_batch(weights, watched, tmp_path):
+    """Its rows have the same text, and each row that of its own caption."""
+    names = [f"n{i}" for i in range(6)]
+    captions = dict(zip(names, ["a dog", "a cat", "a dog", "a dog", "a dog", "a bird"], strict=True))
+    report = Recordings(tmp_path / "media", names, captions).extract(tmp_path / "out", weights, shard_size=6)
+    assert watched.batches == [["dog", "cat"], ["dog", "bird"]]
+    texts = FeatureStore.open(report.store_path).read(range(6))["text_features"]
+    assert torch.equal(texts[0], texts[2]) and torch.equal(texts[3], texts[4])
+    encoders = load_encoders("toy", "16k", weights_dir=weights, clip="", parts=("text",))
+    assert torch.equal(texts, encoders.encode_text(list(captions.values())) + 0.02)
+
+
 def test_memory_that_is_too_small_halves_the_batch(weights, watched, tmp_path):
     """The same halves, whether this process met the limit in an earlier shard or not."""
     media = Recordings(tmp_path / "media", [f"n{i}" for i in range(14)])

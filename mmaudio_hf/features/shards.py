@@ -323,10 +323,13 @@ class _Batches:
             "latent": lambda waveforms: encoders.encode_audio(torch.stack(waveforms)),
         }
         columns = {"clip": [CLIP_FEATURES], "sync": [SYNC_FEATURES], "text": [TEXT_FEATURES], "latent": [MEAN, STD]}
-        values = {}
+        values, captions = {}, inputs["text"]
+        inputs["text"] = list(dict.fromkeys(captions))  # clips of a recording share theirs
+        places = {caption: place for place, caption in enumerate(inputs["text"])}
         for part in self.job.parts:
             results = self.fitting.run(part, encode[part], inputs.pop(part))
             values |= dict(zip(columns[part], results, strict=True))
+        values[TEXT_FEATURES] = values[TEXT_FEATURES][[places[caption] for caption in captions]]
         return {name: values[name] for name in self.job.shapes}
 
     def _is_finite(self, item: Item, place: int, values: Mapping[str, torch.Tensor]) -> bool:
