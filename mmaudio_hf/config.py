@@ -469,6 +469,42 @@ class HubConfig:
 
 @strict
 @dataclass(frozen=True)
+class TruthConfig:
+    """Features of the true sound, pictures and texts of each split, in av-benchmark's caches (*.pth).
+
+    A folder, or OWNER/NAME[/FOLDER] of a data set on the Hub. Empty: made of the true latents, decoded.
+    """
+
+    validation: str = ""
+    test: str = ""
+
+
+@strict
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of a whole split: its sound is made as `sampling` says and compared with the true one."""
+
+    every: int = 0  # steps, and after the last one; 0: never
+    split: Literal["validation", "test"] = "validation"
+    items: int = 0  # at even distances over the split; 0: all
+    after_training: bool = False  # score data.test with the published weights when training is over
+    # Published scores beside those that need no networks; they need av-benchmark. Empty: none.
+    metrics: tuple[Literal["fd", "kl", "is", "ib", "desync", "clap"], ...] = ()
+    av_bench_python: str = ""  # interpreter of the environment that av-benchmark is installed in; empty: this one
+    av_bench_batch_size: int = 32
+    truth: TruthConfig = field(default_factory=TruthConfig)
+    keep_clips: bool = False  # sounds and features stay after they were scored
+
+    def validate_ranges(self):
+        """Counts."""
+        for name in ("every", "items"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name} must be at least 0")
+        _require(self.av_bench_batch_size >= 1, "evaluation.av_bench_batch_size must be at least 1")
+        _require(len(set(self.metrics)) == len(self.metrics), "evaluation.metrics names one twice")
+
+
+@strict
+@dataclass(frozen=True)
 class Recipe:
     """Everything one experiment is made of, except the hardware."""
 
@@ -487,6 +523,7 @@ class Recipe:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     card: CardConfig = field(default_factory=CardConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
@@ -508,16 +545,28 @@ class Recipe:
             self.ema.start < self.training.steps,
             f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
         )
-        split = self.samples.split
-        _require(
-            not self.samples.every or bool(getattr(self.data, split)),
-            f"samples.every asks for sound of data.{split}, which names no store: name one, or set samples.every to 0",
-        )
+        for key, split in self._wanted_splits().items():
+            _require(
+                bool(getattr(self.data, split)),
+                f"{key} asks for sound of data.{split}, which names no store: name one, or set {key} to"
+                f" {'false' if key.endswith('training') else 0}",
+            )
         _require(
             self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
             f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"
             " so is what is made of them: leave it out",
         )
+
+    def _wanted_splits(self) -> dict[str, str]:
+        """Setting that asks for generated sound -> the split that it is made of."""
+        wanted = {"samples.every": self.samples.split} if self.samples.every else {}
+        wanted |= {"evaluation.every": self.evaluation.split} if self.evaluation.every else {}
+        return wanted | ({"evaluation.after_training": "test"} if self.evaluation.after_training else {})
+
+    @property
+    def sounding_splits(self) -> set[str]:
+        """Splits whose sound is made while training, or after it, which takes a decoder."""
+        return set(self._wanted_splits().values())
 
     @property
     def run_dir(self) -> Path:

@@ -25,6 +25,7 @@ from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, micro_batch_size
 from mmaudio_hf.data.dataset import Mixture, check_encoders, open_mixture
 from mmaudio_hf.data.store import bytes_of
+from mmaudio_hf.evaluation.av_bench import AvBench
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
 from mmaudio_hf.models.flops import training_flops
@@ -67,6 +68,7 @@ def examine(
     yield from _stores(recipe, mixtures)
     yield from _weights(recipe, checks, quick, complete=all(mixtures.get(s) for s in _needed_splits(recipe)))
     yield from _trackers(recipe)
+    yield from evaluation_findings(recipe)
     if recipe.training.batch_size % (processes * recipe.training.accumulation_steps):
         return  # what follows is about the share of one device
     estimate = MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune))
@@ -149,6 +151,22 @@ def _trackers(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("FAIL", "tracker", str(error))
 
 
+def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the published scores that the recipe asks for can be had; training does without."""
+    settings = recipe.evaluation
+    if not (settings.metrics and (settings.every or settings.after_training)):
+        return
+    problem = AvBench.of(recipe).problem()
+    where = settings.av_bench_python or "this environment"
+    found = f"without {', '.join(settings.metrics)} until this is mended: {problem}" if problem else f"works in {where}"
+    yield Finding("warn" if problem else "ok", "av-benchmark", found)
+    for split in sorted(recipe.sounding_splits):
+        source = getattr(settings.truth, split)
+        if source and not Path(source).is_dir():
+            note = f"{source} is no folder here and will be fetched from the Hub: a connection is needed"
+            yield Finding("warn", f"evaluation.truth.{split}", note)
+
+
 # --- what is there -------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +196,7 @@ def _stores(recipe: Recipe, mixtures: dict[str, Mixture]) -> Iterator[Finding]:
             mixtures[split] = mixture
             check_encoders([store for found in mixtures.values() for store in found.stores])
         except (ValueError, OSError) as error:
-            needed = split != "test" or (recipe.samples.every and recipe.samples.split == "test")
+            needed = split != "test" or split in recipe.sounding_splits
             yield Finding("FAIL" if needed else "warn", subject, str(error))
             continue
         rows = ", ".join(f"{store.path.name} {len(store):,}" for store in mixture.stores)
@@ -205,8 +223,10 @@ def _weights(recipe: Recipe, checks, quick: bool, complete: bool) -> Iterator[Fi
         return
     decoder = {"v1-16.pth", "best_netG.pt", "v1-44.pth"} | {f"{weights.BIGVGAN}/bigvgan_generator.pt"}
     for weight in weights.needed(recipe):
+        if weight.path == weights.CLAP_FILE:
+            continue  # looked for with av-benchmark, which reads it
         started = weight.path in ("empty_string.pth", Path(recipe.finetune.init_from).name)
-        now = not complete or started or (recipe.samples.every and weight.path in decoder)
+        now = not complete or started or (recipe.sounding_splits and weight.path in decoder)
         if quick and weights.locate(weight, folder) is not None:
             problem = None
         else:
@@ -223,7 +243,7 @@ def _toy_codec(recipe: Recipe, folder: Path, complete: bool) -> Iterator[Finding
         check_encoder_files("toy", recipe.model.mode, weights_dir=folder, clip=recipe.encoders.clip, parts=("decode",))
         yield Finding("ok", "weights", "toy encoders, and their codec is fitted")
     except ValueError as error:
-        yield Finding("FAIL" if recipe.samples.every and complete else "warn", "weights", str(error))
+        yield Finding("FAIL" if recipe.sounding_splits and complete else "warn", "weights", str(error))
 
 
 # --- what is enough ------------------------------------------------------------------------------------------------

@@ -12,60 +12,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from mmaudio_hf.config import Recipe, StoreConfig
-from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.evaluation.items import HeldOutItem, generate_items, read_items
 from mmaudio_hf.features.encoders import check_encoders, load_encoders
-from mmaudio_hf.generation import MMAudioPipeline, Request
+from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES, Evaluation, Sound, check_id
+from mmaudio_hf.schema import Evaluation, Sound
 
 SAMPLES_FILE = "samples.json"
 REFERENCE = "reference"
-
-
-@dataclass(frozen=True)
-class HeldOutItem:
-    """One row of a store: what a network is given for it, and the latent (N, C) of its true sound."""
-
-    item_id: str
-    caption: str
-    request: Request
-    latent: torch.Tensor
-    store: str  # name of the store
-
-
-def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
-    """The first `limit` rows of the stores one after the other, or with `spread` as many at even distances.
-
-    ValueError for a store that cannot be opened.
-    """
-    stores = [FeatureStore.open(source.path) for source in sources]
-    rows = [(store, row) for store in stores for row in range(len(store))]
-    count = min(limit, len(rows))
-    chosen = [rows[i * len(rows) // count if spread else i] for i in range(count)]
-    items = [_read_item(store, row) for store, row in chosen]
-    for store in stores:
-        store.close()
-    return items
-
-
-def _read_item(store: FeatureStore, row: int) -> HeldOutItem:
-    item_id = check_id(store.ids[row], f"{store.path}.tsv")
-    values = {name: column[0].float() for name, column in store.read([row]).items()}
-    features = {name: values.get(name) for name in (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)}
-    request = Request(key=item_id, **features)
-    return HeldOutItem(item_id, store.captions[row], request, values[MEAN], store.path.name)
 
 
 class SampleEvaluator:
@@ -74,18 +40,17 @@ class SampleEvaluator:
     ValueError when a file of the decoder is missing, or a store.
     """
 
-    name = "eval"
+    name, long = "eval", False
 
     def __init__(self, recipe: Recipe):
         self.every = recipe.samples.every
         self._recipe = recipe
         self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
         check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
-        items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
-        self._items = list({item.item_id: item for item in items}.values())  # a file has one id
+        self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
         self._references: dict[str, torch.Tensor] = {}
 
-    def run(self, model: MMAudio, step: int) -> Evaluation:
+    def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """Generate, score and write the items with `model`; every process calls it and has all results."""
         state = PartialState()
         share = self._items[state.process_index :: state.num_processes]
@@ -112,17 +77,8 @@ class SampleEvaluator:
         encoders = load_encoders(mode=recipe.model.mode, device=device, parts=("decode",), **self._encoders)
         precision = "bf16" if recipe.training.mixed_precision == "bf16" else "fp32"
         pipeline = MMAudioPipeline(model, encoders, precision=precision)
-        sampling = recipe.sampling
-        results = pipeline.generate(
-            [item.request for item in share],
-            sampling.batch_size,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            solver=sampling.solver,
-            seed=recipe.seed,
-        )
         found = []
-        for item, result in zip(share, results, strict=True):
+        for item, result in generate_items(pipeline, share, recipe.sampling, recipe.seed):
             known = self._references.get(item.item_id)
             true = pipeline.decode(item.latent.to(device)) if known is None else known
             found.append((item.item_id, result.waveform, true, result.sample_rate))

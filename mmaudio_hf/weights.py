@@ -31,6 +31,7 @@ CHUNK = 1 << 20
 NON_COMMERCIAL = "CC-BY-NC 4.0"
 MIT = "MIT"
 APPLE = "Apple research licence"
+CC0 = "CC0 1.0"
 
 Check = Callable[[Path], object]  # raises ValueError for a file that is not what it should be
 
@@ -71,6 +72,7 @@ def _flow(variant: str, size: str, md5: str) -> Weight:
 
 
 BIGVGAN = "bigvgan_v2_44khz_128band_512x"
+CLAP_FILE = "music_speech_audioset_epoch_15_esc_89.98.pt"
 CLIP = Weight("clip", "CLIP, pictures and text", APPLE, "3.9G", repo="apple/DFN5B-CLIP-ViT-H-14-384")
 CATALOGUE = (
     _flow("small_16k", "601M", "af93cde404179f58e3919ac085b8033b"),
@@ -92,6 +94,7 @@ CATALOGUE = (
     Weight("synchformer_state_dict.pth", "sync features", MIT, "907M", "5b2f5594b0730f70e41e549b7c94390c"),
     Weight("empty_string.pth", 'CLIP text features of ""', APPLE, "small"),
     CLIP,
+    Weight(CLAP_FILE, "LAION-CLAP, for evaluation", CC0, repo="lukewys/laion_clap", file=CLAP_FILE),
 )
 CLIP_PATTERNS = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
 
@@ -119,13 +122,15 @@ def _find(name: str) -> Sequence[Weight]:
 
 
 def needed(recipe: Recipe) -> list[Weight]:
-    """What extraction, training and generation with `recipe` read; nothing for toy encoders."""
+    """What extraction, training, generation and evaluation with `recipe` read; toy encoders read nothing."""
+    scored = find([CLAP_FILE, "synchformer_state_dict.pth"]) if recipe.evaluation.metrics else []
     if recipe.encoders.kind == "toy":
-        return []
+        return scored
     sound = {"16k": ("v1-16.pth", "best_netG.pt"), "44k": ("v1-44.pth", f"{BIGVGAN}/bigvgan_generator.pt")}
     wanted = find([*sound[recipe.model.mode], "synchformer_state_dict.pth", "empty_string.pth"])
     wanted += [w for w in CATALOGUE if w.file.startswith("weights/") and w.path == Path(recipe.finetune.init_from).name]
-    return [*wanted, CLIP] if recipe.encoders.clip == CLIP.repo else wanted
+    wanted += [CLIP] if recipe.encoders.clip == CLIP.repo else []
+    return list(dict.fromkeys([*wanted, *scored]))
 
 
 def locate(weight: Weight, folder: Path) -> Path | None:

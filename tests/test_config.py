@@ -66,6 +66,14 @@ MISTAKES = [
     ("resume=maybe", r"resume 'maybe' is not allowed: use auto, never or hub://owner/name\[@revision\]"),
     ("resume=hub://run", r"'run' is not a repository of the Hub: write owner/name"),
     ("resume=hub://me/run@../x", r"is not a repository of the Hub"),
+    ("evaluation.evry=5", r"unknown key evaluation\.evry: did you mean 'every'"),
+    ("evaluation.every=5", r"evaluation\.every asks for sound of data\.validation, which names no store"),
+    ("evaluation.after_training=true", r"after_training asks for sound of data\.test.* to false"),
+    ("evaluation.items=-1", r"evaluation\.items must be at least 0"),
+    ("evaluation.av_bench_batch_size=0", r"evaluation\.av_bench_batch_size must be at least 1"),
+    ("evaluation.metrics=[fad]", r"'fad' is not allowed: did you mean 'fd'|'fad' is not allowed: valid"),
+    ("evaluation.metrics=[fd, fd]", r"evaluation\.metrics names one twice"),
+    ("evaluation.truth.tset=x", r"unknown key evaluation\.truth\.tset: did you mean 'test'"),
 ]
 
 

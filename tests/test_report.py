@@ -14,6 +14,7 @@ from toy_stores import MODEL, write_store
 
 from mmaudio_hf import report
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
+from mmaudio_hf.evaluation.items import read_items
 from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
@@ -208,7 +209,8 @@ def test_true_sound_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch)
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "run.yaml")
-    sounds = [report._true_sound(row, recipe) for row in report._test_rows(recipe, 4)]
+    items = [item for store in recipe.data.test for item in read_items([store], 2)]
+    sounds = [report._video_and_sound(item, recipe, listen=True)[1] for item in items]
     assert [(how["alignment"], how["normalize_audio"]) for how in asked] == [("reference", True), ("reference", False)]
     assert [sound is None for sound in sounds] == [False, True, False, True]
     assert not torch.equal(sounds[0], sounds[2])

@@ -22,10 +22,11 @@ from toy_stores import recipe_tree
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.evaluation.items import read_items
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.report import write_report
-from mmaudio_hf.samples import SampleEvaluator, read_items
+from mmaudio_hf.samples import SampleEvaluator
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmaudio_hf.cli import audit, bench, data, generation, hub, runs, store, training, weights
+from mmaudio_hf.cli import audit, bench, data, evaluation, generation, hub, runs, store, training, weights
 from mmaudio_hf.schema import RunError
 
-PARTS = (audit, data, store, training, runs, hub, generation, weights, bench)  # in the order of --help
+PARTS = (audit, data, store, training, runs, hub, generation, evaluation, weights, bench)  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

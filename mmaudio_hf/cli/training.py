@@ -77,6 +77,10 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         from mmaudio_hf.samples import SampleEvaluator
 
         evaluators.append(SampleEvaluator(recipe))
+    if recipe.evaluation.every or recipe.evaluation.after_training:
+        from mmaudio_hf.evaluation.run import evaluators_of
+
+        evaluators += evaluators_of(recipe, lambda message: print(f"warning: {message}", file=sys.stderr))
     torch.manual_seed(recipe.seed)
     network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(

@@ -2,7 +2,7 @@
 
 import math
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -25,8 +25,11 @@ NO_PARTNER = "no ground truth of this id"
 NOT_FINITE = "features that are not finite"
 TRUTH_NOT_FINITE = "ground truth whose features are not finite"
 COMPLEX_ROOT = "the matrix root is complex, for which the published metric gives -1"
+FAMILIES = ("fd", "kl", "is", "ib", "desync", "clap")  # as in evaluation.metrics
 _OFFSET_BATCH = 16
 _IDS_SHOWN = 20  # of those that were dropped for one reason
+
+_FAMILY = {"FD": "fd", "KL": "kl", "ISC": "is"}  # by the opening of a name
 
 # Unit of each published score, and which values are better.
 UNITS = {
@@ -59,12 +62,15 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; null for a figure that is not finite, and the first ids of each reason."""
-        dropped = [
-            {"reason": reason, "count": len(ids), "ids": list(ids[:_IDS_SHOWN])} for reason, ids in self.dropped.items()
-        ]
         value = self.value if math.isfinite(self.value) else None
-        found = {"value": value, "unit": self.unit, "better": self.better, "used": self.used, "dropped": dropped}
+        found = {"value": value, "unit": self.unit, "better": self.better, "used": self.used}
+        found["dropped"] = listed(self.dropped)
         return found | ({"note": self.note} if self.note else {})
+
+
+def listed(dropped: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """What was dropped, by reason, as plain values: how many, and the first ids."""
+    return [{"reason": reason, "count": len(ids), "ids": list(ids[:_IDS_SHOWN])} for reason, ids in dropped.items()]
 
 
 def score_caches(
@@ -75,6 +81,7 @@ def score_caches(
     desync_classes: Mapping[str, Sequence[int]] | None = None,
     sync_weights: str | PathLike | None = None,
     device: str | torch.device = "cpu",
+    families: Collection[str] = FAMILIES,
 ) -> dict[str, Score]:
     """The published scores of cached features in two folders (spec media, section 6), by their published names.
 
@@ -82,32 +89,46 @@ def score_caches(
     ground truth may have (pictures and texts). A prediction is paired with the ground truth of its id, or else of its
     id without the counters that `clean_id` cuts off. paired=False compares distributions only.
     DeSync needs `sync_weights` (synchformer_state_dict.pth), or what its network said: `desync_classes`, prediction id
-    -> class indices of `desync_score`.
+    -> class indices of `desync_score`. families: which scores are wanted, out of FAMILIES.
     ValueError when a folder has no cache, one side lacks a file of the other, or a file cannot be read.
     """
     caches = _Caches(Path(gt_dir), Path(pred_dir))
+    scores = _sound_scores(caches, paired, families)
+    wanted = {name: score for name, score in scores.items() if _FAMILY[name.partition("-")[0]] in families}
+    return wanted | (_condition_scores(caches, families, desync_classes, sync_weights, device) if paired else {})
+
+
+def _sound_scores(caches: "_Caches", paired: bool, families: Collection[str]) -> dict[str, Score]:
+    """Scores that compare sounds with sounds; of `families`, and others from the same files."""
     scores: dict[str, Score] = {}
-    if sides := caches.sides("vggish_features.pth"):
+    distances, logits = "fd" in families, bool({"kl", "is"} & set(families))
+    if distances and (sides := caches.sides("vggish_features.pth")):
         scores |= _distance("FD-VGG", *sides, lambda rows: np.concatenate(rows))
-    if sides := caches.sides("pann_features.pth"):
-        scores |= _pann_scores(*sides, paired)
-    if sides := caches.sides("passt_features_embed.pth"):
+    if (distances or logits) and (sides := caches.sides("pann_features.pth")):
+        scores |= _pann_scores(*sides, paired, families)
+    if distances and (sides := caches.sides("passt_features_embed.pth")):
         scores |= _distance("FD-PASST", *(caches.pair(*sides) if paired else sides), np.stack)
-    if sides := caches.sides("passt_logits.pth"):
+    if logits and (sides := caches.sides("passt_logits.pth")):
         predicted, reference = caches.pair(*sides) if paired else sides
         if paired:
             scores |= _divergence("KL-PASST-softmax", predicted, reference)
         scores |= _inception("ISC-PASST", predicted)
-    if not paired:
-        return scores
-    for name, pred_file, gt_file in (
-        ("IB-Score", "imagebind_audio.pth", "imagebind_video.pth"),
-        ("LAION-CLAP-Score", "clap_laion_audio.pth", "clap_laion_text.pth"),
-        ("MS-CLAP-Score", "clap_ms_audio.pth", "clap_ms_text.pth"),
+    return scores
+
+
+def _condition_scores(caches: "_Caches", families, desync_classes, sync_weights, device) -> dict[str, Score]:
+    """Scores that compare each sound with its pictures or its text."""
+    scores: dict[str, Score] = {}
+    for family, name, pred_file, gt_file in (
+        ("ib", "IB-Score", "imagebind_audio.pth", "imagebind_video.pth"),
+        ("clap", "LAION-CLAP-Score", "clap_laion_audio.pth", "clap_laion_text.pth"),
+        ("clap", "MS-CLAP-Score", "clap_ms_audio.pth", "clap_ms_text.pth"),
     ):
-        if sides := caches.sides(pred_file, gt_file):
+        if family in families and (sides := caches.sides(pred_file, gt_file)):
             predicted, reference = caches.pair(*sides)
             scores |= _scored(name, mean_cosine(np.stack(predicted.rows), np.stack(reference.rows)), predicted)
+    if "desync" not in families:
+        return scores
     if desync_classes:
         scores |= _scored("DeSync", desync_score(list(desync_classes.values())), _Side(desync_classes))
     elif sync_weights is not None and (sides := caches.sides("synchformer_audio.pth", "synchformer_video.pth")):
@@ -211,9 +232,11 @@ def _distance(name: str, predicted: _Side, reference: _Side, joined) -> dict[str
     return _scored(name, value, predicted, COMPLEX_ROOT if value == -1.0 else "")
 
 
-def _pann_scores(predicted: _Side, reference: _Side, paired: bool) -> dict[str, Score]:
+def _pann_scores(predicted: _Side, reference: _Side, paired: bool, families: Collection[str]) -> dict[str, Score]:
     """FD and IS use all ids of each side; KL only ids that are equal, without the cleaning of `clean_id`."""
-    scores = _distance("FD-PANN", predicted.of("2048"), reference.of("2048"), np.stack)
+    scores: dict[str, Score] = {}
+    if "fd" in families:  # the root of a matrix of 2048 rows takes a while
+        scores |= _distance("FD-PANN", predicted.of("2048"), reference.of("2048"), np.stack)
     logits, truth = predicted.of("logits"), reference.of("logits").values
     if paired:
         common = [item_id for item_id in logits.values if item_id in truth]

@@ -23,15 +23,17 @@ import torch
 
 from mmaudio_hf.config import Recipe, load_recipe
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
-from mmaudio_hf.generation import MMAudioPipeline, Request
+from mmaudio_hf.evaluation.items import HeldOutItem, generate_items, read_items
+from mmaudio_hf.evaluation.results import find_scores
+from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.media.audio import MediaError, write_audio
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video, write_video_with_audio
 from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.report.comparison import scores_section
 from mmaudio_hf.report.plots import Curve, data_uri, decibels, encode_png, line_chart, spectrogram_image
 from mmaudio_hf.report.samples import samples_section
 from mmaudio_hf.report.style import SCRIPT, STYLE
-from mmaudio_hf.samples import read_items
 
 __all__ = [
     "Curve",
@@ -84,8 +86,7 @@ def report_run(
     recipe = load_recipe(run_dir / "config.yaml")
     times = {} if events is None else {name: e.times for name, e in read_events(events).items()}
     pipeline = MMAudioPipeline.from_pretrained(run_dir, device=device)
-    rows = _test_rows(recipe, scored)
-    clips, timing = _generated_clips(recipe, pipeline, rows, times, shown)
+    clips, timing = _generated_clips(recipe, pipeline, read_items(recipe.data.test, scored), times, shown)
     write_report(run_dir, clips[:shown], timing=timing)
     summary = run_summary(run_dir) | timing
     if started is not None:
@@ -93,51 +94,19 @@ def report_run(
     return {name: _plain(value) for name, value in summary.items()}
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of a test store."""
-
-    item_id: str
-    caption: str
-    request: Request
-    mean: torch.Tensor  # (N, C) latent of the true sound
-    video: Path | None
-    normalize_audio: bool  # of the source of the video
-
-
-def _test_rows(recipe: Recipe, limit: int) -> list[_Row]:
-    videos = {source.name: source for source in recipe.extraction.videos}
-    rows = []
-    for item in read_items(recipe.data.test, limit):
-        media = videos.get(item.store)
-        video = None if media is None else _find_video(Path(media.media_dir), item.item_id)
-        normalize = media is None or media.normalize_audio
-        rows.append(_Row(item.item_id, item.caption, item.request, item.latent, video, normalize))
-    return rows
-
-
 def _find_video(folder: Path, item_id: str) -> Path | None:
     found = sorted(path for path in folder.glob(f"{glob.escape(item_id)}.*") if path.stem == item_id)
     return found[0] if found else None
 
 
-def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, rows: list[_Row], times, shown: int):
+def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, items: list[HeldOutItem], times, shown: int):
     """Clips with generated and true sound, and the scores of event timing, {} where no events are known."""
-    sampling = recipe.sampling
-    results = pipeline.generate(
-        [row.request for row in rows],
-        sampling.batch_size,
-        num_steps=sampling.num_steps,
-        guidance_scale=sampling.guidance_scale,
-        solver=sampling.solver,
-        seed=recipe.seed,
-    )
     clips, detected, ceiling, known = [], [], [], []
     rate, duration = pipeline.sample_rate, recipe.model.duration
-    for row, result in zip(rows, results, strict=True):
-        decoded = pipeline.decode(row.mean)
-        reference = _true_sound(row, recipe) if len(clips) < shown else None
-        events = times.get(row.item_id)
+    for item, result in generate_items(pipeline, items, recipe.sampling, recipe.seed):
+        decoded = pipeline.decode(item.latent)
+        video, reference = _video_and_sound(item, recipe, listen=len(clips) < shown)
+        events = times.get(item.item_id)
         if events is not None:
             known.append(events)
             detected.append(onset_times(result.waveform, rate))
@@ -146,7 +115,7 @@ def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, rows: list[_Row]
         reference = decoded if reference is None else reference
         distance = waveform_scores(result.waveform, reference, rate)["log_mel_distance"]
         scores = {"log-mel distance to the truth in dB:": distance}
-        clips.append(ReportClip(row.item_id, row.caption, result.waveform, rate, reference, row.video, inside, scores))
+        clips.append(ReportClip(item.item_id, item.caption, result.waveform, rate, reference, video, inside, scores))
     if not known:
         return clips, {"generated_clips": len(clips)}
     scores = onset_scores(detected, known, duration=duration, seed=recipe.seed)
@@ -155,20 +124,23 @@ def _generated_clips(recipe: Recipe, pipeline: MMAudioPipeline, rows: list[_Row]
     return clips, {"generated_clips": len(clips), **timing}
 
 
-def _true_sound(row: _Row, recipe: Recipe) -> torch.Tensor | None:
-    """The sound of the file, read as extraction reads it; None when it cannot be read any more."""
-    if row.video is None:
-        return None
+def _video_and_sound(item: HeldOutItem, recipe: Recipe, listen: bool) -> tuple[Path | None, torch.Tensor | None]:
+    """The video of an item and its sound, read as extraction reads it; None for what is not there any more."""
+    source = next((source for source in recipe.extraction.videos if source.name == item.store), None)
+    video = None if source is None else _find_video(Path(source.media_dir), item.item_id)
+    if video is None or not listen:
+        return video, None
     with contextlib.suppress(MediaError):
-        return read_video(
-            row.video,
+        sound = read_video(
+            video,
             mode=recipe.model.mode,
             duration=recipe.model.duration,
             alignment=recipe.extraction.alignment,
-            normalize_audio=row.normalize_audio,
+            normalize_audio=source.normalize_audio,
             as_uint8=True,
         ).audio
-    return None
+        return video, sound
+    return video, None
 
 
 def _plain(value: Any) -> Any:
@@ -254,6 +226,7 @@ def write_report(
 </header>
 <section aria-labelledby="figures"><h2 id="figures">Key figures</h2>{_tiles(summary, timing or {})}</section>
 <section aria-labelledby="curves"><h2 id="curves">Curves</h2><div class="charts">{_charts(metrics)}</div></section>
+{scores_section(find_scores(run_dir))}
 {samples_section(run_dir)}
 <section aria-labelledby="clips"><h2 id="clips">Held-out clips</h2>{_legend(clips)}{cards}</section>
 </main>

@@ -61,6 +61,14 @@ i.onset, .key.onset::before { margin-left: -5px; }
   font-variant-numeric: tabular-nums; }
 .seconds span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .seconds span:first-child { transform: none; }
+.wide { margin: 12px 0; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.scores { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.scores th, .scores td { padding: 8px 14px; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+.scores tbody tr:last-child > * { border-bottom: 0; }
+.scores th { font-weight: 600; }
+.scores .note { display: block; font-weight: 400; }
+.scores .best { font-weight: 700; color: var(--b); }
 """
 
 # One player at a time, and a line over its spectrogram where it is.

@@ -7,7 +7,7 @@ that was killed and resumed is the same run, and the same global batch trains th
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -68,11 +68,13 @@ class Evaluator(Protocol):
 
     name: str
     every: int
+    long: bool  # it takes so long that a checkpoint is saved first, from which a killed run goes on with it
 
-    def run(self, model: MMAudio, step: int) -> Evaluation:
+    def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """Judge `model`, which holds the averaged weights; called on every process. The scores are the same on all,
 
-        and logged as NAME/SCORE; the first process may have sounds for the trackers beside them.
+        and logged as NAME/SCORE; the first process may have sounds for the trackers beside them. `weights` says which
+        weights of the run they are, as weights.json does.
         """
 
 
@@ -175,6 +177,7 @@ class Run:
         self.on_checkpoint = on_checkpoint
         self.run_dir = recipe.run_dir
         self.step = 0
+        self.to_evaluate: list[str] = []  # names of the evaluators that are due now and have not ended
         self.finished = False  # all steps are done, or validation no longer improves
         self.stop = StopSignals()
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self.stop, self._report_skip)
@@ -223,6 +226,7 @@ class Run:
             tqdm(total=training.steps, initial=self.step, disable=not main, unit="step", dynamic_ncols=True) as bar,
             self.loader(self.step if self.finished else training.steps) as loader,
         ):
+            self._go_on_evaluating()
             began = time.perf_counter()
             for batches in loader:
                 self.update(batches)
@@ -255,16 +259,37 @@ class Run:
             self._save(snapshot=True, checkpoint=False)
             self.writer.wait()
             self.accelerator.wait_for_everyone()
-        scores |= self._evaluate()
+        best, due = self._is_best(scores), [e for e in self.evaluators if self.finished or self.step % e.every == 0]
+        snapshot = not self.finished and self.step % self.recipe.ema.snapshot_every == 0
+        wanted = asked or self.finished or best or self.step % training.checkpoint_every == 0
+        if any(evaluator.long for evaluator in due):  # a run that is killed meanwhile goes on with the evaluation
+            self.to_evaluate = [evaluator.name for evaluator in due]
+            self._save(snapshot, checkpoint=True)
+            snapshot, wanted = False, self.finished  # the card of what is published tells the scores
+        if not asked or self.finished or not self.to_evaluate:
+            wanted = self._is_best(self._evaluate(due)) or wanted
+        self._save(snapshot, checkpoint=wanted)
+        if log:
+            bar.set_postfix(line | self._log_speed(loader))
+
+    def _is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether the weights are the best so far by `scores`; the first process says it for all."""
         best = [self.best.note(scores, self.step)]
         if self.best.metric in scores and self.accelerator.num_processes > 1:
             broadcast_object_list(best)
-        self._save(
-            snapshot=not self.finished and self.step % self.recipe.ema.snapshot_every == 0,
-            checkpoint=asked or self.finished or best[0] or self.step % training.checkpoint_every == 0,
-        )
-        if log:
-            bar.set_postfix(line | self._log_speed(loader))
+        return best[0]
+
+    def _go_on_evaluating(self) -> None:
+        """Make up for evaluations that were due at the checkpoint and did not come to their end."""
+        lines = [entry for entry in self.history if entry["step"] == self.step]
+        done = [name for name in self.to_evaluate if any(k.startswith(f"{name}/") for line in lines for k in line)]
+        if self.to_evaluate and self.accelerator.num_processes > 1:
+            holder = [done]
+            broadcast_object_list(holder)
+            [done] = holder
+        due = [e for e in self.evaluators if e.name in self.to_evaluate and e.name not in done]
+        if self._is_best(self._evaluate(due)) or (due and self.finished):
+            self._save(snapshot=False, checkpoint=True)
 
     def _judge_finished(self) -> None:
         """Note the end of the run; the main process, which has the scores, decides on an early one for all."""
@@ -312,6 +337,7 @@ class Run:
         self.step, self.guard.skipped = state.step, state.facts["skipped"]
         self.final_weights = state.facts["weights"]
         self.best.restore(state.facts.get("best"))
+        self.to_evaluate = state.facts.get("to_evaluate", [])
 
     def prepare(self) -> None:
         """Wrap the network for its processes, once its weights are in place."""
@@ -471,22 +497,24 @@ class Run:
         with self.accelerator.autocast():
             return self.network(*args, **kwargs)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, due: Sequence[Evaluator]) -> dict[str, float]:
         scores: dict[str, float] = {}
-        due = [e for e in self.evaluators if self.step % e.every == 0 or self.finished]
         if due:
-            model = self._averaged_network()
+            model, weights = self._averaged_network()
             for evaluator in due:
-                result = evaluator.run(model, self.step)
+                result = evaluator.run(model, self.step, weights)
                 found = {f"{evaluator.name}/{k}": v for k, v in result.scores.items()}
-                self._record(found)
+                if found:
+                    self._record(found)
                 log_sounds(self.accelerator, evaluator.name, result.sounds, self.step)
                 scores |= found
+        self.to_evaluate = []
         return scores
 
-    def _averaged_network(self) -> MMAudio:
-        tensors = whole({"published": self._averages()[0]}, keep=True)["published"]
-        return published_network(self.recipe, tensors).to(self.device).eval()
+    def _averaged_network(self) -> tuple[MMAudio, dict[str, Any]]:
+        averages, weights = self._averages()
+        tensors = whole({"published": averages}, keep=True)["published"]
+        return published_network(self.recipe, tensors).to(self.device).eval(), weights
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Weights to publish and what they are: the nearest stored profile, or the synthesis when training is over.
@@ -534,6 +562,7 @@ class Run:
         """What the thread does with the copies. It sees the run as it is now, not as it will be."""
         recipe, run_dir, step, ema_step = self.recipe, self.run_dir, self.step, self.ema.step
         facts = {"skipped": self.guard.skipped, "ema_step": ema_step, "weights": self.final_weights}
+        facts |= {"to_evaluate": self.to_evaluate}
         facts |= {"best": self.best.record, "processes": self.accelerator.num_processes, "recipe": to_dict(recipe)}
         best, logged = self.best.step, not self.metrics.waiting
         retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every)

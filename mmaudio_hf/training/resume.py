@@ -21,7 +21,7 @@ from mmaudio_hf.training.records import truncate_lines
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
-    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "card", "hub"),
+    *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "evaluation", "card", "hub"),
     *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
@@ -87,8 +87,8 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
     """Put away what belongs to a future that is trained anew after `step`; return the lines of metrics.jsonl.
 
-    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, samples, log lines and
-    what killed writers left go. `last` and `best` point at what is left.
+    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, samples, scores, log
+    lines and what killed writers left go. `last` and `best` point at what is left.
     """
     for folder in list_checkpoints(run_dir):
         if checkpoint_step(folder) > step:
@@ -106,6 +106,10 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
         number = re.fullmatch(r"step_(\d+)(\.partial)?", folder.name)
         if number and (number[2] or int(number[1]) > step):
             shutil.rmtree(folder)
+    for scores in (run_dir / "evaluation").glob("*_step_*.json*"):  # sounds stay: they are known by their weights
+        number = re.search(r"_step_(\d+)\.", scores.name)
+        if number and int(number[1]) > step:
+            scores.unlink()
     if run_dir.exists():
         for name, pointed in (("last", step), ("best", best)):
             folder = None if pointed is None else checkpoint_folder(run_dir, pointed)

@@ -1,0 +1,56 @@
+"""Files of scores: RUN/evaluation/SPLIT_step_N.json, one per evaluated split and weights.
+
+format, run, split, step                  what was evaluated
+weights                                   as in weights.json: raw or EMA, sigma_rel, step
+settings                                  how the sound was made
+items                                     listed, scored, and dropped with reasons
+scores                                    NAME: value, unit, better, used, dropped, note
+not_computed                              what was asked for and why it is not there
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+FOLDER = "evaluation"
+
+
+def scores_file(folder: Path, split: str, step: int | None) -> Path:
+    """Where the scores of a split are; `step` None for weights that do not say how long they were trained."""
+    return folder / (f"{split}.json" if step is None else f"{split}_step_{step}.json")
+
+
+def write_scores(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one file of scores, beside its place first."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def read_scores(path: str | PathLike) -> dict[str, Any]:
+    """One file of scores. ValueError when it is something else."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if content["format"] != FORMAT or not isinstance(content["scores"], dict):
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of scores: {error}") from error
+    return content
+
+
+def find_scores(run_dir: str | PathLike, split: str = "") -> list[dict[str, Any]]:
+    """All scores of a run (of `split` alone), by split and step; damaged files are passed over."""
+    found = []
+    for path in (Path(run_dir) / FOLDER).glob("*.json"):
+        if re.fullmatch(r"(validation|test)(_step_\d+)?\.json", path.name):
+            try:
+                content = read_scores(path)
+            except ValueError:
+                continue
+            if split in ("", content["split"]):
+                found.append(content)
+    return sorted(found, key=lambda content: (content["split"], content["step"] or 0))

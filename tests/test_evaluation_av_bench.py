@@ -1,0 +1,284 @@
+"""av-benchmark: features extracted in an environment of its own, by a twin of its interface, and its failures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from av_bench_twin import Twin
+from golden_data import normal
+from hub_server import TOKEN, USER, Hub
+from huggingface_hub import HfApi
+from toy_stores import recipe_tree, write_store
+from training_runs import ROOT, SCRIPTS, environment, run_dir
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import load_recipe
+from mmaudio_hf.doctor import evaluation_findings
+from mmaudio_hf.evaluation import score_caches
+from mmaudio_hf.evaluation.av_bench import CLAP_FILE, SYNCHFORMER_FILE, AvBench, merge_caches
+from mmaudio_hf.evaluation.published import truth_caches
+from mmaudio_hf.evaluation.results import read_scores
+from mmaudio_hf.features.toy import ToyMelCodec
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import RunError
+
+CPU = torch.device("cpu")
+IDS = [f"test_{i:04d}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory) -> Twin:
+    return Twin(tmp_path_factory.mktemp("twin"))
+
+
+@pytest.fixture(autouse=True)
+def behaves(twin):
+    yield
+    twin.misbehave("")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, twin) -> Path:
+    """A recipe that asks for published scores, and a network beside it that was not trained."""
+    folder = tmp_path_factory.mktemp("published")
+    tree = recipe_tree(folder)
+    write_store(folder / "test", len(IDS), seed=3)
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    for name in (CLAP_FILE, SYNCHFORMER_FILE):
+        (folder / name).write_bytes(b"weights")
+    tree |= {"name": "published", "sampling": {"num_steps": 1, "batch_size": 4}}
+    metrics = ["fd", "kl", "is", "clap"]
+    tree |= {"evaluation": {"metrics": metrics, "av_bench_python": str(twin.python), "keep_clips": True}}
+    tree["data"]["test"] = [{"path": str(folder / "test")}]
+    path = folder / "published.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    torch.manual_seed(0)
+    network = MMAudio(load_recipe(path).model)
+    network.latent_mean.fill_(0.0)
+    network.latent_std.fill_(1.0)
+    network.save_pretrained(folder / "network")
+    return path
+
+
+@pytest.fixture(scope="module")
+def extracted(twin, tmp_path_factory) -> Path:
+    """Two sounds, their caches, and what was printed meanwhile."""
+    folder = tmp_path_factory.mktemp("extracted")
+    (folder / "audio").mkdir()
+    for item_id in IDS[:2]:
+        write_audio(folder / "audio" / f"{item_id}.wav", torch.from_numpy(0.1 * normal(item_id, (16000,))), 16000)
+    return folder
+
+
+def bench(twin, folder: Path, **options) -> AvBench:
+    for name in (CLAP_FILE, SYNCHFORMER_FILE):
+        (folder / name).write_bytes(b"weights")
+    return AvBench(str(twin.python), folder, **options)
+
+
+def test_extraction_in_another_environment(twin, extracted, capfd):
+    found = bench(twin, extracted)
+    assert found.problem() is None
+    found.extract(extracted / "audio", extracted / "cache", duration=1.0, device=CPU, video=False, clap=True)
+    names = (
+        "pann_features",
+        "vggish_features",
+        "passt_features_embed",
+        "passt_logits",
+        "clap_laion_audio",
+        "clap_ms_audio",
+    )
+    assert {path.name for path in (extracted / "cache").iterdir()} == {f"{name}.pth" for name in names}
+    for name in names:
+        assert list(torch.load(extracted / "cache" / f"{name}.pth", weights_only=True)) == IDS[:2]
+    assert "loading 1.0 cpu" in (extracted / "cache.log").read_text(errors="replace")
+    assert capfd.readouterr().out == ""  # what it prints goes to the log
+
+
+def test_every_way_to_fail_has_a_message(twin, extracted):
+    found = bench(twin, extracted)
+
+    def run():
+        found.extract(extracted / "audio", extracted / "lost", duration=1.0, device=CPU, video=True, clap=False)
+
+    for misdeed, message in (
+        ("raise", r"RuntimeError: CUDA out of memory; it printed last: .*RuntimeError: CUDA out of memory"),
+        ("die", r"ended by signal 9 without a result; it printed last: .*\{not json\}"),
+        ("forget", r"wrote no passt_logits\.pth"),
+        ("import", r"ImportError: cannot import name 'find_pruneable"),
+    ):
+        twin.misbehave(misdeed)
+        with pytest.raises(RunError, match=message):
+            run()
+    assert "install it by `git clone https://github.com/hkchengrex/av-benchmark" in found.problem()
+    twin.misbehave("")
+    (extracted / CLAP_FILE).unlink()
+    assert f"`mmaudio-hf weights download {CLAP_FILE} --dir {extracted}`" in found.problem()
+    with pytest.raises(RunError, match=f"FileNotFoundError: .*{CLAP_FILE}"):
+        run()
+    assert "is no program" in AvBench(str(extracted / "python"), extracted).problem()
+    assert "ModuleNotFoundError: No module named 'av_bench'" in AvBench(sys.executable, extracted).problem()
+    assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
+
+
+def test_in_this_process_where_it_imports(twin, extracted, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(str(twin.python.parents[2] / "site"))
+    found = AvBench("", bench(twin, extracted).weights_dir)
+    found.extract(extracted / "audio", extracted / "here", duration=1.0, device=CPU, video=False, clap=False)
+    there = torch.load(extracted / "here" / "passt_logits.pth", weights_only=True)
+    assert set(there) == set(IDS[:2]) and "loading" not in capfd.readouterr().out
+    for name in [name for name in sys.modules if name.partition(".")[0] == "av_bench"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def evaluate(recipe: Path, out: Path, *words: str) -> dict:
+    assert main(["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(out), *words]) == 0
+    return read_scores(out / "test.json")
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory) -> Path:
+    """Results of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    evaluate(recipe, out)
+    return out
+
+
+def test_published_scores_of_a_split(alone):
+    content = read_scores(alone / "test.json")
+    assert content["weights"] == {"weights": "not stated", "sigma_rel": None} and content["step"] is None
+    names = {"FD-VGG", "FD-PANN", "FD-PASST", "KL-PANNS-softmax", "KL-PASST-softmax"}
+    names |= {f"ISC-{net}-{kind}" for net in ("PANNS", "PASST") for kind in ("mean", "std")}
+    published = {name: score for name, score in content["scores"].items() if name[0].isupper()}
+    assert set(published) == names and len(content["scores"]) == len(names) + 8
+    assert all(score["used"] == len(IDS) and not score["dropped"] for score in published.values())
+    assert set(content["not_computed"]) == {"clap"} and "clap_laion_text.pth" in content["not_computed"]["clap"]
+    # They are those of the caches that are there: of the true sounds, decoded, and of the generated ones.
+    again = score_caches(alone / "test_truth" / "cache", alone / "test" / "cache")
+    assert {name: again[name].value for name in names} == pytest.approx({n: s["value"] for n, s in published.items()})
+    for folder in (alone / "test", alone / "test_truth"):
+        assert list(torch.load(folder / "cache" / "passt_logits.pth", weights_only=True)) == IDS
+        assert not (folder / "parts").exists()
+
+
+def test_two_processes_give_the_same_scores(recipe, alone, tmp_path):
+    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+    words += ["--num_processes", "2", "--main_process_port", "0", "-m", "mmaudio_hf.cli", "evaluate"]
+    words += [str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("network, test") == 2  # the title, and a note of what is not computed
+    ours, theirs = (read_scores(folder / "test.json") for folder in (tmp_path, alone))
+    assert ours["items"] == theirs["items"] and ours["key"] == theirs["key"]
+    for name, score in theirs["scores"].items():
+        assert ours["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3, abs=1e-3), name
+
+
+def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path):
+    """Caches of a benchmark in a folder: other ids, other files, and nothing is extracted of the true sounds."""
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for file in (alone / "test_truth" / "cache").glob("p*.pth"):
+        values = torch.load(file, weights_only=True)
+        values["other"] = values.pop(IDS[0])
+        torch.save(values, truth / file.name)
+    torch.save({i: torch.from_numpy(normal(i, (6,))) for i in IDS[1:]}, truth / "clap_laion_text.pth")
+    torch.save({i: torch.from_numpy(normal(i, (7,))) for i in IDS[1:]}, truth / "clap_ms_text.pth")
+    (tmp_path / "out").mkdir()
+    subprocess.run(["cp", "-r", alone / "test", tmp_path / "out" / "test"], check=True)
+    words = ["evaluation.metrics=[kl, clap]", f"evaluation.truth.test={truth}"]
+    content = evaluate(recipe, tmp_path / "out", *words)
+    assert content["truth"] == str(truth) and content["not_computed"] == {}
+    names = {"KL-PANNS-softmax", "KL-PASST-softmax", "LAION-CLAP-Score", "MS-CLAP-Score"}
+    assert {name for name in content["scores"] if name[0].isupper()} == names
+    for name in names:
+        score = content["scores"][name]
+        assert score["used"] == len(IDS) - 1
+        assert score["dropped"] == [{"reason": "no ground truth of this id", "count": 1, "ids": [IDS[0]]}]
+    assert not (tmp_path / "out" / "test_truth").exists()
+    assert truth_caches(str(truth)) == truth
+    for wrong, message in (
+        ("nowhere", "neither a folder nor a data set"),
+        (str(tmp_path / "typo"), "neither a folder nor a data set"),
+        ("some one/name", "not a repository of the Hub"),
+        (str(tmp_path), "holds no cached"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            truth_caches(wrong)
+
+
+def test_failures_cost_the_published_scores_alone(recipe, twin, tmp_path, capsys):
+    for misdeed, told, noted in (
+        (
+            "import",
+            "warning: evaluation.metrics are left out, the other scores are computed: av-benchmark cannot",
+            "cannot",
+        ),
+        ("die", "warning: evaluation.metrics of test are left out (its process ended by signal 9", "signal 9"),
+    ):
+        twin.misbehave(misdeed)
+        content = evaluate(recipe, tmp_path)
+        assert not any(name[0].isupper() for name in content["scores"]) and len(content["scores"]) == 8
+        assert noted in content["not_computed"]["av-benchmark"]
+        output = capsys.readouterr()
+        assert output.err.count("warning") == 1 and told in output.err and "no av-benchmark:" in output.out
+    twin.misbehave("skip")
+    content = evaluate(recipe, tmp_path)
+    score = content["scores"]["KL-PASST-softmax"]
+    assert score["used"] == len(IDS) - 1
+    assert {"reason": "av-benchmark gave no features", "count": 1, "ids": [IDS[0]]} in score["dropped"]
+
+
+def test_training_is_told_once_and_goes_on(recipe, twin, capsys):
+    twin.misbehave("import")
+    words = ["training.steps=2", "training.validate_every=2", "evaluation.every=2", "evaluation.after_training=true"]
+    assert main(["train", str(recipe), *words, "evaluation.items=2"]) == 0
+    assert capsys.readouterr().err.count("av-benchmark cannot be imported") == 1
+    for split in ("validation", "test"):
+        assert "av-benchmark" in read_scores(run_dir(recipe) / "evaluation" / f"{split}_step_2.json")["not_computed"]
+
+
+def test_doctor_says_it_before(recipe, twin):
+    loaded = load_recipe(recipe, ["evaluation.after_training=true"])
+    assert [finding.level for finding in evaluation_findings(loaded)] == ["ok"]
+    twin.misbehave("import")
+    (finding,) = evaluation_findings(loaded)
+    assert finding.level == "warn" and "git clone" in finding.message
+    wrong = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=nowhere"])
+    assert [f.level for f in evaluation_findings(wrong)] == ["warn", "warn"]
+    assert list(evaluation_findings(load_recipe(recipe))) == []
+
+
+def test_parts_are_merged_in_the_order_of_the_split(tmp_path):
+    for part, ids in (("0", ("b", "d")), ("1", ("a",))):
+        (tmp_path / part).mkdir()
+        torch.save({i: torch.ones(1) for i in ids}, tmp_path / part / "x.pth")
+    assert merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a", "b", "c", "d"]) == ["c"]
+    assert list(torch.load(tmp_path / "all" / "x.pth", weights_only=True)) == ["a", "b", "d"]
+    (tmp_path / "1" / "x.pth").write_bytes(b"rubbish")
+    with pytest.raises(RunError, match=r"1/x\.pth, which av-benchmark wrote, cannot be read"):
+        merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a"])
+
+
+def test_truth_from_the_hub(tmp_path, monkeypatch):
+    with Hub(tmp_path / "hub") as hub:
+        hub.use_here(monkeypatch, tmp_path / "home")
+        name, file = f"{USER}/results", tmp_path / "passt_logits.pth"
+        torch.save({"a": torch.ones(3)}, file)
+        HfApi().create_repo(name, repo_type="dataset")
+        for place in ("vggsound/test/passt_logits.pth", "vggsound/test/sounds.tar", "other.pth"):
+            HfApi().upload_file(path_or_fileobj=file, path_in_repo=place, repo_id=name, repo_type="dataset")
+        folder = truth_caches(f"{name}/vggsound/test")
+        assert [path.name for path in folder.iterdir()] == ["passt_logits.pth"]
+        assert torch.load(folder / "passt_logits.pth", weights_only=True)["a"].sum() == 3
+        assert [path.name for path in truth_caches(name).glob("*.pth")] == ["other.pth"]
+        with pytest.raises(ValueError, match=f"{name}/nothing holds no cached features"):
+            truth_caches(f"{name}/nothing")
+        with pytest.raises(ValueError, match="cannot be fetched from the Hub") as caught:
+            truth_caches(f"{USER}/missing")
+        assert TOKEN not in str(caught.value)

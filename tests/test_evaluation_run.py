@@ -1,0 +1,268 @@
+"""Whole evaluations of small runs: in the training loop, alone, killed on the way."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_report import Page
+from toy_stores import recipe_tree
+from training_runs import ROOT, environment, metrics, run_dir
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import StoreConfig, load_recipe
+from mmaudio_hf.evaluation.builtin import NO_ONSETS, clip_scores, mean_scores
+from mmaudio_hf.evaluation.items import HeldOutItems
+from mmaudio_hf.evaluation.results import find_scores, read_scores
+from mmaudio_hf.evaluation.run import NOT_FINITE, SplitEvaluator, network_hash
+from mmaudio_hf.features.toy import ToyMelCodec
+from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.media.audio import read_waveform, write_audio
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.report import write_report
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Stores, and a codec fitted to noise."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    recipe_tree(folder)
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> Path:
+    """A run that was evaluated on its way and after it."""
+    tree = recipe_tree(folder, steps=4, validate_every=4, checkpoint_every=2, log_every=2)
+    tree |= {"name": "finished", "sampling": {"num_steps": 1, "batch_size": 2}}
+    tree |= {"evaluation": {"every": 2, "after_training": True, "items": 6}}
+    tree["data"]["test"] = [{"path": str(folder / "videos")}]
+    recipe = folder / "finished.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    assert main(["train", str(recipe)]) == 0
+    return recipe
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the run without its results."""
+    shutil.copytree(run_dir(finished), tmp_path / "copy", symlinks=True)
+    shutil.rmtree(tmp_path / "copy" / "evaluation")
+    return tmp_path / "copy"
+
+
+def evaluate(*words) -> int:
+    return main(["evaluate", *map(str, words)])
+
+
+def test_scores_on_the_way_and_after_it(finished, tmp_path):
+    folder = run_dir(finished) / "evaluation"
+    assert [(c["split"], c["step"]) for c in find_scores(run_dir(finished))] == [
+        ("test", 4), ("validation", 2), ("validation", 4),
+    ]  # fmt: skip
+    names = {f"{split}_step_{step}.{end}" for split, step in (("validation", 2), ("validation", 4), ("test", 4))
+             for end in ("json", "clips.jsonl")}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == names  # the sounds are gone
+    content = read_scores(folder / "test_step_4.json")
+    assert content["weights"] == {"weights": "ema", "sigma_rel": 0.05, "step": 4} and content["run"] == "finished"
+    assert content["items"] == {"listed": 6, "scored": 6, "dropped": []}
+    for step in (2, 4):
+        (line,) = [e for e in metrics(finished) if e["step"] == step and "eval_validation/onset_f1" in e]
+        scores = read_scores(folder / f"validation_step_{step}.json")["scores"]
+        assert {f"eval_validation/{n}": s["value"] for n, s in scores.items()} == {
+            k: line[k] for k in line if k != "step"
+        }
+    assert any("eval_test/log_mel_distance" in line for line in metrics(finished))
+
+    # The scores are those of what the published weights make of the features, as heard from a file.
+    recipe = load_recipe(finished)
+    item = HeldOutItems(recipe.data.test, 6, spread=True)[3]
+    pipeline = MMAudioPipeline.from_pretrained(run_dir(finished), device="cpu")
+    (made,) = pipeline.generate([item.request], num_steps=1, seed=recipe.seed)
+    write_audio(tmp_path / "made.wav", made.waveform, made.sample_rate)
+    heard, rate = read_waveform(tmp_path / "made.wav")
+    lines = [json.loads(line) for line in (folder / "test_step_4.clips.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line.pop("id") == item.item_id]
+    assert line == pytest.approx(clip_scores(heard, pipeline.decode(item.latent), rate), rel=1e-2, abs=1e-2)
+    mean = content["scores"]["log_mel_distance"]
+    assert (mean["unit"], mean["better"], mean["used"]) == ("dB", "lower", 6)
+    assert mean["value"] == pytest.approx(np.mean([line["log_mel_distance"] for line in lines]))
+
+
+def test_report_and_page_show_them(finished, run, capsys):
+    page = Page(write_report(run_dir(finished), []).read_text())
+    assert len(page.all("table")) == 1 and "finished, test, step 4" in page.text
+    content = find_scores(run_dir(finished), "test")[0]
+    assert f"{content['scores']['onset_f1']['value']:.4g}" in page.text
+    checkpoint = run_dir(finished) / "checkpoints" / "step_2"
+    assert evaluate(run_dir(finished), checkpoint, "--page", run / "both.html") == 0
+    text = capsys.readouterr().out
+    assert "finished, test, step 4" in text and "finished, test, step 2" in text and "log_mel_distance [dB]" in text
+    page = Page((run / "both.html").read_text())
+    assert len(page.all("th")) == 3 + 8 and not page.all("script") and "EMA (sigma_rel 0.05)" in page.text
+    contents = [read_scores(run_dir(finished) / "evaluation" / f"test_step_{step}.json") for step in (4, 2)]
+    values = [[content["scores"][name]["value"] for content in contents] for name in ("log_mel_distance", "onset_f1")]
+    best = ["best" if min(pair) == value else None for pair in values[:1] for value in pair]
+    best += ["best" if max(pair) == value else None for pair in values[1:] for value in pair]
+    cells = [cell.get("class") for cell in page.all("td")]
+    assert cells[:2] + cells[-2:] == best
+
+
+def test_killed_and_taken_up_again(finished, run, capsys):
+    """What was made before a kill is heard afterwards, as it was; other settings make everything anew."""
+    command = [
+        sys.executable,
+        "-m",
+        "mmaudio_hf.cli",
+        "evaluate",
+        str(run),
+        "evaluation.items=0",
+        "sampling.batch_size=1",
+    ]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=run
+    )
+    clips = run / "evaluation" / "test_step_4" / "clips"
+    while len(list(clips.glob("*.wav"))) < 3 and process.poll() is None:
+        threading.Event().wait(0.001)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
+    assert 3 <= len(before) < 24 and not (run / "evaluation" / "test_step_4.json").exists()
+
+    silent = sorted(before)[0]  # marked, to see that it is taken as it is
+    write_audio(silent, torch.zeros(16000), 16000)
+    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true") == 0
+    ours, theirs = (read_scores(r / "evaluation" / "test_step_4.json") for r in (run, run_dir(finished)))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != silent)
+    lines = (run / "evaluation" / "test_step_4.clips.jsonl").read_text().splitlines()
+    loudness = {line["id"]: line["loudness_difference"] for line in map(json.loads, lines)}
+    assert len(loudness) == 6 and loudness[silent.stem] < -50
+    assert ours["scores"]["loudness_difference"]["value"] < theirs["scores"]["loudness_difference"]["value"] - 5
+
+    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true", "seed=8") == 0
+    assert len(list(clips.glob("*.wav"))) == 6 and silent.stat().st_size > 0
+    again = read_scores(run / "evaluation" / "test_step_4.json")
+    assert again["settings"]["seed"] == 8 and again["key"] != ours["key"]
+    assert again["scores"]["loudness_difference"]["value"] > -5
+    made = clips.stat().st_mtime_ns
+    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true", "seed=8") == 0  # nothing is made twice
+    assert clips.stat().st_mtime_ns == made
+    capsys.readouterr()
+
+
+def unfinished(checkpoint: Path) -> list[str]:
+    return json.loads((checkpoint / "training_state" / "state.json").read_text())["facts"]["to_evaluate"]
+
+
+def test_training_killed_in_an_evaluation_goes_on_with_it(finished):
+    recipe = finished.with_name("killed.yaml")
+    recipe.write_text(finished.read_text().replace("name: finished", "name: killed"))
+    clips = run_dir(recipe) / "evaluation" / "validation_step_2" / "clips"
+    checkpoint = run_dir(recipe) / "checkpoints" / "step_2"
+    words = [sys.executable, str(ROOT / "train.py"), str(recipe), "evaluation.keep_clips=true"]
+    with open(os.devnull, "w") as nowhere:
+        process = subprocess.Popen(words, env=environment(), stdout=nowhere, stderr=nowhere, cwd=recipe.parent)
+    while not (checkpoint.exists() and list(clips.glob("*.wav"))) and process.poll() is None:
+        threading.Event().wait(0.001)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
+    assert before and "eval_validation" not in (run_dir(recipe) / "metrics.jsonl").read_text()
+    assert json.loads((checkpoint / "training_state" / "state.json").read_text())["facts"]["to_evaluate"] == [
+        "eval_validation"
+    ]
+    assert main(["train", str(recipe), "evaluation.keep_clips=true"]) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    for ours, theirs in zip(metrics(recipe), metrics(finished), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-2, abs=1e-2)
+    last = run_dir(recipe) / "last"
+    assert last.resolve().name == "step_4"
+    assert unfinished(last) == []
+
+
+def test_what_cannot_be_scored_is_counted(finished, tmp_path):
+    recipe = load_recipe(finished, ["evaluation.keep_clips=true"])
+    evaluator = SplitEvaluator(recipe, "validation", folder=tmp_path)
+    network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
+    facts = {"weights": "raw", "sigma_rel": None, "step": 9}
+    first = evaluator.items.ids[0]
+    whole = evaluator.evaluate(network, 9, facts)
+    clip = tmp_path / "validation_step_9" / "clips" / f"{first}.wav"
+    clip.write_bytes(b"no sound")
+    (tmp_path / "validation_step_9.json").unlink()
+    content = evaluator.evaluate(network, 9, facts)
+    (entry,) = content["items"]["dropped"]
+    assert entry == {"reason": "a sound that cannot be read", "count": 1, "ids": [first]} and not clip.exists()
+    assert content["scores"]["log_mel_distance"]["used"] == len(evaluator.items) - 1
+    (tmp_path / "validation_step_9.json").unlink()
+    again = evaluator.evaluate(network, 9, facts)["scores"]
+    for name, score in whole["scores"].items():  # made in another batch
+        assert again[name]["value"] == pytest.approx(score["value"], rel=1e-2, abs=1e-2), name
+
+    with torch.no_grad():
+        network.final_layer.conv.bias.fill_(math.nan)
+    content = evaluator.evaluate(network, 9, facts)
+    assert content["items"]["scored"] == 0 and content["items"]["dropped"][0]["reason"] == NOT_FINITE
+    assert all(score["value"] is None for score in content["scores"].values())
+    assert evaluator.run(network, 9, facts).scores == {}
+
+
+def test_a_full_disk_costs_the_evaluation_and_not_the_run(finished, tmp_path, capsys):
+    """A file where the folder of the results is to be stands for whatever the system refuses."""
+    (tmp_path / "taken").write_text("")
+    evaluator = SplitEvaluator(load_recipe(finished), "validation", folder=tmp_path / "taken")
+    network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
+    assert evaluator.run(network, 3, {"weights": "raw"}).scores == {}
+    assert "warning: the evaluation of step 3 was given up" in capsys.readouterr().err
+
+
+def test_silence_has_no_onset_to_score():
+    noise = np.random.default_rng(0).standard_normal(16000) * 0.1
+    noise[:8000] *= 0.001  # a burst
+    clips = {"both": clip_scores(np.zeros(16000), np.zeros(16000), 16000), "one": clip_scores(noise, noise, 16000)}
+    assert "onset_f1" not in clips["both"] and "onset_f1" in clip_scores(np.zeros(16000), noise, 16000)
+    score = mean_scores(clips, {})["onset_f1"]
+    assert score.used == 1 and score.dropped == {NO_ONSETS: ["both"]}
+    assert mean_scores({}, {"why": ["a"]})["log_mel_distance"].to_json()["value"] is None
+
+
+def test_rows_of_one_id_count_once(folder):
+    items = HeldOutItems([StoreConfig(str(folder / "held_out"))] * 2)
+    assert len(items) == 5 and items.repeated == items.ids
+    assert items.of(items.ids[2]).latent.equal(items[2].latent)
+
+
+def test_mistakes_are_told_before_anything_runs(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        (["nowhere/run"], "part of no run folder: say by --recipe"),
+        ([run, "data.test=[]", "evaluation.after_training=false"], "data.test names no store"),
+        ([run, "evaluation.itms=3"], "did you mean 'items'"),
+        (["evaluation.items=3"], "name at least one run folder"),
+        ([run, "encoders.weights_dir=nowhere", "data.test=[{path: nowhere}]"], "nowhere"),
+        ([run, "model.hidden_dim=128"], "a network of other sizes"),
+    ):
+        assert evaluate(*words) == 2, words
+        assert message in capsys.readouterr().err, words
+    assert not (run / "evaluation").exists()
+
+
+def test_the_hash_tells_networks_apart(finished):
+    network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
+    before = network_hash(network)
+    assert before == network_hash(MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model"))
+    with torch.no_grad():
+        network.final_layer.conv.bias[0] += 1e-6
+    assert network_hash(network) != before
