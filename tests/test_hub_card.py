@@ -7,9 +7,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 import yaml
+from hub_server import Hub
 from huggingface_hub import ModelCard, RepoCard
 from toy_stores import MODEL, recipe_tree, write_store
 
@@ -19,6 +22,7 @@ from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.hub.card import code_version, model_card, run_samples, write_card
 from mmaudio_hf.models.card import CLOSE, OPEN, merge, plain
+from mmaudio_hf.models.pretrained import find_pretrained
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
 SECRET = "hf_" + "a" * 34
@@ -44,6 +48,26 @@ def run(tmp_path_factory) -> Path:
         patch.setenv("HF_TOKEN", SECRET)
         assert main(["train", str(folder / "run.yaml")]) == 0
     return folder / "output" / "run"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A server of its own."""
+    with Hub(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+def write_clip(path: Path) -> None:
+    """Two seconds of a moving square."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for step in range(50):
+            picture = np.zeros((64, 64, 3), np.uint8)
+            picture[step : step + 8, 20:28] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
 
 
 def section(text: str, title: str) -> str:
@@ -227,6 +251,57 @@ def test_what_people_wrote_into_a_card_is_kept(run):
     assert [r["name"] for r in RepoCard(judged).data.to_dict()["model-index"]] == ["run", "elsewhere"]
     with pytest.raises(ValueError, match=r"metadata of README\.md on the Hub cannot be read"):
         merge("---\na: [\n---\n", new)
+
+
+def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
+    """By the command, by `MMAudio.push_to_hub`, and with a card that was edited in between; the server validates it."""
+    hub.use_here(monkeypatch, tmp_path / "home")
+    before = (run / "last/pretrained_model/README.md").read_bytes()
+    assert main(["push", str(run), "tester/run"]) == 0
+    files = hub.files("tester/run")
+    text = files["README.md"].decode()
+    assert text == model_card(run, repo_id="tester/run")
+    ModelCard(text).validate()
+    for path in re.findall(r"\[listen\]\((.*?)\)", text):
+        assert files[path] == (run / path.replace("samples/held", "samples/step_4/held")).read_bytes()
+    assert len([path for path in files if path.startswith("samples/")]) == 6
+    assert (run / "last/pretrained_model/README.md").read_bytes() == before
+    assert main(["push", str(run), "tester/run"]) == 0
+    assert len(hub.messages("tester/run")) == 2  # nothing new
+    edited = text.replace(CLOSE, f"{CLOSE}\n\nBelow, by hand.").replace("step 4 of 4", "step 1 of 4")
+    hub.repository("tester/run").add({"README.md": edited.encode()})
+    MMAudio.from_pretrained(run / "last" / "pretrained_model").push_to_hub("tester/run")
+    again = hub.files("tester/run")["README.md"].decode()
+    assert "Below, by hand." in again and "step 4 of 4" in again and "USER/NAME" not in again
+    ModelCard(again).validate()
+    # From the Hub to another repository, and a folder that is part of no run.
+    snapshot = find_pretrained("tester/run")
+    assert 'from_pretrained("tester/third")' in str(
+        MMAudio.from_pretrained(snapshot).generate_model_card("tester/third")
+    )
+    network = MMAudio.from_pretrained("tester/run")
+    network.push_to_hub("tester/copy")
+    copy = hub.files("tester/copy")["README.md"].decode()
+    assert 'from_pretrained("tester/copy")' in copy and "tester/run" not in copy and "step 4 of 4" in copy
+    shutil.copytree(run / "last" / "pretrained_model", tmp_path / "alone")
+    assert main(["push", str(tmp_path / "alone"), "tester/alone"]) == 0
+    assert 'from_pretrained("tester/alone")' in hub.files("tester/alone")["README.md"].decode()
+
+
+def test_what_the_card_says_works(run, hub, monkeypatch, tmp_path):
+    """Its Python and its command, typed as they stand, with a network that is fetched from the Hub."""
+    hub.use_here(monkeypatch, tmp_path / "home")
+    assert main(["push", str(run), "tester/usable"]) == 0
+    text = section(hub.files("tester/usable")["README.md"].decode(), "Use")
+    write_clip(tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    made = (tmp_path / "clip_with_sound.mp4").stat().st_size
+    assert made > 0
+    (tmp_path / "clip_with_sound.mp4").unlink()
+    [command] = re.findall(r"^mmaudio-hf (generate .*)$", text, re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    assert (tmp_path / "clip_with_sound.mp4").stat().st_size > 0
 
 
 def test_networks_alone_have_cards_too(tmp_path):

@@ -106,6 +106,8 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     pulled = files_of(Path("other/run"))
     local = {n: c for n, c in files_of(run).items() if f"step_{STEPS}/" in n or n.startswith("ema/")}
     local |= {n: (run / n).read_bytes() for n in ("config.yaml", "metrics.jsonl")}
+    card = f"checkpoints/step_{STEPS}/pretrained_model/README.md"  # made for the repository when it is pushed
+    assert pulled.pop(card) == hub.files(NAME)["README.md"] and local.pop(card)
     assert pulled == local and Path("other/run/last").resolve().name == f"step_{STEPS}"
     assert list(Path("other").iterdir()) == [Path("other/run")]
 

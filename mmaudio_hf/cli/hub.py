@@ -36,8 +36,9 @@ def _push(options) -> None:
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    from mmaudio_hf.hub.card import add_card
     from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, readable
-    from mmaudio_hf.hub.runs import STATE, plan_push, push, staged, table
+    from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = [*hub.push, *([STATE] if options.training_state and STATE not in hub.push else [])]
     with staged(options.run, what) as (folder, step):
@@ -45,10 +46,12 @@ def _push(options) -> None:
             contents = find_contents(repo)
             if contents is None:
                 print(f"{repo} is not there, or hidden from this token: it would be made")
-            plan = plan_push(folder, repo, step, contents or Contents(repo, "", {}))
+            contents = contents or Contents(repo, "", {})
         else:
             ensure_repository(repo, private=hub.private and not options.public)
-            plan = plan_push(folder, repo, step)
+            contents = None
+        add_card(folder, find_source(options.run)[1], repo)
+        plan = plan_push(folder, repo, step, contents)
         new = {upload.name for upload in plan.changed}
         notes = {u.name: "to send" if u.name in new else "already there" for u in plan.files}
         print(table([(u.name, u.size) for u in plan.files], notes))
@@ -125,9 +128,12 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
         return
     from tqdm import tqdm
 
+    from mmaudio_hf.hub.card import add_card
     from mmaudio_hf.hub.sync import CheckpointSync
 
-    with CheckpointSync(recipe.hub, recipe.run_dir, lambda message: tqdm.write(message, file=sys.stderr)) as sync:
+    say = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
+    card = lambda run_dir, folder: add_card(folder, run_dir, recipe.hub.repo_id)  # noqa: E731
+    with CheckpointSync(recipe.hub, recipe.run_dir, say, card) as sync:
         yield sync.announce
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 import mmaudio_hf
 from mmaudio_hf.config import RELEASED_LICENSE, Recipe, is_released, load_recipe, to_dict
 from mmaudio_hf.data.store_files import read_meta
+from mmaudio_hf.hub_client import hub_errors
 from mmaudio_hf.models.card import (
     CARD_FILE,
     PLACEHOLDER,
@@ -31,17 +33,22 @@ from mmaudio_hf.models.card import (
     card_metadata,
     compose,
     describe_network,
+    download_card,
+    hub_id,
+    linked,
     merge,
+    network_card,
     plain,
+    readdress,
     usage,
 )
+from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.schema import check_id
 from mmaudio_hf.weights import needed
 
 SAMPLES_SHOWN = 4  # sounds that go into a repository: 8 s of 44.1 kHz are 0.7 MB, and so is the true one beside it
 NOT_STATED = "not stated"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WAVCAPS = "https://github.com/XinhaoMei/WavCaps"
 _VGGSOUND = (
     "VGGSound",
@@ -93,22 +100,21 @@ class CardSample:
 def model_card(
     run_dir: str | Path,
     *,
+    pretrained: str | Path | None = None,
     repo_id: str = PLACEHOLDER,
     existing: str | None = None,
-    samples: Sequence[CardSample] | None = None,
 ) -> str:
     """The card of the newest checkpoint of a run, for the repository `repo_id`.
 
-    existing: the card that is there; what does not come from here is kept (`models.card.merge`). samples: those that go
-    into the repository; None: `run_samples(run_dir)`. ValueError for a folder that is no run, or has no checkpoint, and
-    for an existing card whose metadata cannot be read.
+    pretrained: the `pretrained_model` folder of another checkpoint of the run. existing: the card that is there; what
+    does not come from here is kept (`models.card.merge`). ValueError for a folder that is no run, or has no checkpoint,
+    and for an existing card whose metadata cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml")
-    recipe, folder = load_recipe(run_dir / "config.yaml"), find_pretrained(run_dir)
-    noted = card_metadata(folder / CARD_FILE)
-    samples = run_samples(run_dir) if samples is None else samples
+    recipe, folder = load_recipe(run_dir / "config.yaml"), find_pretrained(pretrained or run_dir)
+    noted, samples = card_metadata(folder / CARD_FILE), run_samples(run_dir, folder)
     return merge(existing, _card(recipe, run_dir, folder, noted, noted.get("mmaudio_hf"), repo_id, samples))
 
 
@@ -124,10 +130,37 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def run_samples(run_dir: str | Path) -> list[CardSample]:
-    """The sounds that a run made last, at or before the step of its newest checkpoint; none where it made none."""
+def add_card(folder: Path, run_dir: Path | None, repo_id: str) -> None:
+    """Put the card of the network in `folder` there, and the sounds it links, before these files go to `repo_id`.
+
+    What people wrote into the card that is there is kept. run_dir: the run of the network; None: its own card has to
+    do. Nothing happens where there is no network. ConnectionError or ValueError as of `hub_errors` and `model_card`.
+    """
+    card = folder / CARD_FILE
+    if not (folder / WEIGHTS_FILE).is_file():
+        return
+    with hub_errors(repo_id):
+        existing = download_card(repo_id)
+    if run_dir is not None:
+        text = model_card(run_dir, pretrained=folder, repo_id=repo_id, existing=existing)
+        for place, file in ((p, f) for sample in run_samples(run_dir, folder) for p, f in sample.files.items()):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / place)
+    elif card.is_file():
+        text = merge(existing, readdress(card.read_text(encoding="utf-8"), repo_id))
+    else:
+        text = merge(existing, network_card(read_model_config(folder / CONFIG_FILE), repo_id))
+    card.unlink(missing_ok=True)  # it may be a link to that of the checkpoint
+    card.write_text(text, encoding="utf-8")
+
+
+def run_samples(run_dir: str | Path, pretrained: str | Path | None = None) -> list[CardSample]:
+    """The sounds that a run made last, at or before the step of its newest checkpoint (or that of `pretrained`).
+
+    None where it made none. ValueError for an id that is no plain name.
+    """
     run_dir = Path(run_dir)
-    until = _weights(find_pretrained(run_dir)).get("step", math.inf)
+    until = _weights(find_pretrained(pretrained or run_dir)).get("step", math.inf)
     folders = {int(f.name[5:]): f for f in run_dir.glob("samples/step_*") if re.fullmatch(r"step_\d+", f.name)}
     steps = [step for step in folders if step <= until]
     if not steps:
@@ -173,7 +206,7 @@ def _start(recipe: Recipe, noted: Mapping[str, Any]) -> Start:
         known = None
     if known is None and noted.get("base_model"):
         known = Start(str(noted["base_model"]), str(noted.get("license") or ""))
-    if known is None and _hub_id(source) and not Path(source).parent.is_dir():
+    if known is None and hub_id(source) and not Path(source).parent.is_dir():
         known = Start(source, "", source)
     return known or Start(name=Path(source).name)
 
@@ -191,7 +224,7 @@ def _look_up(source: str, depth: int = 0) -> Start | None:
         base = metadata.get("base_model")
         return Start(base if isinstance(base, str) else "", str(metadata.get("license") or ""), path.resolve().name)
     repo_id, _, revision = source.removeprefix("hub://").partition("@")
-    card = try_to_load_from_cache(repo_id, CARD_FILE, revision=revision or None) if _hub_id(repo_id) else None
+    card = try_to_load_from_cache(repo_id, CARD_FILE, revision=revision or None) if hub_id(repo_id) else None
     if not isinstance(card, str):
         return None
     metadata = card_metadata(Path(card))
@@ -235,7 +268,7 @@ def _card(
     licence, reason = _license(recipe, start)
     step = weights.get("step", recipe.training.steps)
     scores = _scores(run_dir / "metrics.jsonl", step)
-    sources = [_hub_id(source.source) for source in recipe.card.sources]
+    sources = [hub_id(source.source) for source in recipe.card.sources]
     data = ModelCardData(
         library_name="mmaudio_hf",
         pipeline_tag="text-to-audio",
@@ -311,23 +344,11 @@ def _source(recipe: Recipe, name: str) -> tuple[str, str]:
     """What a store was made of and its licence, in Markdown: as the recipe says, else as is known of published sets."""
     for source in recipe.card.sources:
         if source.store == name:
-            return _linked(source.source), plain(source.license) or NOT_STATED
+            return linked(source.source) or NOT_STATED, plain(source.license) or NOT_STATED
     if name in PUBLISHED_SETS:
         what, url, licence = PUBLISHED_SETS[name]
         return f"[{plain(what)}]({url})", plain(licence)
     return NOT_STATED, NOT_STATED
-
-
-def _hub_id(source: str) -> str:
-    return source if _HUB_ID.fullmatch(source) else ""
-
-
-def _linked(source: str) -> str:
-    if _hub_id(source):
-        return f"[{plain(source)}](https://huggingface.co/datasets/{source})"
-    if re.fullmatch(r"https?://[\w./~%?=&#:+-]+", source):
-        return f"[{plain(source)}]({source})"
-    return plain(source) or NOT_STATED
 
 
 def _row_count(path: str) -> str:

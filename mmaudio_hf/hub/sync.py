@@ -141,6 +141,8 @@ class CheckpointSync:
     def _add_card(self, folder: Path) -> None:
         try:
             self.write_card(self.run_dir, folder)
+        except ConnectionError:
+            raise  # so that the push is tried again, with its card
         except Exception as error:
             (folder / "README.md").unlink(missing_ok=True)
             self._tell(f"the card of {self.hub.repo_id} cannot be written ({type(error).__name__}: {error})")

@@ -32,6 +32,17 @@ def plain(text: str, limit: int = 200) -> str:
     return _SPECIAL.sub(r"\\\1", words if len(words) <= limit else f"{words[: limit - 1]}…")
 
 
+def hub_id(source: str) -> str:
+    """`source` when it has the form of a repository on the Hub, else nothing."""
+    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+
+
+def linked(source: str) -> str:
+    """A dataset of the Hub or an address as a link, other words as they are."""
+    url = f"https://huggingface.co/datasets/{source}" if hub_id(source) else source
+    return f"[{plain(source)}]({url})" if re.fullmatch(r"https?://[\w./~%?=&#:+-]+", url) else plain(source)
+
+
 def compose(data: CardData, body: str) -> str:
     """A card: metadata, then `body` between the marks."""
     return f"---\n{data.to_yaml()}\n---\n\n{OPEN}\n\n{body.strip()}\n\n{CLOSE}\n"
@@ -80,11 +91,12 @@ def _name(result: Any) -> Any:
     return result.get("name") if isinstance(result, dict) else None
 
 
-def renamed(card: str, old: str, new: str) -> str:
-    """`card` with the repository called `new` where our part of it says `old`."""
+def readdress(card: str, repo_id: str) -> str:
+    """`card` for another repository: what our part of it says of the use names `repo_id`."""
     before, opened, rest = card.partition(OPEN)
     ours, closed, after = rest.partition(CLOSE)
-    return before + opened + ours.replace(old, new) + closed + after
+    named = re.search(r"^mmaudio-hf generate --run (\S+)", ours, re.MULTILINE)
+    return before + opened + (ours.replace(named[1], repo_id) if named else ours) + closed + after
 
 
 def card_metadata(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mmaudio_hf.models.card import (
     download_card,
     merge,
     network_card,
-    renamed,
+    readdress,
 )
 from mmaudio_hf.models.conditioning import (
     Conditions,
@@ -319,7 +319,6 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
                 options["revision"] = config_path.parent.name  # its commit: a push may come between the files
                 weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
                 card = download_card(model_id, **options)
-            card = card and renamed(card, model_id, PLACEHOLDER)
         config = read_model_config(config_path)
         network = cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
         network.card = card
@@ -333,7 +332,7 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
     def generate_model_card(self, repo_id: str = PLACEHOLDER, existing: str | None = None) -> ModelCard:
         """The card of what the network was loaded from, else one of its sizes; see `models.card.merge`."""
         card = self.card or network_card(self.config, released=self.released)
-        return ModelCard(merge(existing, renamed(card, PLACEHOLDER, repo_id)), ignore_metadata_errors=True)
+        return ModelCard(merge(existing, readdress(card, repo_id)), ignore_metadata_errors=True)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
