@@ -3,18 +3,20 @@
 import argparse
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
+from mmaudio_hf.schema import split_hub_id
 
 
 def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    parts = add("store", None, "inspect, verify, convert, merge feature stores, or take rows of one").add_subparsers(
-        required=True, metavar="WHAT"
-    )
+    parts = add(
+        "store", None, "inspect, verify, convert, merge, push, pull feature stores, take rows of one"
+    ).add_subparsers(required=True, metavar="WHAT")
 
     def part(name, function, help_text):
         command = parts.add_parser(name, help=help_text, description=help_text)
@@ -50,6 +52,22 @@ def add_commands(add) -> None:
     subset.add_argument("--rows", type=_row_range, metavar="A:B", help="rows A to B - 1")
     subset.add_argument("--ids", type=Path, metavar="FILE", help="text file, one id a line")
     subset.add_argument("--match", metavar="REGEX", help="rows whose caption contains this expression")
+
+    push = part("push", _push, "send a store to a dataset repository of the Hub, in parts; the same command goes on")
+    push.add_argument("store", metavar="STORE", type=Path)
+    push.add_argument("repo", metavar="REPO", help="owner/name; it is made when there is none")
+    push.add_argument("--license", default="", help="of the media, as the Hub names it, for the card")
+    push.add_argument("--source", default="", help="what the store was made of: a dataset, an address, words")
+    push.add_argument("--public", action="store_true", help="a repository that is made is public (default: private)")
+    push.add_argument("--part-size", type=float, default=512.0, metavar="MB", help="of one file there (default 512)")
+    push.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
+
+    pull = part("pull", _pull, "fetch a store, or a part of one, from the Hub; the same command goes on")
+    pull.add_argument("repo", metavar="REPO[@REVISION]", help="owner/name, with a branch, tag or commit after @")
+    pull.add_argument("target", metavar="DIR", type=Path, help="folder of the new store")
+    pull.add_argument("--columns", metavar="A,B", help="only these; mean and std belong to every store")
+    pull.add_argument("--rows", type=_row_range, metavar="A:B", default=slice(None), help="rows A to B - 1")
+    pull.add_argument("--dry-run", action="store_true", help="show what would be fetched, and fetch no column")
 
 
 def _inspect(options) -> None:
@@ -126,6 +144,65 @@ def _row_range(text: str) -> slice:
 def _tell(store) -> None:
     print(f"{store.path}: {len(store)} rows, {store.layout} layout, {store.contents.size / 1e9:.3g} GB")
     store.close()
+
+
+# --- the Hub -----------------------------------------------------------------------------------------------------
+
+
+def _push(options) -> None:
+    if options.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", options.license):
+        raise ValueError(f"--license {options.license!r}: give it as the Hub names it, for example cc-by-4.0")
+    repo, revision = split_hub_id(options.repo)
+    if revision:
+        raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub.stores import plan_push, push_store
+
+    size = sum(file.stat().st_size for file in options.store.glob("*.memmap"))
+    with _bar("reading", size) as bar:
+        part_bytes, card = int(options.part_size * 2**20), {"license": options.license, "source": options.source}
+        plan = plan_push(options.store, repo, part_bytes=part_bytes, progress=bar.update, **card)
+    if plan.contents is None:
+        print(f"{repo} is not there, or hidden from this token: it {'would be' if options.dry_run else 'is'} made")
+    missing = {part.file for part in plan.missing}
+    for name, stored in plan.columns.items():
+        size = readable(stored.records * stored.column.record_bytes)
+        new = sum(part.file in missing for part in stored.parts)
+        print(f"  {name:14} {size:>10} in {len(stored.parts)} parts, {new} to send")
+    print(f"{readable(plan.size)} in {len(missing)} parts to {repo}{', dry run' * options.dry_run}")
+    if not options.dry_run:
+        with _bar("sending", plan.size) as bar:
+            commit = push_store(plan, repo, private=not options.public, progress=bar.update)
+        print(f"{repo}: commit {commit}")
+
+
+def _pull(options) -> None:
+    repo, revision = split_hub_id(options.repo)
+    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub.stores import check_free, plan_pull, pull_store
+
+    check_free(options.target)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / options.target.name if options.dry_run else options.target
+        columns = None if options.columns is None else options.columns.split(",")
+        plan = plan_pull(repo, place, revision=revision, columns=columns, rows=options.rows)
+    for name, size in plan.sizes.items():
+        print(f"  {name:14} {readable(size):>10}")
+    size = readable(sum(plan.sizes.values()))
+    print(f"rows {plan.rows.start} to {plan.rows.stop - 1} of {plan.whole.rows}, {size}", end="")
+    print(f" to {options.target}{', dry run' * options.dry_run}")
+    if not options.dry_run:
+        with _bar("fetching", sum(plan.sizes.values())) as bar:
+            store = pull_store(plan, options.target, progress=bar.update)
+        _tell(store)
+
+
+def _bar(what: str, size: int):
+    from huggingface_hub.utils import disable_progress_bars
+    from tqdm import tqdm
+
+    disable_progress_bars()  # its own would come once for every part
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=None, dynamic_ncols=True)
 
 
 # --- verify ------------------------------------------------------------------------------------------------------

@@ -376,7 +376,8 @@ class StoreWriter:
             file.close()
         contents = Contents(self.num_rows, self.columns, texts)
         table, manifest = self._partial / "table.tsv", self._partial / "manifest.json"
-        write_text(manifest, manifest_text(self._manifest(contents)))
+        described = manifest_of(self._partial, contents, self._facts, self._ids, self._captions, self._moments)
+        write_text(manifest, manifest_text(described))
         text_name = "label" if CLIP_FEATURES in self.columns else "caption"
         write_text(table, table_lines(self._ids, self._captions, text_name))
         write_text(self._partial / "meta.json", [meta_text(contents)])
@@ -406,18 +407,6 @@ class StoreWriter:
             file.unlink(missing_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _manifest(self, contents: Contents) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "layout": contents.layout,
-            "rows": self.num_rows,
-            **self._facts,
-            "columns": manifest_columns(self._partial, contents),
-            "ids_sha256": ids_hash(self._ids),
-            "captions_sha256": captions_hash(self._captions),
-            "latent_statistics": {"mean": self._moments.mean.tolist(), "std": self._moments.std().tolist()},
-        }
-
     def __enter__(self) -> "StoreWriter":
         return self
 
@@ -427,6 +416,28 @@ class StoreWriter:
                 self.finish()
         finally:
             self.abort()  # nothing is left to remove after finish
+
+
+def manifest_of(
+    folder: Path,
+    contents: Contents,
+    facts: Mapping[str, Any],
+    ids: Sequence[str],
+    captions: Sequence[str],
+    moments: Moments,
+) -> dict[str, Any]:
+    """The manifest of a folder of columns. facts: mode, duration, encoders, preprocessing, normalisation, counts."""
+    keys = ("mode", "duration", "encoders", "preprocessing", "normalisation", "counts")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "layout": contents.layout,
+        "rows": contents.rows,
+        **{key: facts[key] for key in keys},
+        "columns": manifest_columns(folder, contents),
+        "ids_sha256": ids_hash(ids),
+        "captions_sha256": captions_hash(captions),
+        "latent_statistics": {"mean": moments.mean.tolist(), "std": moments.std().tolist()},
+    }
 
 
 class _SharedTexts:

@@ -1,0 +1,427 @@
+"""Feature stores on a Hub on loopback: whole and in part, killed on the way, damaged, hostile, on a full disk."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from data_stores import make_store
+from hub_server import TOKEN, Hub
+from huggingface_hub import DatasetCard
+from toy_stores import recipe_tree, write_store
+
+from mmaudio_hf.cli import main, parse
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.data.verify import verify
+from mmaudio_hf.hub.stores import THREADS
+
+PART = 2048  # bytes: a store of 50 rows has about twenty parts
+LAYOUTS = ("reference", "compact")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A server with a store in each layout, pushed from the folder beside it."""
+    root = tmp_path_factory.mktemp("stores")
+    with Hub(root / "hub") as server, pytest.MonkeyPatch.context() as patch:
+        server.use_here(patch, root / "home")
+        for seed, layout in enumerate(LAYOUTS):
+            make_store(root / layout, 50, layout=layout, seed=seed)
+            assert push(root / layout, layout, "--license", "cc-by-4.0", "--source", "me/clips") == 0
+        yield server
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path) -> Path:
+    """The folder of the stores; this process uses the server."""
+    hub.use_here(monkeypatch, tmp_path / "home")
+    hub.faults()
+    return hub.root.parent
+
+
+def push(store: Path, name: str, *options: str) -> int:
+    return main(["store", "push", str(store), f"tester/{name}", "--part-size", str(PART / 2**20), *options])
+
+
+def pull(name: str, target: Path, *options: str) -> int:
+    return main(["store", "pull", f"tester/{name}", str(target), *options])
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a store, by its name without that of the store."""
+    files = [*sorted(store.rglob("*")), *(store.with_name(store.name + end) for end in (".tsv", ".manifest.json"))]
+    return {file.name.removeprefix(store.name): file.read_bytes() for file in files if file.is_file()}
+
+
+def sent(hub: Hub) -> list[dict]:
+    return hub.requests("PUT /storage")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_store_goes_there_and_back(hub, here, tmp_path, layout, capsys):
+    assert pull(layout, tmp_path / "back") == 0
+    assert content(tmp_path / "back") == content(here / layout)
+    assert verify(tmp_path / "back").ok
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["back", "back.manifest.json", "back.tsv"]
+    assert not any(line["with_token"] for line in hub.requests("GET /storage"))
+    # Once more nothing is sent, and no commit is made.
+    before, puts = hub.messages(f"tester/{layout}", "datasets"), len(sent(hub))
+    assert push(here / layout, layout) == 0
+    assert hub.messages(f"tester/{layout}", "datasets") == before and len(sent(hub)) == puts
+    assert "0 bytes in 0 parts" in capsys.readouterr().out
+    assert pull(layout, tmp_path / "back") == 2
+    assert f"{tmp_path / 'back'} exists: choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", ["7:31", ":1", "44:"])
+def test_rows_are_those_of_a_subset(here, tmp_path, layout, rows):
+    assert main(["store", "subset", str(here / layout), str(tmp_path / "wanted"), "--rows", rows]) == 0
+    assert pull(layout, tmp_path / "some", "--rows", rows) == 0
+    assert content(tmp_path / "some") == content(tmp_path / "wanted")
+    assert verify(tmp_path / "some").ok
+
+
+def test_shared_texts_of_some_rows_come_once(hub, here, tmp_path):
+    """Rows that share texts, out of their order: only the texts they have are fetched."""
+    store = make_store(tmp_path / "plain", 40)
+    rows = [3, 3, 9, 1, 3, 30, 31, 32, 9, 0, 38, 38, 2, 1]
+    main(["store", "convert", str(store.path), str(tmp_path / "compact"), "--layout", "compact"])
+    from mmaudio_hf.data.rewrite import subset
+
+    subset(tmp_path / "compact", tmp_path / "texts", rows).close()
+    assert push(tmp_path / "texts", "texts") == 0
+    assert main(["store", "subset", str(tmp_path / "texts"), str(tmp_path / "wanted"), "--rows", "4:9"]) == 0
+    before = len(hub.requests("GET /datasets/tester/texts/resolve/.*/text_features/"))
+    assert pull("texts", tmp_path / "some", "--rows", "4:9") == 0
+    assert content(tmp_path / "some") == content(tmp_path / "wanted")
+    with FeatureStore.open(tmp_path / "some") as some:
+        assert some.contents.texts == 5
+    assert before == 0
+
+
+def test_columns_and_only_what_they_need(hub, here, tmp_path, capsys):
+    before = len(hub.requests())
+    assert pull("compact", tmp_path / "sound", "--columns", "text_features,std,mean", "--rows", "10:12") == 0
+    with FeatureStore.open(tmp_path / "sound") as some, FeatureStore.open(here / "compact") as whole:
+        assert list(some.columns) == ["mean", "std", "text_features"] and some.ids == whole.ids[10:12]
+        for name in some.columns:
+            assert some.read([0, 1], [name])[name].equal(whole.read([10, 11], [name])[name])
+        assert some.manifest["counts"] == {"chosen": 2, "of": 50}
+    assert verify(tmp_path / "sound").ok
+    asked = [line["path"] for line in hub.requests()[before:] if "/columns/" in line["path"]]
+    assert len(asked) == 4 and not [path for path in asked if "sync" in path or "clip" in path]
+    assert pull("compact", tmp_path / "all", "--columns", "mean,std") == 0
+    with FeatureStore.open(tmp_path / "all") as some, FeatureStore.open(here / "compact") as whole:
+        assert some.manifest["latent_statistics"] == whole.manifest["latent_statistics"]
+        assert some.manifest["columns"]["mean"] == whole.manifest["columns"]["mean"]
+    capsys.readouterr()
+    for options, message in (
+        (["--columns", "text_features"], "a store needs the columns mean and std"),
+        (["--columns", "mean,std,clip_features"], "clip_features and sync_features come together"),
+        (["--columns", "mean,std,sound"], "has no column sound; it has mean, std"),
+        (["--rows", "50:"], "rows 0 to 49: none of them is chosen"),
+    ):
+        assert pull("compact", tmp_path / "none", *options) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_dry_runs_move_nothing(hub, here, tmp_path, capsys):
+    before, refs = len(sent(hub)), hub.messages("tester/compact", "datasets")
+    store = make_store(tmp_path / "other", 50, layout="compact", seed=7)
+    assert push(store.path, "compact", "--dry-run") == 0
+    assert push(store.path, "nowhere", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "28.2 kB in 16 parts to tester/nowhere, dry run" in text and "it would be made" in text
+    assert not hub.repository("tester/nowhere", "datasets").exists
+    assert pull("compact", tmp_path / "dry", "--rows", "0:25", "--dry-run") == 0
+    assert "rows 0 to 24 of 50, 14.1 kB to" in capsys.readouterr().out
+    assert not list(tmp_path.glob("dry*"))
+    assert len(sent(hub)) == before and hub.messages("tester/compact", "datasets") == refs
+
+
+def test_a_new_version_replaces_the_old_one(hub, here, tmp_path):
+    """Parts with the same content stay, others go with the commit that names the new ones."""
+    store = make_store(tmp_path / "store", 50)
+    assert push(store.path, "versions") == 0
+    first = hub.repository("tester/versions", "datasets").resolve("main")
+    main(["store", "subset", str(store.path), str(tmp_path / "short"), "--rows", "0:30"])
+    before = len(sent(hub))
+    assert push(tmp_path / "short", "versions") == 0
+    assert len(sent(hub)) - before == 3  # the parts that end earlier
+    assert pull("versions", tmp_path / "new") == 0 and pull(f"versions@{first}", tmp_path / "old") == 0
+    assert content(tmp_path / "new") == content(tmp_path / "short") and content(tmp_path / "old") == content(store.path)
+    parts = [name for name in hub.files("tester/versions", "datasets") if name.endswith(".bin")]
+    assert len(parts) == 14
+
+
+# --- killed on the way -------------------------------------------------------------------------------------------
+
+
+def killed(hub: Hub, home: Path, words: list[str], reached) -> None:
+    """Run a command beside this process and kill it as soon as `reached()`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmaudio_hf.cli", "store", *words],
+        env=hub.environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not reached() and process.poll() is None:
+        threading.Event().wait(0.005)
+    assert process.poll() is None, process.stderr.read()
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+def test_a_killed_push_sends_nothing_twice(hub, here, tmp_path):
+    store = make_store(tmp_path / "store", 50, seed=3)
+    before = len(sent(hub))
+    hub.faults({"match": "PUT /storage", "delay": 0.05})
+    words = ["push", str(store.path), "tester/killed", "--part-size", str(PART / 2**20)]
+    killed(hub, tmp_path / "home", words, lambda: len(sent(hub)) >= before + 7)
+    assert "store.json" not in hub.files("tester/killed", "datasets")
+    assert pull("killed", tmp_path / "early") == 2
+    hub.faults()
+    assert push(store.path, "killed") == 0
+    put = [line["path"] for line in sent(hub)[before:] if line["status"] == 200]
+    parts = [name for name in hub.files("tester/killed", "datasets") if name.endswith(".bin")]
+    assert len(put) == len(set(put)) == len(parts)
+    assert pull("killed", tmp_path / "back") == 0 and content(tmp_path / "back") == content(store.path)
+
+
+@pytest.mark.parametrize("rows", ["0:50", "5:45"])
+def test_a_killed_pull_fetches_nothing_twice(hub, here, tmp_path, rows):
+    asked = lambda: hub.requests("GET /storage")  # noqa: E731
+    before = len(asked())
+    hub.faults({"match": "GET /storage", "delay": 0.05})
+    words = ["pull", "tester/reference", str(tmp_path / "back"), "--rows", rows]
+    killed(hub, tmp_path / "home", words, lambda: len(asked()) >= before + 8)
+    hub.faults()
+    assert not (tmp_path / "back").exists() and (tmp_path / "back.pull").is_dir()
+    assert pull("reference", tmp_path / "back", "--rows", rows) == 0
+    assert main(["store", "subset", str(here / "reference"), str(tmp_path / "wanted"), "--rows", rows]) == 0
+    wanted = here / "reference" if rows == "0:50" else tmp_path / "wanted"
+    assert content(tmp_path / "back") == content(wanted) and not (tmp_path / "back.pull").exists()
+    fetched = [(line["path"], line["range"]) for line in asked()[before:]]
+    again = len(fetched) - len(set(fetched))
+    cut = 0 if rows == "0:50" else 2  # blocks that rows begin or end in cannot be checked
+    assert again <= THREADS + cut and len(set(fetched)) >= 15
+
+
+def test_a_lost_connection_and_a_missing_token(hub, here, tmp_path, monkeypatch, capsys):
+    hub.faults({"match": "GET /storage", "status": 404, "times": 1})
+    assert pull("reference", tmp_path / "back") == 2
+    hub.faults({"match": "GET /storage", "drop_download_after": 100, "times": 2})  # tried again at once
+    assert pull("reference", tmp_path / "back") == 0
+    assert content(tmp_path / "back") == content(here / "reference")
+    capsys.readouterr()
+    for token, message in (("hf_" + "x" * 30, "does not know this token"), (None, "without a token")):
+        hub.use_here(monkeypatch, tmp_path / "nobody", token)
+        assert push(here / "reference", "mine") == 2
+        text = capsys.readouterr()
+        assert message in text.err and "hf auth login" in text.err
+        assert TOKEN not in text.err + text.out and "x" * 30 not in text.err + text.out
+    hub.use_here(monkeypatch, tmp_path / "home")
+    assert pull("unknown", tmp_path / "x") == 2
+    assert "tester/unknown is not there, or private" in capsys.readouterr().err
+
+
+# --- what cannot be trusted --------------------------------------------------------------------------------------
+
+
+def spoiled(index: dict, how: str) -> dict[str, bytes]:
+    """Files that replace those of a good repository, by the name of the fault."""
+    part = index["columns"]["mean"]["parts"][0]
+    if how in ("../../../etc/x", "columns/mean/../../x.bin", "meta.json"):
+        part["file"] = how
+    if how == "other column":
+        index["columns"]["mean"]["parts"] = index["columns"]["std"]["parts"]
+    if how == "lost part":
+        part["file"] = part["file"].replace("00000", "00009")
+    if how == "huge":
+        part["records"] = 10**15
+    if how == "huge blocks":
+        index["columns"]["mean"]["block_records"] = 10**12
+        for p in index["columns"]["mean"]["parts"]:
+            p["blocks"] = p["blocks"][:1]
+    if how == "negative":
+        part["records"] = -1
+    if how == "words":
+        part["records"] = "50"
+    if how == "version":
+        index["version"] = 99
+    if how == "no checksums":
+        part["blocks"] = [None]
+    if how == "stranger":
+        index["files"]["../evil"] = {"bytes": 1, "sha256": "0" * 64}
+    if how == "more columns":
+        index["columns"]["../evil"] = index["columns"]["mean"]
+    if how == "no mapping":
+        index["columns"] = []
+    if how == "truncated":
+        return {part["file"]: b"short"}
+    if how == "other content":
+        return {part["file"]: os.urandom(part["records"] * 80)}
+    if how == "wrong checksum":
+        part["sha256"] = "0" * 64
+    if how == "other table":
+        return {"table.tsv": b"id\tlabel\n"}
+    if how == "not json":
+        return {"store.json": b"{"}
+    return {"store.json": json.dumps(index).encode()}
+
+
+FAULTS = {
+    "../../../etc/x": r"malformed .*is no name of a part",
+    "columns/mean/../../x.bin": r"malformed .*is no name of a part",
+    "meta.json": r"malformed .*is no name of a part",
+    "other column": "is not there, or misplaced",
+    "lost part": "is not there, or misplaced",
+    "huge": "the parts of mean have 1000000000000025 records, not 50",
+    "huge blocks": "too large to be held in memory",
+    "negative": "has -1 records",
+    "words": "has '50' records",
+    "version": r"version 99 is not known here \(1\); update mmaudio_hf",
+    "no checksums": "has no checksums",
+    "stranger": "malformed",
+    "more columns": "lists the columns",
+    "no mapping": "malformed",
+    "truncated": r"has 5 bytes, or other content than store\.json says",
+    "other content": r"other content than store\.json says",
+    "wrong checksum": r"other content than store\.json says",
+    "other table": r"table\.tsv is not that of store\.json",
+    "not json": r"store\.json is not JSON",
+}
+
+
+def test_spoiled_repositories_are_refused(hub, here, tmp_path, capsys):
+    files = hub.files("tester/reference", "datasets")
+    repo = hub.repository("tester/spoiled", "datasets")
+    repo.create(private=False)
+    for how, message in FAULTS.items():
+        repo.add(files)
+        changed = spoiled(json.loads(files["store.json"]), how)
+        repo.add(changed)
+        assert pull("spoiled", tmp_path / "x") == 2, how
+        assert re.search(message, capsys.readouterr().err), how
+        assert not list(tmp_path.glob("x*")), how
+    # A block that is not what the index says, in a part that is: found when it arrives, and nothing of it is kept.
+    index = json.loads(files["store.json"])
+    index["columns"]["std"]["parts"][1]["blocks"][0] = "0" * 64
+    repo.add({**files, "store.json": json.dumps(index).encode()})
+    assert pull("spoiled", tmp_path / "x") == 1
+    assert re.search(r"std/00001\..*\.bin are not what store\.json says", capsys.readouterr().err)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.tsv").exists()
+    repo.add(files)
+    assert pull("spoiled", tmp_path / "x") == 0 and content(tmp_path / "x") == content(here / "reference")
+    # Names in the repository itself that would leave the folder, and a model that is no store.
+    repo.add({"../evil": b"x"})
+    assert pull("spoiled", tmp_path / "y") == 2 and "no plain name" in capsys.readouterr().err
+    hub.repository("tester/empty", "datasets").create(private=False)
+    assert pull("empty", tmp_path / "y") == 2 and "holds no feature store" in capsys.readouterr().err
+    assert not list(tmp_path.glob("y*")) and not (tmp_path.parent / "evil").exists()
+
+
+def test_a_damaged_store_is_not_sent(hub, here, tmp_path, capsys):
+    store = make_store(tmp_path / "store", 50)
+    file = tmp_path / "store" / "std.memmap"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert push(store.path, "damaged") == 2
+    assert f"{file} is not what was exported" in capsys.readouterr().err
+    assert not hub.repository("tester/damaged", "datasets").exists
+
+
+ON_A_SMALL_DISK = """
+import os, sys, shutil
+from collections import namedtuple
+from pathlib import Path
+from mmaudio_hf.cli import main
+small = Path(sys.argv[1])
+def fill(free):
+    filler = os.open(small / "filler", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    facts = os.statvfs(small)
+    os.posix_fallocate(filler, 0, facts.f_bavail * facts.f_frsize - free)
+    os.close(filler)
+words = ["store", "pull", "tester/large", str(small / "x")]
+fill(160_000)
+assert main(words) == 1
+real, shutil.disk_usage = shutil.disk_usage, lambda _: namedtuple("Usage", "total used free")(10**12, 0, 10**12)
+assert main(words) == 1 and not (small / "x").exists()
+print("got", sum(f.stat().st_size for f in (small / "x.pull/store").iterdir()))
+shutil.disk_usage = real
+(small / "filler").unlink()
+assert main(words) == 0
+assert sorted(os.listdir(small)) == ["x", "x.manifest.json", "x.tsv"]
+"""
+
+
+def test_a_full_disk_loses_nothing(hub, here, tmp_path):
+    store = make_store(tmp_path / "large", 900)
+    assert main(["store", "push", str(store.path), "tester/large", "--part-size", "0.02"]) == 0
+    (tmp_path / "small").mkdir()
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
+    start = ["unshare", "-m", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*start, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system: unshare -m --map-root-user is refused")
+    command = [*start, "sh", "-c", mount, str(tmp_path / "small"), sys.executable, "-c", ON_A_SMALL_DISK]
+    environment, before = hub.environment(tmp_path / "home"), len(hub.requests("GET /storage"))
+    done = subprocess.run([*command, str(tmp_path / "small")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(r"x\.pull needs .* more, the disk has .*: make room, or choose columns or rows", first)
+    assert re.search(r"No space left on device: '.*/x\.pull/store/\w+\.memmap'", second)
+    assert int(done.stdout.split("got ")[1].split()[0]) > 50_000
+    fetched = [(line["path"], line["range"]) for line in hub.requests("GET /storage")[before:]]
+    assert len(set(fetched)) == 36 and len(fetched) <= 36 + THREADS
+
+
+# --- what it is for ----------------------------------------------------------------------------------------------
+
+
+def test_a_pulled_store_trains(hub, here, tmp_path):
+    write_store(tmp_path / "videos", 8)
+    assert push(tmp_path / "videos", "videos", "--part-size", "0.1") == 0
+    assert pull("videos", tmp_path / "elsewhere" / "pulled") == 0
+    tree = recipe_tree(tmp_path / "elsewhere", steps=2)
+    tree["data"] = {"train": [{"path": str(tmp_path / "elsewhere" / "pulled")}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 0
+    assert (tmp_path / "elsewhere/output/run/last/pretrained_model/model.safetensors").is_file()
+
+
+def test_the_card_of_a_store(hub, here):
+    text = hub.files("tester/compact", "datasets")["README.md"].decode()
+    card = DatasetCard(text)
+    card.validate()  # the server looks at it as the Hub does
+    data = card.data.to_dict()
+    assert (data["license"], data["size_categories"], data["pretty_name"]) == ("cc-by-4.0", ["n<1K"], "compact")
+    for line in (
+        "- Made of: [me\\/clips](https://huggingface.co/datasets/me/clips)",
+        "- Rows: 50, 50 different captions; compact layout",
+        "| `clip_features` | bfloat16 | 6 x 8 | 50 | 0.0 |",
+        "| clip | toy | c1 |",
+    ):
+        assert line in text
+    commands = re.findall(r"^mmaudio-hf (.*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        options = parse(shlex.split(command))
+        assert getattr(options, "repo", "tester/compact") == "tester/compact"
+    assert str(here) not in text and TOKEN not in text
+    # What its owner changed stays; license and source are those of the first push.
+    edited = text.replace("---\n\n<!--", "---\n\nBy hand.\n\n<!--").replace("license: cc-by-4.0", "license: cc0-1.0")
+    hub.repository("tester/compact", "datasets").add({"README.md": edited.encode()})
+    assert push(here / "compact", "compact") == 0
+    again = hub.files("tester/compact", "datasets")["README.md"].decode()
+    assert "By hand." in again and "license: cc0-1.0" in again and r"Licence of the media: cc0-1\.0" in again
+    assert "me\\/clips" in again
