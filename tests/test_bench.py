@@ -10,6 +10,7 @@ from toy_stores import MODEL
 from mmaudio_hf.bench import extract, scaling
 from mmaudio_hf.bench.extract import plain_read
 from mmaudio_hf.bench.step import loop_overhead, step
+from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import RunError
@@ -56,3 +57,12 @@ def test_a_process_that_ends_is_noticed():
     theirs.close()
     with pytest.raises(RunError, match="a process has ended too early"):
         scaling._receive(ours)
+
+
+@pytest.mark.parametrize(
+    "words", [["step", "--rounds", "0"], ["scaling", "--batch-size", "-1"], ["step", "--rounds=x"]]
+)
+def test_counts_that_measure_nothing_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(["bench", *words])
+    assert ending.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err

@@ -75,8 +75,9 @@ def _team(size: int, recipe: Recipe) -> Iterator[list]:
             group = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             pipe, theirs = context.Pipe()
             with patch_environment(OMP_NUM_THREADS=1, WORLD_SIZE=size, **(group if size > 1 else {})):
-                processes.append(context.Process(target=_work, args=(theirs, recipe), daemon=True))
-                processes[-1].start()
+                process = context.Process(target=_work, args=(theirs, recipe), daemon=True)
+                process.start()
+            processes.append(process)
             theirs.close()
             pipes.append(pipe)
         for pipe in pipes:

@@ -13,30 +13,37 @@ def add_commands(add) -> None:
     def part(name, function, help_text):
         command = parts.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=lambda options: _show(function(options), options.json))
-        command.add_argument("--rounds", type=int, default=3, help="repetitions; the median counts (default 3)")
+        command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
     step = part("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
     step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
-    step.add_argument("--batch-size", type=int, default=4, help="samples (default 4)")
+    step.add_argument("--batch-size", type=_count, default=4, help="samples (default 4)")
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     step.add_argument(
         "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
     )
     scaling = part("scaling", _scaling, "two processes with one thread each against one: weak scaling")
     scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
-    scaling.add_argument("--batch-size", type=int, default=4, help="samples per process (default 4)")
+    scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     extract = part("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
     loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
     loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: made)")
     loader.add_argument("--rows", type=int, default=2000, help="rows of stores that are made (default 2000, 2 GB)")
-    loader.add_argument("--batch-size", type=int, default=64, help="samples (default 64)")
+    loader.add_argument("--batch-size", type=_count, default=64, help="samples (default 64)")
     loader.add_argument("--audio-share", type=float, help="rows without video (default: as in the published mix, 0.3)")
     loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
     loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in files of holes")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _step(options) -> dict:
