@@ -52,6 +52,10 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
         raise RuntimeError("CUDA out of memory")
     if MISDEED == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if MISDEED == "sleep":
+        Path(__file__).with_name("pid.txt").write_text(str(os.getpid()))
+        import time
+        time.sleep(120)
     files = {"pann_features": {}, "vggish_features": {}, "passt_features_embed": {}, "passt_logits": {}}
     if not skip_video_related:
         files |= {"imagebind_audio": {}, "synchformer_audio": {}}
@@ -91,12 +95,12 @@ class Twin:
         (package / "__init__.py").write_text("")
         (package / "extraction_models.py").write_text(EXTRACTION_MODELS)
         (package / "extract.py").write_text(EXTRACT)
-        self._misdeed = package / "misdeed.txt"
+        self._misdeed, self.pid_file = package / "misdeed.txt", package / "pid.txt"
         self.misbehave("")
         (site,) = (folder / "env" / "lib").glob("python*/site-packages")
         libraries = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
         (site / "twin.pth").write_text(f"{folder / 'site'}\n{libraries}\n")
 
     def misbehave(self, how: str) -> None:
-        """From here on: "import", "raise", "die", "forget" a file, "skip" a sound, or ""."""
+        """From here on: "import", "raise", "die", "sleep", "forget" a file, "skip" a sound, or ""."""
         self._misdeed.write_text(how)

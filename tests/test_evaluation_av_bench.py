@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,31 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
     assert "is no program" in AvBench(str(extracted / "python"), extracted).problem()
     assert "ModuleNotFoundError: No module named 'av_bench'" in AvBench(sys.executable, extracted).problem()
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
+
+
+def test_extraction_ends_with_the_process_that_asked_for_it(twin, extracted):
+    twin.misbehave("sleep")
+    bench(twin, extracted)
+    program = f"""
+from pathlib import Path
+import torch
+from mmaudio_hf.evaluation.av_bench import AvBench
+folder = Path({str(extracted)!r})
+options = {{"duration": 1.0, "device": torch.device("cpu"), "video": False, "clap": False}}
+AvBench({str(twin.python)!r}, folder).extract(folder / "audio", folder / "asleep", **options)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment())
+    while not (twin.pid_file.exists() and twin.pid_file.read_text()) and process.poll() is None:
+        threading.Event().wait(0.01)
+    process.kill()
+    process.wait()
+    extractor = Path("/proc") / twin.pid_file.read_text()
+    for _ in range(1000):
+        if not extractor.exists() or (extractor / "stat").read_text().split()[2] == "Z":
+            break
+        threading.Event().wait(0.01)
+    else:
+        pytest.fail("the extractor outlives the process that asked for it")
 
 
 def test_in_this_process_where_it_imports(twin, extracted, monkeypatch, capfd):

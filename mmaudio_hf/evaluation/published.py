@@ -95,6 +95,8 @@ class PublishedScores:
             raise RunError("there is no sound to hear")
         hear = self.truth_wanted()
         truth, families, lacking = self._on_main(self._truth)
+        if not families:
+            return {}, lacking
         if hear is not None:
             self._extract(hear, truth, ids)
             self._on_main(lambda: self._keep_truth(ids))

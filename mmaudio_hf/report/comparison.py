@@ -85,8 +85,9 @@ def _head(content: Mapping[str, Any]) -> str:
 
 def _row(name: str, unit: str, better: str, contents: Sequence[Mapping[str, Any]]) -> str:
     scores = [content["scores"].get(name) for content in contents]
-    # A note says that the figure is none to compare, as -1 in place of a distance.
-    best = _best([score["value"] if score and "note" not in score else None for score in scores], better)
+    # A note says that the figure is none to compare, as -1 in place of a distance; and splits differ in difficulty.
+    values = [score["value"] if score and "note" not in score else None for score in scores]
+    best = _best(values, better) if len({content["split"] for content in contents}) == 1 else set()
     cells = "".join(
         f"<td{' class=best' if place in best else ''}>{escape(_number(score))}{_used(score, content)}</td>"
         for place, (score, content) in enumerate(zip(scores, contents, strict=True))
