@@ -53,32 +53,39 @@ class Finding:
 
 
 def examine(
-    recipe: Recipe, processes: int, checks: Mapping[str, weights.Check], *, fsdp: bool = False, quick: bool = False
+    recipe: Recipe,
+    processes: int,
+    checks: Mapping[str, weights.Check],
+    *,
+    machines: int = 1,
+    fsdp: bool = False,
+    quick: bool = False,
 ) -> Iterator[Finding]:
     """Everything there is to say of `recipe` on `processes` devices of this machine, in the order of the table.
 
-    checks: how released files without published checksums are told, for `weights.problem_of`. fsdp: the launch shares
-    out the network. quick: released files are only looked for, and no speed is measured.
+    checks: how released files without published checksums are told, for `weights.problem_of`. machines: as many like
+    this one train together. fsdp: the launch shares out the network. quick: released files are only looked for, and no
+    speed is measured.
     """
-    device = pick_device("auto")
+    device, world = pick_device("auto"), processes * machines
     yield from _software(recipe, device, processes)
-    yield from _batch(recipe, processes)
+    yield from _batch(recipe, world)
     yield from _run_folder(recipe)
     mixtures: dict[str, Mixture] = {}
     yield from _stores(recipe, mixtures)
     yield from _weights(recipe, checks, quick, complete=all(mixtures.get(s) for s in _needed_splits(recipe)))
     yield from _trackers(recipe)
     yield from evaluation_findings(recipe)
-    if recipe.training.batch_size % (processes * recipe.training.accumulation_steps):
+    if recipe.training.batch_size % (world * recipe.training.accumulation_steps):
         return  # what follows is about the share of one device
     estimate = MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune))
-    yield from _memory(recipe, device, processes, estimate, fsdp)
+    yield from _memory(recipe, device, processes, machines, estimate, fsdp)
     yield from _disk_space(recipe, estimate)
     if not quick:
-        rate, finding = _expected_speed(recipe, device, processes)
+        rate, finding = _expected_speed(recipe, device, processes, machines)
         yield finding
         if "train" in mixtures:
-            yield _reading(recipe, mixtures["train"], rate)
+            yield _reading(recipe, mixtures["train"], rate / machines)
     for mixture in mixtures.values():
         mixture.close()
 
@@ -250,9 +257,10 @@ def _toy_codec(recipe: Recipe, folder: Path, complete: bool) -> Iterator[Finding
 
 
 def _memory(
-    recipe: Recipe, device: torch.device, processes: int, estimate: MemoryEstimate, fsdp: bool
+    recipe: Recipe, device: torch.device, processes: int, machines: int, estimate: MemoryEstimate, fsdp: bool
 ) -> Iterator[Finding]:
-    parts = estimate.on_device(processes, recipe.training.accumulation_steps, fsdp)
+    world = processes * machines
+    parts = estimate.on_device(world, recipe.training.accumulation_steps, fsdp)
     if device.type == "cuda":
         room, what, share = torch.cuda.mem_get_info(device)[1], "the GPU has", GPU_CONTEXT
     else:
@@ -264,7 +272,7 @@ def _memory(
         level = "ok" if need <= TIGHT * room else "warn"
         yield Finding(level, "memory", message + ("" if level == "ok" else ": this may be too tight"))
         return
-    yield Finding("FAIL", "memory", f"{message}: {_smaller(recipe, processes, estimate, fsdp, room - share)}")
+    yield Finding("FAIL", "memory", f"{message}: {_smaller(recipe, world, estimate, fsdp, room - share)}")
 
 
 def _smaller(recipe: Recipe, processes: int, estimate: MemoryEstimate, fsdp: bool, room: float) -> str:
@@ -306,12 +314,12 @@ def _disk_space(recipe: Recipe, estimate: MemoryEstimate) -> Iterator[Finding]:
         yield Finding("FAIL", "disk space", f"{message}: {way}")
 
 
-def _expected_speed(recipe: Recipe, device: torch.device, processes: int) -> tuple[float, Finding]:
+def _expected_speed(recipe: Recipe, device: torch.device, processes: int, machines: int) -> tuple[float, Finding]:
     """Samples per second of all processes: as the run has measured it, or assumed."""
     rate, how = _last_speed(recipe.run_dir / "speed.jsonl"), "as the run had it last"
     if rate is None:
         peak = device_peak(device, recipe.training.mixed_precision)
-        together = 1 if device.type == "cpu" else processes  # processes share the cores
+        together = machines * (1 if device.type == "cpu" else processes)  # processes share the cores
         rate = UTILISATION * peak.flops_per_second * together / training_flops(recipe.model)
         source = "a measured" if peak.measured else "the"
         how = f"if {UTILISATION:.0%} of {source} peak of {peak.flops_per_second / 1e12:.3g} TFLOP/s is reached"

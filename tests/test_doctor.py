@@ -82,6 +82,12 @@ def test_what_was_launched_wrongly(folder, capsys, monkeypatch):
     code, levels, text = doctor(capsys, str(recipe), "--processes", "3", "--quick", "data.validation=[]")
     assert code == 1 and levels["batch"] == "FAIL" and levels["data.validation"] == "warn"
     assert "batch_size 4 does not split over 3 processes" in text and "memory" not in levels
+    _, levels, text = doctor(capsys, str(recipe), "--machines", "2", "--processes", "2", "--quick")
+    assert levels["batch"] == "ok" and "4 = processes 4 x passes 1 x samples 1" in text
+    code, levels, _ = doctor(capsys, str(recipe), "--machines", "2", "--processes", "3", "--quick")
+    assert code == 1 and levels["batch"] == "FAIL" and levels["device"] == "ok"
+    assert main(["doctor", str(recipe), "--machines", "0"]) == 2
+    assert "--machines must be at least 1, not 0" in capsys.readouterr().err
     with monkeypatch.context() as without:  # as where the extra is not installed
         without.setattr(importlib.util, "find_spec", lambda name: None)
         code, levels, text = doctor(capsys, str(recipe), "--quick", "training.trackers=[wandb]")

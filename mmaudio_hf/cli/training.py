@@ -18,6 +18,9 @@ def add_commands(add) -> None:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
     doctor = add("doctor", _doctor, "say whether a recipe will run here, before it is started", recipe=True)
     doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
+    doctor.add_argument(
+        "--machines", type=int, default=1, help="machines like this one that train together (default 1)"
+    )
     doctor.add_argument("--fsdp", action="store_true", help="the launch shares out the network, as by fsdp.yaml")
     doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
     train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
@@ -41,15 +44,17 @@ def _train(options) -> int:
 
 def _doctor(options) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.processes is not None and options.processes < 1:
-        raise ValueError(f"--processes must be at least 1, not {options.processes}")
+    for name in ("processes", "machines"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, not {number}")
     import torch
 
     from mmaudio_hf.cli.weights import weight_checks
     from mmaudio_hf.doctor import as_table, examine
 
     processes = options.processes or max(1, torch.cuda.device_count())
-    findings = list(examine(recipe, processes, weight_checks(), fsdp=options.fsdp, quick=options.quick))
+    ways = {"machines": options.machines, "fsdp": options.fsdp, "quick": options.quick}
+    findings = list(examine(recipe, processes, weight_checks(), **ways))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)
     print(f"{recipe.name}: {f'{failed} of these must be mended first' if failed else 'ready to train'}")
@@ -59,6 +64,7 @@ def _doctor(options) -> int:
 def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None]) -> int:
     import torch
 
+    import mmaudio_hf.hub.card  # noqa: F401, now, so that the first checkpoint, hours later, is of the same code
     from mmaudio_hf.data.dataset import check_encoders, open_mixture
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
