@@ -93,8 +93,8 @@ def _open_writer(recipe: Recipe):
     return partial(StoreWriter, layout=wanted[0], sync_dtype=wanted[1])
 
 
-def _share(options):
-    """The share of the shards that the options name, else the launcher's environment, else the whole."""
+def share_of_process(options):
+    """The share of the work that the options name, else the launcher's environment, else the whole."""
     from mmaudio_hf.features.extract import Share
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -114,7 +114,7 @@ def _share(options):
 def _extraction_options(recipe: Recipe, options) -> dict:
     extraction = recipe.extraction
     return {
-        "share": _share(options),
+        "share": share_of_process(options),
         "output_dir": Path(extraction.output_dir),
         "encoders": _encoder_options(recipe),
         "mode": recipe.model.mode,

@@ -192,6 +192,14 @@ def fingerprints(
     return prints
 
 
+def decoder_fingerprint(kind: str, mode: str, *, weights_dir) -> str:
+    """A hash of the files that make sound of latents; reads each once per process."""
+    files = _released_files("decode", mode, Path(weights_dir))
+    if kind == "toy":
+        files = [toy_codec_file(weights_dir, mode)]
+    return " ".join([f"toy version {toy.VERSION}"] * (kind == "toy") + [_file_hash(file) for file in files])
+
+
 def toy_codec_file(weights_dir: str | os.PathLike, mode: str) -> Path:
     """Where the fitted codec of toy recipes is."""
     return Path(weights_dir) / f"toy_codec_{audio_mode(mode).name}.safetensors"

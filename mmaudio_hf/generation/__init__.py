@@ -13,12 +13,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
-from mmaudio_hf.features.encoders import Encoders, check_encoders, load_encoders, pick_device, toy_codec_file
+from mmaudio_hf.features.encoders import (
+    Encoders,
+    check_encoders,
+    decoder_fingerprint,
+    fingerprints,
+    load_encoders,
+    pick_device,
+    toy_codec_file,
+)
 from mmaudio_hf.generation.windows import (
     Plan,
     cross_fade,
@@ -142,6 +151,7 @@ class MMAudioPipeline:
         self.alignment = alignment
         self._source = encoders
         self._loaded: dict[str, Encoders] = {}
+        self._network_hash = ""
 
     @classmethod
     def from_pretrained(
@@ -244,16 +254,28 @@ class MMAudioPipeline:
             lengths = dataclasses.replace(lengths, **own)
         return _Settings(lengths, duration, window, num_steps, guidance_scale, seed, solver)
 
+    def fingerprint(self, request: Request) -> dict[str, Any]:
+        """What makes the sound of a request beside itself: hashes of weights, precision, how pictures are read.
+
+        The network is hashed once: it must not change between two calls.
+        """
+        source, mode = self._source, self.network.config.mode
+        parts = sorted(_parts(request) - {"decode"})
+        where = {"weights_dir": source.weights_dir, "clip": source.clip, "precision": source.precision}
+        made_by = {
+            part: print_["fingerprint"]
+            for part, print_ in fingerprints(source.kind, mode, **where, parts=parts).items()
+        }
+        made_by["decode"] = decoder_fingerprint(source.kind, mode, weights_dir=source.weights_dir)
+        if request.video is not None:
+            made_by["alignment"] = self.alignment
+        if not self._network_hash:
+            self._network_hash = _hash_of_state(self.network)
+        return made_by | {"network": self._network_hash, "precision": self.precision}
+
     def _check_parts(self, requests: Sequence[Request]) -> None:
         """ValueError for encoders that will be needed and are not there."""
-        parts = {"decode"}
-        for request in requests:
-            if (request.video is not None or request.image is not None) and request.clip_features is None:
-                parts.add("clip")
-            if request.video is not None and request.sync_features is None:
-                parts.add("sync")
-            if (request.prompt and request.text_features is None) or request.negative_prompt:
-                parts.add("text")
+        parts = {"decode"}.union(*(_parts(request) for request in requests))
         if isinstance(self._source, Encoders):
             if missing := parts - set(self._source.networks):
                 raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
@@ -553,3 +575,23 @@ def _lengths(mode: str, seconds: float, video: str | os.PathLike | None = None) 
         return sequence_lengths(mode, seconds)
     except ValueError as error:
         raise ValueError(f"{video}: {error}") from None if video is not None else error
+
+
+def _parts(request: Request) -> set[str]:
+    """The encoders and decoders that a request needs."""
+    parts = {"decode"}
+    if (request.video is not None or request.image is not None) and request.clip_features is None:
+        parts.add("clip")
+    if request.video is not None and request.sync_features is None:
+        parts.add("sync")
+    if (request.prompt and request.text_features is None) or request.negative_prompt:
+        parts.add("text")
+    return parts
+
+
+def _hash_of_state(network: MMAudio) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

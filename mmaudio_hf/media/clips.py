@@ -115,7 +115,7 @@ def find_video(folder: str | os.PathLike, item_id: str) -> Path:
 
 def read_clips(path: str | os.PathLike) -> list[Clip]:
     """Read a clip list; ValueError names the file and line of a bad or repeated row."""
-    rows = _read_table(path, _CLIP_COLUMNS)
+    rows = read_table(path, _CLIP_COLUMNS)
     clips, lines = [], {}
     for line, row in rows:
         where = f"{path}, line {line}"
@@ -146,7 +146,7 @@ def read_media_list(
     assert text_column in _TEXT_COLUMNS, text_column
     unique_ids = text_column == "label" if unique_ids is None else unique_ids
     items, lines = [], {}
-    for line, row in _read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
+    for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
         where = f"{path}, line {line}"
         item_id = check_id(row["id"], where)
         if unique_ids and item_id in lines:
@@ -193,17 +193,21 @@ def _write_table(path: str | os.PathLike, rows: list[Sequence]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read_table(
-    path: str | os.PathLike, columns: Sequence[str], synonyms: Sequence[str] = ()
+def read_table(
+    path: str | os.PathLike, columns: Sequence[str], synonyms: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> list[tuple[int, dict[str, str]]]:
-    """[(line number, {column: text})] of a tab-separated file with a header; blank lines are skipped."""
+    """[(line number, {column: text})] of a tab-separated file with a header; blank lines are skipped.
+
+    A column of `synonyms` may stand under any of those names. Columns of `optional` are given where they are there; a
+    name that is nearly one of them is refused. ValueError names the file and line.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
             header = [name.strip() for name in next(reader, [])]
-            places = _places(path, header, columns, synonyms)
+            places = _places(path, header, columns, synonyms) | _optional_places(path, header, optional)
             rows, end = [], reader.line_num
             for row in reader:
                 line, end = end + 1, reader.line_num
@@ -237,3 +241,13 @@ def _places(path, header: list[str], columns: Sequence[str], synonyms: Sequence[
             raise ValueError(f"{path}: column {found!r} stands there more than once")
         places[name] = header.index(found)
     return places
+
+
+def _optional_places(path, header: list[str], optional: Sequence[str]) -> dict[str, int]:
+    for name in header:
+        nearest = difflib.get_close_matches(name, optional, n=1, cutoff=0.8)
+        if nearest and name not in optional and nearest[0] not in header:
+            raise ValueError(f"{path}: column {name!r} is not known; rename it {nearest[0]!r}, or to something else")
+        if name in optional and header.count(name) > 1:
+            raise ValueError(f"{path}: column {name!r} stands there more than once")
+    return {name: header.index(name) for name in optional if name in header}

@@ -1,0 +1,199 @@
+"""Sound for folders and lists: what is made, kept, made again and left out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import av
+import pytest
+import torch
+from odd_media import Odd, code_picture, steady, truncate, write_odd
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import EncoderConfig
+from mmaudio_hf.features.encoders import fit_toy_codec
+from mmaudio_hf.generation.files import read_folder, read_list
+from mmaudio_hf.media.audio import read_waveform
+from mmaudio_hf.media.video import probe
+from mmaudio_hf.models.network import MMAudio
+
+OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A published network of 1 s."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
+    network = MMAudio.from_variant("small_16k", **sizes)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    network.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
+    network.save_pretrained(folder)
+    (folder / "encoders.json").write_text(json.dumps(asdict(EncoderConfig(kind="toy", weights_dir="/nowhere"))))
+    sound = write_odd(folder / "sound.mp4", Odd(steady(1), sound_seconds=12.0))
+    fit_toy_codec(folder, "16k", [sound])
+    return folder
+
+
+@pytest.fixture
+def media(tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    write_odd(folder / "a.mp4", Odd(steady(1.2)))
+    write_odd(folder / "b.webm", Odd(steady(0.8), codec="libvpx", sound_seconds=None))
+    truncate(folder / "a.mp4", folder / "half.mp4", 0.3)
+    with av.open(str(folder / "c.png"), "w", format="image2") as container:
+        stream = container.add_stream("png", width=96, height=96)
+        stream.pix_fmt = "rgb24"
+        frame = av.VideoFrame.from_ndarray(code_picture(9, 96, 96), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    (folder / "a.jpg").write_bytes(b"the same name as a video")
+    (folder / "notes.txt").write_text("not listed")
+    return folder
+
+
+def generate(*words, code: int = 0) -> None:
+    assert main(["generate", *map(str, words)]) == code
+
+
+def rejects_of(folder) -> dict[str, str]:
+    lines = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"id", "stage", "reason", "message"} for line in lines)
+    return {line["id"]: f"{line['stage']} {line['reason']}" for line in lines}
+
+
+def test_a_folder_is_made_and_kept(run, media, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    words = ("--run", run, "--folder", media, "--prompt", "a bell", "--out", out, *OPTIONS)
+    generate(*words)
+    assert f"{out}: 3 of 5 made, 2 rejected" in capsys.readouterr().out
+    assert rejects_of(out) == {"a.jpg": "list duplicate_id", "half": "read unreadable"}
+    assert {p.name for p in out.iterdir()} == {
+        *("a.mp4", "a.json", "b.mp4", "b.json", "c.wav", "c.json", "rejects.jsonl"),
+    }
+    assert probe(out / "a.mp4")["audio"]["duration"] == pytest.approx(1.2, abs=0.03)
+    record = json.loads((out / "b.json").read_text())
+    assert "encoded anew as H.264" in record["notes"][0] and record["request"]["prompt"] == "a bell"
+
+    # Nothing is made again of the same; a prompt, a file or a missing result makes its item new.
+    (out / ".a.mp4.77.part").write_text("left by a run that was killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(MMAudio, "transform", lambda *_: pytest.fail("the network ran"))
+        generate(*words)
+    assert "0 of 5 made, 3 kept, 2 rejected" in capsys.readouterr().out
+    (out / "c.wav").write_bytes((out / "c.wav").read_bytes()[:-100])
+    os.utime(media / "a.mp4", ns=(0, 0))
+    generate(*words)
+    assert "2 of 5 made, 1 kept" in capsys.readouterr().out and not (out / ".a.mp4.77.part").exists()
+    generate(*words, "--seed", "5")
+    assert "3 of 5 made, 2 rejected" in capsys.readouterr().out
+
+
+def test_a_list_and_its_shares(run, media, tmp_path, capsys):
+    rows = ["id\tvideo\tcaption\tnegative_prompt\tduration\tseed\tnotes", "v\ta.mp4\ta bell\thum\t0.8\t3\tx"]
+    rows += [
+        "t\t\ta drum\t\t\t\t",
+        "u\t\ta drum\t\t\t7\t",
+        "w\tgone.mp4\t\t\t\t\t",
+        "n\t\t\t\t\t\t",
+        "p\t../media/b.webm\t\t\t9\t\t",
+    ]
+    (media / "list.tsv").write_text("\n".join(rows) + "\n")
+    words = ("--run", run, "--list", media / "list.tsv", "--format", "flac", *OPTIONS)
+    generate(*words, "--out", tmp_path / "whole")
+    assert "4 of 6 made, 2 rejected" in (printed := capsys.readouterr()).out
+    assert rejects_of(tmp_path / "whole") == {"w": "list not_found", "n": "list nothing_given"}
+    assert "0.80 s long, as its video is, where 9 s were asked for" in printed.out + printed.err
+    for index in range(2):
+        generate(*words, "--out", tmp_path / "shared", "--shard-index", index, "--num-shards", 2)
+    found = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert {"rejects.0-2.jsonl", "rejects.1-2.jsonl", "v.flac", "t.flac", "u.flac", "p.flac"} <= found
+    lengths = {}
+    for name in ("v", "t", "u", "p"):
+        one, two = (read_waveform(tmp_path / folder / f"{name}.flac")[0] for folder in ("whole", "shared"))
+        assert (one - two).norm() < 0.1 * one.norm(), name  # the toy decoder magnifies rounding
+        lengths[name] = len(one) / 16_000
+    assert lengths == pytest.approx({"v": 0.8, "t": 1.024, "u": 1.024, "p": 0.8})
+    sounds = [read_waveform(tmp_path / "whole" / f"{name}.flac")[0] for name in ("t", "u")]
+    assert (sounds[0] - sounds[1]).norm() > 0.3 * sounds[0].norm()
+
+
+def test_lists_that_cannot_be_meant(media, tmp_path):
+    for text, words in (
+        ("id\tprompt\n../up\tx\n", r"not a plain name.*list\.tsv, line 2"),
+        ("id\tprompt\na\tx\na\ty\n", "already on line 2"),
+        ("id\tprompt\tseed\na\tx\t1.5\n", "seed '1.5' is no whole number"),
+        ("id\tprompt\tduration\na\tx\tlong\n", "line 2: duration 'long' is no number"),
+        ("id\tprompt\tnegativ_prompt\na\tx\ty\n", "rename it 'negative_prompt'"),
+        ("id\tprompt\tcaption\na\tx\ty\n", "caption and prompt"),
+        ("id\tseed\na\t1\n", "nothing to go by"),
+        ("name\tprompt\na\tx\n", "no column 'id'"),
+    ):
+        (tmp_path / "list.tsv").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            read_list(tmp_path / "list.tsv")
+    (tmp_path / "list.tsv").write_text("id\tlabel\na\tx\nz\ty\n")
+    by_id = read_list(tmp_path / "list.tsv", media)
+    assert by_id[0].request.video == media / "a.mp4" and by_id[0].request.prompt == "x"
+    assert [entry.problem and entry.problem[1] for entry in by_id] == [None, "not_found"]
+    with pytest.raises(ValueError, match="no videos or pictures"):
+        read_folder(tmp_path)
+
+
+def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
+    out = tmp_path / "out"
+    folder = ("--run", run, "--folder", media, "--out", out)
+    for words, message in (
+        ((*folder, "--video", media / "a.mp4"), "are for one result"),
+        ((*folder, "--steps", "0"), "num_steps"),
+        ((*folder, "--duration", "-1"), "positive"),
+        ((*folder, "--shard-index", "1"), "go together"),
+        (("--run", run, "--folder", tmp_path / "gone", "--out", out), "no such folder"),
+        (("--run", run, "--prompt", "x", "--out", tmp_path / "a.ogg"), "ends with .wav or .flac"),
+        (("--run", run, "--list", media / "a.mp4", "--out", out), "UTF-8"),
+    ):
+        generate(*words, code=2)
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    (media / "a.mp4").unlink()
+    for path in list(media.iterdir()):
+        path.unlink()
+    (media / "x.mp4").write_text("no video")
+    generate(*folder, code=2)
+    assert "all 1 items were rejected" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):
+    rows = ["id\tprompt\n", *(f"item_{n:03}\ta bell {n}\n" for n in range(400))]
+    (tmp_path / "list.tsv").write_text("".join(rows))
+    words = ["generate", "--run", str(run), "--list", str(tmp_path / "list.tsv"), "--out", str(tmp_path / "out")]
+    words += ["--steps", "8", "--device", "cpu", "--batch-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "mmaudio_hf.cli", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "item_001.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    last = errors.strip().splitlines()[-1]
+    assert "interrupted: " in last and "of 400 are there" in last and "Traceback" not in errors
+    made = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert {f"{name}.wav" for name in made} == {path.name for path in (tmp_path / "out").glob("*.wav")}
+    assert 2 <= len(made) < 400
+    (tmp_path / "list.tsv").write_text(
+        "id\tprompt\n" + "".join(f"item_{n:03}\ta bell {n}\n" for n in range(len(made) + 2))
+    )
+    assert main(words) == 0
+    assert f"2 of {len(made) + 2} made, {len(made)} kept" in capsys.readouterr().out
