@@ -2,12 +2,13 @@
 
 import multiprocessing
 import time
+from functools import partial
 
 import pytest
 import torch
 from toy_stores import MODEL
 
-from mmaudio_hf.bench import extract, scaling
+from mmaudio_hf.bench import extract, generate, scaling
 from mmaudio_hf.bench.extract import plain_read
 from mmaudio_hf.bench.step import loop_overhead, step
 from mmaudio_hf.cli import main
@@ -66,3 +67,37 @@ def test_counts_that_measure_nothing_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ending:
         main(["bench", *words])
     assert ending.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_both_ways_of_sampling_are_the_same_work():
+    network = generate._network("small_16k", {"hidden_dim": 64, "num_heads": 1, **generate.SMALL_BF16}, "cpu")
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
+        figures = generate._sampling(network, 2, precision, rounds=2)
+        assert 0 < figures["relative_difference"] < tolerance, precision
+        assert figures["plain_of_ours"] == figures["plain_seconds"] / figures["ours_seconds"]
+        assert 0 < figures["prepare_share"] < 1
+
+
+def test_every_stage_of_generation_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(generate.clip, "clip_config", partial(generate.clip.clip_config, 1, 1))
+    monkeypatch.setattr(generate, "CLIP_LAYERS", ())
+    shallow = partial(generate.synchformer.SynchformerVisual, depth=1)
+    monkeypatch.setattr(generate.synchformer, "SynchformerVisual", shallow)
+    monkeypatch.setattr(generate.vocoder, "Vocoder", partial(generate.vocoder.Vocoder, width=64))
+    monkeypatch.setattr(extract, "SIZE", (128, 72))
+    times = {}
+    with torch.inference_mode():
+        for name, run, count in generate._stage_runs("16k", 250, torch.device("cpu"), tmp_path):
+            run()
+            times[name] = count
+    assert times == {
+        "read": 1,
+        "encode_clip": 8 * 64,
+        "encode_text": 8,
+        "encode_sync": 24,
+        "decode_latent": 10,
+        "vocoder": 10,
+        "write_flac": 1,
+        "write_mp4": 1,
+    }
+    assert (tmp_path / "out.mp4").stat().st_size > 10_000

@@ -34,7 +34,7 @@ def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> di
     and each file with one thread. The encoders have random weights, which does not change their cost.
     """
     with tempfile.TemporaryDirectory() as folder:
-        video = video or _make_clip(Path(folder) / "clip.mp4")
+        video = video or make_clip(Path(folder) / "clip.mp4")
         ways = [lambda: read_video(video, mode=mode, as_uint8=True), lambda: plain_read(video, mode)]
         cores = len(os.sched_getaffinity(0))
         (ours, plain), (our_work, plain_work) = _times(ways, cores, rounds)
@@ -97,7 +97,7 @@ def _times(ways: list[Callable[[], object]], copies: int, rounds: int) -> tuple[
     return [statistics.median(taken) for taken in seconds], [statistics.median(taken) for taken in work]
 
 
-def _make_clip(path: Path) -> Path:
+def make_clip(path: Path) -> Path:
     """Moving stripes with noise and a tone: H.264 and AAC, as large as real clips are."""
     width, height = SIZE
     noise = np.random.default_rng(0)
@@ -205,16 +205,20 @@ def _encoder_rates(mode: str, rounds: int) -> dict[str, float | str]:
 
 def _encoder_runs(mode: str, depth: int, frames: int) -> Iterator[tuple[str, Callable[[], object], float]]:
     """Name, something to run, and its operations: Synchformer of `depth` on a segment, the VAE encoder on `frames`."""
-    network = _randomised(synchformer.SynchformerVisual(depth=depth))
+    network = randomised(synchformer.SynchformerVisual(depth=depth))
     segment = torch.randn(1, 1, *synchformer.SEGMENT_SHAPE)
     yield "synchformer", lambda: network(segment), synchformer.flops(depth=depth)
-    vae = _randomised(autoencoder.MelVAE(mode))
+    vae = randomised(autoencoder.MelVAE(mode))
     mel = torch.randn(1, vae.mode.mel_bins, frames)
     yield "vae_encode", lambda: vae.encode(mel), autoencoder.flops(mode, frames)[0]
 
 
-def _randomised(network: torch.nn.Module) -> torch.nn.Module:
-    network = network.to_empty(device="cpu")
+def randomised(network: torch.nn.Module, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """The network with random weights on `device`; its cost is that of the real ones."""
+    network = network.to_empty(device=device)
     for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.normal_(std=0.02).abs_()
+        if tensor.is_floating_point():
+            tensor.data.normal_(std=0.02).abs_()
+        else:
+            tensor.data.zero_()
     return network

@@ -30,6 +30,11 @@ def add_commands(add) -> None:
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     extract = part("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
+    generate = part("generate", _generate, "guided sampling against two forwards per step, and the other stages")
+    generate.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
+    generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
     loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
     loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: made)")
     loader.add_argument("--rows", type=int, default=2000, help="rows of stores that are made (default 2000, 2 GB)")
@@ -73,6 +78,13 @@ def _extract(options) -> dict:
     from mmaudio_hf.bench.extract import extract
 
     return extract(options.video, options.rounds)
+
+
+def _generate(options) -> dict:
+    from mmaudio_hf.bench.generate import generate
+
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
 
 
 def _loader(options) -> dict:
