@@ -163,4 +163,6 @@ def test_written_sound_reads_back(ending, tmp_path):
             write_audio(path, bad, 44_100)
     with pytest.raises(ValueError, match=r"\.mp3"):
         write_audio(tmp_path / "a.mp3", stereo, 44_100)
+    with pytest.raises(FileNotFoundError, match=rf"nowhere/a\.{ending}"):
+        write_audio(tmp_path / "nowhere" / f"a.{ending}", stereo, 44_100)
     assert [p.name for p in tmp_path.iterdir()] == [f"a.{ending}"], "nothing half-written stays behind"

@@ -224,7 +224,7 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
     """Write `(samples,)` or `(channels, samples)` as 16-bit .wav or .flac, by the ending.
 
     Values are clipped to [-1, 1]. Written under another name and renamed, so a reader never sees half a file.
-    ValueError for another ending, more than two channels, or values that are not finite.
+    ValueError for another ending, more than two channels, or values that are not finite; OSError that names the file.
     """
     path = Path(path)
     codecs = {".wav": "pcm_s16le", ".flac": "flac"}
@@ -238,6 +238,8 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         os.replace(partial, path)
+    except av.error.FFmpegError as error:  # the file is opened with the first packet, and the error does not name it
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
