@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -370,6 +371,26 @@ def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
     assert 2.5 < time.monotonic() - began < 6
     assert f"`mmaudio-hf push {run} {USER}/b` with --training-state pushes it later" in said[-1]
     assert any("waiting for up to" in line for line in said)
+    # Nor in offline mode, in which nothing is tried, nor after Ctrl-C.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check_repository(HubConfig(repo_id=NAME), run, False, said.append)
+    assert "HF_HUB_OFFLINE is set: training begins, and nothing is pushed during this run" in said.pop()
+    said.clear()
+    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+        assert not (run / "hub").exists()
+    assert said == [f"warning: step {STEPS} is not on the Hub: `mmaudio-hf push {run} {NAME}` pushes it later"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def say(message: str) -> None:
+        said.append(message)
+        if "waiting for up to" in message:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    began = time.monotonic()
+    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, say):
+        pass
+    assert time.monotonic() - began < 10 and "pushes it later" in said[-1]
 
 
 def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):

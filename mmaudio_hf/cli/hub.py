@@ -107,22 +107,14 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
     Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work.
     ValueError when the run, the token or the repository will not do.
     """
-    resumes = recipe.resume.startswith(HUB_PREFIX)
-    if not (resumes or recipe.hub.repo_id):
+    if not (recipe.resume.startswith(HUB_PREFIX) or recipe.hub.repo_id):
         yield lambda folder: None
         return
     import torch
     from accelerate import PartialState
 
     process = PartialState(cpu=not torch.accelerator.is_available())
-    if process.is_main_process:
-        if resumes:
-            fetch_run(recipe)
-        if recipe.hub.repo_id:
-            from mmaudio_hf.hub.sync import check_repository
-
-            check_repository(recipe.hub, recipe.run_dir, resumes, lambda message: _say(f"warning: {message}"))
-    process.wait_for_everyone()
+    _prepare(recipe, process)
     if not (process.is_main_process and recipe.hub.repo_id):
         yield lambda folder: None
         return
@@ -135,6 +127,30 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
     card = lambda run_dir, folder: add_card(folder, run_dir, recipe.hub.repo_id)  # noqa: E731
     with CheckpointSync(recipe.hub, recipe.run_dir, say, card) as sync:
         yield sync.announce
+
+
+def _prepare(recipe: Recipe, process) -> None:
+    """Let the first process look and fetch; where that fails it says why, and the others end without a word."""
+    from accelerate.utils import broadcast_object_list
+
+    from mmaudio_hf.hub.sync import check_repository
+
+    failure, code = None, [0]
+    if process.is_main_process:
+        try:
+            resumes = recipe.resume.startswith(HUB_PREFIX)
+            if resumes:
+                fetch_run(recipe)
+            if recipe.hub.repo_id:
+                check_repository(recipe.hub, recipe.run_dir, resumes, lambda message: _say(f"warning: {message}"))
+        except (ValueError, OSError) as error:
+            failure, code = error, [2 if isinstance(error, ValueError) else 1]
+    if process.num_processes > 1:
+        broadcast_object_list(code)  # the others wait here
+    if failure is not None:
+        raise failure
+    if code[0]:
+        raise SystemExit(code[0])
 
 
 def fetch_run(recipe: Recipe) -> None:

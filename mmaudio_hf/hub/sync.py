@@ -32,7 +32,8 @@ def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn
         ensure_repository(repo, hub.private)
         there, here = remote_step(read_contents(repo)), local_step(run_dir)
     except ConnectionError as error:
-        warn(f"{error}: training begins, and pushing is tried again with every checkpoint")
+        nothing = "nothing is pushed during this run" if is_offline_mode() else "pushing is tried all along"
+        warn(f"{error}: training begins, and {nothing}")
         return
     if there is not None and here is None and not resumes_from_hub:
         raise ValueError(
@@ -63,6 +64,7 @@ class CheckpointSync:
         self._waiting: Path | None = None  # staged and not being pushed
         self._ending = False
         self._told = ""
+        self._ended = threading.Event()  # a join that Ctrl-C interrupts leaves a thread that looks ended (bpo-45274)
         self._changed = threading.Condition()
         # A daemon: a run that ends, or a second Ctrl-C, does not wait for a network.
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
@@ -88,9 +90,13 @@ class CheckpointSync:
     # --- in the thread that writes checkpoints ----------------------------------------------------------------------
 
     def announce(self, checkpoint: Path) -> None:
-        """Take a finished checkpoint, unless it comes less than `hub.every` steps after the last one taken."""
+        """Take a finished checkpoint, unless it comes less than `hub.every` steps after the last one taken.
+
+        In offline mode nothing is taken.
+        """
         step = int(checkpoint.name.removeprefix("step_"))
-        if self._taken is None or step - self._taken >= max(1, self.hub.every):
+        due = self._taken is None or step - self._taken >= max(1, self.hub.every)
+        if due and not is_offline_mode():
             self._take(checkpoint, step)
 
     def _take(self, checkpoint: Path, step: int) -> None:
@@ -115,6 +121,7 @@ class CheckpointSync:
                 self._failed(folder, error)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+        self._ended.set()
 
     def _next(self) -> Path | None:
         """The newest checkpoint that waits; None when there is none and the run has ended."""
@@ -174,7 +181,7 @@ class CheckpointSync:
         """Push the newest checkpoint and wait for it, as long as the recipe allows."""
         repo, last = self.hub.repo_id, self.run_dir / "last"
         step = int(last.resolve().name.removeprefix("step_")) if last.exists() else None
-        if step is not None and (self._taken is None or step > self._taken):
+        if step is not None and (self._taken is None or step > self._taken) and not is_offline_mode():
             self._take(last.resolve(), step)
         with self._changed:
             self._ending = True
@@ -182,17 +189,16 @@ class CheckpointSync:
         later = f"`mmaudio-hf push {self.run_dir} {repo}`" + (
             " with --training-state" if "training_state" in self.hub.push else ""
         )
-        limit = 0 if is_offline_mode() else self.hub.wait
         with contextlib.suppress(KeyboardInterrupt):
-            self._wait(limit, f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}")
-        if self._thread.is_alive():
+            self._wait(self.hub.wait, f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}")
+        if step is not None and (is_offline_mode() or not self._ended.is_set()):
             self.say(f"warning: step {step} is not on the Hub: {later} pushes it later")
 
     def _wait(self, limit: float, message: str) -> None:
         began = told = time.monotonic()
-        self._thread.join(min(2.0, limit))
-        while self._thread.is_alive() and (left := began + limit - time.monotonic()) > 0:
+        self._ended.wait(min(2.0, limit))
+        while not self._ended.is_set() and (left := began + limit - time.monotonic()) > 0:
             if told == began or time.monotonic() - told > TOLD_EVERY:
                 self.say(f"{message}; waiting for up to {left:.0f} s")
                 told = time.monotonic()
-            self._thread.join(min(1.0, left))
+            self._ended.wait(min(1.0, left))
