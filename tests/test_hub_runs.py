@@ -283,6 +283,10 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
     said: list[str] = []
     settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
     check_repository(settings, run.with_name("new"), False, said.append)
+    newest = checkpoints(run)[-1]
+    wanted = files_of(newest / "pretrained_model") | {
+        f"training_state/{name}": content for name, content in files_of(newest / "training_state").items()
+    }
     hub.kill()
     with CheckpointSync(settings, run, said.append) as pushing:
         for checkpoint in checkpoints(run):
@@ -296,6 +300,7 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
         hub.start()
         until(lambda: pushing.pushed == STEPS)
     assert steps_pushed(hub) == [STEPS] and not (run / "hub").exists()
+    assert wanted.items() <= hub.files(NAME).items()
     failed = [line for line in said if "pushing failed" in line]
     assert len(failed) == 1 and "cannot be reached" in failed[0] and "is tried again" in failed[0]
     assert f"step {STEPS} is on the Hub: {NAME}, after" in said[-1]
