@@ -393,8 +393,12 @@ def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     began = time.monotonic()
-    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, say):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, say):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 10 and "pushes it later" in said[-1]
 
 
