@@ -181,6 +181,30 @@ def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):
         model_card(copy)
 
 
+def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / "evaluation").mkdir()
+    weights = json.loads((run / "last/pretrained_model/weights.json").read_text())
+    scores = {
+        "FD-PASST": {"value": 61.5, "unit": "", "better": "lower", "used": 5, "dropped": []},
+        "log_mel_distance": {"value": 12.25, "unit": "dB", "better": "lower", "used": 5, "dropped": []},
+        "DeSync": {"value": None, "unit": "s", "better": "lower", "used": 0, "dropped": []},
+    }
+    content = {"format": 1, "split": "test", "step": 4, "weights": weights, "scores": scores}
+    (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))
+    other = content | {"weights": weights | {"sigma_rel": 0.1}, "split": "validation"}
+    (copy / "evaluation" / "validation_step_4.json").write_text(json.dumps(other))
+    text = model_card(copy)
+    table = {row[0]: row[1:] for row in rows(section(text, "Scores"))}
+    assert table["FD-PASST, test split"] == ["61.5", "4"] and table["log mel distance, test split"] == ["12.25 dB", "4"]
+    assert not [name for name in table if "DeSync" in name or "validation split" in name]
+    results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
+    found = results["FD-PASST, test split (step 4)"]
+    assert (found.metric_type, found.metric_value, found.dataset_split) == ("FD-PASST", 61.5, "test")
+    (copy / "evaluation" / "test_step_4.json").write_text("[]")
+    assert "FD-PASST" not in model_card(copy)
+
+
 def test_licence_and_base_follow_from_the_start(tmp_path, monkeypatch):
     """Of each kind of start; the card of a folder goes on to what is made of it."""
     path = tmp_path / "recipe.yaml"

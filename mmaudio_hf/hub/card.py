@@ -267,7 +267,8 @@ def _card(
     weights, start = _weights(folder), _start(recipe, noted)
     licence, reason = _license(recipe, start)
     step = weights.get("step", recipe.training.steps)
-    scores = _scores(run_dir / "metrics.jsonl", step)
+    scores = [*_scores(run_dir / "metrics.jsonl", step), *_evaluated(run_dir / "evaluation", weights)]
+    scores = list({score.what: score for score in scores}.values())  # the loop and the command score alike
     sources = [hub_id(source.source) for source in recipe.card.sources]
     data = ModelCardData(
         library_name="mmaudio_hf",
@@ -366,6 +367,13 @@ class _Score:
     what: str
     value: float
     step: int
+    unit: str = ""
+
+    @property
+    def split(self) -> str:
+        """What was scored; empty: what the samples are of."""
+        kind = self.name.partition("/")[0]
+        return {"val": "validation", "val_ema": "validation"}.get(kind, kind.partition("_")[2])
 
 
 def _scores(file: Path, until: int) -> list[_Score]:
@@ -387,11 +395,34 @@ def _scores(file: Path, until: int) -> list[_Score]:
             best = min(series)
             scores += [_Score(name, f"{words}, last", *series[-1]), _Score(name, f"{words}, best", *best)]
     judged = [name for name in found if not name.startswith(("train/", "val/", "val_ema/"))]
-    return scores + [_Score(name, name.partition("/")[2].replace("_", " "), *found[name][-1]) for name in judged]
+    return scores + [_Score(name, _in_words(name), *found[name][-1]) for name in judged]
+
+
+def _in_words(name: str) -> str:
+    kind, _, score = name.partition("/")
+    split = kind.partition("_")[2]
+    return score.replace("_", " ") + (f", {split} split" if split else "")
+
+
+def _evaluated(folder: Path, weights: Mapping[str, Any]) -> list[_Score]:
+    """What `mmaudio-hf evaluate` or the end of training found of the very weights; damaged files are passed over."""
+    scores = []
+    for split in ("validation", "test"):
+        try:
+            content = json.loads((folder / f"{split}_step_{weights.get('step')}.json").read_text(encoding="utf-8"))
+            if any(content["weights"].get(key) != weights.get(key) for key in ("weights", "sigma_rel", "step")):
+                continue
+            for name, found in content["scores"].items():
+                if isinstance(found["value"], (int, float)):  # null: there was too little to compute it from
+                    name = f"eval_{split}/{name}"
+                    scores.append(_Score(name, _in_words(name), found["value"], weights["step"], found["unit"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return scores
 
 
 def _result(recipe: Recipe, score: _Score) -> EvalResult:
-    split = "validation" if score.name.startswith("val") else recipe.samples.split
+    split = score.split or recipe.samples.split
     stores = "+".join(Path(store.path).name for store in getattr(recipe.data, split)) or split
     return EvalResult(
         task_type="text-to-audio",
@@ -405,7 +436,10 @@ def _result(recipe: Recipe, score: _Score) -> EvalResult:
 
 
 def _score_table(scores: Sequence[_Score]) -> str:
-    rows = [f"| {plain(score.what)} | {score.value:.4g} | {score.step} |" for score in scores]
+    rows = [
+        f"| {plain(score.what)} | {score.value:.4g} {plain(score.unit)}".rstrip() + f" | {score.step} |"
+        for score in scores
+    ]
     return "\n".join(("| score | value | step |", "|---|---|---|", *rows))
 
 
