@@ -104,9 +104,7 @@ def build_page(pipeline: MMAudioPipeline, run: str | os.PathLike, made: Path, ma
                 prompt = gr.Textbox(label="Prompt", placeholder="what is to be heard")
                 negative = gr.Textbox(label="Negative prompt", placeholder="what is not to be heard")
                 with gr.Row():
-                    duration = gr.Slider(
-                        SHORTEST, max(MAX_SECONDS, trained), trained, step=0.1, label="Seconds", min_width=220
-                    )
+                    duration = gr.Slider(SHORTEST, longest, trained, step=0.1, label="Seconds", min_width=220)
                     steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=220)
                 with gr.Row():
                     guidance = gr.Slider(0, 10, 4.5, step=0.1, label="Guidance", min_width=220)
