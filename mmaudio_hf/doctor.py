@@ -30,6 +30,7 @@ from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
 from mmaudio_hf.models.flops import training_flops
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.training.finetune import mark_trained
 from mmaudio_hf.training.memory import MemoryEstimate
@@ -76,6 +77,7 @@ def examine(
     yield from _weights(recipe, checks, quick, complete=all(mixtures.get(s) for s in _needed_splits(recipe)))
     yield from _trackers(recipe)
     yield from evaluation_findings(recipe)
+    yield from _hub(recipe)
     if recipe.training.batch_size % (world * recipe.training.accumulation_steps):
         return  # what follows is about the share of one device
     estimate = MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune))
@@ -156,6 +158,37 @@ def _trackers(recipe: Recipe) -> Iterator[Finding]:
             yield Finding("ok", "tracker", f"{name} {version(name)}")
         except ValueError as error:
             yield Finding("FAIL", "tracker", str(error))
+
+
+def _hub(recipe: Recipe) -> Iterator[Finding]:
+    """Whether what `resume` names is on the Hub, and whether pushes will be taken; nothing is changed there."""
+    repo, resumes = recipe.hub.repo_id, recipe.resume.startswith(HUB_PREFIX)
+    if not (repo or resumes):
+        return
+    from mmaudio_hf.hub.runs import plan_pull
+    from mmaudio_hf.hub.sync import check_repository
+
+    notes: list[str] = []
+    try:
+        if resumes and not list_checkpoints(recipe.run_dir):
+            source, revision = split_hub_id(recipe.resume.removeprefix(HUB_PREFIX))
+            if source != repo or revision:  # else a first launch begins at step 0
+                plan = plan_pull(source, revision)
+                yield Finding("ok" if plan.has_state else "FAIL", "resume", _resumed(recipe.resume, plan))
+        if repo:
+            check_repository(recipe.hub, recipe.run_dir, resumes, notes.append, make=False)
+    except (ValueError, ConnectionError) as error:
+        yield Finding("FAIL", "Hub", str(error))
+        return
+    yield from (Finding("warn", "Hub", note) for note in notes)
+    if repo and not notes:
+        yield Finding("ok", "Hub", f"{repo} takes pushes")
+
+
+def _resumed(resume: str, plan) -> str:
+    if not plan.has_state:
+        return f"{resume} has no training state, only a network: name it in finetune.init_from"
+    return f"goes on from step {plan.step} of {resume}"
 
 
 def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:

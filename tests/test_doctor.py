@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hub_server import TOKEN, USER, Hub
 from toy_stores import recipe_tree, write_recipe
 
 from mmaudio_hf.cli import main
@@ -14,6 +15,8 @@ from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.dataset import open_mixture
 from mmaudio_hf.doctor import available_memory, measure_reading
 from mmaudio_hf.features.toy import ToyMelCodec
+
+READER = "hf_thisonemayonlyread00000000"
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,20 @@ def test_reading_is_measured(folder):
     found = measure_reading(mixture, threads=2, seconds=0.1)
     video, sound = (sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
     assert sound < found.bytes_per_second / found.samples_per_second < video
+
+
+def test_the_hub_is_looked_at_and_left_alone(folder, capsys, tmp_path, monkeypatch):
+    recipe = str(write_recipe(folder, "published"))
+    with Hub(tmp_path / "hub", tokens={READER: f"{USER}:read"}) as hub:
+        hub.use_here(monkeypatch, tmp_path / "home")
+        code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")
+        assert (code, levels["Hub"]) == (0, "ok"), text
+        assert not hub.repository(f"{USER}/new").exists and not hub.requests("repos/create")
+        code, levels, text = doctor(capsys, recipe, f"resume=hub://{USER}/gone", f"hub.repo_id={USER}/new", "--quick")
+        assert (code, levels["Hub"]) == (1, "FAIL") and f"{USER}/gone is not there" in text
+        monkeypatch.setenv("HF_TOKEN", READER)
+        code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")
+        assert (code, levels["Hub"]) == (1, "FAIL") and "this token may only read" in text and READER not in text
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")  # no server any more
+    assert (code, levels["Hub"]) == (0, "warn") and "cannot be reached" in text

@@ -31,7 +31,7 @@ ALLOWED = {
     "hub": {"schema", "config", "released", "hub_client", "data", "models", "weights"},
     "interop": {"schema", "config", "released", "models", "training"},
     "bench": {"schema", "config", "media", "features", "data", "models", "training", "generation"},
-    "doctor": {"schema", "config", "data", "features", "models", "training", "evaluation", "weights"},
+    "doctor": {"schema", "config", "data", "features", "models", "training", "evaluation", "hub", "weights"},
     "cli": None,
     "__init__": None,
 }

@@ -112,6 +112,16 @@ def read_json(contents: Contents, name: str) -> dict[str, Any]:
 # --- changing it ---------------------------------------------------------------------------------------------------
 
 
+def check_token(repo: str) -> None:
+    """See that there is a token for writing to `repo`, changing nothing; ValueError saying what to do."""
+    if get_token() is None:
+        raise ValueError(f"Hub repository {repo} cannot be written without a token: {LOGIN}")
+    with hub_errors(repo):
+        role = api().whoami().get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ValueError(f"Hub repository {repo}: this token may only read: use one that may write there; {LOGIN}")
+
+
 def ensure_repository(repo: str, private: bool, kind: str = "model") -> None:
     """Make `repo` unless it exists, and see that this token may write there; ValueError where it may not."""
     if get_token() is None:

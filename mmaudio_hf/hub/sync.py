@@ -11,7 +11,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from mmaudio_hf.config import HubConfig
-from mmaudio_hf.hub.repository import ensure_repository, read_contents
+from mmaudio_hf.hub.repository import check_token, ensure_repository, find_contents, read_contents
 from mmaudio_hf.hub.runs import local_step, plan_push, push, remote_step, stage
 from mmaudio_hf.schema import RunError
 
@@ -22,15 +22,20 @@ TOLD_EVERY = 60.0  # s between two lines about waiting at the end
 Say = Callable[[str], None]
 
 
-def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn: Say) -> None:
+def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn: Say, make: bool = True) -> None:
     """Look before training whether pushes will be taken: token, repository, and what it holds.
 
-    ValueError saying what to do. A Hub that cannot be reached is a warning alone: pushing is tried all along.
+    ValueError saying what to do. A Hub that cannot be reached is a warning alone: pushing is tried all along. With
+    `make` the repository is made unless it exists; without, nothing is changed there, and its absence is no fault.
     """
     repo = hub.repo_id
     try:
-        ensure_repository(repo, hub.private)
-        there, here = remote_step(read_contents(repo)), local_step(run_dir)
+        if make:
+            ensure_repository(repo, hub.private)
+        else:
+            check_token(repo)
+        contents = read_contents(repo) if make else find_contents(repo)
+        there, here = None if contents is None else remote_step(contents), local_step(run_dir)
     except ConnectionError as error:
         nothing = "nothing is pushed during this run" if is_offline_mode() else "pushing is tried all along"
         warn(f"{error}: training begins, and {nothing}")
