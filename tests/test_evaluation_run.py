@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hub_server import USER, Hub
 from test_report import Page
 from toy_stores import recipe_tree
 from training_runs import ROOT, environment, metrics, run_dir
@@ -116,6 +117,23 @@ def test_report_and_page_show_them(finished, run, capsys):
     best += ["best" if max(pair) == value else None for pair in values[1:] for value in pair]
     cells = [cell.get("class") for cell in page.all("td")]
     assert cells[:2] + cells[-2:] == best
+
+
+def test_a_network_of_the_hub_sounds_and_is_scored(finished, run, tmp_path, capsys, monkeypatch):
+    name, sound = f"{USER}/network", tmp_path / "sound.wav"
+    with Hub(tmp_path / "hub") as hub:
+        hub.use_here(monkeypatch, tmp_path / "home")
+        assert main(["push", str(run), name]) == 0
+        assert main(["generate", "--run", name, "--prompt", "a ball", "--steps", "1", "--out", str(sound)]) == 0
+        assert evaluate(name, "--recipe", finished, "--out", tmp_path / "scores", "evaluation.items=2") == 0
+    text = capsys.readouterr().out
+    waveform, rate = read_waveform(sound)
+    assert rate == 16000 and waveform.abs().max() > 0 and "tester--network, test, step 4" in text
+    content = read_scores(tmp_path / "scores" / "test_step_4.json")
+    assert content["run"] == "tester--network" and content["items"]["scored"] == 2
+    # The toy codec came from the Hub with the weights: the local run alone makes the same sound.
+    assert main(["generate", "--run", str(run), "--prompt", "a ball", "--steps", "1", "--out", f"{sound}.wav"]) == 0
+    assert torch.equal(read_waveform(f"{sound}.wav")[0], waveform)
 
 
 def test_killed_and_taken_up_again(finished, run, capsys):
