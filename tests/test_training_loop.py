@@ -26,6 +26,9 @@ from training_runs import (
     tensors,
 )
 
+from mmaudio_hf.cli import main
+from mmaudio_hf.training import lock
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
@@ -115,6 +118,23 @@ def test_signals_save_and_end_with_or_without_a_launcher(undisturbed):
         assert f"from step {step} to 100000" in output and f"{number.name}: saving a checkpoint" in output, output
         step = int((run_dir(recipe) / "last").resolve().name.removeprefix("step_"))
         assert f"stopped at step {step}; the same command goes on from there" in output
+
+
+def test_two_launches_do_not_train_one_run(undisturbed, monkeypatch, capsys):
+    recipe = write_recipe(undisturbed.parent, "held", steps=100_000, log_every=1, checkpoint_every=100_000)
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setattr(lock, "PATIENCE", 0)
+    log = run_dir(recipe) / "metrics.jsonl"
+    with subprocess.Popen(command(recipe, processes=0), env=environment(), stderr=subprocess.DEVNULL) as first:
+        while not (log.exists() and "train/loss" in log.read_text()):
+            assert first.poll() is None
+            time.sleep(0.01)
+        before = log.read_bytes()
+        assert main(["train", str(recipe)]) == 2
+        assert "held is being trained by another launch" in capsys.readouterr().err
+        assert log.read_bytes().startswith(before) and log.stat().st_size > len(before)  # undisturbed
+        first.kill()
+    assert main(["train", str(recipe), "training.steps=1"]) == 0  # the system frees what a killed process held
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(4, 1), (1, 2), (2, 2)])

@@ -33,6 +33,7 @@ from mmaudio_hf.training.early_stopping import check_metric, judge
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, synthesize
 from mmaudio_hf.training.finetune import held_back, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, StopSignals
+from mmaudio_hf.training.lock import RunLock
 from mmaudio_hf.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -134,6 +135,8 @@ def train(
         with suppress(Exception):  # a tracker that never started must not hide what went wrong
             accelerator.end_training()
         raise
+    finally:
+        run.lock.release()
     accelerator.end_training()
     return result
 
@@ -179,6 +182,7 @@ class Run:
         self.step = 0
         self.to_evaluate: list[str] = []  # names of the evaluators that are due now and have not ended
         self.finished = False  # all steps are done, or validation no longer improves
+        self.lock = RunLock(self.run_dir, self._warn)
         self.stop = StopSignals()
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self.stop, self._report_skip)
         self.writer = BackgroundWriter(self._warn)
@@ -308,6 +312,7 @@ class Run:
 
     def _resume(self, allow_changes: bool) -> None:
         """Take up the newest checkpoint, if there is one. Nothing is written before everything fits."""
+        self._hold()
         state, folder = None, self.run_dir / "checkpoints"
         if self.recipe.resume == "auto":
             state = latest_training_state(self.run_dir, self.accelerator.print)
@@ -325,6 +330,16 @@ class Run:
             self.load(state)
         if self.accelerator.is_main_process:
             self.history = drop_later(self.run_dir, self.step, self.ema.step, self.best.step)
+
+    def _hold(self) -> None:
+        """Hold the run folder against other launches. ValueError, on every process, when one trains it now."""
+        held = [not self.accelerator.is_main_process or self.lock.take()]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(held)
+        if not held[0]:
+            raise ValueError(
+                f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
+            )
 
     def load(self, state: TrainingState) -> None:
         """Put the run where `state` was saved; nothing is written."""
@@ -346,6 +361,8 @@ class Run:
     def _prepare_folder(self) -> None:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        if self.accelerator.is_main_process:
             partial = self.run_dir / "config.yaml.partial"
             save_recipe(self.recipe, partial)
             partial.replace(self.run_dir / "config.yaml")
