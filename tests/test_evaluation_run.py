@@ -179,6 +179,21 @@ def test_killed_and_taken_up_again(finished, run, capsys):
     capsys.readouterr()
 
 
+def test_another_codec_makes_everything_anew(finished, tmp_path):
+    network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
+    clips, contents, heard = tmp_path / "scores" / "test_step_4" / "clips", [], []
+    for seed in (0, 9):
+        mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(seed + i)) for i in range(8)]
+        (tmp_path / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+        changes = ["evaluation.items=1", "evaluation.keep_clips=true", f"encoders.weights_dir={tmp_path}"]
+        evaluator = SplitEvaluator(load_recipe(finished, changes), "test", folder=tmp_path / "scores")
+        contents.append(evaluator.evaluate(network, 4, {"weights": "raw"}))
+        (file,) = clips.iterdir()
+        heard.append(read_waveform(file)[0])
+    assert contents[0]["key"] != contents[1]["key"] and contents[0]["scores"] != contents[1]["scores"]
+    assert not torch.equal(*heard)
+
+
 def unfinished(checkpoint: Path) -> list[str]:
     return json.loads((checkpoint / "training_state" / "state.json").read_text())["facts"]["to_evaluate"]
 

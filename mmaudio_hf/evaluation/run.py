@@ -31,7 +31,7 @@ from mmaudio_hf.evaluation.items import HeldOutItems, generate_items
 from mmaudio_hf.evaluation.processes import digest, everything, together
 from mmaudio_hf.evaluation.published import AV_BENCH, PublishedScores, av_bench_problem
 from mmaudio_hf.evaluation.results import FOLDER, FORMAT, read_scores, scores_file, write_scores
-from mmaudio_hf.features.encoders import check_encoders, fingerprints, load_encoders
+from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.media.audio import MediaError, read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
@@ -148,8 +148,8 @@ class SplitEvaluator:
 
     def _made_of(self) -> dict[str, Any]:
         """Everything besides the weights that a sound depends on."""
-        where = {name: self._encoders[name] for name in ("weights_dir", "clip", "precision")}
-        decoder = fingerprints(self._encoders["kind"], self.recipe.model.mode, **where, parts=("decode",))
+        where = self._encoders["weights_dir"]
+        decoder = decoder_fingerprint(self._encoders["kind"], self.recipe.model.mode, weights_dir=where)
         stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
         return {"settings": self._settings(), "decoder": decoder, "stores": stores}
 
