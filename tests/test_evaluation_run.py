@@ -29,6 +29,7 @@ from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.report import write_report
+from mmaudio_hf.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,39 @@ def test_training_killed_in_an_evaluation_goes_on_with_it(finished):
     last = run_dir(recipe) / "last"
     assert last.resolve().name == "step_4"
     assert unfinished(last) == []
+
+
+class Killed(BaseException):
+    """The end of a process: nothing that looks after errors takes it for one."""
+
+
+def test_what_was_scored_before_a_kill_counts_afterwards(finished, monkeypatch):
+    """Killed between the scores of two evaluators, and between those of the last one and the last checkpoint."""
+    recipes = [finished.with_name(f"{name}.yaml") for name in ("whole", "cut")]
+    for recipe in recipes:
+        recipe.write_text(finished.read_text().replace("name: finished", f"name: {recipe.stem}"))
+    settings = ["samples.every=2", "samples.items=1", "evaluation.items=2"]
+    settings += ["training.best_metric=eval/log_mel_distance", "training.best_mode=min"]
+    assert main(["train", str(recipes[0]), *settings]) == 0
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SplitEvaluator, "run", die)
+        main(["train", str(recipes[1]), *settings])
+    cut = run_dir(recipes[1])
+    assert unfinished(cut / "last") == ["eval", "eval_validation"]
+    log = loop.log_sounds
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "log_sounds", lambda *a: die() if a[1] == "eval_test" and a[3] == 4 else log(*a))
+        main(["train", str(recipes[1]), *settings])
+    assert unfinished(cut / "last")
+    assert main(["train", str(recipes[1]), *settings]) == 0
+    whole = run_dir(recipes[0])
+    assert [(r / "best").resolve().name for r in (cut, whole)] == ["step_2"] * 2
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (cut / "last").resolve().name == "step_4" and unfinished(cut / "last") == []
 
 
 def test_what_cannot_be_scored_is_counted(finished, tmp_path):

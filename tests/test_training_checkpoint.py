@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree
-from training_runs import ROOT, assert_close, command, environment, launch, metrics, run_dir, same_bytes, tensors
+from training_runs import (
+    ROOT,
+    SCRIPTS,
+    assert_close,
+    command,
+    environment,
+    launch,
+    metrics,
+    run_dir,
+    same_bytes,
+    tensors,
+)
 
 from mmaudio_hf.bench.checkpoint import checkpoint as bench_checkpoint
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.training.best import BestScore
+from mmaudio_hf.training.checkpoint import TENSOR_FILES, TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.training.resume import drop_later
 
 STEPS, EVERY = 40, 4
 POISONED = "videos_0000"
@@ -153,6 +167,87 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(undisturb
     result = launch(recipe, processes=0)
     assert result.returncode == 0, result.stderr
     same_run(recipe, undisturbed)
+
+
+class Killed(BaseException):
+    """The end of a process: nothing that looks after errors takes it for one."""
+
+
+def test_one_of_the_two_is_there_whenever_a_second_save_of_a_step_is_killed(tmp_path, monkeypatch):
+    """Before or after each thing that is done to a folder, from the first save to the clearing at the next start."""
+    left = 0  # things that are still done before the kill
+
+    def fatal(real, after):
+        def deadly(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left >= 0 or (after and left == -1):
+                real(*args, **kwargs)
+            if left < 0:
+                raise Killed
+            return Path(args[-1])
+
+        return deadly
+
+    def write(step, value):
+        tensors = {name: {"t": torch.full((4,), value)} for name in TENSOR_FILES}
+        save_checkpoint(run, TrainingState(step, tensors, {}), lambda folder: None)
+
+    found = set()
+    for after in (False, True):
+        for moment in range(20):
+            run, killed = tmp_path / f"{after}_{moment}", False
+            left = math.inf
+            write(4, 1.0)
+            with monkeypatch.context() as patch:
+                for owner, name in ((Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
+                    patch.setattr(owner, name, fatal(getattr(owner, name), after))
+                left = moment
+                try:
+                    write(4, 2.0)
+                    drop_later(run, 4, 0, None)
+                except Killed:
+                    killed = True
+            found.add(latest_training_state(run, pytest.fail).tensors["model"]["t"][0].item())
+            drop_later(run, 4, 0, None)
+            assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
+            assert (run / "last" / "training_state" / "state.json").is_file()
+            if not killed:
+                break
+        assert not killed and moment > 4
+    assert found == {1.0, 2.0}
+
+
+LATE = """
+import os, sys, time
+from pathlib import Path
+from mmaudio_hf.cli import train_main
+from mmaudio_hf.training import loop
+
+exists, glob, find, rank = Path.exists, Path.glob, loop.find_snapshots, os.environ["RANK"]
+
+def seen(path):  # by a second machine, whose file system remembers for a while what was in a folder
+    return rank == "0" or path.parent.name != "ema" or time.time() - path.stat().st_mtime > 2
+
+Path.exists = lambda path: exists(path) and seen(path)
+Path.glob = lambda path, pattern: (found for found in glob(path, pattern) if seen(found))
+loop.find_snapshots = lambda folder: print(f"process {rank} has {len(found := find(folder))} snapshots") or found
+sys.exit(train_main())
+"""
+
+
+def test_the_last_snapshots_are_awaited_where_they_are_seen_later(tmp_path):
+    recipe, program = small_recipe(tmp_path, "late"), tmp_path / "program.py"
+    program.write_text(LATE)
+    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+    words += ["--num_processes", "2", "--main_process_port", "0", str(program), str(recipe), "training.steps=2"]
+    variables = environment() | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*words, "ema.sigma_rel=0.07", "training.best_metric=val/loss"], env=variables, cwd=recipe.parent,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert all(f"process {rank} has 2 snapshots" in result.stdout for rank in (0, 1)), result.stdout
 
 
 def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(undisturbed):

@@ -6,7 +6,8 @@
     <run>/best                                   link to the best one by `training.best_metric`, if that is set
 
 A checkpoint is written beside its place and renamed when it is complete, so a kill or a full disk never leaves half of
-one under a valid name. Everything random in training is a function of (seed, step), so no generator state is saved.
+one under a valid name. One that it replaces stands aside meanwhile, as `step_N.old`, and counts where there is no
+`step_N`. Everything random in training is a function of (seed, step), so no generator state is saved.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
 STATE_VERSION = 1
+CHECKPOINT = re.compile(r"step_(\d+)(\.old)?")
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ def save_checkpoint(run_dir: Path, state: TrainingState, write_pretrained: Calla
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(partial, state, write_pretrained)
-        _remove(folder)  # the same step again, after a resume from an earlier one
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():  # the same step again: with the scores of its evaluation, or after a resume
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         partial.rename(folder)
         point_at(run_dir, "last", folder)
+        shutil.rmtree(old, ignore_errors=True)  # what stays of it goes at the next start
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         good = run_dir / "last"
@@ -83,7 +89,7 @@ class Retention:
 def _remove(folder: Path) -> None:
     """Delete a checkpoint, so that a kill on the way leaves nothing under its name."""
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.old.partial")
+        doomed = folder.with_name(f"{folder.name}.removed.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -129,14 +135,15 @@ def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    return sorted((path for path in folders if re.fullmatch(r"step_\d+", path.name)), key=checkpoint_step)
+    """Complete checkpoints of a run, oldest first; `step_N.old` where a kill came before another took its place."""
+    names = sorted((path.name for path in (run_dir / "checkpoints").glob("step_*")), reverse=True)
+    found = {int(match[1]): match.string for match in map(CHECKPOINT.fullmatch, names) if match}  # step_N is the last
+    return [run_dir / "checkpoints" / found[step] for step in sorted(found)]
 
 
 def checkpoint_step(folder: Path) -> int:
-    """Step of a folder that `checkpoint_folder` named."""
-    return int(folder.name.removeprefix("step_"))
+    """Step of a folder that `list_checkpoints` found."""
+    return int(folder.name.removeprefix("step_").removesuffix(".old"))
 
 
 def load_training_state(folder: Path) -> TrainingState:

@@ -30,7 +30,7 @@ from mmaudio_hf.training.autopsy import broken_parameters, examine_samples, exam
 from mmaudio_hf.training.best import BestScore
 from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
 from mmaudio_hf.training.early_stopping import check_metric, judge
-from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, synthesize
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import held_back, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, StopSignals
 from mmaudio_hf.training.lock import RunLock
@@ -263,6 +263,8 @@ class Run:
             self._save(snapshot=True, checkpoint=False)
             self.writer.wait()
             self.accelerator.wait_for_everyone()
+            for sigma in self.recipe.ema.sigma_rels:
+                check_seen_everywhere(snapshot_path(self.run_dir / "ema", sigma, self.ema.step))
         best, due = self._is_best(scores), [e for e in self.evaluators if self.finished or self.step % e.every == 0]
         snapshot = not self.finished and self.step % self.recipe.ema.snapshot_every == 0
         wanted = asked or self.finished or best or self.step % training.checkpoint_every == 0
@@ -285,14 +287,15 @@ class Run:
 
     def _go_on_evaluating(self) -> None:
         """Make up for evaluations that were due at the checkpoint and did not come to their end."""
-        lines = [entry for entry in self.history if entry["step"] == self.step]
-        done = [name for name in self.to_evaluate if any(k.startswith(f"{name}/") for line in lines for k in line)]
-        if self.to_evaluate and self.accelerator.num_processes > 1:
-            holder = [done]
-            broadcast_object_list(holder)
-            [done] = holder
+        if not self.to_evaluate:
+            return
+        logged = [{k: v for line in self.history if line["step"] == self.step for k, v in line.items()}]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(logged)
+        done = [name for name in self.to_evaluate if any(k.startswith(f"{name}/") for k in logged[0])]
         due = [e for e in self.evaluators if e.name in self.to_evaluate and e.name not in done]
-        if self._is_best(self._evaluate(due)) or (due and self.finished):
+        # The checkpoint knows nothing of scores that came after it, even if they have been logged.
+        if self._is_best(logged[0] | self._evaluate(due)) or self.finished:
             self._save(snapshot=False, checkpoint=True)
 
     def _judge_finished(self) -> None:

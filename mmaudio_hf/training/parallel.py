@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32, gather_object
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    convert_outputs_to_fp32,
+    gather_object,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -89,9 +94,10 @@ def check_same_everywhere(facts: Mapping[str, Any]) -> None:
 
 
 def check_seen_everywhere(path: Path) -> None:
-    """ValueError, on every process, when one of them does not see the file that the first has written."""
+    """ValueError, on every process, when one of them does not see the file, if the first has written it."""
     deadline = time.monotonic() + SHARED_SECONDS
-    while not path.exists() and time.monotonic() < deadline:
+    [there] = broadcast_object_list([path.exists()])
+    while there and not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     check_same_everywhere({f"the presence of {path}": path.exists()})
 

@@ -95,6 +95,10 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
+        elif folder != (place := checkpoint_folder(run_dir, checkpoint_step(folder))):
+            folder.rename(place)  # it stood aside for another, which did not get there
+    for old in (run_dir / "checkpoints").glob("step_*.old"):
+        shutil.rmtree(old)
     for partial in (run_dir / "checkpoints").glob("step_*.partial"):
         shutil.rmtree(partial)
     for partial in (run_dir / "ema").glob("*.partial"):
