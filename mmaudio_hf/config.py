@@ -569,6 +569,19 @@ class Recipe:
         return set(self._wanted_splits().values())
 
     @property
+    def sound_settings(self) -> dict[str, Any]:
+        """What the sound of an evaluation depends on besides weights, decoder and stores; files of scores note it."""
+        return {
+            "num_steps": self.sampling.num_steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "solver": self.sampling.solver,
+            "seed": self.seed,
+            "precision": "bf16" if self.training.mixed_precision == "bf16" else "fp32",
+            "mode": self.model.mode,
+            "duration": self.model.duration,
+        }
+
+    @property
     def run_dir(self) -> Path:
         """Folder that holds everything of this run."""
         return Path(self.output_dir) / self.name

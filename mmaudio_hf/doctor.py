@@ -26,6 +26,7 @@ from mmaudio_hf.config import Recipe, StoreConfig, micro_batch_size
 from mmaudio_hf.data.dataset import Mixture, check_encoders, open_mixture
 from mmaudio_hf.data.store import bytes_of
 from mmaudio_hf.evaluation.av_bench import AvBench
+from mmaudio_hf.evaluation.published import hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
 from mmaudio_hf.models.flops import training_flops
@@ -192,7 +193,7 @@ def _resumed(resume: str, plan) -> str:
 
 
 def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Whether the published scores that the recipe asks for can be had; training does without."""
+    """Whether the published scores that the recipe asks for can be had; training does without av-benchmark."""
     settings = recipe.evaluation
     if not (settings.metrics and (settings.every or settings.after_training)):
         return
@@ -201,10 +202,17 @@ def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:
     found = f"without {', '.join(settings.metrics)} until this is mended: {problem}" if problem else f"works in {where}"
     yield Finding("warn" if problem else "ok", "av-benchmark", found)
     for split in sorted(recipe.sounding_splits):
-        source = getattr(settings.truth, split)
-        if source and not Path(source).is_dir():
-            note = f"{source} is no folder here and will be fetched from the Hub: a connection is needed"
-            yield Finding("warn", f"evaluation.truth.{split}", note)
+        source, subject = getattr(settings.truth, split), f"evaluation.truth.{split}"
+        if not source:
+            continue
+        try:
+            if hub_truth(source) is None:
+                truth_caches(source)
+            else:
+                note = f"{source} is no folder here and will be fetched from the Hub: a connection is needed"
+                yield Finding("warn", subject, note)
+        except ValueError as error:
+            yield Finding("FAIL", subject, str(error))
 
 
 # --- what is there -------------------------------------------------------------------------------------------------

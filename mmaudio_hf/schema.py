@@ -9,6 +9,7 @@ Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
 import math
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
@@ -171,6 +172,10 @@ def check_id(item_id: str, source: str = "") -> str:
         raise ValueError(f"id {item_id!r} has control characters or more than 200 bytes{where}")
     return item_id
 
+
+# How long processes wait for each other: one may fetch gigabytes or compute scores alone meanwhile. The launcher, which
+# ends them all when one dies, is quicker than this.
+PROCESS_TIMEOUT = timedelta(hours=6)
 
 HUB_PREFIX = "hub://"  # opens a place on the Hub where a folder could be meant
 _HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"

@@ -1,5 +1,6 @@
 """av-benchmark: features extracted in an environment of its own, by a twin of its interface, and its failures."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,8 +21,9 @@ from mmaudio_hf.config import load_recipe
 from mmaudio_hf.doctor import evaluation_findings
 from mmaudio_hf.evaluation import score_caches
 from mmaudio_hf.evaluation.av_bench import CLAP_FILE, SYNCHFORMER_FILE, AvBench, merge_caches
-from mmaudio_hf.evaluation.published import truth_caches
+from mmaudio_hf.evaluation.published import PublishedScores, check_truth, truth_caches
 from mmaudio_hf.evaluation.results import read_scores
+from mmaudio_hf.evaluation.run import SplitEvaluator
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.models.network import MMAudio
@@ -123,6 +125,13 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
     with pytest.raises(RunError, match=f"FileNotFoundError: .*{CLAP_FILE}"):
         run()
     assert "is no program" in AvBench(str(extracted / "python"), extracted).problem()
+    assert "is no program" in AvBench(str(extracted), extracted).problem()
+    (extracted / "text").write_bytes(b"\0")
+    (extracted / "text").chmod(0o755)
+    assert (
+        f"{extracted / 'text'} cannot be run: Exec format error"
+        in AvBench(str(extracted / "text"), extracted).problem()
+    )
     assert "ModuleNotFoundError: No module named 'av_bench'" in AvBench(sys.executable, extracted).problem()
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
 
@@ -205,7 +214,7 @@ def test_two_processes_give_the_same_scores(recipe, alone, tmp_path):
         assert ours["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-3, abs=1e-3), name
 
 
-def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path):
+def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path, monkeypatch):
     """Caches of a benchmark in a folder: other ids, other files, and nothing is extracted of the true sounds."""
     truth = tmp_path / "truth"
     truth.mkdir()
@@ -227,10 +236,18 @@ def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path):
         assert score["used"] == len(IDS) - 1
         assert score["dropped"] == [{"reason": "no ground truth of this id", "count": 1, "ids": [IDS[0]]}]
     assert not (tmp_path / "out" / "test_truth").exists()
+    # Caches that are added afterwards are used: what could not be computed without them is not returned again.
+    (truth / "clap_ms_text.pth").rename(tmp_path / "clap_ms_text.pth")
+    assert set(evaluate(recipe, tmp_path / "out", *words)["not_computed"]) == {"clap"}
+    (tmp_path / "clap_ms_text.pth").rename(truth / "clap_ms_text.pth")
+    assert evaluate(recipe, tmp_path / "out", *words)["not_computed"] == {}
     assert truth_caches(str(truth)) == truth
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     for wrong, message in (
         ("nowhere", "neither a folder nor a data set"),
         (str(tmp_path / "typo"), "neither a folder nor a data set"),
+        ("here/cachs/vggsound-test", "neither a folder nor a data set"),
         ("some one/name", "not a repository of the Hub"),
         (str(tmp_path), "holds no cached"),
     ):
@@ -269,6 +286,26 @@ def test_training_is_told_once_and_goes_on(recipe, twin, capsys):
         assert "av-benchmark" in read_scores(run_dir(recipe) / "evaluation" / f"{split}_step_2.json")["not_computed"]
 
 
+def test_a_wrong_truth_is_told_before_anything_is_made(recipe, tmp_path, capsys):
+    words = [f"evaluation.truth.test={tmp_path}", "evaluation.after_training=true", "name=wrong_truth"]
+    source = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path / "out")]
+    for command in (["train", str(recipe)], source):
+        assert main([*command, *words]) == 2
+        assert f"evaluation.truth.test: {tmp_path} holds no cached features" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (recipe.parent / "output" / "wrong_truth" / "last").exists()
+
+
+def test_a_damaged_note_of_the_true_sounds_is_none(recipe, alone, tmp_path):
+    """As a full disk left it; a whole one says that they have been heard."""
+    shutil.copytree(alone / "test_truth", tmp_path / "test_truth")
+    evaluator = SplitEvaluator(load_recipe(recipe), "test", folder=tmp_path)
+    truth_key = {name: evaluator._made_of()[name] for name in ("decoder", "stores")}
+    published = PublishedScores(evaluator.recipe, "test", tmp_path, evaluator.items, truth_key, None)
+    assert published.truth_wanted() is None
+    (tmp_path / "test_truth" / "key.json").write_bytes(b"")
+    assert published.truth_wanted() == tmp_path / "test_truth" / "clips"
+
+
 def test_doctor_says_it_before(recipe, twin):
     loaded = load_recipe(recipe, ["evaluation.after_training=true"])
     assert [finding.level for finding in evaluation_findings(loaded)] == ["ok"]
@@ -276,7 +313,11 @@ def test_doctor_says_it_before(recipe, twin):
     (finding,) = evaluation_findings(loaded)
     assert finding.level == "warn" and "git clone" in finding.message
     wrong = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=nowhere"])
-    assert [f.level for f in evaluation_findings(wrong)] == ["warn", "warn"]
+    assert [f.level for f in evaluation_findings(wrong)] == ["warn", "FAIL"]
+    wrong = load_recipe(recipe, ["evaluation.after_training=true", f"evaluation.truth.test={recipe.parent / 'test'}"])
+    assert "holds no cached" in list(evaluation_findings(wrong))[1].message
+    hub = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=someone/caches/test"])
+    assert [f.level for f in evaluation_findings(hub)] == ["warn", "warn"]
     assert list(evaluation_findings(load_recipe(recipe))) == []
 
 
@@ -291,7 +332,7 @@ def test_parts_are_merged_in_the_order_of_the_split(tmp_path):
         merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a"])
 
 
-def test_truth_from_the_hub(tmp_path, monkeypatch):
+def test_truth_from_the_hub(recipe, tmp_path, monkeypatch):
     with Hub(tmp_path / "hub") as hub:
         hub.use_here(monkeypatch, tmp_path / "home")
         name, file = f"{USER}/results", tmp_path / "passt_logits.pth"
@@ -308,3 +349,9 @@ def test_truth_from_the_hub(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot be fetched from the Hub") as caught:
             truth_caches(f"{USER}/missing")
         assert TOKEN not in str(caught.value)
+        told = []
+        missing = load_recipe(recipe, [f"evaluation.truth.test={USER}/missing"])
+        check_truth(missing, ["test"], "av-benchmark is broken", told.append)
+        assert told == []  # what cannot be used is not fetched
+        check_truth(missing, ["test"], None, told.append)
+        assert len(told) == 1 and "cannot be fetched from the Hub" in told[0] and TOKEN not in told[0]

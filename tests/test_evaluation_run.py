@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def test_a_network_of_the_hub_sounds_and_is_scored(finished, run, tmp_path, caps
     text = capsys.readouterr().out
     waveform, rate = read_waveform(sound)
     assert rate == 16000 and waveform.abs().max() > 0 and "tester--network, test, step 4" in text
-    content = read_scores(tmp_path / "scores" / "test_step_4.json")
+    (scores,) = (tmp_path / "scores").glob("test_step_4_*.json")  # of other items than the recipe's
+    content = read_scores(scores)
     assert content["run"] == "tester--network" and content["items"]["scored"] == 2
     # The toy codec came from the Hub with the weights: the local run alone makes the same sound.
     assert main(["generate", "--run", str(run), "--prompt", "a ball", "--steps", "1", "--out", f"{sound}.wav"]) == 0
@@ -139,15 +141,9 @@ def test_a_network_of_the_hub_sounds_and_is_scored(finished, run, tmp_path, caps
 
 def test_killed_and_taken_up_again(finished, run, capsys):
     """What was made before a kill is heard afterwards, as it was; other settings make everything anew."""
-    command = [
-        sys.executable,
-        "-m",
-        "mmaudio_hf.cli",
-        "evaluate",
-        str(run),
-        "evaluation.items=0",
-        "sampling.batch_size=1",
-    ]
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("items: 6", "items: 0"))
+    command = [sys.executable, "-m", "mmaudio_hf.cli", "evaluate", str(run), "sampling.batch_size=1"]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=run
     )
@@ -161,7 +157,8 @@ def test_killed_and_taken_up_again(finished, run, capsys):
 
     silent = sorted(before)[0]  # marked, to see that it is taken as it is
     write_audio(silent, torch.zeros(16000), 16000)
-    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true") == 0
+    config.write_text(config.read_text().replace("items: 0", "items: 6"))
+    assert evaluate(run, "evaluation.keep_clips=true") == 0
     ours, theirs = (read_scores(r / "evaluation" / "test_step_4.json") for r in (run, run_dir(finished)))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != silent)
     lines = (run / "evaluation" / "test_step_4.clips.jsonl").read_text().splitlines()
@@ -169,13 +166,14 @@ def test_killed_and_taken_up_again(finished, run, capsys):
     assert len(loudness) == 6 and loudness[silent.stem] < -50
     assert ours["scores"]["loudness_difference"]["value"] < theirs["scores"]["loudness_difference"]["value"] - 5
 
-    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true", "seed=8") == 0
+    config.write_text(re.sub(r"^seed: \d+", "seed: 8", config.read_text(), flags=re.M))
+    assert evaluate(run, "evaluation.keep_clips=true") == 0
     assert len(list(clips.glob("*.wav"))) == 6 and silent.stat().st_size > 0
     again = read_scores(run / "evaluation" / "test_step_4.json")
     assert again["settings"]["seed"] == 8 and again["key"] != ours["key"]
     assert again["scores"]["loudness_difference"]["value"] > -5
     made = clips.stat().st_mtime_ns
-    assert evaluate(run, "evaluation.items=6", "evaluation.keep_clips=true", "seed=8") == 0  # nothing is made twice
+    assert evaluate(run, "evaluation.keep_clips=true") == 0  # nothing is made twice
     assert clips.stat().st_mtime_ns == made
     capsys.readouterr()
 
@@ -193,6 +191,60 @@ def test_another_codec_makes_everything_anew(finished, tmp_path):
         heard.append(read_waveform(file)[0])
     assert contents[0]["key"] != contents[1]["key"] and contents[0]["scores"] != contents[1]["scores"]
     assert not torch.equal(*heard)
+
+
+def test_other_settings_weights_and_runs_keep_their_own_files(finished, run, tmp_path, capsys):
+    few = ["sampling.num_steps=2", "evaluation.items=1"]
+    shutil.copytree(run_dir(finished) / "evaluation", run / "evaluation")
+    trained = (run / "evaluation" / "test_step_4.json").read_bytes()
+    assert evaluate(run, *few) == 0
+    average = shutil.copytree(run / "last" / "pretrained_model", run / "ema_0.1" / "pretrained_model").parent
+    noted = average / "pretrained_model" / "weights.json"
+    noted.write_text(json.dumps({"weights": "ema", "sigma_rel": 0.1, "step": 4}))
+    assert evaluate(average) == 0
+    assert (run / "evaluation" / "test_step_4.json").read_bytes() == trained
+    others = [read_scores(path) for path in (run / "evaluation").glob("test_step_4_*.json")]
+    assert sorted((c["settings"]["num_steps"], c["weights"]["sigma_rel"]) for c in others) == [(1, 0.1), (2, 0.05)]
+    assert [c["weights"]["sigma_rel"] for c in find_scores(run, "test") if c["step"] == 4] == [0.05]  # the run's own
+
+    twin = shutil.copytree(run, tmp_path / "twin" / "copy", symlinks=True)
+    capsys.readouterr()
+    assert evaluate(run, twin, "--out", tmp_path / "both", *few) == 0
+    text = capsys.readouterr().out
+    assert "copy, test, step 4" in text and "copy-2, test, step 4" in text
+    assert [len(list((tmp_path / "both" / name).glob("*_step_4_*.json"))) for name in ("copy", "copy-2")] == [1, 1]
+
+
+WAITS = """
+import sys
+from torch.distributed import destroy_process_group, distributed_c10d
+from accelerate.state import AcceleratorState, PartialState
+from mmaudio_hf.cli import main
+from mmaudio_hf.cli.hub import hub_session
+from mmaudio_hf.config import load_recipe
+from mmaudio_hf.training.loop import make_accelerator
+run, recipe = sys.argv[1:]
+def hub():
+    try:
+        with hub_session(load_recipe(recipe, ["resume=hub://no/such"])):
+            pass
+    except (ConnectionError, OSError, ValueError):
+        pass
+train, evaluate = lambda: make_accelerator(load_recipe(recipe)), lambda: main(["evaluate", run, "model.hidden_dim=128"])
+for join in (train, evaluate, hub):
+    join()
+    print(distributed_c10d._get_default_group()._get_backend(PartialState().device).options._timeout)
+    destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+"""
+
+
+def test_processes_wait_for_what_the_first_one_does_alone(finished, run):
+    """Nobody gives up after the ten minutes of NCCL while features are fetched or scores computed."""
+    launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    words = [sys.executable, "-c", WAITS, str(run), str(finished)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment() | launched)
+    assert result.stdout.split() == ["6:00:00"] * 3, result.stderr
 
 
 def unfinished(checkpoint: Path) -> list[str]:
@@ -273,8 +325,7 @@ def test_what_cannot_be_scored_is_counted(finished, tmp_path):
     (entry,) = content["items"]["dropped"]
     assert entry == {"reason": "a sound that cannot be read", "count": 1, "ids": [first]} and not clip.exists()
     assert content["scores"]["log_mel_distance"]["used"] == len(evaluator.items) - 1
-    (tmp_path / "validation_step_9.json").unlink()
-    again = evaluator.evaluate(network, 9, facts)["scores"]
+    again = evaluator.evaluate(network, 9, facts)["scores"]  # these are not returned again: the sound is made anew
     for name, score in whole["scores"].items():  # made in another batch
         assert again[name]["value"] == pytest.approx(score["value"], rel=1e-2, abs=1e-2), name
 

@@ -190,7 +190,9 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
         "log_mel_distance": {"value": 12.25, "unit": "dB", "better": "lower", "used": 5, "dropped": []},
         "DeSync": {"value": None, "unit": "s", "better": "lower", "used": 0, "dropped": []},
     }
-    content = {"format": 1, "split": "test", "step": 4, "weights": weights, "scores": scores}
+    settings = load_recipe(run / "config.yaml").sound_settings
+    facts = {"format": 1, "split": "test", "step": 4, "weights": weights, "settings": settings}
+    content = facts | {"scores": scores}
     (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))
     other = content | {"weights": weights | {"sigma_rel": 0.1}, "split": "validation"}
     (copy / "evaluation" / "validation_step_4.json").write_text(json.dumps(other))
@@ -201,6 +203,9 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     found = results["FD-PASST, test split (step 4)"]
     assert (found.metric_type, found.metric_value, found.dataset_split) == ("FD-PASST", 61.5, "test")
+    content["settings"] = settings | {"num_steps": 50}
+    (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))
+    assert "FD-PASST" not in model_card(copy)
     (copy / "evaluation" / "test_step_4.json").write_text("[]")
     assert "FD-PASST" not in model_card(copy)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmaudio_hf.config import Recipe, load_recipe
+from mmaudio_hf.schema import PROCESS_TIMEOUT
 
 
 def add_commands(add) -> None:
@@ -35,21 +36,24 @@ def _evaluate(options) -> None:
     for recipe in recipes:
         if not getattr(recipe.data, options.split):
             raise ValueError(f"recipe {recipe.name}: data.{options.split} names no store to evaluate")
+    owns = {source: _own_recipe(source, options.recipe) for source in sources}
     from accelerate import PartialState
 
     from mmaudio_hf.training.loop import check_launch
 
-    state = PartialState(cpu=_no_accelerator())
+    state = PartialState(cpu=_no_accelerator(), timeout=PROCESS_TIMEOUT)
     check_launch()
-    results = [
-        _evaluate_one(source, recipe, options.split, _folder(source, recipe, options.out, len(sources)))
-        for source, recipe in zip(sources, recipes, strict=True)
-    ]
+    labels, results = _labels(sources), []
+    for source, label, recipe in zip(sources, labels, recipes, strict=True):
+        folder = _folder(source, label, recipe, options.out, len(sources))
+        results.append(_evaluate_one(source, label, recipe, owns[source], options.split, folder))
     if state.is_main_process:
         from mmaudio_hf.report.comparison import as_text, write_comparison
 
         together = options.out or Path("output") / "comparison"
-        page = options.page or (_folder(sources[0], recipes[0], options.out, 1) if len(sources) == 1 else together)
+        page = options.page or (
+            _folder(sources[0], labels[0], recipes[0], options.out, 1) if len(sources) == 1 else together
+        )
         print(as_text(results))
         print(f"page: {write_comparison(results, page if options.page else page / 'index.html')}")
     state.wait_for_everyone()
@@ -79,26 +83,40 @@ def _recipe_of(source: str, recipe: str | None, overrides: list[str]) -> Recipe:
     return replace(loaded, name=run.resolve().name, output_dir=str(run.resolve().parent))  # it may have moved
 
 
-def _label(source: str) -> str:
-    """What a source is called in the results."""
-    folder = _run_of(source) or Path(source)
-    return folder.resolve().name if folder.is_dir() else source.replace("/", "--")
+def _own_recipe(source: str, recipe: str | None) -> Recipe:
+    """The recipe by which the results of a source have their usual names: its run's, or else the one given."""
+    run = _run_of(source)
+    return load_recipe(recipe if run is None else run / "config.yaml", [])
 
 
-def _folder(source: str, recipe: Recipe, out: Path | None, sources: int) -> Path:
+def _labels(sources: list[str]) -> list[str]:
+    """What each source is called in the results; other runs of the same name are numbered."""
+    labels, places = [], {}
+    for source in sources:
+        run = _run_of(source) or Path(source)
+        label = run.resolve().name if run.is_dir() else source.replace("/", "--")
+        same = places.setdefault(label, [])
+        if run.resolve() not in same:
+            same.append(run.resolve())
+        number = same.index(run.resolve()) + 1
+        labels.append(label if number == 1 else f"{label}-{number}")
+    return labels
+
+
+def _folder(source: str, label: str, recipe: Recipe, out: Path | None, sources: int) -> Path:
     """Where the results of a source go."""
     if out is not None:
-        return out / _label(source) if sources > 1 else out
+        return out / label if sources > 1 else out
     run = _run_of(source)
-    return (run or Path(recipe.output_dir) / _label(source)) / "evaluation"
+    return (run or Path(recipe.output_dir) / label) / "evaluation"
 
 
-def _evaluate_one(source: str, recipe: Recipe, split: str, folder: Path) -> dict:
+def _evaluate_one(source: str, label: str, recipe: Recipe, own: Recipe, split: str, folder: Path) -> dict:
     """Make and score the sounds of one network; return the content of its file of scores."""
     from accelerate import PartialState
 
-    from mmaudio_hf.evaluation.published import av_bench_problem
-    from mmaudio_hf.evaluation.run import SplitEvaluator
+    from mmaudio_hf.evaluation.published import av_bench_problem, check_truth
+    from mmaudio_hf.evaluation.run import SplitEvaluator, variant_of
     from mmaudio_hf.features.encoders import toy_codec_file
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.models.pretrained import find_pretrained
@@ -108,8 +126,14 @@ def _evaluate_one(source: str, recipe: Recipe, split: str, folder: Path) -> dict
         recipe = replace(recipe, encoders=replace(recipe.encoders, weights_dir=str(pretrained)))
     noted = pretrained / "weights.json"
     weights = json.loads(noted.read_text()) if noted.is_file() else {"weights": "not stated", "sigma_rel": None}
-    problem = av_bench_problem(recipe, lambda message: print(f"warning: {message}", file=sys.stderr))
-    evaluator = SplitEvaluator(recipe, split, av_bench_problem=problem, folder=folder, label=_label(source))
+    say = lambda message: print(f"warning: {message}", file=sys.stderr)  # noqa: E731
+    problem = av_bench_problem(recipe, say)
+    check_truth(recipe, [split], problem, say)
+    run = _run_of(source)
+    checkpoint = run is None or pretrained.resolve().is_relative_to(run.resolve() / "checkpoints")
+    variant = variant_of(recipe, own, split, None if checkpoint else weights)
+    options = {"av_bench_problem": problem, "folder": folder, "label": label, "variant": variant}
+    evaluator = SplitEvaluator(recipe, split, **options)
     network = MMAudio.from_pretrained(pretrained)
     if replace(network.config, variant="") != replace(recipe.model, variant=""):
         raise ValueError(f"{source} is a network of other sizes than the recipe's: give the recipe it was trained with")

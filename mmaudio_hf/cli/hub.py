@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
-from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
+from mmaudio_hf.schema import HUB_PREFIX, PROCESS_TIMEOUT, split_hub_id
 
 
 def add_commands(add) -> None:
@@ -113,7 +113,7 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
     import torch
     from accelerate import PartialState
 
-    process = PartialState(cpu=not torch.accelerator.is_available())
+    process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     _prepare(recipe, process)
     if not (process.is_main_process and recipe.hub.repo_id):
         yield lambda folder: None

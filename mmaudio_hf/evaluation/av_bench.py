@@ -50,7 +50,7 @@ class AvBench:
 
     def problem(self) -> str | None:
         """Why it cannot be used, with the way out; None when it can. Imports it, which takes some seconds."""
-        if self.python and not os.access(self.python, os.X_OK):
+        if self.python and not (Path(self.python).is_file() and os.access(self.python, os.X_OK)):
             return f"evaluation.av_bench_python {self.python} is no program: install av-benchmark by {INSTALL}"
         try:
             self._do({"action": "check"}, None)
@@ -123,14 +123,17 @@ def _run_elsewhere(python: str, job: dict[str, Any], device: torch.device | None
         log = log or Path(scratch) / "log"
         with open(log, "wb") as output:
             # A session of its own: a Ctrl-C in the terminal is for this process, which ends the other if it must.
-            ended = subprocess.run(
-                [python, av_bench_job.__file__, str(job_file), str(result_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(device),
-                start_new_session=True,
-            )
+            try:
+                ended = subprocess.run(
+                    [python, av_bench_job.__file__, str(job_file), str(result_file)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(device),
+                    start_new_session=True,
+                )
+            except OSError as error:  # as a text file without a shebang
+                raise RunError(f"{python} cannot be run: {error.strerror}") from error
         try:
             result = json.loads(result_file.read_text())
         except (OSError, ValueError):

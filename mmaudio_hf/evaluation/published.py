@@ -3,11 +3,10 @@
 FOLDER/SPLIT_truth/cache/  features of the true sounds, where the recipe names none in evaluation.truth
 """
 
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, AvBench, feature_fi
 from mmaudio_hf.evaluation.caches import Score, score_caches
 from mmaudio_hf.evaluation.items import HeldOutItems
 from mmaudio_hf.evaluation.processes import digest, together
+from mmaudio_hf.evaluation.results import read_key, write_key
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT, RunError, split_hub_id
 
 AV_BENCH = "av-benchmark"  # in `not_computed`
@@ -47,6 +47,29 @@ def av_bench_problem(recipe: Recipe, say: Callable[[str], None]) -> str | None:
     return problem
 
 
+def check_truth(recipe: Recipe, splits: Iterable[str], problem: str | None, say: Callable[[str], None]) -> None:
+    """See that the features `evaluation.truth` names for `splits` are there, and fetch those of the Hub.
+
+    The first process does it, before anything is made. problem: why av-benchmark cannot be used; nothing is fetched
+    then. ValueError for what is neither a folder of caches nor a place on the Hub; that the Hub does not give them is
+    told to `say`, and it is asked again when scores are computed.
+    """
+    if not recipe.evaluation.metrics or int(os.environ.get("RANK", "0")):
+        return
+    for split in splits:
+        source, on_hub = getattr(recipe.evaluation.truth, split), False
+        if not source:
+            continue
+        try:
+            on_hub = hub_truth(source) is not None
+            if not (on_hub and problem):
+                truth_caches(source)
+        except ValueError as error:
+            if not on_hub:
+                raise ValueError(f"evaluation.truth.{split}: {error}") from error
+            say(f"evaluation.truth.{split}: {error}")
+
+
 class PublishedScores:
     """What `evaluation.metrics` asks for, of one split.
 
@@ -69,10 +92,13 @@ class PublishedScores:
         self._key = digest(truth_key, *items.ids)
 
     def truth_wanted(self) -> Path | None:
-        """Folder for the true sounds, where av-benchmark is to hear them; None where it need not."""
-        noted = self.folder / "key.json"
-        done = noted.is_file() and json.loads(noted.read_text()) == self._key
-        return self.folder / "clips" if self.metrics and not (self.problem or self.source or done) else None
+        """Folder for the true sounds, where av-benchmark is to hear them; None where it need not.
+
+        Called on every process; the first one looks.
+        """
+        if not self.metrics or self.problem or self.source:
+            return None
+        return self._on_main(lambda: None if read_key(self.folder) == self._key else self.folder / "clips")
 
     def scores(self, ids: Sequence[str], work: Path) -> tuple[dict[str, Score], dict[str, str]]:
         """The scores of the sounds `work`/clips/ID.wav, {} but on the first process; and what is missing, and why.
@@ -135,7 +161,7 @@ class PublishedScores:
             torch.save(cache, self.folder / "cache" / "synchformer_video.pth")
         shutil.rmtree(self.folder / "clips")
         if list(ids) == self.items.ids:
-            (self.folder / "key.json").write_text(json.dumps(self._key))
+            write_key(self.folder, self._key)
 
     def _extract(self, clips: Path, cache: Path, ids: Sequence[str], families: Sequence[str] = ()) -> list[str]:
         """Have each process extract the features of its share of `clips`, put them together in `cache`.
@@ -168,18 +194,28 @@ class PublishedScores:
         return {name: replace(score, dropped={**score.dropped, **more}) for name, score in found.items()}
 
 
+def hub_truth(source: str) -> tuple[str, str | None, str] | None:
+    """Data set, revision (None: the newest) and folder in it that `source` names on the Hub; None for a folder here.
+
+    ValueError when it is neither.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return None
+    if folder.is_absolute() or source.startswith((".", "~")) or "/" not in source or Path(folder.parts[0]).is_dir():
+        raise ValueError(f"{source} is neither a folder nor a data set on the Hub (owner/name/folder)")
+    owner, name, *inside = source.strip("/").split("/")
+    return *split_hub_id(f"{owner}/{name}"), "/".join(inside)
+
+
 def truth_caches(source: str) -> Path:
     """Folder of caches: `source` itself, or fetched from the data set OWNER/NAME[@REVISION][/FOLDER] on the Hub.
 
     ValueError when there are none.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith((".", "~")) or "/" not in source or folder.parent.is_dir():
-            raise ValueError(f"{source} is neither a folder nor a data set on the Hub (owner/name/folder)")
-        owner, name, *inside = source.strip("/").split("/")
-        repo, revision = split_hub_id(f"{owner}/{name}")
-        below = "/".join(inside)
+    folder, on_hub = Path(source), hub_truth(source)
+    if on_hub is not None:
+        repo, revision, below = on_hub
         pattern = f"{below}/*.pth" if below else "*.pth"
         try:
             fetched = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern])

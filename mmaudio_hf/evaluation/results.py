@@ -1,5 +1,7 @@
 """Files of scores: RUN/evaluation/SPLIT_step_N.json, one per evaluated split and weights.
 
+Those of other settings or weights than the run's own are SPLIT_step_N_VARIANT.json.
+
 format, run, split, step                  what was evaluated
 weights                                   as in weights.json: raw or EMA, sigma_rel, step
 settings                                  how the sound was made
@@ -11,6 +13,7 @@ not_computed                              what was asked for and why it is not t
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,24 @@ FORMAT = 1
 FOLDER = "evaluation"
 
 
-def scores_file(folder: Path, split: str, step: int | None) -> Path:
+def scores_file(folder: Path, split: str, step: int | None, variant: str = "") -> Path:
     """Where the scores of a split are; `step` None for weights that do not say how long they were trained."""
-    return folder / (f"{split}.json" if step is None else f"{split}_step_{step}.json")
+    name = split if step is None else f"{split}_step_{step}"
+    return folder / (f"{name}_{variant}.json" if variant else f"{name}.json")
+
+
+def read_key(folder: Path) -> str | None:
+    """What the content of `folder` belongs to; None where that is not noted, or cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "key.json").read_text())
+    return None
+
+
+def write_key(folder: Path, key: str) -> None:
+    """Note what the content of `folder` belongs to."""
+    partial = folder / "key.json.partial"
+    partial.write_text(json.dumps(key))
+    partial.replace(folder / "key.json")
 
 
 def write_scores(path: Path, content: Mapping[str, Any]) -> None:
@@ -43,7 +61,7 @@ def read_scores(path: str | PathLike) -> dict[str, Any]:
 
 
 def find_scores(run_dir: str | PathLike, split: str = "") -> list[dict[str, Any]]:
-    """All scores of a run (of `split` alone), by split and step; damaged files are passed over."""
+    """All scores of a run (of `split` alone) with its own settings, by split and step; no damaged files."""
     found = []
     for path in (Path(run_dir) / FOLDER).glob("*.json"):
         if re.fullmatch(r"(validation|test)(_step_\d+)?\.json", path.name):

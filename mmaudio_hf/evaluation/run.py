@@ -1,6 +1,6 @@
 """Evaluating a network: the sound of a whole split, made and scored by all processes.
 
-    FOLDER/SPLIT_step_N.json          scores, see `results`
+    FOLDER/SPLIT_step_N.json          scores, see `results`; SPLIT_step_N_VARIANT of other settings than the run's own
     FOLDER/SPLIT_step_N.clips.jsonl   built-in scores of each sound
     FOLDER/SPLIT_step_N/clips/ID.wav  the sounds, until they are scored (or always, with evaluation.keep_clips)
     FOLDER/SPLIT_step_N/cache/        their features, likewise
@@ -29,8 +29,8 @@ from mmaudio_hf.evaluation.builtin import clip_scores, mean_scores
 from mmaudio_hf.evaluation.caches import listed
 from mmaudio_hf.evaluation.items import HeldOutItems, generate_items
 from mmaudio_hf.evaluation.processes import digest, everything, together
-from mmaudio_hf.evaluation.published import AV_BENCH, PublishedScores, av_bench_problem
-from mmaudio_hf.evaluation.results import FOLDER, FORMAT, read_scores, scores_file, write_scores
+from mmaudio_hf.evaluation.published import AV_BENCH, PublishedScores, av_bench_problem, check_truth
+from mmaudio_hf.evaluation.results import FOLDER, FORMAT, read_key, read_scores, scores_file, write_key, write_scores
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint, load_encoders
 from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.media.audio import MediaError, read_waveform, write_audio
@@ -46,13 +46,14 @@ def evaluators_of(recipe: Recipe, say: Callable[[str], None]) -> list["SplitEval
     """What the training loop is to run for `recipe.evaluation`.
 
     `say` is told once, by the first process, when av-benchmark is asked for and cannot be used; the other scores are
-    computed all the same. ValueError when a store or a file of the decoder is missing.
+    computed all the same. ValueError when a store, a file of the decoder or a folder of true features is missing.
     """
     settings = recipe.evaluation
     wanted = {settings.split: settings.every} if settings.every else {}
     if settings.after_training:
         wanted.setdefault("test", recipe.training.steps)
     problem = av_bench_problem(recipe, say) if wanted else None
+    check_truth(recipe, wanted, problem, say)
     return [SplitEvaluator(recipe, split, every=every, av_bench_problem=problem) for split, every in wanted.items()]
 
 
@@ -60,7 +61,8 @@ class SplitEvaluator:
     """Makes the sound of `data.SPLIT` and scores it, every `every` steps of training or when it is asked to.
 
     av_bench_problem: what `av_bench_problem` returned. folder: for the results, by default RUN/evaluation.
-    label: what the network is called there. ValueError when a store or a file of the decoder is missing.
+    label: what the network is called there. variant: what `variant_of` returned.
+    ValueError when a store or a file of the decoder is missing.
     """
 
     long = True
@@ -74,11 +76,12 @@ class SplitEvaluator:
         av_bench_problem: str | None = None,
         folder: Path | None = None,
         label: str = "",
+        variant: str = "",
     ):
         self.name, self.every, self.split = f"eval_{split}", every, split
         self.recipe, self.label = recipe, label or recipe.name
         self.folder = folder or recipe.run_dir / FOLDER
-        self._problem = av_bench_problem
+        self._problem, self._variant = av_bench_problem, variant
         self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
         check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
         stores = getattr(recipe.data, split)
@@ -104,18 +107,18 @@ class SplitEvaluator:
         weights: which these are, as in weights.json. RunError, on every process, when one of them fails.
         """
         state = PartialState()
-        path = scores_file(self.folder, self.split, step)
+        path = scores_file(self.folder, self.split, step, self._variant)
         work = path.with_suffix("")
-        earlier, missing, problem = together(lambda: self._prepare(model, path, work))[0]
+        earlier, missing, truth_key, problem = together(lambda: self._prepare(model, path, work))[0]
         if earlier is not None:
-            return earlier
-        truth_key = {name: self._made_of()[name] for name in ("decoder", "stores")}
+            return earlier | {"run": self.label}
         published = PublishedScores(self.recipe, self.split, self.folder, self.items, truth_key, problem)
+        truth = published.truth_wanted()
         try:
             share = missing[state.process_index :: state.num_processes]
             broken = everything(lambda: self._make(model, share, work))
             own = self.items.ids[state.process_index :: state.num_processes]
-            scored = everything(lambda: self._score(model, own, work, set(broken), published.truth_wanted()))
+            scored = everything(lambda: self._score(model, own, work, set(broken), truth))
         finally:
             self._pipeline = None
         clips, dropped = self._sorted(scored)
@@ -130,46 +133,42 @@ class SplitEvaluator:
     # --- what is there already --------------------------------------------------------------------------------------
 
     def _prepare(self, model: MMAudio, path: Path, work: Path):
-        """The scores, if they are there already; ids whose sound is not; and whether av-benchmark can be used.
+        """The scores, if they are there already; ids whose sound is not; what the true ones are made of; and why
+        av-benchmark cannot be used.
 
         Of the first process, which alone changes the folder.
         """
         if not PartialState().is_main_process:
             return None
-        self._clips_key = digest(self._made_of(), network_hash(model))
+        made_of = self._made_of()
+        truth_key = {name: made_of[name] for name in ("decoder", "stores")}
+        clips_key = digest(made_of, network_hash(model))
+        self._scores_key = self._key_of_scores(clips_key)
         with suppress(ValueError):  # none, or of another version
             earlier = read_scores(path)
-            if earlier["key"] == self._scores_key() and AV_BENCH not in earlier["not_computed"]:
-                return earlier, [], self._problem
-        _claim(work, self._clips_key)
+            unreadable = UNREADABLE in {entry["reason"] for entry in earlier["items"]["dropped"]}
+            if earlier["key"] == self._scores_key and AV_BENCH not in earlier["not_computed"] and not unreadable:
+                return earlier, [], truth_key, self._problem
+        _claim(work, clips_key)
         (work / "clips").mkdir(exist_ok=True)
         missing = [item_id for item_id in self.items.ids if not (work / "clips" / f"{item_id}.wav").is_file()]
-        return None, missing, self._problem
+        return None, missing, truth_key, self._problem
 
     def _made_of(self) -> dict[str, Any]:
         """Everything besides the weights that a sound depends on."""
         where = self._encoders["weights_dir"]
         decoder = decoder_fingerprint(self._encoders["kind"], self.recipe.model.mode, weights_dir=where)
         stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
-        return {"settings": self._settings(), "decoder": decoder, "stores": stores}
+        return {"settings": self.recipe.sound_settings, "decoder": decoder, "stores": stores}
 
-    def _settings(self) -> dict[str, Any]:
-        sampling, model = self.recipe.sampling, self.recipe.model
-        precision = "bf16" if self.recipe.training.mixed_precision == "bf16" else "fp32"
-        return {
-            "num_steps": sampling.num_steps,
-            "guidance_scale": sampling.guidance_scale,
-            "solver": sampling.solver,
-            "seed": self.recipe.seed,
-            "precision": precision,
-            "mode": model.mode,
-            "duration": model.duration,
-        }
-
-    def _scores_key(self) -> str:
+    def _key_of_scores(self, clips_key: str) -> str:
         settings = self.recipe.evaluation
-        wanted = {"metrics": sorted(settings.metrics), "truth": getattr(settings.truth, self.split)}
-        return digest(wanted, self._clips_key, *self.items.ids)
+        truth = getattr(settings.truth, self.split)
+        # Caches that were added to a folder allow more scores; the Hub's come with a revision.
+        caches = sorted(Path(truth).glob("*.pth")) if truth else ()
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in caches]
+        wanted = {"metrics": sorted(settings.metrics), "truth": truth, "files": files}
+        return digest(wanted, clips_key, *self.items.ids)
 
     # --- sounds -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class SplitEvaluator:
         if self._pipeline is None:
             device, mode = model.latent_mean.device, self.recipe.model.mode
             encoders = load_encoders(mode=mode, device=device, parts=("decode",), **self._encoders)
-            self._pipeline = MMAudioPipeline(model, encoders, precision=self._settings()["precision"])
+            self._pipeline = MMAudioPipeline(model, encoders, precision=self.recipe.sound_settings["precision"])
         return self._pipeline
 
     def _make(self, model: MMAudio, ids: Sequence[str], work: Path) -> list[str]:
@@ -245,12 +244,12 @@ class SplitEvaluator:
             "split": self.split,
             "step": step,
             "weights": dict(weights),
-            "settings": self._settings(),
+            "settings": self.recipe.sound_settings,
             "truth": getattr(self.recipe.evaluation.truth, self.split) or "true latents, decoded",
             "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": listed(reasons)},
             "scores": {name: score.to_json() for name, score in scores.items()},
             "not_computed": lacking,
-            "key": self._scores_key(),
+            "key": self._scores_key,
         }
         lines = [json.dumps({"id": item_id, **found}) + "\n" for item_id, found in clips.items()]
         clips_file = path.with_suffix(".clips.jsonl")
@@ -259,6 +258,22 @@ class SplitEvaluator:
         partial.replace(clips_file)
         write_scores(path, content)
         return content
+
+
+def variant_of(recipe: Recipe, own: Recipe, split: str, weights: Mapping[str, Any] | None = None) -> str:
+    """Short hash of what `recipe` changes of a run's `own` way to make the sound of a split; "" for nothing.
+
+    weights: what weights.json says of weights that are none of the run's checkpoints.
+    """
+    theirs, found = (
+        {
+            "settings": each.sound_settings,
+            "items": each.evaluation.items,
+            "stores": [str(Path(store.path).resolve()) for store in getattr(each.data, split)],
+        }
+        for each in (own, recipe)
+    )
+    return "" if found == theirs and weights is None else digest({**found, "weights": weights})[:8]
 
 
 def network_hash(network: torch.nn.Module) -> str:
@@ -281,10 +296,7 @@ def _store_hash(path: Path) -> str:
 
 def _claim(folder: Path, key: str) -> None:
     """Make `folder` one of `key`: what is in it for another one goes."""
-    noted = folder / "key.json"
-    if folder.exists() and not (noted.is_file() and json.loads(noted.read_text()) == key):
+    if folder.exists() and read_key(folder) != key:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "key.json.partial"
-    partial.write_text(json.dumps(key))
-    partial.replace(noted)
+    write_key(folder, key)

@@ -267,7 +267,7 @@ def _card(
     weights, start = _weights(folder), _start(recipe, noted)
     licence, reason = _license(recipe, start)
     step = weights.get("step", recipe.training.steps)
-    scores = [*_scores(run_dir / "metrics.jsonl", step), *_evaluated(run_dir / "evaluation", weights)]
+    scores = [*_scores(run_dir / "metrics.jsonl", step), *_evaluated(run_dir / "evaluation", weights, recipe)]
     scores = list({score.what: score for score in scores}.values())  # the loop and the command score alike
     sources = [hub_id(source.source) for source in recipe.card.sources]
     data = ModelCardData(
@@ -404,13 +404,18 @@ def _in_words(name: str) -> str:
     return score.replace("_", " ") + (f", {split} split" if split else "")
 
 
-def _evaluated(folder: Path, weights: Mapping[str, Any]) -> list[_Score]:
-    """What `mmaudio-hf evaluate` or the end of training found of the very weights; damaged files are passed over."""
+def _evaluated(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> list[_Score]:
+    """What `mmaudio-hf evaluate` or the end of training found of the very weights, with the settings of `recipe`.
+
+    Damaged files are passed over.
+    """
     scores = []
     for split in ("validation", "test"):
         try:
             content = json.loads((folder / f"{split}_step_{weights.get('step')}.json").read_text(encoding="utf-8"))
             if any(content["weights"].get(key) != weights.get(key) for key in ("weights", "sigma_rel", "step")):
+                continue
+            if content["settings"] != recipe.sound_settings:
                 continue
             for name, found in content["scores"].items():
                 if isinstance(found["value"], (int, float)):  # null: there was too little to compute it from

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
@@ -25,7 +25,7 @@ from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.sampler import process_slots
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.schema import Evaluation, RunError
+from mmaudio_hf.schema import PROCESS_TIMEOUT, Evaluation, RunError
 from mmaudio_hf.training.autopsy import broken_parameters, examine_samples, examine_step, write_autopsy
 from mmaudio_hf.training.best import BestScore
 from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
@@ -149,6 +149,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.training.mixed_precision,
         log_with=list(recipe.training.trackers) or None,
         project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
