@@ -44,7 +44,8 @@ def doctor(capsys, *words: str) -> tuple[int, dict[str, str], str]:
 def test_a_good_recipe_has_nothing_to_mend(folder, capsys):
     recipe = write_recipe(folder, "good", trackers=["tensorboard"])
     code, levels, text = doctor(capsys, str(recipe), "samples.every=2", "--processes", "2")
-    assert code == 0 and set(levels.values()) == {"ok"}, text
+    # How fast random rows come depends on who else uses the disk at this moment.
+    assert code == 0 and {level for subject, level in levels.items() if subject != "reading"} == {"ok"}, text
     subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
     assert list(levels) == [*subjects, "tracker", "memory", "disk space", "speed", "reading"]
     assert "videos 24, sounds 8 rows; 40 an epoch" in text and text.endswith("good: ready to train")
