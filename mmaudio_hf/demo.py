@@ -60,7 +60,8 @@ def serve(
     if max_upload_mb <= 0:
         raise ValueError(f"--max-upload-mb must be more than 0, not {max_upload_mb:g}")
     pipeline = MMAudioPipeline.from_pretrained(run, device=device)
-    pipeline.generate([Request(prompt="a sound")])  # generates nothing yet: missing encoder files are told now
+    # Generates nothing, and so opens no video: files of the encoders that a visitor may need are looked for.
+    pipeline.generate([Request(video="any", prompt="a sound")], on_reject=lambda *_: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder goes in any case
     with _listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="mmaudio-demo-") as folder:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -51,7 +51,10 @@ class SampleEvaluator:
         self._references: dict[str, torch.Tensor] = {}
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
-        """Generate, score and write the items with `model`; every process calls it and has all results."""
+        """Generate, score and write the items with `model`; every process calls it and has all results.
+
+        A sound that is not finite, as of a run that diverges, is left out of the sounds; its scores say so.
+        """
         state = PartialState()
         share = self._items[state.process_index :: state.num_processes]
         made = {item_id: found for item_id, *found in gather_object(self._generate(model, share))}
@@ -61,9 +64,14 @@ class SampleEvaluator:
             scores = waveform_scores(waveform, self._references[item.item_id], rate)
             rows.append({"id": item.item_id, "caption": item.caption, "scores": scores})
             sounds.append(Sound(item.item_id, item.caption, waveform, rate))
+        bad = {sound.name for sound in sounds if not sound.waveform.isfinite().all()}
+        sounds = [sound for sound in sounds if sound.name not in bad]
         if state.is_main_process:
+            if bad:
+                told = f"samples of step {step} are left out, having values that are not finite numbers"
+                print(f"warning: {told}: {', '.join(sorted(bad))}", file=sys.stderr)
             try:
-                self._write(step, sounds, rows)
+                self._write(step, sounds, [row for row in rows if row["id"] not in bad])
             except OSError as error:  # a full disk must not end a run; its scores are logged all the same
                 print(f"warning: the samples of step {step} could not be written ({error})", file=sys.stderr)
         means = {name: float(np.mean([row["scores"][name] for row in rows])) for name in rows[0]["scores"]}

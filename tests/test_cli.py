@@ -148,7 +148,7 @@ def test_bench_step_measures_and_prints_json(project):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--run", "x", "--out", "a.wav"], "give --video, --prompt or both"),
+        (["generate", "--run", "x", "--out", "a.wav"], "give --video, --image, --prompt, --folder or --list"),
         (["generate", "--run", "x", "--prompt", "p", "--out", "a.mp4"], "choose a .wav or .flac name"),
         (["train", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["verify", "gone", "--media", "x"], "give --sample N as well"),

@@ -228,10 +228,15 @@ def test_refusals_come_before_the_page(run, tmp_path, capsys, monkeypatch):
     bare = Path(shutil.copytree(run / "last" / "pretrained_model", tmp_path / "bare"))
     (bare / "toy_codec_16k.safetensors").unlink()
     (bare / "encoders.json").write_text(json.dumps({"kind": "toy", "weights_dir": str(tmp_path)}))
+    sounding = Path(shutil.copytree(bare, tmp_path / "sounding"))  # has all that a text needs, but not a video
+    (sounding / "encoders.json").write_text(json.dumps({"kind": "released", "weights_dir": str(tmp_path)}))
+    for name in ("v1-16.pth", "best_netG.pt"):
+        (tmp_path / name).touch()
     for words, message in (
         ([str(tmp_path)], "holds no trained network"),
         ([str(tmp_path / "nothing")], "neither a folder nor a Hub id"),
         ([str(bare)], "toy_codec_16k.safetensors is missing"),
+        ([str(sounding), "--device", "cpu"], "synchformer_state_dict.pth is missing"),
         ([str(run), "--host", "203.0.113.1"], "--host 203.0.113.1 --port 7860"),
         ([str(run), "--port", "99999"], "--port 99999"),
         ([str(run), "--max-upload-mb", "0"], "--max-upload-mb must be more than 0"),

@@ -1,12 +1,14 @@
 """Sound for folders and lists: what is made, kept, made again and left out."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import av
 import pytest
@@ -16,7 +18,8 @@ from odd_media import Odd, code_picture, steady, truncate, write_odd
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features.encoders import fit_toy_codec
-from mmaudio_hf.generation.files import read_folder, read_list
+from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.generation.files import generate_files, read_folder, read_list
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import probe
 from mmaudio_hf.models.network import MMAudio
@@ -150,6 +153,12 @@ def test_lists_that_cannot_be_meant(media, tmp_path):
 def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
     out = tmp_path / "out"
     folder = ("--run", run, "--folder", media, "--out", out)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a.mp4").symlink_to(media / "a.mp4")
+    (tmp_path / "made.wav").mkdir()
+    (media / "by_id.tsv").write_text("id\tprompt\na\ta bell\n")
+    before = {path: path.read_bytes() for path in media.iterdir()}
     for words, message in (
         ((*folder, "--video", media / "a.mp4"), "are for one result"),
         ((*folder, "--steps", "0"), "num_steps"),
@@ -158,17 +167,74 @@ def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
         (("--run", run, "--folder", tmp_path / "gone", "--out", out), "no such folder"),
         (("--run", run, "--prompt", "x", "--out", tmp_path / "a.ogg"), "ends with .wav or .flac"),
         (("--run", run, "--list", media / "a.mp4", "--out", out), "UTF-8"),
+        (("--run", run, "--folder", media, "--out", media), "holds the media that sound is made for"),
+        (("--run", run, "--folder", linked, "--out", media), "holds the media that sound is made for"),
+        (("--run", run, "--list", media / "by_id.tsv", "--folder", media, "--out", media), "holds the media"),
+        (("--run", run, "--video", media / "a.mp4", "--out", linked / "a.mp4"), "choose another name, to keep it"),
+        # The network, which is not there, would be missed next.
+        (("--run", "nowhere", "--folder", media, "--out", media / "notes.txt" / "out"), "notes.txt is a file"),
+        (("--run", "nowhere", "--prompt", "x", "--out", media / "notes.txt" / "a.wav"), "notes.txt is a file"),
+        (("--run", "nowhere", "--prompt", "x", "--out", tmp_path / "made.wav"), "made.wav is a folder"),
     ):
         generate(*words, code=2)
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
-    assert not out.exists()
-    (media / "a.mp4").unlink()
+    assert not out.exists() and {path: path.read_bytes() for path in media.iterdir()} == before
+    generate("--run", "nowhere", "--folder", media, "--out", "/proc/no/such", code=1)  # nobody can write there
+    assert capsys.readouterr().err.rstrip().endswith(": '/proc'")
     for path in list(media.iterdir()):
         path.unlink()
     (media / "x.mp4").write_text("no video")
     generate(*folder, code=2)
     assert "all 1 items were rejected" in capsys.readouterr().err
+
+
+def test_a_sound_that_is_not_finite_is_left_out(run, tmp_path, capsys, monkeypatch):
+    made = MMAudioPipeline._made
+
+    def one_diverges(*args):
+        for result in made(*args):
+            yield replace(result, waveform=result.waveform * math.nan) if result.key == "a" else result
+
+    monkeypatch.setattr(MMAudioPipeline, "_made", one_diverges)
+    (tmp_path / "list.tsv").write_text("id\tprompt\na\ta bell\nb\ta bell\n")
+    generate("--run", run, "--list", tmp_path / "list.tsv", "--out", tmp_path / "out", *OPTIONS)
+    assert "1 of 2 made, 1 rejected" in capsys.readouterr().out
+    assert rejects_of(tmp_path / "out") == {"a": "write bad_sound"} and (tmp_path / "out" / "b.wav").exists()
+
+
+def test_media_that_change_or_go_meanwhile(run, media, tmp_path, capsys, monkeypatch):
+    made, out = MMAudioPipeline._made, tmp_path / "out"
+    (media / "half.mp4").unlink()
+
+    def after_reading(*args):
+        os.utime(media / "a.mp4", ns=(0, 0))
+        (media / "b.webm").unlink(missing_ok=True)
+        yield from made(*args)
+
+    words = ("--run", run, "--folder", media, "--out", out, "--format", "wav", *OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(MMAudioPipeline, "_made", after_reading)
+        generate(*words)
+    assert "3 of 4 made, 1 rejected" in capsys.readouterr().out  # of what was read, though it is gone
+    generate(*words)
+    assert "1 of 3 made, 1 kept" in capsys.readouterr().out  # the file that changed may not be what was read
+    entries = read_folder(media)
+    (media / "a.mp4").unlink()
+    report = generate_files(MMAudioPipeline.from_pretrained(run), entries, out, ending=".wav", num_steps=2)
+    assert (report.made, report.kept, report.rejected) == (1, 0, 2)
+    assert rejects_of(out) == {"a.jpg": "list duplicate_id", "a": "list not_found"}
+
+
+def test_weights_that_are_gone_are_named(run, tmp_path, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "list.tsv").write_text("id\tprompt\na\ta bell\n")
+    words = ("--run", run, "--list", tmp_path / "list.tsv", "--out", tmp_path / "out", *OPTIONS)
+    generate(*words)
+    (run / "toy_codec_16k.safetensors").unlink()
+    capsys.readouterr()
+    generate(*words, code=2)
+    assert "toy_codec_16k.safetensors is missing" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):

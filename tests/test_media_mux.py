@@ -1,6 +1,9 @@
 """New sound under a video: what is copied, what is encoded, how long the result is."""
 
+import errno
 import math
+import resource
+import signal
 from fractions import Fraction
 
 import av
@@ -91,3 +94,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_video_with_audio(tmp_path / "text.mp4", SOUND, 16_000, out)
     assert out.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "out.mp4", "text.mp4"]
+
+
+def test_a_full_disk_is_no_fault_of_the_video(tmp_path):
+    """A limit on the size of files stands for the disk; so does a folder that is not there."""
+    source, out = write_odd(tmp_path / "a.mp4", Odd(steady(2))), tmp_path / "out"
+    out.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[0][1]))
+        problems = []
+        for name in ("a.mp4", "a.mkv"):
+            with pytest.raises(OSError) as problem:
+                write_video_with_audio(source, SOUND, 16_000, out / name)
+            problems.append(problem.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    assert [(p.errno, p.filename) for p in problems] == [(errno.EFBIG, str(out / n)) for n in ("a.mp4", "a.mkv")]
+    assert list(out.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"gone/a\.mp4"):
+        write_video_with_audio(source, SOUND, 16_000, tmp_path / "gone" / "a.mp4")

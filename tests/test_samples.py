@@ -2,11 +2,13 @@
 
 import base64
 import json
+import math
 import sqlite3
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -19,12 +21,14 @@ from test_report import Page
 from test_training_loop import ROOT, command, environment, launch, metrics, run_dir
 from toy_stores import recipe_tree
 
+from mmaudio_hf import samples as samples_module
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import waveform_scores
 from mmaudio_hf.evaluation.items import read_items
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.report import write_report
 from mmaudio_hf.samples import SampleEvaluator
 
@@ -178,3 +182,23 @@ def test_what_is_missing_is_said_before_training(finished):
         SampleEvaluator(recipe)
     with pytest.raises(ValueError, match=r"data\.test, which names no store"):
         load_recipe(finished, ["samples.split=test"])
+
+
+def test_a_sound_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):
+    made = samples_module.generate_items
+
+    def one_diverges(*args):
+        for number, (item, result) in enumerate(made(*args)):
+            yield item, replace(result, waveform=result.waveform * math.nan) if number == 0 else result
+
+    monkeypatch.setattr(samples_module, "generate_items", one_diverges)
+    evaluator = SampleEvaluator(load_recipe(finished, ["name=diverged"]))
+    result = evaluator.run(MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model"), 2, {})
+    folder = finished.parent / "output" / "diverged" / "samples" / "step_2"
+    first, *others = (item.item_id for item in evaluator._items)
+    assert (
+        f"samples of step 2 are left out, having values that are not finite numbers: {first}" in capsys.readouterr().err
+    )
+    assert [sound.name for sound in result.sounds] == others and math.isnan(result.scores["log_mel_distance"])
+    assert {path.name for path in folder.iterdir()} == {"samples.json", *(f"{name}.wav" for name in others)}
+    assert [row["id"] for row in json.loads((folder / "samples.json").read_text())] == others

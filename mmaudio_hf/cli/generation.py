@@ -71,15 +71,22 @@ def _generate(options) -> None:
         _generate_many(options)
         return
     if options.video is None and options.image is None and not options.prompt:
-        raise ValueError("nothing to go by: give --video, --prompt or both")
+        raise ValueError("nothing to go by: give --video, --image, --prompt, --folder or --list")
     if options.out.suffix.lower() in (".mp4", ".mkv") and options.video is None:
         raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
     if options.out.suffix.lower() not in (".mp4", ".mkv", ".wav", ".flac"):
         raise ValueError(
             f"--out {options.out}: choose a name that ends with .wav or .flac, or .mp4 or .mkv for a video"
         )
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder: give the name of a file")
+    media = [path for path in (options.video, options.image) if path is not None and path.exists()]
+    if options.out.exists() and any(path.samefile(options.out) for path in media):
+        raise ValueError(f"--out {options.out} is what sound is made for: choose another name, to keep it")
     from mmaudio_hf.generation import Request, save_and_tell
+    from mmaudio_hf.generation.files import check_out_dir
 
+    check_out_dir(options.out.parent)
     pipeline = _pipeline(options)
     pictures = {"video": options.video, "image": options.image}
     request = Request(prompt=options.prompt, negative_prompt=options.negative_prompt, **pictures)
@@ -113,12 +120,13 @@ def _generate_many(options) -> None:
     if options.list is not None and (options.prompt or options.negative_prompt):
         raise ValueError("with --list, texts are given in its columns prompt and negative_prompt")
     share = share_of_process(options)
-    from mmaudio_hf.generation.files import generate_files, read_folder, read_list
+    from mmaudio_hf.generation.files import check_out_dir, generate_files, read_folder, read_list
 
     if options.list is not None:
         entries = read_list(options.list, options.folder)
     else:
         entries = read_folder(options.folder, options.prompt, options.negative_prompt)
+    check_out_dir(options.out, entries)  # before the network is loaded
     report = generate_files(
         _pipeline(options, share.local_rank),
         entries,

@@ -10,8 +10,9 @@ is ever written outside OUT. Any number of processes may share OUT, each with it
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +152,17 @@ def generate_files(
     """Make what is not there yet of a share of the entries; `options` are those of `pipeline.generate`.
 
     ending: of the results; where there is no video to show, .mp4 and .mkv stand for .wav. ValueError for wrong
-    settings and missing weights before any work; OSError when the disk fills up, what is complete being kept.
+    settings, missing weights and a folder that holds media of the entries, OSError for one that cannot be written,
+    before any work; OSError when the disk fills up, what is complete being kept.
     """
     if ending not in ENDINGS:
         raise ValueError(f"results end with {', '.join(ENDINGS)}, not {ending!r}")
+    check_out_dir(out_dir, entries)
     out_dir, entries = Path(out_dir), entries[share.index :: share.count]
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file; give a folder for the results")
     work = _Work(pipeline, out_dir, ending, options)
+    entries = [work.look_at(entry) for entry in entries]
+    asked = [entry.request for entry in entries if entry.problem is None]
+    pipeline.generate(asked, batch_size, on_reject=work.reject, **options)  # makes nothing, only checks
     pending = [entry for entry in entries if entry.problem is None and not work.is_made(entry)]
     results = pipeline.generate([e.request for e in pending], batch_size, on_reject=work.reject, **options)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -184,6 +188,27 @@ def generate_files(
     return report
 
 
+def check_out_dir(out_dir: str | os.PathLike, entries: Sequence[Entry] = ()) -> None:
+    """Refuse a folder that no result can be written to; it need not be there yet, and nothing is left in it.
+
+    ValueError for a file, and for a folder that holds media of the entries, whose names results would take; OSError.
+    """
+    out_dir = Path(out_dir)
+    place = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file; give a folder for the results")
+    media = [os.path.abspath(path) for e in entries if (path := e.request.video or e.request.image) is not None]
+    folders = {os.path.dirname(path) for path in media}
+    folders |= {os.path.dirname(os.path.realpath(path)) for path in media if os.path.islink(path)}
+    if os.path.realpath(out_dir) in map(os.path.realpath, folders):
+        raise ValueError(f"{out_dir} holds the media that sound is made for; give another folder, to lose none of them")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from None
+
+
 class _Work:
     """The results of one run: their names, their keys, what was made and what was not."""
 
@@ -191,6 +216,7 @@ class _Work:
         self.pipeline, self.out_dir, self.ending, self.options = pipeline, out_dir, ending, dict(options)
         self.rejects: list[tuple[str, str, str, str]] = []  # values of _REJECT
         self.made, self.bar = 0, None
+        self.media: dict[str, list] = {}  # of each entry with a file: its name, size and time before it is read
 
     def path(self, entry: Entry) -> Path:
         """Where the result of an entry goes."""
@@ -201,14 +227,23 @@ class _Work:
         """Where the record of an entry goes."""
         return self.out_dir / f"{entry.id}.json"
 
+    def look_at(self, entry: Entry) -> Entry:
+        """Note the state of the file of an entry, before it is read: one that changes is made anew."""
+        media = entry.request.video or entry.request.image
+        if entry.problem is None and media is not None:
+            try:
+                stat = os.stat(media)
+            except OSError as error:
+                return replace(entry, problem=("list", "not_found", f"{media}: {error.strerror}"))
+            self.media[entry.id] = [Path(media).name, stat.st_size, stat.st_mtime_ns]
+        return entry
+
     def facts(self, entry: Entry) -> dict[str, Any]:
         """What the result of an entry depends on: settings, weights, texts, and name, size and time of its file."""
         request = entry.request
         given = {name: value for name, value in asdict(request).items() if name not in ("video", "image")}
-        media = request.video or request.image
-        if media is not None:
-            stat = os.stat(media)
-            given["media"] = [Path(media).name, stat.st_size, stat.st_mtime_ns]
+        if entry.id in self.media:
+            given["media"] = self.media[entry.id]
         given = {name: value for name, value in given.items() if value not in (None, "")}
         return {
             "version": VERSION,
@@ -234,7 +269,8 @@ class _Work:
 
     def reject(self, request: Request, problem: Exception, stage: str = "read") -> None:
         """Leave an item out."""
-        reason = problem.reason if isinstance(problem, MediaError) else "bad_request"
+        other = "bad_request" if stage == "read" else "bad_sound"
+        reason = problem.reason if isinstance(problem, MediaError) else other
         self.rejects.append((request.key, stage, reason, str(problem)))
         self.bar.update()
 
@@ -244,7 +280,7 @@ class _Work:
         record.unlink(missing_ok=True)  # of another result, which is replaced now
         try:
             note = save_and_tell(result, path, entry.request.video)
-        except MediaError as problem:
+        except ValueError as problem:  # of the video, or a sound that is not finite
             self.reject(entry.request, problem, "write")
             return
         notes = [text for text in (result.note, note) if text]

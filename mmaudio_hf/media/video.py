@@ -6,6 +6,7 @@ shown; what is never shown is never converted, and what is repeated is resized o
 """
 
 import contextlib
+import errno
 import heapq
 import itertools
 import math
@@ -61,6 +62,11 @@ GAP = 0.1  # s; a hole in the sound at least this long is filled with zeros in "
 _HOLD = Fraction(1, 4)  # s that `read_windows` shows the last picture longer, where the file ends a little early
 _SEEK_MARGIN = 1  # s before a window, so that pictures which depend on an earlier key picture are whole
 VIDEO_FORMATS = {".mp4": "mp4", ".mkv": "matroska"}  # that are written
+# EPERM is not among them: parts of FFmpeg say so of data they do not understand.
+_TARGET_FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR),
+)
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
 
 
@@ -631,7 +637,8 @@ def write_video_with_audio(
     without re-encoding where the container can hold their codec, else encoded as H.264; returns whether they were
     copied. The result is as long as the shorter of
     the two, to a picture (a copy may keep the few pictures that others depend on). Written under another name and
-    renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform or another ending.
+    renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform or another ending, OSError
+    that names the result for a full disk and a folder that cannot be written.
     """
     out_path, waveform = Path(out_path), torch.atleast_2d(torch.as_tensor(waveform))
     if out_path.suffix.lower() not in VIDEO_FORMATS:
@@ -656,7 +663,9 @@ def write_video_with_audio(
         os.replace(partial, out_path)
         return copy
     except av.error.FFmpegError as error:
-        what = f"no sound can be put under it ({error.strerror}); check the free space, or re-encode it as H.264 mp4"
+        if error.errno in _TARGET_FAULTS:  # the error need not name its file; the video was there and could be opened
+            raise OSError(error.errno, error.strerror, str(out_path)) from error
+        what = f"no sound can be put under it ({error.strerror}); re-encode it as H.264 mp4"
         raise request.refuse("decode_error", what) from error
     finally:
         partial.unlink(missing_ok=True)
