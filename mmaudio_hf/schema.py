@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+LOCK_FILE = "lock"  # in a run folder: held by the launch that trains it
 
 CLIP_FPS = 8
 SYNC_FPS = 25

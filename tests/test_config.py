@@ -91,6 +91,13 @@ def test_mistakes_in_a_file_name_the_file(recipe, override, message):
         load_recipe(recipe)
 
 
+def test_a_run_that_goes_on_from_its_repository_pushes_its_state(recipe):
+    words = ["resume=hub://me/run", "hub.repo_id=me/run"]
+    with pytest.raises(ValueError, match=r"needs what a push leaves out: set hub\.push=\[pretrained_model,"):
+        load_recipe(recipe, words)
+    assert load_recipe(recipe, [*words, "hub.push=[training_state]"]).resume == "hub://me/run"
+
+
 def test_what_is_made_of_released_weights_keeps_their_licence(recipe):
     start = "finetune.init_from=elsewhere/mmaudio_small_16k.pth"
     assert load_recipe(recipe, [start, "card.license=cc-by-nc-4.0"]).card.license == "cc-by-nc-4.0"

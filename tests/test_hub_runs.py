@@ -296,7 +296,7 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
             shutil.rmtree(checkpoint)  # as retention may
         until(lambda: pushing.failures >= 2)
         held = [p.name for p in (run / "hub").iterdir()]
-        assert held == [f"step_{STEPS}"], held  # and no more disk is held than that
+        assert held == [f"step_{STEPS}_3"], held  # and no more disk is held than that
         hub.start()
         until(lambda: pushing.pushed == STEPS)
     assert steps_pushed(hub) == [STEPS] and not (run / "hub").exists()
@@ -402,6 +402,34 @@ def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
     assert time.monotonic() - began < 10 and "pushes it later" in said[-1]
 
 
+def test_a_step_that_is_saved_again_is_pushed_again(hub, run, quick):
+    """With the scores that came in between."""
+    said: list[str] = []
+    settings = HubConfig(repo_id=NAME, every=EVERY, push=("training_state",))
+    check_repository(settings, run.with_name("new"), False, said.append)
+    with CheckpointSync(settings, run, said.append) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+        until(lambda: pushing.pushed == STEPS)
+        with open(run / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": STEPS, "eval/score": 1.0}) + "\n")
+        pushing.announce(checkpoints(run)[-1])
+    assert steps_pushed(hub) == [STEPS, STEPS] and not [line for line in said if "warning" in line]
+    assert hub.files(NAME)["training_state/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+
+
+def test_files_that_somebody_removed_are_not_taken_for_pushed(hub, run, quick):
+    said: list[str] = []
+    hub.kill()
+    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+        until(lambda: pushing.failures)
+        shutil.rmtree(run / "hub")
+        hub.start()
+        until(lambda: "somebody removed its files" in said[-1])
+        assert pushing.pushed is None
+    assert steps_pushed(hub) == [STEPS] and "model.safetensors" in hub.files(NAME)
+
+
 def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
     said: list[str] = []
     check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, said.append)
@@ -435,6 +463,9 @@ def test_what_is_looked_at_before_training(hub, run, tmp_path, monkeypatch):
     look(NAME, run)
     assert hub.repository(NAME).private
     assert main(["push", str(run), NAME]) == 0
+    with pytest.raises(ValueError, match=rf"holds step {STEPS}, .* begin at step 0: .*finetune\.init_from={NAME}"):
+        look(NAME, tmp_path / "new")
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
     with pytest.raises(ValueError, match=rf"holds step {STEPS}, .* begin at step 0: .*resume=hub://{NAME}"):
         look(NAME, tmp_path / "new")
     look(NAME, tmp_path / "new", resumes=True)
@@ -566,7 +597,7 @@ def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, cap
 
     with pytest.raises(ValueError, match="is not there, or private"):
         fetch("new")
-    assert "begins at step 0" in fetch("new", repo_id=NAME)
+    assert "begins at step 0" in fetch("new", repo_id=NAME, push=("training_state",))
     assert main(["push", str(run), NAME]) == 0
     with pytest.raises(ValueError, match=r"has no training state, only a network: name it in finetune\.init_from"):
         fetch("new")
@@ -582,10 +613,38 @@ def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, cap
     assert f"output/new goes on from step {STEPS}" in fetch("new", f"{NAME}@main")
     with pytest.raises(ValueError, match="no such revision"):
         fetch("other", f"{NAME}@v3")
+    # A launch holds the folder already; one that was killed had brought a part of the run.
+    for name, parts in (("held", ["lock"]), ("cut_short", ["config.yaml", "metrics.jsonl"])):
+        Path("output", name).mkdir()
+        for part in parts:
+            shutil.copy(run / part, Path("output", name))
+        assert f"output/{name} goes on from step {STEPS}" in fetch(name)
     hub.kill()
     assert f"Connection refused): output/run goes on from its own step {STEPS}" in fetch("run")
     with pytest.raises(ConnectionError, match="cannot be reached"):
         fetch("other")
+
+
+def test_a_pull_that_is_killed_anywhere_can_be_repeated(hub, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmaudio_hf.hub.runs._move", killed)
+        assert main(["pull", NAME, "--to", "new"]) == 130
+    assert main(["pull", NAME, "--to", "new"]) == 0 and local_step(Path("new")) == STEPS
+
+
+def test_a_network_alone_is_not_gone_on_from_at_step_0(hub, undisturbed, run, capsys):
+    assert main(["push", str(run), NAME]) == 0
+    words = ["name=alone", f"resume=hub://{NAME}", f"hub.repo_id={NAME}"]
+    state = "hub.push=[pretrained_model, training_state]"
+    error = refused(capsys, "train", undisturbed, *words, state)
+    assert f"holds step {STEPS}" in error and f"finetune.init_from={NAME} starts from its weights" in error
+    assert steps_pushed(hub) == [STEPS]
 
 
 def test_another_run_in_the_folder_is_not_mixed_with_the_pulled_one(hub, run, tmp_path, capsys):

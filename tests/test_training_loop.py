@@ -124,14 +124,19 @@ def test_two_launches_do_not_train_one_run(undisturbed, monkeypatch, capsys):
     recipe = write_recipe(undisturbed.parent, "held", steps=100_000, log_every=1, checkpoint_every=100_000)
     monkeypatch.chdir(recipe.parent)
     monkeypatch.setattr(lock, "PATIENCE", 0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    staged = run_dir(recipe) / "hub" / "step_1_1"
     log = run_dir(recipe) / "metrics.jsonl"
     with subprocess.Popen(command(recipe, processes=0), env=environment(), stderr=subprocess.DEVNULL) as first:
         while not (log.exists() and "train/loss" in log.read_text()):
             assert first.poll() is None
             time.sleep(0.01)
         before = log.read_bytes()
-        assert main(["train", str(recipe)]) == 2
-        assert "held is being trained by another launch" in capsys.readouterr().err
+        staged.mkdir(parents=True)  # as a launch that pushes has it
+        for words in ([], ["hub.repo_id=me/held"], ["resume=hub://me/other"]):
+            assert main(["train", str(recipe), *words]) == 2
+            assert "held is being trained by another launch" in capsys.readouterr().err
+        assert staged.exists()
         assert log.read_bytes().startswith(before) and log.stat().st_size > len(before)  # undisturbed
         first.kill()
     assert main(["train", str(recipe), "training.steps=1"]) == 0  # the system frees what a killed process held

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, PROCESS_TIMEOUT, split_hub_id
+from mmaudio_hf.training.lock import RunLock
 
 
 def add_commands(add) -> None:
@@ -101,11 +102,12 @@ def resolve_resume(recipe: Recipe) -> Recipe:
 
 
 @contextlib.contextmanager
-def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
+def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None]]:
     """Bring the run here that `resume` names, check `hub`, and push while the body trains.
 
-    Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work.
-    ValueError when the run, the token or the repository will not do.
+    Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work, with
+    `lock`, which it takes before anything else. ValueError when another launch has it, or the run, the token or the
+    repository will not do.
     """
     if not (recipe.resume.startswith(HUB_PREFIX) or recipe.hub.repo_id):
         yield lambda folder: None
@@ -114,7 +116,7 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
     from accelerate import PartialState
 
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
-    _prepare(recipe, process)
+    _prepare(recipe, process, lock)
     if not (process.is_main_process and recipe.hub.repo_id):
         yield lambda folder: None
         return
@@ -129,7 +131,7 @@ def hub_session(recipe: Recipe) -> Iterator[Callable[[Path], None]]:
         yield sync.announce
 
 
-def _prepare(recipe: Recipe, process) -> None:
+def _prepare(recipe: Recipe, process, lock: RunLock) -> None:
     """Let the first process look and fetch; where that fails it says why, and the others end without a word."""
     from accelerate.utils import broadcast_object_list
 
@@ -138,11 +140,13 @@ def _prepare(recipe: Recipe, process) -> None:
     failure, code = None, [0]
     if process.is_main_process:
         try:
-            resumes = recipe.resume.startswith(HUB_PREFIX)
-            if resumes:
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that is not there cannot be held
+            if not lock.take():
+                raise lock.refusal()
+            if recipe.resume.startswith(HUB_PREFIX):
                 fetch_run(recipe)
             if recipe.hub.repo_id:
-                check_repository(recipe.hub, recipe.run_dir, resumes, lambda message: _say(f"warning: {message}"))
+                check_repository(recipe.hub, recipe.run_dir, False, lambda message: _say(f"warning: {message}"))
         except (ValueError, OSError) as error:
             failure, code = error, [2 if isinstance(error, ValueError) else 1]
     if process.num_processes > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmaudio_hf.cli.hub import hub_session, resolve_resume
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+from mmaudio_hf.training.lock import RunLock
 
 
 def add_commands(add) -> None:
@@ -38,8 +39,12 @@ def _train(options) -> int:
     from mmaudio_hf.training.loop import check_launch
 
     check_launch()
-    with hub_session(recipe) as on_checkpoint:
-        return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint)
+    # Held around the Hub as well: what is fetched and staged belongs to the launch that trains.
+    with (
+        RunLock(recipe.run_dir, lambda message: print(f"warning: {message}", file=sys.stderr)) as lock,
+        hub_session(recipe, lock) as on_checkpoint,
+    ):
+        return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)
 
 
 def _doctor(options) -> int:
@@ -61,7 +66,7 @@ def _doctor(options) -> int:
     return 1 if failed else 0
 
 
-def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None]) -> int:
+def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None], lock: RunLock) -> int:
     import torch
 
     import mmaudio_hf.hub.card  # noqa: F401, now, so that the first checkpoint, hours later, is of the same code
@@ -98,6 +103,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         write_extras=lambda folder: write_extras(recipe, folder),
         allow_changes=allow_changes,
         on_checkpoint=on_checkpoint,
+        lock=lock,
     )
     if result.stopped_by is not None:
         print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)

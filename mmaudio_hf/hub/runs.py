@@ -22,6 +22,7 @@ from pathlib import Path
 from mmaudio_hf.hub.repository import Contents, Upload, changed, commit, fetch, read_contents, read_json, readable
 from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE
 from mmaudio_hf.models.pretrained import PUBLISHED_FILES
+from mmaudio_hf.schema import LOCK_FILE
 
 STATE = "training_state"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
@@ -249,7 +250,9 @@ def pull(plan: Pull, target: Path, say: Callable[[str], None]) -> None:
 def _check_target(plan: Pull, target: Path) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not plan.has_state or not (target / "checkpoints").is_dir():
+    # A launch that fetches holds its folder already; one that was killed may have left a part of a run.
+    is_run = any((target / name).exists() for name in ("checkpoints", "config.yaml", LOCK_FILE))
+    if not plan.has_state or not is_run:
         raise ValueError(f"{target} exists and is not empty: choose another folder")
     have = local_step(target)
     if have is not None and plan.step <= have:
@@ -262,6 +265,7 @@ def _install_run(files: Path, run_dir: Path, step: int) -> None:
     """Put the parts of a run in their places, the checkpoint last: it is what counts."""
     state = files / STATE
     _check_same_history(state / "metrics.jsonl", run_dir / "metrics.jsonl", run_dir)
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # by which a call that is killed knows it again
     for path in sorted((state / "ema").glob("*")):
         _move(path, run_dir / "ema" / path.name)
     for name in RUN_FILES:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from mmaudio_hf.config import HubConfig
 from mmaudio_hf.hub.repository import check_token, ensure_repository, find_contents, read_contents
-from mmaudio_hf.hub.runs import local_step, plan_push, push, remote_step, stage
+from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_push, push, remote_step, stage
 from mmaudio_hf.schema import RunError
 
 PAUSE = 1.0  # s before a failed push is tried again, doubled for each further time
@@ -41,9 +41,12 @@ def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn
         warn(f"{error}: training begins, and {nothing}")
         return
     if there is not None and here is None and not resumes_from_hub:
+        way = f"go on from there with resume=hub://{repo}"
+        if not set(STATE_FILES) <= set(contents.files):
+            way = f"it has no training state to go on from, finetune.init_from={repo} starts from its weights"
         raise ValueError(
-            f"Hub repository {repo} holds step {there}, and {run_dir} would begin at step 0: go on from there with"
-            f" resume=hub://{repo}, or name another hub.repo_id"
+            f"Hub repository {repo} holds step {there}, and {run_dir} would begin at step 0: {way}, or name another"
+            " hub.repo_id"
         )
     if there is not None and here is not None and there > here:
         warn(f"Hub repository {repo} holds step {there}, {run_dir} step {here}: nothing is pushed until it is ahead")
@@ -66,6 +69,7 @@ class CheckpointSync:
         self.pushed: int | None = None  # step of the last push that is done with
         self.failures = 0  # in a row
         self._taken: int | None = None  # step of the last checkpoint that was staged
+        self._staged = 0  # how many were
         self._waiting: Path | None = None  # staged and not being pushed
         self._ending = False
         self._told = ""
@@ -97,16 +101,19 @@ class CheckpointSync:
     def announce(self, checkpoint: Path) -> None:
         """Take a finished checkpoint, unless it comes less than `hub.every` steps after the last one taken.
 
-        In offline mode nothing is taken.
+        One that was taken and is saved once more, with the scores it had not, is taken again. In offline mode nothing
+        is.
         """
         step = int(checkpoint.name.removeprefix("step_"))
-        due = self._taken is None or step - self._taken >= max(1, self.hub.every)
+        due = self._taken is None or step == self._taken or step - self._taken >= self.hub.every
         if due and not is_offline_mode():
             self._take(checkpoint, step)
 
     def _take(self, checkpoint: Path, step: int) -> None:
+        self._staged += 1
+        place = self.run_dir / "hub" / f"step_{step}_{self._staged}"  # the step may be on its way already
         try:
-            folder = stage(checkpoint, self.run_dir, self.hub.push, self.run_dir / "hub" / f"step_{step}")
+            folder = stage(checkpoint, self.run_dir, self.hub.push, place)
         except (OSError, ValueError) as error:
             self._tell(f"step {step} is not pushed: its files cannot be held ({error})")
             return
@@ -136,7 +143,11 @@ class CheckpointSync:
             return folder
 
     def _push(self, folder: Path) -> None:
-        step, repo = int(folder.name.removeprefix("step_")), self.hub.repo_id
+        step, repo = int(folder.name.split("_")[1]), self.hub.repo_id
+        if not any(path.is_file() for path in folder.rglob("*")):
+            self._tell(f"step {step} is not pushed: somebody removed its files from {folder.parent}")
+            self._taken = None  # the next checkpoint is due, or this one at the end
+            return
         if self.failures:
             ensure_repository(repo, self.hub.private)  # the run may have begun without network
         if self.write_card is not None:
@@ -196,7 +207,7 @@ class CheckpointSync:
         )
         with contextlib.suppress(KeyboardInterrupt):
             self._wait(self.hub.wait, f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}")
-        if step is not None and (is_offline_mode() or not self._ended.is_set()):
+        if step is not None and not (self._ended.is_set() and self.pushed == step):
             self.say(f"warning: step {step} is not on the Hub: {later} pushes it later")
 
     def _wait(self, limit: float, message: str) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-LOCK_FILE = "lock"
+from mmaudio_hf.schema import LOCK_FILE
+
 PATIENCE = 20.0  # s in which the processes of a launch that was just killed should end
 
 
 class RunLock:
-    """Holds a run folder for this process, until it ends in any way or `release` is called.
+    """Holds a run folder for this process once it is taken, until `with` or the process ends in any way.
 
     `warn` is told where the file system has no locks; the run then goes on without.
     """
@@ -19,6 +20,12 @@ class RunLock:
     def __init__(self, run_dir: Path, warn: Callable[[str], None]):
         self.run_dir, self.warn = run_dir, warn
         self._file: IO | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
 
     def take(self) -> bool:
         """Whether the folder is ours now; one that is not there is nobody's. Waits a little for another to end."""
@@ -38,6 +45,12 @@ class RunLock:
                 self.warn(f"{self.run_dir} has no locks ({error.strerror}): see to it that one launch alone trains it")
                 return True
             time.sleep(0.1)
+
+    def refusal(self) -> ValueError:
+        """What to raise when it could not be taken."""
+        return ValueError(
+            f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
+        )
 
     def release(self) -> None:
         """Let others have it. The file stays: removing it would let two hold "it"."""

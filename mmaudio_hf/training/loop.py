@@ -115,20 +115,22 @@ def train(
     write_extras: Callable[[Path], None] = lambda folder: None,
     allow_changes: bool = False,
     on_checkpoint: Callable[[Path], None] = lambda folder: None,
+    lock: RunLock | None = None,
 ) -> RunResult:
     """Train `network` as `recipe` says and return how it went; everything else is in `recipe.run_dir`.
 
     `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
     with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
     `on_checkpoint` is told of every finished checkpoint, on the main process in the thread that wrote it, before older
-    ones are removed; it must not raise.
+    ones are removed; it must not raise. `lock` of the run folder is taken unless it is held already, and stays held; the
+    function has its own when there is none.
     Raises ValueError for settings that do not fit the processes or (but for `allow_changes`) the run to be resumed, and
     RunError after too many non-finite steps, or when the last checkpoint could not be written.
     """
     check_launch()
     check_trackers(recipe.training.trackers)
     accelerator = make_accelerator(recipe)
-    run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator, on_checkpoint)
+    run = Run(recipe, network, mixture, validation, evaluators, write_extras, accelerator, on_checkpoint, lock)
     try:
         result = run.go(allow_changes)
     except BaseException:
@@ -136,7 +138,8 @@ def train(
             accelerator.end_training()
         raise
     finally:
-        run.lock.release()
+        if lock is None:
+            run.lock.release()
     accelerator.end_training()
     return result
 
@@ -173,6 +176,7 @@ class Run:
         write_extras: Callable[[Path], None],
         accelerator: Accelerator,
         on_checkpoint: Callable[[Path], None] = lambda folder: None,
+        lock: RunLock | None = None,
     ):
         self.recipe, self.network, self.accelerator = recipe, network, accelerator
         self.mixture, self.evaluators = mixture, evaluators
@@ -183,7 +187,7 @@ class Run:
         self.step = 0
         self.to_evaluate: list[str] = []  # names of the evaluators that are due now and have not ended
         self.finished = False  # all steps are done, or validation no longer improves
-        self.lock = RunLock(self.run_dir, self._warn)
+        self.lock = lock or RunLock(self.run_dir, self._warn)
         self.stop = StopSignals()
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self.stop, self._report_skip)
         self.writer = BackgroundWriter(self._warn)
@@ -341,9 +345,7 @@ class Run:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(held)
         if not held[0]:
-            raise ValueError(
-                f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
-            )
+            raise self.lock.refusal()
 
     def load(self, state: TrainingState) -> None:
         """Put the run where `state` was saved; nothing is written."""
