@@ -8,7 +8,11 @@ import pytest
 
 from mmaudio_hf.media.example import write_example_media
 
-LONG_FILES = ("test_training_loop.py", "test_training_checkpoint.py", "test_models_network.py", "test_hub_runs.py")
+LONG_FILES = (
+    *("test_training_loop.py", "test_training_checkpoint.py", "test_training_parallel.py", "test_hub_runs.py"),
+    *("test_models_network.py", "test_features_shards.py", "test_evaluation_run.py", "test_evaluation_av_bench.py"),
+    *("test_hub_stores.py", "test_demo.py", "test_generation_files.py", "test_cli.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
