@@ -111,7 +111,7 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
         if number and (number[2] or int(number[1]) > step):
             shutil.rmtree(folder)
     for scores in (run_dir / "evaluation").glob("*_step_*.json*"):  # sounds stay: they are known by their weights
-        number = re.search(r"_step_(\d+)\.", scores.name)
+        number = re.search(r"_step_(\d+)[._]", scores.name)
         if number and int(number[1]) > step:
             scores.unlink()
     if run_dir.exists():
