@@ -535,7 +535,7 @@ class Recipe:
             message = f"resume {self.resume!r} is not allowed: use auto, never or hub://owner/name[@revision]"
             _require(self.resume in ("auto", "never"), message)
         if self.resume == f"{HUB_PREFIX}{self.hub.repo_id}":
-            message = f"resume={self.resume} needs what a push leaves out: set hub.push=[pretrained_model,training_state]"
+            message = f"resume={self.resume} needs what is not pushed: set hub.push=[pretrained_model,training_state]"
             _require("training_state" in self.hub.push, message)
 
     def validate_whole(self):

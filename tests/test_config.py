@@ -93,7 +93,7 @@ def test_mistakes_in_a_file_name_the_file(recipe, override, message):
 
 def test_a_run_that_goes_on_from_its_repository_pushes_its_state(recipe):
     words = ["resume=hub://me/run", "hub.repo_id=me/run"]
-    with pytest.raises(ValueError, match=r"needs what a push leaves out: set hub\.push=\[pretrained_model,"):
+    with pytest.raises(ValueError, match=r"needs what is not pushed: set hub\.push=\[pretrained_model,"):
         load_recipe(recipe, words)
     assert load_recipe(recipe, [*words, "hub.push=[training_state]"]).resume == "hub://me/run"
 

@@ -122,8 +122,8 @@ def train(
     `network` holds its initial weights (or those to fine-tune), latent statistics and empty-text features; a run folder
     with checkpoints is resumed when `recipe.resume` is "auto". `write_extras` adds files to every `pretrained_model/`.
     `on_checkpoint` is told of every finished checkpoint, on the main process in the thread that wrote it, before older
-    ones are removed; it must not raise. `lock` of the run folder is taken unless it is held already, and stays held; the
-    function has its own when there is none.
+    ones are removed; it must not raise. `lock` is that of the run folder, which may be held already and stays held; one
+    of the function's own is let go at the end.
     Raises ValueError for settings that do not fit the processes or (but for `allow_changes`) the run to be resumed, and
     RunError after too many non-finite steps, or when the last checkpoint could not be written.
     """
