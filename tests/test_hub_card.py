@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import av
@@ -21,7 +22,8 @@ from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.hub.card import code_version, model_card, run_samples, write_card
-from mmaudio_hf.models.card import CLOSE, OPEN, merge, plain
+from mmaudio_hf.hub_client import hub_errors
+from mmaudio_hf.models.card import CLOSE, OPEN, download_card, merge, plain
 from mmaudio_hf.models.pretrained import find_pretrained
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
@@ -315,6 +317,42 @@ def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
     shutil.copytree(run / "last" / "pretrained_model", tmp_path / "alone")
     assert main(["push", str(tmp_path / "alone"), "tester/alone"]) == 0
     assert 'from_pretrained("tester/alone")' in hub.files("tester/alone")["README.md"].decode()
+
+
+def test_a_card_that_cannot_be_asked_for_is_not_replaced(hub, monkeypatch, tmp_path):
+    hub.use_here(monkeypatch, tmp_path / "home")
+    theirs = hub.repository("tester/theirs")
+    theirs.create(private=False)
+    assert download_card("tester/theirs") is None
+    for words in (b"# First\n", b"# Second\n"):  # the first one must not come out of a cache
+        theirs.add({"README.md": words})
+        assert download_card("tester/theirs") == words.decode()
+    hub.faults({"match": ".*README.md", "status": 503, "times": 20})
+    try:
+        with pytest.raises(ConnectionError, match="cannot be reached"), hub_errors("tester/theirs"):
+            download_card("tester/theirs")
+    finally:
+        hub.faults()
+
+
+def test_the_code_is_looked_at_before_training_and_ends_no_run(run, monkeypatch):
+    """Also of a checkout that nobody installed."""
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    def begin(*_, **__):
+        assert code_version.cache_info().currsize == 1
+        raise ValueError("training begins")
+
+    monkeypatch.setattr("mmaudio_hf.hub.card.version", absent)
+    monkeypatch.setattr("mmaudio_hf.training.loop.train", begin)
+    code_version.cache_clear()
+    try:
+        assert main(["train", str(run.parents[1] / "run.yaml"), "name=begun"]) == 2
+        assert code_version()["version"] == "unknown"
+    finally:
+        code_version.cache_clear()
 
 
 def test_what_the_card_says_works(run, hub, monkeypatch, tmp_path):

@@ -69,11 +69,12 @@ def _doctor(options) -> int:
 def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None], lock: RunLock) -> int:
     import torch
 
-    import mmaudio_hf.hub.card  # noqa: F401, now, so that the first checkpoint, hours later, is of the same code
     from mmaudio_hf.data.dataset import check_encoders, open_mixture
+    from mmaudio_hf.hub.card import code_version
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
+    code_version()  # now: the first checkpoint, hours later, is to tell of the code that trains
     expected = {
         "model": recipe.model,
         "encoders": recipe.encoders,

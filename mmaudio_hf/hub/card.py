@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -178,7 +178,10 @@ def run_samples(run_dir: str | Path, pretrained: str | Path | None = None) -> li
 def code_version() -> dict[str, str]:
     """Version of this package, and the commit when it is used out of a checkout."""
     root = Path(mmaudio_hf.__file__).parent.parent
-    facts = {"version": version("mmaudio-hf")}
+    try:
+        facts = {"version": version("mmaudio-hf")}
+    except PackageNotFoundError:  # a checkout that is used without being installed
+        facts = {"version": "unknown"}
     if (root / ".git").exists():
         try:
             facts["commit"] = _git(root, "rev-parse", "HEAD")

@@ -5,12 +5,18 @@ kept as it is.
 """
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig
 from mmaudio_hf.schema import audio_mode
@@ -108,12 +114,18 @@ def card_metadata(file: Path) -> dict[str, Any]:
 
 
 def download_card(repo_id: str, repo_type: str = "model", **options: Any) -> str | None:
-    """Card of a repository on the Hub; None when there is no such repository, or card, or it cannot be had."""
-    try:
-        file = hf_hub_download(repo_id, CARD_FILE, repo_type=repo_type, **options)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    return Path(file).read_text(encoding="utf-8")
+    """Card that a repository on the Hub has now; None when there is no such repository, or no card in it.
+
+    Errors are those of huggingface_hub; a copy in the cache, which may be older, does not do.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = hf_hub_download(repo_id, CARD_FILE, repo_type=repo_type, local_dir=folder, **options)
+        except LocalEntryNotFoundError:  # it could not be asked for, which is one of the next by its class
+            raise
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        return Path(file).read_text(encoding="utf-8")
 
 
 def usage(repo_id: str) -> str:

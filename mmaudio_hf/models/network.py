@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -318,7 +319,10 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
                 config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
                 options["revision"] = config_path.parent.name  # its commit: a push may come between the files
                 weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
-                card = download_card(model_id, **options)
+                try:
+                    card = Path(hf_hub_download(model_id, CARD_FILE, **options)).read_text(encoding="utf-8")
+                except EntryNotFoundError:  # no card, or none in the cache of a machine that is offline
+                    card = None
         config = read_model_config(config_path)
         network = cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
         network.card = card
