@@ -376,6 +376,11 @@ def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
     assert 2.5 < time.monotonic() - began < 6
     assert f"`mmaudio-hf push {run} {USER}/b` with --training-state pushes it later" in said[-1]
     assert any("waiting for up to" in line for line in said)
+    # Nor where a launcher ends it.
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, said.append):
+        timer.start()
+    assert "pushes it later" in said[-1]
     # Nor in offline mode, in which nothing is tried, nor after Ctrl-C.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     check_repository(HubConfig(repo_id=NAME), run, False, said.append)
@@ -630,7 +635,11 @@ def test_a_pull_that_is_killed_anywhere_can_be_repeated(hub, run, tmp_path, monk
     assert main(["push", str(run), NAME, "--training-state"]) == 0
 
     def killed(source: Path, target: Path) -> None:
-        raise KeyboardInterrupt
+        """The first one gets its place."""
+        if Path("new/ema").is_dir():
+            raise KeyboardInterrupt
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
 
     with monkeypatch.context() as patch:
         patch.setattr("mmaudio_hf.hub.runs._move", killed)

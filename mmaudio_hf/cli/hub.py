@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
-from mmaudio_hf.schema import HUB_PREFIX, PROCESS_TIMEOUT, split_hub_id
+from mmaudio_hf.schema import HUB_PREFIX, PROCESS_TIMEOUT, RunError, split_hub_id
 from mmaudio_hf.training.lock import RunLock
 
 
@@ -118,7 +118,16 @@ def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     _prepare(recipe, process, lock)
     if not (process.is_main_process and recipe.hub.repo_id):
-        yield lambda folder: None
+        failure = None
+        try:
+            yield lambda folder: None
+        except RunError as error:
+            failure = error
+        if not process.is_main_process and recipe.hub.repo_id:
+            # A launcher stops all processes once one has ended with a code: the first one is still to push.
+            lock.await_release(recipe.hub.wait + 60)
+        if failure is not None:
+            raise failure
         return
     from tqdm import tqdm
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
@@ -50,6 +51,16 @@ def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn
         )
     if there is not None and here is not None and there > here:
         warn(f"Hub repository {repo} holds step {there}, {run_dir} step {here}: nothing is pushed until it is ahead")
+
+
+@contextlib.contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, of a launcher or a scheduler, ends the body as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class CheckpointSync:
@@ -205,7 +216,7 @@ class CheckpointSync:
         later = f"`mmaudio-hf push {self.run_dir} {repo}`" + (
             " with --training-state" if "training_state" in self.hub.push else ""
         )
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), _terminated_as_by_ctrl_c():
             self._wait(self.hub.wait, f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}")
         if step is not None and not (self._ended.is_set() and self.pushed == step):
             self.say(f"warning: step {step} is not on the Hub: {later} pushes it later")

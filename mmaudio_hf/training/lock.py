@@ -52,6 +52,18 @@ class RunLock:
             f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
         )
 
+    def await_release(self, limit: float) -> None:
+        """Wait until no other process holds it, at most `limit` seconds; not at all where there are no locks."""
+        until = time.monotonic() + limit
+        with open(self.run_dir / LOCK_FILE, "a") as file:
+            while time.monotonic() < until:
+                try:
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.3)
+                except OSError:
+                    return None
+
     def release(self) -> None:
         """Let others have it. The file stays: removing it would let two hold "it"."""
         if self._file is not None:
