@@ -222,11 +222,13 @@ from accelerate.state import AcceleratorState, PartialState
 from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import hub_session
 from mmaudio_hf.config import load_recipe
+from mmaudio_hf.training.lock import RunLock
 from mmaudio_hf.training.loop import make_accelerator
 run, recipe = sys.argv[1:]
 def hub():
+    wanted = load_recipe(recipe, ["name=waits", "resume=hub://no/such"])
     try:
-        with hub_session(load_recipe(recipe, ["resume=hub://no/such"])):
+        with RunLock(wanted.run_dir, print) as lock, hub_session(wanted, lock):
             pass
     except (ConnectionError, OSError, ValueError):
         pass
