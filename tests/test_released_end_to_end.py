@@ -64,6 +64,7 @@ def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **
             "test": [],
         },
         "samples": {"every": 0},
+        "evaluation": {"every": 0, "after_training": False},
         "training": {"steps": 1, "batch_size": 2, "mixed_precision": "no", "log_every": 1, "trackers": []},
     }
     path = folder / f"{variant}.yaml"

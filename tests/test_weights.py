@@ -312,7 +312,7 @@ def test_names_and_needs_are_those_of_the_encoders():
     assert {w.path for w in tuned} - {w.path for w in weights.needed(recipe)} == {"mmaudio_small_16k.pth"}
     assert recipe.encoders.clip == CLIP.repo
     assert weights.needed(load_recipe(root / "recipes" / "example.yaml")) == []
-    assert weights.find(["v1-16"]) == weights.find(["v1-16.pth"]) and len(weights.find(["all"])) == 13
+    assert weights.find(["v1-16"]) == weights.find(["v1-16.pth"]) and len(weights.find(["all"])) == 14
     assert len(weights.find([weights.BIGVGAN])) == 2
     with pytest.raises(ValueError, match=r"did you mean v1-16\.pth"):
         weights.find(["v1-61.pth"])
