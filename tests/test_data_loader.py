@@ -11,9 +11,11 @@ import pytest
 import torch
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
+from mmaudio_hf.data import reads
 from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import BatchLoader, Plan, sample_bytes, training_batches, validation_batches
 from mmaudio_hf.data.noise import draws, draws_for_ids
+from mmaudio_hf.data.reads import read_records
 from mmaudio_hf.data.sampler import positions, process_slots
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
 
@@ -106,14 +108,12 @@ def test_reads_half_precision_as_it_is_stored(tmp_path):
 
 def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
     read = {"bytes": 0}
-    preadv = os.preadv
 
-    def counting(*arguments):
-        count = preadv(*arguments)
-        read["bytes"] += count
-        return count
+    def counting(file, records, size, target, places):
+        read["bytes"] += len(records) * size
+        read_records(file, records, size, target, places)
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr("mmaudio_hf.data.store.read_records", counting)
     with loader(mixture, num_steps=1, global_batch=24, threads=1) as batches:
         ((batch,),) = list(batches)
         assert batches.bytes_read == read["bytes"]
@@ -218,6 +218,7 @@ def test_a_failing_disk_is_named_in_the_training_thread(mixture, monkeypatch):
     def failing(*_):
         raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr(reads, "_submit", lambda *_: False)  # what it says of a read that fails
     monkeypatch.setattr(os, "preadv", failing)
     with loader(mixture) as batches, pytest.raises(OSError, match=r"Input/output error: '.*\.memmap'"):
         next(batches)
@@ -225,6 +226,7 @@ def test_a_failing_disk_is_named_in_the_training_thread(mixture, monkeypatch):
 
 def test_a_read_that_delivers_less_is_continued(mixture, monkeypatch):
     preadv = os.preadv
+    monkeypatch.setattr(reads, "_submit", lambda *_: False)
     monkeypatch.setattr(
         os, "preadv", lambda fd, parts, offset: preadv(fd, [parts[0][: max(1, len(parts[0]) // 3)]], offset)
     )

@@ -31,7 +31,7 @@ from mmaudio_hf.data.store_files import Column, layout_columns
 from mmaudio_hf.schema import column_shapes
 
 SEED = 0
-WARM = 4  # steps before the clock starts: every buffer has been used, and nothing is read ahead of the consumer
+WARM, MEASURED = 24, 48  # steps before the clock starts, by when the buffers have touched their pages, and after that
 WORKERS = (0, 2, 4)
 VIDEO_ROWS, VIDEO_REPEATS, AUDIO_ROWS, GLOBAL_BATCH = 180_000, 5, 380_000, 512  # recipes/small_16k.yaml
 AUDIO_SHARE = AUDIO_ROWS / (VIDEO_ROWS * VIDEO_REPEATS + AUDIO_ROWS)
@@ -75,11 +75,11 @@ def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Fi
     for store in mixture.stores:
         if store.layout != "reference":
             raise ValueError(f"{store.path} has the {store.layout} layout, which no memory map reads: convert it first")
-    steps = WARM + max(WARM, len(mixture) // batch_size - WARM)
+    steps = WARM + MEASURED
     order = np.concatenate(
         [positions(SEED, step, np.arange(batch_size), batch_size, len(mixture)) for step in range(steps)]
     )
-    size = sample_bytes(mixture, order[WARM * batch_size :]) / (steps - WARM)  # bytes of an average step
+    size = sample_bytes(mixture, order[WARM * batch_size :]) / MEASURED  # bytes of an average step
     cores = os.cpu_count() or 1
     runs: dict[str, Callable[[], float]] = {}
     for workers in WORKERS:  # first, so that the processes fork off a small one

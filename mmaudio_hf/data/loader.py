@@ -1,9 +1,9 @@
 """Batches from a mixture, read ahead.
 
-Records are read with concurrent positional reads straight into a ring of reused buffers, and the random numbers of
-the samples are drawn by the same threads, so the training loop waits for neither. There are no worker processes:
-reading and drawing release the interpreter lock, and nothing is pickled or copied between processes. The threads go
-on to the next batch without waiting for the last piece of the one before.
+Records are read with concurrent positional reads, many in one system call (`reads`), straight into a ring of reused
+buffers, and the random numbers of the samples are drawn by the same threads, so the training loop waits for neither.
+There are no worker processes: reading and drawing release the interpreter lock, and nothing is pickled or copied
+between processes. The threads go on to the next batch without waiting for the last piece of the one before.
 """
 
 import mmap

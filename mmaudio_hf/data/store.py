@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmaudio_hf.data.reads import read_at, read_records, runs
 from mmaudio_hf.data.store_files import (
     AGAIN,
     PARTIAL,
@@ -51,7 +52,6 @@ from mmaudio_hf.data.store_files import (
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES, audio_mode, check_id
 
 _BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
-_MAX_BUFFERS = 1024  # IOV_MAX of Linux: buffers of one preadv
 
 
 class FeatureStore:
@@ -128,22 +128,11 @@ class FeatureStore:
     def read_into(self, name: str, rows: np.ndarray, target: memoryview, places: np.ndarray | None = None) -> None:
         """Put record `rows[i]` of column `name` at record `places[i]` (default i) of `target`; errors as for `read`.
 
-        Records that follow each other in the file are one system call, wherever they go. Releases the interpreter lock.
+        Releases the interpreter lock.
         """
-        if len(rows) == 0:
-            return
-        file, size = self._files[name], self.columns[name].record_bytes
-        where = (np.arange(len(rows)) if places is None else places) * size
-        parts = [target[place : place + size] for place in where.tolist()]
-        reads = [(record * size, parts[first:last]) for record, first, last in self._runs(name, rows)]
-        descriptor, preadv = file.fileno(), os.preadv
-        for offset, targets in reads:  # short: copies empty the processor's caches, of this code too
-            try:
-                count = preadv(descriptor, targets, offset)
-            except OSError:
-                count = 0
-            if count != len(targets) * size:
-                _read_at(file, offset, targets)
+        if len(rows):
+            places = np.arange(len(rows)) if places is None else places
+            read_records(self._files[name], self._records(name, rows), self.columns[name].record_bytes, target, places)
 
     def expect(self, name: str, rows: np.ndarray) -> None:
         """Have the system fetch records of a column from the disk, without waiting for them."""
@@ -155,7 +144,7 @@ class FeatureStore:
 
     def _advise(self, name: str, rows: np.ndarray, advice: int) -> None:
         size = self.columns[name].record_bytes
-        for record, first, last in self._runs(name, rows):
+        for record, first, last in runs(self._records(name, rows)):
             os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, advice)
 
     def expect_random_order(self) -> None:
@@ -163,19 +152,11 @@ class FeatureStore:
         for file in self._files.values():
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
-    def _runs(self, name: str, rows: np.ndarray) -> Iterable[tuple[int, int, int]]:
-        """What follows each other in a column's file: (record, first, last), where rows[first:last] are one run.
-
-        None is longer than the `_MAX_BUFFERS` that one call reads.
-        """
+    def _records(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Where in a column's file the rows are."""
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
-        if name == TEXT_FEATURES and self.text_index is not None:
-            rows = self.text_index[rows]
-        apart = rows[1:] != rows[:-1] + 1
-        apart[_MAX_BUFFERS - 1 :: _MAX_BUFFERS] = True
-        firsts = [0, *(np.flatnonzero(apart) + 1).tolist()]
-        return zip(rows[firsts].tolist(), firsts, [*firsts[1:], len(rows)], strict=True)
+        return self.text_index[rows] if name == TEXT_FEATURES and self.text_index is not None else rows
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The column in file order, as (first row, records); memory does not grow with the store."""
@@ -190,7 +171,7 @@ class FeatureStore:
         step = max(1, _BLOCK_BYTES // column.record_bytes)
         for first in range(0, records, step):
             block = torch.empty((min(step, records - first), *column.shape), dtype=column.dtype)
-            _read_at(self._files[name], first * column.record_bytes, [bytes_of(block)])
+            read_at(self._files[name], first * column.record_bytes, [bytes_of(block)])
             yield first, block
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -395,7 +376,7 @@ class StoreWriter:
         moments, column = Moments(self.columns[MEAN].shape[-1]), self.columns[MEAN]
         record = torch.empty(column.shape, dtype=column.dtype)
         for row in range(self.num_rows):
-            _read_at(self._files[MEAN], row * column.record_bytes, [bytes_of(record)])
+            read_at(self._files[MEAN], row * column.record_bytes, [bytes_of(record)])
             moments.add(record)
         return moments
 
@@ -485,7 +466,7 @@ class _SharedTexts:
             self.file = open(name, "w+b", buffering=0)  # noqa: SIM115
             for place, record in enumerate(order.tolist()):
                 data = torch.empty(size, dtype=torch.uint8)
-                _read_at(unsorted, record * size, [bytes_of(data)])
+                read_at(unsorted, record * size, [bytes_of(data)])
                 write_all(self.file, bytes_of(data), place * size)
 
 
@@ -501,20 +482,3 @@ def _preallocated(folder: Path, name: str, rows: int, column: Column):
     with naming(file.name):
         os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)
     return file
-
-
-def _read_at(file, offset: int, parts: list[memoryview]) -> None:
-    """Fill `parts` one after the other from byte `offset` on. OSError naming the file when bytes are missing."""
-    while parts:
-        try:
-            count = os.preadv(file.fileno(), parts, offset)
-        except OSError as error:
-            raise OSError(error.errno, f"reading byte {offset}: {error.strerror}", str(file.name)) from error
-        if count == 0:
-            raise OSError(f"{file.name} ends before byte {offset}: it became shorter since the store was opened")
-        offset += count
-        while parts and count >= len(parts[0]):
-            count -= len(parts[0])
-            parts = parts[1:]
-        if count:  # the system may deliver less than asked for
-            parts = [parts[0][count:], *parts[1:]]
