@@ -24,10 +24,13 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import fetch_run
 from mmaudio_hf.config import HubConfig, load_recipe
 from mmaudio_hf.hub import sync
+from mmaudio_hf.hub.card import add_card
 from mmaudio_hf.hub.runs import local_step
 from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.training import lock
 from mmaudio_hf.training.finetune import read_start
+from mmaudio_hf.training.lock import RunLock
 
 NAME = f"{USER}/run"
 STEPS, EVERY = 20, 4
@@ -100,6 +103,7 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     assert "0 bytes in 0 files" in capsys.readouterr().out and len(hub.messages(NAME)) == 3
 
+    monkeypatch.setattr(lock, "PATIENCE", 0)
     monkeypatch.chdir(tmp_path)
     assert main(["pull", NAME, "--to", "other/run", "--dry-run"]) == 0
     assert f"run at step {STEPS}" in capsys.readouterr().out and not Path("other").exists()
@@ -126,6 +130,9 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert MMAudio.from_pretrained(find_pretrained(NAME)).config.hidden_dim == 16  # what is in the cache is enough
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with RunLock(Path("other/run"), print) as held:
+        assert held.take()
+        assert "is being trained by another launch" in refused(capsys, "pull", NAME, "--to", "other/run")
     assert "nothing is pulled" in refused(capsys, "pull", NAME, "--to", "other/run")
     assert "is not empty" in refused(capsys, "pull", NAME, "--to", "network")
     assert main(["push", "network", f"{USER}/second"]) == 0
@@ -439,7 +446,7 @@ def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
     said: list[str] = []
     check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, said.append)
 
-    def card(run_dir: Path, folder: Path) -> None:
+    def card(run_dir: Path, folder: Path, commit: str) -> None:
         assert run_dir == run
         (folder / "README.md").unlink()
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
@@ -449,13 +456,31 @@ def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
     assert hub.files(NAME)["README.md"].endswith(b"# Mine\n")
     assert b"# Mine" not in (run / "last" / "pretrained_model" / "README.md").read_bytes()
 
-    def broken(run_dir: Path, folder: Path) -> None:
+    def broken(*_) -> None:
         raise KeyError("nothing")
 
     with CheckpointSync(HubConfig(repo_id=f"{USER}/b"), run, said.append, broken) as pushing:
         check_repository(pushing.hub, run.with_name("new"), False, said.append)
     assert "README.md" not in hub.files(f"{USER}/b") and "model.safetensors" in hub.files(f"{USER}/b")
     assert any("cannot be written (KeyError" in line for line in said)
+
+
+def test_an_edit_of_the_card_during_a_push_is_kept(hub, run, quick):
+    """The owner writes into the card after it was read: the push begins anew, with what is there then."""
+    said: list[str] = []
+    assert main(["push", str(run), NAME]) == 0
+    edited = hub.files(NAME)["README.md"] + b"\n## Notes\n\nTrained in the dark.\n"
+
+    def card(run_dir: Path, folder: Path, commit: str) -> None:
+        add_card(folder, run_dir, NAME, commit)
+        if hub.files(NAME)["README.md"] != edited:
+            hub.repository(NAME).add({"README.md": edited})
+
+    settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
+    with CheckpointSync(settings, run, said.append, card) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+    assert any("another commit came first" in line for line in said), said
+    assert pushing.pushed == STEPS and b"Trained in the dark." in hub.files(NAME)["README.md"]
 
 
 def test_what_is_looked_at_before_training(hub, run, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
-from mmaudio_hf.schema import HUB_PREFIX, PROCESS_TIMEOUT, RunError, split_hub_id
+from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, split_hub_id
 from mmaudio_hf.training.lock import RunLock
 
 
@@ -38,7 +38,7 @@ def _push(options) -> None:
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
     from mmaudio_hf.hub.card import add_card
-    from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, readable
+    from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, read_contents, readable
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = [*hub.push, *([STATE] if options.training_state and STATE not in hub.push else [])]
@@ -50,8 +50,8 @@ def _push(options) -> None:
             contents = contents or Contents(repo, "", {})
         else:
             ensure_repository(repo, private=hub.private and not options.public)
-            contents = None
-        add_card(folder, find_source(options.run)[1], repo)
+            contents = read_contents(repo)
+        add_card(folder, find_source(options.run)[1], repo, contents.commit or None)
         plan = plan_push(folder, repo, step, contents)
         new = {upload.name for upload in plan.changed}
         notes = {u.name: "to send" if u.name in new else "already there" for u in plan.files}
@@ -89,7 +89,10 @@ def _pull(options) -> None:
     kind = f"run at step {plan.step}" if plan.has_state else "network"
     print(f"{kind}, {readable(plan.size)} in {len(plan.names)} files to {target}{', dry run' * options.dry_run}")
     if not options.dry_run:
-        pull(plan, target, _say)
+        with RunLock(target, lambda message: _say(f"warning: {message}")) as lock:
+            if (target / LOCK_FILE).exists() and not lock.take():  # else nobody has begun to train here
+                raise lock.refusal()
+            pull(plan, target, _say)
         print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
 
 
@@ -135,7 +138,7 @@ def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None
     from mmaudio_hf.hub.sync import CheckpointSync
 
     say = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
-    card = lambda run_dir, folder: add_card(folder, run_dir, recipe.hub.repo_id)  # noqa: E731
+    card = lambda run_dir, folder, commit: add_card(folder, run_dir, recipe.hub.repo_id, commit)  # noqa: E731
     with CheckpointSync(recipe.hub, recipe.run_dir, say, card) as sync:
         yield sync.announce
 
@@ -145,6 +148,7 @@ def _prepare(recipe: Recipe, process, lock: RunLock) -> None:
     from accelerate.utils import broadcast_object_list
 
     from mmaudio_hf.hub.sync import check_repository
+    from mmaudio_hf.training.parallel import check_seen_everywhere
 
     failure, code = None, [0]
     if process.is_main_process:
@@ -164,6 +168,8 @@ def _prepare(recipe: Recipe, process, lock: RunLock) -> None:
         raise failure
     if code[0]:
         raise SystemExit(code[0])
+    if recipe.resume.startswith(HUB_PREFIX) and process.num_processes > 1:
+        check_seen_everywhere(recipe.run_dir / "last" / "training_state" / "state.json")
 
 
 def fetch_run(recipe: Recipe) -> None:

@@ -130,17 +130,18 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def add_card(folder: Path, run_dir: Path | None, repo_id: str) -> None:
+def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | None = None) -> None:
     """Put the card of the network in `folder` there, and the sounds it links, before these files go to `repo_id`.
 
-    What people wrote into the card that is there is kept. run_dir: the run of the network; None: its own card has to
-    do. Nothing happens where there is no network. ConnectionError or ValueError as of `hub_errors` and `model_card`.
+    What people wrote into the card that is there at `commit` (None: now) is kept. run_dir: the run of the network;
+    None: its own card has to do. Nothing happens where there is no network. ConnectionError or ValueError as of
+    `hub_errors` and `model_card`.
     """
     card = folder / CARD_FILE
     if not (folder / WEIGHTS_FILE).is_file():
         return
     with hub_errors(repo_id):
-        existing = download_card(repo_id)
+        existing = download_card(repo_id, revision=commit)
     if run_dir is not None:
         text = model_card(run_dir, pretrained=folder, repo_id=repo_id, existing=existing)
         for place, file in ((p, f) for sample in run_samples(run_dir, folder) for p, f in sample.files.items()):

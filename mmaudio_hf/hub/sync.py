@@ -21,6 +21,7 @@ LONGEST_PAUSE = 300.0
 TOLD_EVERY = 60.0  # s between two lines about waiting at the end
 
 Say = Callable[[str], None]
+WriteCard = Callable[[Path, Path, str], None]
 
 
 def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn: Say, make: bool = True) -> None:
@@ -70,12 +71,11 @@ class CheckpointSync:
     the removal of old checkpoints. A push that fails is told once and tried again, with pauses that double up to five
     minutes, until it succeeds or a newer checkpoint takes its place. What is pushed is never older than what is there.
     Leaving `with` waits for the last checkpoint, at most `hub.wait` seconds. `write_card` may add a README.md to the
-    files of a push (it is given the run folder and theirs); a card that fails does not stop the push.
+    files of a push (it is given the run folder, theirs, and the commit that the push follows, so that no edit is lost);
+    a card that fails does not stop the push.
     """
 
-    def __init__(
-        self, hub: HubConfig, run_dir: Path, say: Say, write_card: Callable[[Path, Path], None] | None = None
-    ) -> None:
+    def __init__(self, hub: HubConfig, run_dir: Path, say: Say, write_card: WriteCard | None = None) -> None:
         self.hub, self.run_dir, self.say, self.write_card = hub, run_dir, say, write_card
         self.pushed: int | None = None  # step of the last push that is done with
         self.failures = 0  # in a row
@@ -161,9 +161,10 @@ class CheckpointSync:
             return
         if self.failures:
             ensure_repository(repo, self.hub.private)  # the run may have begun without network
+        contents = read_contents(repo)
         if self.write_card is not None:
-            self._add_card(folder)
-        plan = plan_push(folder, repo, step)
+            self._add_card(folder, contents.commit)
+        plan = plan_push(folder, repo, step, contents)
         if plan.outdated:
             self._tell(f"{repo} holds step {plan.before}, which is newer than step {step}: it is not pushed")
         else:
@@ -172,9 +173,9 @@ class CheckpointSync:
             self.say(f"step {step} is on the Hub: {repo}{again}")
         self.pushed, self.failures = step, 0
 
-    def _add_card(self, folder: Path) -> None:
+    def _add_card(self, folder: Path, commit: str) -> None:
         try:
-            self.write_card(self.run_dir, folder)
+            self.write_card(self.run_dir, folder, commit)
         except ConnectionError:
             raise  # so that the push is tried again, with its card
         except Exception as error:
