@@ -112,6 +112,14 @@ class FeatureStore:
         """Whether the rows have text features."""
         return TEXT_FEATURES in self.columns
 
+    @property
+    def content_hash(self) -> str | None:
+        """SHA-256 of the ids and of the checksums in the manifest: the same for copies of a store. None without one."""
+        if self.manifest is None:
+            return None
+        content = [self.manifest["ids_sha256"], sorted((k, v["sha256"]) for k, v in self.manifest["columns"].items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def read(self, indices, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Records `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
 

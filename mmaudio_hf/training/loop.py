@@ -334,10 +334,13 @@ class Run:
             | {f"newest checkpoint of {self.run_dir}": None if state is None else state.step}
         )  # and nobody changes the folder while another still reads
         if state is not None:
-            check_same_run(self.recipe, state, allow_changes, self.accelerator.print)
+            check_same_run(self.recipe, self._stores(), state, allow_changes, self.accelerator.print)
             self.load(state)
         if self.accelerator.is_main_process:
             self.history = drop_later(self.run_dir, self.step, self.ema.step, self.best.step)
+
+    def _stores(self) -> list[str | None]:
+        return [store.content_hash for store in self.mixture.stores]
 
     def _hold(self) -> None:
         """Hold the run folder against other launches. ValueError, on every process, when one trains it now."""
@@ -585,7 +588,7 @@ class Run:
         """What the thread does with the copies. It sees the run as it is now, not as it will be."""
         recipe, run_dir, step, ema_step = self.recipe, self.run_dir, self.step, self.ema.step
         facts = {"skipped": self.guard.skipped, "ema_step": ema_step, "weights": self.final_weights}
-        facts |= {"to_evaluate": self.to_evaluate}
+        facts |= {"to_evaluate": self.to_evaluate, "stores": self._stores()}
         facts |= {"best": self.best.record, "processes": self.accelerator.num_processes, "recipe": to_dict(recipe)}
         best, logged = self.best.step, not self.metrics.waiting
         retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every)

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ HARMLESS = (
 )
 
 
-def check_same_run(recipe: Recipe, state: TrainingState, allow_changes: bool, say: Callable[[str], None]) -> None:
+def check_same_run(
+    recipe: Recipe, stores: Sequence[str | None], state: TrainingState, allow_changes: bool, say: Callable[[str], None]
+) -> None:
     """Show every setting that differs from those of the checkpoint as `- key: old`, `+ key: new`.
 
+    stores: `content_hash` of each store of `data.train`, by which stores are known that lie elsewhere now.
     Harmless ones are noted and used from here on. ValueError for one that alters training, unless `allow_changes`, and
     for one that the tensors of the checkpoint depend on.
     """
@@ -41,7 +44,10 @@ def check_same_run(recipe: Recipe, state: TrainingState, allow_changes: bool, sa
         raise ValueError(f"{recipe.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}")
     if "recipe" not in state.facts:
         return
-    changes = changed_settings(state.facts["recipe"], to_dict(recipe))
+    was, now = state.facts["recipe"], to_dict(recipe)
+    if None not in stores and state.facts.get("stores") == list(stores):
+        was = _with_paths_of(now, was)
+    changes = changed_settings(was, now)
     shown = {key: f"  - {key}: {was}\n  + {key}: {now}" for key, (was, now) in changes.items()}
     fixed = [key for key in shown if _within(key, FIXED)]
     altering = [key for key in shown if not _within(key, (*FIXED, *_harmless(recipe)))]
@@ -58,6 +64,12 @@ def check_same_run(recipe: Recipe, state: TrainingState, allow_changes: bool, sa
         )
     if shown:
         say(f"settings that differ from step {state.step} on:\n" + "\n".join(shown.values()))
+
+
+def _with_paths_of(now: Mapping[str, Any], was: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `was` with the stores of `data.train` where they are `now`: there are as many of them."""
+    pairs = zip(was["data"]["train"], now["data"]["train"], strict=True)
+    return {**was, "data": was["data"] | {"train": [old | {"path": new["path"]} for old, new in pairs]}}
 
 
 def _harmless(recipe: Recipe) -> tuple[str, ...]:
