@@ -117,7 +117,7 @@ def _of_network(error: OSError) -> bool:
 
 def one_line(error: object) -> str:
     """First line of a message without what must not be shown: queries of addresses, which are signed, and tokens."""
-    text = str(error).strip().splitlines()
+    text = str(getattr(error, "reason", "") or error).strip().splitlines()
     line = re.sub(r"\?\S+", "", text[0] if text else type(error).__name__)
     token = get_token()
     line = line.replace(token, "***") if token else line

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
+from mmaudio_hf.hub_client import api, hub_errors, one_line
 
 RELEASE_URL = "https://github.com/hkchengrex/MMAudio/releases/download/v0.1"
 RELEASE_VARIABLE = "MMAUDIO_RELEASE_URL"  # another place for the files of the release: a mirror
@@ -315,42 +316,23 @@ def _server_size(weight: Weight) -> int:
                 return int(response.headers.get("Content-Length") or 0)
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
-                f"{weight.url} cannot be reached ({_first_line(error)}): check the connection, or name a mirror in"
+                f"{weight.url} cannot be reached ({one_line(error)}): check the connection, or name a mirror in"
                 f" {RELEASE_VARIABLE}"
             ) from error
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     names = _model_files(weight) if weight.whole_model else [weight.file]
-    with _hub_errors(weight.repo):
+    with hub_errors(weight.repo):
         return sum(get_hf_file_metadata(hf_hub_url(weight.repo, name)).size or 0 for name in names)
 
 
 # --- from the Hub --------------------------------------------------------------------------------------------------
 
 
-class _hub_errors:
-    """Turns what the Hub's client raises into one sentence."""
-
-    def __init__(self, repo: str):
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ValueError):
-            raise ValueError(
-                f"Hub repository {self.repo} cannot be read ({_first_line(error)}): check the connection, HF_ENDPOINT,"
-                " and whether the repository asks for a login (`hf auth login`)"
-            ) from error
-
-
 def _model_files(weight: Weight) -> list[str]:
     """Files that transformers reads of a model: safetensors, or else pickled weights of tensors alone."""
-    from huggingface_hub import HfApi
-
-    with _hub_errors(weight.repo):
-        names = HfApi().list_repo_files(weight.repo)
+    with hub_errors(weight.repo):
+        names = api().list_repo_files(weight.repo)
     shards = [name for name in names if re.fullmatch(r"model[\w.-]*\.safetensors(\.index\.json)?", name)]
     shards = shards or [name for name in names if re.fullmatch(r"pytorch_model[\w.-]*\.bin(\.index\.json)?", name)]
     if not shards:
@@ -365,17 +347,11 @@ def _from_hub(weight: Weight, name: str, staging: Path | None, force: bool) -> P
     """
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(weight.repo):
+    with hub_errors(weight.repo):
         return Path(hf_hub_download(weight.repo, name, local_dir=staging, force_download=force))
 
 
 # --- from a URL ----------------------------------------------------------------------------------------------------
-
-
-def _first_line(error: Exception) -> str:
-    """First line of a message without the queries of addresses, which may be signed."""
-    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
-    return re.sub(r"\?\S+", "", text.splitlines()[0])
 
 
 class _KeepMethod(urllib.request.HTTPRedirectHandler):
@@ -417,7 +393,7 @@ def _from_url(url: str, partial: Path, size: int) -> None:
             time.sleep(PAUSE * 2**attempt)
     have = partial.stat().st_size if partial.exists() else 0
     raise ValueError(
-        f"{url} broke off {ATTEMPTS} times, last at {have:,} of {size:,} bytes ({_first_line(last)}):"
+        f"{url} broke off {ATTEMPTS} times, last at {have:,} of {size:,} bytes ({one_line(last)}):"
         " the same command goes on from there"
     )
 

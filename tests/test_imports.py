@@ -26,7 +26,7 @@ ALLOWED = {
     "samples": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
     "report": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation", "samples"},
     "demo": {"schema", "config", "media", "models", "generation", "report"},
-    "weights": {"schema", "config", "released", "models"},
+    "weights": {"schema", "config", "released", "hub_client", "models"},
     # Of data, what opens stores: see below.
     "hub": {"schema", "config", "released", "hub_client", "data", "models", "weights"},
     "interop": {"schema", "config", "released", "models", "training"},
