@@ -20,6 +20,7 @@ EXTRACT = """
 import os
 import signal
 import sys
+import time
 import wave
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def features(samples, name, *shape):
 
 def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_workers=32, device,
             skip_video_related=False, skip_clap=False):
+    if MISDEED == "sleep":
+        Path(__file__).with_name("pid.txt").write_text(str(os.getpid()))
+        time.sleep(120)
     import numpy as np
     import torch
 
@@ -52,10 +56,6 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
         raise RuntimeError("CUDA out of memory")
     if MISDEED == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if MISDEED == "sleep":
-        Path(__file__).with_name("pid.txt").write_text(str(os.getpid()))
-        import time
-        time.sleep(120)
     files = {"pann_features": {}, "vggish_features": {}, "passt_features_embed": {}, "passt_logits": {}}
     if not skip_video_related:
         files |= {"imagebind_audio": {}, "synchformer_audio": {}}

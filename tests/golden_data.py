@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def weight(name: str, shape, seed: int = WEIGHT_SEED) -> np.ndarray | None:
         return f(0.02) * x
     if len(shape) == 1:
         return 1 + f(0.1) * x
-    return x / f(math.sqrt(np.prod(shape[1:])))
+    x /= f(math.sqrt(np.prod(shape[1:])))
+    return x
 
 
 def listed_shapes(listing: str) -> dict[str, tuple[int, ...]]:
@@ -68,13 +70,21 @@ def listed_shapes(listing: str) -> dict[str, tuple[int, ...]]:
     return {row["name"]: parse(row["shape"]) for row in rows}
 
 
-def state_dict(listing: str, prefix: str = "", seed: int = WEIGHT_SEED) -> dict[str, torch.Tensor]:
+def state_dict(
+    listing: str, prefix: str = "", seed: int = WEIGHT_SEED, drawn: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Name-seeded state dict with the names and shapes of `listing`; constants are left out.
 
-    `prefix` is put before each name when its value is drawn, not in the returned keys.
+    `prefix` is put before each name when its value is drawn, not in the returned keys. Tensors of `drawn`, a state dict
+    of the same seed, are taken where they have the same name and shape.
     """
-    values = {name: weight(prefix + name, shape, seed) for name, shape in listed_shapes(listing).items()}
-    return {name: torch.from_numpy(np.asarray(value)) for name, value in values.items() if value is not None}
+    values, drawn = {}, drawn or {}
+    for name, shape in listed_shapes(listing).items():
+        if name in drawn and drawn[name].shape == shape:
+            values[name] = drawn[name]
+        elif (value := weight(prefix + name, shape, seed)) is not None:
+            values[name] = torch.from_numpy(np.asarray(value))
+    return values
 
 
 def golden(case: str) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from toy_stores import recipe_tree, write_store
-from training_runs import environment, launch
+from training_runs import environment, train
 
 from mmaudio_hf import MMAudioPipeline, demo
 from mmaudio_hf.cli import main
@@ -51,7 +51,7 @@ def run(media, tmp_path_factory):
     tree["extraction"] = {"videos": [source]}
     recipe = folder / "toy.yaml"
     recipe.write_text(yaml.safe_dump(tree | {"name": "toy"}))
-    result = launch(recipe, processes=0)
+    result = train(recipe)
     assert result.returncode == 0, result.stderr
     return folder / "output" / "toy"
 

@@ -1,6 +1,7 @@
 """av-benchmark: features extracted in an environment of its own, by a twin of its interface, and its failures."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -10,11 +11,12 @@ import pytest
 import torch
 import yaml
 from av_bench_twin import Twin
+from forked import Command, run_together
 from golden_data import normal
 from hub_server import TOKEN, USER, Hub
 from huggingface_hub import HfApi
 from toy_stores import recipe_tree, write_store
-from training_runs import ROOT, SCRIPTS, environment, run_dir
+from training_runs import environment, run_dir
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
@@ -136,22 +138,14 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
 
 
-def test_extraction_ends_with_the_process_that_asked_for_it(twin, extracted):
+def test_extraction_ends_with_the_process_that_asked_for_it(twin, recipe, tmp_path):
     twin.misbehave("sleep")
-    bench(twin, extracted)
-    program = f"""
-from pathlib import Path
-import torch
-from mmaudio_hf.evaluation.av_bench import AvBench
-folder = Path({str(extracted)!r})
-options = {{"duration": 1.0, "device": torch.device("cpu"), "video": False, "clap": False}}
-AvBench({str(twin.python)!r}, folder).extract(folder / "audio", folder / "asleep", **options)
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], env=environment())
-    while not (twin.pid_file.exists() and twin.pid_file.read_text()) and process.poll() is None:
-        threading.Event().wait(0.01)
-    process.kill()
-    process.wait()
+    words = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
+    with Command(*words, env=environment()) as process:
+        while not (twin.pid_file.exists() and twin.pid_file.read_text()) and process.poll() is None:
+            threading.Event().wait(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.said()
     extractor = Path("/proc") / twin.pid_file.read_text()
     for _ in range(1000):
         if not extractor.exists() or (extractor / "stat").read_text().split()[2] == "Z":
@@ -202,10 +196,8 @@ def test_published_scores_of_a_split(alone):
 
 
 def test_two_processes_give_the_same_scores(recipe, alone, tmp_path):
-    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    words += ["--num_processes", "2", "--main_process_port", "0", "-m", "mmaudio_hf.cli", "evaluate"]
-    words += [str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path)
+    words = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
+    result = run_together(2, *words, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("network, test") == 2  # the title, and a note of what is not computed
     ours, theirs = (read_scores(folder / "test.json") for folder in (tmp_path, alone))

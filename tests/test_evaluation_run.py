@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Command
 from hub_server import USER, Hub
 from test_report import Page
 from toy_stores import recipe_tree
-from training_runs import ROOT, environment, metrics, run_dir
+from training_runs import environment, metrics, run_dir, start
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import StoreConfig, load_recipe
@@ -143,15 +144,12 @@ def test_killed_and_taken_up_again(finished, run, capsys):
     """What was made before a kill is heard afterwards, as it was; other settings make everything anew."""
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("items: 6", "items: 0"))
-    command = [sys.executable, "-m", "mmaudio_hf.cli", "evaluate", str(run), "sampling.batch_size=1"]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=run
-    )
     clips = run / "evaluation" / "test_step_4" / "clips"
-    while len(list(clips.glob("*.wav"))) < 3 and process.poll() is None:
-        threading.Event().wait(0.001)
-    process.kill()
-    process.wait()
+    with Command("evaluate", str(run), "sampling.batch_size=1", cwd=run) as process:
+        while len(list(clips.glob("*.wav"))) < 3 and process.poll() is None:
+            threading.Event().wait(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
     assert 3 <= len(before) < 24 and not (run / "evaluation" / "test_step_4.json").exists()
 
@@ -258,13 +256,11 @@ def test_training_killed_in_an_evaluation_goes_on_with_it(finished):
     recipe.write_text(finished.read_text().replace("name: finished", "name: killed"))
     clips = run_dir(recipe) / "evaluation" / "validation_step_2" / "clips"
     checkpoint = run_dir(recipe) / "checkpoints" / "step_2"
-    words = [sys.executable, str(ROOT / "train.py"), str(recipe), "evaluation.keep_clips=true"]
-    with open(os.devnull, "w") as nowhere:
-        process = subprocess.Popen(words, env=environment(), stdout=nowhere, stderr=nowhere, cwd=recipe.parent)
-    while not (checkpoint.exists() and list(clips.glob("*.wav"))) and process.poll() is None:
-        threading.Event().wait(0.001)
-    process.kill()
-    process.wait()
+    with start(recipe, "evaluation.keep_clips=true") as process:
+        while not (checkpoint.exists() and list(clips.glob("*.wav"))) and process.poll() is None:
+            threading.Event().wait(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
     assert before and "eval_validation" not in (run_dir(recipe) / "metrics.jsonl").read_text()
     assert json.loads((checkpoint / "training_state" / "state.json").read_text())["facts"]["to_evaluate"] == [

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Command
 from odd_media import Odd, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
@@ -246,55 +246,34 @@ def test_a_shard_that_was_damaged_never_gets_into_a_store(weights, tmp_path):
 # --- faults of real processes ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Starts commands as processes of their own within milliseconds: they are forked from one that imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmaudio_hf.cli", "mmaudio_hf.features.extract", "mmaudio_hf.data.store"])
-    return lambda *command: context.Process(target=_run, args=(command,))
-
-
-def _run(command) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    sys.exit(main(list(command)))
-
-
-def finish(process) -> int:
-    process.start()
-    process.join(300)
-    return process.exitcode
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_the_store_is_the_same(weights, server, tmp_path, seed):
+def test_killed_at_random_moments_the_store_is_the_same(weights, tmp_path, seed):
     media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(48)])
     os.unlink(media.folder / "n05.wav")
     (media.folder / "n05.wav").write_text("broken")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert finish(server("extract-audio", str(media.recipe(tmp_path / "whole.yaml", whole, weights)))) == 0
+    assert Command("extract-audio", str(media.recipe(tmp_path / "whole.yaml", whole, weights))).result().returncode == 0
     wanted, command = content(whole), ("extract-audio", str(media.recipe(tmp_path / "out.yaml", out, weights)))
     wanted_store = {name: data for name, data in wanted.items() if "shards" not in name}
     records, stages = out / "s.shards", Counter()
     moment = random.Random(seed)
     for attempt in range(10):
-        process, before = server(*command), len(list(records.glob("*.json")))
-        process.start()
-        if attempt < 5:  # while the next shard is made
-            wait_until(lambda: len(list(records.glob("*.json"))) > before or not process.is_alive())  # noqa: B023
-            time.sleep(moment.uniform(0, 0.08))
-        else:  # in the export
-            wait_until(lambda: (out / "s.partial").exists() or not process.is_alive())  # noqa: B023
-            time.sleep(moment.uniform(0, 0.03))
-        process.kill()
-        process.join()
+        before = len(list(records.glob("*.json")))
+        with Command(*command) as process:
+            if attempt < 5:  # while the next shard is made
+                wait_until(lambda: len(list(records.glob("*.json"))) > before or process.poll() is not None)  # noqa: B023
+                time.sleep(moment.uniform(0, 0.08))
+            else:  # in the export
+                wait_until(lambda: (out / "s.partial").exists() or process.poll() is not None)
+                time.sleep(moment.uniform(0, 0.03))
+            process.kill()
         stages["complete" if (out / "s").exists() else "export" if (out / "s.partial").exists() else "shards"] += 1
         if (out / "s").exists():  # then it is whole; without it the next run exports again
             assert {name: data for name, data in content(out).items() if "shards" not in name} == wanted_store
             shutil.rmtree(out / "s")
     assert stages["shards"] and stages["export"] + stages["complete"], stages
     kept = {path: path.stat().st_mtime_ns for path in records.glob("shard_*.json")}
-    assert finish(server(*command)) == 0
+    assert Command(*command).result().returncode == 0
     assert content(out) == wanted and not left_over(out)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert len((out / "s.rejects.jsonl").read_text().splitlines()) + len(FeatureStore.open(out / "s")) == 48
@@ -312,19 +291,11 @@ def test_workers_end_with_a_killed_run_and_the_next_one_goes_on(weights, tmp_pat
     media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(96)])
     out, mark = tmp_path / "out", f"MARK={tmp_path}"
     recipe = media.recipe(tmp_path / "r.yaml", out, weights, num_proc=2)
-    command = [sys.executable, "-m", "mmaudio_hf.cli", "extract-audio", str(recipe)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
 
     def start_and_wait_for(more):
         before = len(list(out.glob("s.shards/*.json")))
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        process = Command("extract-audio", str(recipe), env=environment)
         wait_until(lambda: len(list(out.glob("s.shards/*.json"))) > before + more or process.poll() is not None)
         return process
 

@@ -7,8 +7,9 @@ import torch
 from scipy.signal import find_peaks
 
 from mmaudio_hf.features import toy
-from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device, toy_codec_file
+from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device
 from mmaudio_hf.features.mel import MelSpectrogram
+from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import read_waveform, resample
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import normalize_pictures, read_video

@@ -5,14 +5,13 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
 import av
 import pytest
 import torch
+from forked import Command
 from odd_media import Odd, code_picture, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
@@ -242,16 +241,13 @@ def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):
     (tmp_path / "list.tsv").write_text("".join(rows))
     words = ["generate", "--run", str(run), "--list", str(tmp_path / "list.tsv"), "--out", str(tmp_path / "out")]
     words += ["--steps", "8", "--device", "cpu", "--batch-size", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "mmaudio_hf.cli", *words], stderr=subprocess.PIPE, text=True)
-    try:
+    with Command(*words) as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "out" / "item_001.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            assert process.poll() is None and time.monotonic() < deadline, process.said()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=180)
-    finally:
-        process.kill()
+        _, errors = process.communicate()
     assert process.returncode == 130, errors
     last = errors.strip().splitlines()[-1]
     assert "interrupted: " in last and "of 400 are there" in last and "Traceback" not in errors

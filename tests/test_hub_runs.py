@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from forked import run_together
 from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree
-from training_runs import command, launch, run_dir, same_bytes
+from training_runs import command, run_dir, same_bytes, train
 
 from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
@@ -51,7 +52,7 @@ def write_recipe(folder: Path, name: str = "run") -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     recipe = write_recipe(tmp_path_factory.mktemp("runs"), "undisturbed")
-    result = launch(recipe, processes=2)
+    result = train(recipe, processes=2)
     assert result.returncode == 0, result.stderr
     return recipe
 
@@ -586,10 +587,7 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
         taken_up = steps_pushed(hub)[-1]
         assert begun < taken_up < STEPS
 
-        done = subprocess.run(
-            command(recipes[1], *settings, processes=2), env=variables, cwd=second, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
+        done = run_together(2, "train", str(recipes[1]), *settings, cwd=second, env=variables)
         assert done.returncode == 0, done.stderr
         assert f"goes on from step {taken_up} of {NAME}" in done.stderr and f"from step {taken_up} to" in done.stdout
         shutil.copytree(run_dir(recipes[1]), run_dir(undisturbed).with_name("second"), symlinks=True)

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from data_stores import make_store
+from forked import Command
 from hub_server import TOKEN, Hub
 from huggingface_hub import DatasetCard
 from toy_stores import recipe_tree, write_store
@@ -168,19 +170,12 @@ def test_a_new_version_replaces_the_old_one(hub, here, tmp_path):
 
 def killed(hub: Hub, home: Path, words: list[str], reached) -> None:
     """Run a command beside this process and kill it as soon as `reached()`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmaudio_hf.cli", "store", *words],
-        env=hub.environment(home),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not reached() and process.poll() is None:
-        threading.Event().wait(0.005)
-    assert process.poll() is None, process.stderr.read()
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    with Command("store", *words, env=hub.environment(home)) as process:
+        while not reached() and process.poll() is None:
+            threading.Event().wait(0.005)
+        assert process.poll() is None, process.said()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
 
 
 def test_a_killed_push_sends_nothing_twice(hub, here, tmp_path):

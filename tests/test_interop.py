@@ -1,14 +1,12 @@
 """Checkpoints of the reference implementation, built in its layout, to run folders and back."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 from golden_data import GOLDEN
 from safetensors.torch import load_file
 from toy_stores import write_recipe
@@ -182,12 +180,9 @@ def test_a_checkpoint_becomes_a_run_folder_bit_by_bit(imported, trained, recipe_
 
 
 def test_training_goes_on_as_in_memory(checkpoint, trained, recipe_file):
-    """The same batches follow, so two updates by train.py equal two more in memory, in every bit."""
+    """The same batches follow, so two updates by the loop equal two more in memory, in every bit."""
     run = import_file(recipe_file.parent / "exp_ckpt_last.pth", recipe_file, "continued")
-    hidden = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), str(run / "config.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=run)
+    result = Command("train", str(run / "config.yaml"), cwd=run).result()
     assert result.returncode == 0, result.stderr
     assert (run / "last").resolve().name == f"step_{STEPS + 2}"
     further = Trained(load_recipe(recipe_file), STEPS + 2)

@@ -17,15 +17,25 @@ INIT_TABLE = GOLDEN / "init_small_16k.tsv"
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
 
 
-def seeded(variant: str) -> MMAudio:
-    config = variant_config(variant)
-    return MMAudio.from_config_and_state(config, state_dict(f"flow_{variant}"), variant).eval()
+class Networks(dict):
+    """Name-seeded networks, made at their first use: the small ones, and the last of the others.
+
+    Those of one width have most of their tensors in common, and a thousand million numbers take half a minute to draw.
+    """
+
+    def __missing__(self, variant: str) -> MMAudio:
+        others = [name for name in self if not name.startswith("small")]
+        state = state_dict(f"flow_{variant}", drawn=self[others[0]].state_dict() if others else None)
+        network = MMAudio.from_config_and_state(variant_config(variant), state, variant).eval()
+        for name in others:
+            del self[name]
+        self[variant] = network
+        return network
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """Small networks are shared by the tests of this file; large ones are made and dropped."""
-    return {name: seeded(name) for name in ("small_16k", "small_44k")}
+    return Networks()
 
 
 def inputs(case: str, batch: int, lengths) -> dict[str, torch.Tensor]:
@@ -58,7 +68,7 @@ def test_state_dict_has_the_released_names_and_shapes(variant):
 def test_velocity(variant, networks):
     case = f"flow_forward_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    network = networks.get(variant) or seeded(variant)
+    network = networks[variant]
     velocity = network(x["latent"], x["clip"], x["sync"], x["text"], torch.from_numpy(arrays["t"]))
     assert relative_error(velocity, arrays, "flow") < (1e-3 if variant == "large_44k_v2" else 1e-4)
 
@@ -68,7 +78,7 @@ def test_velocity(variant, networks):
 def test_conditions(variant, networks):
     case = f"flow_conditions_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    network = networks.get(variant) or seeded(variant)
+    network = networks[variant]
     groups = {
         "cond": network.preprocess_conditions(x["clip"], x["sync"], x["text"]),
         "empty": network.empty_conditions(2),
@@ -79,13 +89,13 @@ def test_conditions(variant, networks):
             assert relative_error(ours, arrays, f"{group}.{name}") < 2e-5, (group, name)
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@pytest.mark.parametrize("variant", ["small_16k", pytest.param("small_44k", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_sampling(variant, networks):
+    """Of small_44k all but the length is proved by the one of 16k and the velocity, and it takes minutes."""
     case, network = f"flow_sample_{variant}", networks[variant]
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
-    conditions = network.preprocess_conditions(x["clip"], x["sync"], x["text"])
-    empty, negative = network.empty_conditions(1), network.empty_conditions(1, x["negative"])
+    conditions, empty = network.preprocess_conditions(x["clip"], x["sync"], x["text"]), network.empty_conditions(1)
     entering = []
 
     def guided(latent, t):
@@ -101,6 +111,14 @@ def test_sampling(variant, networks):
     assert torch.equal(result, kept)  # not in place
     assert torch.allclose(network.normalize(network.unnormalize(result)), result, atol=1e-5)
 
+
+@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@torch.no_grad()
+def test_sampling_without_guidance_and_with_a_negative_prompt(variant, networks):
+    case, network = f"flow_sample_{variant}", networks[variant]
+    arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
+    conditions = network.preprocess_conditions(x["clip"], x["sync"], x["text"])
+    empty, negative = network.empty_conditions(1), network.empty_conditions(1, x["negative"])
     plain = sample_euler(lambda y, t: network.predict_guided_velocity(y, t, conditions, empty, 0.5), x["latent"], 2)
     assert relative_error(plain, arrays, "x1_2steps_nocfg") < 2e-4
     other = sample_euler(lambda y, t: network.predict_guided_velocity(y, t, conditions, negative, 4.5), x["latent"], 2)

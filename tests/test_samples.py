@@ -3,9 +3,9 @@
 import base64
 import json
 import math
+import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -18,8 +18,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page
-from test_training_loop import ROOT, command, environment, launch, metrics, run_dir
 from toy_stores import recipe_tree
+from training_runs import command, environment, metrics, run_dir, start, train
 
 from mmaudio_hf import samples as samples_module
 from mmaudio_hf.cli import main
@@ -150,7 +150,7 @@ def test_the_report_lets_one_hear_them(finished):
 
 def test_two_processes_share_the_items(finished):
     recipe = write_recipe(finished.parent, "shared")
-    result = launch(recipe, processes=2)
+    result = train(recipe, processes=2)
     assert result.returncode == 0, result.stderr
     assert samples(recipe).keys() == samples(finished).keys()
     for ours, theirs in zip(metrics(recipe), metrics(finished), strict=True):
@@ -161,14 +161,11 @@ def test_two_processes_share_the_items(finished):
 def test_a_run_killed_between_sounds_leaves_no_half_samples(finished):
     """Killed as soon as a sound of step 4 is there, and taken up again."""
     recipe = write_recipe(finished.parent, "killed")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), str(recipe)], env=environment(), cwd=recipe.parent,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not list(run_dir(recipe).glob("samples/step_4*/*.wav")) and process.poll() is None:
-        threading.Event().wait(0.001)
-    process.kill()
-    process.wait()
+    with start(recipe) as process:
+        while not list(run_dir(recipe).glob("samples/step_4*/*.wav")) and process.poll() is None:
+            threading.Event().wait(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     before = samples(recipe)
     assert all(before[name] == content for name, content in samples(finished).items() if name.startswith("step_2/"))
     assert main(["train", str(recipe)]) == 0

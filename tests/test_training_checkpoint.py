@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Command
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree
 from training_runs import (
@@ -23,11 +23,12 @@ from training_runs import (
     assert_close,
     command,
     environment,
-    launch,
     metrics,
     run_dir,
     same_bytes,
+    start,
     tensors,
+    train,
 )
 
 from mmaudio_hf.bench.checkpoint import checkpoint as bench_checkpoint
@@ -59,7 +60,7 @@ def small_recipe(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     recipe = small_recipe(tmp_path_factory.mktemp("checkpoints"), "undisturbed")
-    result = launch(recipe, processes=0)
+    result = train(recipe)
     assert result.returncode == 0, result.stderr
     return recipe
 
@@ -152,19 +153,16 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(undisturb
     recipe = small_recipe(undisturbed.parent, f"killed_{seed}")
     while_writing = 0
     for kind, step, delay in kill_moments(seed):
-        process = subprocess.Popen(
-            command(recipe, processes=0), env=environment(), cwd=recipe.parent,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while not has_come(run_dir(recipe), kind, step):
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
-        time.sleep(delay if kind == "step" else 0)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+        with start(recipe) as process:
+            while not has_come(run_dir(recipe), kind, step):
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.002)
+            time.sleep(delay if kind == "step" else 0)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
         while_writing += any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
     assert while_writing
-    result = launch(recipe, processes=0)
+    result = train(recipe)
     assert result.returncode == 0, result.stderr
     same_run(recipe, undisturbed)
 
@@ -266,7 +264,7 @@ def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(undisturbed):
     assert "SIGINT: saving a checkpoint after this step" in output and "goes on from there" in output, output
     step = int((run_dir(recipe) / "last").resolve().name.removeprefix("step_"))
     assert step >= 14 and not list((run_dir(recipe) / "checkpoints").glob("*.partial"))
-    result = launch(recipe, processes=4)
+    result = train(recipe, processes=4)
     assert result.returncode == 0, result.stderr
     assert "4 processes on cpu, batch 4 = 4 x 1 x 1, precision no" in result.stdout
     assert f"from step {step} to {STEPS}" in result.stdout
@@ -348,8 +346,7 @@ def test_a_refused_step_is_explained_and_can_be_replayed(undisturbed):
     sample = next(s for s in autopsy["samples"] if s["id"] == POISONED)
     assert sample["features"]["mean"]["max"] == pytest.approx(1e30) and sample["features"]["mean"]["nonfinite"] == 0
     before = (run_dir(undisturbed) / "skipped.jsonl").stat().st_mtime_ns
-    replay = [sys.executable, "-m", "mmaudio_hf.cli", "replay-step", str(run_dir(undisturbed)), str(step), "--json"]
-    result = subprocess.run([*replay, "--advance"], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    result = Command("replay-step", str(run_dir(undisturbed)), str(step), "--json", "--advance").result()
     assert result.returncode == 0, result.stderr
     again = json.loads(result.stdout)
     assert f"to {step}" in result.stderr and "training from step " in result.stderr

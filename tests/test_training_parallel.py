@@ -236,7 +236,7 @@ def test_what_processes_do_not_have_in_common_is_named(tmp_path):
     recipe = write(tmp_path, "differing")
     (tmp_path / "program.py").write_text(DIFFERING)
     command = launch_command("cpu.yaml", str(tmp_path / "program.py"), str(tmp_path), str(recipe))
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=str(ROOT)))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(PYTHONPATH=str(ROOT)))
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("not of one run: seed is 0 for process 0 and 1 for process 1") == 2, result.stderr
     assert not last(recipe).parent.exists()

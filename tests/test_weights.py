@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import Command
 from refusals import Code
 from safetensors.torch import load_file
 
@@ -125,8 +125,7 @@ def run(server, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
         "HF_HUB_OFFLINE": "0",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "mmaudio_hf.cli", "weights", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder)
+    result = Command("weights", *arguments, cwd=folder, env=environment).result()
     assert SECRET not in result.stdout + result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     return result

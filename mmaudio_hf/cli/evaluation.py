@@ -117,7 +117,7 @@ def _evaluate_one(source: str, label: str, recipe: Recipe, own: Recipe, split: s
 
     from mmaudio_hf.evaluation.published import av_bench_problem, check_truth
     from mmaudio_hf.evaluation.run import SplitEvaluator, variant_of
-    from mmaudio_hf.features.encoders import toy_codec_file
+    from mmaudio_hf.features.toy import toy_codec_file
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.models.pretrained import find_pretrained
 

@@ -148,7 +148,7 @@ def write_encoder_files(recipe: Recipe, folder: Path) -> None:
     noted |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
     (folder / ENCODERS_FILE).write_text(json.dumps(noted, indent=1) + "\n")
     if recipe.encoders.kind == "toy":
-        from mmaudio_hf.features.encoders import toy_codec_file
+        from mmaudio_hf.features.toy import toy_codec_file
 
         codec = toy_codec_file(recipe.encoders.weights_dir, recipe.model.mode)
         if codec.is_file():  # absent when only the store of another machine is here

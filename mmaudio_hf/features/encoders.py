@@ -12,6 +12,7 @@ import torch
 
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.mel import MelSpectrogram
+from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import SILENCE, MediaError, peak_of, read_waveform, resample
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode, sequence_lengths
 
@@ -198,11 +199,6 @@ def decoder_fingerprint(kind: str, mode: str, *, weights_dir) -> str:
     if kind == "toy":
         files = [toy_codec_file(weights_dir, mode)]
     return " ".join([f"toy version {toy.VERSION}"] * (kind == "toy") + [_file_hash(file) for file in files])
-
-
-def toy_codec_file(weights_dir: str | os.PathLike, mode: str) -> Path:
-    """Where the fitted codec of toy recipes is."""
-    return Path(weights_dir) / f"toy_codec_{audio_mode(mode).name}.safetensors"
 
 
 def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str | os.PathLike]) -> Path:

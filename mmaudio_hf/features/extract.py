@@ -30,9 +30,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device, toy_codec_file
+from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
 from mmaudio_hf.features.jobs import Item, Job, Share, digest_of, locked, naming, read_json, shard_keys, write_text
 from mmaudio_hf.features.shards import make_shards
+from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import MediaError
 from mmaudio_hf.media.clips import find_recording, find_video, read_clips, read_media_list
 from mmaudio_hf.media.video import ALIGNMENTS

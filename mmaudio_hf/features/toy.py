@@ -7,6 +7,7 @@ each; a model trained on them is of no use for anything but the example. Recipes
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
-from scipy.fft import dct
-from torchaudio.transforms import GriffinLim
 
 from mmaudio_hf.features.mel import mel_filter_bank
 from mmaudio_hf.schema import (
@@ -41,6 +40,11 @@ WORD = re.compile(r"[^\W_]+|[^\w\s]")
 LATENT_STD = 0.05  # of every latent channel, which themselves have variances near 1
 DYNAMIC_RANGE = 3.5  # decades below the loudest mel value; what is quieter counts as silence
 GRIFFIN_LIM_STEPS, SPECTRUM_STEPS, SPECTRUM_EPS = 32, 30, 1e-8
+
+
+def toy_codec_file(weights_dir: str | os.PathLike, mode: str) -> Path:
+    """Where the fitted codec of toy recipes is; training asks, without the libraries that make and decode sound."""
+    return Path(weights_dir) / f"toy_codec_{audio_mode(mode).name}.safetensors"
 
 
 def clip_features(frames: torch.Tensor) -> torch.Tensor:
@@ -172,6 +176,8 @@ class ToyMelCodec:
     @classmethod
     def fit(cls, mode: str, mels: Sequence[torch.Tensor]) -> "ToyMelCodec":
         """Codec of log-mel spectrograms, each (bins, frames); the same ones give the same codec."""
+        from scipy.fft import dct
+
         rate = audio_mode(mode)
         size = LATENT_STRIDE * rate.mel_bins
         decade = 1.0 if mode == "16k" else math.log(10)  # of `MelSpectrogram(mode)`
@@ -237,6 +243,8 @@ def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
     Sound stays where it was: frame i of `MelSpectrogram` is centred half a hop after sample i * hop, frame i of
     GriffinLim on it, so the spectrogram is extended by a frame at both ends and half a hop cut off.
     """
+    from torchaudio.transforms import GriffinLim
+
     rate = audio_mode(mode)
     loudness = (10**mel if mode == "16k" else mel.exp()).clamp(max=1e3)
     magnitude = _linear_spectrum(loudness, mel_filter_bank(mode).to(mel.device))

@@ -26,8 +26,8 @@ from mmaudio_hf.features.encoders import (
     fingerprints,
     load_encoders,
     pick_device,
-    toy_codec_file,
 )
+from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.generation.windows import (
     Plan,
     cross_fade,

@@ -1,0 +1,97 @@
+"""`mmaudio-hf` in processes of its own that start within milliseconds: forked from one that has imported everything."""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
+from huggingface_hub import constants
+from torch.distributed import TCPStore
+
+from mmaudio_hf.cli import main
+
+IMPORTED = (
+    *("mmaudio_hf.training.loop", "mmaudio_hf.features.extract", "mmaudio_hf.evaluation.run"),
+    *("mmaudio_hf.generation.files", "mmaudio_hf.hub.stores", "torch._dynamo"),
+)
+
+
+class Command:
+    """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block."""
+
+    def __init__(self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED, __name__])
+        self.words, self._logs = words, tempfile.TemporaryDirectory()
+        self._paths = [Path(self._logs.name) / name for name in ("stdout", "stderr")]
+        arguments = (words, cwd or Path.cwd(), dict(env or os.environ), self._paths)
+        self._process = context.Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def poll(self) -> int | None:
+        """Exit code as `subprocess` has it, None while it runs."""
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        self._process.join(timeout)
+        assert self.poll() is not None, f"it still runs: {self.said()}"
+        return self.poll()
+
+    def said(self) -> tuple[str, str]:
+        """What it has written to stdout and stderr so far."""
+        return tuple(path.read_text() if path.exists() else "" for path in self._paths)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.said()
+
+    def result(self) -> CompletedProcess:
+        """Wait for its end, however it ends."""
+        with self:
+            return CompletedProcess(self.words, self.wait(), *self.said())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.join()
+        self._logs.cleanup()
+
+
+def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> CompletedProcess:
+    """Processes of one run that find each other as torch's launcher has it; the code is the first that is not 0."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "ACCELERATE_USE_CPU": "true"}
+    ranks = [{name: str(rank) for name in ("RANK", "LOCAL_RANK")} for rank in range(processes)]
+    with ExitStack() as stack:
+        group = [stack.enter_context(Command(*words, cwd=cwd, env=env | shared | rank)) for rank in ranks]
+        codes = [process.wait() for process in group]
+        said = ["".join(texts) for texts in zip(*(process.said() for process in group), strict=True)]
+    return CompletedProcess(words, next(filter(None, codes), 0), *said)
+
+
+def _run(words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:
+    multiprocessing.current_process().daemon = False  # it may have workers of its own
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.setsid()  # a group of its own: signals of a terminal go to its workers too
+    os.chdir(cwd)
+    os.environ.clear()  # what others had when the first process was forked
+    os.environ |= env
+    importlib.reload(constants)  # the Hub and the cache that the variables name
+    torch.set_num_threads(1)
+    sys.exit(main(words))
