@@ -389,7 +389,8 @@ class Run:
             f"{self.recipe.name}: {world} process{'es' * (world > 1)} on {self.device.type},"
             f" batch {training.batch_size} = {world} x {training.accumulation_steps} x"
             f" {micro_batch_size(training, world)}, precision {training.mixed_precision},"
-            f" {parameters / 1e6:.1f} M trainable parameters, {len(self.mixture)} rows per epoch"
+            f" {parameters / 1e6:.1f} M trainable parameters{' shared out' if self.sharded else ''},"
+            f" {len(self.mixture)} rows per epoch"
             f" ({len(self.mixture) / training.batch_size:.1f} steps), from step {self.step} to {training.steps}"
         )
 
