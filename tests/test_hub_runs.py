@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from forked import run_together
 from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
+from slices import share_out
 from toy_stores import MODEL, recipe_tree
 from training_runs import command, run_dir, same_bytes, train
 
@@ -30,6 +32,7 @@ from mmaudio_hf.hub.runs import local_step
 from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.training import lock
+from mmaudio_hf.training.checkpoint import TrainingState, load_training_state
 from mmaudio_hf.training.finetune import read_start
 from mmaudio_hf.training.lock import RunLock
 
@@ -182,6 +185,36 @@ def test_what_a_command_is_told(hub, run, tmp_path, capsys, monkeypatch):
     assert "cannot be reached" in refused(capsys, "pull", NAME, code=1)
     assert "cannot be reached" in refused(capsys, "push", run, NAME, code=1)
     assert not (tmp_path / "output" / "run.hub").exists()
+
+
+def test_slices_travel_and_those_of_other_processes_go(hub, run, tmp_path, monkeypatch):
+    """A training state as processes under FSDP share it out, of three and then of two; what is left reads as whole."""
+    monkeypatch.chdir(tmp_path)
+    whole = load_training_state(run / "last")
+    tensors = {group: dict(found) for group, found in whole.tensors.items()}
+    names = {group: [name for name, value in tensors[group].items() if value.ndim] for group in ("model", "ema")}
+    kept = shutil.copytree(run / "last" / "pretrained_model", tmp_path / "kept")
+    for count in (3, 2):
+        state = TrainingState(STEPS, tensors, {**whole.facts, "processes": count})
+        share_out(run, state, names, count, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
+        assert main(["push", str(run), NAME, "--training-state"]) == 0
+        there = {name for name in hub.files(NAME) if "rank" in name}
+        assert there == {f"training_state/{g}.rank_{r}_of_{count}.safetensors" for g in names for r in range(count)}
+        # One that belongs to no state.json stays where it is.
+        hub.repository(NAME).add({"training_state/ema.rank_0_of_9.safetensors": b"old"})
+        assert main(["pull", NAME, "--to", f"new_{count}"]) == 0
+        pulled = Path(f"new_{count}", "last")
+        assert not (pulled / "training_state" / "ema.rank_0_of_9.safetensors").exists()
+        for group, found in load_training_state(pulled).tensors.items():
+            assert set(found) == set(tensors[group])
+            assert all(torch.equal(value, tensors[group][name]) for name, value in found.items())
+    # A state that lacks one of its slices is none.
+    repository, commit = hub.repository(NAME), hub.repository(NAME).resolve("main")
+    files = repository.commit(commit)["files"]
+    del files["training_state/ema.rank_1_of_2.safetensors"]
+    repository.write("main", files, "removed by hand", commit)
+    assert main(["pull", NAME, "--to", "network"]) == 0
+    assert set(files_of(Path("network"))) >= PUBLISHED and not Path("network/checkpoints").exists()
 
 
 HOSTILE = ("../x", "a/../../x", "/etc/x", "C:\\x", "training_state\\x", "a\nb", "training_state/ema/../../../x", "./x")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -18,6 +21,7 @@ from toy_stores import recipe_tree
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
 from mmaudio_hf.data.sampler import positions
+from mmaudio_hf.training.checkpoint import load_training_state
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -35,16 +39,8 @@ def launch_command(hardware: str, *script: str) -> list[str]:
     return [*command, "--main_process_port", "0", *script]
 
 
-def launch(hardware: str, recipe: Path, *overrides: str) -> str:
-    """Two processes; returns what they printed."""
-    command = launch_command(hardware, str(ROOT / "train.py"), str(recipe), *overrides)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def train(recipe: Path, *overrides: str, **variables: str) -> str:
-    """The same without the time that launchers and imports take."""
+    """Two processes, without the time that launchers and imports take; returns what they printed."""
     words = ["train", str(recipe), *overrides]
     result = run_together(2, *words, cwd=recipe.parent, env=environment(**variables))
     assert result.returncode == 0, result.stderr
@@ -64,13 +60,21 @@ def last(recipe: Path) -> Path:
     return recipe.parent / "output" / recipe.stem / "last"
 
 
+def groups(recipe: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors that a run has left, whole, whether its processes share them out or not."""
+    stored = load_training_state(last(recipe)).tensors
+    published = load_file(last(recipe) / "pretrained_model" / "model.safetensors")
+    return {name: dict(tensors) for name, tensors in stored.items()} | {"published": published}
+
+
 def assert_same_model(ours: Path, theirs: Path, tolerance: float) -> None:
-    for file in FILES:
-        a, b = (load_file(last(recipe) / f"{file}.safetensors") for recipe in (ours, theirs))
+    ours, theirs = groups(ours), groups(theirs)
+    for group in ("model", "ema", "optimizer", "published"):
+        a, b = ours[group], theirs[group]
         assert a.keys() == b.keys()
         for name in a:
             difference = (a[name] - b[name]).norm()
-            assert difference <= tolerance * b[name].norm() + 1e-12, (file, name)
+            assert difference <= tolerance * b[name].norm() + 1e-12, (group, name)
 
 
 def metrics(recipe: Path) -> list[dict]:
@@ -90,22 +94,161 @@ def local(tmp_path_factory) -> Path:
     return recipe
 
 
-def test_shared_out_tensors_train_the_same_model_and_go_on_with_and_without(local):
-    """FSDP, also over a resume and a refused step; and one process without it goes on from its checkpoint."""
-    recipe = write(local.parent, "shared")
-    launch("fsdp.yaml", recipe, "training.steps=4")
-    alone = write(local.parent, "alone")
-    (local.parent / "output" / "alone").symlink_to("shared")
-    said = train(recipe, **SHARED_OUT)
-    assert "parameters shared out" in said and "from step 4 to 6" in said
+# Tells what is gathered, and the disk is full for the slices of the second process in one checkpoint.
+WATCHED = """
+import os, sys
+from mmaudio_hf.cli import train_main
+from mmaudio_hf.training import loop, shards
+
+rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), loop.whole, shards.save_file
+
+def told(groups, keep):
+    sys.stdout.write(f"gathered by {rank}: {', '.join(groups)}\\n")  # at once: both share one pipe
+    return whole(groups, keep)
+
+def failing(tensors, path):
+    if rank == "1" and path.parent.parent.name.startswith(f"{full}."):
+        raise OSError(28, "No space left on device")
+    save_file(tensors, path)
+
+loop.whole, shards.save_file = told, failing
+sys.exit(train_main())
+"""
+
+
+def launch_watched(full: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess:
+    program = recipe.parent / "watched.py"
+    program.write_text(WATCHED)
+    command = launch_command("fsdp.yaml", str(program), full, str(recipe), *overrides)
+    variables = environment(PYTHONPATH=str(ROOT))
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, cwd=recipe.parent)
+
+
+@pytest.fixture(scope="module")
+def shared(local) -> tuple[Path, subprocess.CompletedProcess]:
+    """The same run under FSDP, with a refused step and a checkpoint that one process cannot write; and what it said."""
+    recipe = write(local.parent, "shared", training={"checkpoint_every": 2})
+    done = launch_watched("step_4", recipe)
+    assert done.returncode == 0, done.stderr
+    return recipe, done
+
+
+def test_shared_out_tensors_train_the_same_model(local, shared):
+    recipe, done = shared
+    assert "parameters shared out" in done.stdout
     assert_same_model(recipe, local, 1e-5)
     ours, theirs = (metrics(run)[-1] for run in (recipe, local))  # validation, of raw and averaged weights
     assert ours.keys() == theirs.keys() and "val_ema/loss" in ours
     assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
     network = MMAudio.from_pretrained(last(recipe) / "pretrained_model")
     assert all(value.isfinite().all() for value in network.state_dict().values())
-    assert main(["train", str(alone), "training.steps=7"]) == 0
-    assert last(recipe).resolve().name == "step_7"
+
+
+def test_every_process_saves_its_slices_and_what_is_published_alone_is_gathered(shared):
+    recipe, done = shared
+    gathered = {line for line in done.stdout.splitlines() if line.startswith("gathered")}
+    # Weights for the checkpoints of steps 2, 4 and 6, and averages where a snapshot is due.
+    published = {"published", "published, snapshot", "snapshot"}
+    assert gathered == {f"gathered by {rank}: {names}" for rank in (0, 1) for names in published}
+    state = last(recipe) / "training_state"
+    slices = {f"{group}.rank_{rank}_of_2" for group in ("model", "optimizer", "ema") for rank in (0, 1)}
+    names = slices | {"model", "optimizer", "ema", "window"}
+    assert {path.name for path in state.iterdir()} == {f"{name}.safetensors" for name in names} | {"state.json"}
+    stored, network = (
+        load_training_state(last(recipe)).tensors,
+        MMAudio.from_pretrained(last(recipe) / "pretrained_model"),
+    )
+    parameters = dict(network.named_parameters())
+    first, second = (load_file(state / f"model.rank_{rank}_of_2.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() == parameters.keys()
+    assert any(value.numel() == 0 for value in second.values())  # there is nothing to share in one row
+    for name, value in first.items():
+        assert value.shape[0] == -(-parameters[name].shape[0] // 2)
+        assert torch.equal(torch.cat([value, second[name]]), stored["model"][name])
+    counters = {f"step.{name}" for name, p in parameters.items() if p.requires_grad}
+    assert load_file(state / "optimizer.safetensors").keys() == counters
+    assert (
+        load_file(state / "model.safetensors").keys() == dict(network.named_buffers()).keys() & stored["model"].keys()
+    )
+
+
+def test_a_process_that_cannot_write_costs_that_checkpoint_alone(local, shared):
+    recipe, done = shared
+    reason = "(process 1 failed: [Errno 28] No space left on device); the last good one is"
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "warning" in line]
+    assert len(warnings) == 1 and f"step_4 could not be written {reason} step_2; training" in warnings[0]
+    assert {path.name for path in (last(recipe).parent / "checkpoints").iterdir()} == {"step_2", "step_6"}
+    # Where it is the last one, the run ends with a fault, on every process.
+    full = write(local.parent, "full", training={"checkpoint_every": 2})
+    shutil.copytree(last(recipe).parent, last(full).parent, symlinks=True)
+    done = launch_watched("step_7", full, "training.steps=7")
+    assert done.returncode != 0
+    assert (
+        done.stderr.count("(process 1 failed: [Errno 28] No space left on device); the last good one is step_6: make")
+        == 2
+    )
+    assert last(full).resolve().name == "step_6"
+    assert {path.name for path in (last(full).parent / "checkpoints").iterdir()} == {"step_2", "step_6"}
+
+
+def test_shared_out_runs_that_are_killed_end_with_the_same_bytes_and_go_on_as_whole(local, shared):
+    recipe = write(local.parent, "killed", training={"checkpoint_every": 2})
+    command = launch_command("fsdp.yaml", str(ROOT / "train.py"), str(recipe))
+    process = subprocess.Popen(
+        command, env=environment(), cwd=recipe.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    checkpoints = last(recipe).parent / "checkpoints"
+    while not (checkpoints / "step_2").exists() or not list(checkpoints.glob("step_4*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate(timeout=60)  # until no process has its output any more
+    assert not (checkpoints / "step_6").exists()
+    assert re.search(r"shared out.* from step [24] to 6", train(recipe, **SHARED_OUT))
+    assert not list(checkpoints.glob("*.partial"))
+    ours, theirs = (last(run) / "training_state" for run in (recipe, shared[0]))
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for path in sorted(ours.glob("*.safetensors")):
+        assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name
+    assert metrics(recipe) == metrics(shared[0])
+    assert groups(recipe)["published"].keys() == groups(shared[0])["published"].keys()
+    for name, value in groups(recipe)["published"].items():
+        assert torch.equal(value, groups(shared[0])["published"][name]), name
+
+    alone = write(local.parent, "alone", training={"checkpoint_every": 2})
+    shutil.copytree(last(recipe).parent, last(alone).parent, symlinks=True)
+    shutil.rmtree(last(alone).parent / "checkpoints" / "step_6")
+    assert main(["train", str(alone)]) == 0
+    assert not list((last(alone) / "training_state").glob("*rank*"))
+    assert_same_model(alone, local, 1e-5)
+
+
+def test_what_reads_runs_reads_shared_out_ones(local, shared, tmp_path, capsys):
+    """Other averages, files of the reference implementation, a step once more: the same as of the run without FSDP."""
+    made = {}
+    for recipe in (local, shared[0]):
+        run, out = last(recipe).parent, tmp_path / recipe.stem
+        assert main(["ema", str(run), "--sigma-rel", "0.07", "--out", str(out / "wide")]) == 0
+        assert main(["export", str(run), "--out", str(out)]) == 0
+        capsys.readouterr()
+        assert main(["replay-step", str(run), "5", "--json"]) == 0
+        made[recipe] = (
+            load_file(out / "wide" / "pretrained_model" / "model.safetensors"),
+            torch.load(out / f"{recipe.stem}_ckpt_last.pth", weights_only=True),
+            json.loads(capsys.readouterr().out),
+        )
+    (wide, exported, replayed), (their_wide, their_exported, their_replayed) = made[shared[0]], made[local]
+    assert wide.keys() == their_wide.keys()
+    for name, value in wide.items():
+        torch.testing.assert_close(value, their_wide[name], rtol=1e-3, atol=1e-6)
+    assert exported["weights"].keys() == their_exported["weights"].keys()
+    for name, value in exported["weights"].items():
+        torch.testing.assert_close(value, their_exported["weights"][name], rtol=1e-3, atol=1e-6)
+    for index, moments in exported["optimizer"]["state"].items():
+        torch.testing.assert_close(moments, their_exported["optimizer"]["state"][index], rtol=1e-3, atol=1e-6)
+    assert replayed["weights_of_step"] == 2 and their_replayed["weights_of_step"] == 4
+    assert [sample["id"] for sample in replayed["samples"]] == [sample["id"] for sample in their_replayed["samples"]]
 
 
 def test_shared_out_adapters_with_checkpointed_activations(local):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -161,12 +161,12 @@ def changed(uploads: Iterable[Upload], contents: Contents | None) -> list[Upload
     return [u for u in uploads if u.name not in files or not is_same(u.path, files[u.name])]
 
 
-def commit(contents: Contents, uploads: Sequence[Upload], message: str) -> str:
-    """Add or replace files, all in one commit after `contents`; return the commit.
+def commit(contents: Contents, uploads: Sequence[Upload], message: str, removed: Sequence[str] = ()) -> str:
+    """Add, replace or remove files, all in one commit after `contents`; return the commit.
 
     ConnectionError when another commit came first. A call that was interrupted does not send again what has arrived.
     """
-    operations = []
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in removed]
     for upload in uploads:
         operations.append(CommitOperationAdd(upload.name, str(upload.path)))
         operations[-1].upload_info.sha256 = bytes.fromhex(sha256_of(upload.path))

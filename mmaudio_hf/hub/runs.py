@@ -2,8 +2,8 @@
 
     config.json, model.safetensors and others    of pretrained_model/
     adapter/                                     of runs with finetune.lora
-    training_state/                              of the checkpoint, and config.yaml, metrics.jsonl, skipped.jsonl and
-                                                 ema/ of the run
+    training_state/                              of the checkpoint, whole or in slices, and config.yaml, metrics.jsonl,
+                                                 skipped.jsonl and ema/ of the run
 
 A push is one commit, so whoever reads sees one checkpoint and never parts of two. Nothing but these names is written
 when a run is pulled.
@@ -30,13 +30,14 @@ STATE_FILES = (f"{STATE}/state.json", *(f"{STATE}/{name}.safetensors" for name i
 RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl")  # of the run folder
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 SNAPSHOT = re.compile(rf"{STATE}/ema/sigma_[0-9.e-]{{1,20}}_step_\d{{9,12}}\.safetensors")
+SLICES = re.compile(rf"{STATE}/({'|'.join(TENSOR_FILES)})\.rank_\d{{1,6}}_of_\d{{1,6}}\.safetensors")
 LogLine = Callable[[dict], bool]
 
 
 def is_known(name: str) -> bool:
     """Whether a file of a repository is one of a run."""
     known = (*PUBLISHED_FILES, *ADAPTER_FILES, *STATE_FILES, *(f"{STATE}/{n}" for n in RUN_FILES))
-    return name in known or SNAPSHOT.fullmatch(name) is not None
+    return name in known or any(pattern.fullmatch(name) for pattern in (SNAPSHOT, SLICES))
 
 
 # --- the step ------------------------------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ class Push:
     before: int | None  # step that the repository holds
     files: list[Upload]
     changed: list[Upload]
+    removed: list[str]  # slices of another number of processes, which belong to no state.json any more
 
     @property
     def outdated(self) -> bool:
@@ -140,7 +142,10 @@ def plan_push(folder: Path, repo: str, step: int, contents: Contents | None = No
     """Compare a staged folder with what `repo` holds (or with `contents`, when that is known)."""
     files = [Upload(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
     contents = read_contents(repo) if contents is None else contents
-    return Push(contents, step, remote_step(contents), files, changed(files, contents))
+    names = {upload.name for upload in files}
+    slices = [name for name in contents.files if SLICES.fullmatch(name) and name not in names]
+    removed = slices if f"{STATE}/state.json" in names else []
+    return Push(contents, step, remote_step(contents), files, changed(files, contents), removed)
 
 
 def push(plan: Push) -> str:
@@ -148,7 +153,7 @@ def push(plan: Push) -> str:
     if not plan.changed:
         return plan.contents.commit
     parts = ["weights", "training state"] if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ["weights"]
-    return commit(plan.contents, plan.changed, f"Step {plan.step}: {' and '.join(parts)}")
+    return commit(plan.contents, plan.changed, f"Step {plan.step}: {' and '.join(parts)}", plan.removed)
 
 
 def find_source(run: Path) -> tuple[Path, Path | None]:
@@ -213,13 +218,21 @@ def plan_pull(repo: str, revision: str | None) -> Pull:
     contents = read_contents(repo, revision)
     names = sorted(name for name in contents.files if is_known(name))
     others = sorted(set(contents.files) - set(names) - {".gitattributes"})
-    has_state = set(STATE_FILES) <= set(names)
+    state = _state_files(contents)
+    has_state = state <= set(names)
+    names = [name for name in names if not SLICES.fullmatch(name) or name in state]
     if not has_state and not {CONFIG_FILE, WEIGHTS_FILE} <= set(names):
         raise ValueError(f"Hub repository {repo} holds no network: it has no {CONFIG_FILE} and {WEIGHTS_FILE}")
     step = read_json(contents, f"{STATE}/state.json" if has_state else "weights.json").get("step")
     if has_state and (type(step) is not int or step < 0):
         raise ValueError(f"Hub repository {repo}: {STATE}/state.json names no step")
     return Pull(contents, names, others, step, has_state)
+
+
+def _state_files(contents: Contents) -> set[str]:
+    """Files that the training state of a repository consists of: with the slices that its state.json lists."""
+    listed = read_json(contents, f"{STATE}/state.json").get("sha256")
+    return {*STATE_FILES, *(f"{STATE}/{name}" for name in (listed if isinstance(listed, dict) else ()))}
 
 
 def pull(plan: Pull, target: Path, say: Callable[[str], None]) -> None:

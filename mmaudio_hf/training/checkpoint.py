@@ -8,25 +8,30 @@
 A checkpoint is written beside its place and renamed when it is complete, so a kill or a full disk never leaves half of
 one under a valid name. One that it replaces stands aside meanwhile, as `step_N.old`, and counts where there is no
 `step_N`. Everything random in training is a function of (seed, step), so no generator state is saved.
+
+Where the tensors of a run are shared out over its processes (FSDP), each of them writes its slices to files of its own
+(`shards`), and state.json has the whole shapes; what is read of either kind are whole tensors.
 """
 
-import hashlib
 import json
-import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from mmaudio_hf.training.shards import OTHER, Part, StoredTensors, await_slices, sha256, slice_file, sync, write_slices
 
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
-STATE_VERSION = 1
+WHOLE, SHARED_OUT = 1, 2  # versions of state.json: the second has files of slices besides
 CHECKPOINT = re.compile(r"step_(\d+)(\.old)?")
 
 
@@ -44,17 +49,44 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
 
 
-def save_checkpoint(run_dir: Path, state: TrainingState, write_pretrained: Callable[[Path], None]) -> Path:
+def begin_attempt(run_dir: Path, step: int) -> Path:
+    """Make the folder in which all processes write a checkpoint, before any of them does; return its training_state/.
+
+    Its name is new, since another machine may remember what had an earlier one. What an earlier attempt at this step
+    left goes.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    for left in folder.parent.glob(f"{folder.name}.*partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    training = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial") / "training_state"
+    training.mkdir(parents=True)
+    return training
+
+
+def give_up(partial: Path) -> None:
+    """Remove what there is of a checkpoint that cannot be written; other processes find no folder to write to then."""
+    with suppress(OSError):  # the next start removes it
+        _remove(partial)
+
+
+def save_checkpoint(
+    run_dir: Path, state: TrainingState, write_pretrained: Callable[[Path], None], part: Part | None = None
+) -> Path:
     """Write a checkpoint and point `last` at it; return its folder.
 
-    `write_pretrained` fills the `pretrained_model/` folder it is given. OSError naming the folder when the disk fails
-    or is full; what was saved before is then untouched.
+    `write_pretrained` fills the `pretrained_model/` folder it is given. `part`, where processes share out the tensors,
+    is that of the first one, which calls this while the others call `leave_slices`; `state` then has its slices.
+    OSError naming the folder when the disk fails or is full, for one of the others too; what was saved before is then
+    untouched.
     """
     folder = checkpoint_folder(run_dir, state.step)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if part is not None:
+        partial = part.folder.parent
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, state, write_pretrained)
+        _write(partial, state, write_pretrained, part)
         old = folder.with_name(folder.name + ".old")
         if folder.exists():  # the same step again: with the scores of its evaluation, or after a resume
             shutil.rmtree(old, ignore_errors=True)
@@ -63,7 +95,7 @@ def save_checkpoint(run_dir: Path, state: TrainingState, write_pretrained: Calla
         point_at(run_dir, "last", folder)
         shutil.rmtree(old, ignore_errors=True)  # what stays of it goes at the next start
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        give_up(partial)
         good = run_dir / "last"
         kept = f"the last good one is {good.resolve().name}" if good.exists() else "there is none before it"
         raise OSError(f"{folder} could not be written ({error}); {kept}") from error
@@ -95,30 +127,24 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path], None]) -> None:
+def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path], None], part: Part | None) -> None:
     training = partial / "training_state"
-    training.mkdir(parents=True)
-    checksums = {}
+    training.mkdir(parents=True, exist_ok=part is not None)
+    shapes, checksums = {} if part is None else part.shapes, {}
     for name in TENSOR_FILES:
-        path = training / f"{name}.safetensors"
-        save_file({key: value.detach().contiguous() for key, value in state.tensors[name].items()}, path)
-        checksums[path.name] = _sha256(path)
-    record = {"version": STATE_VERSION, "step": state.step, "facts": dict(state.facts), "sha256": checksums}
+        path, cut = training / f"{name}.safetensors", shapes.get(name, {})
+        save_file({k: value.detach().contiguous() for k, value in state.tensors[name].items() if k not in cut}, path)
+        checksums[path.name] = sha256(path)
+    record = {"version": WHOLE, "step": state.step, "facts": dict(state.facts), "sha256": checksums}
+    if part is not None:
+        checksums |= write_slices(part, state.tensors) | await_slices(part)
+        record |= {"version": SHARED_OUT, "shards": {"count": part.count, "shapes": shapes}}
     (training / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n")
     (partial / "pretrained_model").mkdir()
     write_pretrained(partial / "pretrained_model")
     for path in sorted(partial.rglob("*")):
         sync(path)
     sync(partial)
-
-
-def sync(path: Path) -> None:
-    """Until what was written to a file, or renamed in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
@@ -146,44 +172,77 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_").removesuffix(".old"))
 
 
-def load_training_state(folder: Path) -> TrainingState:
-    """Read the training state of the checkpoint in `folder`.
+def load_training_state(folder: Path, share: tuple[int, int] = (0, 1)) -> TrainingState:
+    """Read the training state of the checkpoint in `folder`; its tensors are read when they are asked for.
 
+    Checksums are verified before. Of n processes that all read, each may verify the files of its `share`, (rank, n).
     ValueError naming the file when one is missing, damaged or from another version.
     """
     training = folder / "training_state"
     try:
         record = json.loads((training / STATE_FILE).read_text())
         version, step, facts, checksums = (record[key] for key in ("version", "step", "facts", "sha256"))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{training / STATE_FILE} cannot be read ({error}): resume from another checkpoint") from error
-    if version != STATE_VERSION:
-        raise ValueError(f"{training} has version {version}, this program reads {STATE_VERSION}")
-    tensors = {}
-    for name in TENSOR_FILES:
-        path = training / f"{name}.safetensors"
-        if not path.is_file() or _sha256(path) != checksums.get(path.name):
-            raise ValueError(f"{path} is missing or damaged (its checksum differs): resume from another checkpoint")
-        tensors[name] = load_file(path)
+        count, shapes = _shards(record, len(checksums := dict(checksums)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{training / STATE_FILE} cannot be read ({error}): {OTHER}") from error
+    if version not in (WHOLE, SHARED_OUT):
+        raise ValueError(f"{training} has version {version}, this program reads {WHOLE} and {SHARED_OUT}")
+    whole = {name: training / f"{name}.safetensors" for name in TENSOR_FILES}
+    slices = {name: [training / slice_file(name, rank, count) for rank in range(count)] for name in shapes}
+    _verify([*whole.values(), *(path for paths in slices.values() for path in paths)], checksums, share)
+    tensors = {n: StoredTensors(path, slices.get(n, ()), shapes.get(n, {})) for n, path in whole.items()}
     return TrainingState(step, tensors, facts)
 
 
-def latest_training_state(run_dir: Path, warn: Callable[[str], None], until: int | None = None) -> TrainingState | None:
+def _shards(record: Mapping[str, Any], files: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
+    """How many processes share out the tensors of a checkpoint, and the whole shapes of these by group."""
+    if record["version"] != SHARED_OUT:
+        return 0, {}
+    count, shapes = int(record["shards"]["count"]), record["shards"]["shapes"]
+    if not 0 < count < files:
+        raise ValueError(f"{count} processes cannot have written {files} files")
+    groups = [name for name in TENSOR_FILES if name in shapes]
+    return count, {group: {name: [int(n) for n in shape] for name, shape in shapes[group].items()} for group in groups}
+
+
+def _verify(paths: list[Path], checksums: Mapping[str, str], share: tuple[int, int]) -> None:
+    """ValueError naming a file that is missing, or one of the share that cannot be read or has another checksum."""
+    damaged = f"is missing or damaged (its checksum differs): {OTHER}"
+    for path in paths:
+        if not path.is_file() or path.name not in checksums:
+            raise ValueError(f"{path} {damaged}")
+    rank, processes = share
+    for path in sorted(paths, key=lambda path: (-path.stat().st_size, path.name))[rank::processes]:
+        try:
+            found = sha256(path)
+        except OSError as error:  # of the disk
+            raise ValueError(f"{path} cannot be read ({error}): {OTHER}") from error
+        if found != checksums[path.name]:
+            raise ValueError(f"{path} {damaged}")
+
+
+def latest_training_state(
+    run_dir: Path,
+    warn: Callable[[str], None],
+    until: int | None = None,
+    share: tuple[int, int] = (0, 1),
+    agree: Callable[[str | None], str | None] = lambda problem: problem,
+) -> TrainingState | None:
     """The newest state that loads, of those at step `until` or before, or None when there is no such checkpoint.
 
     A damaged checkpoint is reported through `warn` and the one before it is tried; ValueError when all are damaged.
+    Processes that each verify a `share` of the files tell each other by `agree` what one of them has found.
     """
     folders = [f for f in list_checkpoints(run_dir) if until is None or checkpoint_step(f) <= until]
     for folder in reversed(folders):
+        state = problem = None
         try:
-            return load_training_state(folder)
+            state = load_training_state(folder, share)
         except ValueError as error:
-            warn(str(error))
+            problem = str(error)
+        if (problem := agree(problem)) is None:
+            return state
+        warn(problem)
     if folders:
         raise ValueError(f"no checkpoint of {run_dir} can be read: move the folder away to start anew")
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

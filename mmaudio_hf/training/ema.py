@@ -105,9 +105,10 @@ class PostHocEMA:
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Put back what `tensors` returned. ValueError when a tensor is missing or has another shape."""
         for key, average in self.tensors().items():
-            if key not in tensors or tensors[key].shape != average.shape:
+            value = tensors.get(key)
+            if value is None or value.shape != average.shape:
                 raise ValueError(f"EMA tensor {key} is missing or has another shape: the checkpoint is of another run")
-            put(average, tensors[key])
+            put(average, value)
         self.step = step
 
     def save_snapshots(self, folder: Path) -> list[Path]:

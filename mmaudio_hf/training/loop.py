@@ -28,7 +28,16 @@ from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.schema import PROCESS_TIMEOUT, Evaluation, RunError
 from mmaudio_hf.training.autopsy import broken_parameters, examine_samples, examine_step, write_autopsy
 from mmaudio_hf.training.best import BestScore
-from mmaudio_hf.training.checkpoint import Retention, TrainingState, latest_training_state, point_at, save_checkpoint
+from mmaudio_hf.training.checkpoint import (
+    Retention,
+    TrainingState,
+    begin_attempt,
+    give_up,
+    latest_training_state,
+    list_checkpoints,
+    point_at,
+    save_checkpoint,
+)
 from mmaudio_hf.training.early_stopping import check_metric, judge
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import held_back, seed_dropout
@@ -43,22 +52,27 @@ from mmaudio_hf.training.optim import (
     set_learning_rate,
 )
 from mmaudio_hf.training.parallel import (
+    agree_on_folder,
     allow_tf32,
     check_same_everywhere,
     check_seen_everywhere,
     compile_blocks,
+    first_problem,
     no_sync,
     other_weights,
+    own_parts,
     shard,
     sharding_plugin,
     wants_compile,
     whole,
+    whole_shapes,
 )
 from mmaudio_hf.training.progress import Progress, in_short
 from mmaudio_hf.training.publish import published_network, write_pretrained
 from mmaudio_hf.training.records import JsonLines
 from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, flat_settings, restore_tensors
 from mmaudio_hf.training.saving import BackgroundWriter
+from mmaudio_hf.training.shards import Part, leave_slices
 from mmaudio_hf.training.step import StepResult, flow_step
 from mmaudio_hf.training.trackers import check_trackers, log_sounds
 from mmaudio_hf.training.validation import Validator
@@ -321,21 +335,23 @@ class Run:
     def _resume(self, allow_changes: bool) -> None:
         """Take up the newest checkpoint, if there is one. Nothing is written before everything fits."""
         self._hold()
-        state, folder = None, self.run_dir / "checkpoints"
-        if self.recipe.resume == "auto":
-            state = latest_training_state(self.run_dir, self.accelerator.print)
-        elif folder.exists():
+        state, accelerator = None, self.accelerator
+        if self.recipe.resume != "auto" and (self.run_dir / "checkpoints").exists():
             raise ValueError(
                 f"{self.run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto"
             )
         check_same_everywhere(
             flat_settings(to_dict(self.recipe))
             | {f"rows of {store.path}": len(store) for store in self.mixture.stores}
-            | {f"newest checkpoint of {self.run_dir}": None if state is None else state.step}
-        )  # and nobody changes the folder while another still reads
+            | {f"the list of checkpoints in {self.run_dir}": [path.name for path in list_checkpoints(self.run_dir)]}
+        )
+        if self.recipe.resume == "auto":
+            share = (accelerator.process_index, accelerator.num_processes)
+            state = latest_training_state(self.run_dir, accelerator.print, share=share, agree=first_problem)
         if state is not None:
-            check_same_run(self.recipe, self._stores(), state, allow_changes, self.accelerator.print)
+            check_same_run(self.recipe, self._stores(), state, allow_changes, accelerator.print)
             self.load(state)
+        accelerator.wait_for_everyone()  # nobody changes the folder while another still reads
         if self.accelerator.is_main_process:
             self.history = drop_later(self.run_dir, self.step, self.ema.step, self.best.step)
 
@@ -562,31 +578,51 @@ class Run:
     def _save(self, snapshot: bool, checkpoint: bool) -> None:
         """Copy what is to be saved and write it while training goes on."""
         snapshot = snapshot and self.ema.step > 0
+        state, others = {}, {}
         if checkpoint:
             self.guard.settle()
             window = self.accelerator.reduce(self.window.clone(), "sum")
-            groups = collect_tensors(self.network, self.optimizer, self.ema) | {"window": {"sums": window}}
-            groups["published"], self.final_weights = self._averages()
+            state = collect_tensors(self.network, self.optimizer, self.ema) | {"window": {"sums": window}}
+            others["published"], self.final_weights = self._averages()
             # The sums over all processes are with the first one now, here and after a resume.
             self.window.copy_(window if self.accelerator.is_main_process else torch.zeros_like(window))
-        elif snapshot:
-            groups = {"ema": self.ema.tensors()}
-        if checkpoint or snapshot:
-            began = time.perf_counter()
-            if self.sharded:
-                self.writer.wait()  # there may be room for one set of whole tensors, and not for two
-            groups = whole(groups, keep=self.accelerator.is_main_process)
-            self.writer.stall_seconds += time.perf_counter() - began
-            if self.accelerator.is_main_process:
-                self.writer.save(groups, self._write_job(snapshot, checkpoint), copied=bool(self.sharded))
+        if snapshot:
+            others["snapshot"] = self.ema.tensors()
+        if self.sharded and others:
+            self._save_shared_out(state, others)
+        elif others and self.accelerator.is_main_process:
+            self.writer.save(state | others, self._write_job(snapshot, checkpoint))
+
+    def _save_shared_out(self, state: dict[str, dict], others: dict[str, dict]) -> None:
+        """Every process saves its slices of `state`; `others` must be whole, and are gathered on the first one."""
+        began, main, part, problem = time.perf_counter(), self.accelerator.is_main_process, None, None
+        self.writer.wait()  # there may be room for one set of gathered tensors, and not for two
+        if state:
+            folder, problem = agree_on_folder(partial(begin_attempt, self.run_dir, self.step))
+            if folder is not None:
+                rank, count = self.accelerator.process_index, self.accelerator.num_processes
+                part = Part(folder, rank, count, whole_shapes(state))
+        gathered = whole(others, keep=main)
+        self.writer.stall_seconds += time.perf_counter() - began
+        if main:
+            write = self._write_job("snapshot" in others, bool(state), part, problem)
+            self.writer.save(own_parts(state, main), lambda copies: write(copies | gathered))
+        elif part is not None:
+            self.writer.save(own_parts(state, main), partial(leave_slices, part))
 
     def _reserve(self) -> None:
         """Get the memory for checkpoints. What is gathered from processes for each of them comes with its own."""
-        if self.accelerator.is_main_process and not self.sharded:
-            self.writer.reserve(collect_tensors(self.network, self.optimizer, self.ema))
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            self.writer.reserve(own_parts(collect_tensors(self.network, self.optimizer, self.ema), main))
 
-    def _write_job(self, snapshot: bool, checkpoint: bool) -> Callable[[dict], None]:
-        """What the thread does with the copies. It sees the run as it is now, not as it will be."""
+    def _write_job(
+        self, snapshot: bool, checkpoint: bool, part: Part | None = None, problem: str | None = None
+    ) -> Callable[[dict], None]:
+        """What the thread does with the copies. It sees the run as it is now, not as it will be.
+
+        `part` is what this process writes where tensors are shared out; `problem` why nobody can.
+        """
         recipe, run_dir, step, ema_step = self.recipe, self.run_dir, self.step, self.ema.step
         facts = {"skipped": self.guard.skipped, "ema_step": ema_step, "weights": self.final_weights}
         facts |= {"to_evaluate": self.to_evaluate, "stores": self._stores()}
@@ -594,15 +630,25 @@ class Run:
         best, logged = self.best.step, not self.metrics.waiting
         retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every)
 
-        def write(groups: dict) -> None:
+        def before(groups: dict) -> None:
             if snapshot:
-                save_snapshots(run_dir / "ema", recipe.ema.sigma_rels, groups["ema"], ema_step)
+                save_snapshots(run_dir / "ema", recipe.ema.sigma_rels, groups["snapshot"], ema_step)
+            if checkpoint and not logged:  # a run that resumed from here would never log them
+                raise OSError(f"step_{step} is not saved: lines of {self.metrics.path} wait for room on the disk")
+            if problem is not None:
+                raise OSError(f"step_{step} is not saved: {problem}")
+
+        def write(groups: dict) -> None:
+            try:
+                before(groups)
+            except OSError:
+                if part is not None:
+                    give_up(part.folder.parent)
+                raise
             if not checkpoint:
                 return
-            if not logged:  # a run that resumed from here would never log them
-                raise OSError(f"step_{step} is not saved: lines of {self.metrics.path} wait for room on the disk")
             publish = partial(write_pretrained, recipe, groups["published"], facts["weights"], self.write_extras)
-            folder = save_checkpoint(run_dir, TrainingState(step, groups, facts), publish)
+            folder = save_checkpoint(run_dir, TrainingState(step, groups, facts), publish, part)
             if best == step:
                 point_at(run_dir, "best", folder)
             self.on_checkpoint(folder)

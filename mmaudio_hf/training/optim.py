@@ -1,7 +1,7 @@
 """Optimizer, learning-rate schedule and gradient clipping (spec networks, section 4)."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer_tensors(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Put back what `optimizer_tensors` returned. ValueError when names or shapes do not fit the network."""
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}

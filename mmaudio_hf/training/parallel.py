@@ -1,7 +1,7 @@
 """What makes a step faster or smaller: TF32, torch.compile, and networks whose tensors are shared out (FSDP).
 
 Under FSDP every process holds a slice of each parameter, gradient, moment and average, as a DTensor; the tensors of a
-block are gathered while it runs. What is saved is whole, so a run may go on with and without FSDP.
+block are gathered while it runs. Each saves its slices; what is published is gathered on the first one.
 """
 
 import copy
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
@@ -95,11 +95,40 @@ def check_same_everywhere(facts: Mapping[str, Any]) -> None:
 
 def check_seen_everywhere(path: Path) -> None:
     """ValueError, on every process, when one of them does not see the file, if the first has written it."""
-    deadline = time.monotonic() + SHARED_SECONDS
     [there] = broadcast_object_list([path.exists()])
-    while there and not path.exists() and time.monotonic() < deadline:
+    check_same_everywhere({f"the presence of {path}": _comes(path) if there else path.exists()})
+
+
+def _comes(path: Path) -> bool:
+    """Whether a file that another machine may have written is there, or is soon."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    check_same_everywhere({f"the presence of {path}": path.exists()})
+    return path.exists()
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first process that has one, None when none has; called on each of them."""
+    return next((found for found in gather_object([problem]) if found is not None), None)
+
+
+def agree_on_folder(make: Callable[[], Path]) -> tuple[Path | None, str | None]:
+    """The folder that `make` makes on the first process, or None and the reason when it fails or one does not see it.
+
+    Called on every process; `make` is once all of them have come here.
+    """
+    state, found = PartialState(), [None, None]
+    state.wait_for_everyone()
+    if state.is_main_process:
+        try:
+            found[0] = make()
+        except OSError as error:
+            found[1] = str(error)
+    folder, problem = broadcast_object_list(found)
+    if problem is None:
+        unseen = f"process {state.process_index} does not see {folder}"
+        problem = first_problem(None if _comes(folder) else unseen)
+    return (folder, None) if problem is None else (None, problem)
 
 
 # --- FSDP ----------------------------------------------------------------------------------------------------------
@@ -166,6 +195,23 @@ def whole(groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool) -> dict[
             if keep:
                 found[group][name] = gathered.get(id(tensor), tensor)
     return found
+
+
+def whole_shapes(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, list[int]]]:
+    """Shapes of the tensors that are shared out, by group; groups without any are left out."""
+    shapes = {
+        group: {name: list(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        for group, tensors in groups.items()
+    }
+    return {group: found for group, found in shapes.items() if found}
+
+
+def own_parts(groups: Mapping[str, Mapping[str, torch.Tensor]], first: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """What this process saves: its slices of the tensors that are shared out, and if it is the `first` all others."""
+    return {
+        group: {name: local(tensor) for name, tensor in tensors.items() if first or isinstance(tensor, DTensor)}
+        for group, tensors in groups.items()
+    }
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

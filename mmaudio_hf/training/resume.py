@@ -149,5 +149,5 @@ def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.opt
     check_state(state.tensors["model"], network.state_dict(), "the checkpoint")
     for name, tensor in network.state_dict().items():
         put(tensor, state.tensors["model"][name])
-    load_optimizer_tensors(network, optimizer, dict(state.tensors["optimizer"]))
+    load_optimizer_tensors(network, optimizer, state.tensors["optimizer"])
     ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])

@@ -95,14 +95,11 @@ class BackgroundWriter:
         self.wait()
         self._start(lambda: self._copy.reserve(groups))
 
-    def save(self, groups: Groups, write: Callable[[Groups], None], *, copied: bool = False) -> None:
-        """Copy the tensors and hand the copies to `write` in the thread, once the job before is done.
-
-        copied: they are copies already, which nobody changes, and are handed over as they are.
-        """
+    def save(self, groups: Groups, write: Callable[[Groups], None]) -> None:
+        """Copy the tensors and hand the copies to `write` in the thread, once the job before is done."""
         began = time.perf_counter()
         self.wait()
-        copies, event = (groups, None) if copied else self._copy.take(groups)
+        copies, event = self._copy.take(groups)
 
         def work() -> None:
             if event is not None:
