@@ -8,7 +8,6 @@ import csv
 import json
 import math
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,21 +69,13 @@ def listed_shapes(listing: str) -> dict[str, tuple[int, ...]]:
     return {row["name"]: parse(row["shape"]) for row in rows}
 
 
-def state_dict(
-    listing: str, prefix: str = "", seed: int = WEIGHT_SEED, drawn: Mapping[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
+def state_dict(listing: str, prefix: str = "", seed: int = WEIGHT_SEED) -> dict[str, torch.Tensor]:
     """Name-seeded state dict with the names and shapes of `listing`; constants are left out.
 
-    `prefix` is put before each name when its value is drawn, not in the returned keys. Tensors of `drawn`, a state dict
-    of the same seed, are taken where they have the same name and shape.
+    `prefix` is put before each name when its value is drawn, not in the returned keys.
     """
-    values, drawn = {}, drawn or {}
-    for name, shape in listed_shapes(listing).items():
-        if name in drawn and drawn[name].shape == shape:
-            values[name] = drawn[name]
-        elif (value := weight(prefix + name, shape, seed)) is not None:
-            values[name] = torch.from_numpy(np.asarray(value))
-    return values
+    values = {name: weight(prefix + name, shape, seed) for name, shape in listed_shapes(listing).items()}
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in values.items() if value is not None}
 
 
 def golden(case: str) -> dict[str, np.ndarray]:
