@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -71,14 +71,20 @@ class Command:
         self._logs.cleanup()
 
 
-def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> CompletedProcess:
-    """Processes of one run that find each other as torch's launcher has it; the code is the first that is not 0."""
+@contextmanager
+def together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> Iterator[list[Command]]:
+    """Processes of one run that find each other as torch's launcher has it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "ACCELERATE_USE_CPU": "true"}
     ranks = [{name: str(rank) for name in ("RANK", "LOCAL_RANK")} for rank in range(processes)]
     with ExitStack() as stack:
-        group = [stack.enter_context(Command(*words, cwd=cwd, env=env | shared | rank)) for rank in ranks]
+        yield [stack.enter_context(Command(*words, cwd=cwd, env=env | shared | rank)) for rank in ranks]
+
+
+def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> CompletedProcess:
+    """The same until they end; the code is the first that is not 0."""
+    with together(processes, *words, cwd=cwd, env=env) as group:
         codes = [process.wait() for process in group]
         said = ["".join(texts) for texts in zip(*(process.said() for process in group), strict=True)]
     return CompletedProcess(words, next(filter(None, codes), 0), *said)

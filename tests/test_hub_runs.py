@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from forked import run_together
+from forked import run_together, together
 from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
 from slices import share_out
 from toy_stores import MODEL, recipe_tree
-from training_runs import command, run_dir, same_bytes, train
+from training_runs import command, environment, run_dir, same_bytes, train
 
 from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
@@ -646,6 +646,21 @@ def still_there(folder: Path) -> bool:
         return bool(second_process(folder))
     except AssertionError:
         return False
+
+
+def test_a_signal_leaves_all_processes_waiting_for_the_last_push(hub, undisturbed, tmp_path):
+    """A launcher would kill the first one, which pushes, as soon as another has ended."""
+    recipe = write_recipe(undisturbed.parent, "stopped")
+    words = ["train", str(recipe), "training.steps=100000", f"training.checkpoint_every={EVERY}", f"hub.repo_id={NAME}"]
+    hub.faults({"match": "POST .*/commit/", "delay": 4})
+    env = environment() | hub.environment(tmp_path / "home") | {"HF_HUB_OFFLINE": "0"}
+    with together(2, *words, cwd=recipe.parent, env=env) as group:
+        until(lambda: (run_dir(recipe) / "last").exists() or any(p.poll() is not None for p in group), 60)
+        group[1].send_signal(signal.SIGTERM)
+        until(lambda: "is being pushed to" in group[0].said()[1] or group[0].poll() is not None)
+        assert [process.poll() for process in group] == [None, None], [process.said() for process in group]
+        assert [process.wait() for process in group] == [143, 143]
+    assert steps_pushed(hub)[-1] == local_step(run_dir(recipe)) and not (run_dir(recipe) / "hub").exists()
 
 
 def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, capsys, monkeypatch):
