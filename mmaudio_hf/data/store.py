@@ -43,7 +43,7 @@ from mmaudio_hf.data.store_files import (
     read_meta,
     read_table,
     read_text_index,
-    sync_folder,
+    sync,
     table_file,
     table_lines,
     write_all,
@@ -374,10 +374,10 @@ class StoreWriter:
         for file, name in ((manifest, manifest_file(self.path)), (table, new_table_file(self.path))):
             os.replace(file, name)
             self._placed.append(name)
-        sync_folder(self._partial)
+        sync(self._partial)
         os.rename(self._partial, self.path)
         self._placed = []
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def _ordered_moments(self) -> Moments:
         """The sums as if rows had come in their order; the last digits depend on it."""

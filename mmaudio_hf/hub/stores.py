@@ -39,7 +39,7 @@ from mmaudio_hf.data.store_files import (
     new_table_file,
     read_meta,
     read_table,
-    sync_folder,
+    sync,
     table_file,
     table_lines,
     write_all,
@@ -455,9 +455,9 @@ def pull_store(plan: StorePull, target: str | Path, *, progress: Progress = lamb
     new_table_file(store).replace(new_table_file(target))
     if manifest_file(store).exists():
         manifest_file(store).replace(manifest_file(target))
-    sync_folder(store)
+    sync(store)
     store.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(work)
     return FeatureStore.open(target)
 

@@ -27,7 +27,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mmaudio_hf.training.shards import OTHER, Part, StoredTensors, await_slices, sha256, slice_file, sync, write_slices
+from mmaudio_hf.data.store_files import sync
+from mmaudio_hf.training.shards import OTHER, Part, StoredTensors, await_slices, sha256, slice_file, write_slices
 
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")

@@ -10,7 +10,6 @@ is complete. The first one gathers these into state.json.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from mmaudio_hf.data.store_files import sync
 
 OTHER = "resume from another checkpoint"
 WAIT_SECONDS = 1800.0  # that the first process, done with its slices, leaves the others for theirs
@@ -112,15 +113,6 @@ def await_slices(part: Part, seconds: float | None = None) -> dict[str, str]:
     for rank in range(1, part.count):
         _note(part, rank).unlink()
     return checksums
-
-
-def sync(path: Path) -> None:
-    """Until what was written to a file, or renamed in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
