@@ -10,7 +10,7 @@ from data_stores import AUDIO_SHAPES, SHAPES, make_store
 
 from mmaudio_hf.bench import loader as bench
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import load_recipe, variant_config
 from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import BatchLoader, training_plans
 
@@ -52,3 +52,9 @@ def test_bench_loader_prints_json(capsys):
     assert figures["ours_of_dataloader"] == pytest.approx(figures["ours_gb_s"] / figures["best_dataloader_gb_s"])
     assert figures["ours_samples_s"] == pytest.approx(figures["ours_gb_s"] * 2e9 / figures["bytes_per_step"], rel=1e-6)
     assert figures["best_dataloader_gb_s"] == max(figures[f"dataloader_workers_{n}_gb_s"] for n in (0, 2, 4))
+
+
+def test_the_sweep_measures_every_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP_ROWS", (1_000, 2_000))
+    figures = bench._sweep(tmp_path, 4, 0.3, 1, 2, variant_config("small_16k"))
+    assert all(figures[f"sweep_us_per_sample_{rows}"] > 0 for rows in bench.SWEEP_ROWS)

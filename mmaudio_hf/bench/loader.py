@@ -35,7 +35,7 @@ WARM, MEASURED = 24, 48  # steps before the clock starts, by when the buffers ha
 WORKERS = (0, 2, 4)
 VIDEO_ROWS, VIDEO_REPEATS, AUDIO_ROWS, GLOBAL_BATCH = 180_000, 5, 380_000, 512  # recipes/small_16k.yaml
 AUDIO_SHARE = AUDIO_ROWS / (VIDEO_ROWS * VIDEO_REPEATS + AUDIO_ROWS)
-SWEEP_ROWS, SWEEP_STEPS = (1_000, 10_000, 100_000, 1_000_000), 12
+SWEEP_ROWS, SWEEP_STEPS = (1_000, 10_000, 100_000, 1_000_000), WARM + 12
 COPIES, DATALOADER_COPIES = 2, 3  # of every byte, until it is on a device: see `mix_bytes`
 
 Figures = dict[str, float | int | str]
