@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mmaudio_hf.config import load_recipe
     from mmaudio_hf.data.store import FeatureStore
-    from mmaudio_hf.generation import MMAudioPipeline
+    from mmaudio_hf.generation.pipeline import MMAudioPipeline
     from mmaudio_hf.models.network import MMAudio
 
 __all__ = ["FeatureStore", "MMAudio", "MMAudioPipeline", "load_recipe"]
 
 _HOMES = {
     "MMAudio": "mmaudio_hf.models.network",
-    "MMAudioPipeline": "mmaudio_hf.generation",
+    "MMAudioPipeline": "mmaudio_hf.generation.pipeline",
     "FeatureStore": "mmaudio_hf.data.store",
     "load_recipe": "mmaudio_hf.config",
 }

@@ -23,20 +23,17 @@ import torch
 
 from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, micro_batch_size
-from mmaudio_hf.data.dataset import Mixture, check_encoders, open_mixture
+from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture
 from mmaudio_hf.data.store import bytes_of
-from mmaudio_hf.evaluation.av_bench import AvBench
-from mmaudio_hf.evaluation.published import hub_truth, truth_caches
+from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
-from mmaudio_hf.models.flops import training_flops
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.training.finetune import mark_trained
-from mmaudio_hf.training.memory import MemoryEstimate
-from mmaudio_hf.training.progress import device_peak
-from mmaudio_hf.training.trackers import check_trackers
+from mmaudio_hf.training.logs import check_trackers, device_peak
+from mmaudio_hf.training.memory import MemoryEstimate, training_flops
 
 UTILISATION = 0.4  # assumed share of a device's peak, while the run has not measured its own speed
 GPU_CONTEXT = 1.2e9  # bytes that CUDA and its libraries take besides
@@ -415,7 +412,7 @@ def measure_reading(mixture: Mixture, threads: int, seed: int = 0, seconds: floa
                 target = torch.empty(column.shape, dtype=column.dtype)
                 store.forget(name, np.array([row]))
                 store.read_into(name, np.array([row]), bytes_of(target))
-                size += column.record_bytes
+                size += column.row_bytes
             count += 1
             if time.perf_counter() > deadline:
                 break

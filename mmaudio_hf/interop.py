@@ -20,8 +20,8 @@ import torch
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.models.convert import check_sizes, infer_config, reference_order, trainable
-from mmaudio_hf.models.network import DERIVED_TENSORS, WEIGHTS_FILE, MMAudio
-from mmaudio_hf.released import check_state, load_state, read_file
+from mmaudio_hf.models.network import DERIVED_TENSORS, MMAudio
+from mmaudio_hf.models.pretrained import WEIGHTS_FILE
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
     checkpoint_folder,
@@ -30,10 +30,11 @@ from mmaudio_hf.training.checkpoint import (
     load_training_state,
     save_checkpoint,
 )
+from mmaudio_hf.training.checkpointer import write_pretrained
 from mmaudio_hf.training.ema import PostHocEMA, Snapshot, find_snapshots
 from mmaudio_hf.training.finetune import published_state
 from mmaudio_hf.training.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from mmaudio_hf.training.publish import write_pretrained
+from mmaudio_hf.weights import check_state, load_state, read_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 SNAPSHOT_NAME = re.compile(r"(\d+)\.(\d+)\.pt")

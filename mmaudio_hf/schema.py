@@ -70,7 +70,7 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioSample:
     """A sound to be listened to."""
 
     name: str  # a plain name, as of ids
@@ -84,7 +84,7 @@ class Evaluation:
     """What an evaluator found out about a network: scores for the log, and sounds to judge by ear."""
 
     scores: dict[str, float]
-    sounds: list[Sound]
+    sounds: list[AudioSample]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mmaudio_hf.training.checkpoint import TrainingState, begin_attempt, save_checkpoint
-from mmaudio_hf.training.shards import Part, leave_slices
+from mmaudio_hf.training.checkpoint import Part, TrainingState, begin_attempt, save_checkpoint, save_local_shards
 
 Names = Mapping[str, Sequence[str]]  # of the tensors that are shared out, by group
 
@@ -37,5 +36,5 @@ def share_out(
     """Write a checkpoint as `count` processes do; return its folder."""
     first, *others = parts(run, state, names, count)
     for part in others:
-        leave_slices(part, slices(state, part))
+        save_local_shards(part, slices(state, part))
     return save_checkpoint(run, TrainingState(state.step, slices(state, first), state.facts), write_pretrained, first)

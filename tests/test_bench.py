@@ -10,7 +10,7 @@ from toy_stores import MODEL
 
 from mmaudio_hf.bench import extract, generate, scaling
 from mmaudio_hf.bench.extract import plain_read
-from mmaudio_hf.bench.step import loop_overhead, step
+from mmaudio_hf.bench.training import loop_overhead, step
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
 from mmaudio_hf.media.video import read_video

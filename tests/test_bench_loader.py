@@ -11,8 +11,8 @@ from data_stores import AUDIO_SHAPES, SHAPES, make_store
 from mmaudio_hf.bench import loader as bench
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe, variant_config
-from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import BatchLoader, training_plans
+from mmaudio_hf.data.mixture import Mixture
 
 
 def test_the_dataloader_delivers_what_ours_does(tmp_path):

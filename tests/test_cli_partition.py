@@ -7,7 +7,7 @@ import yaml
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import read_clips
+from mmaudio_hf.media.lists import read_clips
 
 
 def write_recipe(folder):

@@ -16,9 +16,8 @@ import torch
 from data_stores import AUDIO_SHAPES, FACTS, SHAPES, make_store, random_values
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.data.rewrite import convert
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
-from mmaudio_hf.data.verify import relative_difference, verify
+from mmaudio_hf.data.tools import convert, relative_difference, verify
 from mmaudio_hf.features.toy import text_features
 from mmaudio_hf.schema import RunError
 

@@ -12,11 +12,11 @@ import torch
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
 from mmaudio_hf.data import reads
-from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import BatchLoader, Plan, sample_bytes, training_batches, validation_batches
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.noise import draws, draws_for_ids
 from mmaudio_hf.data.reads import read_records
-from mmaudio_hf.data.sampler import positions, process_slots
+from mmaudio_hf.data.sampler import positions, process_sample_indices
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
 
 SEED = 11
@@ -43,7 +43,7 @@ def no_threads_left():
 
 def loader(mixture, global_batch=12, world_size=1, rank=0, accumulation=1, **changes) -> BatchLoader:
     settings = {"start_step": 0, "num_steps": 6, "threads": 3} | changes
-    slots = process_slots(global_batch, world_size, rank, accumulation)
+    slots = process_sample_indices(global_batch, world_size, rank, accumulation)
     return training_batches(mixture, seed=SEED, global_batch=global_batch, slots=slots, **settings)
 
 
@@ -69,7 +69,7 @@ def check_against_store(batch, mixture, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_delivers_the_records_and_numbers_of_its_slots(mixture, world_size, accumulation):
     for rank in range(world_size):
-        shares = process_slots(12, world_size, rank, accumulation)
+        shares = process_sample_indices(12, world_size, rank, accumulation)
         with loader(mixture, world_size=world_size, rank=rank, accumulation=accumulation, start_step=2) as batches:
             steps = 0
             for step, (micro_batches) in enumerate(batches, start=2):
@@ -117,7 +117,7 @@ def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
     with loader(mixture, num_steps=1, global_batch=24, threads=1) as batches:
         ((batch,),) = list(batches)
         assert batches.bytes_read == read["bytes"]
-    sizes = {name: column.record_bytes for name, column in mixture.columns.items()}
+    sizes = {name: column.row_bytes for name, column in mixture.columns.items()}
     wanted = sum(
         sum(sizes[name] for name in (VIDEO_COLUMNS if video else AUDIO_COLUMNS) if text or name != "text_features")
         for video, text in zip(batch.has_video.tolist(), batch.has_text.tolist(), strict=True)
@@ -149,7 +149,7 @@ def test_batches_of_another_device_are_copies_there(mixture):
 def test_every_record_is_right_whatever_is_read_at_once(mixture, monkeypatch, threads, prefetch, accumulation):
     monkeypatch.setattr("mmaudio_hf.data.loader._TASK_BYTES", 600)  # a few records: many tasks, in any order
     monkeypatch.setattr("mmaudio_hf.data.loader._TASK_DRAWS", 3)
-    shares = process_slots(36, 1, 0, accumulation)
+    shares = process_sample_indices(36, 1, 0, accumulation)
     memory = {}
     settings = {"threads": threads, "prefetch": prefetch, "accumulation": accumulation, "num_steps": 25}
     with loader(mixture, global_batch=36, **settings) as batches:
@@ -271,12 +271,12 @@ def test_an_abandoned_loader_does_not_keep_the_process_alive(mixture, tmp_path):
     script = f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.loader import training_batches
-from mmaudio_hf.data.sampler import process_slots
+from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.data.store import FeatureStore
 mixture = Mixture([(FeatureStore.open({str(tmp_path / "video")!r}), 1)])
-slots = process_slots(4, 1, 0)
+slots = process_sample_indices(4, 1, 0)
 batches = training_batches(mixture, seed=1, global_batch=4, slots=slots, start_step=0, num_steps=10**9)
 next(batches)
 assert not {{"av", "torchaudio", "transformers", "tensordict", "datasets"}} & set(sys.modules)

@@ -7,8 +7,8 @@ import pytest
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, StoreConfig, VideoSource
-from mmaudio_hf.data.dataset import Mixture, open_mixture
-from mmaudio_hf.data.sampler import permutation, positions, process_slots, validation_positions
+from mmaudio_hf.data.mixture import Mixture, open_mixture
+from mmaudio_hf.data.sampler import permutation, positions, process_sample_indices, validation_positions
 
 
 def test_the_order_never_changes():
@@ -44,7 +44,7 @@ def test_processes_and_accumulation_divide_a_step_without_changing_it(world, acc
     whole = positions(4, 3, np.arange(16), 16, 50)
     found = np.full(16, -1)
     for rank in range(world):
-        shares = process_slots(16, world, rank, accumulation)
+        shares = process_sample_indices(16, world, rank, accumulation)
         assert [len(share) for share in shares] == [16 // world // accumulation] * accumulation
         for share in shares:
             assert (found[share] == -1).all()
@@ -54,7 +54,7 @@ def test_processes_and_accumulation_divide_a_step_without_changing_it(world, acc
 
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match="batch size 10 does not split over 2 processes x 2 accumulation steps"):
-        process_slots(10, 2, 0, 2)
+        process_sample_indices(10, 2, 0, 2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

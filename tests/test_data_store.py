@@ -16,9 +16,9 @@ from data_stores import AUDIO_SHAPES, FACTS, SHAPES, make_store, random_values
 from golden_data import GOLDEN, MEDIA_SEED, tensor
 from tensordict import TensorDict
 
+from mmaudio_hf.data.layout import ids_hash
 from mmaudio_hf.data.store import FeatureStore, Moments, StoreWriter
-from mmaudio_hf.data.store_files import ids_hash
-from mmaudio_hf.data.verify import verify
+from mmaudio_hf.data.tools import verify
 
 EXAMPLES = json.loads((GOLDEN / "media_memmap.json").read_text())
 
@@ -238,7 +238,7 @@ def test_memory_of_the_writer_does_not_grow_with_the_rows(tmp_path):
     script = """
         import sys, torch
         from mmaudio_hf.data.store import StoreWriter
-        from mmaudio_hf.training.progress import peak_memory_gb
+        from mmaudio_hf.training.logs import peak_memory_gb
         sys.path.insert(0, {tests!r})
         from data_stores import FACTS
         shapes = {{"mean": (250, 20), "std": (250, 20), "text_features": (77, 1024)}}

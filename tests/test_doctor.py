@@ -12,7 +12,7 @@ from toy_stores import recipe_tree, write_recipe
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.data.dataset import open_mixture
+from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.doctor import available_memory, measure_reading
 from mmaudio_hf.features.toy import ToyMelCodec
 
@@ -115,7 +115,7 @@ def test_reading_is_measured(folder):
     recipe = load_recipe(write_recipe(folder, "reading"))
     mixture = open_mixture(recipe.data.train, recipe.model)
     found = measure_reading(mixture, threads=2, seconds=0.1)
-    video, sound = (sum(c.record_bytes for c in store.columns.values()) for store in mixture.stores)
+    video, sound = (sum(c.row_bytes for c in store.columns.values()) for store in mixture.stores)
     assert sound < found.bytes_per_second / found.samples_per_second < video
 
 

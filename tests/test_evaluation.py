@@ -25,7 +25,7 @@ from mmaudio_hf.evaluation import (
     shuffled_pairing,
     waveform_scores,
 )
-from mmaudio_hf.evaluation.offsets import OffsetHead
+from mmaudio_hf.evaluation.desync import OffsetHead
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import read_waveform, resample
 from mmaudio_hf.media.example import read_events

@@ -22,8 +22,15 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.doctor import evaluation_findings
 from mmaudio_hf.evaluation import score_caches
-from mmaudio_hf.evaluation.av_bench import CLAP_FILE, SYNCHFORMER_FILE, AvBench, merge_caches
-from mmaudio_hf.evaluation.published import PublishedScores, check_truth, truth_caches
+from mmaudio_hf.evaluation.av_bench import (
+    CLAP_FILE,
+    SYNCHFORMER_FILE,
+    AvBench,
+    PublishedScores,
+    check_truth,
+    merge_caches,
+    truth_caches,
+)
 from mmaudio_hf.evaluation.results import read_scores
 from mmaudio_hf.evaluation.run import SplitEvaluator
 from mmaudio_hf.features.toy import ToyMelCodec

@@ -22,15 +22,15 @@ from training_runs import environment, metrics, run_dir, start
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import StoreConfig, load_recipe
-from mmaudio_hf.evaluation.builtin import NO_ONSETS, clip_scores, mean_scores
-from mmaudio_hf.evaluation.items import HeldOutItems
+from mmaudio_hf.evaluation.onsets import NO_ONSETS, clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import find_scores, read_scores
 from mmaudio_hf.evaluation.run import NOT_FINITE, SplitEvaluator, network_hash
+from mmaudio_hf.evaluation.samples import HeldOutItems
 from mmaudio_hf.features.toy import ToyMelCodec
-from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.report import write_report
+from mmaudio_hf.pages.report import write_report
 from mmaudio_hf.training import loop
 
 
@@ -220,7 +220,7 @@ from accelerate.state import AcceleratorState, PartialState
 from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import hub_session
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.training.lock import RunLock
+from mmaudio_hf.training.resume import RunLock
 from mmaudio_hf.training.loop import make_accelerator
 run, recipe = sys.argv[1:]
 def hub():
@@ -297,9 +297,9 @@ def test_what_was_scored_before_a_kill_counts_afterwards(finished, monkeypatch):
         main(["train", str(recipes[1]), *settings])
     cut = run_dir(recipes[1])
     assert unfinished(cut / "last") == ["eval", "eval_validation"]
-    log = loop.log_sounds
+    log = loop.log_audio
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "log_sounds", lambda *a: die() if a[1] == "eval_test" and a[3] == 4 else log(*a))
+        patch.setattr(loop, "log_audio", lambda *a: die() if a[1] == "eval_test" and a[3] == 4 else log(*a))
         main(["train", str(recipes[1]), *settings])
     assert unfinished(cut / "last")
     assert main(["train", str(recipes[1]), *settings]) == 0

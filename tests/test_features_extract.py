@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
-from mmaudio_hf.data.verify import verify
+from mmaudio_hf.data.tools import verify
 from mmaudio_hf.features import extract
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.features.extract import extract_audio, extract_video
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import read_clips, write_clips
+from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import read_video
 
 DURATION = 2.0  # s; short, so that the tests are

@@ -130,13 +130,13 @@ def test_batches_follow_from_the_list_alone(weights, watched, tmp_path):
         os.unlink(media.folder / f"{name}.wav")
         (media.folder / f"{name}.wav").write_text("no sound")
     report = media.extract(tmp_path / "whole", weights)
-    assert (report.shards, report.accepted, report.rejected, report.open_shards) == (3, 9, 2, 0)
+    assert (report.shards, report.accepted, report.rejected, report.pending_shards) == (3, 9, 2, 0)
     assert watched.batches == [["n00", "n02"], ["n03"], ["n04", "n05", "n06"], ["n07"], ["n08", "n10"]]
     whole = content(tmp_path / "whole")
 
     for index in (2, 0, 1):
         report = media.extract(tmp_path / "shares", weights, share=Share(index, 3))
-        assert (report.open_shards == 0) == (index == 1) == (tmp_path / "shares" / "s").exists()
+        assert (report.pending_shards == 0) == (index == 1) == (tmp_path / "shares" / "s").exists()
     assert content(tmp_path / "shares") == whole
 
     watched.batches.clear()
@@ -217,7 +217,7 @@ def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):
     def other_run(*arguments, **keywords):
         media.captions.write_text(before.replace("sound", "noise"))
         report = media.extract(tmp_path / "out", weights, share=Share(1, 2))
-        assert (report.reused_shards, report.open_shards) == (0, 1)
+        assert (report.reused_shards, report.pending_shards) == (0, 1)
         return StoreWriter(*arguments, **keywords)
 
     with pytest.raises(RunError, match="another run with other settings, list or media makes these shards again"):
@@ -474,7 +474,7 @@ import sys
 import torch
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.features.extract import extract_video
-from mmaudio_hf.training.progress import peak_memory_gb
+from mmaudio_hf.training.logs import peak_memory_gb
 folder, weights, count = sys.argv[1:]
 open(f"{folder}/list.tsv", "w").write("id\\tlabel\\n" + "".join(f"clip_{i}\\ta clip\\n" for i in range(int(count))))
 encoders = {"kind": "toy", "weights_dir": weights, "clip": "", "precision": "fp32", "device": "cpu"}

@@ -12,7 +12,7 @@ from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import read_waveform, resample
 from mmaudio_hf.media.example import read_events
-from mmaudio_hf.media.video import normalize_pictures, read_video
+from mmaudio_hf.media.video import normalize_frames, read_video
 from mmaudio_hf.schema import column_shapes, sequence_lengths
 
 RATES = {"16k": 16_000, "44k": 44_100}
@@ -86,7 +86,7 @@ def test_sync_tokens_of_a_still_picture_show_no_event():
 
 def test_pictures_may_be_bytes_or_floats(videos):
     clip, _ = next(iter(videos.values()))
-    clip_floats, sync_floats = normalize_pictures(clip.clip_frames[:4], clip.sync_frames[:32])
+    clip_floats, sync_floats = normalize_frames(clip.clip_frames[:4], clip.sync_frames[:32])
     torch.testing.assert_close(toy.clip_features(clip.clip_frames[:4]), toy.clip_features(clip_floats))
     # Cells that hardly change differ by rounding, relative to the usual change.
     torch.testing.assert_close(

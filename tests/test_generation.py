@@ -19,7 +19,7 @@ from mmaudio_hf import generation
 from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
-from mmaudio_hf.generation import MMAudioPipeline, Request, save_generated, starting_noise
+from mmaudio_hf.generation.pipeline import MMAudioPipeline, Request, save_generated, starting_noise
 from mmaudio_hf.generation.windows import decode_pieces, window_starts
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_image, read_video
@@ -90,7 +90,7 @@ def test_video_and_prompt(pipeline, video):
 def test_latent_is_the_formula(pipeline, network, media, video):
     result = pipeline(video, "a red ball", "hum", duration=1.0, num_steps=3, guidance_scale=3.0, seed=5)
     encoders = load_encoders("toy", "16k", weights_dir=media, clip="")
-    frames = read_video(video, duration=1.0, pictures_only=True)
+    frames = read_video(video, duration=1.0, video_only=True)
     with torch.inference_mode():
         conditions = network.preprocess_conditions(
             encoders.encode_clip(frames.clip_frames[None]),
@@ -151,7 +151,7 @@ def test_batches_and_order_do_not_change_a_sound(pipeline):
 
 def test_features_are_as_good_as_media(pipeline, media, video):
     encoders = load_encoders("toy", "16k", weights_dir=media, clip="", parts=("clip", "sync", "text"))
-    frames = read_video(video, duration=1.0, as_uint8=True, pictures_only=True)
+    frames = read_video(video, duration=1.0, as_uint8=True, video_only=True)
     stored = Request(
         clip_features=encoders.encode_clip(frames.clip_frames[None])[0],
         sync_features=encoders.encode_sync(frames.sync_frames[None])[0],
@@ -352,7 +352,7 @@ def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, s
     encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="")
     conditions = []
     for start in starts:
-        frames = read_video(scene, duration=1.0, start=start * 512 / 16_000, pictures_only=True)
+        frames = read_video(scene, duration=1.0, start=start * 512 / 16_000, video_only=True)
         features = (encoders.encode_clip(frames.clip_frames[None]), encoders.encode_sync(frames.sync_frames[None]))
         conditions.append(network.preprocess_conditions(*features, encoders.encode_text(["a red ball"])))
     weights = [torch.ones(32, 1) for _ in starts]

@@ -17,8 +17,8 @@ from odd_media import Odd, code_picture, steady, truncate, write_odd
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features.encoders import fit_toy_codec
-from mmaudio_hf.generation import MMAudioPipeline
 from mmaudio_hf.generation.files import generate_files, read_folder, read_list
+from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import probe
 from mmaudio_hf.models.network import MMAudio

@@ -21,10 +21,9 @@ from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.features.toy import ToyMelCodec
-from mmaudio_hf.hub.card import code_version, model_card, run_samples, write_card
+from mmaudio_hf.hub.cards import code_version, model_card, run_samples, write_card
 from mmaudio_hf.hub_client import hub_errors
-from mmaudio_hf.models.card import CLOSE, OPEN, download_card, merge, plain
-from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.models.pretrained import CLOSE, OPEN, download_card, find_pretrained, merge, plain
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
 SECRET = "hf_" + "a" * 34
@@ -345,7 +344,7 @@ def test_the_code_is_looked_at_before_training_and_ends_no_run(run, monkeypatch)
         assert code_version.cache_info().currsize == 1
         raise ValueError("training begins")
 
-    monkeypatch.setattr("mmaudio_hf.hub.card.version", absent)
+    monkeypatch.setattr("mmaudio_hf.hub.cards.version", absent)
     monkeypatch.setattr("mmaudio_hf.training.loop.train", begin)
     code_version.cache_clear()
     try:

@@ -27,14 +27,14 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import fetch_run
 from mmaudio_hf.config import HubConfig, load_recipe
 from mmaudio_hf.hub import sync
-from mmaudio_hf.hub.card import add_card
+from mmaudio_hf.hub.cards import add_card
 from mmaudio_hf.hub.runs import local_step
 from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.training import lock
 from mmaudio_hf.training.checkpoint import TrainingState, load_training_state
 from mmaudio_hf.training.finetune import read_start
-from mmaudio_hf.training.lock import RunLock
+from mmaudio_hf.training.resume import RunLock
 
 NAME = f"{USER}/run"
 STEPS, EVERY = 20, 4

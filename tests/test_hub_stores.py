@@ -21,7 +21,7 @@ from toy_stores import recipe_tree, write_store
 
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.verify import verify
+from mmaudio_hf.data.tools import verify
 from mmaudio_hf.hub.stores import THREADS, plan_pull, pull_store
 
 PART = 2048  # bytes: a store of 50 rows has about twenty parts
@@ -96,7 +96,7 @@ def test_shared_texts_of_some_rows_come_once(hub, here, tmp_path):
     store = make_store(tmp_path / "plain", 40)
     rows = [3, 3, 9, 1, 3, 30, 31, 32, 9, 0, 38, 38, 2, 1]
     main(["store", "convert", str(store.path), str(tmp_path / "compact"), "--layout", "compact"])
-    from mmaudio_hf.data.rewrite import subset
+    from mmaudio_hf.data.tools import subset
 
     subset(tmp_path / "compact", tmp_path / "texts", rows).close()
     assert push(tmp_path / "texts", "texts") == 0

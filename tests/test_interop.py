@@ -13,9 +13,9 @@ from toy_stores import write_recipe
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.data.dataset import open_mixture
 from mmaudio_hf.data.loader import training_batches
-from mmaudio_hf.data.sampler import process_slots
+from mmaudio_hf.data.mixture import open_mixture
+from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.interop import _optimizer_and_scheduler, export_run
 from mmaudio_hf.models.convert import reference_order, trainable
 from mmaudio_hf.models.network import MMAudio
@@ -48,7 +48,7 @@ class Trained:
             self.mixture,
             seed=self.recipe.seed,
             global_batch=settings.batch_size,
-            slots=process_slots(settings.batch_size, world_size=1, rank=0),
+            slots=process_sample_indices(settings.batch_size, world_size=1, rank=0),
             start_step=self.step,
             num_steps=steps,
             prefetch=1,

@@ -27,7 +27,7 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.media import audit as module
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.audit import HARMLESS, SCHEMA, VERDICTS, AuditSource, Limits, audit, known_problems
-from mmaudio_hf.media.audit_page import MEANING, write_page
+from mmaudio_hf.pages.audit import MEANING, write_page
 
 ROOT = Path(__file__).parent.parent
 DURATION = 2.0  # s of a clip here
@@ -82,7 +82,7 @@ EXPECTED = {
     "spoiled": {"damaged"},
     "absent": {"not_found"},
     "silent_too": {"silent"},
-    "sound_only": {"no_video"},
+    "audio_only": {"no_video"},
     "talk_1": {"duplicate_caption"},
     "talk_2": {"duplicate_caption"},
     "twice": {"duplicate_id"},
@@ -131,8 +131,8 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     (videos / "empty.mp4").write_bytes(b"")
     truncate(write_odd(folder / "whole.mp4", odd(), options), videos / "cut.mp4", 0.6)
     overwrite_packet(write_odd(folder / "sound.mp4", odd(), options), videos / "spoiled.mp4", "audio", 1.0)
-    write_audio(videos / "sound_only.wav", noise(3, 0), 16_000)
-    os.rename(videos / "sound_only.wav", videos / "sound_only.mp4")
+    write_audio(videos / "audio_only.wav", noise(3, 0), 16_000)
+    os.rename(videos / "audio_only.wav", videos / "audio_only.mp4")
 
     write_audio(audios / "tone.flac", noise(9, 1), 16_000)
     write_audio(audios / "captioned_twice.wav", noise(9, 2), 16_000)

@@ -9,10 +9,10 @@ import torch
 from golden_data import GOLDEN
 
 from mmaudio_hf.media.audio import MediaError, write_audio
-from mmaudio_hf.media.clips import (
+from mmaudio_hf.media.lists import (
     Clip,
     MediaItem,
-    find_recording,
+    find_audio_file,
     partition,
     read_clips,
     read_media_list,
@@ -62,12 +62,12 @@ def test_clip_list_of_a_folder(tmp_path):
     assert read_clips(tmp_path / "clips.tsv") == report.clips
     assert report.clips[0] == Clip("a 1_0", "a 1", 0, 64_800)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["audios", "clips.tsv"]
-    assert find_recording(folder, "b").name == "b.flac" and find_recording(folder, "a 1").suffix == ".wav"
+    assert find_audio_file(folder, "b").name == "b.flac" and find_audio_file(folder, "a 1").suffix == ".wav"
     with pytest.raises(MediaError) as caught:
-        find_recording(folder, "c")
+        find_audio_file(folder, "c")
     assert caught.value.reason == "not_found"
     with pytest.raises(ValueError, match="plain name"):
-        find_recording(folder, "../b")
+        find_audio_file(folder, "../b")
 
 
 def test_folders_without_recordings(tmp_path):
@@ -173,6 +173,6 @@ def test_files_that_are_no_text(tmp_path):
 
 
 def test_media_loads_no_training_libraries():
-    code = "import sys, mmaudio_hf.media.video, mmaudio_hf.media.clips, mmaudio_hf.media.example;"
+    code = "import sys, mmaudio_hf.media.video, mmaudio_hf.media.lists, mmaudio_hf.media.example;"
     code += "print([m for m in ('datasets', 'transformers', 'tensordict', 'accelerate') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -13,7 +13,8 @@ import pytest
 import torch
 from odd_media import Odd, cut_without_encoding, read_codes, steady, write_odd
 
-from mmaudio_hf.media.video import MediaError, probe, read_video, write_video_with_audio
+from mmaudio_hf.media.mux import write_video_with_audio
+from mmaudio_hf.media.video import MediaError, probe, read_video
 
 LATE = Fraction(3, 10)
 
@@ -37,7 +38,7 @@ def test_new_sound_under_copied_pictures(case, tmp_path):
     source = write_odd(tmp_path / ("a.mkv" if case == "mkv" else "a.mp4"), odd)
     if case == "cut":
         source = cut_without_encoding(source, tmp_path / "cut.mp4", 1.3)
-    before = read_video(source, duration=2.0, pictures_only=True)
+    before = read_video(source, duration=2.0, video_only=True)
     write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
     assert packets_of(tmp_path / "out.mp4") == packets_of(source), "copied, not encoded again"
     after = read_video(tmp_path / "out.mp4", duration=2.0)
@@ -62,7 +63,7 @@ def test_short_sound_cuts_the_pictures(tmp_path):
 @pytest.mark.parametrize("ending", ["mkv", "mov"])
 def test_turned_pictures_are_copied_into_mkv_too(ending, tmp_path):
     source = write_odd(tmp_path / f"a.{ending}", Odd(steady(2), rotation=90))
-    before = read_video(source, duration=1.5, pictures_only=True)
+    before = read_video(source, duration=1.5, video_only=True)
     for out in ("out.mkv", "out.mp4"):
         assert write_video_with_audio(source, SOUND, 16_000, tmp_path / out)
         assert packets_of(tmp_path / out) == packets_of(source)

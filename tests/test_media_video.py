@@ -16,14 +16,7 @@ import torch
 from odd_media import Odd, burst_times, cut_without_encoding, overwrite_packet, read_codes, steady, truncate, write_odd
 
 from mmaudio_hf.media import video
-from mmaudio_hf.media.video import (
-    MediaError,
-    _RgbConverter,
-    _turned,
-    normalize_pictures,
-    probe,
-    read_video,
-)
+from mmaudio_hf.media.video import MediaError, _RgbConverter, _turned, normalize_frames, probe, read_video
 
 SECONDS = 1.024  # of most clips here; the rules do not depend on it
 CLIP, SYNC = 8, 25  # pictures of such a clip
@@ -172,18 +165,18 @@ def test_start_of_a_window(tmp_path, monkeypatch):
             shown(odd.picture_times, fps, n, start=when) for fps, n in ((8, CLIP), (25, SYNC))
         )
         check_bursts(ours.audio, -start % 0.5)
-        sought = read(path, start=start, pictures_only=True)
+        sought = read(path, start=start, video_only=True)
         assert torch.equal(sought.sync_frames, ours.sync_frames) and torch.equal(sought.clip_frames, ours.clip_frames)
         assert sought.audio is None
     sought = sum("latest" in options for options in passes)
     assert sought == 2 and len(passes) == 8, "a late start is sought, and found at once"
     assert refusal(path, start=8.2) == "video_too_short"
-    assert refusal(path, start=100.0, pictures_only=True) == "video_too_short"
+    assert refusal(path, start=100.0, video_only=True) == "video_too_short"
 
 
 def test_seeking_in_a_file_with_one_key_picture(tmp_path):
     path = write_odd(tmp_path / "a.mp4", Odd(steady(6), sound_seconds=None, options=(("g", "1000"),)))
-    assert numbers(read(path, start=3.0, pictures_only=True)) == tuple(
+    assert numbers(read(path, start=3.0, video_only=True)) == tuple(
         shown(steady(6), fps, n, start=3) for fps, n in ((8, CLIP), (25, SYNC))
     )
 
@@ -191,12 +184,12 @@ def test_seeking_in_a_file_with_one_key_picture(tmp_path):
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 def test_rotation(degrees, tmp_path):
     plain, turned = Odd(steady(1.5), sound_seconds=None), Odd(steady(1.5), sound_seconds=None, rotation=degrees)
-    upright = read(write_odd(tmp_path / "a.mp4", plain), pictures_only=True)
+    upright = read(write_odd(tmp_path / "a.mp4", plain), video_only=True)
     path = write_odd(tmp_path / "b.mp4", turned)
-    ours = read(path, pictures_only=True)
+    ours = read(path, video_only=True)
     expected = torch.rot90(upright.sync_frames, degrees // 90, (-2, -1))  # the matrix turns counterclockwise
     assert (ours.sync_frames - expected).abs().max() < 0.02  # resizing rounds rows before columns
-    assert torch.equal(read(path, pictures_only=True, alignment="reference").sync_frames, upright.sync_frames)
+    assert torch.equal(read(path, video_only=True, alignment="reference").sync_frames, upright.sync_frames)
 
 
 def test_mirrored_display_matrix():
@@ -214,7 +207,7 @@ def test_resizing(width, height, tmp_path):
     """Against resampling in float with the rounding done once at the end: at most two levels apart."""
     odd = Odd(steady(1.2), sound_seconds=None, size=(width, height), codec="mpeg4", options=(("q:v", "2"),))
     path = write_odd(tmp_path / "a.mp4", odd)
-    ours = read_video(path, duration=1.0, pictures_only=True, as_uint8=True)
+    ours = read_video(path, duration=1.0, video_only=True, as_uint8=True)
     with av.open(str(path)) as container:
         frame = list(container.decode(video=0))[shown(steady(1.2), 25, 25)[7]]
     source = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)[None].float()
@@ -232,7 +225,7 @@ def test_resizing(width, height, tmp_path):
     assert (difference.mean() < 1) if width % 2 else (difference.max() <= 2)
     assert ours.clip_frames.shape == (8, 3, 384, 384) and ours.clip_frames.dtype == torch.uint8
     clip = resized(384, 384)
-    again = read_video(path, duration=1.0, pictures_only=True, as_uint8=True).clip_frames
+    again = read_video(path, duration=1.0, video_only=True, as_uint8=True).clip_frames
     position = shown(steady(1.2), 8, 8).index(7)  # 8 fps shows source picture 7 as well
     difference = (again[position].float() - clip).abs()
     assert (difference.mean() < 1) if width % 2 else (difference.max() <= 2)
@@ -242,7 +235,7 @@ def test_uint8_pictures_finish_to_the_same_floats(tmp_path):
     path = write_odd(tmp_path / "a.mp4", Odd(steady(1.5)))
     ours, raw = read(path), read(path, as_uint8=True)
     assert raw.clip_frames.dtype == raw.sync_frames.dtype == torch.uint8
-    clip_frames, sync_frames = normalize_pictures(raw.clip_frames, raw.sync_frames)
+    clip_frames, sync_frames = normalize_frames(raw.clip_frames, raw.sync_frames)
     assert torch.equal(clip_frames, ours.clip_frames) and torch.equal(sync_frames, ours.sync_frames)
     assert torch.equal(clip_frames, raw.clip_frames.float() / 255)
     assert torch.equal(sync_frames, (raw.sync_frames.float() / 255 - 0.5) / 0.5)

@@ -22,7 +22,7 @@ def scene(tmp_path_factory):
 def test_windows_are_what_reading_each_of_them_gives(scene, alignment):
     windows = read_windows(scene, STARTS, duration=1.2, alignment=alignment)
     for start, window in zip(STARTS, windows, strict=True):
-        how = {"duration": 1.2, "start": start, "alignment": alignment, "as_uint8": True, "pictures_only": True}
+        how = {"duration": 1.2, "start": start, "alignment": alignment, "as_uint8": True, "video_only": True}
         alone = read_video(scene, **how)
         assert torch.equal(window.clip_frames, alone.clip_frames), start
         assert torch.equal(window.sync_frames, alone.sync_frames), start

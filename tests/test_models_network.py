@@ -7,9 +7,9 @@ import torch
 from golden_data import GOLDEN, golden, listed_shapes, relative_error, state_dict, tensor
 
 from mmaudio_hf.config import ModelConfig, variant_config
+from mmaudio_hf.models.blocks import TimestepEmbedder, rotary_table
 from mmaudio_hf.models.conditioning import upsample_sync
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
-from mmaudio_hf.models.layers import TimestepEmbedder, rotary_table
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
 from mmaudio_hf.schema import sequence_lengths

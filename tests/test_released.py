@@ -4,7 +4,7 @@ from refusals import check_refusals
 from safetensors.torch import save_file
 from torch import nn
 
-from mmaudio_hf.released import check_state, load_state, load_strict
+from mmaudio_hf.weights import check_state, load_state, load_strict
 
 STATE = {"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(3)}
 

@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPModel
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.verify import verify
+from mmaudio_hf.data.tools import verify
 from mmaudio_hf.features.autoencoder import MelVAE
 from mmaudio_hf.features.clip import ClipEncoder, ClipTokenizer, clip_config
 from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, _sync_batch, load_encoders

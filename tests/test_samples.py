@@ -25,12 +25,11 @@ from mmaudio_hf import samples as samples_module
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import waveform_scores
-from mmaudio_hf.evaluation.items import read_items
+from mmaudio_hf.evaluation.samples import SampleEvaluator, read_items
 from mmaudio_hf.features.toy import ToyMelCodec
-from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.report import write_report
-from mmaudio_hf.samples import SampleEvaluator
+from mmaudio_hf.pages.report import write_report
 
 
 @pytest.fixture(scope="module")

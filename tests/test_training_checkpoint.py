@@ -31,11 +31,11 @@ from training_runs import (
     train,
 )
 
-from mmaudio_hf.bench.checkpoint import checkpoint as bench_checkpoint
+from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.training.best import BestScore
+from mmaudio_hf.training.actions import BestScore
 from mmaudio_hf.training.checkpoint import TENSOR_FILES, TrainingState, latest_training_state, save_checkpoint
 from mmaudio_hf.training.resume import drop_later
 

@@ -15,7 +15,7 @@ from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import EarlyStoppingConfig, LoraConfig, load_recipe, variant_config
 from mmaudio_hf.interop import export_run
-from mmaudio_hf.training.early_stopping import judge
+from mmaudio_hf.training.actions import judge
 from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_start
 
 

@@ -98,7 +98,8 @@ def local(tmp_path_factory) -> Path:
 WATCHED = """
 import os, sys
 from mmaudio_hf.cli import train_main
-from mmaudio_hf.training import loop, shards
+from mmaudio_hf.training import checkpoint as shards
+    from mmaudio_hf.training import loop
 
 rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), loop.whole, shards.save_file
 
@@ -369,7 +370,7 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from mmaudio_hf.cli import train_main
-from mmaudio_hf.training import parallel
+from mmaudio_hf.training import distributed as parallel
 
 rank, parallel.SHARED_SECONDS = PartialState(cpu=True).process_index, 0.1
 exists, Path.exists = Path.exists, lambda path: rank == 0  # as on machines that do not share a file system

@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_stores import MODEL
 
 from mmaudio_hf.config import FinetuneConfig, ModelConfig, Recipe, TrainingConfig, variant_config
-from mmaudio_hf.models.flops import forward_flops, training_flops
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.finetune import mark_trained
-from mmaudio_hf.training.memory import MemoryEstimate
-from mmaudio_hf.training.progress import device_peak
+from mmaudio_hf.training.logs import device_peak
+from mmaudio_hf.training.memory import MemoryEstimate, forward_flops, training_flops
 
 
 def inputs(config: ModelConfig) -> list[torch.Tensor]:
@@ -42,13 +41,13 @@ def test_the_peak_of_an_unknown_device_is_measured():
 
 MEASURE = """
 import torch
-from mmaudio_hf.bench.step import random_batch
+from mmaudio_hf.bench.training import random_batch
 from mmaudio_hf.config import Recipe, TrainingConfig, variant_config
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.memory import MemoryEstimate
 from mmaudio_hf.training.optim import build_optimizer
-from mmaudio_hf.training.progress import peak_memory_gb
+from mmaudio_hf.training.logs import peak_memory_gb
 from mmaudio_hf.training.step import flow_step
 
 def recipe(batch, **model):

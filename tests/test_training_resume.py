@@ -9,7 +9,7 @@ import yaml
 from toy_stores import recipe_tree, write_store
 
 from mmaudio_hf.config import Recipe, load_recipe, to_dict
-from mmaudio_hf.data.dataset import open_mixture
+from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.resume import check_same_run

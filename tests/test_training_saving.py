@@ -2,7 +2,7 @@
 
 import torch
 
-from mmaudio_hf.training.saving import HostCopy
+from mmaudio_hf.training.checkpointer import HostCopy
 
 
 def test_copies_of_any_tensor_hold_until_the_next():

@@ -11,11 +11,11 @@ import yaml
 from toy_stores import MODEL, recipe_tree, write_store
 
 from mmaudio_hf import MMAudio
-from mmaudio_hf.bench.step import random_batch
+from mmaudio_hf.bench.training import random_batch
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import FlowConfig, ModelConfig, load_recipe, variant_config
 from mmaudio_hf.schema import RunError
-from mmaudio_hf.training.parallel import allow_tf32, compile_blocks, wants_compile
+from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, wants_compile
 from mmaudio_hf.training.step import flow_step, make_objective
 
 SIZES = {name: value for name, value in MODEL.items() if name != "variant"}

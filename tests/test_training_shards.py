@@ -11,15 +11,18 @@ import torch
 from accelerate import PartialState
 from slices import parts, share_out, slices
 
-from mmaudio_hf.training import parallel, shards
+from mmaudio_hf.training import distributed as parallel
+from mmaudio_hf.training import shards
 from mmaudio_hf.training.checkpoint import (
+    Part,
     TrainingState,
     begin_attempt,
     latest_training_state,
     load_training_state,
     save_checkpoint,
+    save_local_shards,
+    wait_for_shards,
 )
-from mmaudio_hf.training.shards import Part, await_slices, leave_slices
 
 FACTS = {"ema_step": 3, "recipe": {"name": "run"}}
 
@@ -178,7 +181,7 @@ def test_the_first_process_waits_for_the_others(begun):
     for part in others:
         time.sleep(0.2)
         assert thread.is_alive() and not (run / "checkpoints" / "step_8").exists()
-        leave_slices(part, slices(state, part))
+        save_local_shards(part, slices(state, part))
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert_holds(latest_training_state(run, pytest.fail), 8)
@@ -186,16 +189,16 @@ def test_the_first_process_waits_for_the_others(begun):
 
 def test_one_that_fails_leaves_its_reason_and_no_file(begun, monkeypatch):
     run, state, (first, second, third) = begun
-    leave_slices(third, slices(state, third))
+    save_local_shards(third, slices(state, third))
     monkeypatch.setattr(shards, "sync", lambda path: full(path.name == "ema.rank_1_of_3.safetensors"))
-    leave_slices(second, slices(state, second))
+    save_local_shards(second, slices(state, second))
     assert not list(first.folder.glob("*.rank_1_of_3.*"))
     monkeypatch.undo()
     with pytest.raises(OSError, match="step_8") as caught:
         finish(run, state, first)
     assert_step_4_is_kept(run, caught.value, "process 1 failed: [Errno 28] No space left on device")
     # The others, if they are late, find nothing to write to and need not say so.
-    leave_slices(third, slices(state, third))
+    save_local_shards(third, slices(state, third))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
 
 
@@ -206,16 +209,16 @@ def full(is_full: bool) -> None:
 
 def test_a_fault_of_the_program_is_told_and_raised(begun):
     _, state, (first, second, third) = begun
-    leave_slices(third, slices(state, third))
+    save_local_shards(third, slices(state, third))
     with pytest.raises(KeyError):
-        leave_slices(second, {})
+        save_local_shards(second, {})
     with pytest.raises(OSError, match="process 1 failed: 'model'"):
-        await_slices(first)
+        wait_for_shards(first)
 
 
 def test_one_that_says_nothing_is_given_up(begun, monkeypatch):
     run, state, (first, second, _) = begun
-    leave_slices(second, slices(state, second))
+    save_local_shards(second, slices(state, second))
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(OSError, match="step_8") as caught:
@@ -227,7 +230,7 @@ def test_one_that_says_nothing_is_given_up(begun, monkeypatch):
 def test_what_an_earlier_attempt_left_does_not_count(begun, monkeypatch):
     run, state, (_, *others) = begun
     for part in others:
-        leave_slices(part, slices(state, part))  # and the first process is killed
+        save_local_shards(part, slices(state, part))  # and the first process is killed
     (run / "checkpoints" / "step_80.0.partial").mkdir()
     (run / "checkpoints" / "step_8.partial").mkdir()
     first, *_ = parts(run, state, cut(state.tensors), 3)

@@ -13,7 +13,7 @@ from toy_stores import recipe_tree, write_store
 from training_runs import ROOT, SCRIPTS, environment
 
 from mmaudio_hf.config import Recipe, load_recipe, save_recipe
-from mmaudio_hf.data.dataset import open_mixture
+from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.noise import draws_for_ids
 from mmaudio_hf.models.flow import flow_loss, interpolate, sample_time, velocity_target
 from mmaudio_hf.models.network import MMAudio

@@ -20,6 +20,7 @@ from mmaudio_hf import MMAudio, hub_client, weights
 from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.features.clip import load_empty_text
 from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, VOCODER_FILES
+from mmaudio_hf.models.convert import convert_file
 from mmaudio_hf.weights import CLIP, Weight
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB, several chunks
@@ -332,30 +333,30 @@ def test_a_flow_network_becomes_a_pretrained_model(tmp_path):
     network.set_latent_statistics(torch.zeros(20), torch.ones(20))
     state = network.state_dict()
     torch.save(state | {"latent_rot": torch.ones(2)}, tmp_path / "tiny.pth")
-    assert "small_16k" in weights.convert(tmp_path / "tiny.pth", tmp_path / "out")
+    assert "small_16k" in convert_file(tmp_path / "tiny.pth", tmp_path / "out")
     loaded = MMAudio.from_pretrained(tmp_path / "out")
     assert loaded.config == network.config
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     with pytest.raises(ValueError, match="exists"):
-        weights.convert(tmp_path / "tiny.pth", tmp_path / "out")
+        convert_file(tmp_path / "tiny.pth", tmp_path / "out")
     with pytest.raises(ValueError, match="is not small_16k: hidden_dim is 64, not 448"):
-        weights.convert(tmp_path / "tiny.pth", tmp_path / "b", "small_16k")
+        convert_file(tmp_path / "tiny.pth", tmp_path / "b", "small_16k")
     torch.save({n: v for n, v in state.items() if n != "t_embed.mlp.0.bias"}, tmp_path / "less.pth")
     with pytest.raises(ValueError, match=r"less\.pth does not fit this network: t_embed\.mlp\.0\.bias is missing"):
-        weights.convert(tmp_path / "less.pth", tmp_path / "b")
+        convert_file(tmp_path / "less.pth", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_other_files_become_safetensors(tmp_path):
     shared = torch.arange(4.0)
     torch.save({"generator": {"a": shared, "b": shared[:2]}, "step": 3}, tmp_path / "net.pt")
-    weights.convert(tmp_path / "net.pt", tmp_path / "net.safetensors")
+    convert_file(tmp_path / "net.pt", tmp_path / "net.safetensors")
     assert load_file(tmp_path / "net.safetensors")["b"].tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"ending \.safetensors"):
-        weights.convert(tmp_path / "net.pt", tmp_path / "folder")
+        convert_file(tmp_path / "net.pt", tmp_path / "folder")
     torch.save({"a": Code()}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match="would run code"):
-        weights.convert(tmp_path / "code.pt", tmp_path / "c.safetensors")
+        convert_file(tmp_path / "code.pt", tmp_path / "c.safetensors")
 
 
 # --- the empty caption ----------------------------------------------------------------------------------------------

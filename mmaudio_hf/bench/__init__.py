@@ -1,1 +1,99 @@
-"""Benchmarks, one module each; `mmaudio-hf bench` runs them."""
+"""How benchmarks measure. Everything that is compared runs in turn in one process: absolute times drift."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+from mmaudio_hf.bench.loader import make_stores
+from mmaudio_hf.config import DataConfig, ModelConfig, Recipe, StoreConfig, TrainingConfig
+from mmaudio_hf.data.mixture import open_mixture
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training.loop import Run, make_accelerator
+
+MATMUL_SIZE, SMALL_MATMUL = 3072, 256
+SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
+
+Timed = tuple[Callable[[], None], float]
+"""Something to run, and its floating-point operations."""
+
+
+def median_rates(parts: list[Timed], rounds: int) -> list[float]:
+    """Operations per second of each part, run in turn `rounds` times after a warm-up (one round: without); medians."""
+    seconds: list[list[float]] = [[] for _ in parts]
+    for number in range(rounds + 1 if rounds > 1 else 1):
+        for (run, _), times in zip(parts, seconds, strict=True):
+            began = time.perf_counter()
+            run()
+            if number or rounds == 1:
+                times.append(time.perf_counter() - began)
+    return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
+
+
+def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Timed:
+    """A large product of square matrices, by default a small one where the processor emulates the dtype."""
+    size = size or (SMALL_MATMUL if dtype == torch.bfloat16 and emulates_bf16(device) else MATMUL_SIZE)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def run() -> None:
+        torch.mm(a, b)
+        wait_for(device)
+
+    return run, 2.0 * size**3
+
+
+@lru_cache
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are far slower than float32 ones here."""
+    timed = [time_matmul(device, dtype, SMALL_MATMUL) for dtype in (torch.float32, torch.bfloat16)]
+    fp32, bf16 = median_rates(timed, 2)
+    return bf16 < SLOW_BF16 * fp32
+
+
+def wait_for(device: torch.device) -> None:
+    """Until queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- Steps of the real training loop, one at a time, over stores that are made for it --------------------------------
+
+
+STEPS = 1_000_000  # more than are measured
+ROWS = 64  # of the store: it stays in the page cache, as reading is measured by `bench loader`
+
+
+def bench_recipe(config: ModelConfig, batch_size: int, mixed_precision: str, folder: Path) -> Recipe:
+    """A recipe over random features, which are made in `folder` unless they are there."""
+    if not (folder / "features").exists():
+        make_stores(folder / "features", ROWS, 0.0, config)
+    training = TrainingConfig(steps=STEPS, batch_size=batch_size, mixed_precision=mixed_precision, trackers=())
+    stores = (StoreConfig(str(folder / "features" / "video")),)
+    return Recipe("bench", output_dir=str(folder), model=config, data=DataConfig(train=stores), training=training)
+
+
+@contextmanager
+def training_loop(recipe: Recipe) -> Iterator[tuple[Run, Callable[[], None]]]:
+    """A run that has begun, and what makes its next step, as `Run.go` does between two log lines, and waits for it."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run with another precision in this process
+    accelerator = make_accelerator(recipe)
+    network = MMAudio(recipe.model)
+    channels = recipe.model.latent_channels
+    network.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
+    mixture = open_mixture(recipe.data.train, recipe.model)
+    run = Run(recipe, network, mixture, None, (), lambda folder: None, accelerator)
+    run.prepare()
+    with run.loader(STEPS) as loader:
+
+        def step() -> None:
+            run.update(next(loader))
+            run.guard.check()
+            wait_for(run.device)
+
+        yield run, step
+    mixture.close()

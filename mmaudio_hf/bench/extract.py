@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchaudio.functional import resample
 
-from mmaudio_hf.bench.measure import emulates_bf16, median_rates, time_matmul
+from mmaudio_hf.bench import emulates_bf16, median_rates, time_matmul
 from mmaudio_hf.features import autoencoder, synchformer
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, audio_mode, sequence_lengths

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel
 
+from mmaudio_hf.bench import emulates_bf16, wait_for
 from mmaudio_hf.bench.extract import make_clip, randomised
-from mmaudio_hf.bench.measure import emulates_bf16, wait_for
 from mmaudio_hf.config import variant_config
 from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.video import read_video, write_video_with_audio
+from mmaudio_hf.media.mux import write_video_with_audio
+from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
 from mmaudio_hf.schema import (
@@ -140,7 +141,7 @@ def _stage_runs(mode: str, latents: int, device: torch.device, folder: Path) -> 
     """Name, something to run, and how many times of it a clip takes. One network is held at a time."""
     rate, lengths = audio_mode(mode), sequence_lengths(mode)
     video = make_clip(folder / "clip.mp4")
-    yield "read", lambda: read_video(video, mode=mode, as_uint8=True, pictures_only=True), 1
+    yield "read", lambda: read_video(video, mode=mode, as_uint8=True, video_only=True), 1
     with torch.device("meta"):
         model = CLIPModel(clip.clip_config(*CLIP_LAYERS))
     network = clip.ClipEncoder(randomised(model, device))

@@ -23,11 +23,11 @@ from tensordict import TensorDict
 from torch.utils.data import DataLoader, Dataset
 
 from mmaudio_hf.config import ModelConfig, variant_config
-from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.layout import Column, layout_columns
 from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_plans
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import permutation, positions
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.store_files import Column, layout_columns
 from mmaudio_hf.schema import column_shapes
 
 SEED = 0
@@ -203,7 +203,7 @@ def mix_bytes(folder: Path, variant: str = "small_16k") -> Figures:
     """
     model = variant_config(variant)
     shapes = column_shapes(model.mode, model.duration)
-    theirs = sum(column.record_bytes for column in layout_columns(shapes).values()) * GLOBAL_BATCH
+    theirs = sum(column.row_bytes for column in layout_columns(shapes).values()) * GLOBAL_BATCH
     figures: Figures = {"mix_dataloader_bytes": DATALOADER_COPIES * theirs}
     layouts = {"reference": (), "compact": ("compact",), "compact_bf16_sync": ("compact", "bfloat16")}
     for name, layout in layouts.items():
@@ -259,7 +259,7 @@ def _make_store(path: Path, rows: int, columns: dict[str, Column], filled: bool 
     meta: dict = {"shape": [], "device": "cpu", "_type": "<class 'tensordict._td.TensorDict'>"}
     for name, column in columns.items():
         meta[name] = {"device": "cpu", "shape": [rows, *column.shape], "dtype": str(column.dtype)}
-        size = rows * column.record_bytes
+        size = rows * column.row_bytes
         with open(path / f"{name}.memmap", "wb") as file:
             for first in range(0, size if filled else 0, max(1, len(block))):
                 file.write(block[: size - first])

@@ -7,10 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmaudio_hf.cli import audit, bench, data, evaluation, generation, hub, runs, store, training, weights
+from mmaudio_hf.cli import generation, hub, media, store, training, weights
 from mmaudio_hf.schema import RunError
 
-PARTS = (audit, data, store, training, runs, hub, generation, evaluation, weights, bench)  # in the order of --help
+COMMANDS = (  # in the order of --help
+    *(media.add_audit_commands, media.add_commands, store.add_commands, training.add_commands),
+    *(training.add_run_commands, hub.add_commands, generation.add_commands, generation.add_evaluation_commands),
+    *(weights.add_commands, training.add_bench_commands),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +66,6 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
         return command
 
-    for part in PARTS:
-        part.add_commands(add)
+    for add_commands in COMMANDS:
+        add_commands(add)
     return parser

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, split_hub_id
-from mmaudio_hf.training.lock import RunLock
+
+if TYPE_CHECKING:
+    from mmaudio_hf.training.resume import RunLock
 
 
 def add_commands(add) -> None:
@@ -37,7 +40,7 @@ def _push(options) -> None:
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
-    from mmaudio_hf.hub.card import add_card
+    from mmaudio_hf.hub.cards import add_card
     from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, read_contents, readable
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
@@ -105,7 +108,7 @@ def resolve_resume(recipe: Recipe) -> Recipe:
 
 
 @contextlib.contextmanager
-def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None]]:
+def hub_session(recipe: Recipe, lock: "RunLock") -> Iterator[Callable[[Path], None]]:
     """Bring the run here that `resume` names, check `hub`, and push while the body trains.
 
     Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work, with
@@ -128,13 +131,13 @@ def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None
             failure = error
         if not process.is_main_process and recipe.hub.repo_id:
             # A launcher stops all processes once one has ended with a code: the first one is still to push.
-            lock.await_release(recipe.hub.wait + 60)
+            lock.wait_for_release(recipe.hub.wait + 60)
         if failure is not None:
             raise failure
         return
     from tqdm import tqdm
 
-    from mmaudio_hf.hub.card import add_card
+    from mmaudio_hf.hub.cards import add_card
     from mmaudio_hf.hub.sync import CheckpointSync
 
     say = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
@@ -143,12 +146,12 @@ def hub_session(recipe: Recipe, lock: RunLock) -> Iterator[Callable[[Path], None
         yield sync.announce
 
 
-def _prepare(recipe: Recipe, process, lock: RunLock) -> None:
+def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
     """Let the first process look and fetch; where that fails it says why, and the others end without a word."""
     from accelerate.utils import broadcast_object_list
 
     from mmaudio_hf.hub.sync import check_repository
-    from mmaudio_hf.training.parallel import check_seen_everywhere
+    from mmaudio_hf.training.distributed import check_seen_everywhere
 
     failure, code = None, [0]
     if process.is_main_process:

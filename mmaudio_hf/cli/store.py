@@ -71,7 +71,7 @@ def add_commands(add) -> None:
 
 
 def _inspect(options) -> None:
-    from mmaudio_hf.data.inspect import describe
+    from mmaudio_hf.data.tools import describe
 
     facts = describe(options.store)
     if options.json:
@@ -102,13 +102,13 @@ def _inspect(options) -> None:
 
 
 def _convert(options) -> None:
-    from mmaudio_hf.data.rewrite import convert
+    from mmaudio_hf.data.tools import convert
 
     _tell(convert(options.source, options.target, options.layout, options.sync_dtype))
 
 
 def _merge(options) -> None:
-    from mmaudio_hf.data.rewrite import merge
+    from mmaudio_hf.data.tools import merge
 
     _tell(merge(options.sources, options.out, skip_duplicates=options.skip_duplicates))
 
@@ -120,8 +120,8 @@ def _subset(options) -> None:
         pattern = re.compile(options.match or "")
     except re.error as error:
         raise ValueError(f"--match {options.match!r} is not a regular expression: {error}") from error
-    from mmaudio_hf.data.rewrite import subset
     from mmaudio_hf.data.store import FeatureStore
+    from mmaudio_hf.data.tools import subset
 
     with FeatureStore.open(options.source) as store:
         rows = range(len(store)) if options.rows is None else range(len(store))[options.rows]
@@ -166,7 +166,7 @@ def _push(options) -> None:
         print(f"{repo} is not there, or hidden from this token: it {'would be' if options.dry_run else 'is'} made")
     missing = {part.file for part in plan.missing}
     for name, stored in plan.columns.items():
-        size = readable(stored.records * stored.column.record_bytes)
+        size = readable(stored.records * stored.column.row_bytes)
         new = sum(part.file in missing for part in stored.parts)
         print(f"  {name:14} {size:>10} in {len(stored.parts)} parts, {new} to send")
     print(f"{readable(plan.size)} in {len(missing)} parts to {repo}{', dry run' * options.dry_run}")
@@ -211,7 +211,7 @@ def _bar(what: str, size: int):
 def _verify(options) -> int:
     if (options.media or options.recipe) and not options.sample:
         raise ValueError("--media and --recipe say how rows are made anew: give --sample N as well")
-    from mmaudio_hf.data.verify import verify
+    from mmaudio_hf.data.tools import verify
 
     reencode = _reencoder(options) if options.sample else None
     report = verify(options.store, sample=options.sample, reencode=reencode, seed=options.seed)
@@ -287,7 +287,7 @@ def _source(options, recipe: Recipe | None, kind: str):
 
 def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, duration: float) -> Callable:
     from mmaudio_hf.media.audio import MediaError
-    from mmaudio_hf.media.clips import find_video
+    from mmaudio_hf.media.lists import find_video
     from mmaudio_hf.media.video import read_video
     from mmaudio_hf.schema import RunError
 
@@ -313,9 +313,9 @@ def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, dur
 
 
 def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float) -> Callable:
-    from mmaudio_hf.cli.data import clips_path
+    from mmaudio_hf.cli.media import clips_path
     from mmaudio_hf.media.audio import MediaError, cut_audio_clip, read_waveform
-    from mmaudio_hf.media.clips import find_recording, read_clips
+    from mmaudio_hf.media.lists import find_audio_file, read_clips
     from mmaudio_hf.schema import RunError
 
     source = _source(options, recipe, "audios")
@@ -329,7 +329,7 @@ def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float
         if clip is None:
             raise RunError(f"{listed} has no clip {item_id!r}")
         try:
-            path = find_recording(options.media, clip.name)
+            path = find_audio_file(options.media, clip.name)
             waveform, rate = read_waveform(path)
             span = {"start_sample": clip.start_sample, "end_sample": clip.end_sample}
             return {"audio": cut_audio_clip(waveform, rate, mode=mode, duration=duration, source=str(path), **span)}

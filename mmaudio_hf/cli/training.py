@@ -1,16 +1,20 @@
 """Commands that train."""
 
+import argparse
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmaudio_hf.cli.hub import hub_session, resolve_resume
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
-from mmaudio_hf.training.lock import RunLock
+
+if TYPE_CHECKING:
+    from mmaudio_hf.training.resume import RunLock
 
 
 def add_commands(add) -> None:
@@ -37,6 +41,7 @@ def _train(options) -> int:
     if not recipe.data.train:
         raise ValueError(f"{options.recipe}: data.train names no feature store")
     from mmaudio_hf.training.loop import check_launch
+    from mmaudio_hf.training.resume import RunLock
 
     check_launch()
     # Held around the Hub as well: what is fetched and staged belongs to the launch that trains.
@@ -54,7 +59,6 @@ def _doctor(options) -> int:
             raise ValueError(f"--{name} must be at least 1, not {number}")
     import torch
 
-    from mmaudio_hf.cli.weights import weight_checks
     from mmaudio_hf.doctor import as_table, examine
 
     processes = options.processes or max(1, torch.cuda.device_count())
@@ -66,11 +70,11 @@ def _doctor(options) -> int:
     return 1 if failed else 0
 
 
-def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None], lock: RunLock) -> int:
+def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[Path], None], lock: "RunLock") -> int:
     import torch
 
-    from mmaudio_hf.data.dataset import check_encoders, open_mixture
-    from mmaudio_hf.hub.card import code_version
+    from mmaudio_hf.data.mixture import check_encoders, open_mixture
+    from mmaudio_hf.hub.cards import code_version
     from mmaudio_hf.training.finetune import initial_network
     from mmaudio_hf.training.loop import train
 
@@ -86,7 +90,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     check_encoders([*mixture.stores, *(validation.stores if validation else ())])
     evaluators = []
     if recipe.samples.every:
-        from mmaudio_hf.samples import SampleEvaluator
+        from mmaudio_hf.evaluation.samples import SampleEvaluator
 
         evaluators.append(SampleEvaluator(recipe))
     if recipe.evaluation.every or recipe.evaluation.after_training:
@@ -128,7 +132,7 @@ def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
 
     start: the file the run was imported from.
     """
-    from mmaudio_hf.hub.card import write_card
+    from mmaudio_hf.hub.cards import write_card
 
     write_encoder_files(recipe, folder)
     write_card(recipe, folder, start)
@@ -161,7 +165,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     import yaml
 
     from mmaudio_hf.config import to_dict
-    from mmaudio_hf.data.dataset import places_per_epoch
+    from mmaudio_hf.data.mixture import samples_per_epoch
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
     from mmaudio_hf.training.finetune import mark_trained
@@ -185,7 +189,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     }
     rows = [_store_rows(store.path) for store in recipe.data.train]
     if rows and all(rows):
-        per_epoch = sum(places_per_epoch(n, s.repeats) for n, s in zip(rows, recipe.data.train, strict=True))
+        per_epoch = sum(samples_per_epoch(n, s.repeats) for n, s in zip(rows, recipe.data.train, strict=True))
         derived["rows_per_epoch"] = per_epoch
         derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
         derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
@@ -200,3 +204,191 @@ def _store_rows(path: str) -> int:
         return 0
     with FeatureStore.open(path) as store:
         return len(store)
+
+
+def weight_checks():
+    """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
+
+    def vocoder(path: Path) -> None:
+        from mmaudio_hf.features.vocoder import Vocoder
+
+        Vocoder("44k").load_released(path)
+
+    def vocoder_settings(path: Path) -> None:
+        try:
+            rates = json.loads(path.read_text())["upsample_rates"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
+        if rates != [8, 4, 2, 2, 2, 2]:
+            raise ValueError(f"{path} is of another vocoder: its upsample_rates are {rates}")
+
+    def empty_text(path: Path) -> None:
+        from mmaudio_hf.features.clip import load_empty_text
+
+        load_empty_text(path)
+
+    from mmaudio_hf.weights import BIGVGAN
+
+    return {
+        f"{BIGVGAN}/bigvgan_generator.pt": vocoder,
+        f"{BIGVGAN}/config.json": vocoder_settings,
+        "empty_string.pth": empty_text,
+    }
+
+
+# --- Commands that look at a run or make something of it -------------------------------------------------------------
+
+
+def add_run_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    average = add("ema", _ema, "publish averaged weights of another width or step, from the snapshots of a run")
+    average.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    average.add_argument("--sigma-rel", type=float, required=True, help="width relative to the length of training")
+    average.add_argument("--step", type=int, help="training step (default: that of the last snapshot)")
+    average.add_argument("--out", type=Path, required=True, help="new folder; generate takes it as --run")
+
+    replay = add("replay-step", _replay_step, "rerun one training step alone and show its losses and gradients")
+    replay.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    replay.add_argument(
+        "step", type=int, metavar="STEP", help="updates made before it, as in skipped.jsonl and autopsy/"
+    )
+    replay.add_argument("--advance", action="store_true", help="train from the checkpoint before it to its own weights")
+    replay.add_argument("--json", action="store_true", help="print everything as one JSON object, as in autopsy/")
+
+
+def _recipe_of(run: Path) -> Recipe:
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not a run folder: it has no config.yaml")
+    recipe = load_recipe(run / "config.yaml")
+    return replace(recipe, name=run.resolve().name, output_dir=str(run.resolve().parent))  # it may have moved
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _ema(options) -> None:
+    from mmaudio_hf.training.checkpointer import publish_ema
+
+    recipe = _recipe_of(options.run)
+    average = (options.run, options.sigma_rel, options.step, options.out)
+    weights = publish_ema(*average, lambda folder: write_extras(recipe, folder), _say)
+    print(f"{options.out}: EMA of sigma_rel {weights['sigma_rel']:g} as of step {weights['step']}")
+
+
+def _replay_step(options) -> None:
+    recipe = _recipe_of(options.run)
+    import torch
+
+    from mmaudio_hf.data.mixture import open_mixture
+    from mmaudio_hf.training.finetune import initial_network
+    from mmaudio_hf.training.replay import replay_step, summary, to_json
+
+    mixture = open_mixture(recipe.data.train, recipe.model)
+    torch.manual_seed(recipe.seed)
+    # As a new run: before the first checkpoint, its own start is what counts.
+    start = replace(recipe, resume="never")
+    network = initial_network(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
+    figures = replay_step(recipe, network, mixture, options.step, advance=options.advance, say=_say)
+    print(to_json(figures).rstrip() if options.json else summary(figures))
+
+
+# --- `mmaudio-hf bench`: what takes how long, against what the machine can do ----------------------------------------
+
+
+def add_bench_commands(add) -> None:
+    """Add it by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    parser = add("bench", None, "measure a part against what the machine can do")
+    parts = parser.add_subparsers(required=True, metavar="PART")
+
+    def part(name, function, help_text):
+        command = parts.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=lambda options: _show(function(options), options.json))
+        command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        return command
+
+    step = part("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
+    step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    step.add_argument("--batch-size", type=_count, default=4, help="samples (default 4)")
+    step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
+    step.add_argument(
+        "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
+    )
+    scaling = part("scaling", _scaling, "two processes with one thread each against one: weak scaling")
+    scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
+    scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    extract = part("extract", _extract, "decoding and encoders")
+    extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
+    generate = part("generate", _generate, "guided sampling against two forwards per step, and the other stages")
+    generate.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
+    generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
+    loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
+    loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: made)")
+    loader.add_argument("--rows", type=int, default=2000, help="rows of stores that are made (default 2000, 2 GB)")
+    loader.add_argument("--batch-size", type=_count, default=64, help="samples (default 64)")
+    loader.add_argument("--audio-share", type=float, help="rows without video (default: as in the published mix, 0.3)")
+    loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
+    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in files of holes")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _step(options) -> dict:
+    from mmaudio_hf.bench.training import checkpoint, step
+    from mmaudio_hf.config import variant_config
+
+    config = variant_config(options.variant)
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    figures = step(config, options.batch_size, options.rounds, precisions)
+    if options.checkpoint:
+        figures |= checkpoint(config, options.rounds)
+        stall, seconds = figures["checkpoint_stall_seconds"], figures[f"{precisions[0]}_step_seconds"]
+        figures["checkpoint_stall_in_steps"] = stall / seconds
+    return figures
+
+
+def _scaling(options) -> dict:
+    from mmaudio_hf.bench.training import scaling
+    from mmaudio_hf.config import variant_config
+
+    precision = "bf16" if options.precision == "bf16" else "no"
+    return scaling(variant_config(options.variant), options.batch_size, options.rounds, precision)
+
+
+def _extract(options) -> dict:
+    from mmaudio_hf.bench.extract import extract
+
+    return extract(options.video, options.rounds)
+
+
+def _generate(options) -> dict:
+    from mmaudio_hf.bench.generate import generate
+
+    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+    return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
+
+
+def _loader(options) -> dict:
+    from mmaudio_hf.bench.loader import AUDIO_SHARE, loader
+
+    share = AUDIO_SHARE if options.audio_share is None else options.audio_share
+    return loader(
+        options.store, options.rows, options.batch_size, share, options.rounds, options.threads, sweep=options.sweep
+    )
+
+
+def _show(figures: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from mmaudio_hf.cli.training import write_extras
+from mmaudio_hf.cli.training import weight_checks, write_extras
 from mmaudio_hf.config import Recipe, load_recipe
 
 
 def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    _add_weights_commands(add("weights", None, "list, download, verify and convert released weights"))
+    _add_commands(add("weights", None, "list, download, verify and convert released weights"))
     importing = add("import", _import, "make a run folder of a checkpoint of the reference implementation")
     importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
     importing.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
@@ -22,7 +22,7 @@ def add_commands(add) -> None:
     exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
 
 
-def _add_weights_commands(parser) -> None:
+def _add_commands(parser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name, function, help_text, folder=True):
@@ -85,39 +85,10 @@ def _weights_verify(options) -> int:
 
 
 def _weights_convert(options) -> None:
-    from mmaudio_hf import weights
 
-    print(weights.convert(options.file, options.out, options.variant))
+    from mmaudio_hf.models.convert import convert_file
 
-
-def weight_checks():
-    """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
-
-    def vocoder(path: Path) -> None:
-        from mmaudio_hf.features.vocoder import Vocoder
-
-        Vocoder("44k").load_released(path)
-
-    def vocoder_settings(path: Path) -> None:
-        try:
-            rates = json.loads(path.read_text())["upsample_rates"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
-        if rates != [8, 4, 2, 2, 2, 2]:
-            raise ValueError(f"{path} is of another vocoder: its upsample_rates are {rates}")
-
-    def empty_text(path: Path) -> None:
-        from mmaudio_hf.features.clip import load_empty_text
-
-        load_empty_text(path)
-
-    from mmaudio_hf.weights import BIGVGAN
-
-    return {
-        f"{BIGVGAN}/bigvgan_generator.pt": vocoder,
-        f"{BIGVGAN}/config.json": vocoder_settings,
-        "empty_string.pth": empty_text,
-    }
+    print(convert_file(options.file, options.out, options.variant))
 
 
 def _import(options) -> None:

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.layout import Column, bytes_of
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
 from mmaudio_hf.data.sampler import positions, validation_positions
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.store_files import Column, bytes_of
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
@@ -81,8 +81,8 @@ def training_batches(
 ) -> "BatchLoader":
     """Loader of this process's share of steps `start_step` to `start_step + num_steps - 1`.
 
-    slots: global slots of each accumulation micro batch, from `sampler.process_slots`. Iterating yields one list of
-    batches per step, one batch per micro batch. `device` None leaves them on the CPU.
+    slots: global slots of each accumulation micro batch, from `sampler.process_sample_indices`. Iterating yields one
+    list of batches per step, one batch per micro batch. `device` None leaves them on the CPU.
     """
     steps = training_plans(len(mixture), seed, global_batch, slots, range(start_step, start_step + num_steps))
     return BatchLoader(
@@ -286,7 +286,7 @@ class _Piece(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return len(self.rows) * self.store.columns[self.column].record_bytes
+        return len(self.rows) * self.store.columns[self.column].row_bytes
 
 
 class _Samples:
@@ -304,7 +304,7 @@ class _Samples:
             chosen = np.flatnonzero(self.source == index)
             for name in store.columns.keys() & mixture.columns.keys() if len(chosen) else ():
                 places = video_places[chosen] if name in _VIDEO else chosen
-                count = max(1, _TASK_BYTES // store.columns[name].record_bytes)
+                count = max(1, _TASK_BYTES // store.columns[name].row_bytes)
                 for first in range(0, len(chosen), count):
                     part = slice(first, first + count)
                     self.pieces.append(_Piece(store, name, rows[chosen[part]], places[part]))
@@ -392,9 +392,9 @@ class _Buffers:
 def _room(column: Column, records: int, pinned: bool) -> torch.Tensor:
     """Memory for records (records, *shape): page-locked, or in large pages where the system has them to give."""
     shape = (records, *column.shape)
-    if pinned or not records * column.record_bytes:
+    if pinned or not records * column.row_bytes:
         return torch.empty(shape, dtype=column.dtype, pin_memory=pinned)
-    memory = mmap.mmap(-1, records * column.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, records * column.row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=column.dtype).view(shape)

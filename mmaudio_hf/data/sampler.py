@@ -40,7 +40,7 @@ def positions(seed: int, step: int, slots: np.ndarray, global_batch: int, epoch_
     return found
 
 
-def process_slots(global_batch: int, world_size: int, rank: int, accumulation: int = 1) -> list[np.ndarray]:
+def process_sample_indices(global_batch: int, world_size: int, rank: int, accumulation: int = 1) -> list[np.ndarray]:
     """Slots of process `rank`, one array per accumulation micro batch; the same for every step.
 
     ValueError when the global batch does not divide evenly.

@@ -3,7 +3,7 @@
 A store called NAME is a folder `NAME/` with one headerless `COLUMN.memmap` per column and a `meta.json`
 (the memory-mapped layout of TensorDict), a table `NAME.tsv` whose row i belongs to record i, and
 `NAME.manifest.json` with what the numbers mean. Stores of the reference implementation have no manifest and open too.
-Record i of a column starts at byte i * record_bytes (spec media, section 5.2), so reading is one positional read.
+Record i of a column starts at byte i * row_bytes (spec media, section 5.2), so reading is one positional read.
 In the compact layout rows share text records (see `store_files`); reading gives every row its own all the same.
 """
 
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmaudio_hf.data.reads import read_at, read_records, runs
-from mmaudio_hf.data.store_files import (
+from mmaudio_hf.data.layout import (
     AGAIN,
     PARTIAL,
     TEXT_INDEX,
@@ -49,6 +48,7 @@ from mmaudio_hf.data.store_files import (
     write_all,
     write_text,
 )
+from mmaudio_hf.data.reads import read_at, read_records, runs
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES, audio_mode, check_id
 
 _BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
@@ -140,7 +140,7 @@ class FeatureStore:
         """
         if len(rows):
             places = np.arange(len(rows)) if places is None else places
-            read_records(self._files[name], self._records(name, rows), self.columns[name].record_bytes, target, places)
+            read_records(self._files[name], self._records(name, rows), self.columns[name].row_bytes, target, places)
 
     def expect(self, name: str, rows: np.ndarray) -> None:
         """Have the system fetch records of a column from the disk, without waiting for them."""
@@ -151,7 +151,7 @@ class FeatureStore:
         self._advise(name, rows, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, name: str, rows: np.ndarray, advice: int) -> None:
-        size = self.columns[name].record_bytes
+        size = self.columns[name].row_bytes
         for record, first, last in runs(self._records(name, rows)):
             os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, advice)
 
@@ -168,7 +168,7 @@ class FeatureStore:
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The column in file order, as (first row, records); memory does not grow with the store."""
-        step = max(1, _BLOCK_BYTES // self.columns[name].record_bytes)
+        step = max(1, _BLOCK_BYTES // self.columns[name].row_bytes)
         for first in range(0, len(self), step):
             rows = np.arange(first, min(first + step, len(self)))
             yield first, self.read(rows, [name])[name]
@@ -176,10 +176,10 @@ class FeatureStore:
     def file_blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """What the file of a column holds, as (first record, records): each shared text once, else as `blocks`."""
         column, records = self.contents.files[name]
-        step = max(1, _BLOCK_BYTES // column.record_bytes)
+        step = max(1, _BLOCK_BYTES // column.row_bytes)
         for first in range(0, records, step):
             block = torch.empty((min(step, records - first), *column.shape), dtype=column.dtype)
-            read_at(self._files[name], first * column.record_bytes, [bytes_of(block)])
+            read_at(self._files[name], first * column.row_bytes, [bytes_of(block)])
             yield first, block
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +291,7 @@ class StoreWriter:
         try:
             if layout == "compact" and TEXT_FEATURES in plain:
                 self._texts = _SharedTexts(self._partial, num_rows, plain.pop(TEXT_FEATURES))
-            _check_room(self._partial, num_rows * sum(column.record_bytes for column in plain.values()))
+            _check_room(self._partial, num_rows * sum(column.row_bytes for column in plain.values()))
             for name, column in plain.items():
                 self._files[name] = _preallocated(self._partial, name, num_rows, column)
         except BaseException:
@@ -321,7 +321,7 @@ class StoreWriter:
             if name == TEXT_FEATURES and self._texts is not None:
                 self._texts.write(first_row, tensor.contiguous())
             else:
-                offset = first_row * self.columns[name].record_bytes
+                offset = first_row * self.columns[name].row_bytes
                 write_all(self._files[name], bytes_of(tensor.contiguous()), offset)
         for row in tensors[MEAN]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
             self._moments.add(row)
@@ -384,7 +384,7 @@ class StoreWriter:
         moments, column = Moments(self.columns[MEAN].shape[-1]), self.columns[MEAN]
         record = torch.empty(column.shape, dtype=column.dtype)
         for row in range(self.num_rows):
-            read_at(self._files[MEAN], row * column.record_bytes, [bytes_of(record)])
+            read_at(self._files[MEAN], row * column.row_bytes, [bytes_of(record)])
             moments.add(record)
         return moments
 
@@ -449,7 +449,7 @@ class _SharedTexts:
             data = bytes_of(record)
             place = self._known.setdefault(hashlib.sha256(data).digest(), len(self._known))
             if place == self._written:
-                write_all(self.file, data, place * self._column.record_bytes)
+                write_all(self.file, data, place * self._column.row_bytes)
                 self._written += 1
             self._index[row] = place
 
@@ -468,7 +468,7 @@ class _SharedTexts:
         return len(order)
 
     def _sort(self, order: np.ndarray) -> None:
-        size, name = self._column.record_bytes, column_file(self._folder, TEXT_FEATURES)
+        size, name = self._column.row_bytes, column_file(self._folder, TEXT_FEATURES)
         with self.file as unsorted:
             os.unlink(name)
             self.file = open(name, "w+b", buffering=0)  # noqa: SIM115
@@ -488,5 +488,5 @@ def _check_room(folder: Path, size: int) -> None:
 def _preallocated(folder: Path, name: str, rows: int, column: Column):
     file = open(column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
     with naming(file.name):
-        os.posix_fallocate(file.fileno(), 0, rows * column.record_bytes)
+        os.posix_fallocate(file.fileno(), 0, rows * column.row_bytes)
     return file

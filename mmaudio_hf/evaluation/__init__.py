@@ -14,8 +14,7 @@ from mmaudio_hf.evaluation.metrics import (
     kl_divergence,
     mean_cosine,
 )
-from mmaudio_hf.evaluation.onsets import onset_f1, onset_scores, onset_times, shuffled_pairing
-from mmaudio_hf.evaluation.sound import waveform_scores
+from mmaudio_hf.evaluation.onsets import onset_f1, onset_scores, onset_times, shuffled_pairing, waveform_scores
 
 __all__ = [
     "Score",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmaudio_hf.evaluation.desync import OffsetHead
 from mmaudio_hf.evaluation.metrics import (
     clean_id,
     desync_score,
@@ -19,7 +20,6 @@ from mmaudio_hf.evaluation.metrics import (
     kl_divergence,
     mean_cosine,
 )
-from mmaudio_hf.evaluation.offsets import OffsetHead
 
 NO_PARTNER = "no ground truth of this id"
 NOT_FINITE = "features that are not finite"

@@ -1,14 +1,16 @@
 """Event timing: when sounds begin, and how well that agrees with when they should."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torchaudio
 from scipy.ndimage import maximum_filter1d, uniform_filter1d
 from scipy.signal import stft
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from mmaudio_hf.evaluation.sound import mel_bank
+from mmaudio_hf.evaluation.caches import Score
 
 _ONSET_HOP = 0.01  # s
 _ONSET_WINDOW = 0.04  # s
@@ -111,3 +113,100 @@ def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | 
     raise ValueError(
         f"{n} clips cannot be paired with others that differ: at least two with different events are needed"
     )
+
+
+# --- Statistics of sound: how far a waveform is from the true one. No network is needed ------------------------------
+
+
+_SCORE_WINDOW, _SCORE_HOP, _SCORE_BANDS = 0.064, 0.016, 80  # s, s
+
+
+def waveform_scores(predicted, reference, sample_rate: int) -> dict[str, float]:
+    """How far a sound is from the true one, both (samples,); the longer is cut to the length of the shorter.
+
+    "log_mel_distance": root mean square over time and 80 mel bands in dB, both clipped 80 dB below the louder one's
+    maximum. "loudness_difference": RMS levels in dB. "centroid_difference" in octaves and "flatness_difference" in dB
+    compare the mean power spectra. "envelope_correlation": Pearson's, of the levels in dB over time (0 if one is
+    constant). Signed differences are predicted minus reference.
+    """
+    pair = [np.asarray(waveform, np.float64).reshape(-1) for waveform in (predicted, reference)]
+    length, window = min(samples.size for samples in pair), round(_SCORE_WINDOW * sample_rate)
+    if length < window:
+        raise ValueError(f"{length} samples are too few to compare: at least {window} are needed")
+    hop = round(_SCORE_HOP * sample_rate)
+    spectra = [
+        np.abs(stft(samples[:length], sample_rate, nperseg=window, noverlap=window - hop)[2]) ** 2 for samples in pair
+    ]
+    bank = mel_bank(window // 2 + 1, sample_rate, _SCORE_BANDS)
+    mels = [bank @ power for power in spectra]
+    floor = max(max(mel.max() for mel in mels) * 1e-8, 1e-20)
+    levels = [10 * np.log10(np.maximum(mel, floor)) for mel in mels]
+    envelopes = [10 * np.log10(np.maximum(mel.sum(0), floor)) for mel in mels]
+    rms = [10 * np.log10(np.mean(samples[:length] ** 2) + 1e-12) for samples in pair]
+    centroid, flatness = zip(*(_spectrum_shape(power.mean(1), sample_rate) for power in spectra), strict=True)
+    steady = min(envelope.std() for envelope in envelopes) < 1e-9
+    return {
+        "log_mel_distance": float(np.sqrt(np.mean((levels[0] - levels[1]) ** 2))),
+        "loudness_difference": float(rms[0] - rms[1]),
+        "centroid_difference": float(np.log2(centroid[0] / centroid[1])),
+        "flatness_difference": float(flatness[0] - flatness[1]),
+        "envelope_correlation": 0.0 if steady else float(np.corrcoef(envelopes)[0, 1]),
+    }
+
+
+def _spectrum_shape(power: np.ndarray, sample_rate: int) -> tuple[float, float]:
+    """Centroid in Hz and flatness (geometric over arithmetic mean) in dB of a power spectrum; DC is left out."""
+    power = power[1:] + 1e-20
+    frequencies = np.arange(1, power.size + 1) * sample_rate / (2 * power.size)
+    flatness = 10 * (np.log10(power).mean() - np.log10(power.mean()))
+    return float(frequencies @ power / power.sum()), float(flatness)
+
+
+def mel_bank(bins: int, sample_rate: int, bands: int) -> np.ndarray:
+    """Triangular mel filters (bands, bins) from 50 Hz to at most 8 kHz."""
+    bank = torchaudio.functional.melscale_fbanks(bins, 50.0, min(8000.0, sample_rate / 2), bands, sample_rate)
+    return bank.T.double().numpy()
+
+
+# --- Scores that need no networks ------------------------------------------------------------------------------------
+
+
+# Name -> unit and which values are better.
+BUILT_IN = {
+    "log_mel_distance": ("dB", "lower"),
+    "loudness_difference": ("dB", "zero"),
+    "centroid_difference": ("octaves", "zero"),
+    "flatness_difference": ("dB", "zero"),
+    "envelope_correlation": ("correlation", "higher"),
+    "onset_precision": ("share", "higher"),
+    "onset_recall": ("share", "higher"),
+    "onset_f1": ("share", "higher"),
+}
+NO_ONSETS = "neither sound has an onset"
+
+
+def clip_scores(predicted, reference, sample_rate: int) -> dict[str, float]:
+    """`waveform_scores` of one sound, and how its onsets agree with those of the true one within 0.1 s.
+
+    Both are (samples,). Where neither has an onset, the last three are left out.
+    """
+    scores = waveform_scores(predicted, reference, sample_rate)
+    detected, true = onset_times(predicted, sample_rate), onset_times(reference, sample_rate)
+    if len(detected) or len(true):
+        names = ("onset_precision", "onset_recall", "onset_f1")
+        scores |= dict(zip(names, onset_f1(detected, true), strict=True))
+    return scores
+
+
+def mean_scores(clips: Mapping[str, Mapping[str, float]], dropped: Mapping[str, Sequence[str]]) -> dict[str, Score]:
+    """Means of `clip_scores` by id; `dropped`, reason -> ids, has what was not scored at all."""
+    scores = {}
+    for name, (unit, better) in BUILT_IN.items():
+        values = [found[name] for found in clips.values() if name in found]
+        silent = [item_id for item_id, found in clips.items() if name not in found]
+        reasons = {reason: list(ids) for reason, ids in dropped.items() if ids} | (
+            {NO_ONSETS: silent} if silent else {}
+        )
+        mean = float(np.mean(values)) if values else math.nan
+        scores[name] = Score(mean, unit, better, len(values), reasons)
+    return scores

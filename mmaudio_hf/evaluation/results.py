@@ -10,13 +10,18 @@ scores                                    NAME: value, unit, better, used, dropp
 not_computed                              what was asked for and why it is not there
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import gather_object
+
+from mmaudio_hf.schema import RunError
 
 FORMAT = 1
 FOLDER = "evaluation"
@@ -72,3 +77,27 @@ def find_scores(run_dir: str | PathLike, split: str = "") -> list[dict[str, Any]
             if split in ("", content["split"]):
                 found.append(content)
     return sorted(found, key=lambda content: (content["split"], content["step"] or 0))
+
+
+def together(function: Callable[[], Any]) -> list[Any]:
+    """What `function` returned on every process, in their order; RunError on all of them when it failed on one."""
+    try:
+        outcome = (function(), None)
+    except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last of these when memory is short
+        outcome = (None, str(error))
+    outcomes = gather_object([outcome])
+    for _, error in outcomes:
+        if error is not None:
+            raise RunError(error)
+    return [result for result, _ in outcomes]
+
+
+def everything(function: Callable[[], list]) -> list:
+    """The entries of the lists that `function` returned on every process."""
+    return [entry for result in together(function) for entry in result]
+
+
+def digest(plain: Mapping[str, Any], *more: str) -> str:
+    """SHA-256 of plain values and texts."""
+    text = json.dumps(plain, sort_keys=True) + "".join(f"\n{part}" for part in more)
+    return hashlib.sha256(text.encode()).hexdigest()

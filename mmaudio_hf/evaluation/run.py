@@ -25,14 +25,24 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
-from mmaudio_hf.evaluation.builtin import clip_scores, mean_scores
+from mmaudio_hf.evaluation.av_bench import AV_BENCH, PublishedScores, av_bench_problem, check_truth
 from mmaudio_hf.evaluation.caches import listed
-from mmaudio_hf.evaluation.items import HeldOutItems, generate_items
-from mmaudio_hf.evaluation.processes import digest, everything, together
-from mmaudio_hf.evaluation.published import AV_BENCH, PublishedScores, av_bench_problem, check_truth
-from mmaudio_hf.evaluation.results import FOLDER, FORMAT, read_key, read_scores, scores_file, write_key, write_scores
+from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
+from mmaudio_hf.evaluation.results import (
+    FOLDER,
+    FORMAT,
+    digest,
+    everything,
+    read_key,
+    read_scores,
+    scores_file,
+    together,
+    write_key,
+    write_scores,
+)
+from mmaudio_hf.evaluation.samples import HeldOutItems, generate_items
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint, load_encoders
-from mmaudio_hf.generation import MMAudioPipeline
+from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import MediaError, read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import Evaluation, RunError

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmaudio_hf.released import check_state, load_state, load_strict
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode
+from mmaudio_hf.weights import check_state, load_state, load_strict
 
 WIDTHS = {"16k": 384, "44k": 512}
 ACTIVATION_BOUND = 256

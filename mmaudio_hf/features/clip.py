@@ -22,8 +22,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from mmaudio_hf.released import load_state, load_strict, read_file
 from mmaudio_hf.schema import CLIP_DIM, CLIP_PIXELS, TEXT_DIM, TEXT_TOKENS
+from mmaudio_hf.weights import load_state, load_strict, read_file
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

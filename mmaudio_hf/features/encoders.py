@@ -303,7 +303,7 @@ def _sync_batch(synchformer, frames: torch.Tensor) -> torch.Tensor:
 
 
 def _floats(frames: torch.Tensor, signed: bool) -> torch.Tensor:
-    """Finish uint8 pictures as `normalize_pictures` does: to [-1, 1] when `signed`, else to [0, 1]."""
+    """Finish uint8 pictures as `normalize_frames` does: to [-1, 1] when `signed`, else to [0, 1]."""
     if frames.dtype != torch.uint8:
         return frames
     unit = frames.float().div_(255)

@@ -35,7 +35,7 @@ from mmaudio_hf.features.jobs import Item, Job, Share, digest_of, locked, naming
 from mmaudio_hf.features.shards import make_shards
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import MediaError
-from mmaudio_hf.media.clips import find_recording, find_video, read_clips, read_media_list
+from mmaudio_hf.media.lists import find_audio_file, find_video, read_clips, read_media_list
 from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id
 
@@ -48,7 +48,7 @@ _WHOLE = Share()
 class ExtractionReport:
     """What became of a list. accepted + rejected = listed; `missing` counts the rejects whose file was not found.
 
-    With `open_shards`, those that other processes have still to make, the counts are of the others alone, and there
+    With `pending_shards`, those that other processes have still to make, the counts are of the others alone, and there
     is no store yet.
     """
 
@@ -59,16 +59,17 @@ class ExtractionReport:
     missing: int
     shards: int
     reused_shards: int  # complete before this run
-    open_shards: int
+    pending_shards: int
     store_path: Path
     rejects_path: Path
     seconds: float
     halved: dict[str, int] = field(default_factory=dict)  # encoder -> largest batch where memory did not hold more
 
     def __str__(self) -> str:
-        if self.open_shards:
+        if self.pending_shards:
             return (
-                f"{self.name}: {self.shards - self.open_shards} of {self.shards} shards complete, {self.seconds:.1f} s;"
+                f"{self.name}: {self.shards - self.pending_shards} of {self.shards} shards complete,"
+                f" {self.seconds:.1f} s;"
                 f" who makes the last one, or this command without a share of the shards, writes {self.store_path}"
             )
         left_out = f", {self.rejected} rejected ({self.missing} not found), see {self.rejects_path}"
@@ -216,7 +217,7 @@ def _audit_problem(problems: Mapping[str, tuple[str, str]] | None, name: str) ->
 
 def _find_recording(folder: Path, name: str) -> tuple[str, tuple[str, str, str] | None]:
     try:
-        return str(find_recording(folder, name)), None
+        return str(find_audio_file(folder, name)), None
     except MediaError as error:
         return str(folder / name), ("list", error.reason, str(error))
 
@@ -283,7 +284,7 @@ def _finish(job: Job, items, keys: Sequence[str], list_path, open_writer: Callab
     record, store_key = job.folder / "store.json", hashlib.sha256("".join(keys).encode()).hexdigest()
     sidecars = _sidecars(job, keys)
     report = _summary(job, len(items), sidecars)
-    if report.open_shards:
+    if report.pending_shards:
         if job.share.count == 1:
             raise RunError(_changed(job))
         return report
@@ -338,7 +339,7 @@ def _summary(job: Job, listed: int, sidecars: Sequence[Mapping]) -> ExtractionRe
         missing=sum(reject["reason"] == "not_found" for reject in rejects),
         shards=len(sidecars),
         reused_shards=0,
-        open_shards=len(sidecars) - len(complete),
+        pending_shards=len(sidecars) - len(complete),
         store_path=job.output_dir / job.name,
         rejects_path=job.output_dir / f"{job.name}.rejects.jsonl",
         seconds=0.0,

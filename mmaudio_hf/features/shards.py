@@ -27,8 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
-from mmaudio_hf.features.jobs import Item, Job, digest_of, locked, naming, sync, write_text
-from mmaudio_hf.features.reading import read_ahead
+from mmaudio_hf.features.jobs import Item, Job, digest_of, locked, naming, read_ahead, sync, write_text
 from mmaudio_hf.media.audio import MediaError
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
 

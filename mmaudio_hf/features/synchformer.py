@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmaudio_hf.released import check_state, load_state, load_strict
 from mmaudio_hf.schema import SYNC_DIM, SYNC_HOP_FRAMES, SYNC_PIXELS, SYNC_SEGMENT_FRAMES, SYNC_TOKENS_PER_SEGMENT
+from mmaudio_hf.weights import check_state, load_state, load_strict
 
 DEPTH, HEADS = 12, 12
 PATCH_FRAMES, PATCH_PIXELS = 2, 16

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmaudio_hf.released import check_state, describe, load_state, load_strict
 from mmaudio_hf.schema import audio_mode
+from mmaudio_hf.weights import check_state, describe, load_state, load_strict
 
 WIDTH = 1536
 RESIDUAL_KERNELS = (3, 7, 11)

@@ -19,10 +19,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmaudio_hf.features.jobs import Share, hash_of, read_json, write_text
-from mmaudio_hf.generation import Generated, MMAudioPipeline, Request, save_and_tell
+from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request, save_and_tell
 from mmaudio_hf.media.audio import MediaError
-from mmaudio_hf.media.clips import VIDEO_ENDINGS, find_video, read_table
-from mmaudio_hf.media.video import VIDEO_FORMATS
+from mmaudio_hf.media.lists import VIDEO_ENDINGS, find_video, read_table
+from mmaudio_hf.media.mux import VIDEO_FORMATS
 from mmaudio_hf.schema import check_id
 
 VERSION = 1  # part of every key: raise it when the same request gives another sound
@@ -166,7 +166,7 @@ def generate_files(
     pending = [entry for entry in entries if entry.problem is None and not work.is_made(entry)]
     results = pipeline.generate([e.request for e in pending], batch_size, on_reject=work.reject, **options)
     out_dir.mkdir(parents=True, exist_ok=True)
-    work.remove_strays(pending)
+    work.remove_stale_shards(pending)
     rejects_path = out_dir / ("rejects.jsonl" if share.count == 1 else f"rejects.{share.index}-{share.count}.jsonl")
     refused = [(entry.id, *entry.problem) for entry in entries if entry.problem is not None]
     kept = len(entries) - len(pending) - len(refused)
@@ -220,8 +220,8 @@ class _Work:
 
     def path(self, entry: Entry) -> Path:
         """Where the result of an entry goes."""
-        sound_only = entry.request.video is None and self.ending in VIDEO_FORMATS
-        return self.out_dir / f"{entry.id}{'.wav' if sound_only else self.ending}"
+        audio_only = entry.request.video is None and self.ending in VIDEO_FORMATS
+        return self.out_dir / f"{entry.id}{'.wav' if audio_only else self.ending}"
 
     def record(self, entry: Entry) -> Path:
         """Where the record of an entry goes."""
@@ -260,7 +260,7 @@ class _Work:
             return False
         return record.get("key") == hash_of(self.facts(entry))
 
-    def remove_strays(self, pending: Sequence[Entry]) -> None:
+    def remove_stale_shards(self, pending: Sequence[Entry]) -> None:
         """Take away what an earlier run that was killed had half written."""
         names = {f".{self.path(entry).name}" for entry in pending}
         for path in self.out_dir.glob(".*.part"):

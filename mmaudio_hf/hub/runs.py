@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmaudio_hf.hub.repository import Contents, Upload, changed, commit, fetch, read_contents, read_json, readable
-from mmaudio_hf.models.network import CONFIG_FILE, WEIGHTS_FILE
-from mmaudio_hf.models.pretrained import PUBLISHED_FILES
+from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
 
 STATE = "training_state"

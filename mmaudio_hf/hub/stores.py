@@ -25,8 +25,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
-from mmaudio_hf.data.store_files import (
+from mmaudio_hf.data.layout import (
     TEXT_INDEX,
     Column,
     Contents,
@@ -45,10 +44,11 @@ from mmaudio_hf.data.store_files import (
     write_all,
     write_text,
 )
+from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
 from mmaudio_hf.hub import repository as hub
-from mmaudio_hf.hub.store_card import store_card, told
+from mmaudio_hf.hub.cards import store_card, told
 from mmaudio_hf.hub_client import TIMEOUT, api, hub_errors
-from mmaudio_hf.models.card import CARD_FILE, download_card, merge
+from mmaudio_hf.models.pretrained import CARD_FILE, download_card, merge
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES
 
 FORMAT, VERSION = "mmaudio_hf feature store", 1
@@ -105,7 +105,7 @@ class StorePush:
     @property
     def size(self) -> int:
         """Bytes of the parts to send."""
-        sizes = {p.file: p.records * c.column.record_bytes for c in self.columns.values() for p in c.parts}
+        sizes = {p.file: p.records * c.column.row_bytes for c in self.columns.values() for p in c.parts}
         return sum(sizes[part.file] for part in self.missing)
 
 
@@ -152,7 +152,7 @@ def _hash_column(
     path: Path, name: str, column: Column, records: int, part_bytes: int, progress: Progress
 ) -> tuple[StoredColumn, str]:
     """A column divided into parts and blocks, and the checksum of its file."""
-    size = column.record_bytes
+    size = column.row_bytes
     block_records = max(1, min(BLOCK_BYTES, part_bytes) // size)
     part_records = max(1, part_bytes // (block_records * size)) * block_records
     whole, parts = hashlib.sha256(), []
@@ -207,7 +207,7 @@ def push_store(plan: StorePush, repo: str, *, private: bool = True, progress: Pr
 
 
 def _part_data(path: Path, name: str, stored: StoredColumn, wanted: set[str]) -> Iterator[tuple[Part, bytes]]:
-    size, offset = stored.column.record_bytes, 0
+    size, offset = stored.column.row_bytes, 0
     with open(column_file(path, name), "rb") as file:
         for part in stored.parts:
             if part.file in wanted:
@@ -307,12 +307,12 @@ def _check_columns(index: StoreIndex, held: Contents) -> dict[str, StoredColumn]
     for name, (column, records) in held.files.items():
         entry = index.columns[name]
         stored = columns[name] = StoredColumn(column, entry["block_records"], tuple(entry["parts"]))
-        if not 0 < stored.block_records * column.record_bytes <= LARGEST_BLOCK:
+        if not 0 < stored.block_records * column.row_bytes <= LARGEST_BLOCK:
             raise ValueError(f"Hub dataset {repo}: the blocks of {name} are empty, or too large to be held in memory")
         if stored.records != records:
             raise ValueError(f"Hub dataset {repo}: the parts of {name} have {stored.records} records, not {records}")
         for part in stored.parts:
-            size, blocks = part.records * column.record_bytes, -(-part.records // stored.block_records)
+            size, blocks = part.records * column.row_bytes, -(-part.records // stored.block_records)
             found = files.get(part.file)
             if found is None or not part.file.startswith(f"columns/{name}/") or len(part.blocks) != blocks:
                 raise ValueError(f"Hub dataset {repo}: {part.file} of column {name} is not there, or misplaced")
@@ -358,7 +358,7 @@ class StorePull:
             chosen = replace(chosen, texts=None)
         elif chosen.texts is not None:
             chosen = replace(chosen, texts=min(chosen.texts, chosen.rows) if not self.complete else chosen.texts)
-        return {name: column.record_bytes * records for name, (column, records) in chosen.files.items()}
+        return {name: column.row_bytes * records for name, (column, records) in chosen.files.items()}
 
 
 def plan_pull(
@@ -519,7 +519,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(stored: StoredColumn) -> Iterator[_Block]:
-    size, first = stored.column.record_bytes, 0
+    size, first = stored.column.row_bytes, 0
     for part in stored.parts:
         for number, sha256 in enumerate(part.blocks):
             low = number * stored.block_records
@@ -530,7 +530,7 @@ def _blocks(stored: StoredColumn) -> Iterator[_Block]:
 
 def _fetch_runs(plan: StorePull, name: str, runs: Sequence[Run], target: Path, progress: Progress) -> None:
     """Write the records of `runs` into `target`, fetching the blocks that have some and are not there already."""
-    stored, size = plan.stored[name], plan.stored[name].column.record_bytes
+    stored, size = plan.stored[name], plan.stored[name].column.row_bytes
     wanted = [(block, pieces) for block in _blocks(stored) if (pieces := list(_pieces(block, runs)))]
     with open(target, "ab"):  # made when it is missing
         pass
@@ -622,6 +622,6 @@ def _moments(store: Path, contents: Contents) -> Moments:
     column = contents.columns[MEAN]
     moments = Moments(column.shape[-1])
     with open(column_file(store, MEAN), "rb") as file:
-        while record := file.read(column.record_bytes):
+        while record := file.read(column.row_bytes):
             moments.add(torch.frombuffer(bytearray(record), dtype=column.dtype).reshape(column.shape))
     return moments

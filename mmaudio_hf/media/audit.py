@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.media import measure
 from mmaudio_hf.media.audio import MediaError
-from mmaudio_hf.media.clips import CLIP_SECONDS, find_recording, find_video, read_media_list
+from mmaudio_hf.media.lists import CLIP_SECONDS, find_audio_file, find_video, read_media_list
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
@@ -257,7 +257,7 @@ def _items(source: AuditSource) -> Iterator[_Item]:
 
 def _recording(folder, name: str) -> str:
     try:
-        return str(find_recording(folder, name))
+        return str(find_audio_file(folder, name))
     except MediaError:
         return str(Path(folder) / f"{name}.flac")
 

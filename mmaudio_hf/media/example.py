@@ -120,14 +120,14 @@ def read_events(path: str | os.PathLike) -> dict[str, Events]:
 
 def _make_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
     """Write one video; return its caption and event times."""
-    num_pictures = int(rng.integers(210, 236))
-    schedule = _schedule(num_pictures, rng)
+    num_frames = int(rng.integers(210, 236))
+    schedule = _schedule(num_frames, rng)
     style = _style(rng)
     rate = (44_100, 48_000)[number // 4 % 2]
-    mono = _sound_track(kind, [frame / FPS for frame in schedule[1:-1]], num_pictures * rate // FPS, rate, rng)
+    mono = _sound_track(kind, [frame / FPS for frame in schedule[1:-1]], num_frames * rate // FPS, rate, rng)
     balance = float(rng.uniform(0.5, 1))
     channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
-    _write_mp4(path, _pictures(kind, style, schedule, num_pictures), channels, rate)
+    _write_mp4(path, _pictures(kind, style, schedule, num_frames), channels, rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
     return caption, tuple(frame / FPS for frame in schedule[1:-1])
 
@@ -143,12 +143,12 @@ def _make_recording(path: Path, kind: str, number: int, rng: np.random.Generator
     return caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))]), times
 
 
-def _schedule(num_pictures: int, rng: np.random.Generator) -> list[int]:
+def _schedule(num_frames: int, rng: np.random.Generator) -> list[int]:
     """Picture numbers of the events, 0.5-1.5 s apart, between one silent event before and one after the video."""
     frames = [int(rng.integers(8, 20))]
-    while (following := frames[-1] + int(rng.integers(13, 38))) < num_pictures - 12:
+    while (following := frames[-1] + int(rng.integers(13, 38))) < num_frames - 12:
         frames.append(following)
-    return [frames[0] - int(rng.integers(28, 38)), *frames, max(following, num_pictures + 4)]
+    return [frames[0] - int(rng.integers(28, 38)), *frames, max(following, num_frames + 4)]
 
 
 def _style(rng: np.random.Generator) -> _Style:
@@ -163,10 +163,10 @@ def _style(rng: np.random.Generator) -> _Style:
 # Pictures. A shape is a part of the picture and its coverage there: 0..1, with a soft edge one pixel wide.
 
 
-def _pictures(kind: str, style: _Style, schedule: list[int], num_pictures: int) -> Iterator[np.ndarray]:
+def _pictures(kind: str, style: _Style, schedule: list[int], num_frames: int) -> Iterator[np.ndarray]:
     """Yield the pictures (H, W, 3) uint8 of one video."""
     last = 0
-    for frame in range(num_pictures):
+    for frame in range(num_frames):
         last += schedule[last + 1] <= frame
         gap = schedule[last + 1] - schedule[last]
         since = frame - schedule[last]

@@ -6,8 +6,6 @@ shown; what is never shown is never converted, and what is repeated is resized o
 """
 
 import contextlib
-import errno
-import heapq
 import itertools
 import math
 import os
@@ -28,7 +26,6 @@ from mmaudio_hf.media.audio import (
     PEAK,
     SILENCE,
     MediaError,
-    audio_frame,
     mono_samples,
     open_media,
     resample,
@@ -46,13 +43,12 @@ from mmaudio_hf.schema import (
 __all__ = [
     "MediaError",
     "VideoClip",
-    "normalize_pictures",
+    "normalize_frames",
     "probe",
     "read_image",
     "read_video",
     "read_windows",
     "video_seconds",
-    "write_video_with_audio",
 ]
 
 ALIGNMENTS = ("timestamps", "reference")
@@ -61,17 +57,12 @@ PADDING = 0.015  # s of missing sound that "timestamps" fills with zeros: half a
 GAP = 0.1  # s; a hole in the sound at least this long is filled with zeros in "timestamps"
 _HOLD = Fraction(1, 4)  # s that `read_windows` shows the last picture longer, where the file ends a little early
 _SEEK_MARGIN = 1  # s before a window, so that pictures which depend on an earlier key picture are whole
-VIDEO_FORMATS = {".mp4": "mp4", ".mkv": "matroska"}  # that are written
 # EPERM is not among them: parts of FFmpeg say so of data they do not understand.
-_TARGET_FAULTS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR),
-)
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
 
 
 class VideoClip(NamedTuple):
-    """One clip. Pictures are float32, or uint8 before `normalize_pictures`; `audio` is None if it was not wanted."""
+    """One clip. Pictures are float32, or uint8 before `normalize_frames`; `audio` is None if it was not wanted."""
 
     clip_frames: torch.Tensor  # (T, 3, 384, 384) at 8 fps, [0, 1]
     sync_frames: torch.Tensor  # (sync frames, 3, 224, 224) at 25 fps, [-1, 1]
@@ -88,7 +79,7 @@ def read_video(
     normalize_audio: bool = True,
     as_uint8: bool = False,
     need_audio: bool = True,
-    pictures_only: bool = False,
+    video_only: bool = False,
 ) -> VideoClip:
     """Read `duration` seconds of a video, from `start` seconds on. Spec media, sections 1.2-1.4 and 2.1.
 
@@ -103,20 +94,20 @@ def read_video(
 
     normalize_audio: peak of the WHOLE track to 0.95, which means reading the file to its end; silent files are refused.
     need_audio=False: `audio` is None where the sound is missing or unusable, instead of an error.
-    pictures_only: the sound is not looked at, `audio` is None, reading stops early, and a late `start` is sought.
-    as_uint8: resized pictures before the conversion to float; `normalize_pictures` finishes them to the same values.
+    video_only: the sound is not looked at, `audio` is None, reading stops early, and a late `start` is sought.
+    as_uint8: resized pictures before the conversion to float; `normalize_frames` finishes them to the same values.
 
     Raises MediaError, ValueError for wrong arguments.
     """
-    request = _checked(path, mode, duration, start, alignment, normalize_audio, sound=not pictures_only)
+    request = _checked(path, mode, duration, start, alignment, normalize_audio, sound=not video_only)
     try:
         clip = _read(request)
     except MediaError as error:
-        if need_audio or pictures_only or error.reason not in _AUDIO_REASONS:
+        if need_audio or video_only or error.reason not in _AUDIO_REASONS:
             raise
         clip = _read(replace(request, sound=False))
     if not as_uint8:
-        clip = VideoClip(*normalize_pictures(clip.clip_frames, clip.sync_frames), clip.audio)
+        clip = VideoClip(*normalize_frames(clip.clip_frames, clip.sync_frames), clip.audio)
     return clip
 
 
@@ -130,7 +121,7 @@ def read_windows(
 ) -> Iterator[VideoClip]:
     """The pictures, uint8 and without sound, of windows of `duration` seconds that begin at `starts` (ascending).
 
-    Each is what `read_video(start=..., pictures_only=True)` gives, but the file is read once, and no more windows are
+    Each is what `read_video(start=..., video_only=True)` gives, but the file is read once, and no more windows are
     held than overlap at one moment. Where the file ends up to 0.25 s before a window does, its last picture is shown
     until then, in both alignments. Raises as `read_video` does, once the pictures before have been given.
     """
@@ -162,7 +153,7 @@ def video_seconds(path: str | os.PathLike) -> float:
     return float(_video_length(request, start)[0])
 
 
-def normalize_pictures(clip_frames: torch.Tensor, sync_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_frames(clip_frames: torch.Tensor, sync_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 pictures of any leading shape to float32: clip to [0, 1], sync to [-1, 1]. Spec media, section 1.4."""
     return clip_frames.float().div_(255), sync_frames.float().div_(255).sub_(0.5).div_(0.5)
 
@@ -628,57 +619,6 @@ def _facts(container: av.container.InputContainer) -> dict:
     return facts
 
 
-def write_video_with_audio(
-    video_path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int, out_path: str | os.PathLike
-) -> bool:
-    """Write an .mp4 or .mkv with the pictures of `video_path` and `waveform` as its only sound (AAC).
-
-    waveform: `(samples,)` or `(1 or 2, samples)` in [-1, 1], starting with the first picture. Pictures are copied
-    without re-encoding where the container can hold their codec, else encoded as H.264; returns whether they were
-    copied. The result is as long as the shorter of
-    the two, to a picture (a copy may keep the few pictures that others depend on). Written under another name and
-    renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform or another ending, OSError
-    that names the result for a full disk and a folder that cannot be written.
-    """
-    out_path, waveform = Path(out_path), torch.atleast_2d(torch.as_tensor(waveform))
-    if out_path.suffix.lower() not in VIDEO_FORMATS:
-        raise ValueError(f"{out_path}: a video is written as {' or '.join(VIDEO_FORMATS)}, not {out_path.suffix!r}")
-    request = _Request(Path(video_path), "16k", 8.0, Fraction(0), "timestamps", False, sound=False)
-    audio_frame(waveform, sample_rate, "fltp")  # refuses a bad waveform before any file is made
-    partial = out_path.with_name(f".{out_path.name}.{os.getpid()}.part")
-    try:
-        with open_media(video_path) as source:
-            start = _first_times(request, source)[0].video
-        length, copyable = _video_length(request, start)
-        length = min(length, Fraction(waveform.shape[-1], sample_rate))
-        sound = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
-        with open_media(video_path) as source, _new_video(partial, out_path) as target:
-            video = source.streams.best("video")
-            copy = copyable and video.codec_context.codec.canonical_name in target.supported_codecs
-            pictures = (_copied if copy else _encoded)(request, source, video, target, start, length)
-            stream = target.add_stream("aac", rate=sample_rate, layout=sound.layout.name)
-            next(pictures)  # adds its stream, which must come before the first packet
-            for packet in heapq.merge(pictures, _encoded_sound(stream, sound), key=_packet_time):
-                target.mux(packet)
-        os.replace(partial, out_path)
-        return copy
-    except av.error.FFmpegError as error:
-        if error.errno in _TARGET_FAULTS:  # the error need not name its file; the video was there and could be opened
-            raise OSError(error.errno, error.strerror, str(out_path)) from error
-        what = f"no sound can be put under it ({error.strerror}); re-encode it as H.264 mp4"
-        raise request.refuse("decode_error", what) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _new_video(partial: Path, out_path: Path) -> av.container.OutputContainer:
-    return av.open(str(partial), "w", format=VIDEO_FORMATS[out_path.suffix.lower()])
-
-
-def _packet_time(packet: av.Packet) -> Fraction:
-    return (packet.pts if packet.dts is None else packet.dts) * packet.time_base
-
-
 def _video_length(request: _Request, start: Fraction) -> tuple[Fraction, bool]:
     """Seconds from the first picture to the end of the last, and whether the packets have the times a copy needs."""
     end = start
@@ -691,45 +631,3 @@ def _video_length(request: _Request, start: Fraction) -> tuple[Fraction, bool]:
                 end = max(end, packet.pts * packet.time_base + shown)
             copyable = copyable and not (packet.size and packet.pts is None)
     return end - start, copyable
-
-
-def _copied(request, source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
-    """None once the stream is added, then the source's packets moved to start at 0."""
-    stream = target.add_stream_from_template(video)
-    yield None
-    packets = [packet for packet in source.demux(video) if packet.size]
-    if any(packet.dts is None for packet in packets):
-        # Matroska has no decoding times: the presentation times in order, early enough for every picture.
-        order = sorted(packet.pts for packet in packets)
-        delay = max(early - packet.pts for early, packet in zip(order, packets, strict=True))
-        for early, packet in zip(order, packets, strict=True):
-            packet.dts = early - delay
-    shift = round(start / video.time_base)
-    for packet in packets:
-        # By decoding time: a picture shown after the end may be needed by one shown before it.
-        if (packet.dts - shift) * packet.time_base < length:
-            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
-            yield packet
-
-
-def _encoded(request, source, video, target, start: Fraction, length: Fraction) -> Iterator[av.Packet | None]:
-    """None once the stream is added, then the pictures as H.264 yuv420p, cut to even sizes and upright."""
-    frames, to_rgb = source.decode(video), _RgbConverter()
-    first = next(frames)
-    height, width = (side // 2 * 2 for side in to_rgb(first, True).shape[:2])
-    rate, unit = video.average_rate or SYNC_FPS, video.time_base
-    stream = target.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
-    stream.options, stream.codec_context.time_base = {"crf": "18"}, unit
-    yield None
-    for frame in itertools.chain([first], frames):
-        if (time := _frame_time(request, frame) - start) < length:
-            picture = np.ascontiguousarray(to_rgb(frame, True)[:height, :width])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = round(time / unit), unit
-            yield from stream.encode(frame)
-    yield from stream.encode(None)
-
-
-def _encoded_sound(stream, sound: av.AudioFrame) -> Iterator[av.Packet]:
-    yield from stream.encode(sound)
-    yield from stream.encode(None)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmaudio_hf.models.layers import ChannelLastConv1d, GatedMLP
+from mmaudio_hf.models.blocks import ChannelLastConv1d, GatedMLP
 
 
 class Conditions(NamedTuple):
@@ -17,17 +17,6 @@ class Conditions(NamedTuple):
     text: torch.Tensor  # (B, L, D)
     clip_global: torch.Tensor  # (B, D)
     text_global: torch.Tensor  # (B, D)
-
-
-class SharedRows(NamedTuple):
-    """Values (B, N, D) of which many are the same: the different ones, and which one every token has."""
-
-    rows: torch.Tensor  # (U, D)
-    index_BN: torch.Tensor
-
-    def expand(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, N, E) of what was made of the rows, (U, E)."""
-        return F.embedding(self.index_BN, rows)
 
 
 def clip_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from mmaudio_hf.config import VARIANTS, ModelConfig, variant_config
 from mmaudio_hf.models.network import DERIVED_TENSORS, FROZEN_TENSORS, MMAudio
-from mmaudio_hf.released import describe, load_state
 from mmaudio_hf.schema import MODES
+from mmaudio_hf.weights import describe, load_state
 
 FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow network, and in no other released file
 SIZES = (
@@ -141,3 +142,27 @@ def read_released(source) -> dict[str, torch.Tensor]:
         except ValueError as error:
             problem = problem or error
     raise problem
+
+
+def convert_file(file: Path, out: Path, variant: str | None = None) -> str:
+    """Convert a released file; return a sentence on what became of it.
+
+    A flow network becomes a `pretrained_model` folder `out` that `MMAudio.from_pretrained` reads; its variant is
+    recognised from its shapes, or checked against `variant`. Any other file becomes plain safetensors `out`.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: choose a new name")
+    state = read_released(file)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if is_flow_state(state):
+        config = write_pretrained(state, out, file, variant)
+        return f"{out}: flow network {config.variant}, hidden {config.hidden_dim}, depth {config.depth}"
+    if variant is not None:
+        raise ValueError(f"{file} is not a flow network of MMAudio: --variant has no meaning for it")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{file} is not a flow network and becomes one file: give {out} the ending .safetensors")
+    partial = out.with_name(out.name + ".partial")
+    # Copied, because tensors of one file may share memory, which safetensors refuses.
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, partial)
+    partial.replace(out)
+    return f"{out}: {len(state)} tensors"

@@ -15,17 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from mmaudio_hf.config import ModelConfig, is_released, model_config, to_dict, variant_config
 from mmaudio_hf.hub_client import hub_errors
-from mmaudio_hf.models.card import (
-    CARD_FILE,
-    PLACEHOLDER,
-    download_card,
-    merge,
-    network_card,
-    readdress,
+from mmaudio_hf.models.blocks import (
+    FinalLayer,
+    GatedMLP,
+    JointBlock,
+    ModulatedBlock,
+    SharedRows,
+    TimestepEmbedder,
+    rotary_table,
 )
 from mmaudio_hf.models.conditioning import (
     Conditions,
-    SharedRows,
     clip_projection,
     fill_missing,
     temporal_projection,
@@ -33,13 +33,19 @@ from mmaudio_hf.models.conditioning import (
     upsample_sync,
 )
 from mmaudio_hf.models.flow import guided_velocity
-from mmaudio_hf.models.layers import GatedMLP, TimestepEmbedder, rotary_table
-from mmaudio_hf.models.transformer import FinalLayer, JointBlock, ModulatedBlock
-from mmaudio_hf.released import check_state, load_state
+from mmaudio_hf.models.pretrained import (
+    CARD_FILE,
+    CONFIG_FILE,
+    PLACEHOLDER,
+    WEIGHTS_FILE,
+    download_card,
+    merge,
+    network_card,
+    readdress,
+)
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
+from mmaudio_hf.weights import check_state, load_state
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 # Derived tensors that early released files carry.
 DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
 FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from mmaudio_hf.models.conditioning import Conditions, SharedRows
+from mmaudio_hf.models.blocks import ChannelLastConv1d, SharedRows, transform_weight
+from mmaudio_hf.models.conditioning import Conditions
 from mmaudio_hf.models.flow import guided_velocity
-from mmaudio_hf.models.layers import ChannelLastConv1d
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.winograd import transform_weight
 
 
 class GuidedVelocity:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.training.parallel import local, put
+from mmaudio_hf.training.distributed import local, put
 
 
 def exponent(sigma_rel: float) -> float:

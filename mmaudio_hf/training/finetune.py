@@ -18,17 +18,10 @@ from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe
 from mmaudio_hf.models.convert import check_sizes, infer_config
-from mmaudio_hf.models.network import (
-    CONFIG_FILE,
-    DERIVED_TENSORS,
-    FROZEN_TENSORS,
-    WEIGHTS_FILE,
-    MMAudio,
-    read_model_config,
-)
-from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
-from mmaudio_hf.released import load_state
+from mmaudio_hf.models.network import DERIVED_TENSORS, FROZEN_TENSORS, MMAudio, read_model_config
+from mmaudio_hf.models.pretrained import CONFIG_FILE, ENCODERS_FILE, WEIGHTS_FILE, find_pretrained
 from mmaudio_hf.training.checkpoint import list_checkpoints
+from mmaudio_hf.weights import load_state
 
 # Short names in finetune.freeze for everything that one condition passes through on its own.
 STREAMS = {
@@ -130,7 +123,7 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
             network.get_parameter(name).requires_grad_(False)
 
 
-def held_back(network: nn.Module) -> list[str]:
+def frozen_parameters(network: nn.Module) -> list[str]:
     """Parameters that this run does not train; without the three that no run trains, which averages always hold."""
     return [n for n, p in network.named_parameters() if not p.requires_grad and n not in FROZEN_TENSORS]
 

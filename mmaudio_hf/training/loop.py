@@ -21,14 +21,14 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, save_recipe, to_dict
-from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
-from mmaudio_hf.data.sampler import process_slots
+from mmaudio_hf.data.mixture import Mixture
+from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.schema import PROCESS_TIMEOUT, Evaluation, RunError
-from mmaudio_hf.training.autopsy import broken_parameters, examine_samples, examine_step, write_autopsy
-from mmaudio_hf.training.best import BestScore
+from mmaudio_hf.training.actions import BestScore, check_metric, judge
 from mmaudio_hf.training.checkpoint import (
+    Part,
     Retention,
     TrainingState,
     begin_attempt,
@@ -37,12 +37,37 @@ from mmaudio_hf.training.checkpoint import (
     list_checkpoints,
     point_at,
     save_checkpoint,
+    save_local_shards,
 )
-from mmaudio_hf.training.early_stopping import check_metric, judge
+from mmaudio_hf.training.checkpointer import BackgroundWriter, published_network, write_pretrained
+from mmaudio_hf.training.distributed import (
+    agree_on_folder,
+    allow_tf32,
+    check_same_everywhere,
+    check_seen_everywhere,
+    compile_blocks,
+    first_problem,
+    full_shapes,
+    local_shards,
+    no_sync,
+    shard,
+    sharding_plugin,
+    swap_weights,
+    wants_compile,
+    whole,
+)
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
-from mmaudio_hf.training.finetune import held_back, seed_dropout
-from mmaudio_hf.training.guard import Guard, StepTrace, StopSignals
-from mmaudio_hf.training.lock import RunLock
+from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
+from mmaudio_hf.training.guard import (
+    Guard,
+    StepTrace,
+    StopSignals,
+    broken_parameters,
+    examine_samples,
+    examine_step,
+    write_autopsy,
+)
+from mmaudio_hf.training.logs import JsonLines, Progress, check_trackers, in_short, log_audio
 from mmaudio_hf.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -51,30 +76,15 @@ from mmaudio_hf.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mmaudio_hf.training.parallel import (
-    agree_on_folder,
-    allow_tf32,
-    check_same_everywhere,
-    check_seen_everywhere,
-    compile_blocks,
-    first_problem,
-    no_sync,
-    other_weights,
-    own_parts,
-    shard,
-    sharding_plugin,
-    wants_compile,
-    whole,
-    whole_shapes,
+from mmaudio_hf.training.resume import (
+    RunLock,
+    check_same_run,
+    collect_tensors,
+    drop_later,
+    flat_settings,
+    restore_tensors,
 )
-from mmaudio_hf.training.progress import Progress, in_short
-from mmaudio_hf.training.publish import published_network, write_pretrained
-from mmaudio_hf.training.records import JsonLines
-from mmaudio_hf.training.resume import check_same_run, collect_tensors, drop_later, flat_settings, restore_tensors
-from mmaudio_hf.training.saving import BackgroundWriter
-from mmaudio_hf.training.shards import Part, leave_slices
 from mmaudio_hf.training.step import StepResult, flow_step
-from mmaudio_hf.training.trackers import check_trackers, log_sounds
 from mmaudio_hf.training.validation import Validator
 
 
@@ -223,7 +233,7 @@ class Run:
         self.sharded = sharding_plugin()
         if self.sharded:
             shard(network, accelerator, self.sharded)
-        self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every, held_back(network))
+        self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every, frozen_parameters(network))
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
         self.window = torch.zeros(3 + 2 * len(mixture.stores), device=self.device)
@@ -413,7 +423,7 @@ class Run:
     def slots(self) -> list[np.ndarray]:
         """Global slots of this process, per micro batch."""
         training, accelerator = self.recipe.training, self.accelerator
-        return process_slots(
+        return process_sample_indices(
             training.batch_size, accelerator.num_processes, accelerator.process_index, training.accumulation_steps
         )
 
@@ -526,7 +536,7 @@ class Run:
         scores = {}
         self.network.eval()
         for kind, values in weights.items():
-            with other_weights(self.network, values):
+            with swap_weights(self.network, values):
                 found = self.validation.scores(self._forward, self.latent_mean, self.latent_std)
             scores |= {f"{kind}/{name}": value for name, value in found.items()}
         self.network.train()
@@ -549,7 +559,7 @@ class Run:
                 found = {f"{evaluator.name}/{k}": v for k, v in result.scores.items()}
                 if found:
                     self._record(found)
-                log_sounds(self.accelerator, evaluator.name, result.sounds, self.step)
+                log_audio(self.accelerator, evaluator.name, result.sounds, self.step)
                 scores |= found
         self.to_evaluate = []
         return scores
@@ -601,20 +611,20 @@ class Run:
             folder, problem = agree_on_folder(partial(begin_attempt, self.run_dir, self.step))
             if folder is not None:
                 rank, count = self.accelerator.process_index, self.accelerator.num_processes
-                part = Part(folder, rank, count, whole_shapes(state))
+                part = Part(folder, rank, count, full_shapes(state))
         gathered = whole(others, keep=main)
         self.writer.stall_seconds += time.perf_counter() - began
         if main:
             write = self._write_job("snapshot" in others, bool(state), part, problem)
-            self.writer.save(own_parts(state, main), lambda copies: write(copies | gathered))
+            self.writer.save(local_shards(state, main), lambda copies: write(copies | gathered))
         elif part is not None:
-            self.writer.save(own_parts(state, main), partial(leave_slices, part))
+            self.writer.save(local_shards(state, main), partial(save_local_shards, part))
 
     def _reserve(self) -> None:
         """Get the memory for checkpoints. What is gathered from processes for each of them comes with its own."""
         main = self.accelerator.is_main_process
         if main or self.sharded:
-            self.writer.reserve(own_parts(collect_tensors(self.network, self.optimizer, self.ema), main))
+            self.writer.reserve(local_shards(collect_tensors(self.network, self.optimizer, self.ema), main))
 
     def _write_job(
         self, snapshot: bool, checkpoint: bool, part: Part | None = None, problem: str | None = None

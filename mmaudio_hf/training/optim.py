@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmaudio_hf.config import OptimConfig
-from mmaudio_hf.training.parallel import like
+from mmaudio_hf.training.distributed import like
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:

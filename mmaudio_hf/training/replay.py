@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmaudio_hf.config import Recipe
-from mmaudio_hf.data.dataset import Mixture
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.checkpoint import latest_training_state
 from mmaudio_hf.training.loop import Run, make_accelerator

@@ -1,21 +1,24 @@
 """Taking up a run where its newest checkpoint left it, with the same recipe or a changed one."""
 
+import fcntl
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from mmaudio_hf.config import Recipe, to_dict
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.released import check_state
+from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.training.checkpoint import TrainingState, checkpoint_folder, checkpoint_step, list_checkpoints, point_at
+from mmaudio_hf.training.distributed import put
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots
+from mmaudio_hf.training.logs import truncate_lines
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
-from mmaudio_hf.training.parallel import put
-from mmaudio_hf.training.records import truncate_lines
+from mmaudio_hf.weights import check_state
 
 # What the tensors of a checkpoint depend on: it cannot change at all.
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
@@ -151,3 +154,69 @@ def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.opt
         put(tensor, state.tensors["model"][name])
     load_optimizer_tensors(network, optimizer, state.tensors["optimizer"])
     ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
+
+
+# --- One launch at a time trains a run -------------------------------------------------------------------------------
+
+
+PATIENCE = 20.0  # s in which the processes of a launch that was just killed should end
+
+
+class RunLock:
+    """Holds a run folder for this process once it is taken, until `with` or the process ends in any way.
+
+    `warn` is told where the file system has no locks; the run then goes on without.
+    """
+
+    def __init__(self, run_dir: Path, warn: Callable[[str], None]):
+        self.run_dir, self.warn = run_dir, warn
+        self._file: IO | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def take(self) -> bool:
+        """Whether the folder is ours now; one that is not there is nobody's. Waits a little for another to end."""
+        if self._file is not None or not self.run_dir.exists():
+            return True
+        self._file = open(self.run_dir / LOCK_FILE, "a")  # noqa: SIM115  (held for as long as the run)
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    self.release()
+                    return False
+            except OSError as error:
+                self.warn(f"{self.run_dir} has no locks ({error.strerror}): see to it that one launch alone trains it")
+                return True
+            time.sleep(0.1)
+
+    def refusal(self) -> ValueError:
+        """What to raise when it could not be taken."""
+        return ValueError(
+            f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
+        )
+
+    def wait_for_release(self, limit: float) -> None:
+        """Wait until no other process holds it, at most `limit` seconds; not at all where there are no locks."""
+        until = time.monotonic() + limit
+        with open(self.run_dir / LOCK_FILE, "a") as file:
+            while time.monotonic() < until:
+                try:
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.3)
+                except OSError:
+                    return None
+
+    def release(self) -> None:
+        """Let others have it. The file stays: removing it would let two hold "it"."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

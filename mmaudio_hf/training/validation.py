@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from mmaudio_hf.config import Recipe, micro_batch_size
-from mmaudio_hf.data.dataset import Mixture
 from mmaudio_hf.data.loader import Batch, validation_batches
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.training.step import flow_step
 
 TIME_BINS = 10

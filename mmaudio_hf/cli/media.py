@@ -1,0 +1,285 @@
+"""Commands from media to feature stores."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from mmaudio_hf.config import AudioSource, Recipe, VideoSource, load_recipe
+
+
+def add_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    media = add("example-media", _example_media, "write the synthesised example videos, recordings and captions")
+    media.add_argument("directory", metavar="DIR", type=Path)
+    media.add_argument("--seed", type=int, default=0)
+    media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
+    add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
+    for kind, function, media_of in (("video", _extract_video, "videos"), ("audio", _extract_audio, "recordings")):
+        extract = add(f"extract-{kind}", function, f"make the feature stores of a recipe's {media_of}", recipe=True)
+        extract.add_argument(
+            "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
+        )
+        extract.add_argument("--num-shards", type=int, metavar="N", help="number of shares the shards are dealt out in")
+
+
+def _example_media(options) -> None:
+    from mmaudio_hf.media.example import write_example_media
+
+    write_example_media(options.directory, seed=options.seed, small=options.small)
+    print(f"example media: {options.directory}")
+
+
+def _partition(options) -> None:
+    from mmaudio_hf.media.lists import write_clips
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    for source in _sources(recipe, "audios"):
+        path = clips_path(recipe, source)
+        rejects = path.with_suffix(".rejects.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report = write_clips(source.media_dir, path, workers=recipe.extraction.num_proc, progress=True)
+        rejects.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in report.rejects))
+        if not report.clips:
+            path.unlink()
+            raise ValueError(
+                f"{source.media_dir}: no recording gives a clip, each needs 8.1 s of sound at least;"
+                f" {rejects} says what is wrong with each of {len(report.rejects)}"
+            )
+        left_out = f", see {rejects}" if report.rejects else ""
+        print(
+            f"{path}: {len(report.clips)} clips, {len(report.rejects)} recordings rejected{left_out};"
+            f" {len(report.ignored)} other files ignored"
+        )
+
+
+def clips_path(recipe: Recipe, source) -> Path:
+    """The clips.tsv of an audio source: named in the recipe, or beside its store."""
+    return Path(source.clips or Path(recipe.extraction.output_dir) / f"{source.name}.clips.tsv")
+
+
+def _sources(recipe: Recipe, kind: str):
+    sources = getattr(recipe.extraction, kind)
+    if not sources:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
+    return sources
+
+
+def _encoder_options(recipe: Recipe) -> dict:
+    return asdict(recipe.encoders)
+
+
+def _open_writer(recipe: Recipe):
+    """`StoreWriter` for the layout of the recipe; ValueError when a store of the recipe is there in another one."""
+    from mmaudio_hf.data.store import FeatureStore, StoreWriter
+    from mmaudio_hf.data.tools import layout_of
+
+    wanted = (recipe.extraction.layout, recipe.extraction.sync_dtype)
+    for source in (*recipe.extraction.videos, *recipe.extraction.audios):
+        path = Path(recipe.extraction.output_dir) / source.name
+        if not path.exists():
+            continue
+        with FeatureStore.open(path) as store:
+            found = layout_of(store)
+            if found[0] != wanted[0] or (store.has_video and found[1] != wanted[1]):
+                options = f"--layout {wanted[0]} --sync-dtype {wanted[1]}"
+                raise ValueError(
+                    f"{path} has the layout {found[0]} (sync {found[1]}), the recipe asks for {wanted[0]} (sync"
+                    f" {wanted[1]}): `mmaudio-hf store convert {path} {path}_{wanted[0]} {options}` writes it anew, or"
+                    " remove the store and run the same command: the shards are kept"
+                )
+    return partial(StoreWriter, layout=wanted[0], sync_dtype=wanted[1])
+
+
+def share_of_process(options):
+    """The share of the work that the options name, else the launcher's environment, else the whole."""
+    from mmaudio_hf.features.extract import Share
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        rank, world, local_rank, local_world = (int(os.environ[name]) if name in os.environ else None for name in names)
+    except ValueError as error:
+        raise ValueError(f"the launcher's {', '.join(names)} must be whole numbers ({error})") from None
+    index, count, source = options.shard_index, options.num_shards, "--shard-index and --num-shards"
+    if index is None and count is None:
+        index, count, source = rank, world, "RANK and WORLD_SIZE in the environment"
+    if (index is None) != (count is None):
+        raise ValueError(f"{source} go together: give both or neither")
+    local_rank = local_rank or 0
+    return Share(index or 0, 1 if count is None else count, local_rank, local_world or local_rank + 1)
+
+
+def _extraction_options(recipe: Recipe, options) -> dict:
+    extraction = recipe.extraction
+    return {
+        "share": share_of_process(options),
+        "output_dir": Path(extraction.output_dir),
+        "encoders": _encoder_options(recipe),
+        "mode": recipe.model.mode,
+        "duration": recipe.model.duration,
+        "batch_size": extraction.batch_size,
+        "num_proc": extraction.num_proc,
+        "shard_size": extraction.shard_size,
+        "open_writer": _open_writer(recipe),
+    }
+
+
+def _extract_video(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "videos")
+    from mmaudio_hf.features.extract import extract_video
+
+    for source in sources:
+        extract_video(
+            source.name,
+            source.media_dir,
+            source.list,
+            alignment=recipe.extraction.alignment,
+            normalize_audio=source.normalize_audio,
+            problems=audit_problems(recipe, source, options.recipe),
+            **_extraction_options(recipe, options),
+        )
+
+
+def _extract_audio(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    sources = _sources(recipe, "audios")
+    for source in sources:
+        if not clips_path(recipe, source).is_file():
+            raise ValueError(
+                f"{clips_path(recipe, source)} is missing: run `mmaudio-hf partition {options.recipe}` first"
+            )
+    from mmaudio_hf.features.extract import extract_audio
+
+    for source in sources:
+        extract_audio(
+            source.name,
+            source.media_dir,
+            source.list,
+            clips_path(recipe, source),
+            problems=audit_problems(recipe, source, options.recipe),
+            **_extraction_options(recipe, options),
+        )
+
+
+# --- The command that looks at media before any feature is made, and what extraction takes from it -------------------
+
+
+def add_audit_commands(add) -> None:
+    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+    command = add("audit", _audit, "look for what is wrong with media, before any feature is made of them")
+    command.add_argument("recipe", metavar="RECIPE", nargs="?", help="audit all lists of extraction.videos and .audios")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    command.add_argument("--videos", metavar="DIR", type=Path, help="without a recipe: folder of videos")
+    command.add_argument("--audios", metavar="DIR", type=Path, help="without a recipe: folder of recordings")
+    command.add_argument("--list", metavar="TSV", type=Path, help="without a recipe: list of the ids in the folder")
+    command.add_argument("--against", metavar="TSV", type=Path, help="list of held-out ids, for leakage")
+    command.add_argument("--against-media", metavar="DIR", type=Path, help="their folder, if it is another one")
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, help="the table; by default audit.parquet beside the features of the recipe"
+    )
+    command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one per core")
+    command.add_argument("--duration", type=float, default=8.0, help="without a recipe: seconds of a clip")
+    for name, text in _LIMITS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
+
+
+# Limits of `media.audit.Limits`, which is not imported for a --help; a test holds the two together.
+_LIMITS = {
+    "max_still": "still: this share of the sampled pictures, or more, is like the one before (0.85)",
+    "max_silent": "silent: this share of the sound, or more, is below -60 dBFS (0.95)",
+    "max_clipped": "clipped: a larger share of the samples is at full scale (0.005)",
+    "max_uneven": "variable_frame_rate: a larger share of the intervals is not the usual one (0.02)",
+    "max_start_gap": "start_gap: more seconds between the starts of pictures and sound (0.1)",
+    "max_duration": "too_long: a video lasts more seconds (60)",
+    "max_difference": "odd_duration: lengths of tracks and container differ by more seconds (1)",
+}
+
+
+def _audit(options) -> None:
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    _check(options)
+    from mmaudio_hf.media.audit import AuditSource, Limits, audit
+    from mmaudio_hf.pages.audit import write_page
+
+    given = {name: getattr(options, name) for name in _LIMITS if getattr(options, name) is not None}
+    if recipe is None:
+        sources, duration, table = _given_sources(options, AuditSource), options.duration, Path("audit.parquet")
+    else:
+        sources, duration, table = _recipe_sources(recipe, AuditSource), recipe.model.duration, _table(recipe)
+    table = options.out or table
+    report = audit(sources, table, duration=duration, limits=Limits(**given), workers=options.workers)
+    page = write_page(table, table.with_suffix(".html"))
+    for verdict, count in report.counts.items():
+        print(f"{count:8} {verdict}")
+    print(
+        f"{report.ok} of {report.listed} items are ok; {report.measured} files measured in {report.seconds:.1f} s;"
+        f" {table} has each, {page} shows the worst"
+    )
+
+
+def _check(options) -> None:
+    folders = [folder for folder in (options.videos, options.audios) if folder is not None]
+    if options.recipe:
+        extra = [name for name in ("videos", "audios", "list", "against", "against_media") if getattr(options, name)]
+        if extra:
+            option = f"--{extra[0].replace('_', '-')}"
+            raise ValueError(f"{option} is for an audit without a recipe; the lists of a recipe are in it")
+    elif len(folders) != 1 or options.list is None:
+        raise ValueError("give a recipe, or one of --videos DIR and --audios DIR with --list TSV")
+    elif options.against_media and not options.against:
+        raise ValueError("--against-media needs --against, the list of the held-out ids")
+
+
+def _given_sources(options, make) -> list:
+    kind, folder = ("video", options.videos) if options.videos else ("audio", options.audios)
+    name = _plain(options.list.stem)
+    sources = [make(name, kind, folder, options.list)]
+    if options.against:
+        other = _plain(options.against.stem)
+        other = other if other != name else f"{other}_held_out"
+        sources.append(make(other, kind, options.against_media or folder, options.against, trains=False, held_out=True))
+    return sources
+
+
+def _plain(name: str) -> str:
+    return name.strip() or "list"
+
+
+def _recipe_sources(recipe: Recipe, make) -> list:
+    """Every source; those whose store is named in data.validation or data.test are held out."""
+    extraction, data = recipe.extraction, recipe.data
+    if not extraction.videos and not extraction.audios:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.videos and extraction.audios")
+    held = {Path(store.path).resolve() for store in (*data.validation, *data.test)}
+    trained = {Path(store.path).resolve() for store in data.train}
+    sources = []
+    for source in (*extraction.videos, *extraction.audios):
+        store = (Path(extraction.output_dir) / source.name).resolve()
+        held_out, trains = store in held, store in trained or store not in held
+        kind = "video" if isinstance(source, VideoSource) else "audio"
+        sources.append(make(source.name, kind, source.media_dir, source.list, trains, held_out))
+    return sources
+
+
+def _table(recipe: Recipe) -> Path:
+    return Path(recipe.extraction.audit or Path(recipe.extraction.output_dir) / "audit.parquet")
+
+
+def audit_problems(
+    recipe: Recipe, source: VideoSource | AudioSource, recipe_path: str
+) -> Mapping[str, tuple[str, str]] | None:
+    """id -> (verdict, message) of what extraction leaves out of `source` by `extraction.audit`; None without one."""
+    if not recipe.extraction.audit:
+        return None
+    from mmaudio_hf.media.audit import AuditSource, known_problems
+
+    kind = "video" if isinstance(source, VideoSource) else "audio"
+    return known_problems(
+        recipe.extraction.audit,
+        AuditSource(source.name, kind, source.media_dir, source.list),
+        recipe.extraction.reject,
+        renew=f"mmaudio-hf audit {recipe_path}",
+    )

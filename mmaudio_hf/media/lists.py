@@ -1,0 +1,253 @@
+"""Lists of media: clips of recordings, and the tab-separated lists of ids and captions."""
+
+import csv
+import difflib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from mmaudio_hf.media.audio import MediaError, count_samples
+from mmaudio_hf.schema import check_id
+
+AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
+VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+
+CLIP_SECONDS = 8.1
+_MAX_CLIPS = 5
+_CLIP_COLUMNS = ("id", "name", "start_sample", "end_sample")
+_TEXT_COLUMNS = ("label", "caption")
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One row of a media list; `row` is its line in the file (the header is line 1)."""
+
+    id: str
+    caption: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Samples `[start_sample, end_sample)` of the recording called `name` (its file stem), at the file's own rate."""
+
+    id: str
+    name: str
+    start_sample: int
+    end_sample: int
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A file left out of a clip list, and why (`MediaError.reason`)."""
+
+    file: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """What `write_clips` did: clips written, files refused, and names it did not look at."""
+
+    clips: list[Clip]
+    rejects: list[Reject]
+    ignored: list[str]
+
+
+def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
+    """Cut a recording into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
+
+    Ends are exclusive; a recording shorter than 8.1 s gives none. Spec media, section 2.3.
+    """
+    if num_samples < sample_rate * CLIP_SECONDS:
+        return []
+    length = int(sample_rate * CLIP_SECONDS)
+    count = min(_MAX_CLIPS, num_samples // length)
+    step = (num_samples - length) // (count - 1) if count > 1 else 0
+    return [(i * step, i * step + length) for i in range(count)]
+
+
+def write_clips(
+    folder: str | os.PathLike, path: str | os.PathLike, *, workers: int = 1, progress: bool = False
+) -> ClipReport:
+    """Cut every recording of `folder` by `partition` and write `path` (`id, name, start_sample, end_sample`).
+
+    Recordings are known by their ending (`AUDIO_ENDINGS`) and decoded once, so that damaged files are found here and
+    lengths are true; they, files that are too short and bad names come back as `rejects`. Other files, and a second
+    file with the same stem (flac before wav before the others), come back as `ignored`. The list is replaced as a
+    whole. progress: show a bar. ValueError if the folder has no recording.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give the folder that holds the recordings")
+    files, ignored = _recordings(folder)
+    if not files:
+        raise ValueError(f"{folder}: no recordings found; looked for {' '.join(AUDIO_ENDINGS)}")
+    with ThreadPoolExecutor(workers) as pool:
+        bar = tqdm(pool.map(_clips_of, files), folder.name, len(files), unit="file", disable=not progress)
+        outcomes = list(bar)
+    clips = [clip for outcome in outcomes if not isinstance(outcome, Reject) for clip in outcome]
+    rows = [[clip.id, clip.name, clip.start_sample, clip.end_sample] for clip in clips]
+    _write_table(path, [_CLIP_COLUMNS, *rows])
+    return ClipReport(clips, [outcome for outcome in outcomes if isinstance(outcome, Reject)], ignored)
+
+
+def find_audio_file(folder: str | os.PathLike, name: str) -> Path:
+    """The file of the recording called `name`: flac before wav before the others; MediaError not_found."""
+    check_id(name)
+    for ending in AUDIO_ENDINGS:
+        if (path := Path(folder) / f"{name}{ending}").is_file():
+            return path
+    raise MediaError("not_found", f"{Path(folder) / name}: no recording with an ending of {' '.join(AUDIO_ENDINGS)}")
+
+
+def find_video(folder: str | os.PathLike, item_id: str) -> Path:
+    """`ID.mp4`, or the same with another ending (`VIDEO_ENDINGS`) if only that exists; `ID.mp4` when none does."""
+    check_id(item_id)
+    paths = [Path(folder) / f"{item_id}{ending}" for ending in VIDEO_ENDINGS]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def read_clips(path: str | os.PathLike) -> list[Clip]:
+    """Read a clip list; ValueError names the file and line of a bad or repeated row."""
+    rows = read_table(path, _CLIP_COLUMNS)
+    clips, lines = [], {}
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        clip_id, name = check_id(row["id"], where), check_id(row["name"], where)
+        if clip_id in lines:
+            raise ValueError(f"{where}: id {clip_id!r} is already on line {lines[clip_id]}; ids must differ")
+        try:
+            start, end = int(row["start_sample"]), int(row["end_sample"])
+        except ValueError:
+            raise ValueError(f"{where}: start_sample and end_sample must be whole numbers") from None
+        if not 0 <= start < end:
+            raise ValueError(f"{where}: samples [{start}, {end}) are no clip; make the list again")
+        lines[clip_id] = line
+        clips.append(Clip(clip_id, name, start, end))
+    return clips
+
+
+def read_media_list(
+    path: str | os.PathLike, text_column: str = "label", *, unique_ids: bool | None = None
+) -> list[MediaItem]:
+    """Read a media list: tab-separated, with a header; `id` and `text_column` are used, other columns are ignored.
+
+    "label" is the list of videos, where every id may stand once; "caption" is the list of recordings, where each row
+    is another caption of the same file (`unique_ids` overrides this). Either name is accepted for the column. All
+    values stay text: `NA` is a caption, `00008` keeps its zeros. Quotes as pandas writes them; a BOM and CRLF are
+    fine. ValueError names the file and line.
+    """
+    assert text_column in _TEXT_COLUMNS, text_column
+    unique_ids = text_column == "label" if unique_ids is None else unique_ids
+    items, lines = [], {}
+    for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
+        where = f"{path}, line {line}"
+        item_id = check_id(row["id"], where)
+        if unique_ids and item_id in lines:
+            raise ValueError(f"{where}: id {item_id!r} is already on line {lines[item_id]}; remove one of the two rows")
+        lines.setdefault(item_id, line)
+        items.append(MediaItem(item_id, row[text_column], line))
+    return items
+
+
+def _recordings(folder: Path) -> tuple[list[Path], list[str]]:
+    """Recordings of a folder in sorted order, one per stem, and the names of everything else."""
+    chosen: dict[str, Path] = {}
+    entries = sorted(folder.iterdir())
+    media = [p for p in entries if p.is_file() and p.suffix.lower() in AUDIO_ENDINGS and not p.name.startswith(".")]
+    for path in sorted(media, key=lambda p: AUDIO_ENDINGS.index(p.suffix.lower())):
+        chosen.setdefault(path.stem, path)
+    files = sorted(chosen.values())
+    return files, [p.name for p in entries if p not in set(files)]
+
+
+def _clips_of(path: Path) -> list[Clip] | Reject:
+    try:
+        check_id(path.stem)
+        num_samples, rate = count_samples(path)
+    except MediaError as error:
+        return Reject(path.name, error.reason, str(error))
+    except ValueError as error:
+        return Reject(path.name, "bad_name", str(error))
+    spans = partition(num_samples, rate)
+    if not spans:
+        have = num_samples / rate if rate else 0.0
+        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of sound, {CLIP_SECONDS} s needed")
+    return [Clip(f"{path.stem}_{i}", path.stem, start, end) for i, (start, end) in enumerate(spans)]
+
+
+def _write_table(path: str | os.PathLike, rows: list[Sequence]) -> None:
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_table(
+    path: str | os.PathLike, columns: Sequence[str], synonyms: Sequence[str] = (), optional: Sequence[str] = ()
+) -> list[tuple[int, dict[str, str]]]:
+    """[(line number, {column: text})] of a tab-separated file with a header; blank lines are skipped.
+
+    A column of `synonyms` may stand under any of those names. Columns of `optional` are given where they are there; a
+    name that is nearly one of them is refused. ValueError names the file and line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t", strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            places = _places(path, header, columns, synonyms) | _optional_places(path, header, optional)
+            rows, end = [], reader.line_num
+            for row in reader:
+                line, end = end + 1, reader.line_num
+                if row and len(row) != len(header):
+                    raise ValueError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}")
+                if row:
+                    rows.append((line, {name: row[place] for name, place in places.items()}))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; quote the field as pandas does") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    if not rows:
+        raise ValueError(f"{path}: has no rows after the header")
+    return rows
+
+
+def _places(path, header: list[str], columns: Sequence[str], synonyms: Sequence[str]) -> dict[str, int]:
+    """Where each wanted column stands; a column of `synonyms` may stand under any of those names."""
+    if not header:
+        raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
+    places = {}
+    for name in columns:
+        names = [name, *(s for s in synonyms if name in synonyms and s != name)]
+        found = next((n for n in names if n in header), None)
+        if found is None:
+            nearest = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
+            hint = f"; rename {nearest[0]!r}?" if nearest else ""
+            hint += "; columns must be separated by tabs" if len(header) == 1 else ""
+            raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; it has {header}{hint}")
+        if header.count(found) > 1:
+            raise ValueError(f"{path}: column {found!r} stands there more than once")
+        places[name] = header.index(found)
+    return places
+
+
+def _optional_places(path, header: list[str], optional: Sequence[str]) -> dict[str, int]:
+    for name in header:
+        nearest = difflib.get_close_matches(name, optional, n=1, cutoff=0.8)
+        if nearest and name not in optional and nearest[0] not in header:
+            raise ValueError(f"{path}: column {name!r} is not known; rename it {nearest[0]!r}, or to something else")
+        if name in optional and header.count(name) > 1:
+            raise ValueError(f"{path}: column {name!r} stands there more than once")
+    return {name: header.index(name) for name in optional if name in header}

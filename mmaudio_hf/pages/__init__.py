@@ -1,0 +1,1 @@
+"""HTML pages: the report of a run, the comparison of runs, the audit of media, the demo."""
