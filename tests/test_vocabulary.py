@@ -61,7 +61,7 @@ PHRASES = {
 # Where one of these words is a name: SoundBible, and names of files and folders that exist in runs.
 EXEMPT = re.compile(r"SoundBible|Sound Effects|soundfile|SoundFile|autopsy/|BBC Sound|bbcsound")
 
-FILES = sorted([*(ROOT / "mmaudio_hf").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
+FILES = sorted(path for folder in ("mmaudio_hf", "tests", "scripts") for path in (ROOT / folder).rglob("*.py"))
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.yaml")])
 
 
