@@ -8,7 +8,8 @@ import pytest
 import torch
 from toy_stores import MODEL
 
-from mmaudio_hf.bench import extract, generate, scaling
+from mmaudio_hf.bench import extract, generate
+from mmaudio_hf.bench import training as scaling
 from mmaudio_hf.bench.extract import plain_read
 from mmaudio_hf.bench.training import loop_overhead, step
 from mmaudio_hf.cli import main

@@ -16,10 +16,11 @@ import yaml
 from toy_stores import recipe_tree, write_store
 from training_runs import environment, train
 
-from mmaudio_hf import MMAudioPipeline, demo
+from mmaudio_hf import MMAudioPipeline
 from mmaudio_hf.cli import main
 from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.audio import read_waveform
+from mmaudio_hf.pages import demo
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (

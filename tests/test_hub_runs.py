@@ -31,7 +31,7 @@ from mmaudio_hf.hub.cards import add_card
 from mmaudio_hf.hub.runs import local_step
 from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.training import lock
+from mmaudio_hf.training import resume as lock
 from mmaudio_hf.training.checkpoint import TrainingState, load_training_state
 from mmaudio_hf.training.finetune import read_start
 from mmaudio_hf.training.resume import RunLock

@@ -20,8 +20,8 @@ import torch
 import yaml
 from odd_media import Odd, overwrite_packet, remux, steady, truncate, write_odd
 
-from mmaudio_hf.cli import audit as command
 from mmaudio_hf.cli import main
+from mmaudio_hf.cli import media as command
 from mmaudio_hf.config import ExtractionConfig
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.media import audit as module

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d
+from mmaudio_hf.models.blocks import ChannelLastConv1d, convolve, transform_weight
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, convolve, fast_convolutions, transform_weight
+from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
 
 
 @pytest.mark.parametrize("length", [1, 4, 6, 250])

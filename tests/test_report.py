@@ -12,13 +12,13 @@ import torch
 import yaml
 from toy_stores import MODEL, write_store
 
-from mmaudio_hf import report
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
 from mmaudio_hf.evaluation.samples import read_items
 from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.pages import report
 from mmaudio_hf.pages.report import Curve, ReportClip, encode_png, line_chart, report_run, run_summary, write_report
 
 EVIL = '<script>alert(1)</script> "a" & b'

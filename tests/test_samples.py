@@ -21,9 +21,9 @@ from test_report import Page
 from toy_stores import recipe_tree
 from training_runs import command, environment, metrics, run_dir, start, train
 
-from mmaudio_hf import samples as samples_module
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
+from mmaudio_hf.evaluation import samples as samples_module
 from mmaudio_hf.evaluation import waveform_scores
 from mmaudio_hf.evaluation.samples import SampleEvaluator, read_items
 from mmaudio_hf.features.toy import ToyMelCodec

@@ -29,7 +29,7 @@ from training_runs import (
 )
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.training import lock
+from mmaudio_hf.training import resume as lock
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from slices import parts, share_out, slices
 
+from mmaudio_hf.training import checkpoint as shards
 from mmaudio_hf.training import distributed as parallel
-from mmaudio_hf.training import shards
 from mmaudio_hf.training.checkpoint import (
     Part,
     TrainingState,
