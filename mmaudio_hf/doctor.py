@@ -198,7 +198,7 @@ def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:
     where = settings.av_bench_python or "this environment"
     found = f"without {', '.join(settings.metrics)} until this is mended: {problem}" if problem else f"works in {where}"
     yield Finding("warn" if problem else "ok", "av-benchmark", found)
-    for split in sorted(recipe.sounding_splits):
+    for split in sorted(recipe.generated_splits):
         source, subject = getattr(settings.truth, split), f"evaluation.truth.{split}"
         if not source:
             continue
@@ -241,7 +241,7 @@ def _stores(recipe: Recipe, mixtures: dict[str, Mixture]) -> Iterator[Finding]:
             mixtures[split] = mixture
             check_encoders([store for found in mixtures.values() for store in found.stores])
         except (ValueError, OSError) as error:
-            needed = split != "test" or split in recipe.sounding_splits
+            needed = split != "test" or split in recipe.generated_splits
             yield Finding("FAIL" if needed else "warn", subject, str(error))
             continue
         rows = ", ".join(f"{store.path.name} {len(store):,}" for store in mixture.stores)
@@ -271,7 +271,7 @@ def _weights(recipe: Recipe, checks, quick: bool, complete: bool) -> Iterator[Fi
         if weight.path == weights.CLAP_FILE:
             continue  # looked for with av-benchmark, which reads it
         started = weight.path in ("empty_string.pth", Path(recipe.finetune.init_from).name)
-        now = not complete or started or (recipe.sounding_splits and weight.path in decoder)
+        now = not complete or started or (recipe.generated_splits and weight.path in decoder)
         if quick and weights.locate(weight, folder) is not None:
             problem = None
         else:
@@ -288,7 +288,7 @@ def _toy_codec(recipe: Recipe, folder: Path, complete: bool) -> Iterator[Finding
         check_encoder_files("toy", recipe.model.mode, weights_dir=folder, clip=recipe.encoders.clip, parts=("decode",))
         yield Finding("ok", "weights", "toy encoders, and their codec is fitted")
     except ValueError as error:
-        yield Finding("FAIL" if recipe.sounding_splits and complete else "warn", "weights", str(error))
+        yield Finding("FAIL" if recipe.generated_splits and complete else "warn", "weights", str(error))
 
 
 # --- what is enough ------------------------------------------------------------------------------------------------

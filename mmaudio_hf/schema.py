@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
-LOCK_FILE = "lock"  # in a run folder: held by the launch that trains it
+LOCK_FILE = "lock"  # in a run folder: locked by the launch that trains it
 
 CLIP_FPS = 8
 SYNC_FPS = 25
@@ -43,7 +43,7 @@ TEXT_FEATURES = "text_features"
 VIDEO_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
 AUDIO_COLUMNS = (MEAN, STD, TEXT_FEATURES)
 
-# What an audit may say of a listed item, the graver things first.
+# Verdicts of an audit on a listed item, the most serious first.
 AuditVerdict = Literal[
     "not_found",
     "unreadable",
@@ -66,14 +66,14 @@ AuditVerdict = Literal[
 
 
 class RunError(RuntimeError):
-    """Work cannot go on, and it is nobody's typing error; the message says why and what to do."""
+    """Work cannot continue, and the user's input is not the cause; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class AudioSample:
-    """A sound to be listened to."""
+    """Audio to be listened to."""
 
-    name: str  # a plain name, as of ids
+    name: str  # a plain file name, see `check_id`
     caption: str
     waveform: "torch.Tensor"  # (samples,) float32 in [-1, 1], on the CPU
     sample_rate: int  # Hz
@@ -81,15 +81,15 @@ class AudioSample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator found out about a network: scores for the log, and sounds to judge by ear."""
+    """Results of an evaluator: scores for the log, and audio to listen to."""
 
     scores: dict[str, float]
-    sounds: list[AudioSample]
+    samples: list[AudioSample]
 
 
 @dataclass(frozen=True)
 class AudioMode:
-    """One of the two published audio settings (spec networks, section 1 and 7)."""
+    """One of the two published audio settings (MMAudio, arXiv 2412.15322, section 4.1; docs/media.md)."""
 
     name: str
     sample_rate: int  # Hz
@@ -118,17 +118,16 @@ class SequenceLengths:
     """Token counts of one clip, and the exact audio length that yields them."""
 
     latent: int  # N
-    clip: int  # T, also the number of 8 fps pictures
+    clip: int  # T, also the number of frames at 8 fps
     sync: int  # S
-    sync_frames: int  # 25 fps pictures that are read
+    sync_frames: int  # frames read at 25 fps
     audio_samples: int
 
 
 def sequence_lengths(mode: str, duration: float = 8.0) -> SequenceLengths:
-    """Lengths of a clip of `duration` seconds (spec networks, section 1).
+    """Lengths of a clip of `duration` seconds. ValueError when it is too short for one sync segment (0.64 s).
 
-    Double arithmetic, evaluated left to right: other orders move the ceilings at some durations.
-    Raises ValueError when the clip is too short for one sync segment (0.64 s).
+    Double arithmetic, evaluated left to right as in the reference: other orders move the ceilings at some durations.
     """
     rate = audio_mode(mode)
     latent = math.ceil(duration * rate.sample_rate / rate.mel_hop / LATENT_STRIDE)
@@ -145,7 +144,7 @@ def sequence_lengths(mode: str, duration: float = 8.0) -> SequenceLengths:
 
 
 def column_shapes(mode: str, duration: float = 8.0, *, video: bool = True) -> dict[str, tuple[int, int]]:
-    """Shape of one record of every stored column: `{"mean": (N, C), ...}`, in storage order."""
+    """Shape of one row of every stored column: `{"mean": (N, C), ...}`, in storage order."""
     lengths = sequence_lengths(mode, duration)
     latent = (lengths.latent, audio_mode(mode).latent_channels)
     shapes = {
@@ -159,10 +158,10 @@ def column_shapes(mode: str, duration: float = 8.0, *, video: bool = True) -> di
 
 
 def check_id(item_id: str, source: str = "") -> str:
-    """Return `item_id` when it is one plain file name part; ValueError otherwise.
+    """Return `item_id` when it is a plain file name; ValueError otherwise.
 
-    Ids come from files people download and end up in paths, so `..`, separators, control characters and
-    over-long names are refused before anything is opened. `source` names the file and row in the message.
+    Ids come from downloaded files and end up in paths, so `..`, separators, control characters and over-long names are
+    rejected before anything is opened. `source` names the file and row in the message.
     """
     where = f" ({source})" if source else ""
     if not item_id or item_id != item_id.strip():
@@ -174,11 +173,11 @@ def check_id(item_id: str, source: str = "") -> str:
     return item_id
 
 
-# How long processes wait for each other: one may fetch gigabytes or compute scores alone meanwhile. The launcher, which
-# ends them all when one dies, is quicker than this.
+# How long processes wait for each other: one may fetch gigabytes or compute scores alone meanwhile. When one dies, the
+# launcher ends them all long before this.
 PROCESS_TIMEOUT = timedelta(hours=6)
 
-HUB_PREFIX = "hub://"  # opens a place on the Hub where a folder could be meant
+HUB_PREFIX = "hub://"  # prefix of a Hub repository where a folder could be meant
 _HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 
 

@@ -191,7 +191,7 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
         "log_mel_distance": {"value": 12.25, "unit": "dB", "better": "lower", "used": 5, "dropped": []},
         "DeSync": {"value": None, "unit": "s", "better": "lower", "used": 0, "dropped": []},
     }
-    settings = load_recipe(run / "config.yaml").sound_settings
+    settings = load_recipe(run / "config.yaml").generation_settings
     facts = {"format": 1, "split": "test", "step": 4, "weights": weights, "settings": settings}
     content = facts | {"scores": scores}
     (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))

@@ -195,6 +195,6 @@ def test_a_sound_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):
     assert (
         f"samples of step 2 are left out, having values that are not finite numbers: {first}" in capsys.readouterr().err
     )
-    assert [sound.name for sound in result.sounds] == others and math.isnan(result.scores["log_mel_distance"])
+    assert [sound.name for sound in result.samples] == others and math.isnan(result.scores["log_mel_distance"])
     assert {path.name for path in folder.iterdir()} == {"samples.json", *(f"{name}.wav" for name in others)}
     assert [row["id"] for row in json.loads((folder / "samples.json").read_text())] == others

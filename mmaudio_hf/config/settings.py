@@ -568,12 +568,12 @@ class Recipe:
         return wanted | ({"evaluation.after_training": "test"} if self.evaluation.after_training else {})
 
     @property
-    def sounding_splits(self) -> set[str]:
+    def generated_splits(self) -> set[str]:
         """Splits whose sound is made while training, or after it, which takes a decoder."""
         return set(self._wanted_splits().values())
 
     @property
-    def sound_settings(self) -> dict[str, Any]:
+    def generation_settings(self) -> dict[str, Any]:
         """What the sound of an evaluation depends on besides weights, decoder and stores; files of scores note it."""
         return {
             "num_steps": self.sampling.num_steps,

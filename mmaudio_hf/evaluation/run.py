@@ -169,7 +169,7 @@ class SplitEvaluator:
         where = self._encoders["weights_dir"]
         decoder = decoder_fingerprint(self._encoders["kind"], self.recipe.model.mode, weights_dir=where)
         stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
-        return {"settings": self.recipe.sound_settings, "decoder": decoder, "stores": stores}
+        return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
 
     def _key_of_scores(self, clips_key: str) -> str:
         settings = self.recipe.evaluation
@@ -187,7 +187,7 @@ class SplitEvaluator:
         if self._pipeline is None:
             device, mode = model.latent_mean.device, self.recipe.model.mode
             encoders = load_encoders(mode=mode, device=device, parts=("decode",), **self._encoders)
-            self._pipeline = MMAudioPipeline(model, encoders, precision=self.recipe.sound_settings["precision"])
+            self._pipeline = MMAudioPipeline(model, encoders, precision=self.recipe.generation_settings["precision"])
         return self._pipeline
 
     def _make(self, model: MMAudio, ids: Sequence[str], work: Path) -> list[str]:
@@ -254,7 +254,7 @@ class SplitEvaluator:
             "split": self.split,
             "step": step,
             "weights": dict(weights),
-            "settings": self.recipe.sound_settings,
+            "settings": self.recipe.generation_settings,
             "truth": getattr(self.recipe.evaluation.truth, self.split) or "true latents, decoded",
             "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": listed(reasons)},
             "scores": {name: score.to_json() for name, score in scores.items()},
@@ -277,7 +277,7 @@ def variant_of(recipe: Recipe, own: Recipe, split: str, weights: Mapping[str, An
     """
     theirs, found = (
         {
-            "settings": each.sound_settings,
+            "settings": each.generation_settings,
             "items": each.evaluation.items,
             "stores": [str(Path(store.path).resolve()) for store in getattr(each.data, split)],
         }

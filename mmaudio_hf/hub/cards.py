@@ -422,7 +422,7 @@ def _evaluated(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> list
             content = json.loads((folder / f"{split}_step_{weights.get('step')}.json").read_text(encoding="utf-8"))
             if any(content["weights"].get(key) != weights.get(key) for key in ("weights", "sigma_rel", "step")):
                 continue
-            if content["settings"] != recipe.sound_settings:
+            if content["settings"] != recipe.generation_settings:
                 continue
             for name, found in content["scores"].items():
                 if isinstance(found["value"], (int, float)):  # null: there was too little to compute it from

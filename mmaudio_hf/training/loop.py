@@ -559,7 +559,7 @@ class Run:
                 found = {f"{evaluator.name}/{k}": v for k, v in result.scores.items()}
                 if found:
                     self._record(found)
-                log_audio(self.accelerator, evaluator.name, result.sounds, self.step)
+                log_audio(self.accelerator, evaluator.name, result.samples, self.step)
                 scores |= found
         self.to_evaluate = []
         return scores
