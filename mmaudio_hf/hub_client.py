@@ -1,4 +1,4 @@
-"""The client of the Hub: huggingface_hub, with limits on waiting, and its errors in one sentence.
+"""The client of the Hub: huggingface_hub with timeouts, its errors in one sentence, and the cards of repositories.
 
 Tokens, endpoint, cache and offline mode are those that users of huggingface_hub know.
 """
@@ -7,14 +7,19 @@ import contextlib
 import errno
 import functools
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, get_session, get_token, set_client_factory
+import yaml
+from huggingface_hub import CardData, HfApi, RepoCard, get_session, get_token, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -22,6 +27,7 @@ from huggingface_hub.errors import (
 )
 
 TIMEOUT = 60  # s without a byte; huggingface_hub itself waits for ever in most calls
+CARD_FILE = "README.md"
 LOGIN = "run `hf auth login`, or set HF_TOKEN"
 
 
@@ -122,3 +128,105 @@ def one_line(error: object) -> str:
     token = get_token()
     line = line.replace(token, "***") if token else line
     return re.sub(r"\bhf_\w{8,}", "hf_***", line)
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+CARD_BEGIN = "<!-- mmaudio_hf: every push replaces this section; text outside of it is kept -->"
+CARD_END = "<!-- mmaudio_hf: end -->"
+# The words of the first mark may differ: earlier versions wrote others.
+_SECTION = re.compile(r"<!-- mmaudio_hf: (?!end -->).*?-->(.*?)<!-- mmaudio_hf: end -->", re.DOTALL)
+# Beginning of the card that huggingface_hub writes by default.
+_DEFAULT_CARD = "This model has been pushed to the Hub using the [PytorchModelHubMixin]"
+_MARKDOWN = re.compile(r"([!#$%&*+./:<=>@\[\\\]^_`{|}~])")
+
+
+def compose_card(data: CardData, body: str) -> str:
+    """A card: metadata, then `body` between the marks."""
+    return f"---\n{data.to_yaml()}\n---\n\n{CARD_BEGIN}\n\n{body.strip()}\n\n{CARD_END}\n"
+
+
+def card_section(card: str) -> re.Match | None:
+    """The section of a card that a push replaces, with its marks; group 1 is the text between them."""
+    return _SECTION.search(card)
+
+
+def merge_cards(existing: str | None, new: str) -> str:
+    """`new`, a card of `compose_card`, with what the owners of the repository wrote into the `existing` one.
+
+    Metadata: keys of `new` replace existing ones, tags and datasets are joined, results of other models kept. Text:
+    the section between the marks is replaced; without marks, `new` is appended. ValueError when the metadata of the
+    existing card cannot be read.
+    """
+    if existing is None:
+        return new
+    try:
+        theirs, ours = RepoCard(existing), RepoCard(new)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"the metadata of {CARD_FILE} on the Hub cannot be read ({error}): correct it there"
+        ) from error
+    data = {**theirs.data.to_dict(), **ours.data.to_dict()}
+    for key in ("tags", "datasets"):
+        joined = [*_as_list(theirs.data.get(key)), *_as_list(ours.data.get(key))]
+        if joined:
+            data[key] = list(dict.fromkeys(joined))
+    results = _as_list(ours.data.get("model-index"))
+    names = [result["name"] for result in results]
+    for result in _as_list(theirs.data.get("model-index")):
+        if not isinstance(result, dict) or result.get("name") not in names:
+            results.append(result)
+    if results:
+        data["model-index"] = results
+    section, replaced = card_section(new)[0], card_section(theirs.text)
+    if replaced:
+        text = theirs.text[: replaced.start()] + section + theirs.text[replaced.end() :]
+    elif theirs.text.strip() and not theirs.text.strip().startswith(_DEFAULT_CARD):
+        text = f"{theirs.text.rstrip()}\n\n{section}\n"
+    else:
+        text = f"\n{section}\n"
+    return f"---\n{CardData(**data).to_yaml()}\n---\n{text}"
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def card_metadata(file: Path) -> dict[str, Any]:
+    """Metadata of the card in a file; {} when there is none or it cannot be read."""
+    try:
+        return RepoCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def download_card(repo_id: str, repo_type: str = "model", **options: Any) -> str | None:
+    """Current card of a repository on the Hub; None when there is no such repository, or no card in it.
+
+    Errors are those of huggingface_hub. The cache is not used: its copy may be older.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = hf_hub_download(repo_id, CARD_FILE, repo_type=repo_type, local_dir=folder, **options)
+        except LocalEntryNotFoundError:  # the Hub could not be asked; it is a subclass of the next one
+            raise
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        return Path(file).read_text(encoding="utf-8")
+
+
+def plain(text: str, limit: int = 200) -> str:
+    """Text from files as one line of Markdown, every special character escaped; cut at `limit` characters."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return _MARKDOWN.sub(r"\\\1", words if len(words) <= limit else f"{words[: limit - 1]}…")
+
+
+def hub_id(source: str) -> str:
+    """`source` when it has the form of a repository on the Hub, else ""."""
+    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+
+
+def linked(source: str) -> str:
+    """A dataset of the Hub or a URL as a link, other text as it is."""
+    url = f"https://huggingface.co/datasets/{source}" if hub_id(source) else source
+    return f"[{plain(source)}]({url})" if re.fullmatch(r"https?://[\w./~%?=&#:+-]+", url) else plain(source)

@@ -20,8 +20,8 @@ import torch
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.models.convert import check_sizes, infer_config, reference_order, trainable
-from mmaudio_hf.models.network import DERIVED_TENSORS, MMAudio
-from mmaudio_hf.models.pretrained import WEIGHTS_FILE
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.pretrained import DERIVED_TENSORS, WEIGHTS_FILE
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
     checkpoint_folder,

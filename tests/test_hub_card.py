@@ -22,8 +22,8 @@ from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.hub.cards import code_version, model_card, run_samples, write_card
-from mmaudio_hf.hub_client import hub_errors
-from mmaudio_hf.models.pretrained import CLOSE, OPEN, download_card, find_pretrained, merge, plain
+from mmaudio_hf.hub_client import CARD_BEGIN, CARD_END, download_card, hub_errors, merge_cards, plain
+from mmaudio_hf.models.pretrained import find_pretrained
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
 SECRET = "hf_" + "a" * 34
@@ -260,27 +260,27 @@ def test_licence_and_base_follow_from_the_start(tmp_path, monkeypatch):
 
 def test_what_people_wrote_into_a_card_is_kept(run):
     new = model_card(run, repo_id="me/run")
-    ours = new[new.index(OPEN) : new.index(CLOSE)]
-    assert merge(None, new) == new
-    once = merge(merge("", new), new)
-    assert once.count(OPEN) == 1 and ours in once
+    ours = new[new.index(CARD_BEGIN) : new.index(CARD_END)]
+    assert merge_cards(None, new) == new
+    once = merge_cards(merge_cards("", new), new)
+    assert once.count(CARD_BEGIN) == 1 and ours in once
     # A card written by hand stays before ours, one written around ours stays around it.
     hand = "---\nlicense: mit\nlanguage: fr\ntags: [mine, mmaudio]\n---\n# By hand\n\nwords\n"
-    both = merge(hand, new)
-    assert both.index("# By hand") < both.index(OPEN) and ours in both
+    both = merge_cards(hand, new)
+    assert both.index("# By hand") < both.index(CARD_BEGIN) and ours in both
     metadata = RepoCard(both).data.to_dict()
     assert metadata["language"] == "fr" and metadata["tags"][:2] == ["mine", "mmaudio"]
     assert "video-to-audio" in metadata["tags"] and len(set(metadata["tags"])) == len(metadata["tags"])
-    edited = both.replace(OPEN, f"above\n\n{OPEN}").replace(CLOSE, f"{CLOSE}\n\nbelow")
-    older = edited.replace("step 4 of 4", "step 2 of 4")
+    edited = both.replace(CARD_BEGIN, f"above\n\n{CARD_BEGIN}").replace(CARD_END, f"{CARD_END}\n\nbelow")
+    older = edited.replace("step 4 of 4", "step 2 of 4").replace(CARD_BEGIN, "<!-- mmaudio_hf: other words -->")
     updated = model_card(run, repo_id="me/run", existing=older)
     assert updated == edited
     # Results that others measured stay beside ours.
     other = {"name": "elsewhere", "results": [{"task": {"type": "x"}, "dataset": {"name": "y", "type": "y"}}]}
-    judged = merge(f"---\n{yaml.safe_dump({'model-index': [other]})}---\n", new)
+    judged = merge_cards(f"---\n{yaml.safe_dump({'model-index': [other]})}---\n", new)
     assert [r["name"] for r in RepoCard(judged).data.to_dict()["model-index"]] == ["run", "elsewhere"]
     with pytest.raises(ValueError, match=r"metadata of README\.md on the Hub cannot be read"):
-        merge("---\na: [\n---\n", new)
+        merge_cards("---\na: [\n---\n", new)
 
 
 def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
@@ -298,7 +298,7 @@ def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
     assert (run / "last/pretrained_model/README.md").read_bytes() == before
     assert main(["push", str(run), "tester/run"]) == 0
     assert len(hub.messages("tester/run")) == 2  # nothing new
-    edited = text.replace(CLOSE, f"{CLOSE}\n\nBelow, by hand.").replace("step 4 of 4", "step 1 of 4")
+    edited = text.replace(CARD_END, f"{CARD_END}\n\nBelow, by hand.").replace("step 4 of 4", "step 1 of 4")
     hub.repository("tester/run").add({"README.md": edited.encode()})
     MMAudio.from_pretrained(run / "last" / "pretrained_model").push_to_hub("tester/run")
     again = hub.files("tester/run")["README.md"].decode()
@@ -362,12 +362,12 @@ def test_what_the_card_says_works(run, hub, monkeypatch, tmp_path):
     write_clip(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
-    made = (tmp_path / "clip_with_sound.mp4").stat().st_size
+    made = (tmp_path / "clip_with_audio.mp4").stat().st_size
     assert made > 0
-    (tmp_path / "clip_with_sound.mp4").unlink()
+    (tmp_path / "clip_with_audio.mp4").unlink()
     [command] = re.findall(r"^mmaudio-hf (generate .*)$", text, re.MULTILINE)
     assert main(shlex.split(command)) == 0
-    assert (tmp_path / "clip_with_sound.mp4").stat().st_size > 0
+    assert (tmp_path / "clip_with_audio.mp4").stat().st_size > 0
 
 
 def test_networks_alone_have_cards_too(tmp_path):

@@ -25,25 +25,27 @@ import mmaudio_hf
 from mmaudio_hf.config import RELEASED_LICENSE, Recipe, is_released, load_recipe, to_dict
 from mmaudio_hf.data.layout import read_meta
 from mmaudio_hf.data.tools import describe
-from mmaudio_hf.hub_client import hub_errors
-from mmaudio_hf.models.network import read_model_config
-from mmaudio_hf.models.pretrained import (
+from mmaudio_hf.hub_client import (
     CARD_FILE,
+    card_metadata,
+    compose_card,
+    download_card,
+    hub_errors,
+    hub_id,
+    linked,
+    merge_cards,
+    plain,
+)
+from mmaudio_hf.models.pretrained import (
     CONFIG_FILE,
     PLACEHOLDER,
     RELEASED,
     TAGS,
     WEIGHTS_FILE,
-    card_metadata,
-    compose,
     describe_network,
-    download_card,
     find_pretrained,
-    hub_id,
-    linked,
-    merge,
     network_card,
-    plain,
+    read_model_config,
     readdress,
     usage,
 )
@@ -110,7 +112,7 @@ def model_card(
     """The card of the newest checkpoint of a run, for the repository `repo_id`.
 
     pretrained: the `pretrained_model` folder of another checkpoint of the run. existing: the card that is there; what
-    does not come from here is kept (`models.card.merge`). ValueError for a folder that is no run, or has no checkpoint,
+    does not come from here is kept (`merge_cards`). ValueError for a folder that is no run, or has no checkpoint,
     and for an existing card whose metadata cannot be read.
     """
     run_dir = Path(run_dir)
@@ -118,7 +120,7 @@ def model_card(
         raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml")
     recipe, folder = load_recipe(run_dir / "config.yaml"), find_pretrained(pretrained or run_dir)
     noted, samples = card_metadata(folder / CARD_FILE), run_samples(run_dir, folder)
-    return merge(existing, _card(recipe, run_dir, folder, noted, noted.get("mmaudio_hf"), repo_id, samples))
+    return merge_cards(existing, _card(recipe, run_dir, folder, noted, noted.get("mmaudio_hf"), repo_id, samples))
 
 
 def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
@@ -151,9 +153,9 @@ def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | Non
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / place)
     elif card.is_file():
-        text = merge(existing, readdress(card.read_text(encoding="utf-8"), repo_id))
+        text = merge_cards(existing, readdress(card.read_text(encoding="utf-8"), repo_id))
     else:
-        text = merge(existing, network_card(read_model_config(folder / CONFIG_FILE), repo_id))
+        text = merge_cards(existing, network_card(read_model_config(folder / CONFIG_FILE), repo_id))
     card.unlink(missing_ok=True)  # it may be a link to that of the checkpoint
     card.write_text(text, encoding="utf-8")
 
@@ -301,7 +303,7 @@ def _card(
         f"## Recipe\n\n{_recipe_block(recipe)}",
         f"Made with {_code_words(code)}.",
     ]
-    return compose(data, "\n\n".join(part.strip() for part in parts if part))
+    return compose_card(data, "\n\n".join(part.strip() for part in parts if part))
 
 
 def _weights(folder: Path) -> dict[str, Any]:
@@ -538,7 +540,7 @@ def store_card(path: str | Path, repo_id: str, *, license: str = "", source: str
         f"## Encoders\n\n{_encoders(facts)}",
         _usage(repo_id, name, facts),
     ]
-    return compose(data, "\n\n".join(parts))
+    return compose_card(data, "\n\n".join(parts))
 
 
 def told(card: str | None) -> dict[str, str]:

@@ -47,8 +47,7 @@ from mmaudio_hf.data.layout import (
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
 from mmaudio_hf.hub import repository as hub
 from mmaudio_hf.hub.cards import store_card, told
-from mmaudio_hf.hub_client import TIMEOUT, api, hub_errors
-from mmaudio_hf.models.pretrained import CARD_FILE, download_card, merge
+from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES
 
 FORMAT, VERSION = "mmaudio_hf feature store", 1
@@ -142,7 +141,7 @@ def plan_push(
     with hub_errors(repo, "dataset"):
         existing = download_card(repo, "dataset", revision=contents.commit) if CARD_FILE in there else None
     stated = told(existing) | {key: value for key, value in (("license", license), ("source", source)) if value}
-    small[CARD_FILE] = merge(existing, store_card(path, repo, **stated)).encode()
+    small[CARD_FILE] = merge_cards(existing, store_card(path, repo, **stated)).encode()
     parts = [part for column in columns.values() for part in column.parts]
     missing = tuple(p for p in parts if p.file not in there or there[p.file].sha256 not in ("", p.sha256))
     return StorePush(Path(path), contents, columns, missing, small)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from mmaudio_hf.config import VARIANTS, ModelConfig, variant_config
-from mmaudio_hf.models.network import DERIVED_TENSORS, FROZEN_TENSORS, MMAudio
+from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
+from mmaudio_hf.models.pretrained import DERIVED_TENSORS
 from mmaudio_hf.schema import MODES
 from mmaudio_hf.weights import describe, load_state
 

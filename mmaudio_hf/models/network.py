@@ -1,20 +1,13 @@
 """`MMAudio`: the flow network. State-dict names are those of the released files (spec networks, sections 2.3-2.5)."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmaudio_hf.config import ModelConfig, is_released, model_config, to_dict, variant_config
-from mmaudio_hf.hub_client import hub_errors
+from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.models.blocks import (
     FinalLayer,
     GatedMLP,
@@ -33,25 +26,13 @@ from mmaudio_hf.models.conditioning import (
     upsample_sync,
 )
 from mmaudio_hf.models.flow import guided_velocity
-from mmaudio_hf.models.pretrained import (
-    CARD_FILE,
-    CONFIG_FILE,
-    PLACEHOLDER,
-    WEIGHTS_FILE,
-    download_card,
-    merge,
-    network_card,
-    readdress,
-)
+from mmaudio_hf.models.pretrained import PretrainedMixin
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
-from mmaudio_hf.weights import check_state, load_state
 
-# Derived tensors that early released files carry.
-DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
 FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")
 
 
-class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag="text-to-audio"):
+class MMAudio(nn.Module, PretrainedMixin):
     """Predicts the velocity of an audio latent, given CLIP, sync and text features and the time.
 
     Latents are those of the mel VAE, normalised by `latent_mean` and `latent_std`: call `normalize` before and
@@ -62,8 +43,6 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.card: str | None = None  # that of the folder or repository it was loaded from
-        self.released = False  # the weights are those of a released file
         dim, heads, v2 = config.hidden_dim, config.num_heads, config.v2
         self.audio_input_proj = temporal_projection(config.latent_channels, dim, v2, kernel_size=7)
         self.clip_input_proj = clip_projection(config.clip_dim, dim, v2)
@@ -273,84 +252,3 @@ class MMAudio(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag=
     def unnormalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
         """Network latent to VAE latent; not in place."""
         return latent_BNC * self.latent_std + self.latent_mean
-
-    # --- files ------------------------------------------------------------------------------------------------------
-
-    def load_released(self, source: str | Path | Mapping[str, torch.Tensor]) -> "MMAudio":
-        """Load a released `mmaudio_*.pth`, the `weights` of a training checkpoint, safetensors, or a state dict.
-
-        Strict, but for the derived tensors of early files; the network stays trainable. Returns self.
-        """
-        state = load_state(source, key="weights")
-        self._load({name: value for name, value in state.items() if name not in DERIVED_TENSORS}, source)
-        self.released = is_released(source)
-        return self
-
-    def _load(self, state: Mapping[str, torch.Tensor], source: Any) -> None:
-        check_state(state, self.state_dict(), source)
-        self.load_state_dict(state)
-
-    @classmethod
-    def from_config_and_state(cls, config: ModelConfig, state: Mapping[str, torch.Tensor], source: Any) -> "MMAudio":
-        """Build without initialising, then copy the tensors of `state`; `source` names their origin in messages."""
-        with torch.device("meta"):
-            network = cls(config)
-        network.to_empty(device="cpu")
-        network.t_embed.freqs.copy_(network.t_embed.frequencies())
-        network._load(state, source)
-        network.released = is_released(source)
-        return network
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / CONFIG_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
-        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location="cpu", **_
-    ) -> "MMAudio":
-        folder = Path(model_id)
-        if folder.is_dir():
-            config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-            for path in (config_path, weights_path):
-                if not path.is_file():
-                    raise ValueError(f"{folder} holds no {path.name}: it is not a saved MMAudio network")
-            card_path = folder / CARD_FILE
-            card = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
-        else:
-            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
-            options |= {"local_files_only": local_files_only, "token": token}
-            with hub_errors(model_id):
-                config_path = Path(hf_hub_download(model_id, CONFIG_FILE, **options))
-                options["revision"] = config_path.parent.name  # its commit: a push may come between the files
-                weights_path = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
-                try:
-                    card = Path(hf_hub_download(model_id, CARD_FILE, **options)).read_text(encoding="utf-8")
-                except EntryNotFoundError:  # no card, or none in the cache of a machine that is offline
-                    card = None
-        config = read_model_config(config_path)
-        network = cls.from_config_and_state(config, load_state(weights_path), weights_path).to(map_location).eval()
-        network.card = card
-        return network
-
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, branch: str | None = None, **options) -> str:
-        """As of `ModelHubMixin`, but for the card: what its owners wrote into one that is there is kept."""
-        card = {"repo_id": repo_id, "existing": download_card(repo_id, token=token, revision=branch)}
-        return super().push_to_hub(repo_id, token=token, branch=branch, model_card_kwargs=card, **options)
-
-    def generate_model_card(self, repo_id: str = PLACEHOLDER, existing: str | None = None) -> ModelCard:
-        """The card of what the network was loaded from, else one of its sizes; see `models.card.merge`."""
-        card = self.card or network_card(self.config, released=self.released)
-        return ModelCard(merge(existing, readdress(card, repo_id)), ignore_metadata_errors=True)
-
-
-def read_model_config(path: str | Path) -> ModelConfig:
-    """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
-    try:
-        fields = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not the configuration of an MMAudio network")
-    return model_config(fields, path)

@@ -18,8 +18,15 @@ from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe
 from mmaudio_hf.models.convert import check_sizes, infer_config
-from mmaudio_hf.models.network import DERIVED_TENSORS, FROZEN_TENSORS, MMAudio, read_model_config
-from mmaudio_hf.models.pretrained import CONFIG_FILE, ENCODERS_FILE, WEIGHTS_FILE, find_pretrained
+from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
+from mmaudio_hf.models.pretrained import (
+    CONFIG_FILE,
+    DERIVED_TENSORS,
+    ENCODERS_FILE,
+    WEIGHTS_FILE,
+    find_pretrained,
+    read_model_config,
+)
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.weights import load_state
 
