@@ -31,7 +31,7 @@ from mmaudio_hf.features.encoders import pick_device
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import list_checkpoints
-from mmaudio_hf.training.finetune import mark_trained
+from mmaudio_hf.training.finetune import set_trainable
 from mmaudio_hf.training.logs import check_trackers, device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, training_flops
 
@@ -78,7 +78,7 @@ def examine(
     yield from _hub(recipe)
     if recipe.training.batch_size % (world * recipe.training.accumulation_steps):
         return  # what follows is about the share of one device
-    estimate = MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune))
+    estimate = MemoryEstimate(recipe, lambda: set_trainable(MMAudio(recipe.model), recipe.finetune))
     yield from _memory(recipe, device, processes, machines, estimate, fsdp)
     yield from _disk_space(recipe, estimate)
     if not quick:

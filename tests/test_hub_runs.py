@@ -33,7 +33,7 @@ from mmaudio_hf.hub.sync import CheckpointSync, check_repository
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.training import resume as lock
 from mmaudio_hf.training.checkpoint import TrainingState, load_training_state
-from mmaudio_hf.training.finetune import read_start
+from mmaudio_hf.training.finetune import read_pretrained
 from mmaudio_hf.training.resume import RunLock
 
 NAME = f"{USER}/run"
@@ -125,7 +125,7 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert set(files_of(Path("network"))) == PUBLISHED
     expected = MMAudio.from_pretrained(run / "last" / "pretrained_model").state_dict()
     for source in (NAME, f"{NAME}@{first}", "network", "other/run"):
-        assert len(read_start(source)[1]) > 10
+        assert len(read_pretrained(source)[1]) > 10
         found = MMAudioPipeline.from_pretrained(source, device="cpu").network.state_dict()
         assert all(found[name].equal(value) for name, value in expected.items())
     assert MMAudio.from_pretrained(NAME).config == MMAudio.from_pretrained("network").config

@@ -16,7 +16,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import EarlyStoppingConfig, LoraConfig, load_recipe, variant_config
 from mmaudio_hf.interop import export_run
 from mmaudio_hf.training.actions import judge
-from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_start
+from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def changed(before: dict, after: dict) -> set[str]:
 
 @pytest.mark.parametrize("start", ["output/base", "output/base/last/pretrained_model", "released.pth"])
 def test_weights_statistics_and_empty_text_come_from_the_start(base, start):
-    config, state, source = read_start(str(base / start))
+    config, state, source = read_pretrained(str(base / start))
     assert source.exists() and config.hidden_dim == 64
     expected = load_file(last(base, "base") / "pretrained_model" / "model.safetensors")
     assert changed(expected, state) == set()
@@ -161,10 +161,10 @@ def test_an_adapter_merges_as_peft_merges_it_and_loads_there(adapted):
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] is None  # an absolute path is not published
     with pytest.raises(ValueError, match="does not name its weights"):
-        read_start(str(folder / "adapter"))
+        read_pretrained(str(folder / "adapter"))
     settings["base_model_name_or_path"] = str(adapted / "released.pth")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    assert changed(published, read_start(str(folder / "adapter"))[1]) == set()
+    assert changed(published, read_pretrained(str(folder / "adapter"))[1]) == set()
     size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert size < 0.2 * (folder / "pretrained_model" / "model.safetensors").stat().st_size
 

@@ -99,9 +99,9 @@ WATCHED = """
 import os, sys
 from mmaudio_hf.cli import train_main
 from mmaudio_hf.training import checkpoint as shards
-    from mmaudio_hf.training import loop
+from mmaudio_hf.training import loop
 
-rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), loop.whole, shards.save_file
+rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), loop.gather_full_tensors, shards.save_file
 
 def told(groups, keep):
     sys.stdout.write(f"gathered by {rank}: {', '.join(groups)}\\n")  # at once: both share one pipe
@@ -112,7 +112,7 @@ def failing(tensors, path):
         raise OSError(28, "No space left on device")
     save_file(tensors, path)
 
-loop.whole, shards.save_file = told, failing
+loop.gather_full_tensors, shards.save_file = told, failing
 sys.exit(train_main())
 """
 
@@ -377,7 +377,7 @@ exists, Path.exists = Path.exists, lambda path: rank == 0  # as on machines that
 parallel.check_same_everywhere({"seed": 1, "rows": 2})
 for check in (
     lambda: parallel.check_same_everywhere({"seed": 1, "rows": rank}),
-    lambda: parallel.check_seen_everywhere(Path(sys.argv[1]) / "file"),
+    lambda: parallel.check_visible_everywhere(Path(sys.argv[1]) / "file"),
 ):
     try:
         check()

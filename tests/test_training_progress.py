@@ -11,7 +11,7 @@ from toy_stores import MODEL
 
 from mmaudio_hf.config import FinetuneConfig, ModelConfig, Recipe, TrainingConfig, variant_config
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.training.finetune import mark_trained
+from mmaudio_hf.training.finetune import set_trainable
 from mmaudio_hf.training.logs import device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, forward_flops, training_flops
 
@@ -86,7 +86,7 @@ def test_memory_of_other_ways_to_train():
 
     def estimate(**changes):
         recipe = Recipe(name="x", model=variant_config("small_16k"), **changes)
-        return MemoryEstimate(recipe, lambda: mark_trained(MMAudio(recipe.model), recipe.finetune)).on_device
+        return MemoryEstimate(recipe, lambda: set_trainable(MMAudio(recipe.model), recipe.finetune)).on_device
 
     plain = estimate()
     alone, shared = plain(8, 1), plain(8, 1, fsdp=True)

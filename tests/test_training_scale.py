@@ -15,7 +15,7 @@ from mmaudio_hf.bench.training import random_batch
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import FlowConfig, ModelConfig, load_recipe, variant_config
 from mmaudio_hf.schema import RunError
-from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, wants_compile
+from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, should_compile
 from mmaudio_hf.training.step import flow_step, make_objective
 
 SIZES = {name: value for name, value in MODEL.items() if name != "variant"}
@@ -97,8 +97,8 @@ def test_where_the_compiler_fails_auto_goes_on_and_on_does_not(network, monkeypa
         compile_blocks(network, print, required=True)
     assert not compile_blocks(network, print)
     assert "torch.compile does not work here, training goes on without it: " in capsys.readouterr().out
-    assert [wants_compile(mode, torch.device("cpu")) for mode in ("auto", "on", "off")] == [False, True, False]
-    assert [wants_compile(mode, torch.device("cuda")) for mode in ("auto", "on", "off")] == [True, True, False]
+    assert [should_compile(mode, torch.device("cpu")) for mode in ("auto", "on", "off")] == [False, True, False]
+    assert [should_compile(mode, torch.device("cuda")) for mode in ("auto", "on", "off")] == [True, True, False]
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -245,9 +245,9 @@ def test_what_an_earlier_attempt_left_does_not_count(begun, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_or_seen_is_a_reason_for_all(tmp_path, monkeypatch):
     PartialState(cpu=True)
-    assert parallel.agree_on_folder(lambda: begin_attempt(tmp_path, 4))[0].is_dir()
+    assert parallel.make_shared_folder(lambda: begin_attempt(tmp_path, 4))[0].is_dir()
     (tmp_path / "run").write_text("")
-    folder, problem = parallel.agree_on_folder(lambda: begin_attempt(tmp_path / "run", 4))
+    folder, problem = parallel.make_shared_folder(lambda: begin_attempt(tmp_path / "run", 4))
     assert folder is None and "Not a directory" in problem
     monkeypatch.setattr(parallel, "SHARED_SECONDS", 0.1)
-    assert parallel.agree_on_folder(lambda: tmp_path / "no") == (None, f"process 0 does not see {tmp_path / 'no'}")
+    assert parallel.make_shared_folder(lambda: tmp_path / "no") == (None, f"process 0 does not see {tmp_path / 'no'}")

@@ -23,7 +23,7 @@ from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import TrainingState, save_checkpoint
 from mmaudio_hf.training.checkpointer import BackgroundWriter, write_pretrained
 from mmaudio_hf.training.ema import PostHocEMA
-from mmaudio_hf.training.optim import build_optimizer, clip_gradients, guarded_step
+from mmaudio_hf.training.optim import build_optimizer, clip_gradients, step_unless_nonfinite
 from mmaudio_hf.training.resume import collect_tensors
 from mmaudio_hf.training.step import flow_step
 
@@ -78,7 +78,7 @@ def loop_overhead(config: ModelConfig, batch_size: int, precision: str, rounds: 
                 run.optimizer.zero_grad(set_to_none=True)
                 loss = flow_step(run.model, batch, recipe.flow, run.latent_mean, run.latent_std).loss.mean()
                 run.accelerator.backward(loss)
-                guarded_step(run.optimizer, never)
+                step_unless_nonfinite(run.optimizer, never)
                 wait_for(run.device)
 
             pairs = [[_seconds(part) for part in (step, bare)] for _ in range(rounds + 1)]
@@ -106,7 +106,7 @@ def _train_step(config: ModelConfig, batch_size: int, device, dtype) -> tuple[Ti
         optimizer.zero_grad(set_to_none=True)
         losses().mean().backward()
         norm = clip_gradients(network.parameters(), 1.0)
-        guarded_step(optimizer, ~torch.isfinite(norm))
+        step_unless_nonfinite(optimizer, ~torch.isfinite(norm))
         ema.update()
         wait_for(device)
 

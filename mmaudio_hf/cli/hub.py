@@ -151,7 +151,7 @@ def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
     from accelerate.utils import broadcast_object_list
 
     from mmaudio_hf.hub.sync import check_repository
-    from mmaudio_hf.training.distributed import check_seen_everywhere
+    from mmaudio_hf.training.distributed import check_visible_everywhere
 
     failure, code = None, [0]
     if process.is_main_process:
@@ -172,7 +172,7 @@ def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
     if code[0]:
         raise SystemExit(code[0])
     if recipe.resume.startswith(HUB_PREFIX) and process.num_processes > 1:
-        check_seen_everywhere(recipe.run_dir / "last" / "training_state" / "state.json")
+        check_visible_everywhere(recipe.run_dir / "last" / "training_state" / "state.json")
 
 
 def fetch_run(recipe: Recipe) -> None:

@@ -75,7 +75,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
 
     from mmaudio_hf.data.mixture import check_encoders, open_mixture
     from mmaudio_hf.hub.cards import code_version
-    from mmaudio_hf.training.finetune import initial_network
+    from mmaudio_hf.training.finetune import initial_model
     from mmaudio_hf.training.loop import train
 
     code_version()  # now: the first checkpoint, hours later, is to tell of the code that trains
@@ -98,7 +98,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
 
         evaluators += evaluators_of(recipe, lambda message: print(f"warning: {message}", file=sys.stderr))
     torch.manual_seed(recipe.seed)
-    network = initial_network(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
+    network = initial_model(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
         recipe,
         network,
@@ -168,10 +168,10 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     from mmaudio_hf.data.mixture import samples_per_epoch
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
-    from mmaudio_hf.training.finetune import mark_trained
+    from mmaudio_hf.training.finetune import set_trainable
 
     with torch.device("meta"):
-        network = mark_trained(MMAudio(recipe.model), recipe.finetune)
+        network = set_trainable(MMAudio(recipe.model), recipe.finetune)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
     training = recipe.training
@@ -281,14 +281,14 @@ def _replay_step(options) -> None:
     import torch
 
     from mmaudio_hf.data.mixture import open_mixture
-    from mmaudio_hf.training.finetune import initial_network
+    from mmaudio_hf.training.finetune import initial_model
     from mmaudio_hf.training.replay import replay_step, summary, to_json
 
     mixture = open_mixture(recipe.data.train, recipe.model)
     torch.manual_seed(recipe.seed)
     # As a new run: before the first checkpoint, its own start is what counts.
     start = replace(recipe, resume="never")
-    network = initial_network(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
+    network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
     figures = replay_step(recipe, network, mixture, options.step, advance=options.advance, say=_say)
     print(to_json(figures).rstrip() if options.json else summary(figures))
 

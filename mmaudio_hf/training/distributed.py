@@ -36,7 +36,7 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def wants_compile(mode: str, device: torch.device) -> bool:
+def should_compile(mode: str, device: torch.device) -> bool:
     """Whether to compile with `training.compile` as it is: "auto" does on CUDA only."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
@@ -93,7 +93,7 @@ def check_same_everywhere(facts: Mapping[str, Any]) -> None:
                 )
 
 
-def check_seen_everywhere(path: Path) -> None:
+def check_visible_everywhere(path: Path) -> None:
     """ValueError, on every process, when one of them does not see the file, if the first has written it."""
     [there] = broadcast_object_list([path.exists()])
     check_same_everywhere({f"the presence of {path}": _comes(path) if there else path.exists()})
@@ -107,12 +107,12 @@ def _comes(path: Path) -> bool:
     return path.exists()
 
 
-def first_problem(problem: str | None) -> str | None:
+def first_error(problem: str | None) -> str | None:
     """The problem of the first process that has one, None when none has; called on each of them."""
     return next((found for found in gather_object([problem]) if found is not None), None)
 
 
-def agree_on_folder(make: Callable[[], Path]) -> tuple[Path | None, str | None]:
+def make_shared_folder(make: Callable[[], Path]) -> tuple[Path | None, str | None]:
     """The folder that `make` makes on the first process, or None and the reason when it fails or one does not see it.
 
     Called on every process; `make` is once all of them have come here.
@@ -127,14 +127,14 @@ def agree_on_folder(make: Callable[[], Path]) -> tuple[Path | None, str | None]:
     folder, problem = broadcast_object_list(found)
     if problem is None:
         unseen = f"process {state.process_index} does not see {folder}"
-        problem = first_problem(None if _comes(folder) else unseen)
+        problem = first_error(None if _comes(folder) else unseen)
     return (folder, None) if problem is None else (None, problem)
 
 
 # --- FSDP ----------------------------------------------------------------------------------------------------------
 
 
-def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     """What the launch says about FSDP, None without it; ValueError for settings that are not supported.
 
     It is read from the launcher's environment, since accelerate itself leaves FSDP out on machines without GPUs.
@@ -151,7 +151,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def shard(network: MMAudio, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def apply_fsdp(network: MMAudio, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Share out the tensors of the network over all processes, block by block; what is left is one more group.
 
     Weights stay float32 and are gathered as such; bf16 is that of autocast, as without FSDP. An optimizer and averages
@@ -178,7 +178,9 @@ def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def whole(groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool) -> dict[str, dict[str, torch.Tensor]]:
+def gather_full_tensors(
+    groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool
+) -> dict[str, dict[str, torch.Tensor]]:
     """Groups of named tensors. Where some are shared out, copies of all in host memory; called on every process.
 
     One tensor at a time is gathered on the device. Processes that do not `keep` them get empty groups.
@@ -209,23 +211,23 @@ def full_shapes(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, d
 def local_shards(groups: Mapping[str, Mapping[str, torch.Tensor]], first: bool) -> dict[str, dict[str, torch.Tensor]]:
     """What this process saves: its slices of the tensors that are shared out, and if it is the `first` all others."""
     return {
-        group: {name: local(tensor) for name, tensor in tensors.items() if first or isinstance(tensor, DTensor)}
+        group: {name: local_shard(tensor) for name, tensor in tensors.items() if first or isinstance(tensor, DTensor)}
         for group, tensors in groups.items()
     }
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def put(target: torch.Tensor, value: torch.Tensor) -> None:
+def copy_full_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor into `target`, or this process's slice of it where `target` is shared out."""
-    target.copy_(like(target, value))
+    target.copy_(shard_like(target, value))
 
 
-def like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def shard_like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole tensor, which every process has, on the device of `target` and shared out as it is."""
     value = value.to(target.device)
     if not isinstance(target, DTensor):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.training.distributed import local, put
+from mmaudio_hf.training.distributed import copy_full_tensor, local_shard
 
 
 def exponent(sigma_rel: float) -> float:
@@ -83,10 +83,10 @@ class PostHocEMA:
     def update(self) -> None:
         """Take in the network's present weights."""
         self.step += 1
-        weights = [local(weight.detach()) for weight in self._weights.values()]
+        weights = [local_shard(weight.detach()) for weight in self._weights.values()]
         for sigma, averages in self.profiles.items():
             update(
-                [local(average) for average in averages.values()],
+                [local_shard(average) for average in averages.values()],
                 weights,
                 self.step,
                 exponent(sigma),
@@ -108,7 +108,7 @@ class PostHocEMA:
             value = tensors.get(key)
             if value is None or value.shape != average.shape:
                 raise ValueError(f"EMA tensor {key} is missing or has another shape: the checkpoint is of another run")
-            put(average, value)
+            copy_full_tensor(average, value)
         self.step = step
 
     def save_snapshots(self, folder: Path) -> list[Path]:

@@ -43,7 +43,7 @@ _PEFT_PREFIX, _PEFT_NAME = "base_model.model.", "default"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
-def initial_network(
+def initial_model(
     recipe: Recipe,
     latent_statistics: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     empty_text: Callable[[], torch.Tensor],
@@ -65,11 +65,11 @@ def initial_network(
         network.set_latent_statistics(*latent_statistics())
     if fresh or (settings.empty_text == "recompute" and not resumed):
         network.set_empty_text(empty_text())
-    return mark_trained(network, settings)
+    return set_trainable(network, settings)
 
 
 def _load_start(recipe: Recipe) -> MMAudio:
-    config, state, source = read_start(recipe.finetune.init_from)
+    config, state, source = read_pretrained(recipe.finetune.init_from)
     check_sizes(config, recipe.model, source)
     _check_encoders(Path(source).parent / ENCODERS_FILE, recipe.encoders.kind)
     network = MMAudio.from_config_and_state(recipe.model, state, source)
@@ -85,7 +85,7 @@ def _check_encoders(path: Path, kind: str) -> None:
         raise ValueError(f"{path}: the weights were trained with {noted} encoders, the recipe has {kind} ones")
 
 
-def read_start(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
+def read_pretrained(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
     """Configuration and tensors of trained weights, and the file they are in; see `FinetuneConfig.init_from`.
 
     ValueError naming what is missing or does not fit.
@@ -103,7 +103,7 @@ def read_start(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]
 # --- frozen parts --------------------------------------------------------------------------------------------------
 
 
-def mark_trained(network: MMAudio, settings: FinetuneConfig) -> MMAudio:
+def set_trainable(network: MMAudio, settings: FinetuneConfig) -> MMAudio:
     """Freeze what `settings` say and add the adapter; returns the network. ValueError when nothing is left to train."""
     freeze(network, settings.freeze)
     if settings.lora.rank:
@@ -236,7 +236,7 @@ def read_adapter(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Pa
         raise ValueError(f"{path}: only plain LoRA can be merged here, not {', '.join(odd) or config.get('peft_type')}")
     if not base:
         raise ValueError(f"{path} does not name its weights: put them into base_model_name_or_path")
-    model, state, _ = read_start(base)
+    model, state, _ = read_pretrained(base)
     added = {n.removeprefix(_PEFT_PREFIX): v for n, v in load_state(folder / ADAPTER_WEIGHTS).items()}
     for name, value in added.items():
         match = _FACTOR.fullmatch(name)

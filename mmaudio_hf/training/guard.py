@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
-from mmaudio_hf.training.distributed import local
+from mmaudio_hf.training.distributed import local_shard
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE_PRESS_SECONDS = 2.0  # a launcher passes on the signal that the whole process group has already had
@@ -175,7 +175,7 @@ def examine_samples(trace: StepTrace, batches: Iterable[Batch], slots: Sequence[
 
 def broken_parameters(network: nn.Module) -> list[str]:
     """Names of the parameters with values, of those that this process holds, that are not finite."""
-    return [name for name, parameter in network.named_parameters() if not local(parameter).isfinite().all()]
+    return [name for name, parameter in network.named_parameters() if not local_shard(parameter).isfinite().all()]
 
 
 def _statistics(values: torch.Tensor) -> dict[str, float]:

@@ -41,20 +41,20 @@ from mmaudio_hf.training.checkpoint import (
 )
 from mmaudio_hf.training.checkpointer import BackgroundWriter, published_network, write_pretrained
 from mmaudio_hf.training.distributed import (
-    agree_on_folder,
     allow_tf32,
+    apply_fsdp,
     check_same_everywhere,
-    check_seen_everywhere,
+    check_visible_everywhere,
     compile_blocks,
-    first_problem,
+    first_error,
+    fsdp_plugin,
     full_shapes,
+    gather_full_tensors,
     local_shards,
+    make_shared_folder,
     no_sync,
-    shard,
-    sharding_plugin,
+    should_compile,
     swap_weights,
-    wants_compile,
-    whole,
 )
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
@@ -72,9 +72,9 @@ from mmaudio_hf.training.optim import (
     build_optimizer,
     clip_gradients,
     gradient_norms,
-    guarded_step,
     learning_rate,
     set_learning_rate,
+    step_unless_nonfinite,
 )
 from mmaudio_hf.training.resume import (
     RunLock,
@@ -227,12 +227,12 @@ class Run:
         network.to(self.device).train()
         network.activation_checkpointing = recipe.training.activation_checkpointing
         allow_tf32(recipe.training.tf32)
-        if wants_compile(recipe.training.compile, self.device):
+        if should_compile(recipe.training.compile, self.device):
             compile_blocks(network, accelerator.print, required=recipe.training.compile == "on")
         self.latent_mean, self.latent_std = network.latent_mean.clone(), network.latent_std.clone()
-        self.sharded = sharding_plugin()
+        self.sharded = fsdp_plugin()
         if self.sharded:
-            shard(network, accelerator, self.sharded)
+            apply_fsdp(network, accelerator, self.sharded)
         self.ema = PostHocEMA(network, recipe.ema.sigma_rels, recipe.ema.update_every, frozen_parameters(network))
         self.optimizer = build_optimizer(network, recipe.optim)
         # Sums since the last log line: loss, gradient norm, steps, then loss and count of every source.
@@ -293,7 +293,7 @@ class Run:
             self.writer.wait()
             self.accelerator.wait_for_everyone()
             for sigma in self.recipe.ema.sigma_rels:
-                check_seen_everywhere(snapshot_path(self.run_dir / "ema", sigma, self.ema.step))
+                check_visible_everywhere(snapshot_path(self.run_dir / "ema", sigma, self.ema.step))
         best, due = self._is_best(scores), [e for e in self.evaluators if self.finished or self.step % e.every == 0]
         snapshot = not self.finished and self.step % self.recipe.ema.snapshot_every == 0
         wanted = asked or self.finished or best or self.step % training.checkpoint_every == 0
@@ -357,7 +357,7 @@ class Run:
         )
         if self.recipe.resume == "auto":
             share = (accelerator.process_index, accelerator.num_processes)
-            state = latest_training_state(self.run_dir, accelerator.print, share=share, agree=first_problem)
+            state = latest_training_state(self.run_dir, accelerator.print, share=share, agree=first_error)
         if state is not None:
             check_same_run(self.recipe, self._stores(), state, allow_changes, accelerator.print)
             self.load(state)
@@ -402,7 +402,7 @@ class Run:
             save_recipe(self.recipe, partial)
             partial.replace(self.run_dir / "config.yaml")
         self.accelerator.wait_for_everyone()
-        check_seen_everywhere(self.run_dir / "config.yaml")
+        check_visible_everywhere(self.run_dir / "config.yaml")
 
     def _announce(self) -> None:
         training, world = self.recipe.training, self.accelerator.num_processes
@@ -449,7 +449,7 @@ class Run:
         sums = torch.zeros_like(self.window)
         trace = self.gradients(batches, sums)
         refuse = self.guard.judge(trace)
-        guarded_step(self.optimizer, refuse)
+        step_unless_nonfinite(self.optimizer, refuse)
         # The norm is the same on every process; summed over them when logged.
         sums[1] = trace.total_norm / self.accelerator.num_processes
         # A refused step counts for nothing in the averages: its numbers are not finite.
@@ -566,7 +566,7 @@ class Run:
 
     def _averaged_network(self) -> tuple[MMAudio, dict[str, Any]]:
         averages, weights = self._averages()
-        tensors = whole({"published": averages}, keep=True)["published"]
+        tensors = gather_full_tensors({"published": averages}, keep=True)["published"]
         return published_network(self.recipe, tensors).to(self.device).eval(), weights
 
     def _averages(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -608,11 +608,11 @@ class Run:
         began, main, part, problem = time.perf_counter(), self.accelerator.is_main_process, None, None
         self.writer.wait()  # there may be room for one set of gathered tensors, and not for two
         if state:
-            folder, problem = agree_on_folder(partial(begin_attempt, self.run_dir, self.step))
+            folder, problem = make_shared_folder(partial(begin_attempt, self.run_dir, self.step))
             if folder is not None:
                 rank, count = self.accelerator.process_index, self.accelerator.num_processes
                 part = Part(folder, rank, count, full_shapes(state))
-        gathered = whole(others, keep=main)
+        gathered = gather_full_tensors(others, keep=main)
         self.writer.stall_seconds += time.perf_counter() - began
         if main:
             write = self._write_job("snapshot" in others, bool(state), part, problem)

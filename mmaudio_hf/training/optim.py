@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmaudio_hf.config import OptimConfig
-from mmaudio_hf.training.distributed import like
+from mmaudio_hf.training.distributed import shard_like
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -69,7 +69,7 @@ def clip_gradients(
     return total
 
 
-def guarded_step(optimizer: torch.optim.AdamW, refuse: torch.Tensor) -> None:
+def step_unless_nonfinite(optimizer: torch.optim.AdamW, refuse: torch.Tensor) -> None:
     """One optimizer update, or none at all where `refuse` (a boolean scalar on the device) is true."""
     optimizer.grad_scale = None
     optimizer.found_inf = refuse.to(torch.float32)
@@ -93,7 +93,7 @@ def load_optimizer_tensors(
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             raise ValueError(f"optimizer state {key} does not fit the network: the checkpoint is of another model")
         parameter = parameters[name]
-        value = like(parameter, value) if value.ndim else value.to(parameter.device)
+        value = shard_like(parameter, value) if value.ndim else value.to(parameter.device)
         state.setdefault(parameter, {})[kind] = value.clone()
     missing = [name for name, parameter in parameters.items() if parameter not in state] if tensors else []
     if missing:

@@ -14,7 +14,7 @@ from mmaudio_hf.config import Recipe, to_dict
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.training.checkpoint import TrainingState, checkpoint_folder, checkpoint_step, list_checkpoints, point_at
-from mmaudio_hf.training.distributed import put
+from mmaudio_hf.training.distributed import copy_full_tensor
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots
 from mmaudio_hf.training.logs import truncate_lines
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
@@ -151,7 +151,7 @@ def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.opt
     """Put back what `collect_tensors` returned; called on every process."""
     check_state(state.tensors["model"], network.state_dict(), "the checkpoint")
     for name, tensor in network.state_dict().items():
-        put(tensor, state.tensors["model"][name])
+        copy_full_tensor(tensor, state.tensors["model"][name])
     load_optimizer_tensors(network, optimizer, state.tensors["optimizer"])
     ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
 
