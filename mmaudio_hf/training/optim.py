@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and gradient clipping (spec networks, section 4)."""
+"""Optimizer, learning-rate schedule and gradient clipping, as MMAudio (arXiv 2412.15322) was trained."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,9 @@ from mmaudio_hf.training.distributed import shard_like
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """Learning rate of the update that follows `step` completed ones.
 
-    Linear warm-up that never reaches 0, then "step" (milestones counted from the end of the warm-up), "constant", or
-    "poly", `(1 - progress)^0.9` of `total_steps`, the optimizer updates of the whole run.
+    Linear warm-up that never is 0, then "step" (milestones count from the end of the warm-up), "constant" or "poly",
+    `(1 - progress)^0.9` where `total_steps` are the optimizer updates of the whole run. A pure function of the step in
+    place of a torch scheduler: nothing to save, and a resumed run needs no replay.
     """
     base, after_warmup = config.learning_rate, step - config.warmup_steps
     if after_warmup < 0:
@@ -27,26 +28,25 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     return base
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW on all trainable tensors in one group: biases, norms and embeddings included, frozen ones not.
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
 
-    The fused kernel takes a `found_inf` flag on the device, so a step is refused without asking the host.
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW on all trainable parameters in one group: biases, norms and embeddings are decayed like the rest.
+
+    The fused kernel is one pass over memory, and takes `found_inf` on the device: see `step_unless_nonfinite`.
     """
-    parameters = [p for p in network.parameters() if p.requires_grad]
     return torch.optim.AdamW(
-        parameters,
+        [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -60,7 +60,8 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Scale gradients so that their global L2 norm is at most `max_norm`; return the norm before, on the device.
 
-    The norm is taken per tensor (`norms`, where they are known), then over tensors; gradients are never scaled up.
+    The norm is taken per tensor (`norms`, where they are known), then over tensors: one float32 sum over all elements
+    would lose three digits. Gradients are never scaled up.
     """
     parameters = list(parameters)
     norms = gradient_norms(parameters) if norms is None else norms
@@ -69,24 +70,27 @@ def clip_gradients(
     return total
 
 
-def step_unless_nonfinite(optimizer: torch.optim.AdamW, refuse: torch.Tensor) -> None:
-    """One optimizer update, or none at all where `refuse` (a boolean scalar on the device) is true."""
+def step_unless_nonfinite(optimizer: torch.optim.AdamW, found_inf: torch.Tensor) -> None:
+    """One optimizer update, or none where `found_inf` (a boolean scalar on the device) is true; no host sync.
+
+    Fused AdamW reads the flag as a GradScaler would set it: weights, moments and the update count then stay.
+    """
     optimizer.grad_scale = None
-    optimizer.found_inf = refuse.to(torch.float32)
+    optimizer.found_inf = found_inf.to(torch.float32)
     optimizer.step()
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state as named tensors: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
-    names = {parameter: name for name, parameter in network.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def load_optimizer_tensors(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned. ValueError when names or shapes do not fit the network."""
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    """Load what `optimizer_tensors` returned. ValueError when names or shapes do not fit the model."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
