@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -447,9 +448,11 @@ def _write(response, partial: Path, have: int) -> None:
 
 
 SHOWN_PROBLEMS = 4
+Source = str | PathLike | Mapping[str, torch.Tensor]  # a file of weights, or a state dict
+Module = TypeVar("Module", bound=nn.Module)
 
 
-def describe(source) -> str:
+def describe(source: Source) -> str:
     """Origin of a state dict for messages: the path, or that it was given as a dict."""
     return "the given state dict" if isinstance(source, Mapping) else str(source)
 
@@ -500,7 +503,7 @@ def load_state(
     return state
 
 
-def check_state(state: Mapping, expected: Mapping, source) -> None:
+def check_state(state: Mapping, expected: Mapping, source: Source) -> None:
     """Raise one ValueError that names the first missing, unexpected or misshapen tensors of `state`.
 
     `expected` maps names to tensors (of any device, also meta) with the right shape and dtype.
@@ -519,7 +522,7 @@ def check_state(state: Mapping, expected: Mapping, source) -> None:
         raise ValueError(f"{describe(source)} does not fit this network: {listed}{more}")
 
 
-def load_strict(module: nn.Module, state: Mapping, source) -> nn.Module:
+def load_strict(module: Module, state: Mapping, source: Source) -> Module:
     """Put `state` into `module`, frozen and in evaluation mode, after `check_state`; returns `module`.
 
     A module built on the meta device takes the tensors as they are, without a copy: it shares their memory.

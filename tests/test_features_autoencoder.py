@@ -55,18 +55,18 @@ def test_folded_state_is_not_taken_for_a_released_one():
         vae.load_released(vae.state_dict())
 
 
-def test_every_wrong_file_is_refused(tmp_path, capsys):
+def test_every_wrong_file_raises(tmp_path, capsys):
     load = MelVAE("16k", width=8).load_released
     check_refusals(load, small_state(), "encoder.learnable_gain", tmp_path, capsys)
     check_refusals(load, small_state(), "decoder.up.0.block.1.conv1.weight", tmp_path, capsys)
 
 
-def test_weights_of_the_other_mode_are_refused():
+def test_weights_of_the_other_mode_raise():
     with pytest.raises(ValueError, match=r"data_mean has shape \(1, 128, 1\), not \(1, 80, 1\)"):
         MelVAE("16k", width=8).load_released(small_state("44k"))
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_raise():
     vae = MelVAE("16k", width=8).load_released(small_state())
     with pytest.raises(ValueError, match="give \\(batch, 80"):
         vae.encode(torch.zeros(1, 128, 20))

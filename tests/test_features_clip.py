@@ -108,14 +108,14 @@ def test_transformers_files_and_open_clip_checkpoint_agree(tiny, tmp_path):
     assert not one.training and not any(p.requires_grad for p in two.parameters())
 
 
-def test_every_wrong_open_clip_file_is_refused(tiny, tmp_path, capsys):
+def test_every_wrong_open_clip_file_raises(tiny, tmp_path, capsys):
     def load(source):
         return ClipEncoder.from_open_clip(source, tiny_config())
 
     check_refusals(load, open_clip_names(tiny.state_dict()), "logit_scale", tmp_path, capsys)
 
 
-def test_wrong_transformers_files_are_refused(tiny, tmp_path):
+def test_wrong_transformers_files_raise(tiny, tmp_path):
     with pytest.raises(ValueError, match="mmaudio-hf weights download"):
         ClipEncoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="mmaudio-hf weights download"):
@@ -128,7 +128,7 @@ def test_wrong_transformers_files_are_refused(tiny, tmp_path):
         ClipEncoder.from_pretrained(tmp_path)
 
 
-def test_damaged_transformers_files_are_refused_and_their_code_is_not_run(tiny, tmp_path, capsys):
+def test_damaged_transformers_files_raise_and_their_code_is_not_run(tiny, tmp_path, capsys):
     tiny.config.save_pretrained(tmp_path)
     torch.save({"logit_scale": Code()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="would run code"):
@@ -139,14 +139,14 @@ def test_damaged_transformers_files_are_refused_and_their_code_is_not_run(tiny, 
         ClipEncoder.from_pretrained(tmp_path)
 
 
-def test_models_for_other_picture_sizes_are_refused():
+def test_models_for_other_image_sizes_raise():
     config = tiny_config()
     config.vision_config.image_size = 224
     with pytest.raises(ValueError, match="224 pixels"):
         ClipEncoder(CLIPModel(config))
 
 
-def test_wrong_inputs_are_refused(tiny):
+def test_wrong_inputs_raise(tiny):
     encoder = ClipEncoder(tiny)
     with pytest.raises(ValueError, match="give floats"):
         encoder.encode_images(torch.zeros(1, 3, 384, 384, dtype=torch.uint8))
@@ -207,7 +207,7 @@ def test_hub_files_give_the_same_ids(synthetic, merge_list, tmp_path):
     assert torch.equal(ClipTokenizer.from_files(tmp_path / "one")(CAPTIONS["captions"]), expected)
 
 
-def test_wrong_tables_are_refused(tmp_path):
+def test_wrong_tables_raise(tmp_path):
     table = tmp_path / "bpe.txt.gz"
     for content in (b"", b"not gzip", gzip.compress(b"#v\na b c\n"), gzip.compress(b"\xff\xff\n\xff")):
         table.write_bytes(content)
@@ -226,7 +226,7 @@ def test_wrong_tables_are_refused(tmp_path):
         ClipTokenizer.from_files(tmp_path / "absent" / "deep" / "bpe.txt.gz")
 
 
-def test_one_string_is_refused(synthetic):
+def test_one_string_raises(synthetic):
     with pytest.raises(ValueError, match="list of captions"):
         synthetic("dog")
 

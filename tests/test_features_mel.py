@@ -49,6 +49,6 @@ def test_autocast_does_not_lower_the_precision():
 
 
 @pytest.mark.parametrize("shape", [(16000,), (1, 1, 16000), (1, 384)])
-def test_wrong_waveform_shapes_are_refused(shape):
+def test_wrong_waveform_shapes_raise(shape):
     with pytest.raises(ValueError, match="more than 384 samples"):
         MelSpectrogram("16k")(torch.zeros(shape))

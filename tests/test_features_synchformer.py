@@ -83,13 +83,13 @@ def test_bf16_autocast_stays_near_float32(shallow, segments):
     assert (low - features).norm() / features.norm() < 2e-2
 
 
-def test_the_visual_part_alone_is_taken_too(shallow_state, shallow, segments):
+def test_the_visual_encoder_alone_loads_too(shallow_state, shallow, segments):
     bare = {name.removeprefix("vfeat_extractor."): value for name, value in shallow_state.items()}
     encoder = SynchformerVisual(depth=1).load_released(bare)
     assert torch.equal(encoder(segments[:, :1]), shallow(segments[:, :1]))
 
 
-def test_every_wrong_file_is_refused(shallow_state, tmp_path, capsys):
+def test_every_wrong_file_raises(shallow_state, tmp_path, capsys):
     bare = {name.removeprefix("vfeat_extractor."): value for name, value in shallow_state.items()}
     load = SynchformerVisual(depth=1).load_released
     check_refusals(load, bare, "blocks.0.timeattn.qkv.bias", tmp_path, capsys)
@@ -102,13 +102,13 @@ def test_the_unused_patch_embedding_must_be_there(shallow_state):
 
 
 @pytest.mark.parametrize("shape", [(1, 15, 3, 224, 224), (16, 3, 224, 224), (1, 1, 3, 16, 224, 224)])
-def test_wrong_segment_shapes_are_refused(shape):
+def test_wrong_segment_shapes_raise(shape):
     with pytest.raises(ValueError, match="give \\(batch, segments, 16, 3, 224, 224\\)"):
         SynchformerVisual(depth=0)(torch.empty(shape, device="meta"))
 
 
 @pytest.mark.parametrize("shape", [(15, 3, 224, 224), (16, 3, 384, 384), (16, 224, 224)])
-def test_wrong_frame_shapes_are_refused(shape):
+def test_wrong_frame_shapes_raise(shape):
     with pytest.raises(ValueError, match="at least 16"):
         segment_frames(torch.empty(shape, device="meta"))
 

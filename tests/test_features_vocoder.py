@@ -88,15 +88,15 @@ def test_stored_filters_are_checked():
             Vocoder("44k", 64).load_released(state | {name: wrong})
 
 
-def test_every_wrong_file_is_refused(tmp_path, capsys):
+def test_every_wrong_file_raises(tmp_path, capsys):
     check_refusals(Vocoder("44k", 64).load_released, small_state(), "ups.1.0.weight_g", tmp_path, capsys)
 
 
-def test_the_other_vocoder_is_refused():
+def test_the_other_vocoder_raises():
     with pytest.raises(ValueError, match=r"conv_post\.bias is missing"):
         Vocoder("16k", 64).load_released(small_state())
 
 
-def test_wrong_mel_is_refused():
+def test_wrong_mel_raises():
     with pytest.raises(ValueError, match=r"give \(batch, 128, frames\)"):
         Vocoder("44k", 64).load_released(small_state())(torch.zeros(1, 80, 4))

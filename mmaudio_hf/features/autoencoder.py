@@ -1,40 +1,43 @@
-"""The VAE between mel spectrograms and latents: a magnitude-preserving 1-D network (spec networks, section 6).
+"""The VAE between mel spectrograms and latents of MMAudio (https://arxiv.org/abs/2412.15322).
 
-Activations are channel-first, (B, channels, time), inside; latents outside are time-first, as they are stored.
+A 1-D convolutional network after Make-An-Audio 2 (https://arxiv.org/abs/2305.18474) whose layers preserve magnitudes as
+those of EDM2 do (Karras et al., https://arxiv.org/abs/2312.02696). Inside, activations are channel-first,
+(B, channels, time); latents outside are time-first, (B, N, C), as they are stored.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode
-from mmaudio_hf.weights import check_state, load_state, load_strict
+from mmaudio_hf.weights import Source, check_state, load_state, load_strict
 
 WIDTHS = {"16k": 384, "44k": 512}
-ACTIVATION_BOUND = 256
+ACTIVATION_BOUND = 256  # as in EDM2, where it keeps fp16 from overflowing
 NORM_EPS = 1e-4
-SKIP_WEIGHT, BRANCH_WEIGHT = 0.7, 0.3
-SUM_SCALE = math.hypot(SKIP_WEIGHT, BRANCH_WEIGHT)
+BRANCH_WEIGHT = 0.3  # of the residual branch; the skip path has 0.7
 SILU_SCALE = 0.596  # rms of silu(x) for standard normal x
 
 
-def _normalize(x: torch.Tensor) -> torch.Tensor:
-    """x / (eps + rms of x over the channels)."""
+def _normalize(x: Tensor) -> Tensor:
+    """Pixel norm: x / (eps + rms of x over the channels)."""
     return x / (NORM_EPS + torch.linalg.vector_norm(x, dim=1, keepdim=True) / math.sqrt(x.shape[1]))
 
 
-def _silu(x: torch.Tensor) -> torch.Tensor:
+def _silu(x: Tensor) -> Tensor:
+    """Magnitude-preserving SiLU, EDM2 equation 81."""
     return F.silu(x) / SILU_SCALE
 
 
-def _sum(skip: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(skip, branch, BRANCH_WEIGHT) / SUM_SCALE
+def _sum(skip: Tensor, branch: Tensor) -> Tensor:
+    """Magnitude-preserving sum, EDM2 equation 88: ((1 - t) skip + t branch) / sqrt((1 - t)^2 + t^2)."""
+    return torch.lerp(skip, branch, BRANCH_WEIGHT) / math.hypot(1 - BRANCH_WEIGHT, BRANCH_WEIGHT)
 
 
-def _bound(x: torch.Tensor) -> torch.Tensor:
+def _bound(x: Tensor) -> Tensor:
     return x.clamp(-ACTIVATION_BOUND, ACTIVATION_BOUND)
 
 
@@ -51,7 +54,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = _conv(outputs, outputs, 3)
         self.nin_shortcut = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = _normalize(x)
         branch = self.conv2(_silu(self.conv1(_silu(x))))
         return _sum(self.nin_shortcut(x), branch)
@@ -65,21 +68,23 @@ class AttentionBlock(nn.Module):
         self.qkv = _conv(channels, 3 * channels, 1)
         self.proj_out = _conv(channels, channels, 1)
 
-    def forward(self, x):
-        parts = self.qkv(x).unflatten(1, (-1, 3)).unbind(2)
-        q, k, v = (_normalize(part).transpose(1, 2).unsqueeze(1) for part in parts)
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(1, (-1, 3)).unbind(2)  # three of (B, channels, time)
+        q, k, v = (_normalize(y).transpose(1, 2).unsqueeze(1) for y in qkv)  # (B, 1 head, time, channels)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
         return _sum(x, self.proj_out(attended))
 
 
 class Middle(nn.Module):
+    """Two residual blocks with attention between them, at the lowest resolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)
         self.attn_1 = AttentionBlock(channels)
         self.block_2 = ResidualBlock(channels, channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return _bound(self.block_2(self.attn_1(self.block_1(x))))
 
 
@@ -91,16 +96,18 @@ class Downsample(nn.Module):
         self.conv1 = _conv(channels, channels, 1)
         self.conv2 = _conv(channels, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv2(F.avg_pool1d(self.conv1(x), 2))
 
 
 class Upsample(nn.Module):
+    """Doubles the length by repeating every frame."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = _conv(channels, channels, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x.repeat_interleave(2, dim=2))
 
 
@@ -113,27 +120,24 @@ class Level(nn.Module):
         self.downsample = Downsample(outputs) if downsample else nn.Identity()
         self.upsample = Upsample(outputs) if upsample else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = _bound(block(x))
         return self.upsample(self.downsample(x))
 
 
 class Encoder(nn.Module):
+    """Mel (B, bins, 2N) -> mean and log variance (B, 2C, N)."""
+
     def __init__(self, bins: int, width: int, channels: int):
         super().__init__()
         self.conv_in = _conv(bins, width, 3)
-        self.down = nn.ModuleList(
-            [
-                Level(width, width, 2, downsample=True),
-                Level(width, 2 * width, 2),
-                Level(2 * width, 4 * width, 2),
-            ]
-        )
+        levels = [Level(width, width, 2, downsample=True), Level(width, 2 * width, 2), Level(2 * width, 4 * width, 2)]
+        self.down = nn.ModuleList(levels)
         self.mid = Middle(4 * width)
         self.conv_out = _conv(4 * width, 2 * channels, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -141,20 +145,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latent (B, C, N) -> mel (B, bins, 2N)."""
+
     def __init__(self, bins: int, width: int, channels: int):
         super().__init__()
         self.conv_in = _conv(channels, 4 * width, 3)
         self.mid = Middle(4 * width)
-        self.up = nn.ModuleList(  # by resolution: the last one runs first
-            [
-                Level(2 * width, width, 3),
-                Level(4 * width, 2 * width, 3, upsample=True),
-                Level(4 * width, 4 * width, 3),
-            ]
-        )
+        levels = [
+            Level(2 * width, width, 3),
+            Level(4 * width, 2 * width, 3, upsample=True),
+            Level(4 * width, 4 * width, 3),
+        ]
+        self.up = nn.ModuleList(levels)  # by resolution: the last one runs first
         self.conv_out = _conv(width, bins, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
@@ -168,6 +173,9 @@ class MelVAE(nn.Module):
     `learnable_gain`: weights are kept as they are used, normalised once when they are loaded.
     """
 
+    data_mean: Tensor
+    data_std: Tensor
+
     def __init__(self, mode: str, width: int | None = None):
         super().__init__()
         self.mode = audio_mode(mode)
@@ -179,7 +187,7 @@ class MelVAE(nn.Module):
             self.register_buffer("data_std", torch.empty(1, bins, 1))
         self.requires_grad_(False).eval()
 
-    def load_released(self, source) -> "MelVAE":
+    def load_released(self, source: Source) -> "MelVAE":
         """Load a released VAE (`v1-16.pth`, `v1-44.pth`, or its state dict); ValueError where it does not fit."""
         state = load_state(source)
         gains = {f"{half}.learnable_gain": torch.empty((), device="meta") for half in ("encoder", "decoder")}
@@ -187,7 +195,7 @@ class MelVAE(nn.Module):
         return load_strict(self, _fold(state), source)
 
     @torch.no_grad()
-    def encode(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent, each (B, N, C) float32, of mel (B, bins, 2N)."""
         if mel.ndim != 3 or mel.shape[1] != self.mode.mel_bins or mel.shape[2] < LATENT_STRIDE:
             raise ValueError(f"mel has shape {tuple(mel.shape)}: give (batch, {self.mode.mel_bins}, frames >= 2)")
@@ -196,7 +204,7 @@ class MelVAE(nn.Module):
         return mean.contiguous(), (logvar.clamp(-30, 20) / 2).exp()
 
     @torch.no_grad()
-    def decode(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+    def decode(self, latent_BNC: Tensor) -> Tensor:
         """Mel (B, bins, 2N) float32 of latents (B, N, C) that are not normalised."""
         if latent_BNC.ndim != 3 or latent_BNC.shape[2] != self.mode.latent_channels:
             raise ValueError(
@@ -205,8 +213,11 @@ class MelVAE(nn.Module):
         return self.decoder(latent_BNC.transpose(1, 2)).float() * self.data_std + self.data_mean
 
 
-def _fold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict with effective convolution weights: V / (eps + rms V) / sqrt(fan in), times 1 + gain at the ends."""
+def _fold(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict with effective convolution weights, EDM2 equation 47: V / (eps + rms V) / sqrt(fan in).
+
+    Those of the last layers are multiplied by 1 + gain. Folded once: inference need not normalise at every call.
+    """
     folded = {}
     for name, value in state.items():
         if name.endswith(".weight"):

@@ -1,7 +1,7 @@
-"""CLIP features of pictures and captions by DFN5B ViT-H/14, and the tokenizer that belongs to it.
+"""CLIP features of frames and captions by DFN5B ViT-H/14, and its tokenizer.
 
-Spec media, sections 3 and 4. Released as https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384 in the forms of
-transformers and of open_clip.
+Radford et al., https://arxiv.org/abs/2103.00020; Fang et al., Data Filtering Networks, https://arxiv.org/abs/2309.17425.
+Released as https://huggingface.co/apple/DFN5B-CLIP-ViT-H-14-384 for transformers and for open_clip.
 """
 
 import gzip
@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import ftfy
 import torch
@@ -19,11 +20,11 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from mmaudio_hf.schema import CLIP_DIM, CLIP_PIXELS, TEXT_DIM, TEXT_TOKENS
-from mmaudio_hf.weights import load_state, load_strict, read_file
+from mmaudio_hf.weights import Source, load_state, load_strict, read_file
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,7 +58,7 @@ def clip_config(vision_layers: int = 32, text_layers: int = 24) -> CLIPConfig:
     return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=CLIP_DIM)
 
 
-def load_empty_text(path: str | Path) -> torch.Tensor:
+def load_empty_text(path: str | Path) -> Tensor:
     """CLIP text features (77, 1024) float32 of the empty string, from the released `empty_string.pth`.
 
     The file holds them alone, or as the first of a list, tuple or batch. ValueError naming the file for anything else;
@@ -79,17 +80,21 @@ def load_empty_text(path: str | Path) -> torch.Tensor:
 
 
 class ClipEncoder(nn.Module):
-    """Frozen CLIP model for picture and token features, at most `batch_size` pictures or captions at once.
+    """Frozen CLIP model for image and token features, at most `batch_size` images or captions at once.
 
-    Make one with `from_pretrained` or `from_open_clip`. float32; bf16 by torch.autocast.
+    Make one with `from_pretrained` or `from_open_clip`. float32; bf16 with torch.autocast.
     """
+
+    model: CLIPModel
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, model: CLIPModel, batch_size: int = 16):
         super().__init__()
-        vision = model.config.vision_config
+        vision: Any = model.config.vision_config
         if not CLIP_PIXELS - vision.patch_size < vision.image_size <= CLIP_PIXELS:
             raise ValueError(f"this CLIP model sees {vision.image_size} pixels, not the {CLIP_PIXELS} of the features")
-        self.model, self.batch_size, self.image_size = model, batch_size, vision.image_size
+        self.model, self.batch_size, self.image_size = model, batch_size, int(vision.image_size)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -97,8 +102,9 @@ class ClipEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None, batch_size: int = 16) -> "ClipEncoder":
         """Encoder from transformers files: a directory, or a Hub id; ValueError where they are absent or do not fit."""
+        read: Any = CLIPModel.from_pretrained  # its types do not know output_loading_info, which adds a second result
         try:
-            model, report = CLIPModel.from_pretrained(
+            model, report = read(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except UnpicklingError:  # without torch's own message, which recommends to run the code
@@ -110,7 +116,7 @@ class ClipEncoder(nn.Module):
         return cls(model, batch_size)
 
     @classmethod
-    def from_open_clip(cls, source, config: CLIPConfig | None = None, batch_size: int = 16) -> "ClipEncoder":
+    def from_open_clip(cls, source: Source, config: CLIPConfig | None = None, batch_size: int = 16) -> "ClipEncoder":
         """Encoder from an open_clip checkpoint (`open_clip_pytorch_model.bin`, `.safetensors`, or its state dict)."""
         state = _transformers_names(load_state(source, key="state_dict"))
         with torch.device("meta"):
@@ -120,8 +126,8 @@ class ClipEncoder(nn.Module):
         return cls(load_strict(model, state, source), batch_size)
 
     @torch.no_grad()
-    def encode_images(self, frames: torch.Tensor) -> torch.Tensor:
-        """Unit-length features (..., 1024) float32 of pictures (..., 3, 384, 384) with values in [0, 1].
+    def encode_images(self, frames: Tensor) -> Tensor:
+        """Unit-length features (..., 1024) float32 of frames (..., 3, 384, 384) with values in [0, 1].
 
         The patches of 14 pixels cover rows and columns 0 to 377; the rest is cut off, nothing is resized.
         """
@@ -129,20 +135,21 @@ class ClipEncoder(nn.Module):
             raise ValueError(
                 f"frames are {frames.dtype} of shape {tuple(frames.shape)}: give floats (..., 3, 384, 384) in [0, 1]"
             )
-        cut = frames[..., : self.image_size, : self.image_size].reshape(-1, 3, self.image_size, self.image_size)
+        size = self.image_size
+        cut = frames[..., :size, :size].reshape(-1, 3, size, size)
         features = [self._encode_images(batch) for batch in cut.split(self.batch_size)]
         return torch.cat(features).view(*frames.shape[:-3], -1)
 
-    def _encode_images(self, frames):
+    def _encode_images(self, frames: Tensor) -> Tensor:
         pixels = ((frames - self.pixel_mean) / self.pixel_std).to(self.model.dtype)
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     @torch.no_grad()
-    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, token_ids: Tensor) -> Tensor:
         """Unit-length features (B, 77, 1024) float32 of every position of token ids (B, 77).
 
-        Last hidden states after the final norm: not pooled, not projected, and without attention mask, since
-        features of the zero padding are used in training, too.
+        Last hidden states after the final norm: not pooled, not projected, and without attention mask, since training
+        uses the features of the zero padding, too (MMAudio, arXiv 2412.15322).
         """
         if token_ids.ndim != 2 or token_ids.shape[1] != TEXT_TOKENS:
             raise ValueError(f"token ids have shape {tuple(token_ids.shape)}: give (batch, {TEXT_TOKENS})")
@@ -165,7 +172,8 @@ def weight_files(source: str | Path) -> list[Path]:
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged: download it again ({error!r})") from error
-            if all(paths := [_model_file(source, shard) for shard in shards]):
+            paths = [path for shard in shards if (path := _model_file(source, shard))]
+            if len(paths) == len(shards) > 0:
                 return paths
     where = "this folder" if Path(source).is_dir() else "a file, a folder or on the Hub"
     raise ValueError(f"encoders.clip {str(source)!r}: no weights of CLIP are in {where}: {DOWNLOAD_HINT}")
@@ -191,11 +199,11 @@ def hash_tensors(files: Sequence[Path]) -> str:
     for name, value in sorted(_transformers_names(state).items()):
         if not name.endswith("position_ids"):  # a table of 0, 1, 2 ... that only some files have
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-_WHOLE_NAMES = {
+_NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -204,7 +212,7 @@ _WHOLE_NAMES = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
 }
-_NAME_PARTS = {
+_SUBSTRINGS = {
     "visual.transformer.resblocks.": "vision_model.encoder.layers.",
     "visual.ln_pre.": "vision_model.pre_layrnorm.",  # so spelled in transformers
     "visual.ln_post.": "vision_model.post_layernorm.",
@@ -218,13 +226,13 @@ _NAME_PARTS = {
 }
 
 
-def _transformers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of transformers for the tensors of open_clip: q, k, v apart and projections transposed."""
-    renamed = {}
+def _transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of open_clip under the names of transformers: q, k and v split, projections transposed."""
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        new = _WHOLE_NAMES.get(name, name)
-        for old_part, new_part in _NAME_PARTS.items():
-            new = new.replace(old_part, new_part)
+        new = _NAMES.get(name, name)
+        for theirs, ours in _SUBSTRINGS.items():
+            new = new.replace(theirs, ours)
         if "in_proj_" in new and len(value) % 3 == 0:
             thirds = zip("qkv", value.chunk(3), strict=True)
             renamed |= {new.replace("in_proj_", f"{letter}_proj."): third for letter, third in thirds}
@@ -237,7 +245,7 @@ class ClipTokenizer:
     """Captions to CLIP token ids with zeros behind the end, exactly as open_clip makes them.
 
     `tokenizer(captions)` returns int64 (B, 77): start, byte pairs, end, zeros; longer captions are cut and keep the end
-    in the last place. (transformers' CLIPTokenizer pads with the end id, which changes the features.)
+    id in the last position. (transformers' CLIPTokenizer pads with the end id, which changes the features.)
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]):

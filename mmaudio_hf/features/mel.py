@@ -1,9 +1,9 @@
-"""Log-mel spectrograms, the input of the VAE and of the vocoder."""
+"""Log-mel spectrograms, the input of the VAE and of the vocoder, as BigVGAN computes them (arXiv 2206.04658)."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from mmaudio_hf.schema import audio_mode
 
@@ -23,8 +23,8 @@ def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
     return np.where(mel < _BREAK_MEL, mel * 200 / 3, _BREAK_HZ * np.exp((mel - _BREAK_MEL) * _LOG_STEP))
 
 
-def mel_filter_bank(mode: str) -> torch.Tensor:
-    """Slaney filter bank with area normalisation, (bins, n_fft // 2 + 1) float32 (spec networks, section 7).
+def mel_filter_bank(mode: str) -> Tensor:
+    """Slaney filter bank with area normalisation, (bins, n_fft // 2 + 1) float32.
 
     Own arithmetic in double: `torchaudio.functional.melscale_fbanks` works in float32, which moves
     single weights at 44.1 kHz by more than the 1e-6 the features are held to.
@@ -43,9 +43,12 @@ class MelSpectrogram(nn.Module):
     """Log-mel spectrogram of `mode` ("16k" or "44k"), which each VAE and vocoder was trained on.
 
     Call with waveform (B, samples) at the rate of the mode, full scale 1 (clipped to it). Returns
-    (B, bins, samples // hop) float32: log10 of the mel magnitude for "16k", its natural logarithm for "44k"
-    (spec networks, section 7). Nothing is stored in the state dict.
+    (B, bins, samples // hop) float32: log10 of the mel magnitude for "16k", its natural logarithm for
+    "44k". Nothing is stored in the state dict.
     """
+
+    filter_bank: Tensor
+    window: Tensor
 
     def __init__(self, mode: str):
         super().__init__()
@@ -55,7 +58,7 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(self.mode.mel_window), persistent=False)
 
     @torch.no_grad()
-    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+    def forward(self, waveform: Tensor) -> Tensor:
         n_fft, hop = self.mode.mel_window, self.mode.mel_hop
         padding = (n_fft - hop) // 2
         if waveform.ndim != 2 or waveform.shape[1] <= padding:

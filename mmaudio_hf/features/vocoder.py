@@ -1,4 +1,4 @@
-"""BigVGAN vocoders, from mel spectrogram to waveform (spec networks, section 8).
+"""BigVGAN vocoders, from mel spectrogram to waveform.
 
 Lee et al., BigVGAN: A Universal Neural Vocoder with Large-Scale Training, https://arxiv.org/abs/2206.04658
 """
@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmaudio_hf.schema import audio_mode
-from mmaudio_hf.weights import check_state, describe, load_state, load_strict
+from mmaudio_hf.weights import Source, check_state, describe, load_state, load_strict
 
 WIDTH = 1536
 RESIDUAL_KERNELS = (3, 7, 11)
@@ -37,7 +37,7 @@ GENERATORS = {
 }
 
 
-def low_pass_filter() -> torch.Tensor:
+def low_pass_filter() -> Tensor:
     """The 12 taps f of cutoff 1/4 and transition half-width 0.3, windowed by Kaiser, of sum 1."""
     attenuation = 2.285 * (FILTER_TAPS / 2 - 1) * math.pi * 4 * 0.3 + 7.95
     beta = 0.1102 * (attenuation - 8.7)
@@ -47,7 +47,7 @@ def low_pass_filter() -> torch.Tensor:
     return (taps / taps.sum()).float()
 
 
-def _up_matrix() -> torch.Tensor:
+def _up_matrix() -> Tensor:
     """(BLOCK + 6, 2 BLOCK): from x[n - 3], x[n - 2], ... to the doubled samples 2n, 2n + 1, ...
 
     Doubled sample t is 2 sum_k f[k] x[(t + 5 - k) / 2] over the k with whole indices.
@@ -59,7 +59,7 @@ def _up_matrix() -> torch.Tensor:
     return matrix
 
 
-def _down_matrix() -> torch.Tensor:
+def _down_matrix() -> Tensor:
     """(2 BLOCK + 10, BLOCK): from z[2n - 5], z[2n - 4], ... to y[n], y[n + 1], ...; y[n] = sum_k f[k] z[2n + k - 5]."""
     taps, matrix = low_pass_filter(), torch.zeros(2 * BLOCK + FILTER_TAPS - 2, BLOCK)
     for n in range(BLOCK):
@@ -67,7 +67,7 @@ def _down_matrix() -> torch.Tensor:
     return matrix
 
 
-def _filter(x: torch.Tensor, matrix: torch.Tensor, left: int, step: int, length: int) -> torch.Tensor:
+def _filter(x: Tensor, matrix: Tensor, left: int, step: int, length: int) -> Tensor:
     """FIR filtering of the last axis by a banded matrix, edges replicated: `step` samples in per block.
 
     Two to three times as fast as grouped convolutions on CPU, and exact float32 on GPU where those may use TF32.
@@ -83,46 +83,51 @@ def _filter(x: torch.Tensor, matrix: torch.Tensor, left: int, step: int, length:
 
 
 class SnakeBeta(nn.Module):
-    """x + sin^2(e^alpha x) / e^beta, one alpha and beta per channel."""
+    """Snake with a magnitude of its own: x + sin^2(e^alpha x) / e^beta, one alpha and beta per channel."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(channels))
         self.beta = nn.Parameter(torch.empty(channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         frequency = self.alpha.exp()[:, None]
         magnitude = 1 / (self.beta.exp() + SNAKE_EPS)[:, None]
         return (x * frequency).sin_().square_().mul_(magnitude).add_(x)
 
 
 class Activation(nn.Module):
-    """Anti-aliased activation: doubled rate, snake, low pass, original rate."""
+    """Anti-aliased activation of BigVGAN: doubled rate, snake, low pass, original rate."""
 
-    def __init__(self, channels: int, up: torch.Tensor, down: torch.Tensor):
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, channels: int, up: Tensor, down: Tensor):
         super().__init__()
         self.act = SnakeBeta(channels)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("down", down, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         length = x.shape[-1]
         doubled = self.act(_filter(x, self.up, 3, BLOCK, 2 * length))
         return _filter(doubled, self.down, 5, 2 * BLOCK, length)
 
 
 class ResidualUnit(nn.Module):
-    def __init__(self, channels: int, kernel: int, filters):
+    """The anti-aliased multi-periodicity (AMP) block of BigVGAN, one kernel size and three dilations."""
+
+    def __init__(self, channels: int, kernel: int, filters: tuple[Tensor, Tensor]):
         super().__init__()
 
-        def conv(dilation):
+        def conv(dilation: int) -> nn.Conv1d:
             return nn.Conv1d(channels, channels, kernel, dilation=dilation, padding=(kernel - 1) * dilation // 2)
 
         self.convs1 = nn.ModuleList(conv(dilation) for dilation in DILATIONS)
         self.convs2 = nn.ModuleList(conv(1) for _ in DILATIONS)
         self.activations = nn.ModuleList(Activation(channels, *filters) for _ in range(2 * len(DILATIONS)))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for m, (conv1, conv2) in enumerate(zip(self.convs1, self.convs2, strict=True)):
             x = x + conv2(self.activations[2 * m + 1](conv1(self.activations[2 * m](x))))
         return x
@@ -144,7 +149,7 @@ class Vocoder(nn.Module):
         with torch.device("meta"):
             self.conv_pre = nn.Conv1d(self.mode.mel_bins, width, 7, padding=3)
             self.ups = nn.ModuleList(
-                nn.ModuleList([nn.ConvTranspose1d(a, b, kernel, rate, padding=(kernel - rate) // 2)])
+                nn.Sequential(nn.ConvTranspose1d(a, b, kernel, rate, padding=(kernel - rate) // 2))
                 for a, b, kernel, rate in zip(channels[:-1], channels[1:], kernels, rates, strict=True)
             )
             self.resblocks = nn.ModuleList(
@@ -154,26 +159,26 @@ class Vocoder(nn.Module):
             self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding=3, bias=self.generator.final_bias)
         self.requires_grad_(False).eval()
 
-    def load_released(self, source) -> "Vocoder":
+    def load_released(self, source: Source) -> "Vocoder":
         """Load `best_netG.pt` (16k), `bigvgan_generator.pt` (44k) or its state dict; ValueError if it does not fit."""
         state = _drop_filters(load_state(source, key="generator"), source)
         check_state(state, _released_names(self.state_dict()), source)
         return load_strict(self, _fold(state), source)
 
     @torch.no_grad()
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+    def forward(self, mel: Tensor) -> Tensor:
         if mel.ndim != 3 or mel.shape[1] != self.mode.mel_bins:
             raise ValueError(f"mel has shape {tuple(mel.shape)}: give (batch, {self.mode.mel_bins}, frames)")
         x, units = self.conv_pre(mel), len(RESIDUAL_KERNELS)
-        for stage, (upsample,) in enumerate(self.ups):
-            x = upsample(x)
+        for stage, upsample in enumerate(self.ups):
+            x = upsample(x)  # (B, channels / 2, rate * time)
             x = sum(unit(x) for unit in self.resblocks[units * stage : units * (stage + 1)]) / units
         x = self.conv_post(self.activation_post(x)).squeeze(1).float()
         return x.tanh() if self.generator.final_tanh else x.clamp(-1, 1)
 
 
-def _drop_filters(state: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
-    """Take the stored copies of the constant low-pass filter out of `state`, once they are seen to be that filter."""
+def _drop_filters(state: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """`state` without the stored copies of the constant low-pass filter, which are checked to be that filter."""
     taps = low_pass_filter()
     for name, value in state.items():
         if name.endswith(FILTER_NAMES) and (value.numel() != FILTER_TAPS or not torch.allclose(value.flatten(), taps)):
@@ -181,9 +186,9 @@ def _drop_filters(state: dict[str, torch.Tensor], source) -> dict[str, torch.Ten
     return {name: value for name, value in state.items() if not name.endswith(FILTER_NAMES)}
 
 
-def _released_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names and shapes before weight normalisation is folded in: `weight_g` and `weight_v` for each `weight`."""
-    released = {}
+    released: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".weight"):
             released |= {f"{name}_g": value[:, :1, :1], f"{name}_v": value}
@@ -192,7 +197,7 @@ def _released_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return released
 
 
-def _fold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _fold(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """W = g V / |V|, the norm over all axes but the first."""
     folded = {name: value for name, value in state.items() if not name.endswith((".weight_g", ".weight_v"))}
     for name, v in state.items():

@@ -13,7 +13,7 @@ def load(source):
     return load_strict(nn.Linear(2, 3), load_state(source), source)
 
 
-def test_every_wrong_file_is_refused(tmp_path, capsys):
+def test_every_wrong_file_raises(tmp_path, capsys):
     check_refusals(load, STATE, "weight", tmp_path, capsys)
 
 
@@ -26,13 +26,13 @@ def test_safetensors_and_both_torch_formats_are_read(tmp_path):
         assert state.keys() == STATE.keys() and torch.equal(state["weight"], STATE["weight"])
 
 
-def test_damaged_safetensors_is_refused(tmp_path):
+def test_damaged_safetensors_raises(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson")
     with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
         load_state(tmp_path / "a.safetensors")
 
 
-def test_prefix_and_key_select_a_part():
+def test_prefix_and_key_select_tensors():
     whole = {"generator": {f"net.{name}": value for name, value in STATE.items()} | {"other": torch.ones(1)}}
     assert load_state(whole, key="generator", prefix="net.").keys() == STATE.keys()
     assert load_state(STATE, key="generator", prefix="net.").keys() == STATE.keys()
