@@ -1,6 +1,7 @@
 """Who may import whom: the table of docs/design.md, walked over the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,53 +11,45 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mmaudio_hf"
 
-# Part of the package -> parts it may import, besides itself. `cli` puts everything together; nobody imports it.
-ALLOWED = {
-    "schema": set(),
-    "hub_client": set(),
-    "config": {"schema"},
-    "weights": {"schema", "config", "hub_client"},
-    "media": {"schema", "config"},
-    "features": {"schema", "config", "weights", "media"},
-    "data": {"schema", "config"},
-    "models": {"schema", "config", "weights", "hub_client"},
-    "training": {"schema", "config", "weights", "data", "models"},
-    "generation": {"schema", "config", "weights", "media", "features", "models"},
-    "evaluation": {"schema", "config", "weights", "data", "media", "features", "models", "generation"},
-    # Of data, what opens stores: see below.
-    "hub": {"schema", "config", "weights", "hub_client", "data", "models"},
-    "interop": {"schema", "config", "weights", "models", "training"},
-    "pages": {"schema", "config", "data", "media", "features", "models", "generation", "evaluation"},
-    "bench": {"schema", "config", "media", "features", "data", "models", "training", "generation"},
-    "doctor": {"schema", "config", "data", "features", "models", "training", "evaluation", "hub", "weights"},
-    "cli": None,
-    "__init__": None,
-}
+TABLE = re.compile(r"^\| ([\w, .]+) \| (.+?) \|$", re.MULTILINE)
 
 
-def part_of(path: Path) -> str:
+def read_table() -> dict[str, set[str] | None]:
+    """Package or module -> those it may import besides itself; None: everything. From docs/design.md."""
+    section = (ROOT / "docs" / "design.md").read_text().split("## Imports")[1].split("\n## ")[0]
+    rows = {}
+    for names, allowed in TABLE.findall(section):
+        packages = set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", allowed)))
+        rows |= dict.fromkeys(names.split(", "), None if "everything" in packages else packages - {"nothing"})
+    return rows
+
+
+ALLOWED = read_table() | {"__init__": None}
+
+
+def package_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
-def imported_parts(path: Path) -> set[str]:
-    found = set()
+def imported_packages(path: Path) -> set[str]:
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmaudio_hf":
             assert node.level == 0
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            names = node.module.split(".")
+            packages |= {names[1]} if len(names) > 1 else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mmaudio_hf.")}
-    return found
+            packages |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mmaudio_hf.")}
+    return packages
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_follow_the_table(path):
-    part = part_of(path)
-    assert part in ALLOWED, f"{part} is not in the table: say what it may import"
-    if ALLOWED[part] is not None:
-        assert imported_parts(path) <= ALLOWED[part] | {part}
+    package = package_of(path)
+    assert package in ALLOWED, f"{package} is not in the table of docs/design.md: say what it may import"
+    if ALLOWED[package] is not None:
+        assert imported_packages(path) <= ALLOWED[package] | {package}
 
 
 @pytest.mark.parametrize(
