@@ -112,7 +112,7 @@ def page(browser, address):
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(address)
-    page.get_by_role("button", name="Make sound").wait_for()
+    page.get_by_role("button", name="Generate").wait_for()
     yield page
     context.close()
     assert len(asked) > 10 and not faults, faults
@@ -147,9 +147,9 @@ def test_from_upload_to_playback(page, run, media, tmp_path):
     page.get_by_label("Negative prompt").fill("hum")
     for label, value in (("Seconds", 2), ("Steps", 3), ("Guidance", 3), ("Seed", 7)):
         set_number(page, label, value)
-    page.get_by_role("button", name="Make sound").click()
+    page.get_by_role("button", name="Generate").click()
 
-    picture = page.get_by_alt_text("Mel spectrogram of the sound, 2.0 s")
+    picture = page.get_by_alt_text("Mel spectrogram, 2.0 s")
     picture.wait_for()
     assert picture.evaluate("e => e.complete && e.naturalWidth") > 100 and picture.bounding_box()["width"] > 300
     assert page.locator("figure.spectrogram .seconds").inner_text().split() == ["0.0", "0.5", "1.0", "1.5", "2.0", "s"]
@@ -158,7 +158,7 @@ def test_from_upload_to_playback(page, run, media, tmp_path):
     wait_until(page, sound, "e.duration > 1.9 && e.duration < 2.1")
     page.get_by_role("button", name="Play").last.click()
     wait_until(page, sound, "e.currentTime > 0.3 && !e.error")
-    shown = page.get_by_test_id("Video with its new sound-player")
+    shown = page.get_by_test_id("Video with generated audio-player")
     wait_until(page, shown, "e.videoWidth > 0 && Math.abs(e.duration - 2) < 0.2")
     shown.evaluate("e => { e.muted = true; return e.play() }")
     wait_until(page, shown, "e.currentTime > 0.3 && e.webkitAudioDecodedByteCount > 0")
@@ -181,8 +181,8 @@ def said(page, words: str):
 
 
 def test_what_cannot_be_used_is_said_in_a_sentence(page, media, tmp_path):
-    page.get_by_role("button", name="Make sound").click()
-    said(page, "nothing to go by: choose a video, write a prompt, or both")
+    page.get_by_role("button", name="Generate").click()
+    said(page, "Nothing to generate from: choose a video, write a prompt, or both")
     (tmp_path / "large.mp4").write_bytes(bytes(2**20 + 1))
     page.locator("input[type=file]").first.set_input_files(tmp_path / "large.mp4")
     assert "large.mp4" in said(page, "maximum allowed size")
@@ -190,7 +190,7 @@ def test_what_cannot_be_used_is_said_in_a_sentence(page, media, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.mp4")
     assert str(tmp_path.parent) not in said(page, "broken.mp4: cannot be opened as media")
-    page.get_by_role("button", name="Make sound").click()
+    page.get_by_role("button", name="Generate").click()
     said(page, "broken.mp4: cannot be opened as media")
 
 
@@ -203,9 +203,9 @@ def test_an_example_is_picked_and_a_text_is_enough(page):
     page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
     set_number(page, "Seconds", 1)
     set_number(page, "Steps", 1)
-    page.get_by_role("button", name="Make sound").click()
-    page.get_by_alt_text("Mel spectrogram of the sound, 1.0 s").wait_for()
-    assert not page.get_by_test_id("Video with its new sound-player").is_visible()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_alt_text("Mel spectrogram, 1.0 s").wait_for()
+    assert not page.get_by_test_id("Video with generated audio-player").is_visible()
 
 
 def test_limits_of_a_video(media, monkeypatch):
@@ -213,15 +213,15 @@ def test_limits_of_a_video(media, monkeypatch):
     assert demo._usable_seconds(str(video), 8.0) == 8.0
     assert demo._usable_seconds(str(video), 60.0) == pytest.approx(9.4, abs=0.11)
     for name, value, words in (
-        ("MAX_VIDEO_SECONDS", 5.0, "test_00_ball.mp4 is 9 s long, this page takes 5 s: cut it"),
-        ("MAX_PICTURE", (10, 10), "has pictures of .*x.*: make them smaller"),
+        ("MAX_VIDEO_SECONDS", 5.0, "test_00_ball.mp4 is 9 s long, the limit is 5 s: cut it"),
+        ("MAX_FRAME_SIZE", (10, 10), "has frames of .*x.*: scale it down"),
     ):
         with monkeypatch.context() as patch, pytest.raises(demo.gr.Error, match=words) as caught:
             patch.setattr(demo, name, value)
             demo._usable_seconds(str(video), 8.0)
         assert str(media) not in str(caught.value)
     recording = next((media / "audios").glob("*.flac"))
-    with pytest.raises(demo.gr.Error, match="has no pictures"):
+    with pytest.raises(demo.gr.Error, match="has no video frames"):
         demo._usable_seconds(str(recording), 8.0)
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: its structure, what is inside it, and that it reaches for nothing outside."""
+"""The page of a run: its structure, its content, and that it loads nothing from outside."""
 
 import base64
 import io
@@ -19,7 +19,8 @@ from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.pages import report
-from mmaudio_hf.pages.report import Curve, ReportClip, encode_png, line_chart, report_run, run_summary, write_report
+from mmaudio_hf.pages.plots import Curve, encode_png, line_chart
+from mmaudio_hf.pages.report import ReportClip, report_run, run_summary, write_report
 
 EVIL = '<script>alert(1)</script> "a" & b'
 
@@ -61,7 +62,7 @@ def media(example_media):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run folder with what the training loop writes, but for the weights."""
+    """A run folder with what the training loop writes, without weights."""
     run = tmp_path / "my <run>"
     run.mkdir()
     bins = {f"loss_t_{k / 10:.1f}": 1.5 - k / 20 for k in range(10)}
@@ -79,7 +80,7 @@ def run_dir(tmp_path):
     return run
 
 
-def sound(times, seconds=2.0, rate=16000) -> torch.Tensor:
+def clicks(times, seconds=2.0, rate=16000) -> torch.Tensor:
     waveform = torch.zeros(int(seconds * rate))
     noise = torch.randn(800, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 0, 800)
     for time in times:
@@ -91,20 +92,22 @@ def content(uri: str) -> bytes:
     return base64.b64decode(uri.partition("base64,")[2], validate=True)
 
 
-def test_page(run_dir, media):
+@pytest.fixture
+def page(run_dir, media):
+    """The report of three clips: with a video and events, with audio alone, with a video that is gone."""
     events = (0.4, 1.2)
     clips = [
-        ReportClip("a", EVIL, sound((0.4, 0.8)), 16000, sound(events), media / "videos/test_00_ball.mp4", events),
-        ReportClip("b", "no pictures", sound((0.5,), rate=44100), 44100),
-        ReportClip("c", "lost", sound((0.5,)), 16000, None, media / "videos/none.mp4"),
+        ReportClip("a", EVIL, clicks((0.4, 0.8)), 16000, clicks(events), media / "videos/test_00_ball.mp4", events),
+        ReportClip("b", "no frames", clicks((0.5,), rate=44100), 44100),
+        ReportClip("c", "lost", clicks((0.5,)), 16000, None, media / "videos/none.mp4"),
     ]
     timing = {"onset_f1": 0.5, "onset_f1_shuffled": 0.25, "onset_clips": 3, "onset_f1_true_latents": 1.0}
     path = write_report(run_dir, clips, timing=timing)
     assert path == run_dir / "report" / "index.html" and [p.name for p in path.parent.iterdir()] == ["index.html"]
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
+    return Page(path.read_text(encoding="utf-8"))
 
-    # Curves have every point that was logged, and none that is not finite.
+
+def test_curves_have_every_point_that_is_finite(page):
     curves = {line["data-series"]: len(line["points"].split()) for line in page.all("polyline")}
     assert curves == {
         "train/loss": 6,
@@ -116,7 +119,8 @@ def test_page(run_dir, media):
         "val_ema/loss_t_*:6": 10,
     }
 
-    # The video has the new sound, the pictures and the length of the clip.
+
+def test_the_video_has_the_generated_audio_and_its_own_frames(page):
     assert len(page.all("video")) == 2 and len(page.all("audio")) == 2 and len(page.all("article")) == 3
     with av.open(io.BytesIO(content(page.all("video")[0]["src"]))) as container:
         frames = sum(1 for _ in container.decode(video=0))
@@ -128,25 +132,27 @@ def test_page(run_dir, media):
     with av.open(io.BytesIO(content(page.all("audio")[0]["src"]))) as container:
         assert container.streams.audio[0].rate == 44100
 
-    # Spectrograms: time runs over the width, the clicks are bright, marks lie where the events are.
+
+def test_spectrograms_and_marks_follow_the_time(page):
     images = page.all("img")
     assert len(images) == 4 and all(image["alt"] for image in images)
     with av.open(io.BytesIO(content(images[0]["src"]))) as container:
-        picture = next(container.decode(video=0)).to_ndarray(format="gray")
-    assert picture.shape == (80, 125)
-    assert np.argmax(picture.mean(0) > 60) / 125 == pytest.approx(0.2, abs=0.03)
+        pixels = next(container.decode(video=0)).to_ndarray(format="gray")
+    assert pixels.shape == (80, 125)
+    assert np.argmax(pixels.mean(0) > 60) / 125 == pytest.approx(0.2, abs=0.03)  # the first click at 0.4 s of 2
     marks = [(i["class"], i["style"]) for i in page.all("i") if i["class"] != "playhead"]
     assert marks[:2] == [("event", "left:20.00%"), ("event", "left:60.00%")]
     assert sum(kind == "event" for kind, _ in marks) == 4
 
-    # Words.
+
+def test_figures_are_on_the_page(page):
     assert "onset F1 0.50 (precision 0.50, recall 0.50)" in page.text and "onset F1 1.00" in page.text
     for figure in ("0.50", "0.25", "2.000", "0.400", "0.50 GB", "6 steps"):
         assert figure in page.text, figure
 
 
 def test_page_is_safe_and_alone(run_dir, media):
-    clip = ReportClip(EVIL, EVIL, sound((0.4,)), 16000, video=media / "videos/test_01_lamp.mp4", scores={EVIL: 1.0})
+    clip = ReportClip(EVIL, EVIL, clicks((0.4,)), 16000, video=media / "videos/test_01_lamp.mp4", scores={EVIL: 1.0})
     text = write_report(run_dir, [clip]).read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.all("script")) == 1 and "alert(1)" not in "".join(page.raw["script"])
@@ -187,13 +193,13 @@ def test_charts_of_odd_values():
     for points in ([(0, 1.0)], [(0, 0.0), (1, 0.0)], [(5, -1e-7), (9, 3e-7)], [(0, 1e9), (1, 2e9)]):
         chart = line_chart("a", "x", [Curve("n", "n", "a", points)])
         (line,) = Page(chart).all("polyline")
-        places = [float(v) for point in line["points"].split() for v in point.split(",")]
-        assert len(places) == 2 * len(points) and all(0 <= v <= 400 for v in places)
+        pixels = [float(v) for point in line["points"].split() for v in point.split(",")]
+        assert len(pixels) == 2 * len(points) and all(0 <= v <= 400 for v in pixels)
 
 
-def test_true_sound_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch):
-    asked = []
-    monkeypatch.setattr(report, "read_video", lambda path, **how: asked.append(how) or read_video(path, **how))
+def test_true_audio_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch):
+    calls = []
+    monkeypatch.setattr(report, "read_video", lambda path, **how: calls.append(how) or read_video(path, **how))
     for name in ("loud", "asis"):
         write_store(tmp_path / name, 2)
         (tmp_path / f"{name}.tsv").write_text("id\tcaption\ntest_00_ball\ta\nelsewhere\tb\n")
@@ -210,15 +216,15 @@ def test_true_sound_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "run.yaml")
     items = [item for store in recipe.data.test for item in read_items([store], 2)]
-    sounds = [report._video_and_sound(item, recipe, listen=True)[1] for item in items]
-    assert [(how["alignment"], how["normalize_audio"]) for how in asked] == [("reference", True), ("reference", False)]
-    assert [sound is None for sound in sounds] == [False, True, False, True]
-    assert not torch.equal(sounds[0], sounds[2])
+    waveforms = [report._video_and_audio(item, recipe, with_audio=True)[1] for item in items]
+    assert [(how["alignment"], how["normalize_audio"]) for how in calls] == [("reference", True), ("reference", False)]
+    assert [waveform is None for waveform in waveforms] == [False, True, False, True]
+    assert not torch.equal(waveforms[0], waveforms[2])
 
 
-def test_report_of_a_run(tmp_path, media):
-    """From a run folder to generated clips: toy features of one second, a network of a few thousand weights."""
-    events = read_events(media / "events.json")
+@pytest.fixture
+def toy_run(tmp_path, media):
+    """The recipe of a run that has only begun: its test store has two videos of the example and one that is gone."""
     store = write_store(tmp_path / "held_out", 3)
     names = ["test_00_ball", "test_01_lamp", "elsewhere"]
     (tmp_path / "held_out.tsv").write_text("id\tcaption\n" + "".join(f"{name}\tcaption of {name}\n" for name in names))
@@ -233,26 +239,36 @@ def test_report_of_a_run(tmp_path, media):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "run.yaml")
-    folder = recipe.run_dir / "last" / "pretrained_model"
-    folder.mkdir(parents=True)
+    (recipe.run_dir / "last" / "pretrained_model").mkdir(parents=True)
+    return recipe
+
+
+def test_report_of_a_run_without_recipe_or_weights(toy_run):
     with pytest.raises(ValueError, match=r"no config\.yaml"):
-        report_run(recipe.run_dir)
-    save_recipe(recipe, recipe.run_dir / "config.yaml")
+        report_run(toy_run.run_dir)
+    save_recipe(toy_run, toy_run.run_dir / "config.yaml")
     with pytest.raises(ValueError, match="no trained network"):
-        report_run(recipe.run_dir)
-    network = MMAudio(recipe.model)
+        report_run(toy_run.run_dir)
+
+
+def test_report_of_a_run(toy_run, media):
+    """From a run folder to generated clips: toy features of one second, a network of a few thousand weights."""
+    run, folder = toy_run.run_dir, toy_run.run_dir / "last" / "pretrained_model"
+    save_recipe(toy_run, run / "config.yaml")
+    network = MMAudio(toy_run.model)
     network.set_latent_statistics(torch.zeros(20), torch.ones(20))
     network.save_pretrained(folder)
     fit_toy_codec(folder, "16k", sorted((media / "videos").glob("*.mp4")))
-    (folder / "encoders.json").write_text(json.dumps(to_dict(recipe.encoders)))
+    (folder / "encoders.json").write_text(json.dumps(to_dict(toy_run.encoders)))
     (folder / "weights.json").write_text(json.dumps({"weights": "ema", "sigma_rel": 0.05, "step": 4}))
 
-    summary = report_run(recipe.run_dir, events=media / "events.json", shown=2, device="cpu", started=0.0)
+    summary = report_run(run, events=media / "events.json", shown=2, device="cpu", started=0.0)
     assert json.loads(json.dumps(summary)) == summary
     assert summary["generated_clips"] == 3 and summary["onset_clips"] == 2 and summary["seconds"] > 1e9
     assert 0 <= summary["onset_f1"] <= 1 and summary["sigma_rel"] == 0.05
-    page = Page((recipe.run_dir / "report" / "index.html").read_text())
+    page = Page((run / "report" / "index.html").read_text())
     assert len(page.all("article")) == 2 and len(page.all("video")) == 4
     assert "caption of test_01_lamp" in page.text and "EMA" in page.text and "step 4" in page.text
-    inside = sum(t < 1 for name in names[:2] for t in events[name].times)
+    events = read_events(media / "events.json")
+    inside = sum(t < 1 for name in ("test_00_ball", "test_01_lamp") for t in events[name].times)
     assert sum(i["class"] == "event" for i in page.all("i")) == 2 * inside > 0
