@@ -410,7 +410,7 @@ def measure_reading(mixture: Mixture, threads: int, seed: int = 0, seconds: floa
             store = mixture.stores[source]
             for name, column in store.columns.items():
                 target = torch.empty(column.shape, dtype=column.dtype)
-                store.forget(name, np.array([row]))
+                store.drop_from_cache(name, np.array([row]))
                 store.read_into(name, np.array([row]), bytes_of(target))
                 size += column.row_bytes
             count += 1

@@ -13,7 +13,7 @@ from mmaudio_hf.config import FlowConfig, variant_config
 from mmaudio_hf.data.layout import Contents, layout_columns
 from mmaudio_hf.data.loader import training_batches, validation_batches
 from mmaudio_hf.data.mixture import Mixture, samples_per_epoch
-from mmaudio_hf.data.sampler import positions, process_sample_indices
+from mmaudio_hf.data.sampler import dataset_indices, process_sample_indices
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
 from mmaudio_hf.data.tools import convert, merge, subset, verify
 from mmaudio_hf.models.network import MMAudio
@@ -153,7 +153,13 @@ def losses_and_gradients(folder: Path, ending: str, v2: bool, autocast: bool) ->
     network.latent_mean.data.fill_(0.0), network.latent_std.data.fill_(1.0)
     mixture = Mixture([(FeatureStore.open(folder / f"{name}{ending}"), 1) for name in ("video", "audio")], config)
     flow, found = FlowConfig(condition_dropout=0.4, independent_video_dropout=v2), []
-    settings = {"seed": 5, "global_batch": 4, "slots": process_sample_indices(4, 1, 0), "start_step": 0, "num_steps": 2}
+    settings = {
+        "seed": 5,
+        "global_batch": 4,
+        "sample_indices": process_sample_indices(4, 1, 0),
+        "start_step": 0,
+        "num_steps": 2,
+    }
     with (
         training_batches(mixture, **settings, threads=1) as loader,
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
@@ -238,7 +244,7 @@ def test_fractional_repeats_visit_every_row_equally_often(repeats, tmp_path):
     mixture, epochs = Mixture(list(zip(stores, (repeats, 1), strict=True)), seed=3), 12
     places = samples_per_epoch(10, repeats)
     assert len(mixture) == places + 7
-    seen = positions(3, 0, np.arange(len(mixture) * epochs), len(mixture) * epochs, len(mixture))
+    seen = dataset_indices(3, 0, np.arange(len(mixture) * epochs), len(mixture) * epochs, len(mixture))
     source, rows = mixture.locate(seen)
     for epoch in range(epochs):
         chosen = slice(epoch * len(mixture), (epoch + 1) * len(mixture))

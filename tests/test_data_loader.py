@@ -12,11 +12,11 @@ import torch
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
 from mmaudio_hf.data import reads
-from mmaudio_hf.data.loader import BatchLoader, Plan, sample_bytes, training_batches, validation_batches
+from mmaudio_hf.data.loader import BatchIndices, BatchLoader, sample_bytes, training_batches, validation_batches
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.noise import draws, draws_for_ids
+from mmaudio_hf.data.noise import sample_noise, sample_noise_for_ids
 from mmaudio_hf.data.reads import read_records
-from mmaudio_hf.data.sampler import positions, process_sample_indices
+from mmaudio_hf.data.sampler import dataset_indices, process_sample_indices
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
 
 SEED = 11
@@ -44,7 +44,7 @@ def no_threads_left():
 def loader(mixture, global_batch=12, world_size=1, rank=0, accumulation=1, **changes) -> BatchLoader:
     settings = {"start_step": 0, "num_steps": 6, "threads": 3} | changes
     slots = process_sample_indices(global_batch, world_size, rank, accumulation)
-    return training_batches(mixture, seed=SEED, global_batch=global_batch, slots=slots, **settings)
+    return training_batches(mixture, seed=SEED, global_batch=global_batch, sample_indices=slots, **settings)
 
 
 def check_against_store(batch, mixture, wanted: np.ndarray) -> None:
@@ -75,18 +75,18 @@ def test_delivers_the_records_and_numbers_of_its_slots(mixture, world_size, accu
             for step, (micro_batches) in enumerate(batches, start=2):
                 assert len(micro_batches) == accumulation
                 for batch, share in zip(micro_batches, shares, strict=True):
-                    assert batch.step == step and batch.counted.all()
-                    check_against_store(batch, mixture, positions(SEED, step, share, 12, len(mixture)))
-                    assert torch.equal(batch.draws.x0, draws(SEED, "train", step, share, (5, 4)).x0)
+                    assert batch.step == step and batch.valid.all()
+                    check_against_store(batch, mixture, dataset_indices(SEED, step, share, 12, len(mixture)))
+                    assert torch.equal(batch.noise.x0, sample_noise(SEED, "train", step, share, (5, 4)).x0)
                 steps += 1
         assert steps == 6
 
 
 def test_a_resumed_run_sees_the_same_batches(mixture):
     with loader(mixture) as batches:
-        whole = [(batch.ids, batch.draws.z.tolist()) for (batch,) in batches]
+        whole = [(batch.ids, batch.noise.z.tolist()) for (batch,) in batches]
     with loader(mixture, start_step=4, num_steps=2) as batches:
-        assert [(batch.ids, batch.draws.z.tolist()) for (batch,) in batches] == whole[4:]
+        assert [(batch.ids, batch.noise.z.tolist()) for (batch,) in batches] == whole[4:]
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, AUDIO_SHAPES])
@@ -94,7 +94,7 @@ def test_one_kind_of_rows_is_enough(shapes, tmp_path):
     mixture = Mixture([(make_store(tmp_path / "s", 9, shapes), 1)], MODEL)
     with loader(mixture, global_batch=4) as batches:
         for step, (batch,) in enumerate(batches):
-            check_against_store(batch, mixture, positions(SEED, step, np.arange(4), 4, 9))
+            check_against_store(batch, mixture, dataset_indices(SEED, step, np.arange(4), 4, 9))
             assert batch.clip_features.shape[1:] == (6, 8) and batch.sync_features.shape[1:] == (16, 3)
 
 
@@ -103,7 +103,7 @@ def test_reads_half_precision_as_it_is_stored(tmp_path):
     with loader(mixture, global_batch=4) as batches:
         for step, (batch,) in enumerate(batches):
             assert batch.clip_features.dtype == torch.bfloat16
-            check_against_store(batch, mixture, positions(SEED, step, np.arange(4), 4, 9))
+            check_against_store(batch, mixture, dataset_indices(SEED, step, np.arange(4), 4, 9))
 
 
 def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
@@ -122,7 +122,7 @@ def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
         sum(sizes[name] for name in (VIDEO_COLUMNS if video else AUDIO_COLUMNS) if text or name != "text_features")
         for video, text in zip(batch.has_video.tolist(), batch.has_text.tolist(), strict=True)
     )
-    assert read["bytes"] == wanted == sample_bytes(mixture, positions(SEED, 0, np.arange(24), 24, len(mixture)))
+    assert read["bytes"] == wanted == sample_bytes(mixture, dataset_indices(SEED, 0, np.arange(24), 24, len(mixture)))
 
 
 def test_a_step_stays_valid_until_the_next_is_taken(mixture):
@@ -137,7 +137,7 @@ def test_batches_of_another_device_are_copies_there(mixture):
     with loader(mixture, device="meta") as batches:
         for (batch,) in batches:
             tensors = [
-                value for value in (*vars(batch).values(), *vars(batch.draws).values()) if torch.is_tensor(value)
+                value for value in (*vars(batch).values(), *vars(batch.noise).values()) if torch.is_tensor(value)
             ]
             assert len(tensors) == 17 and all(value.device.type == "meta" for value in tensors)
             with_video = len(batch.video_rows)
@@ -155,10 +155,10 @@ def test_every_record_is_right_whatever_is_read_at_once(mixture, monkeypatch, th
     with loader(mixture, global_batch=36, **settings) as batches:
         for step, micro_batches in enumerate(batches):
             for batch, share in zip(micro_batches, shares, strict=True):
-                check_against_store(batch, mixture, positions(SEED, step, share, 36, len(mixture)))
-                wanted = draws(SEED, "train", step, share, (5, 4))
-                assert all(torch.equal(getattr(batch.draws, name), value) for name, value in vars(wanted).items())
-                for name, value in (*vars(batch).items(), *vars(batch.draws).items()):
+                check_against_store(batch, mixture, dataset_indices(SEED, step, share, 36, len(mixture)))
+                wanted = sample_noise(SEED, "train", step, share, (5, 4))
+                assert all(torch.equal(getattr(batch.noise, name), value) for name, value in vars(wanted).items())
+                for name, value in (*vars(batch).items(), *vars(batch.noise).items()):
                     if torch.is_tensor(value):
                         memory.setdefault(name, set()).add(value.data_ptr())
     ring = accumulation + max(prefetch, accumulation)
@@ -179,7 +179,7 @@ def test_stores_that_exceed_memory_are_announced_to_the_system(mixture, monkeypa
     monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
     with loader(mixture) as batches:
         for step, (batch,) in enumerate(batches):
-            check_against_store(batch, mixture, positions(SEED, step, np.arange(12), 12, len(mixture)))
+            check_against_store(batch, mixture, dataset_indices(SEED, step, np.arange(12), 12, len(mixture)))
         soon = sum(length for length, advice in advised if advice == os.POSIX_FADV_WILLNEED)
         assert soon == batches.bytes_read
     files = sum(len(store.columns) for store in mixture.stores)
@@ -190,7 +190,7 @@ def test_waiting_is_counted(mixture):
     def slow():
         for step in range(3):
             time.sleep(0.05)
-            yield [Plan(step, np.arange(2), np.ones(2, bool), lambda out, part, ids: None)]
+            yield [BatchIndices(step, np.arange(2), np.ones(2, bool), lambda out, part, ids: None)]
 
     with BatchLoader(mixture, slow(), 2, 1) as batches:
         assert len(list(batches)) == 3
@@ -233,7 +233,7 @@ def test_a_read_that_delivers_less_is_continued(mixture, monkeypatch):
     with loader(mixture, num_steps=1) as batches:
         (batch,) = next(batches)
     monkeypatch.undo()
-    check_against_store(batch, mixture, positions(SEED, 0, np.arange(12), 12, len(mixture)))
+    check_against_store(batch, mixture, dataset_indices(SEED, 0, np.arange(12), 12, len(mixture)))
 
 
 def test_closing_early_is_prompt_and_ends_the_iteration(mixture):
@@ -277,7 +277,7 @@ from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.data.store import FeatureStore
 mixture = Mixture([(FeatureStore.open({str(tmp_path / "video")!r}), 1)])
 slots = process_sample_indices(4, 1, 0)
-batches = training_batches(mixture, seed=1, global_batch=4, slots=slots, start_step=0, num_steps=10**9)
+batches = training_batches(mixture, seed=1, global_batch=4, sample_indices=slots, start_step=0, num_steps=10**9)
 next(batches)
 assert not {{"av", "torchaudio", "transformers", "tensordict", "datasets"}} & set(sys.modules)
 """
@@ -292,7 +292,7 @@ def test_validation_counts_every_row_once_in_order(mixture):
     seen = []
     for step, batch in enumerate(validation_batches(mixture, seed=SEED, batch_size=8)):
         check_against_store(batch, mixture, np.minimum(np.arange(8 * step, 8 * step + 8), len(mixture) - 1))
-        seen += [item_id for item_id, counts in zip(batch.ids, batch.counted.tolist(), strict=True) if counts]
+        seen += [item_id for item_id, counts in zip(batch.ids, batch.valid.tolist(), strict=True) if counts]
     assert seen == mixture.stores[0].ids * 2 + mixture.stores[1].ids * 3 + mixture.stores[2].ids
 
 
@@ -301,8 +301,8 @@ def test_validation_numbers_depend_on_the_id_alone(mixture, batch_size, world_si
     for rank in range(world_size):
         for batch in validation_batches(mixture, seed=SEED, batch_size=batch_size, rank=rank, world_size=world_size):
             for i, item_id in enumerate(batch.ids):
-                alone = draws_for_ids(SEED, [item_id], (5, 4))
-                assert torch.equal(batch.draws.x0[i], alone.x0[0]) and batch.draws.z[i] == alone.z[0]
+                alone = sample_noise_for_ids(SEED, [item_id], (5, 4))
+                assert torch.equal(batch.noise.x0[i], alone.x0[0]) and batch.noise.z[i] == alone.z[0]
 
 
 def test_leaving_validation_early_ends_its_threads(mixture):

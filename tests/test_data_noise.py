@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmaudio_hf.data.noise import Draws, draws, draws_for_ids
+from mmaudio_hf.data.noise import Draws, sample_noise, sample_noise_for_ids
 
 SHAPE = (5, 4)
 NAMES = tuple(Draws.__dataclass_fields__)
@@ -16,7 +16,7 @@ def same(ours: Draws, theirs: Draws, rows=slice(None)) -> bool:
 
 
 def test_the_first_values_never_change():
-    found = draws(14159265, "train", 7, [3], SHAPE)
+    found = sample_noise(14159265, "train", 7, [3], SHAPE)
     values = {name: getattr(found, name).flatten()[:3].tolist() for name in NAMES}
     expected = {
         "latent_noise": [-0.734573, -0.988523, -1.649372],
@@ -28,45 +28,45 @@ def test_the_first_values_never_change():
         "drop_text": [0.502922],
     }
     assert values == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
-    found = draws_for_ids(14159265, ["0B4dYTMsgHA_000130"], SHAPE)
+    found = sample_noise_for_ids(14159265, ["0B4dYTMsgHA_000130"], SHAPE)
     assert [found.z.item(), found.x0[0, 0, 0].item()] == pytest.approx([-0.496345, 0.459591], abs=1e-6)
 
 
 def test_shapes_types_and_memory():
-    found = draws(1, "train", 0, range(3), SHAPE)
+    found = sample_noise(1, "train", 0, range(3), SHAPE)
     for name in NAMES:
         value = getattr(found, name)
         assert value.dtype == torch.float32 and value.is_contiguous(), name
         assert value.shape == ((3, *SHAPE) if name in ("latent_noise", "x0") else (3,)), name
-    assert draws(1, "train", 0, [], SHAPE).x0.shape == (0, *SHAPE)
+    assert sample_noise(1, "train", 0, [], SHAPE).x0.shape == (0, *SHAPE)
 
 
 def test_a_sample_has_the_same_numbers_in_any_batch():
-    whole = draws(5, "train", 9, range(16), SHAPE)
-    assert same(draws(5, "train", 9, [11, 2, 2], SHAPE), whole, [11, 2, 2])
+    whole = sample_noise(5, "train", 9, range(16), SHAPE)
+    assert same(sample_noise(5, "train", 9, [11, 2, 2], SHAPE), whole, [11, 2, 2])
     ids = ["a", "b", "c"]
-    assert same(draws_for_ids(5, ["c", "a"], SHAPE), draws_for_ids(5, ids, SHAPE), [2, 0])
-    assert draws_for_ids(5, [f"clip_{i:04d}" for i in range(100)], SHAPE).z.unique().numel() == 100
+    assert same(sample_noise_for_ids(5, ["c", "a"], SHAPE), sample_noise_for_ids(5, ids, SHAPE), [2, 0])
+    assert sample_noise_for_ids(5, [f"clip_{i:04d}" for i in range(100)], SHAPE).z.unique().numel() == 100
 
 
-@pytest.mark.parametrize("changes", [{"seed": 6}, {"stream": "other"}, {"step": 10}, {"slots": [12]}])
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"stream": "other"}, {"step": 10}, {"sample_indices": [12]}])
 def test_every_argument_changes_every_number(changes):
-    first = {"seed": 5, "stream": "train", "step": 9, "slots": [11], "latent_shape": SHAPE}
-    ours, theirs = draws(**first), draws(**{**first, **changes})
+    first = {"seed": 5, "stream": "train", "step": 9, "sample_indices": [11], "latent_shape": SHAPE}
+    ours, theirs = sample_noise(**first), sample_noise(**{**first, **changes})
     assert not any((getattr(ours, name) == getattr(theirs, name)).any() for name in NAMES)
 
 
 def test_step_and_slot_do_not_stand_for_each_other():
-    assert not torch.equal(draws(5, "train", 1, [2], SHAPE).z, draws(5, "train", 2, [1], SHAPE).z)
+    assert not torch.equal(sample_noise(5, "train", 1, [2], SHAPE).z, sample_noise(5, "train", 2, [1], SHAPE).z)
 
 
 def test_times_and_drops_do_not_depend_on_the_latent_length():
-    short, long = (draws(5, "train", 3, range(4), (length, 4)) for length in (5, 50))
+    short, long = (sample_noise(5, "train", 3, range(4), (length, 4)) for length in (5, 50))
     assert all(torch.equal(getattr(short, name), getattr(long, name)) for name in ["z", *UNIFORM])
 
 
 def test_distributions_and_independence():
-    found = draws(3, "train", 0, range(4000), (10, 4))
+    found = sample_noise(3, "train", 0, range(4000), (10, 4))
     columns = {name: getattr(found, name).flatten(1).double() for name in ("latent_noise", "x0")}
     columns |= {name: getattr(found, name).double()[:, None] for name in ["z", *UNIFORM]}
     for name, values in columns.items():

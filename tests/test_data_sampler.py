@@ -8,7 +8,7 @@ from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, StoreConfig, VideoSource
 from mmaudio_hf.data.mixture import Mixture, open_mixture
-from mmaudio_hf.data.sampler import permutation, positions, process_sample_indices, validation_positions
+from mmaudio_hf.data.sampler import dataset_indices, permutation, process_sample_indices, validation_indices
 
 
 def test_the_order_never_changes():
@@ -32,23 +32,23 @@ def test_an_order_is_without_trend():
 
 
 def test_steps_run_through_the_epochs_without_gap():
-    seen = np.concatenate([positions(4, step, np.arange(8), 8, 30) for step in range(15)])  # 4 epochs of 30
+    seen = np.concatenate([dataset_indices(4, step, np.arange(8), 8, 30) for step in range(15)])  # 4 epochs of 30
     for epoch in range(4):
         assert seen[epoch * 30 : (epoch + 1) * 30].tolist() == (30 * epoch + permutation(4, epoch, 30)).tolist()
-    big = positions(4, 1, np.arange(100), 100, 30)  # a step may be longer than an epoch
+    big = dataset_indices(4, 1, np.arange(100), 100, 30)  # a step may be longer than an epoch
     assert Counter((big % 30).tolist()).most_common()[-1][1] == 2
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])
 def test_processes_and_accumulation_divide_a_step_without_changing_it(world, accumulation):
-    whole = positions(4, 3, np.arange(16), 16, 50)
+    whole = dataset_indices(4, 3, np.arange(16), 16, 50)
     found = np.full(16, -1)
     for rank in range(world):
         shares = process_sample_indices(16, world, rank, accumulation)
         assert [len(share) for share in shares] == [16 // world // accumulation] * accumulation
         for share in shares:
             assert (found[share] == -1).all()
-            found[share] = positions(4, 3, share, 16, 50)
+            found[share] = dataset_indices(4, 3, share, 16, 50)
     assert found.tolist() == whole.tolist()
 
 
@@ -59,7 +59,7 @@ def test_a_batch_that_does_not_split_is_refused():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_validation_counts_every_row_once_and_keeps_processes_in_step(world):
-    shares = [list(validation_positions(11, 2, rank, world)) for rank in range(world)]
+    shares = [list(validation_indices(11, 2, rank, world)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     counted = [p for share in shares for found, counts in share for p in found[counts].tolist()]
     assert sorted(counted) == list(range(11))
@@ -74,7 +74,7 @@ def test_each_row_is_visited_as_often_as_asked(tmp_path):
     video, audio = make_store(tmp_path / "v", 5), make_store(tmp_path / "a", 3, AUDIO_SHAPES)
     mixture = Mixture([(video, 2), (audio, 4)], MODEL)
     assert len(mixture) == 2 * 5 + 4 * 3 and mixture.latent_shape == (5, 4)
-    seen = np.concatenate([positions(0, step, np.arange(11), 11, 22) for step in range(2)])
+    seen = np.concatenate([dataset_indices(0, step, np.arange(11), 11, 22) for step in range(2)])
     visits = Counter(zip(*(part.tolist() for part in mixture.locate(seen)), strict=True))
     assert visits == {**{(0, row): 2 for row in range(5)}, **{(1, row): 4 for row in range(3)}}
 

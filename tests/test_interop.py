@@ -48,7 +48,7 @@ class Trained:
             self.mixture,
             seed=self.recipe.seed,
             global_batch=settings.batch_size,
-            slots=process_sample_indices(settings.batch_size, world_size=1, rank=0),
+            sample_indices=process_sample_indices(settings.batch_size, world_size=1, rank=0),
             start_step=self.step,
             num_steps=steps,
             prefetch=1,

@@ -46,9 +46,9 @@ def batch_of(features: dict[str, torch.Tensor], draws: Draws, has_video=None, ha
         has_video=has_video,
         has_text=torch.ones(size, dtype=torch.bool) if has_text is None else has_text,
         source=torch.zeros(size, dtype=torch.int64),
-        counted=torch.ones(size, dtype=torch.bool),
+        valid=torch.ones(size, dtype=torch.bool),
         ids=[str(i) for i in range(size)],
-        draws=draws,
+        noise=draws,
     )
 
 

@@ -20,7 +20,7 @@ from toy_stores import recipe_tree
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
-from mmaudio_hf.data.sampler import positions
+from mmaudio_hf.data.sampler import dataset_indices
 from mmaudio_hf.training.checkpoint import load_training_state
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def local(tmp_path_factory) -> Path:
     """A finished run of two processes on this machine. One of its samples is not finite, so a step is refused."""
     recipe = write(tmp_path_factory.mktemp("parallel"), "local")
     memmap = np.memmap(recipe.parent / "videos" / "mean.memmap", dtype=np.float32, mode="r+").reshape(24, -1)
-    visited = [p for p in positions(7, 2, np.arange(4), 4, 40) if p < 24]  # of the third step, in the first store
+    visited = [p for p in dataset_indices(7, 2, np.arange(4), 4, 40) if p < 24]  # of the third step, in the first store
     memmap[visited[0]] = np.nan
     memmap.flush()
     train(recipe)

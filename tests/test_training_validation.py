@@ -14,7 +14,7 @@ from training_runs import ROOT, SCRIPTS, environment
 
 from mmaudio_hf.config import Recipe, load_recipe, save_recipe
 from mmaudio_hf.data.mixture import open_mixture
-from mmaudio_hf.data.noise import draws_for_ids
+from mmaudio_hf.data.noise import sample_noise_for_ids
 from mmaudio_hf.models.flow import flow_loss, interpolate, sample_time, velocity_target
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.validation import Validator, hash_order, stratified_normals
@@ -61,7 +61,7 @@ def test_each_combination_is_what_its_name_says(recipe_file):
     losses: dict[str, list[float]] = {}
     for store in mixture.stores:
         for row, item_id in enumerate(store.ids):
-            values, noise = store.read([row]), draws_for_ids(recipe.seed, [item_id], mixture.latent_shape)
+            values, noise = store.read([row]), sample_noise_for_ids(recipe.seed, [item_id], mixture.latent_shape)
             x1 = (values["mean"] + values["std"] * noise.latent_noise - 0.5) / 2.0
             t = sample_time(torch.tensor([z[item_id]]).float(), 0.0, 1.0)
             for name in ("video_text", "video", "text", "none"):

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.data.layout import Column, layout_columns
-from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_plans
+from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_batch_indices
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.sampler import permutation, positions
+from mmaudio_hf.data.sampler import dataset_indices, permutation
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import column_shapes
 
@@ -77,7 +77,7 @@ def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Fi
             raise ValueError(f"{store.path} has the {store.layout} layout, which no memory map reads: convert it first")
     steps = WARM + MEASURED
     order = np.concatenate(
-        [positions(SEED, step, np.arange(batch_size), batch_size, len(mixture)) for step in range(steps)]
+        [dataset_indices(SEED, step, np.arange(batch_size), batch_size, len(mixture)) for step in range(steps)]
     )
     size = sample_bytes(mixture, order[WARM * batch_size :]) / MEASURED  # bytes of an average step
     cores = os.cpu_count() or 1
@@ -136,7 +136,7 @@ def _timed(batches: Iterable) -> float:
 
 def _ours(mixture: Mixture, batch_size: int, steps: int, threads: int, noise: bool) -> float:
     """What `training_batches` is; without noise it draws no random numbers."""
-    plans = training_plans(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
+    plans = training_batch_indices(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
     if not noise:
         plans = ([replace(plan, draw=lambda *_: None) for plan in step] for step in plans)
     with BatchLoader(mixture, plans, batch_size, 1, threads=threads) as batches:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmaudio_hf.bench import Timed, bench_recipe, emulates_bf16, median_rates, time_matmul, training_loop, wait_for
 from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig, Recipe
 from mmaudio_hf.data.loader import Batch
-from mmaudio_hf.data.noise import draws
+from mmaudio_hf.data.noise import sample_noise
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import TrainingState, save_checkpoint
@@ -145,9 +145,9 @@ def random_batch(config: ModelConfig, size: int) -> Batch:
         has_video=every,
         has_text=every,
         source=torch.zeros(size, dtype=torch.int64, device="cpu"),
-        counted=every,
+        valid=every,
         ids=[str(i) for i in range(size)],
-        draws=draws(0, "bench", 0, range(size), (config.latent_length, config.latent_channels)),
+        noise=sample_noise(0, "bench", 0, range(size), (config.latent_length, config.latent_channels)),
     )
 
 

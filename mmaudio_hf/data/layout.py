@@ -199,7 +199,7 @@ def check_contents(path: Path, contents: Contents) -> None:
 
 
 def check_sizes(path: Path, contents: Contents) -> None:
-    """ValueError naming the first file that is missing or not as long as meta.json says."""
+    """ValueError add_path_to_oserror the first file that is missing or not as long as meta.json says."""
     for name, (column, records) in contents.files.items():
         file, size = column_file(path, name), records * column.row_bytes
         if not file.is_file():
@@ -347,7 +347,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_text(file: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """Write the lines and wait until they are on the disk."""
-    with naming(file), open(file, "w", newline="", encoding="utf-8") as handle:
+    with add_path_to_oserror(file), open(file, "w", newline="", encoding="utf-8") as handle:
         handle.writelines(lines)
         handle.flush()
         os.fsync(handle.fileno())
@@ -360,14 +360,14 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def write_all(file, data: memoryview, offset: int) -> None:
     """Write `data` at byte `offset` of an unbuffered file."""
-    with naming(file.name):
+    with add_path_to_oserror(file.name):
         while data:
             count = os.pwrite(file.fileno(), data, offset)
             data, offset = data[count:], offset + count
 
 
 @contextlib.contextmanager
-def naming(file: str | Path) -> Iterator[None]:
+def add_path_to_oserror(file: str | Path) -> Iterator[None]:
     """Add the file to an OSError (a full disk) that does not name any."""
     try:
         yield
@@ -376,7 +376,7 @@ def naming(file: str | Path) -> Iterator[None]:
         raise
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Until what was written to a file, or the names that appeared in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -22,7 +22,7 @@ import torch
 from mmaudio_hf.data.layout import Column, bytes_of
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
-from mmaudio_hf.data.sampler import positions, validation_positions
+from mmaudio_hf.data.sampler import dataset_indices, validation_indices
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
@@ -45,9 +45,9 @@ class Batch:
     has_video: torch.Tensor  # (B,) bool
     has_text: torch.Tensor  # (B,) bool
     source: torch.Tensor  # (B,) int64, index of the store in the mixture
-    counted: torch.Tensor  # (B,) bool, False for the padding of a last validation batch
+    valid: torch.Tensor  # (B,) bool, False for the padding of a last validation batch
     ids: list[str]
-    draws: Draws
+    noise: Draws
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
@@ -58,12 +58,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchIndices:
     """What one batch is made of: epoch positions (B,) of the mixture, which of them count, and their random numbers."""
 
     step: int
-    positions: np.ndarray
-    counted: np.ndarray
+    dataset_indices: np.ndarray
+    valid: np.ndarray
     draw: Callable[[Draws, slice, list[str]], None]  # fills the numbers of the given samples, given the batch's ids
 
 
@@ -72,7 +72,7 @@ def training_batches(
     *,
     seed: int,
     global_batch: int,
-    slots: Sequence[np.ndarray],
+    sample_indices: Sequence[np.ndarray],
     start_step: int,
     num_steps: int,
     prefetch: int = 2,
@@ -81,28 +81,36 @@ def training_batches(
 ) -> "BatchLoader":
     """Loader of this process's share of steps `start_step` to `start_step + num_steps - 1`.
 
-    slots: global slots of each accumulation micro batch, from `sampler.process_sample_indices`. Iterating yields one
+    sample_indices: those of each accumulation micro batch, from `sampler.process_sample_indices`. Iterating yields one
     list of batches per step, one batch per micro batch. `device` None leaves them on the CPU.
     """
-    steps = training_plans(len(mixture), seed, global_batch, slots, range(start_step, start_step + num_steps))
+    steps = training_batch_indices(
+        len(mixture), seed, global_batch, sample_indices, range(start_step, start_step + num_steps)
+    )
     return BatchLoader(
-        mixture, steps, max(map(len, slots)), len(slots), prefetch=prefetch, threads=threads, device=device
+        mixture,
+        steps,
+        max(map(len, sample_indices)),
+        len(sample_indices),
+        prefetch=prefetch,
+        threads=threads,
+        device=device,
     )
 
 
-def training_plans(
-    epoch_length: int, seed: int, global_batch: int, slots: Sequence[np.ndarray], steps: range
-) -> Iterator[list[Plan]]:
+def training_batch_indices(
+    epoch_length: int, seed: int, global_batch: int, sample_indices: Sequence[np.ndarray], steps: range
+) -> Iterator[list[BatchIndices]]:
     """Plans of the micro batches of each step."""
 
-    def plan(step: int, share: np.ndarray) -> Plan:
+    def plan(step: int, share: np.ndarray) -> BatchIndices:
         def draw(out: Draws, samples: slice, ids: list[str]) -> None:
             draw_into(out.part(samples), seed, "train", step, share[samples].tolist())
 
-        found = positions(seed, step, share, global_batch, epoch_length)
-        return Plan(step, found, np.ones(len(share), dtype=bool), draw)
+        found = dataset_indices(seed, step, share, global_batch, epoch_length)
+        return BatchIndices(step, found, np.ones(len(share), dtype=bool), draw)
 
-    return ([plan(step, share) for share in slots] for step in steps)
+    return ([plan(step, share) for share in sample_indices] for step in steps)
 
 
 def validation_batches(
@@ -110,25 +118,25 @@ def validation_batches(
     *,
     seed: int,
     batch_size: int,
-    chosen: np.ndarray | None = None,
+    dataset_indices: np.ndarray | None = None,
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
     threads: int = 4,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """Batches of process `rank` over the whole mixture, or the `chosen` positions of it, in order; as many everywhere.
+    """Batches of process `rank` over the whole mixture, or those `dataset_indices` of it, in order; as many everywhere.
 
-    Random numbers depend on the seed and an item's id alone; rows with `counted` False are padding. A batch is valid
+    Random numbers depend on the seed and an item's id alone; rows with `valid` False are padding. A batch is valid
     until the next one is taken.
     """
 
     def draw(out: Draws, samples: slice, ids: list[str]) -> None:
         draw_for_ids_into(out.part(samples), seed, ids[samples])
 
-    chosen = np.arange(len(mixture)) if chosen is None else chosen
-    shares = validation_positions(len(chosen), batch_size, rank, world_size)
-    steps = ([Plan(i, chosen[found], counted, draw)] for i, (found, counted) in enumerate(shares))
+    chosen = np.arange(len(mixture)) if dataset_indices is None else dataset_indices
+    shares = validation_indices(len(chosen), batch_size, rank, world_size)
+    steps = ([BatchIndices(i, chosen[found], valid, draw)] for i, (found, valid) in enumerate(shares))
     with BatchLoader(mixture, steps, batch_size, 1, prefetch=prefetch, threads=threads, device=device) as loader:
         for (batch,) in loader:
             yield batch
@@ -149,7 +157,7 @@ class BatchLoader:
     def __init__(
         self,
         mixture: Mixture,
-        steps: Iterable[list[Plan]],
+        steps: Iterable[list[BatchIndices]],
         batch_size: int,
         micro_batches: int,
         *,
@@ -238,12 +246,12 @@ class BatchLoader:
         try:
             if self._hints:
                 for store in self._mixture.stores:
-                    store.expect_random_order()
+                    store.advise_random()
             for plans in self._steps:
                 for plan in plans:
-                    samples = _Samples(self._mixture, plan.positions)
+                    samples = _Samples(self._mixture, plan.dataset_indices)
                     if self._hints:
-                        samples.expect()
+                        samples.prefetch()
                     buffers = self._free.get()
                     if buffers is None:
                         return
@@ -254,13 +262,13 @@ class BatchLoader:
         finally:
             self._ready.put(end)
 
-    def _start(self, plan: Plan, samples: "_Samples", buffers: "_Buffers") -> "_Filling":
+    def _start(self, plan: BatchIndices, samples: "_Samples", buffers: "_Buffers") -> "_Filling":
         """Give the threads all that fills one batch."""
         batch = buffers.batch(plan, samples)
         tasks = [self._pool.submit(buffers.read, pieces) for pieces in samples.tasks()]
         for first in range(0, len(batch.ids), _TASK_DRAWS):
             part = slice(first, first + _TASK_DRAWS)
-            tasks.append(self._pool.submit(plan.draw, batch.draws, part, batch.ids))
+            tasks.append(self._pool.submit(plan.draw, batch.noise, part, batch.ids))
         self.bytes_read += sum(piece.bytes for piece in samples.pieces)
         return _Filling(batch, buffers, tasks)
 
@@ -309,10 +317,10 @@ class _Samples:
                     part = slice(first, first + count)
                     self.pieces.append(_Piece(store, name, rows[chosen[part]], places[part]))
 
-    def expect(self) -> None:
+    def prefetch(self) -> None:
         """Have the system fetch all records."""
         for piece in self.pieces:
-            piece.store.expect(piece.column, piece.rows)
+            piece.store.prefetch(piece.column, piece.rows)
 
     def tasks(self) -> Iterator[list[_Piece]]:
         """The pieces in portions of about `_TASK_BYTES`."""
@@ -346,20 +354,20 @@ class _Buffers:
             for name, column in mixture.columns.items()
         }
         self._bytes = {name: bytes_of(tensor) for name, tensor in self._features.items()}
-        flags = {"has_video": bool, "has_text": bool, "counted": bool, "source": np.int64, "video_rows": np.int64}
+        flags = {"has_video": bool, "has_text": bool, "valid": bool, "source": np.int64, "video_rows": np.int64}
         self._facts = {name: torch.from_numpy(np.zeros(batch_size, kind)) for name, kind in flags.items()}
         if pinned:
             self._facts = {name: tensor.pin_memory() for name, tensor in self._facts.items()}
         self._draws = Draws.empty(batch_size, mixture.latent_shape, pinned)
         self._copied: torch.cuda.Event | None = None
 
-    def batch(self, plan: Plan, samples: _Samples) -> Batch:
+    def batch(self, plan: BatchIndices, samples: _Samples) -> Batch:
         """The batch that these buffers will hold; what is not read or drawn is there already."""
         size, video_rows = len(samples.ids), np.flatnonzero(samples.has_video)
         facts = {
             "has_video": samples.has_video,
             "has_text": samples.has_text,
-            "counted": plan.counted,
+            "valid": plan.valid,
             "source": samples.source,
             "video_rows": video_rows,
         }
@@ -370,7 +378,7 @@ class _Buffers:
             tensors[name] = room[: len(video_rows) if name in _VIDEO else size]
         if not samples.has_text.all():
             tensors[TEXT_FEATURES][~tensors["has_text"]] = 0
-        return Batch(step=plan.step, ids=samples.ids, draws=self._draws.part(slice(0, size)), **tensors)
+        return Batch(step=plan.step, ids=samples.ids, noise=self._draws.part(slice(0, size)), **tensors)
 
     def read(self, pieces: Sequence[_Piece]) -> None:
         """Read some of the records."""

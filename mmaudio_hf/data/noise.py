@@ -1,7 +1,7 @@
-"""All random numbers of a training sample, as a pure function of (seed, stream, step, global slot).
+"""All random numbers of a training sample, as a pure function of (seed, stream, step, sample index).
 
 A counter-based generator (Philox 4x64, Salmon et al. 2011) needs no state: its key is (seed, stream) and its counter
-starts at (step, slot), so any process can make the numbers of any sample in any order.
+starts at (step, sample index), so any process can make the numbers of any sample in any order.
 """
 
 import hashlib
@@ -41,27 +41,29 @@ class Draws:
         return Draws(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
 
 
-def draws(seed: int, stream: str, step: int, slots: Sequence[int], latent_shape: tuple[int, int]) -> Draws:
-    """Draws of the samples in global `slots` of `step`; `stream` keeps independent uses apart ("train", ...)."""
-    out = Draws.empty(len(slots), latent_shape)
-    draw_into(out, seed, stream, step, slots)
+def sample_noise(
+    seed: int, stream: str, step: int, sample_indices: Sequence[int], latent_shape: tuple[int, int]
+) -> Draws:
+    """Draws of the samples `sample_indices` of `step`; `stream` keeps independent uses apart ("train", ...)."""
+    out = Draws.empty(len(sample_indices), latent_shape)
+    draw_into(out, seed, stream, step, sample_indices)
     return out
 
 
-def draws_for_ids(seed: int, ids: Sequence[str], latent_shape: tuple[int, int]) -> Draws:
+def sample_noise_for_ids(seed: int, ids: Sequence[str], latent_shape: tuple[int, int]) -> Draws:
     """Draws that depend on the seed and each item's id alone, whatever the batch, order or process count."""
     out = Draws.empty(len(ids), latent_shape)
     draw_for_ids_into(out, seed, ids)
     return out
 
 
-def draw_into(out: Draws, seed: int, stream: str, step: int, slots: Sequence[int]) -> None:
-    """As `draws`, into CPU memory that is there; releases the interpreter lock for nearly all of its time."""
-    _fill(out, seed, stream, [(int(slot), step) for slot in slots])
+def draw_into(out: Draws, seed: int, stream: str, step: int, sample_indices: Sequence[int]) -> None:
+    """As `sample_noise`, into CPU memory that is there; releases the interpreter lock for nearly all of its time."""
+    _fill(out, seed, stream, [(int(index), step) for index in sample_indices])
 
 
 def draw_for_ids_into(out: Draws, seed: int, ids: Sequence[str]) -> None:
-    """As `draws_for_ids`, into CPU memory that is there."""
+    """As `sample_noise_for_ids`, into CPU memory that is there."""
     _fill(out, seed, "validation", [(_hash64(item_id), 0) for item_id in ids])
 
 

@@ -25,24 +25,24 @@ from mmaudio_hf.data.layout import (
     TEXT_INDEX,
     Column,
     Contents,
+    add_path_to_oserror,
     bytes_of,
     captions_hash,
     check_contents,
     check_sizes,
     column_file,
+    fsync_path,
     ids_hash,
     layout_columns,
     manifest_columns,
     manifest_file,
     manifest_text,
     meta_text,
-    naming,
     new_table_file,
     read_manifest,
     read_meta,
     read_table,
     read_text_index,
-    sync,
     table_file,
     table_lines,
     write_all,
@@ -72,7 +72,7 @@ class FeatureStore:
     def open(cls, path: str | Path) -> "FeatureStore":
         """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
 
-        Raises ValueError naming the file that is wrong and what mends it.
+        Raises ValueError add_path_to_oserror the file that is wrong and what mends it.
         """
         path = Path(path)
         contents = read_meta(path)
@@ -123,7 +123,7 @@ class FeatureStore:
     def read(self, indices, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Records `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
 
-        IndexError for an index outside the store; OSError naming the file when it cannot be read.
+        IndexError for an index outside the store; OSError add_path_to_oserror the file when it cannot be read.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         out = {}
@@ -142,11 +142,11 @@ class FeatureStore:
             places = np.arange(len(rows)) if places is None else places
             read_records(self._files[name], self._records(name, rows), self.columns[name].row_bytes, target, places)
 
-    def expect(self, name: str, rows: np.ndarray) -> None:
+    def prefetch(self, name: str, rows: np.ndarray) -> None:
         """Have the system fetch records of a column from the disk, without waiting for them."""
         self._advise(name, rows, os.POSIX_FADV_WILLNEED)
 
-    def forget(self, name: str, rows: np.ndarray) -> None:
+    def drop_from_cache(self, name: str, rows: np.ndarray) -> None:
         """Have the system drop records of a column from memory, so that they are read from the disk next time."""
         self._advise(name, rows, os.POSIX_FADV_DONTNEED)
 
@@ -155,7 +155,7 @@ class FeatureStore:
         for record, first, last in runs(self._records(name, rows)):
             os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, advice)
 
-    def expect_random_order(self) -> None:
+    def advise_random(self) -> None:
         """Have the system read no further than asked: for stores that do not fit into memory."""
         for file in self._files.values():
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -374,10 +374,10 @@ class StoreWriter:
         for file, name in ((manifest, manifest_file(self.path)), (table, new_table_file(self.path))):
             os.replace(file, name)
             self._placed.append(name)
-        sync(self._partial)
+        fsync_path(self._partial)
         os.rename(self._partial, self.path)
         self._placed = []
-        sync(self.path.parent)
+        fsync_path(self.path.parent)
 
     def _ordered_moments(self) -> Moments:
         """The sums as if rows had come in their order; the last digits depend on it."""
@@ -487,6 +487,6 @@ def _check_room(folder: Path, size: int) -> None:
 
 def _preallocated(folder: Path, name: str, rows: int, column: Column):
     file = open(column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
-    with naming(file.name):
+    with add_path_to_oserror(file.name):
         os.posix_fallocate(file.fileno(), 0, rows * column.row_bytes)
     return file

@@ -31,6 +31,7 @@ from mmaudio_hf.data.layout import (
     Contents,
     check_contents,
     column_file,
+    fsync_path,
     manifest_columns,
     manifest_file,
     manifest_text,
@@ -38,7 +39,6 @@ from mmaudio_hf.data.layout import (
     new_table_file,
     read_meta,
     read_table,
-    sync,
     table_file,
     table_lines,
     write_all,
@@ -454,9 +454,9 @@ def pull_store(plan: StorePull, target: str | Path, *, progress: Progress = lamb
     new_table_file(store).replace(new_table_file(target))
     if manifest_file(store).exists():
         manifest_file(store).replace(manifest_file(target))
-    sync(store)
+    fsync_path(store)
     store.rename(target)
-    sync(target.parent)
+    fsync_path(target.parent)
     shutil.rmtree(work)
     return FeatureStore.open(target)
 

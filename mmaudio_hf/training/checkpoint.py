@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.data.layout import sync
+from mmaudio_hf.data.layout import fsync_path
 
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
@@ -166,8 +166,8 @@ def _write(partial: Path, state: TrainingState, write_pretrained: Callable[[Path
     (partial / "pretrained_model").mkdir()
     write_pretrained(partial / "pretrained_model")
     for path in sorted(partial.rglob("*")):
-        sync(path)
-    sync(partial)
+        fsync_path(path)
+    fsync_path(partial)
 
 
 def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
@@ -179,8 +179,8 @@ def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
         return
     link.symlink_to(folder.relative_to(run_dir), target_is_directory=True)
     link.replace(run_dir / name)
-    sync(folder.parent)
-    sync(run_dir)
+    fsync_path(folder.parent)
+    fsync_path(run_dir)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -292,7 +292,7 @@ def write_local_shards(part: Part, tensors: Groups) -> dict[str, str]:
     for group, shapes in part.shapes.items():
         path = part.file(group)
         save_file({name: tensors[group][name].detach().contiguous() for name in shapes}, path)
-        sync(path)
+        fsync_path(path)
         checksums[path.name] = sha256(path)
     return checksums
 
@@ -318,7 +318,7 @@ def _signal(part: Part, word: Mapping[str, Any]) -> None:
     place = _note(part, part.rank)
     partial = place.with_suffix(".partial")
     partial.write_text(json.dumps(word))
-    sync(partial)
+    fsync_path(partial)
     partial.replace(place)
 
 

@@ -434,7 +434,7 @@ class Run:
             self.mixture,
             seed=self.recipe.seed,
             global_batch=self.recipe.training.batch_size,
-            slots=self.slots() if slots is None else slots,
+            sample_indices=self.slots() if slots is None else slots,
             start_step=self.step,
             num_steps=until - self.step,
             prefetch=data.prefetch_batches,
@@ -698,7 +698,7 @@ class Run:
             self.mixture,
             seed=self.recipe.seed,
             global_batch=training.batch_size,
-            slots=slots,
+            sample_indices=slots,
             start_step=trace.step,
             num_steps=1,
         ) as loader:

@@ -32,11 +32,11 @@ class StepResult(NamedTuple):
 
 
 def make_objective(batch: Batch, flow: FlowConfig, latent_mean: torch.Tensor, latent_std: torch.Tensor) -> Objective:
-    """Noise, time, path and condition dropout of a batch; all randomness is in `batch.draws`.
+    """Noise, time, path and condition dropout of a batch; all randomness is in `batch.noise`.
 
     The VAE latent is sampled again at every visit: the store holds its distribution (mean, std) and not a sample.
     """
-    noise = batch.draws
+    noise = batch.noise
     x1_BNC = (batch.mean + batch.std * noise.latent_noise - latent_mean) / latent_std
     t_B = sample_time(noise.z, flow.time_mean, flow.time_scale)
     dropout = flow.condition_dropout

@@ -72,22 +72,22 @@ class Validator:
         statistics, rows = (latent_mean, latent_std), len(self.mixture.stores)
         sums = torch.zeros(2, len(self._names), device=self.accelerator.device, dtype=torch.float64)
 
-        def add(column: torch.Tensor, losses: torch.Tensor, counted: torch.Tensor) -> None:
-            sums[0].index_add_(0, column, losses.double() * counted)
-            sums[1].index_add_(0, column, counted.double())
+        def add(column: torch.Tensor, losses: torch.Tensor, valid: torch.Tensor) -> None:
+            sums[0].index_add_(0, column, losses.double() * valid)
+            sums[1].index_add_(0, column, valid.double())
 
         for batch in self._batches(np.arange(len(self.mixture))):
             result = flow_step(forward, batch, self.recipe.flow, *statistics)
             bins = (result.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
             for column in (torch.zeros_like(bins), 1 + batch.source, 1 + rows + bins):
-                add(column, result.loss, batch.counted)
+                add(column, result.loss, batch.valid)
         first = 1 + rows + TIME_BINS
         for batch in self._batches(self._shared) if self.combinations else ():
             for place, name in enumerate(self.combinations):
                 video, text = COMBINATIONS[name]
                 losses = flow_step(forward, _keeping(batch, video, text), self.recipe.flow, *statistics).loss
-                counted = batch.counted & (batch.has_video | (not video)) & (batch.has_text | (not text))
-                add(torch.full_like(batch.source, first + place), losses, counted)
+                valid = batch.valid & (batch.has_video | (not video)) & (batch.has_text | (not text))
+                add(torch.full_like(batch.source, first + place), losses, valid)
         totals, counts = self.accelerator.reduce(sums, "sum").tolist()
         return {name: a / c for name, a, c in zip(self._names, totals, counts, strict=True) if c}
 
@@ -97,7 +97,7 @@ class Validator:
         size = max(1, min(micro_batch_size(self.recipe.training, world), -(-len(positions) // world)))
         batches = validation_batches(
             self.mixture,
-            chosen=positions,
+            dataset_indices=positions,
             seed=self.recipe.seed,
             batch_size=size,
             rank=self.accelerator.process_index,
@@ -107,14 +107,14 @@ class Validator:
         )
         for batch in batches:
             z = torch.tensor([self._z[item_id] for item_id in batch.ids], dtype=torch.float32)
-            yield replace(batch, draws=replace(batch.draws, z=z.to(batch.mean.device)))
+            yield replace(batch, noise=replace(batch.noise, z=z.to(batch.mean.device)))
 
 
 def _keeping(batch: Batch, video: bool, text: bool) -> Batch:
     """The batch with the video, the text, both or neither: the uniform numbers that decide on dropping are replaced."""
-    keep = {name: torch.full_like(batch.draws.drop_text, 1.0 if video else -1.0) for name in _VIDEO_DRAWS}
-    keep["drop_text"] = torch.full_like(batch.draws.drop_text, 1.0 if text else -1.0)
-    return replace(batch, draws=replace(batch.draws, **keep))
+    keep = {name: torch.full_like(batch.noise.drop_text, 1.0 if video else -1.0) for name in _VIDEO_DRAWS}
+    keep["drop_text"] = torch.full_like(batch.noise.drop_text, 1.0 if text else -1.0)
+    return replace(batch, noise=replace(batch.noise, **keep))
 
 
 _VIDEO_DRAWS = ("drop_video", "drop_clip", "drop_sync")
