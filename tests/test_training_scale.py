@@ -96,7 +96,7 @@ def test_where_the_compiler_fails_auto_goes_on_and_on_does_not(network, monkeypa
     with pytest.raises(RunError, match=r"set training\.compile=off"):
         compile_blocks(network, print, required=True)
     assert not compile_blocks(network, print)
-    assert "torch.compile does not work here, training goes on without it: " in capsys.readouterr().out
+    assert "torch.compile does not work here, training runs without it: " in capsys.readouterr().out
     assert [should_compile(mode, torch.device("cpu")) for mode in ("auto", "on", "off")] == [False, True, False]
     assert [should_compile(mode, torch.device("cuda")) for mode in ("auto", "on", "off")] == [True, True, False]
 

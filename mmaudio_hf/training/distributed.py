@@ -1,7 +1,7 @@
-"""What makes a step faster or smaller: TF32, torch.compile, and networks whose tensors are shared out (FSDP).
+"""Several processes and what makes a step faster or smaller: TF32, torch.compile, FSDP.
 
-Under FSDP every process holds a slice of each parameter, gradient, moment and average, as a DTensor; the tensors of a
-block are gathered while it runs. Each saves its slices; what is published is gathered on the first one.
+Under FSDP every process has a shard of each parameter, gradient, optimizer moment and EMA weight, as a DTensor; the
+parameters of a block are gathered while it runs. Each process saves its shards; what is published is gathered first.
 """
 
 import copy
@@ -20,6 +20,7 @@ from accelerate.utils import (
     convert_outputs_to_fp32,
     gather_object,
 )
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,47 +28,49 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
 
-SHARED_SECONDS = 30.0  # until a file that one machine has written is seen by another: network file systems remember
+SHARED_SECONDS = 30.0  # until one machine sees a file that another has written: network file systems cache listings
+
+TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
+"""Named tensors by group, as checkpoints have them: model, optimizer, ema, ..."""
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether CUDA may round the inputs of float32 products and convolutions to TF32."""
+    """Whether CUDA may round the inputs of float32 matrix products and convolutions to TF32 (10 bits of mantissa)."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def should_compile(mode: str, device: torch.device) -> bool:
-    """Whether to compile with `training.compile` as it is: "auto" does on CUDA only."""
+    """Whether `training.compile` means to compile: "auto" does on CUDA only."""
     return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
-def compile_blocks(network: MMAudio, say: Callable[[str], None], required: bool = False) -> bool:
-    """Compile the transformer blocks, each on its own; return whether they are. Names of parameters stay as they are.
+def compile_blocks(model: MMAudio, log: Callable[[str], None], required: bool = False) -> bool:
+    """Compile the transformer blocks, each on its own; return whether they are. Parameter names stay as they are.
 
-    One block is tried first, forward and backward. Where that fails, `say` is told why and training goes on without;
-    RunError when it is `required`.
+    One block is tried first, forward and backward. Where that fails, the reason is logged and training runs without;
+    RunError when it is `required`. Blocks have the same shapes, so one compilation serves all of a kind.
     """
-    if reason := probe_compile(network):
+    if reason := probe_compile(model):
         if required:
             raise RunError(f"torch.compile does not work here, set training.compile=off: {reason}")
-        say(f"note: torch.compile does not work here, training goes on without it: {reason}")
+        log(f"note: torch.compile does not work here, training runs without it: {reason}")
         return False
-    for block in network.blocks:
+    for block in model.blocks:
         block.compile()
     return True
 
 
-def probe_compile(network: MMAudio) -> str | None:
-    """Why a block of the network cannot be compiled on its device, in one line; None when it can."""
-    block = copy.deepcopy(network.blocks[0])
+def probe_compile(model: MMAudio) -> str | None:
+    """Why a block of the model cannot be compiled on its device, in one line; None when it can."""
+    block = copy.deepcopy(model.blocks[0])
     block.compile()
-    weight = network.sync_pos_emb
     latent, clip, text = (
-        weight.new_zeros(1, n, network.config.hidden_dim)
-        for n in (network.latent_length, network.clip_length, network.config.text_tokens)
+        model.sync_pos_emb.new_zeros(1, length, model.config.hidden_dim)
+        for length in (model.latent_length, model.clip_length, model.config.text_tokens)
     )
     try:
-        outputs = block(latent, clip, text, latent, latent[:, :1], network._latent_table, network._clip_table)
+        outputs = block(latent, clip, text, latent, latent[:, :1], model._latent_table, model._clip_table)
         outputs[0].sum().backward()
     except Exception as error:  # whatever a compiler, its libraries and the driver can raise
         lines = str(error).strip().splitlines() or [""]
@@ -77,29 +80,29 @@ def probe_compile(network: MMAudio) -> str | None:
     return None
 
 
-# --- several processes, and machines -------------------------------------------------------------------------------
+# --- Agreement between processes and machines: all of these are collectives ------------------------------------------
 
 
-def check_same_everywhere(facts: Mapping[str, Any]) -> None:
-    """ValueError, on every process, naming the first of `facts` that is not the same on all; called on each of them."""
-    told = gather_object([dict(facts)])
-    for rank, theirs in enumerate(told):
-        for name, fact in told[0].items():
-            if theirs.get(name) != fact:
+def check_same_everywhere(values: Mapping[str, Any]) -> None:
+    """ValueError, on every process, naming the first of `values` that is not the same on all; a collective."""
+    gathered = gather_object([dict(values)])
+    for rank, theirs in enumerate(gathered):
+        for name, value in gathered[0].items():
+            if theirs.get(name) != value:
                 raise ValueError(
-                    f"the processes are not of one run: {name} is {fact} for process 0 and {theirs.get(name)} for"
+                    f"the processes are not of one run: {name} is {value} for process 0 and {theirs.get(name)} for"
                     f" process {rank}; every machine needs the same command, the same stores and a run folder on a file"
                     " system that all of them share"
                 )
 
 
 def check_visible_everywhere(path: Path) -> None:
-    """ValueError, on every process, when one of them does not see the file, if the first has written it."""
-    [there] = broadcast_object_list([path.exists()])
-    check_same_everywhere({f"the presence of {path}": _comes(path) if there else path.exists()})
+    """ValueError, on every process, when one does not see a file that the first has; a collective."""
+    [exists] = broadcast_object_list([path.exists()])
+    check_same_everywhere({f"the presence of {path}": _appears(path) if exists else path.exists()})
 
 
-def _comes(path: Path) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file that another machine may have written is there, or is soon."""
     deadline = time.monotonic() + SHARED_SECONDS
     while not path.exists() and time.monotonic() < deadline:
@@ -107,37 +110,37 @@ def _comes(path: Path) -> bool:
     return path.exists()
 
 
-def first_error(problem: str | None) -> str | None:
-    """The problem of the first process that has one, None when none has; called on each of them."""
-    return next((found for found in gather_object([problem]) if found is not None), None)
+def first_error(error: str | None) -> str | None:
+    """The error of the first process that has one, None when none has; a collective."""
+    return next((each for each in gather_object([error]) if each is not None), None)
 
 
 def make_shared_folder(make: Callable[[], Path]) -> tuple[Path | None, str | None]:
-    """The folder that `make` makes on the first process, or None and the reason when it fails or one does not see it.
+    """The folder that `make` makes on the first process, or None and why it failed or which process does not see it.
 
-    Called on every process; `make` is once all of them have come here.
+    A collective: `make` runs once all processes are here.
     """
-    state, found = PartialState(), [None, None]
+    state = PartialState()
+    result: list[Any] = [None, None]  # the folder, what went wrong
     state.wait_for_everyone()
     if state.is_main_process:
         try:
-            found[0] = make()
+            result = [make(), None]
         except OSError as error:
-            found[1] = str(error)
-    folder, problem = broadcast_object_list(found)
+            result = [None, str(error)]
+    folder, problem = broadcast_object_list(result)
     if problem is None:
-        unseen = f"process {state.process_index} does not see {folder}"
-        problem = first_error(None if _comes(folder) else unseen)
+        problem = first_error(None if _appears(folder) else f"process {state.process_index} does not see {folder}")
     return (folder, None) if problem is None else (None, problem)
 
 
-# --- FSDP ----------------------------------------------------------------------------------------------------------
+# --- FSDP ------------------------------------------------------------------------------------------------------------
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """What the launch says about FSDP, None without it; ValueError for settings that are not supported.
+    """FSDP settings of the launch, None without FSDP; ValueError for settings that are not supported.
 
-    It is read from the launcher's environment, since accelerate itself leaves FSDP out on machines without GPUs.
+    Read from the launcher's environment: accelerate itself ignores FSDP on machines without GPUs.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -151,22 +154,23 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def apply_fsdp(network: MMAudio, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Share out the tensors of the network over all processes, block by block; what is left is one more group.
+def apply_fsdp(model: MMAudio, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Shard the parameters over all processes: one FSDP group for each block, and one for everything else.
 
-    Weights stay float32 and are gathered as such; bf16 is that of autocast, as without FSDP. An optimizer and averages
-    must be made afterwards.
+    Weights stay float32 and are gathered as such; bf16 comes from autocast, as without FSDP. Optimizer and EMA must be
+    made afterwards.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in network.blocks:
+    for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
-    fully_shard(network, mesh=mesh)
-    network.forward = convert_outputs_to_fp32(accelerator.autocast()(network.forward))
+    fully_shard(model, mesh=mesh)
+    # As Accelerator.prepare does it for models that it wraps.
+    model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))  # type: ignore[method-assign]
 
 
 @contextmanager
-def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
-    """Gradients are kept by each process, to be summed with those of later passes before they are exchanged."""
+def no_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients on each process without exchanging them: `Accelerator.no_sync`, also for FSDP modules."""
     if not isinstance(model, FSDPModule):
         with accelerator.no_sync(model):
             yield
@@ -178,38 +182,36 @@ def no_sync(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def gather_full_tensors(
-    groups: Mapping[str, Mapping[str, torch.Tensor]], keep: bool
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Groups of named tensors. Where some are shared out, copies of all in host memory; called on every process.
+def gather_full_tensors(groups: TensorGroups, keep: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """`groups` as they are without FSDP; with it full copies in host memory. A collective, one tensor at a time.
 
-    One tensor at a time is gathered on the device. Processes that do not `keep` them get empty groups.
+    Processes that do not `keep` them get empty groups.
     """
-    shared_out = any(isinstance(tensor, DTensor) for tensors in groups.values() for tensor in tensors.values())
-    gathered: dict[int, torch.Tensor] = {}
-    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in groups}
+    sharded = any(isinstance(tensor, DTensor) for tensors in groups.values() for tensor in tensors.values())
+    copies: dict[int, torch.Tensor] = {}  # a tensor that is in several groups is gathered once
+    full: dict[str, dict[str, torch.Tensor]] = {group: {} for group in groups}
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            if shared_out and id(tensor) not in gathered:
-                part = tensor.detach()
-                part = part.full_tensor() if isinstance(part, DTensor) else part
-                gathered[id(tensor)] = part.to("cpu", copy=True) if keep else part.new_empty(0)
+            if sharded and id(tensor) not in copies:
+                value = tensor.detach()
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                copies[id(tensor)] = value.to("cpu", copy=True) if keep else value.new_empty(0)
             if keep:
-                found[group][name] = gathered.get(id(tensor), tensor)
-    return found
+                full[group][name] = copies.get(id(tensor), tensor)
+    return full
 
 
-def full_shapes(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, list[int]]]:
-    """Shapes of the tensors that are shared out, by group; groups without any are left out."""
+def full_shapes(groups: TensorGroups) -> dict[str, dict[str, list[int]]]:
+    """Full shapes of the sharded tensors, by group; groups without any are left out."""
     shapes = {
         group: {name: list(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         for group, tensors in groups.items()
     }
-    return {group: found for group, found in shapes.items() if found}
+    return {group: named for group, named in shapes.items() if named}
 
 
-def local_shards(groups: Mapping[str, Mapping[str, torch.Tensor]], first: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """What this process saves: its slices of the tensors that are shared out, and if it is the `first` all others."""
+def local_shards(groups: TensorGroups, first: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """What this process saves: its shards of the sharded tensors, and on the `first` process all other tensors."""
     return {
         group: {name: local_shard(tensor) for name, tensor in tensors.items() if first or isinstance(tensor, DTensor)}
         for group, tensors in groups.items()
@@ -217,41 +219,41 @@ def local_shards(groups: Mapping[str, Mapping[str, torch.Tensor]], first: bool) 
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, in the same memory."""
+    """This process's shard of a DTensor, any other tensor as it is; the memory is the same."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def copy_full_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor into `target`, or this process's slice of it where `target` is shared out."""
-    target.copy_(shard_like(target, value))
-
-
 def shard_like(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which every process has, on the device of `target` and shared out as it is."""
+    """A full tensor, which every process has, on the device of `target` and sharded as it is; no communication."""
     value = value.to(target.device)
     if not isinstance(target, DTensor):
         return value
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def copy_full_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a full tensor into `target`, or this process's shard of it where `target` is sharded."""
+    target.copy_(shard_like(target, value))
+
+
 @contextmanager
-def swap_weights(network: MMAudio, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
-    """Meanwhile the parameters in `weights` have these values, and `weights` theirs; they are exchanged back after."""
-    _exchange(network, weights or {})
+def swap_weights(model: MMAudio, weights: Mapping[str, torch.Tensor] | None) -> Iterator[None]:
+    """Exchange the parameters of the model with `weights` inside the context, in place: no second copy of the model."""
+    _exchange(model, weights or {})
     try:
         yield
     finally:
-        _exchange(network, weights or {})
+        _exchange(model, weights or {})
 
 
 @torch.no_grad()
-def _exchange(network: MMAudio, weights: Mapping[str, torch.Tensor]) -> None:
-    for module in network.modules():
+def _exchange(model: MMAudio, weights: Mapping[str, torch.Tensor]) -> None:
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass leaves the outermost group gathered, where changes would not last
     for name, theirs in weights.items():
-        ours = network.get_parameter(name)
-        kept = ours.clone()
+        ours = model.get_parameter(name)
+        before = ours.clone()
         ours.copy_(theirs)
-        theirs.copy_(kept)
+        theirs.copy_(before)

@@ -1,7 +1,7 @@
-"""Post-hoc EMA: a few power-law averages are kept while training, any other is made from their snapshots afterwards.
+"""Post-hoc EMA: a few power-law profiles are tracked in training, any other is synthesised from their snapshots.
 
-Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C; the
-step-size correction and the treatment of frozen tensors follow spec networks, section 5.
+Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696), section 3
+and appendix C. The step-size correction and the treatment of frozen tensors are those MMAudio was trained with.
 """
 
 import os
@@ -13,21 +13,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from mmaudio_hf.training.distributed import copy_full_tensor, local_shard
 
 
 def exponent(sigma_rel: float) -> float:
-    """Exponent gamma of the power-law profile whose relative width is `sigma_rel` (equation 126 of the paper)."""
+    """Exponent gamma of the power-law profile of relative width `sigma_rel`: the largest root of equation 126,
+
+    `gamma^3 + 7 gamma^2 + (16 - sigma_rel^-2) gamma + (12 - sigma_rel^-2) = 0`.
+    """
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 def decay(step: int, gamma: float, update_every: int = 1, step_size_correction: bool = True) -> float:
-    """Weight beta that the average keeps at update number `step` (from 1), in double precision.
+    """Weight beta that the EMA keeps at update number `step` (from 1), in double precision.
 
-    Plain: `(1 - 1/(step+1))^(1+gamma)`. Corrected: geometric mean of that value and the one `update_every` later, to
-    the power of `update_every`; the published training uses it.
+    Plain: `(1 - 1/(step+1))^(1+gamma)` (section 3.1, where the first update is step 0). Corrected, as MMAudio was
+    trained: geometric mean of that value and the one `update_every` later, to the power of `update_every`.
     """
     plain = (1 - 1 / (step + 1)) ** (1 + gamma)
     if not step_size_correction:
@@ -38,77 +42,68 @@ def decay(step: int, gamma: float, update_every: int = 1, step_size_correction: 
 
 @torch.no_grad()
 def update(
-    averages: Sequence[torch.Tensor],
+    ema_weights: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
     step: int,
     gamma: float,
     update_every: int = 1,
     step_size_correction: bool = True,
 ) -> None:
-    """Move `averages` towards `weights` in place, for update number `step` (from 1); the first one copies.
+    """Move `ema_weights` towards `weights` in place, for update number `step` (from 1); the first one copies.
 
     With `update_every` q, only the calls 1, 1 + q, 1 + 2q, ... change anything.
     """
     if (step - 1) % update_every:
         return
     if step == 1:
-        torch._foreach_copy_(list(averages), list(weights))
+        torch._foreach_copy_(list(ema_weights), list(weights))
     beta = decay(step, gamma, update_every, step_size_correction)
-    torch._foreach_lerp_(list(averages), list(weights), 1 - beta)
+    torch._foreach_lerp_(list(ema_weights), list(weights), 1 - beta)
 
 
 class PostHocEMA:
-    """Averages of every floating tensor of a network, one set per profile, in float32 on the network's device.
+    """EMA of every floating-point parameter of a model, one set of weights per profile, in float32 on its device.
 
-    Tensors in `leave_out` have none.
+    `profiles` maps each sigma_rel to its weights by name; parameters in `exclude` have none. `step` counts updates.
     """
 
     def __init__(
-        self,
-        network: torch.nn.Module,
-        sigma_rels: Iterable[float],
-        update_every: int = 1,
-        leave_out: Collection[str] = (),
-    ):
+        self, model: nn.Module, sigma_rels: Iterable[float], update_every: int = 1, exclude: Collection[str] = ()
+    ) -> None:
         self.update_every = update_every
         self.step = 0
-        # The parameters themselves: wrapping a network for several processes may give them new storage.
-        self._weights = {n: p for n, p in network.named_parameters() if p.is_floating_point() and n not in leave_out}
+        # Parameters and not their data: DDP or FSDP may give them other storage.
+        self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and n not in exclude}
         # Copied and not left empty, so that a profile is usable before the first update.
         self.profiles = {
-            sigma: {name: weight.detach().float().clone() for name, weight in self._weights.items()}
+            sigma: {name: parameter.detach().float().clone() for name, parameter in self._parameters.items()}
             for sigma in sigma_rels
         }
 
     def update(self) -> None:
-        """Take in the network's present weights."""
+        """One update from the model's present weights."""
         self.step += 1
-        weights = [local_shard(weight.detach()) for weight in self._weights.values()]
-        for sigma, averages in self.profiles.items():
-            update(
-                [local_shard(average) for average in averages.values()],
-                weights,
-                self.step,
-                exponent(sigma),
-                self.update_every,
-            )
+        weights = [local_shard(parameter.detach()) for parameter in self._parameters.values()]
+        for sigma, profile in self.profiles.items():
+            ema_weights = [local_shard(tensor) for tensor in profile.values()]
+            update(ema_weights, weights, self.step, exponent(sigma), self.update_every)
 
     def nearest(self, sigma_rel: float) -> tuple[float, dict[str, torch.Tensor]]:
-        """The stored profile whose width is nearest to `sigma_rel`, and its averages."""
+        """The tracked profile whose width is nearest to `sigma_rel`, and its weights."""
         sigma = min(self.profiles, key=lambda stored: abs(stored - sigma_rel))
         return sigma, self.profiles[sigma]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All averages, as `<profile number>.<name>`."""
-        return {f"{i}.{n}": t for i, averages in enumerate(self.profiles.values()) for n, t in averages.items()}
+        """All EMA weights, as `<profile number>.<name>`."""
+        return {f"{i}.{n}": t for i, profile in enumerate(self.profiles.values()) for n, t in profile.items()}
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Put back what `tensors` returned. ValueError when a tensor is missing or has another shape."""
-        for key, average in self.tensors().items():
+        """Load what `tensors` returned, of all ranks. ValueError when a tensor is missing or has another shape."""
+        for key, target in self.tensors().items():
             value = tensors.get(key)
-            if value is None or value.shape != average.shape:
+            if value is None or value.shape != target.shape:
                 raise ValueError(f"EMA tensor {key} is missing or has another shape: the checkpoint is of another run")
-            copy_full_tensor(average, value)
+            copy_full_tensor(target, value)
         self.step = step
 
     def save_snapshots(self, folder: Path) -> list[Path]:
@@ -119,19 +114,19 @@ class PostHocEMA:
 def save_snapshots(
     folder: Path, sigma_rels: Sequence[float], tensors: Mapping[str, torch.Tensor], step: int
 ) -> list[Path]:
-    """Write the averages that `PostHocEMA.tensors` returned at `step`, one file per profile; return their paths.
+    """Write what `PostHocEMA.tensors` returned at `step`, one file per profile; return their paths.
 
     Each is written under a temporary name first. OSError naming the file when the disk fails or is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, sigma in enumerate(sigma_rels):
-        opening = f"{index}."
-        averages = {n.removeprefix(opening): t for n, t in tensors.items() if n.startswith(opening)}
+        prefix = f"{index}."
+        ema_weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         path = snapshot_path(folder, sigma, step)
         partial = path.with_suffix(".partial")
         try:
-            save_file(averages, partial, metadata={"sigma_rel": repr(sigma), "step": str(step)})
+            save_file(ema_weights, partial, metadata={"sigma_rel": repr(sigma), "step": str(step)})
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -143,7 +138,7 @@ def save_snapshots(
 
 
 class Snapshot(NamedTuple):
-    """Averages of one profile after `step` updates: tensors by name, or the file that holds them."""
+    """EMA weights of one profile after `step` updates: tensors by name, or the file that holds them."""
 
     sigma_rel: float
     step: int
@@ -157,32 +152,34 @@ def snapshot_path(folder: Path, sigma_rel: float, step: int) -> Path:
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
     """Every complete snapshot in `folder`, by profile and step."""
-    found = []
+    snapshots = []
     for path in sorted(folder.glob("sigma_*.safetensors")):
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-        if "sigma_rel" not in facts or "step" not in facts:
+            metadata = file.metadata() or {}
+        if "sigma_rel" not in metadata or "step" not in metadata:
             raise ValueError(f"{path} is not an EMA snapshot: move it out of {folder}")
-        found.append(Snapshot(float(facts["sigma_rel"]), int(facts["step"]), path))
-    return found
+        snapshots.append(Snapshot(float(metadata["sigma_rel"]), int(metadata["step"]), path))
+    return snapshots
 
 
-def _inner(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Inner product of two power-law profiles (appendix C.3 of the paper), in double precision."""
+def _inner_product(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """Inner product of two power-law profiles (appendix C.3), in double precision; the arguments are broadcast."""
     power = np.where(step_a < step_b, gamma_b, -gamma_a)
-    top = (gamma_a + 1) * (gamma_b + 1) * (step_a / step_b) ** power
-    return top / ((gamma_a + gamma_b + 1) * np.maximum(step_a, step_b))
+    numerator = (gamma_a + 1) * (gamma_b + 1) * (step_a / step_b) ** power
+    return numerator / ((gamma_a + gamma_b + 1) * np.maximum(step_a, step_b))
 
 
 def synthesis_weights(steps: Sequence[int], sigma_rels: Sequence[float], sigma_rel: float, step: int) -> np.ndarray:
-    """Least-squares weights of snapshots, given their steps and widths, for the profile (`sigma_rel`, `step`)."""
-    # Exponents pass through float32, as in the published tool.
+    """Least-squares weights (S,) of S snapshots, given their steps and widths, for the profile (`sigma_rel`, `step`).
+
+    Solves `A w = b` with `A_ij = <p_i, p_j>` and `b_i = <p_i, p>` (appendix C.3).
+    """
+    # Exponents are rounded to float32, as in the tool that made the released weights.
     gammas = np.array([exponent(s) for s in sigma_rels], dtype=np.float32).astype(np.float64)
-    target = np.float64(np.float32(exponent(sigma_rel)))
+    target = np.array(exponent(sigma_rel), dtype=np.float32).astype(np.float64)
     times = np.asarray(steps, dtype=np.float64)
-    gram = _inner(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
-    right = _inner(times, gammas, np.float64(step), target)
-    return np.linalg.solve(gram, right)
+    gram_SS = _inner_product(times[:, None], gammas[:, None], times[None, :], gammas[None, :])
+    return np.linalg.solve(gram_SS, _inner_product(times, gammas, np.array(float(step)), target))
 
 
 def synthesize(
@@ -191,11 +188,11 @@ def synthesize(
     step: int | None = None,
     frozen: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Average of width `sigma_rel` as of update `step` (default: the last snapshot's), from all snapshots.
+    """EMA weights of width `sigma_rel` at update `step` (default: the last snapshot's), from all snapshots.
 
-    The weights need not sum to 1, so tensors that never change are scaled a little, as in the published tool; pass
-    them in `frozen` to keep them. ValueError when there is no snapshot. At a stored profile and step the result is
-    that snapshot.
+    The factors need not sum to 1, so tensors that never change are scaled a little, as in the released weights; pass
+    them in `frozen` to keep them. At the profile and step of a snapshot the result is that snapshot. ValueError when
+    there is no snapshot.
     """
     if not snapshots:
         raise ValueError("there is no EMA snapshot to synthesise from: train at least ema.snapshot_every steps")

@@ -75,14 +75,14 @@ def step_unless_nonfinite(optimizer: torch.optim.AdamW, found_inf: torch.Tensor)
 
     Fused AdamW reads the flag as a GradScaler would set it: weights, moments and the update count then stay.
     """
-    optimizer.grad_scale = None
-    optimizer.found_inf = found_inf.to(torch.float32)
+    optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are set by GradScaler, not by the class
+    optimizer.found_inf = found_inf.to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state as named tensors: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
@@ -91,7 +91,7 @@ def load_optimizer_tensors(
 ) -> None:
     """Load what `optimizer_tensors` returned. ValueError when names or shapes do not fit the model."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
