@@ -1,7 +1,7 @@
 """Media with awkward properties for the tests, written with PyAV.
 
-Every picture carries its own number as a 16-bit code, every track of sound a 6 ms burst at each multiple of 0.5 s of
-presentation time, so a test can tell which picture and which moment it was given.
+Every frame carries its own number as a 16-bit code, every audio track a 6 ms burst at each multiple of 0.5 s of
+presentation time, so a test can tell which frame and which moment it was given.
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ import torch
 BURST_SECONDS = 0.006
 
 
-def code_picture(number: int, width: int, height: int) -> np.ndarray:
+def code_image(number: int, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8: two rows of eight blocks at the top, bright for 1, over a slanted gradient."""
     y, x = np.mgrid[0:height, 0:width]
-    picture = np.stack([60 + 60 * x / width, 60 + 60 * y / height, np.full(x.shape, 90.0)], axis=-1)
+    image = np.stack([60 + 60 * x / width, 60 + 60 * y / height, np.full(x.shape, 90.0)], axis=-1)
     for bit in range(16):
         row, column = divmod(bit, 8)
         block = (
             slice(row * (height // 6), (row + 1) * (height // 6)),
             slice(column * width // 8, (column + 1) * width // 8),
         )
-        picture[block] = 230 if number >> bit & 1 else 20
-    return picture.astype(np.uint8)
+        image[block] = 230 if number >> bit & 1 else 20
+    return image.astype(np.uint8)
 
 
 def read_codes(frames: torch.Tensor) -> list[int]:
-    """Source picture numbers of float pictures in [0, 1] (T, 3, S, S) that show the whole source picture."""
+    """Source frame numbers of float frames in [0, 1] (T, 3, S, S) that show the whole source frame."""
     size = frames.shape[-1]
     codes = []
     for frame in frames.mean(dim=1):
@@ -52,23 +52,23 @@ def burst_track(seconds: float, rate: int, start: float = 0.0, channels: int = 1
 def burst_times(audio: torch.Tensor, rate: int) -> list[float]:
     """Onsets of the bursts in seconds."""
     loud = (audio.abs() > 0.3 * audio.abs().max()).numpy()
-    places = np.flatnonzero(loud)
-    starts = places[np.diff(places, prepend=-rate) > 0.1 * rate]
-    return [float(place) / rate for place in starts]
+    onsets = np.flatnonzero(loud)
+    starts = onsets[np.diff(onsets, prepend=-rate) > 0.1 * rate]
+    return [float(start) / rate for start in starts]
 
 
 @dataclass(frozen=True)
 class Odd:
-    """How a test video differs from plain 25 fps pictures and stereo AAC that start together."""
+    """How a test video differs from plain 25 fps frames and stereo AAC that start together."""
 
-    picture_times: tuple[Fraction, ...]  # s, one for each picture
-    sound_seconds: float | None = 2.5  # None: no track of sound
-    sound_start: float = 0.0
+    frame_times: tuple[Fraction, ...]  # s, one for each frame
+    audio_seconds: float | None = 2.5  # None: no audio track
+    audio_start: float = 0.0
     rate: int = 44_100
     layout: str = "stereo"
     silent: bool = False
     gain: float = 1.0  # of the bursts, which are clipped at full scale
-    still: bool = False  # every picture is the first one
+    still: bool = False  # every frame is the first one
     size: tuple[int, int] = (96, 96)  # width, height
     codec: str = "libx264"
     pix_fmt: str = "yuv420p"
@@ -79,7 +79,7 @@ class Odd:
 
 
 def steady(seconds: float, fps=25, start=0) -> tuple[Fraction, ...]:
-    """Picture times of a constant rate."""
+    """Frame times of a constant rate."""
     fps, start = Fraction(fps), Fraction(start)
     return tuple(start + n / fps for n in range(round(seconds * fps)))
 
@@ -99,33 +99,33 @@ def write_odd(path: Path, odd: Odd, container_options: dict | None = None) -> Pa
             video.set_display_rotation(odd.rotation)
         unit = video.codec_context.time_base
         audio = None
-        if odd.sound_seconds is not None:
+        if odd.audio_seconds is not None:
             audio = container.add_stream("aac", rate=odd.rate, layout=odd.layout)
         packets = []
-        for number, time in enumerate(odd.picture_times):
-            frame = av.VideoFrame.from_ndarray(code_picture(0 if odd.still else number, width, height), format="rgb24")
+        for number, time in enumerate(odd.frame_times):
+            frame = av.VideoFrame.from_ndarray(code_image(0 if odd.still else number, width, height), format="rgb24")
             frame.pts, frame.time_base = round(time / unit), unit
             packets += video.encode(frame)
         packets += video.encode(None)
         if audio is not None:
-            packets += _sound_packets(audio, odd)
+            packets += audio_packets(audio, odd)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):  # interleaved as recorders do
             container.mux(packet)
     return path
 
 
-def _sound_packets(stream, odd: Odd) -> list[av.Packet]:
+def audio_packets(stream, odd: Odd) -> list[av.Packet]:
     channels = stream.codec_context.layout.nb_channels
-    track = burst_track(odd.sound_seconds, odd.rate, odd.sound_start, channels) * (0 if odd.silent else odd.gain)
+    track = burst_track(odd.audio_seconds, odd.rate, odd.audio_start, channels) * (0 if odd.silent else odd.gain)
     track = np.clip(track, -1, 1)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(track), format="fltp", layout=odd.layout)
     frame.sample_rate, frame.time_base = odd.rate, Fraction(1, odd.rate)
-    frame.pts = round(odd.sound_start * odd.rate)
+    frame.pts = round(odd.audio_start * odd.rate)
     return [*stream.encode(frame), *stream.encode(None)]
 
 
 def cut_without_encoding(source: Path, path: Path, start: float) -> Path:
-    """Copy the packets from the key picture before `start` on, with times that make `start` the beginning."""
+    """Copy the packets from the keyframe before `start` on, with times that make `start` the beginning."""
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
         packets = [packet for packet in old.demux() if packet.size]
@@ -164,8 +164,8 @@ def overwrite_packet(source: Path, path: Path, kind: str, seconds: float) -> Pat
     with av.open(str(source)) as container:
         packets = [p for p in container.demux(container.streams.best(kind)) if p.size]
         packet = max((p for p in packets if p.pts * p.time_base <= seconds), key=lambda p: p.pts)
-        place, size = packet.pos, packet.size
+        position, size = packet.pos, packet.size
     data = bytearray(source.read_bytes())
-    data[place : place + size] = bytes([0xFF]) * size
+    data[position : position + size] = bytes([0xFF]) * size
     path.write_bytes(data)
     return path

@@ -11,8 +11,8 @@ from mmaudio_hf.media.lists import read_clips
 
 
 def write_recipe(folder):
-    source = {"name": "sounds", "media_dir": str(folder / "media"), "list": str(folder / "captions.tsv")}
-    tree = {"name": "sounds", "extraction": {"output_dir": str(folder / "out"), "audios": [source], "num_proc": 2}}
+    source = {"name": "noises", "media_dir": str(folder / "media"), "list": str(folder / "captions.tsv")}
+    tree = {"name": "noises", "extraction": {"output_dir": str(folder / "out"), "audios": [source], "num_proc": 2}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (folder / "media").mkdir()
     return str(folder / "recipe.yaml")
@@ -22,12 +22,12 @@ def test_partition_accounts_for_every_file(tmp_path, capsys):
     recipe, media = write_recipe(tmp_path), tmp_path / "media"
     write_audio(media / "long.flac", torch.rand(8000 * 17), 8000)
     write_audio(media / "short.flac", torch.rand(8000 * 8), 8000)
-    (media / "broken.wav").write_text("no sound")
+    (media / "broken.wav").write_text("no audio")
     (media / "notes.txt").write_text("not media")
     assert main(["partition", recipe]) == 0
-    clips, rejects = tmp_path / "out" / "sounds.clips.tsv", tmp_path / "out" / "sounds.clips.rejects.jsonl"
+    clips, rejects = tmp_path / "out" / "noises.clips.tsv", tmp_path / "out" / "noises.clips.rejects.jsonl"
     printed = capsys.readouterr()
-    assert f"{clips}: 2 clips, 2 recordings rejected, see {rejects}; 1 other files ignored" in printed.out
+    assert f"{clips}: 2 clips, 2 audio files rejected, see {rejects}; 1 other files ignored" in printed.out
     assert "3/3" in printed.err  # the bar
     assert [clip.id for clip in read_clips(clips)] == ["long_0", "long_1"]
     lines = [json.loads(line) for line in rejects.read_text().splitlines()]
@@ -46,6 +46,6 @@ def test_no_clip_at_all_is_an_error(tmp_path, capsys):
     write_audio(media / "short.flac", torch.rand(8000 * 8), 8000)
     assert main(["partition", recipe]) == 2
     error = capsys.readouterr().err
-    assert f"{media}: no recording gives a clip" in error and "8.1 s" in error
-    assert not (tmp_path / "out" / "sounds.clips.tsv").exists()
-    assert "audio_too_short" in (tmp_path / "out" / "sounds.clips.rejects.jsonl").read_text()
+    assert f"{media}: no audio file gives a clip" in error and "8.1 s" in error
+    assert not (tmp_path / "out" / "noises.clips.tsv").exists()
+    assert "audio_too_short" in (tmp_path / "out" / "noises.clips.rejects.jsonl").read_text()

@@ -421,7 +421,7 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     truncate(tmp_path / "good.flac", tmp_path / "cut.flac", 0.7)
     write_audio(tmp_path / "silent.wav", torch.zeros(RATE), RATE)
     write_audio(tmp_path / "short.wav", noise[: RATE // 2], RATE)
-    write_odd(tmp_path / "mute.mp4", Odd(picture_times=steady(0.5), sound_seconds=None))
+    write_odd(tmp_path / "mute.mp4", Odd(frame_times=steady(0.5), audio_seconds=None))
     (tmp_path / "text.wav").write_text("this is no sound\n" * 50)
     (tmp_path / "empty.wav").touch()
     ways = {
@@ -485,7 +485,7 @@ print(1e3 * peak_memory_gb(torch.device("cpu")))
 
 
 def test_memory_does_not_grow_with_the_number_of_videos(weights, tmp_path):
-    clip = write_odd(tmp_path / "clip_0.mp4", Odd(picture_times=steady(2.4), sound_seconds=2.5, size=(960, 540)))
+    clip = write_odd(tmp_path / "clip_0.mp4", Odd(frame_times=steady(2.4), audio_seconds=2.5, size=(960, 540)))
     for number in range(1, 30):
         os.link(clip, tmp_path / f"clip_{number}.mp4")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, state_dict, tensor
-from odd_media import Odd, code_picture, steady, truncate, write_odd
+from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf import generation
 from mmaudio_hf.cli.training import write_encoder_files
@@ -247,7 +247,7 @@ def test_paths_of_this_machine_are_not_published(tmp_path):
 
 def test_pictures_are_read_as_for_training(published, network, config, tmp_path):
     """A rotated file is upright in one alignment and lies in the other, so its sounds differ."""
-    odd = Odd(steady(1.5), sound_seconds=None, rotation=90)
+    odd = Odd(steady(1.5), audio_seconds=None, rotation=90)
     video = write_odd(tmp_path / "rotated.mp4", odd)
     sounds = {
         rule: MMAudioPipeline(network, config, alignment=rule)(video, duration=1.0, num_steps=1).latent
@@ -339,7 +339,7 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """2.6 s of changing pictures without sound."""
-    return write_odd(tmp_path_factory.mktemp("scene") / "scene.mp4", Odd(steady(2.6), sound_seconds=None))
+    return write_odd(tmp_path_factory.mktemp("scene") / "scene.mp4", Odd(steady(2.6), audio_seconds=None))
 
 
 def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, scene):
@@ -408,7 +408,7 @@ def test_decoded_pieces_join_without_clicks(pipeline):
 
 
 def test_short_videos_have_short_sounds(pipeline, tmp_path):
-    short = write_odd(tmp_path / "short.mp4", Odd(steady(0.8), sound_seconds=None))
+    short = write_odd(tmp_path / "short.mp4", Odd(steady(0.8), audio_seconds=None))
     whole = pipeline(short, num_steps=1)
     assert whole.latent.shape == (25, 20) and not whole.note
     asked = pipeline(short, num_steps=1, duration=5.0)
@@ -416,7 +416,7 @@ def test_short_videos_have_short_sounds(pipeline, tmp_path):
         torch.equal(asked.latent, whole.latent)
         and asked.note == "0.80 s long, as its video is, where 5 s were asked for"
     )
-    tiny = write_odd(tmp_path / "tiny.mp4", Odd(steady(0.4), sound_seconds=None))
+    tiny = write_odd(tmp_path / "tiny.mp4", Odd(steady(0.4), audio_seconds=None))
     with pytest.raises(ValueError, match=r"tiny\.mp4: duration 0\.4 s is shorter than one sync segment"):
         pipeline(tiny, num_steps=1)
 
@@ -427,7 +427,7 @@ def test_a_still_picture_is_seen_all_the_time(pipeline, config, tmp_path):
             stream = container.add_stream(
                 codec, width=160, height=96, pix_fmt="rgb24" if codec == "png" else "yuvj420p"
             )
-            picture = av.VideoFrame.from_ndarray(code_picture(5, 160, 96), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(code_image(5, 160, 96), format="rgb24")
             container.mux([*stream.encode(picture.reformat(format=stream.pix_fmt)), *stream.encode(None)])
     encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="", parts=("clip",))
     clip = encoders.encode_clip(read_image(tmp_path / "a.png").clip_frames[None])[0].expand(8, -1)

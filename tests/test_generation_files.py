@@ -12,7 +12,7 @@ import av
 import pytest
 import torch
 from forked import Command
-from odd_media import Odd, code_picture, steady, truncate, write_odd
+from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import EncoderConfig
@@ -20,7 +20,7 @@ from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.generation.files import generate_files, read_folder, read_list
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform
-from mmaudio_hf.media.video import probe
+from mmaudio_hf.media.container import probe
 from mmaudio_hf.models.network import MMAudio
 
 OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     network.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
     network.save_pretrained(folder)
     (folder / "encoders.json").write_text(json.dumps(asdict(EncoderConfig(kind="toy", weights_dir="/nowhere"))))
-    sound = write_odd(folder / "sound.mp4", Odd(steady(1), sound_seconds=12.0))
+    sound = write_odd(folder / "sound.mp4", Odd(steady(1), audio_seconds=12.0))
     fit_toy_codec(folder, "16k", [sound])
     return folder
 
@@ -49,12 +49,12 @@ def media(tmp_path):
     folder = tmp_path / "media"
     folder.mkdir()
     write_odd(folder / "a.mp4", Odd(steady(1.2)))
-    write_odd(folder / "b.webm", Odd(steady(0.8), codec="libvpx", sound_seconds=None))
+    write_odd(folder / "b.webm", Odd(steady(0.8), codec="libvpx", audio_seconds=None))
     truncate(folder / "a.mp4", folder / "half.mp4", 0.3)
     with av.open(str(folder / "c.png"), "w", format="image2") as container:
         stream = container.add_stream("png", width=96, height=96)
         stream.pix_fmt = "rgb24"
-        frame = av.VideoFrame.from_ndarray(code_picture(9, 96, 96), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(code_image(9, 96, 96), format="rgb24")
         container.mux([*stream.encode(frame), *stream.encode(None)])
     (folder / "a.jpg").write_bytes(b"the same name as a video")
     (folder / "notes.txt").write_text("not listed")

@@ -11,7 +11,8 @@ import scipy.signal
 import torch
 
 from mmaudio_hf.media import audio
-from mmaudio_hf.media.audio import MediaError, count_samples, read_audio_clip, read_waveform, resample, write_audio
+from mmaudio_hf.media.audio import count_samples, read_audio_clip, read_waveform, resample, write_audio
+from mmaudio_hf.media.container import MediaError
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.uniform(-1, 1, (2, 20_000))
@@ -140,7 +141,7 @@ def test_refusals(tmp_path):
     assert reason(path) in ("audio_too_short", "unreadable")
 
 
-def test_damaged_recording(tmp_path):
+def test_damaged_audio_file(tmp_path):
     write_audio(tmp_path / "a.flac", torch.from_numpy(NOISE[0].astype(np.float32)), 16_000)
     data = bytearray((tmp_path / "a.flac").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
@@ -151,7 +152,7 @@ def test_damaged_recording(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac"])
-def test_written_sound_reads_back(ending, tmp_path):
+def test_written_audio_reads_back(ending, tmp_path):
     path = tmp_path / f"a.{ending}"
     stereo = torch.from_numpy(NOISE.astype(np.float32)) * 1.5
     write_audio(path, stereo, 44_100)

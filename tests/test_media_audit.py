@@ -35,28 +35,28 @@ NAMES = iter(range(1000))
 
 
 def odd(seconds=2.4, **changes) -> Odd:
-    """A plain video, whose pictures and sound no other one has."""
+    """A plain video, whose frames and audio no other one has."""
     number = next(NAMES)
-    usual = {"picture_times": steady(seconds), "sound_seconds": 2.4, "gain": 1 - 0.01 * number, "rate": 16_000}
+    usual = {"frame_times": steady(seconds), "audio_seconds": 2.4, "gain": 1 - 0.01 * number, "rate": 16_000}
     return Odd(**(usual | {"layout": "mono", "size": (96 + 4 * number, 96)} | changes))
 
 
-# Two pictures of 40 ms, one of 200 ms, over and over.
+# Two frames of 40 ms, one of 200 ms, over and over.
 UNEVEN = tuple(Fraction(7 * n, 25) + Fraction(k, 25) for n in range(9) for k in (0, 1, 2))
 VIDEOS = {
     "good": odd(),
     "another": odd(),
-    "ntsc": odd(2.4, picture_times=steady(2.4, Fraction(30_000, 1001)), frame_rate=Fraction(30_000, 1001)),
+    "ntsc": odd(2.4, frame_times=steady(2.4, Fraction(30_000, 1001)), frame_rate=Fraction(30_000, 1001)),
     "still": odd(still=True),
     "silent": odd(silent=True),
     "clipped": odd(gain=100.0),
-    "mute": odd(sound_seconds=None),
-    "short": odd(1.5, sound_seconds=1.5),
-    "sound_stops": odd(4.0, sound_seconds=2.2),
-    "long": odd(6.0, sound_seconds=6.0),
-    "late_sound": odd(sound_start=0.3),
-    "late_pictures": odd(picture_times=steady(2.2, start=Fraction(1, 4))),
-    "uneven": odd(picture_times=UNEVEN),
+    "mute": odd(audio_seconds=None),
+    "short": odd(1.5, audio_seconds=1.5),
+    "audio_stops": odd(4.0, audio_seconds=2.2),
+    "long": odd(6.0, audio_seconds=6.0),
+    "late_audio": odd(audio_start=0.3),
+    "late_frames": odd(frame_times=steady(2.2, start=Fraction(1, 4))),
+    "uneven": odd(frame_times=UNEVEN),
 }
 EXPECTED = {
     "good": set(),
@@ -67,10 +67,10 @@ EXPECTED = {
     "clipped": {"clipped"},
     "mute": {"no_audio"},
     "short": {"too_short"},
-    "sound_stops": {"odd_duration"},
+    "audio_stops": {"odd_duration"},
     "long": {"too_long"},
-    "late_sound": {"start_gap"},
-    "late_pictures": {"start_gap"},
+    "late_audio": {"start_gap"},
+    "late_frames": {"start_gap"},
     "uneven": {"variable_frame_rate"},
     "copy": {"duplicate_content"},
     "remuxed": {"duplicate_content"},
@@ -87,13 +87,13 @@ EXPECTED = {
     "talk_2": {"duplicate_caption"},
     "twice": {"duplicate_id"},
 }
-RECORDINGS = {
+AUDIO_FILES = {
     "tone": set(),
     "captioned_twice": set(),
     "quiet": {"silent"},
     "brief": {"too_short"},
     "loud": {"clipped"},
-    "of_good": {"duplicate_content", "too_short"},  # the sound track of a video
+    "of_good": {"duplicate_content", "too_short"},  # the audio track of a video
     "gone": {"not_found"},
 }
 LIMITS = Limits(max_duration=5.0)
@@ -110,7 +110,7 @@ def noise(seconds: float, seed: int, level: float = 0.1) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[AuditSource]:
-    """A list of videos, one of recordings and one of held-out videos, with something wrong in every way."""
+    """A list of videos, one of audio files and one of held-out videos, with something wrong in every way."""
     folder = tmp_path_factory.mktemp("media")
     videos, held, audios = (folder / name for name in ("videos", "held", "audios"))
     for path in (videos, held, audios):
@@ -130,7 +130,7 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     (videos / "text.mp4").write_text("<html>404</html>\n" * 50)
     (videos / "empty.mp4").write_bytes(b"")
     truncate(write_odd(folder / "whole.mp4", odd(), options), videos / "cut.mp4", 0.6)
-    overwrite_packet(write_odd(folder / "sound.mp4", odd(), options), videos / "spoiled.mp4", "audio", 1.0)
+    overwrite_packet(write_odd(folder / "audio.mp4", odd(), options), videos / "spoiled.mp4", "audio", 1.0)
     write_audio(videos / "audio_only.wav", noise(3, 0), 16_000)
     os.rename(videos / "audio_only.wav", videos / "audio_only.mp4")
 
@@ -139,10 +139,10 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     write_audio(audios / "quiet.wav", torch.zeros(9 * 16_000), 16_000)
     write_audio(audios / "brief.flac", noise(8, 3), 16_000)
     write_audio(audios / "loud.flac", noise(9, 4, level=10.0), 16_000)
-    _sound_of(good, audios / "of_good.m4a")
+    _audio_of(good, audios / "of_good.m4a")
 
     rows = [(name, f"a talk of {name[:4]}" if "talk" in name else name) for name in EXPECTED if name != "twice"]
-    captions = [("tone", "a tone"), ("captioned_twice", "a"), *((name, name) for name in list(RECORDINGS)[2:])]
+    captions = [("tone", "a tone"), ("captioned_twice", "a"), *((name, name) for name in list(AUDIO_FILES)[2:])]
     return [
         AuditSource("v", "video", videos, write_rows(folder / "v.tsv", [*rows, ("twice", "1"), ("twice", "2")])),
         AuditSource(
@@ -154,7 +154,7 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     ]
 
 
-def _sound_of(source: Path, path: Path) -> None:
+def _audio_of(source: Path, path: Path) -> None:
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream = new.add_stream_from_template(old.streams.audio[0])
         for packet in old.demux(old.streams.audio[0]):
@@ -167,7 +167,7 @@ def _sound_of(source: Path, path: Path) -> None:
 def table(sources, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("audit") / "audit.parquet"
     report = run(sources, path)
-    assert report.listed == len(pq.read_table(path)) == len(EXPECTED) + 1 + len(RECORDINGS) + 2
+    assert report.listed == len(pq.read_table(path)) == len(EXPECTED) + 1 + len(AUDIO_FILES) + 2
     return path
 
 
@@ -185,23 +185,23 @@ def verdicts_of(row: dict) -> dict[str, str]:
 
 def test_every_verdict_is_given_to_its_file_and_to_no_other(table):
     rows = rows_of(table)
-    found: dict[str, dict] = {"v": {}, "a": {}, "h": {}}
+    verdicts: dict[str, dict] = {"v": {}, "a": {}, "h": {}}
     for row in rows:
-        found[row["source"]][row["id"]] = set(row["verdicts"])
+        verdicts[row["source"]][row["id"]] = set(row["verdicts"])
         assert row["ok"] == (set(row["verdicts"]) <= set(HARMLESS))
         assert len(row["reasons"]) == len(row["verdicts"]) and all(row["reasons"])
         assert row["verdicts"] == sorted(row["verdicts"], key=VERDICTS.index)
-    assert found["v"] == EXPECTED
-    assert found["a"] == RECORDINGS
-    assert found["h"] == {"elsewhere": set(), "held_id": set()}
+    assert verdicts["v"] == EXPECTED
+    assert verdicts["a"] == AUDIO_FILES
+    assert verdicts["h"] == {"elsewhere": set(), "held_id": set()}
     assert set().union(*EXPECTED.values()) == set(VERDICTS), "a verdict that no file shows"
     reasons = {(row["id"], verdict): reason for row in rows for verdict, reason in verdicts_of(row).items()}
     assert reasons["copy", "duplicate_content"] == "the same file as 'good' of v"
-    assert reasons["remuxed", "duplicate_content"] == "the same pictures as 'good' of v"
-    assert reasons["of_good", "duplicate_content"] == "the same sound as 'good' of v"
-    assert reasons["held_remuxed", "leakage"] == "the same pictures as 'elsewhere' of h, held out"
+    assert reasons["remuxed", "duplicate_content"] == "the same frames as 'good' of v"
+    assert reasons["of_good", "duplicate_content"] == "the same audio as 'good' of v"
+    assert reasons["held_remuxed", "leakage"] == "the same frames as 'elsewhere' of h, held out"
     assert reasons["held_id", "leakage"] == "the id is held out in h"
-    assert "begins 0.250 s before" in reasons["late_pictures", "start_gap"]
+    assert "begins 0.250 s before" in reasons["late_frames", "start_gap"]
     first, second = [row for row in rows if row["id"] == "twice"]
     assert (first["verdicts"], second["verdicts"]) == ([], ["duplicate_id"])
 
@@ -210,12 +210,12 @@ def test_the_table_says_what_the_files_hold(table, sources):
     rows = {(row["source"], row["id"]): row for row in rows_of(table)}
     good, ntsc, tone = rows["v", "good"], rows["v", "ntsc"], rows["a", "tone"]
     assert [field.name for field in pq.read_schema(table)] == SCHEMA.names
-    wanted = {"fps": 25, "frames": 60, "width": 96, "height": 96, "rotation": 0, "video_codec": "h264", "row": 2}
-    wanted |= {"audio_codec": "aac", "sample_rate": 16_000, "channels": 1, "start_gap": 0, "still_fraction": 0}
-    assert {name: good[name] for name in wanted} == wanted
+    expected = {"fps": 25, "frames": 60, "width": 96, "height": 96, "rotation": 0, "video_codec": "h264", "row": 2}
+    expected |= {"audio_codec": "aac", "sample_rate": 16_000, "channels": 1, "start_gap": 0, "still_fraction": 0}
+    assert {name: good[name] for name in expected} == expected
     assert good["duration"] == pytest.approx(2.4, abs=0.001) and 0.4 < good["peak"] < 0.9
     assert ntsc["fps"] == pytest.approx(29.97, abs=0.01) and not ntsc["variable_frame_rate"]
-    assert rows["v", "late_sound"]["start_gap"] == pytest.approx(0.3, abs=0.08)  # less the priming of AAC
+    assert rows["v", "late_audio"]["start_gap"] == pytest.approx(0.3, abs=0.08)  # less the priming of AAC
     assert rows["v", "uneven"]["uneven_intervals"] == pytest.approx(8 / 26, abs=1e-6)
     assert tone["level_dbfs"] == pytest.approx(-20, abs=0.1) and tone["duration"] == 9 and tone["fps"] is None
     assert rows["a", "captioned_twice"]["captions"] == ["a", "b"]
@@ -230,9 +230,9 @@ def test_the_table_says_what_the_files_hold(table, sources):
 KILLED = """
 import json, os, signal, sys
 from mmaudio_hf.media import audit as module
-def keep(self, item, facts, keep=module._Measures.keep, kept=[]):
+def keep(self, item, figures, keep=module._Measures.keep, kept=[]):
     kept.append(item)
-    keep(self, item, facts)
+    keep(self, item, figures)
     if len(kept) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
@@ -318,7 +318,7 @@ def test_the_page_shows_hostile_names_as_text(tmp_path, table):
     assert set(VERDICTS) <= set(whole.texts) and whole.tags.count("svg") == 8
 
 
-def test_extraction_leaves_out_what_the_audit_found(tmp_path, example_media, capsys):
+def test_extraction_leaves_out_what_the_audit_rejects(tmp_path, example_media, capsys):
     """Through the commands: held-out items that leak, a still copy, the counts, and a table that is out of date."""
     media = example_media()
     good = sorted(path.stem for path in (media / "videos").glob("train*.mp4"))[:3]

@@ -1,4 +1,4 @@
-"""Clip lists of recordings and media lists with captions, as people and pandas write them."""
+"""Clip lists of audio files and media lists with captions, as people and pandas write them."""
 
 import csv
 import subprocess
@@ -8,7 +8,8 @@ import pytest
 import torch
 from golden_data import GOLDEN
 
-from mmaudio_hf.media.audio import MediaError, write_audio
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import (
     Clip,
     MediaItem,
@@ -42,12 +43,12 @@ def test_partition():
 def test_clip_list_of_a_folder(tmp_path):
     folder = tmp_path / "audios"
     folder.mkdir()
-    sound = torch.rand(8000 * 20)
-    write_audio(folder / "b.flac", sound, 8000)
-    write_audio(folder / "b.wav", sound[:100], 8000)  # the flac wins
-    write_audio(folder / "a 1.wav", sound[: 8000 * 9], 8000)
-    write_audio(folder / "brief.wav", sound[: 8000 * 8], 8000)
-    (folder / "broken.mp3").write_text("no sound")
+    audio = torch.rand(8000 * 20)
+    write_audio(folder / "b.flac", audio, 8000)
+    write_audio(folder / "b.wav", audio[:100], 8000)  # the flac wins
+    write_audio(folder / "a 1.wav", audio[: 8000 * 9], 8000)
+    write_audio(folder / "brief.wav", audio[: 8000 * 8], 8000)
+    (folder / "broken.mp3").write_text("no audio")
     (folder / "notes.txt").write_text("not media")
     (folder / "sub").mkdir()
     report = write_clips(folder, tmp_path / "clips.tsv", workers=2)
@@ -70,7 +71,7 @@ def test_clip_list_of_a_folder(tmp_path):
         find_audio_file(folder, "../b")
 
 
-def test_folders_without_recordings(tmp_path):
+def test_folders_without_audio_files(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         write_clips(tmp_path / "nothing", tmp_path / "clips.tsv")
     with pytest.raises(ValueError, match=r"\.flac"):
@@ -84,8 +85,8 @@ def test_folders_without_recordings(tmp_path):
         ("../x\ta\t0\t10", "line 3.*|.*line 3"),
         ("x\t../a\t0\t10", "plain name"),
         ("x\ta\t0.0\t10", "whole numbers"),
-        ("x\ta\t10\t10", "no clip"),
-        ("x\ta\t-1\t10", "no clip"),
+        ("x\ta\t10\t10", "not a clip"),
+        ("x\ta\t-1\t10", "not a clip"),
         ("first\ta\t0\t10", "already on line 2"),
         ("x\ta\t0", "3 fields, the header has 4"),
     ],

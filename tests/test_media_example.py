@@ -9,9 +9,10 @@ import torch
 
 from mmaudio_hf.media import example
 from mmaudio_hf.media.audio import read_waveform
-from mmaudio_hf.media.example import SMALL_RECORDINGS, SMALL_SPLITS, read_events, write_example_media
+from mmaudio_hf.media.container import probe
+from mmaudio_hf.media.example import SMALL_AUDIO_FILES, SMALL_SPLITS, read_events, write_example_media
 from mmaudio_hf.media.lists import partition, read_media_list
-from mmaudio_hf.media.video import probe, read_video
+from mmaudio_hf.media.video import read_video
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,10 @@ def events(folder):
 
 @dataclass(frozen=True)
 class Seen:
-    """The first 8 s of one video: sound at 16 kHz, and of each 25 fps picture its change and its brightest point."""
+    """The first 8 s of one video: audio at 16 kHz, and of each 25 fps frame its change and its brightest point."""
 
     audio: torch.Tensor
-    change: torch.Tensor  # mean difference from the picture before, levels; 0 for the first
+    change: torch.Tensor  # mean difference from the frame before, levels; 0 for the first
     brightest: torch.Tensor  # levels
 
 
@@ -57,16 +58,16 @@ def test_lists_name_every_file(folder, events):
         assert len(items) == count and all(item.caption for item in items)
         listed += [item.id for item in items]
     assert sorted(listed) == sorted(path.stem for path in (folder / "videos").iterdir())
-    recordings = read_media_list(folder / "audios.tsv", "caption")
-    assert len(recordings) == SMALL_RECORDINGS
-    assert sorted(item.id for item in recordings) == sorted(path.stem for path in (folder / "audios").iterdir())
-    assert set(events) == {*listed, *(item.id for item in recordings)}
+    audio_files = read_media_list(folder / "audios.tsv", "caption")
+    assert len(audio_files) == SMALL_AUDIO_FILES
+    assert sorted(item.id for item in audio_files) == sorted(path.stem for path in (folder / "audios").iterdir())
+    assert set(events) == {*listed, *(item.id for item in audio_files)}
     assert {events[item_id].kind for item_id in listed} == {"ball", "lamp", "pendulum", "hammer"}
 
 
 def test_same_seed_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(example, "SMALL_SPLITS", {"train": 2, "val": 0, "test": 0})
-    monkeypatch.setattr(example, "SMALL_RECORDINGS", 1)
+    monkeypatch.setattr(example, "SMALL_AUDIO_FILES", 1)
     first, again = digests(folder), digests(write_example_media(tmp_path / "again", seed=3, small=True))
     media = [name for name in again if name.endswith((".mp4", ".flac"))]
     assert len(media) == 3 and all(again[name] == first[name] for name in media)
@@ -74,7 +75,7 @@ def test_same_seed_same_bytes(folder, tmp_path, monkeypatch):
     assert not {other[name] for name in media} & set(first.values())
 
 
-def test_times_are_irregular_and_on_pictures(events):
+def test_times_are_irregular_and_on_frames(events):
     gaps = np.concatenate([np.diff(e.times) for e in events.values()])
     assert gaps.min() >= 0.5 and gaps.max() <= 1.5 and gaps.std() > 0.2
     assert all(abs(time * 25 - round(time * 25)) < 1e-9 for e in events.values() for time in e.times)
@@ -82,9 +83,9 @@ def test_times_are_irregular_and_on_pictures(events):
 
 def test_videos_serve_both_modes(folder):
     for path in (folder / "videos").iterdir():
-        facts = probe(path)
-        assert facts["video"]["frame_rate"] == "25" and 8.05 < facts["video"]["duration"] < 10
-        assert facts["audio"]["duration"] > 353_280 / 44_100
+        stated = probe(path)
+        assert stated["video"]["frame_rate"] == "25" and 8.05 < stated["video"]["duration"] < 10
+        assert stated["audio"]["duration"] > 353_280 / 44_100
 
 
 def onset(waveform, rate, time):
@@ -94,7 +95,7 @@ def onset(waveform, rate, time):
     return (int((near > near.max() / 4).nonzero()[0]) + begin) / rate - time
 
 
-def test_sound_starts_at_the_event(folder, videos, events):
+def test_audio_starts_at_the_event(folder, videos, events):
     for item_id, clip in videos.items():
         for time in events[item_id].times:
             if time < 7.9:
@@ -106,7 +107,7 @@ def test_sound_starts_at_the_event(folder, videos, events):
             assert abs(onset(waveform, rate, time)) < 0.002, (path.stem, time)
 
 
-def test_sound_dies_away_before_the_next_event(videos, events):
+def test_audio_dies_away_before_the_next_event(videos, events):
     for item_id, clip in videos.items():
         for time in events[item_id].times:
             if time < 7.4:
@@ -116,17 +117,17 @@ def test_sound_dies_away_before_the_next_event(videos, events):
                 assert rest < 0.02 * loud, (item_id, time)
 
 
-def test_event_is_seen_in_its_own_picture(videos, events):
-    """The picture of an event differs most from the one before, among those 0.2 s around, and it is bright."""
+def test_event_is_seen_in_its_own_frame(videos, events):
+    """The frame of an event differs most from the one before, among those 0.2 s around, and it is bright."""
     for item_id, clip in videos.items():
         for time in events[item_id].times:
-            picture = round(time * 25)
-            if 6 <= picture <= 193:
-                assert int(clip.change[picture - 5 : picture + 6].argmax()) == 5, (item_id, time)
-                assert clip.brightest[picture] > 190, (item_id, time)
+            frame = round(time * 25)
+            if 6 <= frame <= 193:
+                assert int(clip.change[frame - 5 : frame + 6].argmax()) == 5, (item_id, time)
+                assert clip.brightest[frame] > 190, (item_id, time)
 
 
-def test_kinds_sound_different(videos, events):
+def test_kinds_differ_in_their_spectrum(videos, events):
     """The mean spectrum after an onset tells the kind: nearest neighbour among the other videos."""
     spectra = {}
     for item_id, clip in videos.items():

@@ -1,4 +1,4 @@
-"""New sound under a video: what is copied, what is encoded, how long the result is."""
+"""New audio for a video: what is copied, what is encoded, how long the result is."""
 
 import errno
 import math
@@ -13,8 +13,9 @@ import pytest
 import torch
 from odd_media import Odd, cut_without_encoding, read_codes, steady, write_odd
 
+from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.mux import write_video_with_audio
-from mmaudio_hf.media.video import MediaError, probe, read_video
+from mmaudio_hf.media.video import read_video
 
 LATE = Fraction(3, 10)
 
@@ -28,12 +29,12 @@ SOUND = torch.from_numpy(odd_media.burst_track(5.0, 16_000)[0])
 
 
 @pytest.mark.parametrize("case", ["plain", "late", "cut", "mkv", "rotated", "silent"])
-def test_new_sound_under_copied_pictures(case, tmp_path):
-    long = {"options": (("g", "100"),), "sound_seconds": 5}
+def test_new_audio_with_copied_frames(case, tmp_path):
+    long = {"options": (("g", "100"),), "audio_seconds": 5}
     odd = {
         "late": Odd(steady(4, start=LATE)),
         "rotated": Odd(steady(4), rotation=90),
-        "silent": Odd(steady(4), sound_seconds=None),
+        "silent": Odd(steady(4), audio_seconds=None),
     }.get(case, Odd(steady(4), **long))
     source = write_odd(tmp_path / ("a.mkv" if case == "mkv" else "a.mp4"), odd)
     if case == "cut":
@@ -45,23 +46,23 @@ def test_new_sound_under_copied_pictures(case, tmp_path):
     assert torch.equal(after.sync_frames[2:-2], before.sync_frames[2:-2]) or case == "late"
     assert after.sync_frames.shape == before.sync_frames.shape
     assert np.abs(np.array(odd_media.burst_times(after.audio, 16_000)) - [0, 0.5, 1, 1.5, 2]).max() < 0.002
-    facts = probe(tmp_path / "out.mp4")
+    stated = probe(tmp_path / "out.mp4")
     expected = 4 - (1.32 if case == "cut" else 0)
-    assert facts["video"]["duration"] == pytest.approx(expected, abs=0.05)
-    assert facts["audio"]["duration"] == pytest.approx(facts["video"]["duration"], abs=0.03)
+    assert stated["video"]["duration"] == pytest.approx(expected, abs=0.05)
+    assert stated["audio"]["duration"] == pytest.approx(stated["video"]["duration"], abs=0.03)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
-def test_short_sound_cuts_the_pictures(tmp_path):
+def test_short_audio_cuts_the_frames(tmp_path):
     source = write_odd(tmp_path / "a.mp4", Odd(steady(4)))
     write_video_with_audio(source, torch.stack([SOUND, SOUND])[:, :32_000], 16_000, tmp_path / "out.mp4")
-    facts = probe(tmp_path / "out.mp4")
-    assert facts["audio"]["channels"] == 2 and facts["audio"]["duration"] == pytest.approx(2.0, abs=0.001)
-    assert 2.0 <= facts["video"]["duration"] <= 2.2
+    stated = probe(tmp_path / "out.mp4")
+    assert stated["audio"]["channels"] == 2 and stated["audio"]["duration"] == pytest.approx(2.0, abs=0.001)
+    assert 2.0 <= stated["video"]["duration"] <= 2.2
 
 
 @pytest.mark.parametrize("ending", ["mkv", "mov"])
-def test_turned_pictures_are_copied_into_mkv_too(ending, tmp_path):
+def test_rotated_frames_are_copied_into_mkv_too(ending, tmp_path):
     source = write_odd(tmp_path / f"a.{ending}", Odd(steady(2), rotation=90))
     before = read_video(source, duration=1.5, video_only=True)
     for out in ("out.mkv", "out.mp4"):
@@ -71,16 +72,16 @@ def test_turned_pictures_are_copied_into_mkv_too(ending, tmp_path):
         assert torch.equal(after.sync_frames[2:-2], before.sync_frames[2:-2])
 
 
-def test_pictures_that_mp4_cannot_hold_are_encoded(tmp_path):
-    odd = Odd(steady(4), codec="libvpx", size=(97, 97), sound_seconds=None)
+def test_frames_that_mp4_cannot_hold_are_encoded(tmp_path):
+    odd = Odd(steady(4), codec="libvpx", size=(97, 97), audio_seconds=None)
     source = write_odd(tmp_path / "a.webm", odd)
     assert write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mkv")
     assert packets_of(tmp_path / "out.mkv") == packets_of(source)
     with pytest.raises(ValueError, match=r"written as \.mp4 or \.mkv"):
         write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.avi")
     assert not write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4")
-    facts = probe(tmp_path / "out.mp4")
-    assert facts["video"]["codec"] == "h264" and facts["video"]["width"] == facts["video"]["height"] == 96
+    stated = probe(tmp_path / "out.mp4")
+    assert stated["video"]["codec"] == "h264" and stated["video"]["width"] == stated["video"]["height"] == 96
     assert read_codes((read_video(tmp_path / "out.mp4", duration=2.0).sync_frames + 1) / 2) == list(range(50))
 
 
@@ -98,7 +99,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_is_no_fault_of_the_video(tmp_path):
-    """A limit on the size of files stands for the disk; so does a folder that is not there."""
+    """A limit on the size of files acts as the disk; then a folder that is not there."""
     source, out = write_odd(tmp_path / "a.mp4", Odd(steady(2))), tmp_path / "out"
     out.mkdir()
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

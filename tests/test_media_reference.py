@@ -17,8 +17,9 @@ from golden_data import GOLDEN, golden
 from odd_media import read_codes
 
 from mmaudio_hf.media.audio import mono_samples, read_audio_clip
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import read_clips, write_clips
-from mmaudio_hf.media.video import MediaError, _RgbConverter, read_video
+from mmaudio_hf.media.video import RgbConverter, read_video
 
 EXAMPLES = Path(os.environ.get("MMAUDIO_HF_EXAMPLES", ""))
 pytestmark = pytest.mark.skipif(
@@ -50,12 +51,12 @@ def arrays():
 
 
 def check_audio(audio, arrays, key):
-    for name, part in (("head", audio[:256]), ("strided", audio[::101]), ("tail", audio[-256:])):
-        assert np.abs(part.numpy() - arrays[f"{key}/{name}"]).max() < 2e-6, (key, name)
+    for name, values in (("head", audio[:256]), ("strided", audio[::101]), ("tail", audio[-256:])):
+        assert np.abs(values.numpy() - arrays[f"{key}/{name}"]).max() < 2e-6, (key, name)
     assert len(audio) == arrays[f"{key}/n"]
 
 
-def check_pictures(clip, arrays, key):
+def check_frames(clip, arrays, key):
     for name, frames, step in (("clip", clip.clip_frames, 16), ("sync", clip.sync_frames, 40)):
         mean = frames.double().mean((2, 3)).numpy()
         assert np.abs(mean - arrays[f"{key}/{name}/mean"]).max() < 1e-6, (key, name)
@@ -74,10 +75,10 @@ def test_awkward_files(case, mode, arrays):
         return
     clip = read_video(path, mode=mode, alignment="reference")
     check_audio(clip.audio, theirs, f"{case}/{mode}")
-    if case == "long":  # the published reader loses the first 8 s of pictures; ours are the first 8 s
+    if case == "long":  # the published reader loses the first 8 s of frames; ours are the first 8 s
         assert read_codes(clip.clip_frames)[:2] == [0, 2]
         return
-    check_pictures(clip, theirs, case)
+    check_frames(clip, theirs, case)
     if f"{case}/clip/source_frame" in theirs:
         assert read_codes(clip.clip_frames) == theirs[f"{case}/clip/source_frame"].tolist()
 
@@ -120,31 +121,31 @@ def test_real_videos(video_id, arrays):
 
 @pytest.mark.parametrize("video_id", VIDEOS)
 def test_conversion_to_rgb(video_id, arrays):
-    """Every shown picture, byte for byte."""
+    """Every shown frame, byte for byte."""
     stored = [arrays["media_video"][f"{video_id}/{name}/raw_sha256"].tolist() for name in ("clip", "sync")]
-    wanted = {*stored[0], *stored[1]}
-    to_rgb, ours = _RgbConverter(), set()
+    shown = {*stored[0], *stored[1]}
+    to_rgb, ours = RgbConverter(rotate=False), set()
     with av.open(str(EXAMPLES / "training" / "example_videos" / f"{video_id}.mp4")) as container:
         for frame in container.decode(video=0):
-            ours.add(hashlib.sha256(to_rgb(frame, False).tobytes()).hexdigest())
-    assert wanted <= ours
+            ours.add(hashlib.sha256(to_rgb(frame).tobytes()).hexdigest())
+    assert shown <= ours
 
 
 @pytest.mark.parametrize("video_id", VIDEOS)
-def test_decoded_sound(video_id, arrays):
+def test_decoded_audio(video_id, arrays):
     """Before channels are mixed; AAC decoders differ in the last bits."""
     theirs, chunks = {name: arrays["media_audio"][f"{video_id}/raw/{name}"] for name in RAW}, []
     with av.open(str(EXAMPLES / "training" / "example_videos" / f"{video_id}.mp4")) as container:
         for frame in container.decode(audio=0):
             chunks.append(frame.to_ndarray())
             np.testing.assert_allclose(mono_samples(frame), chunks[-1].mean(0), atol=1e-7)
-    sound = np.concatenate(chunks, axis=1).T
-    assert sound.shape == (theirs["n"], theirs["ch"])
-    assert np.abs(sound[:512] - theirs["head"]).max() < 2e-6
-    assert np.abs(sound[::997] - theirs["strided"]).max() < 2e-6
+    audio = np.concatenate(chunks, axis=1).T
+    assert audio.shape == (theirs["n"], theirs["ch"])
+    assert np.abs(audio[:512] - theirs["head"]).max() < 2e-6
+    assert np.abs(audio[::997] - theirs["strided"]).max() < 2e-6
 
 
-def test_recordings(tmp_path, arrays):
+def test_audio_files(tmp_path, arrays):
     folder = EXAMPLES / "training" / "example_audios"
     report = write_clips(folder, tmp_path / "clips.tsv")
     assert (tmp_path / "clips.tsv").read_bytes() == (GOLDEN / "media_clips.tsv").read_bytes()

@@ -1,4 +1,4 @@
-"""Reading videos: which source picture and which moment of sound arrives where, in both alignments.
+"""Reading videos: which source frame and which moment of audio arrives where, in both alignments.
 
 The expectations come from `shown`, the frame-rate rule written down once more in rational arithmetic, and from the
 times at which the test files were written.
@@ -16,17 +16,18 @@ import torch
 from odd_media import Odd, burst_times, cut_without_encoding, overwrite_packet, read_codes, steady, truncate, write_odd
 
 from mmaudio_hf.media import video
-from mmaudio_hf.media.video import MediaError, _RgbConverter, _turned, normalize_frames, probe, read_video
+from mmaudio_hf.media.container import MediaError, probe
+from mmaudio_hf.media.video import RgbConverter, apply_display_matrix, normalize_frames, read_video
 
 SECONDS = 1.024  # of most clips here; the rules do not depend on it
-CLIP, SYNC = 8, 25  # pictures of such a clip
+CLIP, SYNC = 8, 25  # frames of such a clip
 LATE = Fraction(3, 10)
 
 
 def shown(times, fps, count, *, origin=None, start=0):
-    """Source picture at each of `count` positions: the last one whose rounded tick is not later.
+    """Source frame at each of `count` positions: the last one whose rounded tick is not later.
 
-    origin None: position 0 is the tick of the first picture; else it is the moment `origin`.
+    origin None: position 0 is the tick of the first frame; else it is the moment `origin`.
     """
 
     def nearest(time):
@@ -38,7 +39,7 @@ def shown(times, fps, count, *, origin=None, start=0):
 
 
 def numbers(clip):
-    """Source picture numbers at 8 and at 25 fps; only for square sources."""
+    """Source frame numbers at 8 and at 25 fps; only for square sources."""
     return read_codes(clip.clip_frames), read_codes((clip.sync_frames + 1) / 2)
 
 
@@ -46,7 +47,7 @@ def read(path, **options):
     return read_video(path, **{"duration": SECONDS, **options})
 
 
-def refusal(path, **options):
+def reason_of(path, **options):
     with pytest.raises(MediaError) as caught:
         read(path, **options)
     assert str(path) in str(caught.value), "the message names the file"
@@ -54,10 +55,10 @@ def refusal(path, **options):
 
 
 def check_bursts(audio, first, rate=16_000):
-    """Bursts every 0.5 s from `first` on, as long as the sound lasts, within 2 ms (AAC smears an onset)."""
+    """Bursts every 0.5 s from `first` on, as long as the audio lasts, within 2 ms (AAC smears an onset)."""
     expected = np.arange(first, len(audio) / rate - 0.01, 0.5)
-    found = burst_times(audio, rate)
-    assert len(found) == len(expected) and np.abs(np.array(found) - expected).max() < 0.002, (found, expected)
+    times = burst_times(audio, rate)
+    assert len(times) == len(expected) and np.abs(np.array(times) - expected).max() < 0.002, (times, expected)
 
 
 TOGETHER = {
@@ -83,8 +84,8 @@ def test_tracks_that_start_together_are_the_same_in_both_alignments(name, tmp_pa
     ours, reference = read(path), read(path, alignment="reference")
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
     clip, sync = numbers(ours)
-    assert clip == shown(odd.picture_times, 8, CLIP)
-    assert sync == shown(odd.picture_times, 25, SYNC)
+    assert clip == shown(odd.frame_times, 8, CLIP)
+    assert sync == shown(odd.frame_times, 25, SYNC)
     assert ours.audio.shape == (16_384,)
     check_bursts(ours.audio, 0.0)
 
@@ -94,27 +95,27 @@ def test_other_containers(container, tmp_path):
     odd = Odd(steady(1.5))
     ours = read(write_odd(tmp_path / f"a.{container}", odd))
     start = Fraction(7200, 90_000) if container == "ts" else 0  # mpeg-ts leaves room for decoding times
-    assert numbers(ours)[1] == shown([start + t for t in odd.picture_times], 25, SYNC)
+    assert numbers(ours)[1] == shown([start + t for t in odd.frame_times], 25, SYNC)
     check_bursts(ours.audio, 0.0)
 
 
-def test_late_sound(tmp_path):
-    """mp4 gives the 1024 priming samples of late AAC as sound, so the track begins 1024 samples early."""
-    path = write_odd(tmp_path / "a.mp4", Odd(steady(2), sound_start=float(LATE), sound_seconds=1.7))
+def test_late_audio(tmp_path):
+    """mp4 gives the 1024 priming samples of late AAC as audio, so the track begins 1024 samples early."""
+    path = write_odd(tmp_path / "a.mp4", Odd(steady(2), audio_start=float(LATE), audio_seconds=1.7))
     origin = LATE - Fraction(1024, 44_100)
     ours = read(path)
     clip, sync = numbers(ours)
     assert clip == shown(steady(2), 8, CLIP, origin=origin)
     assert sync == shown(steady(2), 25, SYNC, origin=origin)
     check_bursts(ours.audio, 0.5 - float(origin))
-    reference = read(path, alignment="reference")  # each track from its own start: the pictures are too early
+    reference = read(path, alignment="reference")  # each track from its own start: the frames are too early
     assert numbers(reference) == (shown(steady(2), 8, CLIP), shown(steady(2), 25, SYNC))
     assert torch.equal(reference.audio, ours.audio)
 
 
-def test_late_pictures(tmp_path):
+def test_late_frames(tmp_path):
     times = steady(1.5, start=LATE)
-    path = write_odd(tmp_path / "a.mp4", Odd(times, sound_seconds=1.8))
+    path = write_odd(tmp_path / "a.mp4", Odd(times, audio_seconds=1.8))
     ours, reference = read(path), read(path, alignment="reference")
     assert numbers(ours) == (shown(times, 8, CLIP, origin=LATE), shown(times, 25, SYNC, origin=LATE))
     check_bursts(ours.audio, 0.2)  # the burst at 0.5 s, the clip begins at 0.3 s
@@ -122,29 +123,29 @@ def test_late_pictures(tmp_path):
     check_bursts(reference.audio, 0.0)
 
 
-def test_pictures_and_sound_agree_wherever_a_file_was_cut(tmp_path):
-    source = write_odd(tmp_path / "a.mp4", Odd(steady(5), sound_seconds=5, options=(("g", "100"),)))
+def test_frames_and_audio_agree_wherever_a_file_was_cut(tmp_path):
+    source = write_odd(tmp_path / "a.mp4", Odd(steady(5), audio_seconds=5, options=(("g", "100"),)))
     path = cut_without_encoding(source, tmp_path / "cut.mp4", 1.3)
     ours = read(path)
-    assert numbers(ours)[1][0] == 33  # 1.32 s: the pictures between the key picture and the cut are not shown
+    assert numbers(ours)[1][0] == 33  # 1.32 s: the frames between the keyframe and the cut are not shown
     check_bursts(ours.audio, 0.2)
 
 
-def test_exactly_as_long_as_asked(tmp_path):
-    """The last picture counts for its duration; the published rule lets it only mark the end."""
-    path = write_odd(tmp_path / "a.mp4", Odd(steady(8), sound_seconds=8, rate=48_000))
+def test_exactly_as_long_as_needed(tmp_path):
+    """The last frame counts for its duration; the published rule lets it only mark the end."""
+    path = write_odd(tmp_path / "a.mp4", Odd(steady(8), audio_seconds=8, rate=48_000))
     for mode, samples in (("16k", 128_000), ("44k", 353_280)):
         ours = read(path, mode=mode, duration=8.0)
         assert ours.sync_frames.shape == (200, 3, 224, 224) and ours.clip_frames.shape == (64, 3, 384, 384)
         assert numbers(ours)[1] == list(range(200))
         assert ours.audio.shape == (samples,)
     assert not ours.audio[-480:].any(), "8.000 s is 10.9 ms short of the 44.1 kHz clip: filled with zeros"
-    with pytest.raises(MediaError, match=r"7\.96 s of pictures"):
+    with pytest.raises(MediaError, match=r"7\.96 s of frames"):
         read(path, duration=8.0, alignment="reference")
 
 
 def test_longer_than_24_seconds_gives_the_first_seconds(tmp_path):
-    path = write_odd(tmp_path / "a.mp4", Odd(steady(26, 5), sound_seconds=26, frame_rate=Fraction(5), rate=16_000))
+    path = write_odd(tmp_path / "a.mp4", Odd(steady(26, 5), audio_seconds=26, frame_rate=Fraction(5), rate=16_000))
     for alignment in ("timestamps", "reference"):
         assert numbers(read(path, alignment=alignment)) == (
             shown(steady(26, 5), 8, CLIP),
@@ -156,26 +157,24 @@ def test_start_of_a_window(tmp_path, monkeypatch):
     passes = []
     fill = video._fill
     monkeypatch.setattr(video, "_fill", lambda *args, **options: passes.append(options) or fill(*args, **options))
-    odd = Odd(steady(9), sound_seconds=9, options=(("g", "30"),))
+    odd = Odd(steady(9), audio_seconds=9, options=(("g", "30"),))
     path = write_odd(tmp_path / "a.mp4", odd)
     for start in (0.04, 1.0, 5.3, 7.9):
         ours = read(path, start=start)
         when = Fraction(start).limit_denominator(100)
-        assert numbers(ours) == tuple(
-            shown(odd.picture_times, fps, n, start=when) for fps, n in ((8, CLIP), (25, SYNC))
-        )
+        assert numbers(ours) == tuple(shown(odd.frame_times, fps, n, start=when) for fps, n in ((8, CLIP), (25, SYNC)))
         check_bursts(ours.audio, -start % 0.5)
         sought = read(path, start=start, video_only=True)
         assert torch.equal(sought.sync_frames, ours.sync_frames) and torch.equal(sought.clip_frames, ours.clip_frames)
         assert sought.audio is None
     sought = sum("latest" in options for options in passes)
     assert sought == 2 and len(passes) == 8, "a late start is sought, and found at once"
-    assert refusal(path, start=8.2) == "video_too_short"
-    assert refusal(path, start=100.0, video_only=True) == "video_too_short"
+    assert reason_of(path, start=8.2) == "video_too_short"
+    assert reason_of(path, start=100.0, video_only=True) == "video_too_short"
 
 
-def test_seeking_in_a_file_with_one_key_picture(tmp_path):
-    path = write_odd(tmp_path / "a.mp4", Odd(steady(6), sound_seconds=None, options=(("g", "1000"),)))
+def test_seeking_in_a_file_with_one_keyframe(tmp_path):
+    path = write_odd(tmp_path / "a.mp4", Odd(steady(6), audio_seconds=None, options=(("g", "1000"),)))
     assert numbers(read(path, start=3.0, video_only=True)) == tuple(
         shown(steady(6), fps, n, start=3) for fps, n in ((8, CLIP), (25, SYNC))
     )
@@ -183,7 +182,7 @@ def test_seeking_in_a_file_with_one_key_picture(tmp_path):
 
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 def test_rotation(degrees, tmp_path):
-    plain, turned = Odd(steady(1.5), sound_seconds=None), Odd(steady(1.5), sound_seconds=None, rotation=degrees)
+    plain, turned = Odd(steady(1.5), audio_seconds=None), Odd(steady(1.5), audio_seconds=None, rotation=degrees)
     upright = read(write_odd(tmp_path / "a.mp4", plain), video_only=True)
     path = write_odd(tmp_path / "b.mp4", turned)
     ours = read(path, video_only=True)
@@ -193,19 +192,20 @@ def test_rotation(degrees, tmp_path):
 
 
 def test_mirrored_display_matrix():
-    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     one = 1 << 16
-    flips = {(-one, 0, one): picture[:, ::-1], (one, 0, -one): picture[::-1], (one, 0, one): picture}
+    flips = {(-one, 0, one): image[:, ::-1], (one, 0, -one): image[::-1], (one, 0, one): image}
     for (a, b, d), expected in flips.items():
-        assert np.array_equal(_turned(picture, np.array([a, b, 0, 0, d, 0, 0, 0, 1 << 30], np.int32)), expected)
-    transposed = _turned(picture, np.array([0, one, 0, one, 0, 0, 0, 0, 1 << 30], np.int32))
-    assert np.array_equal(transposed, picture.transpose(1, 0, 2))
+        matrix = np.array([a, b, 0, 0, d, 0, 0, 0, 1 << 30], np.int32)
+        assert np.array_equal(apply_display_matrix(image, matrix), expected)
+    transposed = apply_display_matrix(image, np.array([0, one, 0, one, 0, 0, 0, 0, 1 << 30], np.int32))
+    assert np.array_equal(transposed, image.transpose(1, 0, 2))
 
 
 @pytest.mark.parametrize(("width", "height"), [(192, 144), (144, 192), (161, 121), (64, 48)])
 def test_resizing(width, height, tmp_path):
     """Against resampling in float with the rounding done once at the end: at most two levels apart."""
-    odd = Odd(steady(1.2), sound_seconds=None, size=(width, height), codec="mpeg4", options=(("q:v", "2"),))
+    odd = Odd(steady(1.2), audio_seconds=None, size=(width, height), codec="mpeg4", options=(("q:v", "2"),))
     path = write_odd(tmp_path / "a.mp4", odd)
     ours = read_video(path, duration=1.0, video_only=True, as_uint8=True)
     with av.open(str(path)) as container:
@@ -226,12 +226,12 @@ def test_resizing(width, height, tmp_path):
     assert ours.clip_frames.shape == (8, 3, 384, 384) and ours.clip_frames.dtype == torch.uint8
     clip = resized(384, 384)
     again = read_video(path, duration=1.0, video_only=True, as_uint8=True).clip_frames
-    position = shown(steady(1.2), 8, 8).index(7)  # 8 fps shows source picture 7 as well
+    position = shown(steady(1.2), 8, 8).index(7)  # 8 fps shows source frame 7 as well
     difference = (again[position].float() - clip).abs()
     assert (difference.mean() < 1) if width % 2 else (difference.max() <= 2)
 
 
-def test_uint8_pictures_finish_to_the_same_floats(tmp_path):
+def test_uint8_frames_finish_to_the_same_floats(tmp_path):
     path = write_odd(tmp_path / "a.mp4", Odd(steady(1.5)))
     ours, raw = read(path), read(path, as_uint8=True)
     assert raw.clip_frames.dtype == raw.sync_frames.dtype == torch.uint8
@@ -248,7 +248,7 @@ def test_normalisation_uses_the_peak_of_the_whole_track(tmp_path):
     with av.open(str(path)) as container:
         peak = max(np.abs(frame.to_ndarray().mean(axis=0)).max() for frame in container.decode(audio=0))
     assert torch.allclose(loud, plain / float(peak) * 0.95, atol=1e-6)
-    late = write_odd(tmp_path / "b.mp4", Odd(steady(6), sound_seconds=6))
+    late = write_odd(tmp_path / "b.mp4", Odd(steady(6), audio_seconds=6))
     with av.open(str(late)) as container:
         peak = max(np.abs(frame.to_ndarray().mean(axis=0)).max() for frame in container.decode(audio=0))
     for alignment in ("timestamps", "reference"):
@@ -266,42 +266,42 @@ def test_mean_of_six_channels(tmp_path):
 
 def test_refusals(tmp_path):
     plain = write_odd(tmp_path / "plain.mp4", Odd(steady(1.5)))
-    assert refusal(tmp_path / "nothing.mp4") == "not_found"
+    assert reason_of(tmp_path / "nothing.mp4") == "not_found"
     (tmp_path / "text.mp4").write_text("not a video")
-    assert refusal(tmp_path / "text.mp4") == "unreadable"
-    assert refusal(truncate(plain, tmp_path / "no_index.mp4", 0.9)) == "unreadable"
+    assert reason_of(tmp_path / "text.mp4") == "unreadable"
+    assert reason_of(truncate(plain, tmp_path / "no_index.mp4", 0.9)) == "unreadable"
     silent = write_odd(tmp_path / "silent.mp4", Odd(steady(1.5), silent=True))
-    mute = write_odd(tmp_path / "mute.mp4", Odd(steady(1.5), sound_seconds=None))
+    mute = write_odd(tmp_path / "mute.mp4", Odd(steady(1.5), audio_seconds=None))
     for alignment in ("timestamps", "reference"):
-        assert refusal(mute, alignment=alignment) == "no_audio"
-        assert refusal(silent, alignment=alignment) == "silent"
+        assert reason_of(mute, alignment=alignment) == "no_audio"
+        assert reason_of(silent, alignment=alignment) == "silent"
         assert not read(silent, alignment=alignment, normalize_audio=False).audio.any()
         short = write_odd(tmp_path / "short.mp4", Odd(steady(0.96)))
-        assert refusal(short, alignment=alignment) == "video_too_short"
-        brief = write_odd(tmp_path / "brief.mp4", Odd(steady(1.5), sound_seconds=0.95))
-        assert refusal(brief, alignment=alignment) == "audio_too_short"
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        assert reason_of(short, alignment=alignment) == "video_too_short"
+        brief = write_odd(tmp_path / "brief.mp4", Odd(steady(1.5), audio_seconds=0.95))
+        assert reason_of(brief, alignment=alignment) == "audio_too_short"
+    with av.open(str(tmp_path / "audio.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16_000, layout="mono")
-        for packet in odd_media._sound_packets(stream, Odd((), rate=16_000, layout="mono")):
+        for packet in odd_media.audio_packets(stream, Odd((), rate=16_000, layout="mono")):
             container.mux(packet)
-    assert refusal(tmp_path / "sound.mp4") == "no_video"
+    assert reason_of(tmp_path / "audio.mp4") == "no_video"
 
 
-def test_refusals_carry_facts_and_cross_processes(tmp_path):
+def test_errors_carry_the_probe_and_cross_processes(tmp_path):
     path = write_odd(tmp_path / "short.mp4", Odd(steady(0.8), size=(64, 48)))
     with pytest.raises(MediaError) as caught:
         read(path)
     error = pickle.loads(pickle.dumps(caught.value))
     assert (error.reason, str(error)) == ("video_too_short", str(caught.value))
-    assert error.facts == probe(path)
-    assert error.facts["video"]["width"] == 64 and error.facts["audio"]["sample_rate"] == 44_100
+    assert error.probe == probe(path)
+    assert error.probe["video"]["width"] == 64 and error.probe["audio"]["sample_rate"] == 44_100
 
 
-def test_missing_sound_is_no_error_when_it_is_not_needed(tmp_path):
+def test_missing_audio_is_no_error_when_it_is_not_needed(tmp_path):
     for odd in (
-        Odd(steady(1.5), sound_seconds=None),
+        Odd(steady(1.5), audio_seconds=None),
         Odd(steady(1.5), silent=True),
-        Odd(steady(1.5), sound_seconds=0.5),
+        Odd(steady(1.5), audio_seconds=0.5),
     ):
         path = write_odd(tmp_path / "a.mp4", odd)
         clip = read(path, need_audio=False)
@@ -310,31 +310,31 @@ def test_missing_sound_is_no_error_when_it_is_not_needed(tmp_path):
 
 
 def test_damage_counts_only_inside_the_clip(tmp_path):
-    odd = Odd(steady(5), sound_seconds=5, options=(("g", "10"),))
+    odd = Odd(steady(5), audio_seconds=5, options=(("g", "10"),))
     source = write_odd(tmp_path / "a.mp4", odd, {"movflags": "faststart"})
     whole = read(source, normalize_audio=False)
     for kind in ("video", "audio"):
         inside = overwrite_packet(source, tmp_path / "inside.mp4", kind, 1.0)
         behind = overwrite_packet(source, tmp_path / "behind.mp4", kind, 4.5)
-        assert refusal(inside) == refusal(inside, alignment="reference") == "decode_error"
-        assert refusal(behind, alignment="reference") == "decode_error"
+        assert reason_of(inside) == reason_of(inside, alignment="reference") == "decode_error"
+        assert reason_of(behind, alignment="reference") == "decode_error"
         ours = read(behind, normalize_audio=False)
         assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
         assert read(behind).audio is not None  # the peak is that of what can be decoded
     tail, middle = (truncate(source, tmp_path / f"{share}.mp4", share) for share in (0.9, 0.3))
     assert torch.equal(read(tail).sync_frames, whole.sync_frames)
-    assert refusal(tail, alignment="reference") == refusal(middle, alignment="reference") == "decode_error"
-    assert refusal(middle) in ("decode_error", "video_too_short")
+    assert reason_of(tail, alignment="reference") == reason_of(middle, alignment="reference") == "decode_error"
+    assert reason_of(middle) in ("decode_error", "video_too_short")
 
 
-def test_hole_in_the_sound_keeps_the_rest_in_time(tmp_path):
+def test_hole_in_the_audio_keeps_the_rest_in_time(tmp_path):
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4", rate=25, width=96, height=96, pix_fmt="yuv420p")
         audio = container.add_stream("pcm_s16le", rate=16_000, layout="mono")
         packets = []
         for number in range(50):
-            frame = av.VideoFrame.from_ndarray(odd_media.code_picture(number, 96, 96), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(odd_media.code_image(number, 96, 96), format="rgb24")
             packets += video.encode(frame)
         track = odd_media.burst_track(2, 16_000)
         for begin, end in ((0.0, 0.7), (0.9, 2.0)):
@@ -345,17 +345,17 @@ def test_hole_in_the_sound_keeps_the_rest_in_time(tmp_path):
         for packet in sorted([*packets, *video.encode(None)], key=lambda p: p.dts * p.time_base):
             container.mux(packet)
     for alignment, expected in (("timestamps", [0, 0.5, 1.0]), ("reference", [0, 0.5, 0.8])):
-        found = burst_times(read(path, alignment=alignment).audio, 16_000)
-        assert np.abs(np.array(found) - expected).max() < 0.002
+        times = burst_times(read(path, alignment=alignment).audio, 16_000)
+        assert np.abs(np.array(times) - expected).max() < 0.002
 
 
 def test_size_that_changes_within_a_file():
-    to_rgb = _RgbConverter()
+    to_rgb = RgbConverter(rotate=False)
     for size in (96, 144, 96):
-        picture = odd_media.code_picture(5, size, size)
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv444p")
+        image = odd_media.code_image(5, size, size)
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv444p")
         frame.pts, frame.time_base = 0, Fraction(1, 25)
-        assert np.abs(to_rgb(frame, True).astype(int) - picture).max() <= 4
+        assert np.abs(to_rgb(frame).astype(int) - image).max() <= 4
 
 
 def test_wrong_arguments(tmp_path):

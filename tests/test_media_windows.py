@@ -1,4 +1,4 @@
-"""Windows of a long video in one pass, still pictures, and how long a video is."""
+"""Windows of a long video in one pass, still images, and how long a video is."""
 
 import av
 import odd_media
@@ -7,7 +7,8 @@ import torch
 from odd_media import Odd, cut_without_encoding, overwrite_packet, read_codes, steady, write_odd
 
 from mmaudio_hf.media import video
-from mmaudio_hf.media.video import MediaError, read_image, read_video, read_windows, video_seconds
+from mmaudio_hf.media.container import MediaError
+from mmaudio_hf.media.video import read_image, read_video, read_windows, video_seconds
 
 STARTS = (0, 0.7, 1.504, 3.3)
 
@@ -29,13 +30,13 @@ def test_windows_are_what_reading_each_of_them_gives(scene, alignment):
         assert window.audio is None
 
 
-def test_a_picture_is_resized_once_and_few_windows_are_held(scene, monkeypatch):
-    resized, made = [], []
-    monkeypatch.setattr(video, "_resized", lambda rgb, fps, real=video._resized: resized.append(fps) or real(rgb, fps))
-    monkeypatch.setattr(video, "_plan", lambda *a, real=video._plan: made.append(1) or real(*a))
+def test_a_frame_is_resized_once_and_few_windows_are_held(scene, monkeypatch):
+    resized, aligned = [], []
+    monkeypatch.setattr(video, "_resize", lambda rgb, fps, real=video._resize: resized.append(fps) or real(rgb, fps))
+    monkeypatch.setattr(video, "_align", lambda *a, real=video._align: aligned.append(1) or real(*a))
     windows = read_windows(scene, [n / 2 for n in range(9)], duration=1.0)
     for number, _ in enumerate(windows, start=1):
-        assert len(made) <= number + 2
+        assert len(aligned) <= number + 2
     assert resized.count(8) <= 5 * 8 + 8 and resized.count(25) <= 5 * 25 + 25
 
 
@@ -45,9 +46,9 @@ def test_the_end_of_a_file(scene):
     assert read_codes(late.sync_frames[-5:].float() / 255) == [149] * 5
     windows = read_windows(scene, [0, 4.5], duration=1.1)
     next(windows)
-    with pytest.raises(MediaError, match="needed") as refused:
+    with pytest.raises(MediaError, match="needed") as caught:
         next(windows)
-    assert refused.value.reason == "video_too_short"
+    assert caught.value.reason == "video_too_short"
     with pytest.raises(ValueError, match="ascend"):
         read_windows(scene, [1, 0])
     cut = cut_without_encoding(scene, scene.with_name("cut.mp4"), 1.5)
@@ -62,15 +63,15 @@ def test_damage_is_met_when_its_window_is_reached(scene, tmp_path):
         list(windows)
 
 
-def test_a_still_picture(tmp_path):
+def test_a_still_image(tmp_path):
     with av.open(str(tmp_path / "a.png"), "w", format="image2") as container:
         stream = container.add_stream("png", width=200, height=100)
         stream.pix_fmt = "rgb24"
-        frame = av.VideoFrame.from_ndarray(odd_media.code_picture(321, 200, 100), format="rgb24")
+        frame = av.VideoFrame.from_ndarray(odd_media.code_image(321, 200, 100), format="rgb24")
         container.mux([*stream.encode(frame), *stream.encode(None)])
-    picture = read_image(tmp_path / "a.png")
-    assert picture.clip_frames.shape == (1, 3, 384, 384) and picture.sync_frames.shape == (0, 3, 224, 224)
-    assert read_codes(picture.clip_frames / 255) == [321]
-    (tmp_path / "text.png").write_text("not a picture")
+    image = read_image(tmp_path / "a.png")
+    assert image.clip_frames.shape == (1, 3, 384, 384) and image.sync_frames.shape == (0, 3, 224, 224)
+    assert read_codes(image.clip_frames / 255) == [321]
+    (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(MediaError, match=r"text\.png"):
         read_image(tmp_path / "text.png")

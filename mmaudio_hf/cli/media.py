@@ -12,12 +12,12 @@ from mmaudio_hf.config import AudioSource, Recipe, VideoSource, load_recipe
 
 def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    media = add("example-media", _example_media, "write the synthesised example videos, recordings and captions")
+    media = add("example-media", _example_media, "write the synthesised example videos, audio files and captions")
     media.add_argument("directory", metavar="DIR", type=Path)
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
-    add("partition", _partition, "cut the recordings of a recipe into clips (writes clips.tsv)", recipe=True)
-    for kind, function, media_of in (("video", _extract_video, "videos"), ("audio", _extract_audio, "recordings")):
+    add("partition", _partition, "cut the audio files of a recipe into clips (writes clips.tsv)", recipe=True)
+    for kind, function, media_of in (("video", _extract_video, "videos"), ("audio", _extract_audio, "audio files")):
         extract = add(f"extract-{kind}", function, f"make the feature stores of a recipe's {media_of}", recipe=True)
         extract.add_argument(
             "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
@@ -45,12 +45,12 @@ def _partition(options) -> None:
         if not report.clips:
             path.unlink()
             raise ValueError(
-                f"{source.media_dir}: no recording gives a clip, each needs 8.1 s of sound at least;"
+                f"{source.media_dir}: no audio file gives a clip, each needs 8.1 s of audio at least;"
                 f" {rejects} says what is wrong with each of {len(report.rejects)}"
             )
-        left_out = f", see {rejects}" if report.rejects else ""
+        see = f", see {rejects}" if report.rejects else ""
         print(
-            f"{path}: {len(report.clips)} clips, {len(report.rejects)} recordings rejected{left_out};"
+            f"{path}: {len(report.clips)} clips, {len(report.rejects)} audio files rejected{see};"
             f" {len(report.ignored)} other files ignored"
         )
 
@@ -76,21 +76,21 @@ def _open_writer(recipe: Recipe):
     from mmaudio_hf.data.store import FeatureStore, StoreWriter
     from mmaudio_hf.data.tools import layout_of
 
-    wanted = (recipe.extraction.layout, recipe.extraction.sync_dtype)
+    expected = (recipe.extraction.layout, recipe.extraction.sync_dtype)
     for source in (*recipe.extraction.videos, *recipe.extraction.audios):
         path = Path(recipe.extraction.output_dir) / source.name
         if not path.exists():
             continue
         with FeatureStore.open(path) as store:
-            found = layout_of(store)
-            if found[0] != wanted[0] or (store.has_video and found[1] != wanted[1]):
-                options = f"--layout {wanted[0]} --sync-dtype {wanted[1]}"
+            layout, sync_dtype = layout_of(store)
+            if layout != expected[0] or (store.has_video and sync_dtype != expected[1]):
+                options = f"--layout {expected[0]} --sync-dtype {expected[1]}"
                 raise ValueError(
-                    f"{path} has the layout {found[0]} (sync {found[1]}), the recipe asks for {wanted[0]} (sync"
-                    f" {wanted[1]}): `mmaudio-hf store convert {path} {path}_{wanted[0]} {options}` writes it anew, or"
+                    f"{path} has the layout {layout} (sync {sync_dtype}), the recipe asks for {expected[0]} (sync"
+                    f" {expected[1]}): convert it (`mmaudio-hf store convert {path} {path}_{expected[0]} {options}`) or"
                     " remove the store and run the same command: the shards are kept"
                 )
-    return partial(StoreWriter, layout=wanted[0], sync_dtype=wanted[1])
+    return partial(StoreWriter, layout=expected[0], sync_dtype=expected[1])
 
 
 def share_of_process(options):
@@ -173,7 +173,7 @@ def add_audit_commands(add) -> None:
     command.add_argument("recipe", metavar="RECIPE", nargs="?", help="audit all lists of extraction.videos and .audios")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
     command.add_argument("--videos", metavar="DIR", type=Path, help="without a recipe: folder of videos")
-    command.add_argument("--audios", metavar="DIR", type=Path, help="without a recipe: folder of recordings")
+    command.add_argument("--audios", metavar="DIR", type=Path, help="without a recipe: folder of audio files")
     command.add_argument("--list", metavar="TSV", type=Path, help="without a recipe: list of the ids in the folder")
     command.add_argument("--against", metavar="TSV", type=Path, help="list of held-out ids, for leakage")
     command.add_argument("--against-media", metavar="DIR", type=Path, help="their folder, if it is another one")
@@ -188,11 +188,11 @@ def add_audit_commands(add) -> None:
 
 # Limits of `media.audit.Limits`, which is not imported for a --help; a test holds the two together.
 _LIMITS = {
-    "max_still": "still: this share of the sampled pictures, or more, is like the one before (0.85)",
-    "max_silent": "silent: this share of the sound, or more, is below -60 dBFS (0.95)",
+    "max_still": "still: this share of the sampled frames, or more, is like the one before (0.85)",
+    "max_silent": "silent: this share of the audio, or more, is below -60 dBFS (0.95)",
     "max_clipped": "clipped: a larger share of the samples is at full scale (0.005)",
     "max_uneven": "variable_frame_rate: a larger share of the intervals is not the usual one (0.02)",
-    "max_start_gap": "start_gap: more seconds between the starts of pictures and sound (0.1)",
+    "max_start_gap": "start_gap: more seconds between the starts of frames and audio (0.1)",
     "max_duration": "too_long: a video lasts more seconds (60)",
     "max_difference": "odd_duration: lengths of tracks and container differ by more seconds (1)",
 }

@@ -286,7 +286,7 @@ def _source(options, recipe: Recipe | None, kind: str):
 
 
 def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, duration: float) -> Callable:
-    from mmaudio_hf.media.audio import MediaError
+    from mmaudio_hf.media.container import MediaError
     from mmaudio_hf.media.lists import find_video
     from mmaudio_hf.media.video import read_video
     from mmaudio_hf.schema import RunError
@@ -314,7 +314,8 @@ def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, dur
 
 def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float) -> Callable:
     from mmaudio_hf.cli.media import clips_path
-    from mmaudio_hf.media.audio import MediaError, cut_audio_clip, read_waveform
+    from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
+    from mmaudio_hf.media.container import MediaError
     from mmaudio_hf.media.lists import find_audio_file, read_clips
     from mmaudio_hf.schema import RunError
 

@@ -43,7 +43,8 @@ from mmaudio_hf.evaluation.results import (
 from mmaudio_hf.evaluation.samples import HeldOutItems, generate_items
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint, load_encoders
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
-from mmaudio_hf.media.audio import MediaError, read_waveform, write_audio
+from mmaudio_hf.media.audio import read_waveform, write_audio
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import Evaluation, RunError
 

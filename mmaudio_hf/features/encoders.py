@@ -13,7 +13,8 @@ import torch
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.media.audio import SILENCE, MediaError, peak_of, read_waveform, resample
+from mmaudio_hf.media.audio import SILENCE, peak_of, read_waveform, resample
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode, sequence_lengths
 
 PARTS = ("clip", "sync", "text", "latent", "decode")

@@ -34,7 +34,7 @@ from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_dev
 from mmaudio_hf.features.jobs import Item, Job, Share, digest_of, locked, naming, read_json, shard_keys, write_text
 from mmaudio_hf.features.shards import make_shards
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.media.audio import MediaError
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import find_audio_file, find_video, read_clips, read_media_list
 from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id

@@ -19,7 +19,8 @@ import av.error
 import torch
 
 from mmaudio_hf.features.encoders import fingerprints
-from mmaudio_hf.media.audio import MediaError, cut_audio_clip, read_waveform
+from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import VideoClip, read_video
 from mmaudio_hf.schema import SCHEMA_VERSION, column_shapes
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
 from mmaudio_hf.features.jobs import Item, Job, digest_of, locked, naming, read_ahead, sync, write_text
-from mmaudio_hf.media.audio import MediaError
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
 
 _M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
@@ -285,7 +285,7 @@ class _Batches:
         """Columns of the rows that can be used; `read` is emptied."""
         for item, media in read:
             if isinstance(media, MediaError):
-                self.rejects[item.id] = _reject(item, "read", media.reason, str(media), media.facts)
+                self.rejects[item.id] = _reject(item, "read", media.reason, str(media), media.probe)
         count, items = len(read), [item for item, media in read if not isinstance(media, MediaError)]
         inputs = self._inputs(read)
         values = self._encode(items, inputs) if items else {}

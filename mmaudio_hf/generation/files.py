@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.features.jobs import Share, hash_of, read_json, write_text
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request, save_and_tell
-from mmaudio_hf.media.audio import MediaError
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import VIDEO_ENDINGS, find_video, read_table
 from mmaudio_hf.media.mux import VIDEO_FORMATS
 from mmaudio_hf.schema import check_id

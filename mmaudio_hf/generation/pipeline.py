@@ -37,8 +37,9 @@ from mmaudio_hf.generation.windows import (
     read_ahead,
 )
 from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
-from mmaudio_hf.media.video import ALIGNMENTS, VideoClip, probe, read_image, read_windows, video_seconds
+from mmaudio_hf.media.video import ALIGNMENTS, VideoClip, read_image, read_windows, video_seconds
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained

@@ -1,4 +1,4 @@
-"""Sound from files: decoding with PyAV, resampling, clips of recordings, and writing wav or flac.
+"""Audio from files: decoding with PyAV, resampling, clips of long files, and writing wav or flac.
 
 All waveforms are mono float32 tensors `(samples,)` in [-1, 1].
 """
@@ -14,13 +14,13 @@ import av
 import numpy as np
 import scipy.signal
 import torch
-from av.container import InputContainer
 from torchaudio.transforms import Resample
 
+from mmaudio_hf.media.container import MediaError, decode_error, media_error, open_media
 from mmaudio_hf.schema import audio_mode, sequence_lengths
 
 PEAK = 0.95  # of a normalised track
-SILENCE = 1e-6  # a track whose peak is no higher than this is refused
+SILENCE = 1e-6  # a track whose peak is no higher than this is rejected
 
 # The resampling filter "kaiser best": 64 zero crossings, cut-off at 0.9476 of the lower Nyquist frequency.
 _ZEROS, _ROLLOFF, _BETA = 64, 0.9475937167399596, 14.769656459379492
@@ -29,46 +29,40 @@ _MAX_KERNEL = 20_000_000  # values; odd rate pairs such as 44099 -> 16000 would 
 _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "flt": 1.0, "dbl": 1.0}
 
 
-class MediaError(ValueError):
-    """A file that cannot be used.
+class WaveformBuffer:
+    """Mono samples `[skip, skip + keep)` of a track, and the peak of the whole of it."""
 
-    `reason` is a stable token: not_found, unreadable, no_video, no_audio, video_too_short, audio_too_short, silent,
-    decode_error, clip_out_of_range. `facts` is what is known of the file (`video.probe`), {} if it did not open.
-    """
+    def __init__(self, skip: int, needed: int, keep: int):
+        self.skip, self.needed = skip, needed
+        self.keep = keep  # what is needed and what the resampling filter reaches beyond
+        self.chunks: list[np.ndarray] = []
+        self.count = 0  # samples seen
+        self.peak = 0.0
 
-    def __init__(self, reason: str, message: str, facts: dict | None = None):
-        super().__init__(reason, message, facts or {})  # all three in args, so that it pickles between processes
+    @property
+    def complete(self) -> bool:
+        return self.count >= self.skip + self.needed
 
-    reason = property(lambda self: self.args[0])
-    facts = property(lambda self: self.args[2])
+    @property
+    def full(self) -> bool:
+        return self.count >= self.skip + self.keep
 
-    def __str__(self) -> str:
-        return self.args[1]
+    def add(self, samples: np.ndarray) -> None:
+        inside = samples[max(0, self.skip - self.count) : max(0, self.skip + self.keep - self.count)]
+        if inside.size:
+            self.chunks.append(inside)
+        if samples.size:
+            self.peak = float(np.maximum(self.peak, np.abs(samples).max()))  # keeps NaN
+        self.count += samples.size
 
+    def add_silence(self, num_samples: int) -> None:
+        """A hole of any length; no more zeros are allocated than can be kept."""
+        zeros = min(num_samples, max(0, self.skip + self.keep - self.count))
+        self.add(np.zeros(zeros, np.float32))
+        self.count += num_samples - zeros
 
-def open_media(path: str | os.PathLike) -> InputContainer:
-    """Open a local file for reading; MediaError not_found or unreadable."""
-    path = Path(path)
-    if not path.is_file():
-        raise MediaError("not_found", f"{path}: no such file; check the folder and the id in the list")
-    try:
-        # Absolute, so that no part of a name is read as a protocol; a playlist inside may not reach the network.
-        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-        message = f"{path}: cannot be opened as media ({error.strerror}); replace the file"
-        raise MediaError("unreadable", message) from error
-    for stream in container.streams.video:
-        stream.codec_context.thread_count = 1  # extraction runs one process per core
-    return container
-
-
-def _text(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def decode_error(path, error: Exception, facts: dict | None = None) -> MediaError:
-    """The MediaError for data the decoder refuses."""
-    return MediaError("decode_error", f"{path}: damaged data ({_text(error)}); replace or re-encode the file", facts)
+    def waveform(self) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *self.chunks]))
 
 
 def mono_samples(frame: av.AudioFrame) -> np.ndarray:
@@ -81,50 +75,49 @@ def channel_samples(frame: av.AudioFrame) -> np.ndarray:
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(frame.samples, frame.layout.nb_channels).T
-    kind = frame.format.name.removesuffix("p")
-    data = data.astype(np.float32) - np.float32(128 if kind == "u8" else 0)
-    return data / np.float32(_FULL_SCALE[kind])
+    dtype = frame.format.name.removesuffix("p")
+    data = data.astype(np.float32) - np.float32(128 if dtype == "u8" else 0)
+    return data / np.float32(_FULL_SCALE[dtype])
 
 
-def _decoded(path) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (mono samples, sample rate) of every frame of the best audio stream; any damage is a MediaError."""
+def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (mono samples, sample rate) of every frame of the best audio track; any damage is a MediaError."""
     with open_media(path) as container:
         stream = container.streams.best("audio")
         if stream is None:
-            raise MediaError("no_audio", f"{path}: has no sound; remove it from the list")
+            raise media_error(path, "no_audio", "has no audio track; remove it from the list")
         rate, count = None, 0
         try:
             for frame in container.decode(stream):
                 if rate not in (None, frame.sample_rate):
-                    raise MediaError("decode_error", f"{path}: the sample rate changes within the file; re-encode it")
+                    problem = "the sample rate changes within the file; re-encode it"
+                    raise media_error(path, "decode_error", problem)
                 rate, count = frame.sample_rate, count + frame.samples
                 yield mono_samples(frame), rate
         except (av.error.FFmpegError, OSError) as error:
-            message = f"{path}: damaged data ({error.strerror}); replace or re-encode the file"
-            raise MediaError("decode_error", message) from error
+            raise decode_error(path, error) from error
         if container.format.name == "flac" and stream.duration and count != stream.duration:
-            # The flac reader steps over damaged blocks without a word.
-            message = f"{path}: damaged data ({count} of {stream.duration} samples can be read); replace the file"
-            raise MediaError("decode_error", message)
+            # The flac reader steps over damaged blocks without an error.
+            raise decode_error(path, ValueError(f"{count} of {stream.duration} samples can be read"))
 
 
 def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
-    """Whole file as mono: (waveform (samples,), sample rate in Hz). Spec media, section 2.2, step 1.
+    """Whole file as mono: (waveform (samples,), sample rate in Hz).
 
     flac, wav, mp3, ogg, m4a and whatever else PyAV opens. Raises MediaError.
     """
     chunks, rate = [], 0
-    for samples, rate in _decoded(path):  # noqa: B007  (the last rate is the file's)
+    for samples, rate in _decode_mono(path):  # noqa: B007  (the last rate is the file's)
         chunks.append(samples)
     if not chunks:
-        raise MediaError("audio_too_short", f"{path}: holds no samples; remove it from the list")
+        raise MediaError("audio_too_short", f"{path}: has no samples; remove it from the list")
     return torch.from_numpy(np.concatenate(chunks)), rate
 
 
 def count_samples(path: str | os.PathLike) -> tuple[int, int]:
     """(number of samples, sample rate) by decoding the file, which also shows that it can be decoded; MediaError."""
     total, rate = 0, 0
-    for samples, rate in _decoded(path):  # noqa: B007
+    for samples, rate in _decode_mono(path):  # noqa: B007
         total += samples.size
     return total, rate
 
@@ -137,10 +130,10 @@ def read_audio_clip(
     end_sample: int | None = None,
     duration: float = 8.0,
 ) -> torch.Tensor:
-    """One clip of a recording: (samples,), exactly `sequence_lengths(mode, duration).audio_samples`.
+    """One clip of an audio file: (samples,), exactly `sequence_lengths(mode, duration).audio_samples`.
 
     `[start_sample, end_sample)` counts samples of the file. The whole file is normalised, so a quiet clip of a loud
-    file stays quiet. Spec media, section 2.2. Raises MediaError. For several clips of one file, `read_waveform` once
+    file stays quiet. Raises MediaError. For several clips of one file, `read_waveform` once
     and `cut_audio_clip` for each.
     """
     waveform, rate = read_waveform(path)
@@ -171,7 +164,7 @@ def cut_audio_clip(
     needed = sequence_lengths(mode, duration).audio_samples
     if len(clip) < needed:
         have = (end_sample - start_sample) / sample_rate
-        message = f"{source}: {have:.3f} s of sound, {needed / audio_mode(mode).sample_rate:.3f} s needed; remove it"
+        message = f"{source}: {have:.3f} s of audio, {needed / audio_mode(mode).sample_rate:.3f} s needed; remove it"
         raise MediaError("audio_too_short", message)
     return clip[:needed]
 
@@ -185,7 +178,10 @@ def peak_of(waveform: torch.Tensor, source: str) -> float:
 
 
 def resample(waveform: torch.Tensor, source_rate: int, target_rate: int) -> torch.Tensor:
-    """Resample `(..., samples)` to ceil(target/source * samples) samples; "kaiser best", spec media, section 2.1."""
+    """Resample `(..., samples)` to ceil(target/source * samples) samples by the "kaiser best" filter.
+
+    The published features were made with it: docs/media.md, "What is read".
+    """
     if source_rate == target_rate:
         return waveform
     common = math.gcd(source_rate, target_rate)
@@ -208,7 +204,7 @@ def _resampler(source_rate: int, target_rate: int) -> Resample:
 
 
 def _resample_odd(waveform: torch.Tensor, up: int, down: int) -> torch.Tensor:
-    """The same filter for rates with hardly a common divisor, one polyphase pass instead of a table of all phases."""
+    """The same filter for rates with hardly a common divisor: one polyphase pass instead of a table of all phases."""
     taps = _odd_filter(max(up, down))
     resampled = scipy.signal.resample_poly(waveform.numpy().astype(np.float64), up, down, axis=-1, window=taps)
     return torch.from_numpy(resampled.astype(np.float32))
@@ -229,7 +225,7 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
     path = Path(path)
     codecs = {".wav": "pcm_s16le", ".flac": "flac"}
     if path.suffix.lower() not in codecs:
-        raise ValueError(f"{path}: sound is written as .wav or .flac, not {path.suffix!r}")
+        raise ValueError(f"{path}: audio is written as .wav or .flac, not {path.suffix!r}")
     frame = audio_frame(waveform, sample_rate, "s16")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,11 +1,11 @@
 """What is wrong with the media of a list, known before any feature is made.
 
     OUT.parquet   one row per listed item: figures of its file, verdicts and the reason of each (`SCHEMA`)
-    OUT.html      the same as a page (`audit_page`)
-    OUT.sqlite    the figures of every file measured so far, kept under path, size and time of change
+    OUT.html      the same as a page (`pages/audit.py`)
+    OUT.sqlite    the figures of every file measured so far, by path, size and time of change
 
-Files are measured by processes and the figures kept as they come, so an audit that was killed goes on where it was, and
-ends with the same table. Memory grows with the length of the lists alone; nothing of the media is kept.
+Files are measured by processes and the figures kept as they come, so an audit that was killed is
+resumed and ends with the same table. Memory grows with the length of the lists alone; nothing of the media is kept.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from mmaudio_hf.media import measure
-from mmaudio_hf.media.audio import MediaError
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import CLIP_SECONDS, find_audio_file, find_video, read_media_list
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
-HARMLESS = ("duplicate_caption",)  # said, but the item is ok
+HARMLESS = ("duplicate_caption",)  # remarks: the item counts as ok
 
 _TEXT, _LISTED = pa.string(), pa.list_(pa.string())
 SCHEMA = pa.schema(
@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
         ("container", _TEXT),
-        ("duration", pa.float64()),  # s for which both tracks, or the recording, have something
+        ("duration", pa.float64()),  # s for which both tracks, or the audio file, have data
         ("stated_duration", pa.float64()),  # s, by the container
         ("video_codec", _TEXT),
         ("width", pa.int32()),  # as stored, before the rotation
@@ -62,11 +62,11 @@ SCHEMA = pa.schema(
         ("fps", pa.float64()),  # mean
         ("frames", pa.int64()),
         ("variable_frame_rate", pa.bool_()),
-        ("uneven_intervals", pa.float64()),  # share of the intervals between pictures that are not the usual one
+        ("uneven_intervals", pa.float64()),  # share of the intervals between frames that are not the usual one
         ("video_start", pa.float64()),
         ("video_duration", pa.float64()),
         ("sampled_pictures", pa.int32()),
-        ("still_fraction", pa.float64()),  # share of the sampled pictures that are like the one before
+        ("still_fraction", pa.float64()),  # share of the sampled frames that are like the one before
         ("largest_change", pa.float64()),  # of a cell between two of them, of 255
         ("audio_codec", _TEXT),
         ("sample_rate", pa.int32()),
@@ -85,7 +85,7 @@ SCHEMA = pa.schema(
     ]
 )
 _MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : -1])
-_TOLERANCE = 0.02  # s that may lack, as in `read_video`
+_TOLERANCE = 0.02  # s that may be missing, as in `read_video`
 _ROWS = 1024  # per write
 _COMMIT_SECONDS = 1.0
 
@@ -106,13 +106,13 @@ class AuditSource:
 class Limits:
     """Where a figure becomes a verdict; the fractions count from 0 to 1, the rest is in seconds."""
 
-    max_still: float = 0.85  # of the sampled pictures: one change of scene in a slide show is not enough
-    max_silent: float = 0.95  # of the sound below -60 dBFS: 0.4 s of 8 s may be all that is heard
+    max_still: float = 0.85  # of the sampled frames: one change of scene in a slide show is not enough
+    max_silent: float = 0.95  # of the audio below -60 dBFS: 0.4 s of 8 s may be all there is to hear
     max_clipped: float = 0.005
-    max_uneven: float = 0.02  # of the intervals between pictures
+    max_uneven: float = 0.02  # of the intervals between frames
     max_start_gap: float = 0.1
     max_duration: float = 60.0  # of a video
-    max_difference: float = 1.0  # between the tracks, or what the container states and what is there
+    max_difference: float = 1.0  # between the tracks, or the stated and the true length
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -122,19 +122,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found: listed items, those without a verdict but harmless ones, and items per verdict."""
+    """Result of an audit: listed items, those with no verdict other than remarks, and items per verdict."""
 
     table: Path
     listed: int
     ok: int
     counts: dict[str, int]
-    measured: int  # files looked at in this run
+    measured: int  # files read in this run
     seconds: float
 
 
 @dataclass(slots=True)
 class _Item:
-    """A row of a list, or all rows of one recording."""
+    """A row of a list, or all rows of one audio file."""
 
     source: AuditSource
     id: str
@@ -153,7 +153,7 @@ def audit(
     workers: int = 1,
     progress: bool = True,
 ) -> AuditReport:
-    """Measure all files of the lists, judge them and write `table`, one row per item in the order of the lists.
+    """Measure all files of the lists and write `table` with their verdicts, one row per item in the order of the lists.
 
     duration: seconds of a video that are trained on. Files measured by an earlier call with this table, killed or not,
     are not read again unless their size or time of change differs. ValueError for mistakes in lists and settings,
@@ -189,10 +189,10 @@ def known_problems(
         if row is None or (row["bytes"], row["mtime_ns"]) != (item.key or (None, None)):
             stale.append(item.path)
         else:
-            found = dict(zip(row["verdicts"], row["reasons"], strict=True))
-            verdict = next((verdict for verdict in VERDICTS if verdict in reject and verdict in found), None)
+            verdicts = dict(zip(row["verdicts"], row["reasons"], strict=True))
+            verdict = next((verdict for verdict in VERDICTS if verdict in reject and verdict in verdicts), None)
             if verdict is not None:
-                problems[item.id] = (verdict, f"{item.path}: {found[verdict]}")
+                problems[item.id] = (verdict, f"{item.path}: {verdicts[verdict]}")
     if stale:
         raise ValueError(
             f"{table}: is older than the media of {source.name!r}: {len(stale)} listed files are new or have changed,"
@@ -221,7 +221,7 @@ def _read(table, renew: str) -> Iterator[dict[str, Any]]:
 
 def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: float) -> None:
     if not sources:
-        raise ValueError("there is nothing to audit: name a list of videos or recordings")
+        raise ValueError("there is nothing to audit: name a list of videos or audio files")
     if table.suffix != ".parquet":
         raise ValueError(f"{table}: the table of an audit is a .parquet file")
     if workers < 1 or not duration > 0:
@@ -236,7 +236,7 @@ def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: 
 
 
 def _items(source: AuditSource) -> Iterator[_Item]:
-    """Every row of a list of videos; every recording once, with its captions."""
+    """Every row of a list of videos; every audio file once, with its captions."""
     video = source.kind == "video"
     rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
     if not video:
@@ -250,12 +250,12 @@ def _items(source: AuditSource) -> Iterator[_Item]:
         elif row.id in seen:
             continue
         else:
-            path, texts = _recording(source.media_dir, row.id), tuple(captions[row.id])
+            path, texts = _audio_path(source.media_dir, row.id), tuple(captions[row.id])
             seen.add(row.id)
         yield _Item(source, row.id, row.row, texts, path, measure.file_key(path))
 
 
-def _recording(folder, name: str) -> str:
+def _audio_path(folder, name: str) -> str:
     try:
         return str(find_audio_file(folder, name))
     except MediaError:
@@ -270,7 +270,7 @@ def _plain(source: AuditSource) -> dict[str, Any]:
 
 
 class _Measures:
-    """Figures of files on disk, under path, kind and how they were measured; as of a size and a time of change."""
+    """Figures of files on disk, under path, kind and how they were measured; for one size and time of change."""
 
     def __init__(self, path: Path, duration: float):
         self.path = path
@@ -280,8 +280,8 @@ class _Measures:
         with self._faults():
             self.base = sqlite3.connect(self.path)
             self.base.execute(
-                "CREATE TABLE IF NOT EXISTS measures (path TEXT, how TEXT, bytes INTEGER, mtime_ns INTEGER,"
-                " facts TEXT, PRIMARY KEY (path, how))"
+                "CREATE TABLE IF NOT EXISTS figures (path TEXT, how TEXT, bytes INTEGER, mtime_ns INTEGER,"
+                " figures TEXT, PRIMARY KEY (path, how))"
             )
             self.base.commit()
         self.committed = time.monotonic()
@@ -299,23 +299,23 @@ class _Measures:
         except sqlite3.Error as error:
             raise RunError(
                 f"{self.path}: cannot be used ({error}); if another audit writes it, wait for that one; if the disk is"
-                " full, make room; if the file is damaged, delete it, and all files are measured again"
+                " full, free some space; if the file is damaged, delete it, and all files are measured again"
             ) from error
 
     def find(self, item: _Item) -> dict[str, Any] | None:
-        """Figures of the file of an item as it is now, None if there are none."""
+        """Figures of the file of an item in its present state, None if there are none."""
         if item.key is None:
             return None
-        question = "SELECT bytes, mtime_ns, facts FROM measures WHERE path = ? AND how = ?"
+        query = "SELECT bytes, mtime_ns, figures FROM figures WHERE path = ? AND how = ?"
         with self._faults():
-            row = self.base.execute(question, (os.path.abspath(item.path), self.how[item.source.kind])).fetchone()
+            row = self.base.execute(query, (os.path.abspath(item.path), self.how[item.source.kind])).fetchone()
         return json.loads(row[2]) if row is not None and row[:2] == item.key else None
 
-    def keep(self, item: _Item, facts: Mapping[str, Any]) -> None:
+    def keep(self, item: _Item, figures: Mapping[str, Any]) -> None:
         """Safe on the disk within a second."""
-        row = os.path.abspath(item.path), self.how[item.source.kind], *item.key, json.dumps(facts)
+        row = os.path.abspath(item.path), self.how[item.source.kind], *item.key, json.dumps(figures)
         with self._faults():
-            self.base.execute("INSERT OR REPLACE INTO measures VALUES (?, ?, ?, ?, ?)", row)
+            self.base.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", row)
             if time.monotonic() - self.committed > _COMMIT_SECONDS:
                 self.base.commit()
                 self.committed = time.monotonic()
@@ -324,12 +324,12 @@ class _Measures:
 def _measure(items: Sequence[_Item], measures: _Measures, duration: float, workers: int, progress: bool) -> int:
     """Measure what is not known yet; returns the number of files."""
     files = {(item.path, item.source.kind): item for item in items if item.key is not None}
-    # What did not open may have been a matter of rights or memory: it is tried again.
+    # A file that did not open may have been a matter of rights or memory: it is tried again.
     pending = [item for item in files.values() if not (measures.find(item) or {}).get("opened")]
     done = len(files) - len(pending)
     with tqdm(total=len(files), initial=done, desc="audit", unit="file", disable=not progress, smoothing=0.1) as bar:
-        for item, facts in _measured(pending, duration, workers):
-            measures.keep(item, facts)
+        for item, figures in _measured(pending, duration, workers):
+            measures.keep(item, figures)
             bar.update()
     return len(pending)
 
@@ -365,17 +365,17 @@ def _in_processes(
         while True:
             for item in waiting:
                 unfinished.append(item)
-                running[pool.submit(_facts, item.path, item.source.kind, duration)] = item
+                running[pool.submit(_figures_of, item.path, item.source.kind, duration)] = item
                 if len(running) >= 2 * workers:
                     break
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 item = running[future]
-                facts = future.result()
+                figures = future.result()
                 del running[future]
                 unfinished.remove(item)
-                yield item, facts
+                yield item, figures
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -391,7 +391,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _facts(path: str, kind: str, duration: float) -> dict[str, Any]:
+def _figures_of(path: str, kind: str, duration: float) -> dict[str, Any]:
     try:
         return measure.measure(path, kind, duration)
     except Exception as error:
@@ -400,11 +400,11 @@ def _facts(path: str, kind: str, duration: float) -> dict[str, Any]:
         return {"opened": False, "damage": f"reading it failed ({error!r})"}
 
 
-# --- judging -------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------------------------
 
 
 class _Known:
-    """What has to be known of all items to judge one: who else has its id, its captions and its content."""
+    """What the verdicts on one item need of all others: who else has its id, its captions and its content."""
 
     def __init__(self, items: Sequence[_Item], measures: _Measures, limits: Limits):
         self.items = items
@@ -428,98 +428,102 @@ class _Known:
         return f"{item.id!r} of {item.source.name}"
 
 
-def _contents(facts: Mapping[str, Any] | None, limits: Limits) -> Iterator[tuple[str, bytes]]:
+def _contents(figures: Mapping[str, Any] | None, limits: Limits) -> Iterator[tuple[str, bytes]]:
     """(what it is, hash) of everything that a copy of this file would have in common with it.
 
-    Silence and pictures that do not move are no content: they are alike without being copies.
+    Silence and frames that do not move do not count: they are alike without being copies.
     """
-    if not facts or not facts["opened"]:
+    if not figures or not figures["opened"]:
         return
-    yield "file", bytes.fromhex(facts["file_sha256"])[:16]
-    if facts.get("video_hash") and facts.get("still_fraction", 1.0) < limits.max_still:
-        yield "pictures", bytes.fromhex(facts["video_hash"])
-    if facts.get("audio_hash") and facts.get("silent_fraction", 1.0) < limits.max_silent:
-        yield "sound", bytes.fromhex(facts["audio_hash"])
+    yield "file", bytes.fromhex(figures["file_sha256"])[:16]
+    if figures.get("video_hash") and figures.get("still_fraction", 1.0) < limits.max_still:
+        yield "frames", bytes.fromhex(figures["video_hash"])
+    if figures.get("audio_hash") and figures.get("silent_fraction", 1.0) < limits.max_silent:
+        yield "audio", bytes.fromhex(figures["audio_hash"])
 
 
-def _judge(
-    number: int, facts: Mapping[str, Any] | None, known: _Known, limits: Limits, duration: float
+def _verdicts(
+    number: int, figures: Mapping[str, Any] | None, known: _Known, limits: Limits, duration: float
 ) -> dict[str, str]:
     """verdict -> reason of one item, in the order of `VERDICTS`."""
     item = known.items[number]
     if item.key is None:
-        found = {"not_found": "there is no such file"}
-    elif not facts["opened"]:
-        found = {"unreadable": facts["damage"]}
+        verdicts = {"not_found": "there is no such file"}
+    elif not figures["opened"]:
+        verdicts = {"unreadable": figures["damage"]}
     else:
-        found = _judge_file(item.source.kind, facts, limits, duration)
-    found |= _judge_among_others(number, item, facts, known, limits)
-    return {verdict: found[verdict] for verdict in VERDICTS if verdict in found}
+        verdicts = _verdicts_of_file(item.source.kind, figures, limits, duration)
+    verdicts |= _verdicts_among_others(number, item, figures, known, limits)
+    return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
 
-def _judge_among_others(number: int, item: _Item, facts, known: _Known, limits: Limits) -> dict[str, str]:
-    found = {}
+def _verdicts_among_others(number: int, item: _Item, figures, known: _Known, limits: Limits) -> dict[str, str]:
+    verdicts = {}
     first = known.ids[item.source.name, item.id]
     if first != number:
-        found["duplicate_id"] = f"the id is on line {known.items[first].row} of the list too"
+        verdicts["duplicate_id"] = f"the id is on line {known.items[first].row} of the list too"
     others = max(known.captions[item.source.name, caption] for caption in item.captions) - 1
     if others:
-        found["duplicate_caption"] = f"{others} other item{'s have' if others > 1 else ' has'} the same caption"
+        verdicts["duplicate_caption"] = f"{others} other item{'s have' if others > 1 else ' has'} the same caption"
     if item.source.trains and item.id in known.held_ids:
-        found["leakage"] = f"the id is held out in {known.items[known.held_ids[item.id]].source.name}"
-    for what, content in _contents(facts, limits):
+        verdicts["leakage"] = f"the id is held out in {known.items[known.held_ids[item.id]].source.name}"
+    for what, content in _contents(figures, limits):
         first = known.contents[item.source.trains][content]
         if known.items[first].id != item.id:
-            found.setdefault("duplicate_content", f"the same {what} as {known.name(first)}")
+            verdicts.setdefault("duplicate_content", f"the same {what} as {known.name(first)}")
         if item.source.trains and content in known.held_contents:
-            found.setdefault("leakage", f"the same {what} as {known.name(known.held_contents[content])}, held out")
-    return found
+            verdicts.setdefault("leakage", f"the same {what} as {known.name(known.held_contents[content])}, held out")
+    return verdicts
 
 
-def _judge_file(kind: str, facts: Mapping[str, Any], limits: Limits, duration: float) -> dict[str, str]:
+def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, duration: float) -> dict[str, str]:
     """Verdicts on a file that opens."""
-    found = {}
-    if facts["damage"]:
-        found["damaged" if facts["duration"] else "unreadable"] = facts["damage"]
-    if "audio_codec" not in facts:
-        found["no_audio"] = "has no readable sound"
-    if kind == "video" and "video_codec" not in facts:
-        found["no_video"] = "has no pictures"
-    if "no_audio" in found or "no_video" in found:
-        return found
-    have, needed = facts["duration"], duration if kind == "video" else CLIP_SECONDS
+    verdicts = {}
+    if figures["damage"]:
+        verdicts["damaged" if figures["duration"] else "unreadable"] = figures["damage"]
+    if "audio_codec" not in figures:
+        verdicts["no_audio"] = "has no readable audio"
+    if kind == "video" and "video_codec" not in figures:
+        verdicts["no_video"] = "has no video track"
+    if "no_audio" in verdicts or "no_video" in verdicts:
+        return verdicts
+    have, needed = figures["duration"], duration if kind == "video" else CLIP_SECONDS
     if have < needed - (_TOLERANCE if kind == "video" else 0):
-        found["too_short"] = f"{have:.3f} s can be used, {needed:g} s are needed"
-    if facts.get("silent_fraction", 0) >= limits.max_silent:
-        found["silent"] = f"{_percent(facts['silent_fraction'])} of its sound is below {measure.SILENT_DBFS:g} dBFS"
-    if facts.get("clipped_fraction", 0) > limits.max_clipped:
-        found["clipped"] = f"{_percent(facts['clipped_fraction'])} of its samples are at full scale"
-    return found | (_judge_video(facts, limits) if kind == "video" else {})
-
-
-def _judge_video(facts: Mapping[str, Any], limits: Limits) -> dict[str, str]:
-    found = {}
-    if facts.get("still_fraction", 0) >= limits.max_still:
-        found["still"] = (
-            f"{_percent(facts['still_fraction'])} of {facts['sampled_pictures']} pictures are like the one before,"
-            f" the largest change is {facts['largest_change']:g} of 255"
+        verdicts["too_short"] = f"{have:.3f} s can be used, {needed:g} s are needed"
+    if figures.get("silent_fraction", 0) >= limits.max_silent:
+        verdicts["silent"] = (
+            f"{_percent(figures['silent_fraction'])} of its audio is below {measure.SILENT_DBFS:g} dBFS"
         )
-    if facts["duration"] > limits.max_duration:
-        found["too_long"] = f"lasts {facts['duration']:.1f} s"
-    lengths = {"pictures": facts.get("video_duration", 0.0), "sound": facts.get("audio_duration", 0.0)}
-    stated = facts["stated_duration"]
-    longest = max(facts.get(f"{track}_start", 0) + facts.get(f"{track}_duration", 0) for track in ("video", "audio"))
-    if abs(lengths["pictures"] - lengths["sound"]) > limits.max_difference:
-        found["odd_duration"] = " and ".join(f"{length:.2f} s of {what}" for what, length in lengths.items())
+    if figures.get("clipped_fraction", 0) > limits.max_clipped:
+        verdicts["clipped"] = f"{_percent(figures['clipped_fraction'])} of its samples are at full scale"
+    return verdicts | (_verdicts_of_video(figures, limits) if kind == "video" else {})
+
+
+def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, str]:
+    verdicts = {}
+    if figures.get("still_fraction", 0) >= limits.max_still:
+        verdicts["still"] = (
+            f"{_percent(figures['still_fraction'])} of {figures['sampled_pictures']} frames are like the one before,"
+            f" the largest change is {figures['largest_change']:g} of 255"
+        )
+    if figures["duration"] > limits.max_duration:
+        verdicts["too_long"] = f"lasts {figures['duration']:.1f} s"
+    lengths = {"frames": figures.get("video_duration", 0.0), "audio": figures.get("audio_duration", 0.0)}
+    stated = figures["stated_duration"]
+    longest = max(
+        figures.get(f"{track}_start", 0) + figures.get(f"{track}_duration", 0) for track in ("video", "audio")
+    )
+    if abs(lengths["frames"] - lengths["audio"]) > limits.max_difference:
+        verdicts["odd_duration"] = " and ".join(f"{length:.2f} s of {what}" for what, length in lengths.items())
     elif stated is not None and abs(stated - longest) > limits.max_difference:
-        found["odd_duration"] = f"the container states {stated:.2f} s, {longest:.2f} s are there"
-    gap = facts.get("start_gap", 0.0)
+        verdicts["odd_duration"] = f"the container states {stated:.2f} s, {longest:.2f} s are there"
+    gap = figures.get("start_gap", 0.0)
     if abs(gap) > limits.max_start_gap:
-        found["start_gap"] = f"the sound begins {abs(gap):.3f} s {'after' if gap > 0 else 'before'} the pictures"
-    uneven = facts.get("uneven_intervals", 0)
-    if uneven > limits.max_uneven and uneven * facts["frames"] > 1.5:  # one hole is no variable rate
-        found["variable_frame_rate"] = f"{_percent(uneven)} of the intervals are not the usual one"
-    return found
+        verdicts["start_gap"] = f"the audio begins {abs(gap):.3f} s {'after' if gap > 0 else 'before'} the frames"
+    uneven = figures.get("uneven_intervals", 0)
+    if uneven > limits.max_uneven and uneven * figures["frames"] > 1.5:  # one hole is no variable rate
+        verdicts["variable_frame_rate"] = f"{_percent(uneven)} of the intervals are not the usual one"
+    return verdicts
 
 
 def _percent(share: float) -> str:
@@ -533,12 +537,12 @@ def _rows(
     items: Sequence[_Item], measures: _Measures, known: _Known, limits: Limits, duration: float
 ) -> Iterator[dict[str, Any]]:
     for number, item in enumerate(items):
-        facts = measures.find(item)
-        found = _judge(number, facts, known, limits, duration)
+        figures = measures.find(item)
+        verdicts = _verdicts(number, figures, known, limits, duration)
         size, changed = item.key or (None, None)
-        measured = {name: (facts or {}).get(name) for name in _MEASURED}
+        measured = {name: (figures or {}).get(name) for name in _MEASURED}
         if measured["uneven_intervals"] is not None:
-            measured["variable_frame_rate"] = "variable_frame_rate" in found
+            measured["variable_frame_rate"] = "variable_frame_rate" in verdicts
         yield {
             "id": item.id,
             "source": item.source.name,
@@ -546,9 +550,9 @@ def _rows(
             "held_out": item.source.held_out,
             "row": item.row,
             "path": item.path,
-            "ok": all(verdict in HARMLESS for verdict in found),
-            "verdicts": list(found),
-            "reasons": list(found.values()),
+            "ok": all(verdict in HARMLESS for verdict in verdicts),
+            "verdicts": list(verdicts),
+            "reasons": list(verdicts.values()),
             "bytes": size,
             "mtime_ns": changed,
             "captions": list(item.captions),

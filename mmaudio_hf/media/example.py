@@ -1,13 +1,13 @@
-"""Synthesised example media: short videos of visible events with their sounds, and recordings with captions.
+"""Synthesised example media: short videos of visible events with their audio, and audio files with captions.
 
 The set is small, made from a seed by numpy alone, and needs no download, yet it has what the real task has:
-pictures tell which sound is right (four kinds of event) and when it happens (irregular times). Every event falls on
-a picture of the 25 fps video, and its sound starts at that picture's presentation time.
+frames show which audio is right (four kinds of event) and when it happens (irregular times). Every event falls on
+a frame of the 25 fps video, and its audio starts at that frame's presentation time.
 
     DIR/videos/*.mp4               H.264 + AAC, 128x96, 25 fps, 8.4-9.4 s, all splits in one folder
     DIR/{train,val,test}.tsv       id, label
-    DIR/audios/*.flac, audios.tsv  20-22 s recordings, id, caption
-    DIR/events.json                id -> kind and event times in seconds, for every video and recording
+    DIR/audios/*.flac, audios.tsv  20-22 s, id, caption
+    DIR/events.json                id -> kind and event times in seconds, for every video and audio file
 """
 
 import csv
@@ -25,9 +25,9 @@ import numpy as np
 FPS = 25
 WIDTH, HEIGHT = 128, 96
 SPLITS = {"train": 56, "val": 8, "test": 12}
-RECORDINGS = 12
+AUDIO_FILES = 12
 SMALL_SPLITS = {"train": 8, "val": 2, "test": 2}
-SMALL_RECORDINGS = 3
+SMALL_AUDIO_FILES = 3
 
 _Y, _X = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
 _COLOURS = {
@@ -57,32 +57,32 @@ class _Style:
     colour: tuple[int, int, int]
     background: np.ndarray  # (H, W, 3) float32, 0..255
     size: float  # about 1
-    shift: float  # -1..1, horizontal place
+    shift: float  # -1..1, horizontal position
     drift: float  # -1..1, slow sideways motion
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """Where a picture lies between two events."""
+    """Where a frame lies between two events."""
 
     phase: float  # 0 at the last event, 1 at the next
     gap: float  # seconds between the two
-    since: int  # pictures since the last event; 0 is the picture of the event
+    since: int  # frames since the last event; 0 is the frame of the event
     time: float  # seconds from the start
 
 
 @dataclass(frozen=True)
 class _Kind:
     captions: tuple[str, ...]
-    sound: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
-    draw: Callable[[np.ndarray, _Style, _Moment], None] | None = None  # None: heard in recordings only
+    synthesize: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+    draw: Callable[[np.ndarray, _Style, _Moment], None] | None = None  # None: in audio files only
 
 
 def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: bool = False) -> Path:
     """Write the example set below `directory` and return it; the same seed gives the same bytes on one machine.
 
-    76 videos (56 train, 8 val, 12 test) and 12 recordings, about 8 MB, 25 s of one core;
-    `small=True` gives 8 + 2 + 2 videos and 3 recordings for tests. Files of an earlier call are replaced.
+    76 videos (56 train, 8 val, 12 test) and 12 audio files, about 8 MB, 25 s of one core;
+    `small=True` gives 8 + 2 + 2 videos and 3 audio files for tests. Files of an earlier call are replaced.
     """
     directory = Path(directory)
     (directory / "videos").mkdir(parents=True, exist_ok=True)
@@ -94,16 +94,16 @@ def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: b
             kind = [name for name, k in _KINDS.items() if k.draw][number % 4]
             item_id = f"{split}_{number:02d}_{kind}"
             rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
-            caption, times = _make_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
+            caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
             rows.append((item_id, caption))
             events[item_id] = Events(kind, times)
         _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
     rows = []
-    for number in range(SMALL_RECORDINGS if small else RECORDINGS):
+    for number in range(SMALL_AUDIO_FILES if small else AUDIO_FILES):
         kind = list(_KINDS)[number % len(_KINDS)]
         item_id = f"recording_{number:02d}_{kind}"
         rng = np.random.default_rng([seed, len(SPLITS), number])
-        caption, times = _make_recording(directory / "audios" / f"{item_id}.flac", kind, number, rng)
+        caption, times = _write_audio_file(directory / "audios" / f"{item_id}.flac", kind, number, rng)
         rows.append((item_id, caption))
         events[item_id] = Events(kind, times)
     _write_tsv(directory / "audios.tsv", ("id", "caption"), rows)
@@ -113,38 +113,38 @@ def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: b
 
 
 def read_events(path: str | os.PathLike) -> dict[str, Events]:
-    """Read `events.json`: id -> `Events`, for the videos and the recordings."""
+    """Read `events.json`: id -> `Events`, for the videos and the audio files."""
     listing = json.loads(Path(path).read_text(encoding="utf-8"))
     return {item_id: Events(entry["kind"], tuple(entry["times"])) for item_id, entry in listing.items()}
 
 
-def _make_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
+def _write_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
     """Write one video; return its caption and event times."""
     num_frames = int(rng.integers(210, 236))
     schedule = _schedule(num_frames, rng)
     style = _style(rng)
     rate = (44_100, 48_000)[number // 4 % 2]
-    mono = _sound_track(kind, [frame / FPS for frame in schedule[1:-1]], num_frames * rate // FPS, rate, rng)
+    mono = _audio_track(kind, [frame / FPS for frame in schedule[1:-1]], num_frames * rate // FPS, rate, rng)
     balance = float(rng.uniform(0.5, 1))
     channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
-    _write_mp4(path, _pictures(kind, style, schedule, num_frames), channels, rate)
+    _write_mp4(path, _draw_frames(kind, style, schedule, num_frames), channels, rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
     return caption, tuple(frame / FPS for frame in schedule[1:-1])
 
 
-def _make_recording(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
-    """Write one recording; return its caption and event times."""
+def _write_audio_file(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
+    """Write one audio file; return its caption and event times."""
     rate = (44_100, 32_000)[number % 2]
     num_frames = int(rng.integers(20 * FPS, 22 * FPS))
     times = tuple(frame / FPS for frame in _schedule(num_frames, rng)[1:-1])
-    track = _sound_track(kind, times, num_frames * rate // FPS, rate, rng, noise=0)
+    track = _audio_track(kind, times, num_frames * rate // FPS, rate, rng, noise=0)
     _write_flac(path, track, rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))]
     return caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))]), times
 
 
 def _schedule(num_frames: int, rng: np.random.Generator) -> list[int]:
-    """Picture numbers of the events, 0.5-1.5 s apart, between one silent event before and one after the video."""
+    """Frame numbers of the events, 0.5-1.5 s apart, between one silent event before and one after the video."""
     frames = [int(rng.integers(8, 20))]
     while (following := frames[-1] + int(rng.integers(13, 38))) < num_frames - 12:
         frames.append(following)
@@ -160,23 +160,23 @@ def _style(rng: np.random.Generator) -> _Style:
     return _Style(name, _COLOURS[name], background, *(float(x) for x in rng.uniform((0.85, -1, -1), (1.2, 1, 1))))
 
 
-# Pictures. A shape is a part of the picture and its coverage there: 0..1, with a soft edge one pixel wide.
+# Frames. A shape is a region of the image and its coverage there: 0..1, with a soft edge one pixel wide.
 
 
-def _pictures(kind: str, style: _Style, schedule: list[int], num_frames: int) -> Iterator[np.ndarray]:
-    """Yield the pictures (H, W, 3) uint8 of one video."""
+def _draw_frames(kind: str, style: _Style, schedule: list[int], num_frames: int) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) uint8 of one video."""
     last = 0
     for frame in range(num_frames):
         last += schedule[last + 1] <= frame
         gap = schedule[last + 1] - schedule[last]
         since = frame - schedule[last]
-        picture = style.background.copy()
-        _KINDS[kind].draw(picture, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
-        yield np.clip(picture, 0, 255).astype(np.uint8)
+        image = style.background.copy()
+        _KINDS[kind].draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
+        yield np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
-    """The part of the picture that holds a rectangle and its soft edge."""
+    """The region of the image that holds a rectangle and its soft edge."""
     rows, columns = (max(0, int(y0) - 2), max(0, int(y1) + 3)), (max(0, int(x0) - 2), max(0, int(x1) + 3))
     return slice(*rows), slice(*columns)
 
@@ -196,47 +196,47 @@ def _bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> tuple[tup
     return box, np.clip(radius - distance + 0.5, 0, 1)
 
 
-def _paint(picture: np.ndarray, shape: tuple[tuple[slice, slice], np.ndarray], colour, opacity: float = 1.0) -> None:
+def _paint(image: np.ndarray, shape: tuple[tuple[slice, slice], np.ndarray], colour, opacity: float = 1.0) -> None:
     box, mask = shape
     if opacity > 0.01:
-        picture[box] += opacity * mask[..., None] * (np.asarray(colour, np.float32) - picture[box])
+        image[box] += opacity * mask[..., None] * (np.asarray(colour, np.float32) - image[box])
 
 
 def _flash(moment: _Moment) -> float:
-    """Strength of the light of an impact: 1 in the picture of the event, gone after about five."""
+    """Strength of the light of an impact: 1 in the frame of the event, gone after about five."""
     return math.exp(-moment.since / 1.3)
 
 
-def _draw_ball(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+def _draw_ball(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     """A ball in free flight between two impacts; the longer the gap the higher it rises."""
     floor, radius = 82, 9 * style.size
     height = min(58.0, 14 + 26 * moment.gap**2) * 4 * moment.phase * (1 - moment.phase)
     squash = 0.45 * max(0.0, 1 - moment.since / 2) if moment.since < 2 else 0.0
     x = 64 + 22 * style.shift + 20 * math.sin(0.5 * moment.time + 3 * style.drift)
     y = floor - radius * (1 - squash) - height
-    picture[floor:] *= 0.55
-    _paint(picture, _ellipse(x, floor + 3, radius * 1.2, 2.5), (10, 10, 10), 0.5)
+    image[floor:] *= 0.55
+    _paint(image, _ellipse(x, floor + 3, radius * 1.2, 2.5), (10, 10, 10), 0.5)
     dust = _flash(moment)
     for side in (-1, 1):
-        _paint(picture, _ellipse(x + side * (radius + 6 + 3 * moment.since), floor - 3, 8, 4), _FLASH, dust)
-    _paint(picture, _ellipse(x, y, radius * (1 + squash), radius * (1 - squash)), style.colour)
-    _paint(picture, _ellipse(x - radius / 3, y - radius / 3, radius / 4, radius / 4), (255, 255, 255), 0.6)
+        _paint(image, _ellipse(x + side * (radius + 6 + 3 * moment.since), floor - 3, 8, 4), _FLASH, dust)
+    _paint(image, _ellipse(x, y, radius * (1 + squash), radius * (1 - squash)), style.colour)
+    _paint(image, _ellipse(x - radius / 3, y - radius / 3, radius / 4, radius / 4), (255, 255, 255), 0.6)
 
 
-def _draw_lamp(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+def _draw_lamp(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     """A hanging signal lamp that sways a little and flashes."""
     glow = _flash(moment)
     x = 64 + 26 * style.shift + 5 * math.sin(1.7 * moment.time + 3 * style.drift)
     y, radius = 44, 13 * style.size
     if glow > 0.01:
-        picture += 70 * glow * np.exp(-((_X - x) ** 2 + (_Y - y) ** 2) / 2500)[..., None]
-    _paint(picture, _bar(64 + 26 * style.shift, 0, x, y - radius, 1), (20, 20, 20))
-    _paint(picture, _ellipse(x, y, radius + 2, radius + 2), (25, 25, 25))
+        image += 70 * glow * np.exp(-((_X - x) ** 2 + (_Y - y) ** 2) / 2500)[..., None]
+    _paint(image, _bar(64 + 26 * style.shift, 0, x, y - radius, 1), (20, 20, 20))
+    _paint(image, _ellipse(x, y, radius + 2, radius + 2), (25, 25, 25))
     dim = 0.45 * np.asarray(style.colour, np.float32)
-    _paint(picture, _ellipse(x, y, radius, radius), dim + glow * (np.asarray(_FLASH) - dim))
+    _paint(image, _ellipse(x, y, radius, radius), dim + glow * (np.asarray(_FLASH) - dim))
 
 
-def _draw_pendulum(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+def _draw_pendulum(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     """A pendulum that swings away from a bell and comes back to strike it."""
     side = 1 if style.drift > 0 else -1
     pivot_x, length = 64 + 14 * style.shift, 58 * style.size
@@ -245,39 +245,39 @@ def _draw_pendulum(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
     bell_x, bell_y = pivot_x + length * math.sin(struck) + side * 15, 4 + length * math.cos(struck)
     ring = _flash(moment)
     shake = 2.5 * side * ring
-    _paint(picture, _ellipse(bell_x, bell_y, 24, 24), _FLASH, ring)
-    _paint(picture, _ellipse(bell_x + shake, bell_y, 9, 11), (175, 145, 60))
-    _paint(picture, _bar(bell_x + shake - 11, bell_y + 11, bell_x + shake + 11, bell_y + 11, 2), (140, 115, 45))
+    _paint(image, _ellipse(bell_x, bell_y, 24, 24), _FLASH, ring)
+    _paint(image, _ellipse(bell_x + shake, bell_y, 9, 11), (175, 145, 60))
+    _paint(image, _bar(bell_x + shake - 11, bell_y + 11, bell_x + shake + 11, bell_y + 11, 2), (140, 115, 45))
     bob = pivot_x + length * math.sin(angle), 4 + length * math.cos(angle)
-    _paint(picture, _bar(pivot_x, 4, *bob, 1.2), (15, 15, 15))
-    _paint(picture, _ellipse(*bob, 8 * style.size, 8 * style.size), style.colour)
+    _paint(image, _bar(pivot_x, 4, *bob, 1.2), (15, 15, 15))
+    _paint(image, _ellipse(*bob, 8 * style.size, 8 * style.size), style.colour)
 
 
-def _draw_hammer(picture: np.ndarray, style: _Style, moment: _Moment) -> None:
+def _draw_hammer(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     """A hammer that is lifted slowly and falls fast onto an anvil, with sparks."""
     side = 1 if style.drift > 0 else -1
     x, y = 64 + 18 * style.shift, 70
     lift = min(1.25, 0.5 + 0.7 * moment.gap) * math.sin(math.pi * moment.phase**2.5)
     pivot_x, pivot_y, length = x - side * 46 * style.size, y - 8, 46 * style.size
     head = pivot_x + side * length * math.cos(lift), pivot_y - length * math.sin(lift)
-    _paint(picture, _bar(x - 15, y + 6, x + 15, y + 6, 6), (70, 72, 78))
-    _paint(picture, _bar(x, y + 12, x, HEIGHT, 8), (55, 57, 62))
+    _paint(image, _bar(x - 15, y + 6, x + 15, y + 6, 6), (70, 72, 78))
+    _paint(image, _bar(x, y + 12, x, HEIGHT, 8), (55, 57, 62))
     sparks = _flash(moment)
     for n in range(7):
         reach = 10 + 7 * moment.since + 3 * (n % 3)
         spark = x + reach * math.cos(0.45 * n + 0.2), y - reach * math.sin(0.45 * n + 0.2)
-        _paint(picture, _ellipse(*spark, 3, 3), (255, 225, 120), sparks)
-    _paint(picture, _ellipse(x, y, 16, 8), _FLASH, sparks)
-    _paint(picture, _bar(pivot_x, pivot_y, *head, 2), (120, 85, 50))
+        _paint(image, _ellipse(*spark, 3, 3), (255, 225, 120), sparks)
+    _paint(image, _ellipse(x, y, 16, 8), _FLASH, sparks)
+    _paint(image, _bar(pivot_x, pivot_y, *head, 2), (120, 85, 50))
     across = 7 * math.sin(lift) * side, 7 * math.cos(lift)
     _paint(
-        picture,
+        image,
         _bar(head[0] - across[0], head[1] - across[1], head[0] + across[0], head[1] + across[1], 5),
         style.colour,
     )
 
 
-# Sounds. Each takes times t (samples,) in seconds from the onset, a pitch factor and a generator. All start at full
+# Audio. Each takes times t (samples,) in seconds from the onset, a pitch factor and a generator. All start at full
 # strength: a noise burst for the attack, then a body that falls below -25 dB within half a second.
 
 
@@ -360,16 +360,16 @@ _KINDS = {
 }
 
 
-def _sound_track(
+def _audio_track(
     kind: str, times, num_samples: int, rate: int, rng: np.random.Generator, noise: float = 6e-4
 ) -> np.ndarray:
-    """One channel (num_samples,) float32 with the kind's sound at every time, peak 0.8, over quiet noise."""
+    """One channel (num_samples,) float32 with the kind's audio at every time, peak 0.8, over quiet noise."""
     track = np.zeros(num_samples)
     pitch = float(rng.uniform(0.9, 1.1))
     for time in times:
         onset = round(time * rate)
         t = np.arange(min(round(0.8 * rate), num_samples - onset)) / rate
-        track[onset : onset + t.size] += rng.uniform(0.7, 1.0) * _KINDS[kind].sound(t, pitch, rng)
+        track[onset : onset + t.size] += rng.uniform(0.7, 1.0) * _KINDS[kind].synthesize(t, pitch, rng)
     track *= 0.8 / np.abs(track).max()
     return (track + noise * rng.standard_normal(num_samples)).astype(np.float32)
 
@@ -377,8 +377,8 @@ def _sound_track(
 # Files
 
 
-def _write_mp4(path: Path, pictures: Iterator[np.ndarray], channels: np.ndarray, rate: int) -> None:
-    """Write pictures (H, W, 3) uint8 and sound (channels, samples) as H.264 yuv420p and AAC."""
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], channels: np.ndarray, rate: int) -> None:
+    """Write frames (H, W, 3) uint8 and audio (channels, samples) as H.264 yuv420p and AAC."""
     with av.open(str(path), "w", format="mp4") as container:
         # One thread: with more, x264 may not give the same bytes twice.
         options = {"preset": "veryfast", "crf": "27", "threads": "1"}
@@ -386,11 +386,11 @@ def _write_mp4(path: Path, pictures: Iterator[np.ndarray], channels: np.ndarray,
             "libx264", rate=FPS, options=options, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p"
         )
         layout = "stereo" if len(channels) == 2 else "mono"
-        # The fast coder: the default one searches longer than all the rest of this file takes.
+        # The fast coder: the default one takes longer than all the rest of this file.
         options = {"aac_coder": "fast"}
         audio = container.add_stream("aac", rate=rate, options=options, layout=layout, bit_rate=24_000 * len(channels))
-        for picture in pictures:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
         _encode_audio(container, audio, channels, "fltp", rate)
 

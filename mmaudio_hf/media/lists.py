@@ -1,4 +1,4 @@
-"""Lists of media: clips of recordings, and the tab-separated lists of ids and captions."""
+"""Lists of media: clips of long audio files, and the tab-separated lists of ids and captions."""
 
 import csv
 import difflib
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from mmaudio_hf.media.audio import MediaError, count_samples
+from mmaudio_hf.media.audio import count_samples
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import check_id
 
 AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
@@ -33,7 +34,7 @@ class MediaItem:
 
 @dataclass(frozen=True)
 class Clip:
-    """Samples `[start_sample, end_sample)` of the recording called `name` (its file stem), at the file's own rate."""
+    """Samples `[start_sample, end_sample)` of the audio file called `name` (its stem), at the file's own rate."""
 
     id: str
     name: str
@@ -52,7 +53,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What `write_clips` did: clips written, files refused, and names it did not look at."""
+    """What `write_clips` did: clips written, files rejected, and names of files that were not read."""
 
     clips: list[Clip]
     rejects: list[Reject]
@@ -60,9 +61,10 @@ class ClipReport:
 
 
 def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
-    """Cut a recording into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
+    """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
 
-    Ends are exclusive; a recording shorter than 8.1 s gives none. Spec media, section 2.3.
+    Ends are exclusive; a file shorter than 8.1 s gives none. Float comparison and rounding are those of the published
+    clip lists.
     """
     if num_samples < sample_rate * CLIP_SECONDS:
         return []
@@ -75,19 +77,19 @@ def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
 def write_clips(
     folder: str | os.PathLike, path: str | os.PathLike, *, workers: int = 1, progress: bool = False
 ) -> ClipReport:
-    """Cut every recording of `folder` by `partition` and write `path` (`id, name, start_sample, end_sample`).
+    """Cut every audio file of `folder` by `partition` and write `path` (`id, name, start_sample, end_sample`).
 
-    Recordings are known by their ending (`AUDIO_ENDINGS`) and decoded once, so that damaged files are found here and
+    Audio files are known by their ending (`AUDIO_ENDINGS`) and decoded once, so that damaged files are found here and
     lengths are true; they, files that are too short and bad names come back as `rejects`. Other files, and a second
     file with the same stem (flac before wav before the others), come back as `ignored`. The list is replaced as a
-    whole. progress: show a bar. ValueError if the folder has no recording.
+    whole. progress: show a bar. ValueError if the folder has no audio file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds the recordings")
-    files, ignored = _recordings(folder)
+        raise ValueError(f"{folder}: no such folder; give the folder that holds the audio files")
+    files, ignored = _audio_files(folder)
     if not files:
-        raise ValueError(f"{folder}: no recordings found; looked for {' '.join(AUDIO_ENDINGS)}")
+        raise ValueError(f"{folder}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
     with ThreadPoolExecutor(workers) as pool:
         bar = tqdm(pool.map(_clips_of, files), folder.name, len(files), unit="file", disable=not progress)
         outcomes = list(bar)
@@ -98,12 +100,12 @@ def write_clips(
 
 
 def find_audio_file(folder: str | os.PathLike, name: str) -> Path:
-    """The file of the recording called `name`: flac before wav before the others; MediaError not_found."""
+    """The file of the audio called `name`: flac before wav before the others; MediaError not_found."""
     check_id(name)
     for ending in AUDIO_ENDINGS:
         if (path := Path(folder) / f"{name}{ending}").is_file():
             return path
-    raise MediaError("not_found", f"{Path(folder) / name}: no recording with an ending of {' '.join(AUDIO_ENDINGS)}")
+    raise MediaError("not_found", f"{Path(folder) / name}: no audio file with an ending of {' '.join(AUDIO_ENDINGS)}")
 
 
 def find_video(folder: str | os.PathLike, item_id: str) -> Path:
@@ -127,7 +129,7 @@ def read_clips(path: str | os.PathLike) -> list[Clip]:
         except ValueError:
             raise ValueError(f"{where}: start_sample and end_sample must be whole numbers") from None
         if not 0 <= start < end:
-            raise ValueError(f"{where}: samples [{start}, {end}) are no clip; make the list again")
+            raise ValueError(f"{where}: samples [{start}, {end}) are not a clip; make the list again")
         lines[clip_id] = line
         clips.append(Clip(clip_id, name, start, end))
     return clips
@@ -138,7 +140,7 @@ def read_media_list(
 ) -> list[MediaItem]:
     """Read a media list: tab-separated, with a header; `id` and `text_column` are used, other columns are ignored.
 
-    "label" is the list of videos, where every id may stand once; "caption" is the list of recordings, where each row
+    "label" is the list of videos, where every id may occur once; "caption" is the list of audio files, where each row
     is another caption of the same file (`unique_ids` overrides this). Either name is accepted for the column. All
     values stay text: `NA` is a caption, `00008` keeps its zeros. Quotes as pandas writes them; a BOM and CRLF are
     fine. ValueError names the file and line.
@@ -156,8 +158,8 @@ def read_media_list(
     return items
 
 
-def _recordings(folder: Path) -> tuple[list[Path], list[str]]:
-    """Recordings of a folder in sorted order, one per stem, and the names of everything else."""
+def _audio_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Audio files of a folder in sorted order, one per stem, and the names of everything else."""
     chosen: dict[str, Path] = {}
     entries = sorted(folder.iterdir())
     media = [p for p in entries if p.is_file() and p.suffix.lower() in AUDIO_ENDINGS and not p.name.startswith(".")]
@@ -178,7 +180,7 @@ def _clips_of(path: Path) -> list[Clip] | Reject:
     spans = partition(num_samples, rate)
     if not spans:
         have = num_samples / rate if rate else 0.0
-        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of sound, {CLIP_SECONDS} s needed")
+        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of audio, {CLIP_SECONDS} s needed")
     return [Clip(f"{path.stem}_{i}", path.stem, start, end) for i, (start, end) in enumerate(spans)]
 
 
@@ -198,7 +200,7 @@ def read_table(
 ) -> list[tuple[int, dict[str, str]]]:
     """[(line number, {column: text})] of a tab-separated file with a header; blank lines are skipped.
 
-    A column of `synonyms` may stand under any of those names. Columns of `optional` are given where they are there; a
+    A column of `synonyms` may have any of those names. Columns of `optional` are given where they are there; a
     name that is nearly one of them is refused. ValueError names the file and line.
     """
     if not Path(path).is_file():
@@ -207,14 +209,14 @@ def read_table(
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
             header = [name.strip() for name in next(reader, [])]
-            places = _places(path, header, columns, synonyms) | _optional_places(path, header, optional)
+            columns_at = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
             rows, end = [], reader.line_num
             for row in reader:
                 line, end = end + 1, reader.line_num
                 if row and len(row) != len(header):
                     raise ValueError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}")
                 if row:
-                    rows.append((line, {name: row[place] for name, place in places.items()}))
+                    rows.append((line, {name: row[index] for name, index in columns_at.items()}))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}; quote the field as pandas does") from error
     except UnicodeDecodeError as error:
@@ -224,30 +226,32 @@ def read_table(
     return rows
 
 
-def _places(path, header: list[str], columns: Sequence[str], synonyms: Sequence[str]) -> dict[str, int]:
-    """Where each wanted column stands; a column of `synonyms` may stand under any of those names."""
+def _column_indices(
+    path: str | os.PathLike, header: list[str], columns: Sequence[str], synonyms: Sequence[str]
+) -> dict[str, int]:
+    """Index of each required column; a column of `synonyms` may have any of those names."""
     if not header:
         raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
-    places = {}
+    indices = {}
     for name in columns:
         names = [name, *(s for s in synonyms if name in synonyms and s != name)]
-        found = next((n for n in names if n in header), None)
-        if found is None:
+        present = next((n for n in names if n in header), None)
+        if present is None:
             nearest = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
             hint = f"; rename {nearest[0]!r}?" if nearest else ""
             hint += "; columns must be separated by tabs" if len(header) == 1 else ""
             raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; it has {header}{hint}")
-        if header.count(found) > 1:
-            raise ValueError(f"{path}: column {found!r} stands there more than once")
-        places[name] = header.index(found)
-    return places
+        if header.count(present) > 1:
+            raise ValueError(f"{path}: column {present!r} is there more than once")
+        indices[name] = header.index(present)
+    return indices
 
 
-def _optional_places(path, header: list[str], optional: Sequence[str]) -> dict[str, int]:
+def _optional_indices(path: str | os.PathLike, header: list[str], optional: Sequence[str]) -> dict[str, int]:
     for name in header:
         nearest = difflib.get_close_matches(name, optional, n=1, cutoff=0.8)
         if nearest and name not in optional and nearest[0] not in header:
             raise ValueError(f"{path}: column {name!r} is not known; rename it {nearest[0]!r}, or to something else")
         if name in optional and header.count(name) > 1:
-            raise ValueError(f"{path}: column {name!r} stands there more than once")
+            raise ValueError(f"{path}: column {name!r} is there more than once")
     return {name: header.index(name) for name in optional if name in header}

@@ -23,8 +23,9 @@ from fastapi import FastAPI
 
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeline, Request, save_and_tell
+from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.lists import find_video, read_media_list
-from mmaudio_hf.media.video import probe, video_seconds
+from mmaudio_hf.media.video import video_seconds
 from mmaudio_hf.pages import render
 from mmaudio_hf.pages.plots import data_uri, decibels, spectrogram_image
 

@@ -24,7 +24,8 @@ from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_
 from mmaudio_hf.evaluation.results import find_scores
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, generate_items, read_items
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
-from mmaudio_hf.media.audio import MediaError, read_waveform, write_audio
+from mmaudio_hf.media.audio import read_waveform, write_audio
+from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
