@@ -1,15 +1,18 @@
-"""Recipes: every mistake is refused with the key, the file and a way out, before anything heavy is imported."""
+"""Recipes: every mistake is an error with the key, the file and a way out, before anything heavy is imported."""
 
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import yaml
 
 from mmaudio_hf.config import TrainingConfig, load_recipe, micro_batch_size, save_recipe, to_dict, variant_config
+from mmaudio_hf.config.reading import all_keys, settings_text
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = run_path(str(ROOT / "docs" / "settings.py"))
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ MISTAKES = [
     ("training.learning_rate=1", r"unknown key training\.learning_rate: did you mean optim\.learning_rate"),
     ("trainin.steps=1", r"unknown key trainin: did you mean 'training'"),
     ("optim.learning_rate=fast", r"optim\.learning_rate must be a number, not 'fast' \(text\)"),
-    ("optim.learning_rate=-1", r"optim\.learning_rate must be positive"),
+    ("optim.learning_rate=-1", r"optim\.learning_rate must be more than 0, not -1"),
     ("optim.learning_rate=.nan", r"optim\.learning_rate must be a number"),
     ("optim.betas=[0.9]", r"optim\.betas must have 2 entries, not 1"),
     ("optim.betas=[0.9, 1.5]", r"optim\.betas must be at least 0 and less than 1"),
@@ -36,43 +39,46 @@ MISTAKES = [
     ("training.accumulation_steps=3", r"batch_size 512 must be a multiple of training\.accumulation_steps 3"),
     ("training.mixed_precision=fp8", r"training\.mixed_precision: 'fp8' is not allowed: valid: bf16, no"),
     ("training=3", r"training must be a mapping of keys"),
-    ("flow.condition_dropout=1.1", r"flow\.condition_dropout is a probability"),
-    ("ema.sigma_rel=0.5", r"sigma_rel 0\.5 must be between 0 and 0\.28"),
+    ("flow.condition_dropout=1.1", r"flow\.condition_dropout must be at least 0 and at most 1"),
+    ("ema.sigma_rel=0.5", r"ema\.sigma_rel must be more than 0 and less than 0\.28, not 0\.5"),
     ("model.variant=small16k", r"unknown variant 'small16k': did you mean 'small_16k'"),
     ("model.num_heads=3", r"hidden_dim 448 must be an even multiple of model\.num_heads 3"),
-    ("model.fused_depth=12", r"fused_depth 12 must be at least 0 and less than model\.depth 12"),
+    ("model.fused_depth=12", r"fused_depth 12 must be less than model\.depth 12"),
     ("model.duration=0.1", r"shorter than one sync segment"),
     ("card.licence=mit", r"unknown key card\.licence: did you mean 'license'"),
     ("card.license=My own", r"card\.license 'My own' must be a licence as the Hub names it"),
-    ("card.sources=[{store: a}, {store: a}]", r"card\.sources: a stands there twice"),
+    ("card.sources=[{store: a}, {store: a}]", r"card\.sources names a twice"),
     ("card.sources=[{store: a, source: 'https://me:word@host/a'}]", r"the entry of a holds a password or token"),
     ("ema.start=300000", r"ema\.start 300000 must be less than training\.steps 300000"),
     ("model.variant=[1]", r"unknown variant \[1\]"),
     ("name=../up", r"must be a plain folder name"),
-    ("data.train.2.path=x", r"the recipe has no entry data\.train\.2"),
+    ("data.train.3.path=x", r"the recipe has no entry data\.train\.3: the list has 2"),
+    ("data.train.path=x", r"data\.train must be a list, not \{'path': 'x'\}"),
+    ("data.train[0]=x", r"data\.train\.0 must be a mapping of keys, not text"),
     ("data.train.0.pth=x", r"unknown key data\.train\.0\.pth: did you mean 'path'"),
-    ("data.train.0.repeats=0", r"repeats of a must be positive"),
+    ("data.train.0.repeats=0", r"the command line: data\.train\.0\.repeats must be more than 0, not 0"),
     ("data.train=a", r"data\.train must be a list"),
+    ("data.train={}", r"data\.train must be a list"),
     ("novalue", r"not of the form key\.sub=value"),
     ("optim.eps=[", r"not valid YAML"),
     ("hub.repo=me/run", r"unknown key hub\.repo: did you mean 'repo_id'"),
     ("hub.repo_id=run", r"'run' is not a repository of the Hub: write owner/name"),
     ("hub.repo_id=../run", r"is not a repository of the Hub"),
     ("hub.repo_id=me/run@v1", r"hub\.repo_id me/run@v1 must be owner/name: pushes go to the main branch"),
-    ("hub.push=[]", r"hub\.push must name pretrained_model, training_state or both"),
+    ("hub.push=[]", r"hub\.push must not be empty"),
     ("hub.push=[weights]", r"hub\.push\.0: 'weights' is not allowed"),
-    ("hub.push=[training_state, training_state]", r"hub\.push names one twice"),
-    ("hub.every=-1", r"hub\.every and hub\.wait must be at least 0"),
+    ("hub.push=[training_state, training_state]", r"hub\.push names training_state twice"),
+    ("hub.every=-1", r"hub\.every must be at least 0, not -1"),
     ("resume=maybe", r"resume 'maybe' is not allowed: use auto, never or hub://owner/name\[@revision\]"),
     ("resume=hub://run", r"'run' is not a repository of the Hub: write owner/name"),
     ("resume=hub://me/run@../x", r"is not a repository of the Hub"),
     ("evaluation.evry=5", r"unknown key evaluation\.evry: did you mean 'every'"),
-    ("evaluation.every=5", r"evaluation\.every asks for sound of data\.validation, which names no store"),
-    ("evaluation.after_training=true", r"after_training asks for sound of data\.test.* to false"),
+    ("evaluation.every=5", r"evaluation\.every needs data\.validation, which names no store"),
+    ("evaluation.after_training=true", r"after_training needs data\.test.* to false"),
     ("evaluation.items=-1", r"evaluation\.items must be at least 0"),
     ("evaluation.av_bench_batch_size=0", r"evaluation\.av_bench_batch_size must be at least 1"),
     ("evaluation.metrics=[fad]", r"'fad' is not allowed: did you mean 'fd'|'fad' is not allowed: valid"),
-    ("evaluation.metrics=[fd, fd]", r"evaluation\.metrics names one twice"),
+    ("evaluation.metrics=[fd, fd]", r"evaluation\.metrics names fd twice"),
     ("evaluation.truth.tset=x", r"unknown key evaluation\.truth\.tset: did you mean 'test'"),
 ]
 
@@ -91,18 +97,104 @@ def test_mistakes_in_a_file_name_the_file(recipe, override, message):
         load_recipe(recipe)
 
 
-def test_a_run_that_goes_on_from_its_repository_pushes_its_state(recipe):
+def test_paths_are_expanded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "child.yaml").write_text("base: ~/mine.yaml\noutput_dir: ~/runs\nfinetune: {init_from: owner/name}\n")
+    loaded = load_recipe(
+        tmp_path / "child.yaml", ["data.train.0.path=${SCRATCH}/a", "evaluation.truth.test=$SCRATCH/b"]
+    )
+    assert loaded.run_dir == tmp_path / "runs" / "child" and loaded.finetune.init_from == "owner/name"
+    assert (loaded.data.train[0].path, loaded.evaluation.truth.test) == ("/scratch/a", "/scratch/b")
+    with pytest.raises(ValueError, match=r"weights_dir: the environment variable in '\$NOWHERE/x' is not set"):
+        load_recipe(recipe, ["encoders.weights_dir=$NOWHERE/x"])
+
+
+def test_adapters_need_a_rank(recipe):
+    words = ["finetune.init_from=output/base", "finetune.lora.alpha=32"]
+    with pytest.raises(ValueError, match=r"finetune\.lora\.rank is missing: without a rank the whole network"):
+        load_recipe(recipe, words)
+    assert load_recipe(recipe, [*words, "finetune.lora.rank=4"]).finetune.lora.alpha == 32
+
+
+def test_every_key_is_described_and_the_page_is_current():
+    keys = all_keys()
+    assert len({key.path for key in keys}) == len(keys) > 120
+    for key in keys:
+        assert len(key.metadata.get("description", "")) > 5, f"{key.path} has no description"
+        assert f"| `{key.path}` |" in SCRIPT["settings_page"]() and f"{key.path}: " in settings_text()
+    for path, content in SCRIPT["generated_files"]():
+        assert path.read_text() == content, f"{path.name} is out of date: run `python docs/settings.py`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_schema_knows_the_keys_of_the_recipes(path):
+    def check(schema: dict, value: object, where: str) -> None:
+        if isinstance(value, dict):
+            assert value.keys() <= schema["properties"].keys(), where
+            assert set(schema.get("required", ())) <= value.keys(), where
+            for key, entry in value.items():
+                check(schema["properties"][key], entry, f"{where}.{key}")
+        elif isinstance(value, list):
+            for entry in value:
+                check(schema["items"], entry, where)
+        elif "enum" in schema:
+            assert value in schema["enum"], where
+        else:
+            kinds = {"integer": int, "number": (int, float), "string": str, "boolean": bool}
+            assert isinstance(value, kinds[schema["type"]]), where
+            assert not isinstance(value, int | float) or value >= schema.get("minimum", value), where
+
+    schema = SCRIPT["json_schema"]()
+    assert "# yaml-language-server: $schema=schema.json" in path.read_text()
+    check(schema, yaml.safe_load(path.read_text()), "")
+    with pytest.raises(AssertionError):
+        check(schema, {"optim": {"lerning_rate": 1}}, "")
+
+
+def test_a_run_that_resumes_from_its_repository_pushes_its_state(recipe):
     words = ["resume=hub://me/run", "hub.repo_id=me/run"]
     with pytest.raises(ValueError, match=r"needs what is not pushed: set hub\.push=\[pretrained_model,"):
         load_recipe(recipe, words)
     assert load_recipe(recipe, [*words, "hub.push=[training_state]"]).resume == "hub://me/run"
 
 
-def test_what_is_made_of_released_weights_keeps_their_licence(recipe):
+def test_released_weights_keep_their_licence(recipe):
     start = "finetune.init_from=elsewhere/mmaudio_small_16k.pth"
     assert load_recipe(recipe, [start, "card.license=cc-by-nc-4.0"]).card.license == "cc-by-nc-4.0"
     with pytest.raises(ValueError, match=r"card\.license mit: the run starts from released weights"):
         load_recipe(recipe, [start, "card.license=mit"])
+
+
+YAML = [
+    ("training.compile=off", "training.compile", "off"),
+    ("training.compile=on", "training.compile", "on"),
+    ("training.mixed_precision=no", "training.mixed_precision", "no"),
+    ("training.tf32=no", "training.tf32", False),
+    ("training.tf32=on", "training.tf32", True),
+    ("training.steps=3e5", "training.steps", 300_000),
+    ("training.steps=016", "training.steps", 16),
+    ("training.steps=0x10", "training.steps", 16),
+    ("training.steps=300_000", "training.steps", 300_000),
+    ("optim.learning_rate=1e-4", "optim.learning_rate", 1e-4),
+    ("optim.learning_rate=1", "optim.learning_rate", 1.0),
+    ("training={<<: {batch_size: 4, steps: 5}, steps: 7}", "training.steps", 7),
+    ("training={<<: {batch_size: 4, steps: 5}, steps: 7}", "training.batch_size", 4),
+    ("data.train[0].repeats=3", "data.train.0.repeats", 3.0),
+    ("data.train[2].path=c", "data.train.2.path", "c"),
+    ("data.train[0]={repeats: 2}", "data.train.0.path", "a"),
+    ("data.test[0].path=c", "data.test.0.path", "c"),
+    ("optim.milestones=[5, 10]", "optim.milestones.1", 10),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "value"), YAML)
+def test_yaml_is_read_as_people_write_it(recipe, override, key, value):
+    node = to_dict(load_recipe(recipe, [override]))
+    for name in key.split("."):
+        node = node[int(name)] if isinstance(node, list) else node[name]
+    assert node == value and type(node) is type(value)
 
 
 def test_a_mistake_in_a_base_names_the_base(recipe, tmp_path):
@@ -115,12 +207,12 @@ def test_a_mistake_in_a_base_names_the_base(recipe, tmp_path):
 def test_bases_are_inherited_and_changed(recipe, tmp_path):
     (tmp_path / "child.yaml").write_text("base: mine.yaml\noptim: {weight_decay: 0.1}\n")
     (tmp_path / "grandchild.yaml").write_text("base: child.yaml\nmodel: {variant: large_44k_v2}\n")
-    made = load_recipe(tmp_path / "grandchild.yaml", ["data.train.1.repeats=5", "training.mixed_precision=no"])
-    assert made.name == "grandchild"
-    assert (made.optim.learning_rate, made.optim.weight_decay) == (1e-4, 0.1)
-    assert made.model == variant_config("large_44k_v2")
-    assert [store.repeats for store in made.data.train] == [1, 5]
-    assert made.training.mixed_precision == "no"
+    loaded = load_recipe(tmp_path / "grandchild.yaml", ["data.train.1.repeats=5", "training.mixed_precision=no"])
+    assert loaded.name == "grandchild"
+    assert (loaded.optim.learning_rate, loaded.optim.weight_decay) == (1e-4, 0.1)
+    assert loaded.model == variant_config("large_44k_v2")
+    assert [store.repeats for store in loaded.data.train] == [1, 5]
+    assert loaded.training.mixed_precision == "no"
 
 
 def test_a_new_variant_drops_the_sizes_of_the_old_one(recipe, tmp_path):
@@ -148,19 +240,21 @@ def test_circles_missing_files_and_double_keys(tmp_path):
 
 
 def test_saved_recipes_come_back_the_same(recipe, tmp_path):
-    made = load_recipe(recipe, ["training.mixed_precision=no", "name='007'"])
-    save_recipe(made, tmp_path / "saved.yaml")
+    loaded = load_recipe(
+        recipe, ["training.mixed_precision=no", "name='007'", "card.sources=[{store: a, source: '1e5'}]"]
+    )
+    save_recipe(loaded, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == made
-    assert made.name == "007"
+    assert loaded.name == "007"
 
 
-def test_uneven_batches_are_refused_with_the_next_even_ones():
+def test_an_uneven_batch_is_an_error_with_the_next_even_ones():
     assert micro_batch_size(TrainingConfig(batch_size=12, accumulation_steps=2), 3) == 2
     with pytest.raises(ValueError, match=r"batch_size 10 does not split over 3 processes x 2 .*: use 6 or 12"):
         micro_batch_size(TrainingConfig(batch_size=10, accumulation_steps=2), 3)
 
 
-def test_a_refusal_imports_nothing_heavy(recipe):
+def test_an_error_imports_nothing_heavy(recipe):
     program = (
         "import sys; from mmaudio_hf.cli import main; code = main(['train', sys.argv[1], 'optim.lr=1']);"
         "print(code, [m for m in ('torch', 'numpy', 'datasets', 'transformers', 'av') if m in sys.modules])"

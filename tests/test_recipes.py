@@ -30,7 +30,7 @@ def test_recipe_is_valid_and_opens_with_its_command(path):
 
 
 def test_the_published_recipe():
-    """Spec networks, section 4."""
+    """Optimizer, schedule and EMA of MMAudio (arXiv 2412.15322, section 4.1 and the published training code)."""
     recipe = load_recipe(ROOT / "recipes" / "small_16k.yaml")
     assert recipe.model == variant_config("small_16k")
     optim, training = recipe.optim, recipe.training
@@ -63,14 +63,14 @@ def test_dry_run_prints_the_recipe_and_its_numbers():
 
 def commands() -> list[tuple[str, list[str]]]:
     """Command lines of the pages: in fenced blocks and recipe headers."""
-    found = []
+    lines = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         for line in text.splitlines():
             line = re.sub(r"^(#\s*|exec )", "", line.strip())
             if re.match(r"(mmaudio-hf|accelerate launch|torchrun|make|python train\.py) ", line):
-                found.append((f"{page.name}: {line}", shlex.split(line, comments=True)))
-    return found
+                lines.append((f"{page.name}: {line}", shlex.split(line, comments=True)))
+    return lines
 
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda v: v if isinstance(v, str) else "")
@@ -114,19 +114,19 @@ def check_arguments(words: list[str]) -> None:
 
 def commands_of_messages() -> dict[str, str]:
     """Every `mmaudio-hf WORD` in the strings of the package: WORD and where it was seen first."""
-    found = {}
+    first_seen = {}
     for path in sorted((ROOT / "mmaudio_hf").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 for word in re.findall(r"mmaudio-hf\s+([\w-]+)", node.value):
-                    found.setdefault(word, f"{path.name}, line {node.lineno}")
-    return found
+                    first_seen.setdefault(word, f"{path.name}, line {node.lineno}")
+    return first_seen
 
 
 def test_messages_name_commands_that_exist(capsys):
-    found = commands_of_messages()
-    assert {"extract-video", "partition", "weights"} <= set(found)
-    for word, where in found.items():
+    first_seen = commands_of_messages()
+    assert {"extract-video", "partition", "weights"} <= set(first_seen)
+    for word, where in first_seen.items():
         with pytest.raises(SystemExit) as ending:
             parse([word, "--help"])
         assert ending.value.code == 0, f"{where}: there is no `mmaudio-hf {word}`"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mmaudio_hf.cli.hub import hub_session, resolve_resume
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+from mmaudio_hf.config.reading import settings_text
 
 if TYPE_CHECKING:
     from mmaudio_hf.training.resume import RunLock
@@ -21,6 +22,7 @@ def add_commands(add) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
+    train.add_argument("--help-settings", action=_HelpSettings, nargs=0, help="print every setting, and stop")
     doctor = add("doctor", _doctor, "say whether a recipe will run here, before it is started", recipe=True)
     doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
     doctor.add_argument(
@@ -29,6 +31,14 @@ def add_commands(add) -> None:
     doctor.add_argument("--fsdp", action="store_true", help="the launch shares out the network, as by fsdp.yaml")
     doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
     train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
+
+
+class _HelpSettings(argparse.Action):
+    """Prints the settings and ends, without a recipe, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(settings_text())
+        parser.exit()
 
 
 def _train(options) -> int:

@@ -1,18 +1,22 @@
-"""Read recipes: YAML with bases, overrides from the command line, and messages that name key, file and nearest name."""
+"""Read recipes: YAML files with bases, overrides from the command line, errors that name key, file and nearest key."""
 
 import dataclasses
 import difflib
+import json
+import math
+import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from mmaudio_hf.config.settings import VARIANTS, ModelConfig, Recipe, RecipeError, nearest
+from mmaudio_hf.config.settings import VARIANTS, ModelConfig, Recipe, RecipeError, limit_words, nearest
 
 COMMAND_LINE = "the command line"
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -20,241 +24,304 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError (a ValueError) naming the key, the file and the nearest valid name. Imports nothing heavy.
     """
-    origins: dict[str, str] = {}
-    tree = _read_with_bases(Path(path), origins, ())
+    reader = _Reader(str(path))
+    tree = reader.read(Path(path))
     # A variant brings its own sizes, so it comes before sizes that are named beside it.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.variant=")):
-        _apply_override(tree, override, origins)
+        reader.override(tree, override)
     tree.setdefault("name", Path(path).stem)
-    return _build(Recipe, tree, "", origins, str(path))
+    return reader.build(Recipe, tree, "")
 
 
-def model_config(fields: Mapping[str, Any], source: str | Path) -> ModelConfig:
+def model_config(plain: Mapping[str, Any], source: str | Path) -> ModelConfig:
     """Configuration of a network from plain values, checked as in a recipe; `source` names their file in messages."""
-    return _build(ModelConfig, dict(fields), "", {}, str(source))
+    return _Reader(str(source)).build(ModelConfig, dict(plain), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dict of a configuration, as it goes into YAML or JSON."""
-    plain = dataclasses.asdict(config)
-    return _listed(plain)
+    """Plain dict of a configuration, as it goes into YAML or JSON: lists in place of tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe; `load_recipe` on the result gives the same recipe."""
-    Path(path).write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+# --- YAML -------------------------------------------------------------------------------------------------------------
 
 
-def _read_with_bases(path: Path, origins: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}{f' (base of {seen[-1]})' if seen else ''}")
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: the bases form a circle: {' -> '.join(p.name for p in (*seen, path.resolve()))}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
-    base = tree.pop("base", None)
-    merged: dict[str, Any] = {}
-    if base is not None:
-        if not isinstance(base, str):
-            raise RecipeError(f"{path}: base must be a file name, not {_kind(base)}")
-        merged = _read_with_bases(path.parent / base, origins, (*seen, path.resolve()))
-        merged.pop("name", None)  # an experiment never inherits the run folder of its base
-    _merge(merged, tree, "", str(path), origins)
-    return merged
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars, where `no`, `off` and 12:30 are text, 1e-4 is a number and 016 is 16; keys may not repeat."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  those of YAML 1.1 are left behind
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key written twice in one mapping, which plain YAML resolves silently."""
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that one of the two versions of YAML takes for something else."""
+
+    yaml_implicit_resolvers = {key: list(found) for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
 
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?")
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", r"[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+", [*"-+0123456789"]),
+    ("float", rf"{_NUMBER.pattern}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+.0123456789"]),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0) if re.match("0[ox]", text) else int(text)
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value if key.tag != _MERGE]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-def _merge(into: dict[str, Any], tree: Mapping, prefix: str, origin: str, origins: dict[str, str]) -> None:
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        origins[path] = origin
-        # A new variant brings its own sizes: sizes that a base set for its variant must not survive.
-        if path == "model.variant" and into.get("variant") != value:
-            into.clear()
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(
-                into[key],
-                dict(sorted(value.items(), key=lambda item: item[0] != "variant")),
-                f"{path}.",
-                origin,
-                origins,
-            )
-        else:
-            into[key] = value
+# --- From YAML to settings --------------------------------------------------------------------------------------------
 
 
-def _apply_override(tree: dict[str, Any], override: str, origins: dict[str, str]) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r} is not of the form key.sub=value")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    parts = key.split(".")
-    for index, part in reversed(list(enumerate(parts))):
-        if part.isdigit():  # data.train.0.repeats=3 changes one entry of a list that the recipe has
-            return _override_entry(tree, parts, index, value, override, origins)
-    for part in reversed(parts):
-        value = {part: value}
-    _merge(tree, value, "", COMMAND_LINE, origins)
-    return None
+class _Reader:
+    """Builds settings from plain values and knows for messages which file, or the command line, set a key."""
 
+    def __init__(self, file: str):
+        self.file = file
+        self.origins: dict[str, str] = {}  # key -> file
 
-def _override_entry(tree, parts, index, value, override, origins) -> None:
-    node: Any = tree
-    for part in parts[: index + 1]:
+    def origin(self, path: str) -> str:
+        """The file that set the key `path`, or else the section it is in."""
+        while path not in self.origins and "." in path:
+            path = path.rpartition(".")[0]
+        return self.origins.get(path, self.file)
+
+    def error(self, path: str, problem: str) -> RecipeError:
+        return RecipeError(f"{self.origin(path)}: {path}{problem}")
+
+    def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """Plain values of a file on top of those of its bases; `above`: the files whose base it is."""
+        if not path.is_file():
+            raise RecipeError(f"no recipe at {path}{f' (base of {above[-1]})' if above else ''}")
+        if path.resolve() in above:
+            names = " -> ".join(p.name for p in (*above, path))
+            raise RecipeError(f"{path}: the bases form a circle: {names}")
         try:
-            node = node[int(part)] if part.isdigit() else node[part]
-        except (KeyError, IndexError, TypeError):
-            raise RecipeError(
-                f"override {override!r}: the recipe has no entry {'.'.join(parts[: index + 1])}"
-            ) from None
-    rest = parts[index + 1 :]
-    if not rest or not isinstance(node, dict):
-        raise RecipeError(
-            f"override {override!r}: name a key of the entry, as in {'.'.join(parts[: index + 1])}.key=value"
-        )
-    for part in reversed(rest):
-        value = {part: value}
-    _merge(node, value, ".".join(parts[: index + 1]) + ".", COMMAND_LINE, origins)
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
+        base = tree.pop("base", None)
+        merged: dict[str, Any] = {}
+        if base is not None:
+            if not isinstance(base, str):
+                raise RecipeError(f"{path}: base must be a file name, not {_kind(base)}")
+            merged = self.read(path.parent / _expanded(base, f"{path}: base"), (*above, path.resolve()))
+            merged.pop("name", None)  # an experiment never inherits the run folder of its base
+        self.merge(merged, tree, "", str(path))
+        return merged
 
+    def override(self, tree: dict[str, Any], override: str) -> None:
+        """Apply `key.sub=value`; `key.0.sub` or `key[0].sub` is an entry of a list, or a new one behind the last."""
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {override!r} is not of the form key.sub=value")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        for name in reversed(re.sub(r"\[(\d+)\]", r".\1", key).split(".")):
+            value = {name: value}
+        self.merge(tree, value, "", COMMAND_LINE)
 
-def _build(cls: type, tree: Any, prefix: str, origins: dict[str, str], file: str) -> Any:
-    """Make dataclass `cls` from a mapping, checking every name and type on the way."""
-    where = _origin(prefix.rstrip("."), origins, file)
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: {prefix.rstrip('.')} must be a mapping of keys, not {_kind(tree)}")
-    hints = get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            where = origins.get(f"{prefix}{key}", where)
-            raise RecipeError(f"{where}: unknown key {prefix}{key}: {_nearest_key(str(key), hints, prefix)}")
-    values = {}
-    if cls is ModelConfig:
-        tree = _with_variant(tree, origins, file)
-    for key, value in tree.items():
-        values[key] = _convert(hints[key], value, f"{prefix}{key}", origins, file)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    for name in required:
-        if name not in values:
-            raise RecipeError(f"{where}: {prefix}{name} is missing")
-    try:
-        return cls(**values)
-    except Exception as error:  # strict wraps the message of a failed check in its own error class
-        cause = error.__cause__ or error
-        names = re.findall(r"[a-z_]+\.[a-z_]+", str(cause))
-        origin = next((origins[name] for name in names if name in origins), where)
-        raise RecipeError(f"{origin}: {str(cause).strip()}") from None
+    def merge(self, into: Any, tree: Mapping[str, Any], prefix: str, origin: str) -> None:
+        """Set the keys of `tree` in `into`, a mapping, or from the command line a list; `prefix` is their section."""
+        for key, value in sorted(tree.items(), key=lambda item: item[0] != "variant"):
+            path = f"{prefix}{key}"
+            self.origins[path] = origin
+            # A new variant brings its own sizes: sizes that a base set for its variant must not survive.
+            if path == "model.variant" and into.get("variant") != value:
+                into.clear()
+            index: Any = key
+            if isinstance(into, list):
+                if int(key) > len(into):
+                    raise RecipeError(f"{origin}: the recipe has no entry {path}: the list has {len(into)}, from 0")
+                index = int(key)
+                into += [None] * (index == len(into))
+            elif index not in into and origin == COMMAND_LINE and _is_entry(value):
+                into[index] = []
+            old = into[index] if isinstance(into, list) else into.get(index)
+            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _is_entry(value))):
+                self.merge(old, value, f"{path}.", origin)
+            else:
+                into[index] = value
 
+    def build(self, cls: Any, tree: Any, prefix: str) -> Any:
+        """Make dataclass `cls` from a mapping, checking every name and type on the way."""
+        section = prefix.rstrip(".")
+        if not isinstance(tree, dict):
+            raise self.error(section, f" must be a mapping of keys, not {_kind(tree)}")
+        fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
+        for key in tree:
+            if key not in fields:
+                path = f"{prefix}{key}"
+                raise RecipeError(f"{self.origin(path)}: unknown key {path}: {_nearest_key(str(key), list(fields))}")
+        for name, field in fields.items():
+            reason = field.metadata.get("needed", "") if tree else ""
+            if name not in tree and (reason or field.default is field.default_factory is dataclasses.MISSING):
+                raise RecipeError(f"{self.origin(section)}: {prefix}{name} is missing{reason and f': {reason}'}")
+        if cls is ModelConfig:
+            tree = self.with_variant(tree)
+        values = {}
+        for key, value in tree.items():
+            values[key] = self.convert(hints[key], value, f"{prefix}{key}")
+            if fields[key].metadata.get("path"):
+                values[key] = _expanded(values[key], f"{self.origin(f'{prefix}{key}')}: {prefix}{key}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            # An entry of a list has a key of its own: data.train.0.repeats.
+            text = str(error).replace(f"{cls.key}.", prefix, 1) if cls.key else str(error)
+            named = [name for name in re.findall(r"[a-z_]+(?:\.\w+)*", text) if name in self.origins]
+            raise RecipeError(f"{self.origin(named[0] if named else section)}: {text}") from None
 
-def _with_variant(tree: dict[str, Any], origins: dict[str, str], file: str) -> dict[str, Any]:
-    variant = tree.get("variant", "small_16k")
-    if not isinstance(variant, str) or variant not in VARIANTS:
-        where = _origin("model.variant", origins, file)
-        raise RecipeError(f"{where}: model.variant: unknown variant {variant!r}: {nearest(str(variant), VARIANTS)}")
-    return {"variant": variant, **VARIANTS[variant], **tree}
+    def with_variant(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The sizes of a network on top of those of its variant."""
+        variant = tree.get("variant", "small_16k")
+        if not isinstance(variant, str) or variant not in VARIANTS:
+            raise self.error("model.variant", f": unknown variant {variant!r}: {nearest(str(variant), VARIANTS)}")
+        return {"variant": variant, **VARIANTS[variant], **tree}
 
-
-def _convert(hint: Any, value: Any, path: str, origins: dict[str, str], file: str) -> Any:
-    where = f"{_origin(path, origins, file)}: {path}"
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{path}.", origins, file)
-    if get_origin(hint) is tuple:
-        return _convert_tuple(get_args(hint), value, path, origins, file)
-    if get_origin(hint) is Literal:
-        if value is False and "no" in get_args(hint):
-            return "no"  # YAML 1.1 reads a bare `no` as false
-        if value not in get_args(hint):
-            options = [str(option) for option in get_args(hint)]
-            raise RecipeError(f"{where}: {value!r} is not allowed: {nearest(str(value), options)}")
+    def convert(self, hint: Any, value: Any, path: str) -> Any:
+        """`value` as the type `hint` of the key `path`."""
+        if dataclasses.is_dataclass(hint):
+            return self.build(hint, value, f"{path}.")
+        if get_origin(hint) is tuple:
+            return self.convert_list(get_args(hint), value, path)
+        if get_origin(hint) is Literal:
+            options = get_args(hint)
+            if isinstance(value, bool):  # YAML 1.1 has on, off and no for them, and some tools write it
+                value = next((word for word in (("on",) if value else ("off", "no")) if word in options), value)
+            if value not in options:
+                raise self.error(path, f": {value!r} is not allowed: {nearest(str(value), map(str, options))}")
+            return value
+        if hint is bool and value in ("yes", "no", "on", "off"):
+            return value in ("yes", "on")
+        if hint is float and type(value) is int:
+            return float(value)
+        if hint is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # 3e5
+        if type(value) is not hint or (hint is float and not math.isfinite(value)):  # `is`: a bool is an int
+            quotes = ": put it in quotes" if hint is str and not isinstance(value, dict | list) else ""
+            raise self.error(path, f" must be {_TYPES[hint]}, not {value!r} ({_kind(value)}){quotes}")
         return value
-    if get_origin(hint) in (Union, UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path, origins, file)
-    if hint is float:
-        return _to_float(value, where)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not hint:  # `is`: a bool is an int to isinstance
-        raise RecipeError(f"{where} must be {_wanted(hint)}, not {value!r} ({_kind(value)})")
-    return value
+
+    def convert_list(self, args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+        """The entries of a list of any length (`args` ends with an ellipsis) or of that of `args`."""
+        if not isinstance(value, list | tuple):
+            raise self.error(path, f" must be a list, not {value!r} ({_kind(value)})")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise self.error(path, f" must have {len(args)} entries, not {len(value)}")
+        return tuple(self.convert(args[0], entry, f"{path}.{i}") for i, entry in enumerate(value))
 
 
-def _to_float(value: Any, where: str) -> float:
-    # PyYAML follows YAML 1.1, where 1e-4 (no dot) is a string.
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value.strip()):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-        raise RecipeError(f"{where} must be a number, not {value!r} ({_kind(value)})")
-    return float(value)
+def _is_entry(value: Any) -> bool:
+    """Whether the keys of an override are indices of a list."""
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
 
 
-def _convert_tuple(args: tuple, value: Any, path: str, origins: dict[str, str], file: str) -> tuple:
-    where = f"{_origin(path, origins, file)}: {path}"
-    if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{where} must be a list, not {value!r} ({_kind(value)})")
-    if args[-1] is not Ellipsis and len(value) != len(args):
-        raise RecipeError(f"{where} must have {len(args)} entries, not {len(value)}")
-    hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
-    return tuple(
-        _convert(h, v, f"{path}.{i}", origins, file) for i, (h, v) in enumerate(zip(hints, value, strict=True))
-    )
+def _expanded(path: str, where: str) -> str:
+    """`path` with `~` and environment variables replaced."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise RecipeError(f"{where}: the environment variable in {path!r} is not set: {unset[0]}")
+    return expanded
 
 
-def _origin(path: str, origins: dict[str, str], file: str) -> str:
-    while path not in origins and "." in path:
-        path = path.rpartition(".")[0]
-    return origins.get(path, file)
-
-
-def _nearest_key(key: str, hints: Mapping, prefix: str) -> str:
+def _nearest_key(key: str, names: Sequence[str]) -> str:
     """Nearest name in the same section, or else the full path of such a key in another section."""
-    if difflib.get_close_matches(key, list(hints), n=1, cutoff=0.75):
-        return nearest(key, hints)
-    elsewhere = [path for path in _all_keys(Recipe) if path.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return nearest(key, hints)
+    if not difflib.get_close_matches(key, names, n=1, cutoff=0.75):
+        elsewhere = [known.path for known in all_keys() if known.path.rpartition(".")[2] == key]
+        if elsewhere:
+            return f"did you mean {' or '.join(elsewhere)}?"
+    return nearest(key, names)
 
 
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    found = []
-    for name, hint in get_type_hints(cls).items():
-        found += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
-    return found
-
-
-def _wanted(hint: Any) -> str:
-    names = {int: "a whole number", str: "text", bool: "true or false"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+_TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _kind(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing", bool: "true/false"}
     return names.get(type(value), type(value).__name__)
+
+
+# --- The keys, for documentation --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a recipe, for documentation; entries of lists have paths as `data.train[].path`."""
+
+    path: str
+    section: type
+    hint: Any
+    default: Any  # MISSING: the key must be given
+    metadata: Mapping[str, Any]
+
+
+def all_keys(cls: Any = Recipe, prefix: str = "") -> list[Key]:
+    """Every key of a section and of the sections in it, in the order of the classes."""
+    keys, hints = [], get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            keys += all_keys(hint, f"{path}.")
+            continue
+        keys.append(Key(path, cls, hint, field.default, field.metadata))
+        if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
+            keys += all_keys(get_args(hint)[0], f"{path}[].")
+    return keys
+
+
+def settings_text() -> str:
+    """Every setting for the terminal (`--help-settings`)."""
+    lines = []
+    for key in all_keys():
+        lines.append(f"{key.path}: {value_words(key)} (default: {default_words(key)})")
+        lines += textwrap.wrap(key.metadata["description"], 100, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def value_words(key: Key) -> str:
+    """Type and limits of a key."""
+    limits = limit_words(key.metadata["limits"])
+    return f"{_type_words(key.hint)}{limits and f', {limits}'}"
+
+
+def _type_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"{', '.join(map(str, get_args(hint)[:-1]))} or {get_args(hint)[-1]}"
+    if get_origin(hint) is tuple:
+        entry = get_args(hint)[0]
+        return f"list of {'entries' if dataclasses.is_dataclass(entry) else _type_words(entry)}"
+    return _TYPES[hint].removeprefix("a ")
+
+
+def default_words(key: Key) -> str:
+    """Default of a key, as in YAML."""
+    if key.default is dataclasses.MISSING:
+        return "none"
+    return json.dumps(key.default, ensure_ascii=False)

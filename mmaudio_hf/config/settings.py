@@ -1,17 +1,16 @@
-"""Recipes: one YAML file per experiment, read into a tree of frozen, strictly typed dataclasses.
+"""The settings of an experiment: a tree of frozen dataclasses, every field with its description and its limits.
 
-A recipe may name another one with `base:` and changes only what differs; `section.key=value` on the command line
-changes it once more. A key nobody knows, a value of the wrong type or out of range, and settings that exclude each
-other are all refused here, naming the key, the file it came from and the nearest valid name, before torch is imported.
+`reading` generates docs/settings.md, `train.py --help-settings` and recipes/schema.json from the descriptions. Nothing
+here imports torch: a mistake in a recipe is reported before anything heavy is loaded.
 """
 
 import difflib
+import operator
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
-
-from huggingface_hub.dataclasses import strict
+from typing import Any, ClassVar, Literal
 
 from mmaudio_hf.schema import (
     CLIP_DIM,
@@ -27,15 +26,49 @@ from mmaudio_hf.schema import (
 
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
+# Limits of `setting`: words of the message, comparison, JSON schema keyword.
+LIMITS = {
+    "least": ("at least", operator.ge, "minimum"),
+    "above": ("more than", operator.gt, "exclusiveMinimum"),
+    "most": ("at most", operator.le, "maximum"),
+    "below": ("less than", operator.lt, "exclusiveMaximum"),
+}
+
 
 class RecipeError(ValueError):
     """A mistake in a recipe or an override; the message names the key, the file and the way out."""
 
 
-def nearest(name: str, options) -> str:
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    listing = f"valid: {', '.join(sorted(options))}"
-    return f"did you mean {close[0]!r}? ({listing})" if close else listing
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The option that `name` may be meant for, and all of them, for an error message."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    valid = f"valid: {', '.join(options)}"
+    return f"did you mean {close[0]!r}? ({valid})" if close else valid
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    path: bool = False,
+    unique: bool = False,
+    nonempty: bool = False,
+    needed: str = "",
+    **limits: float,
+) -> Any:
+    """A field with its description; `default` MISSING for a required one.
+
+    path: `~` and environment variables are expanded. unique, nonempty: of lists. needed: why the key may not be left
+    out of a section that is written. limits: `LIMITS`, of the number or of every number of a list.
+    """
+    metadata = {"path": path, "unique": unique, "nonempty": nonempty, "needed": needed, "limits": limits}
+    return field(default=default, metadata={"description": description, **metadata})
+
+
+def limit_words(limits: dict[str, float]) -> str:
+    """`limits` as in messages and docs: "at least 0 and less than 1"."""
+    return " and ".join(f"{LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -43,55 +76,77 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# `strict` runs the `validate_*` methods; it does not look at the types of frozen classes: `_convert` does, wherever
-# plain values are read.
-@strict
+def _repeated(names: Iterable[Any]) -> list[Any]:
+    names = list(names)
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a flow network (spec networks, section 2.1). `variant` fills in a released network's sizes."""
+class Settings:
+    """Base of the sections. Construction checks the limits of the fields, then `check`; ValueError names the key."""
 
-    variant: str = "small_16k"
-    mode: Literal["16k", "44k"] = "16k"
-    hidden_dim: int = 448
-    num_heads: int = 7
-    depth: int = 12  # joint + fused blocks
-    fused_depth: int = 8
-    v2: bool = False
-    clip_dim: int = CLIP_DIM
-    sync_dim: int = SYNC_DIM
-    text_dim: int = TEXT_DIM
-    text_tokens: int = TEXT_TOKENS
-    duration: float = 8.0  # seconds; default lengths are derived from it
-    latent_channels: int = 0  # 0: the mode's own
-    latent_length: int = 0  # 0: derived from duration, likewise the next two
-    clip_length: int = 0
-    sync_length: int = 0
+    key: ClassVar[str] = ""  # of the section in a recipe
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, path = getattr(self, item.name), f"{self.key}.{item.name}".lstrip(".")
+            limits = item.metadata.get("limits", {})
+            for number in value if isinstance(value, tuple) else (value,):
+                if not all(LIMITS[name][1](number, limit) for name, limit in limits.items()):
+                    raise ValueError(f"{path} must be {limit_words(limits)}, not {number!r}")
+            if item.metadata.get("nonempty"):
+                _require(bool(value), f"{path} must not be empty")
+            if item.metadata.get("unique"):
+                _require(not _repeated(value), f"{path} names {', '.join(map(str, _repeated(value)))} twice")
+        self.check()
+
+    def check(self) -> None:
+        """What the fields require of each other."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Sizes of the flow network; `variant` fills in those of a released one (MMAudio, arXiv 2412.15322, table 1)."""
+
+    key = "model"
+    variant: str = setting("small_16k", "released network whose sizes are the defaults of the keys below")
+    mode: Literal["16k", "44k"] = setting("16k", "sample rate: 16 kHz or 44.1 kHz")
+    hidden_dim: int = setting(448, "width of the transformer", least=1)
+    num_heads: int = setting(7, "attention heads", least=1)
+    depth: int = setting(12, "joint and fused blocks together", least=1)
+    fused_depth: int = setting(8, "fused blocks, which see the audio tokens alone", least=0)
+    v2: bool = setting(False, "the large_44k_v2 network: other condition projections and time embedding")
+    clip_dim: int = setting(CLIP_DIM, "width of CLIP image features", least=1)
+    sync_dim: int = setting(SYNC_DIM, "width of Synchformer features", least=1)
+    text_dim: int = setting(TEXT_DIM, "width of CLIP text features", least=1)
+    text_tokens: int = setting(TEXT_TOKENS, "tokens of a caption", least=1)
+    duration: float = setting(8.0, "seconds of a clip; the lengths below follow from it")
+    latent_channels: int = setting(0, "channels of the latents; 0: those of the mode")
+    latent_length: int = setting(0, "latent frames; 0: from duration, likewise the next two")
+    clip_length: int = setting(0, "frames with CLIP features")
+    sync_length: int = setting(0, "Synchformer tokens")
+
+    def __post_init__(self) -> None:
         lengths = sequence_lengths(self.mode, self.duration)
-        derived = {
-            "latent_channels": audio_mode(self.mode).latent_channels,
-            "latent_length": lengths.latent,
-            "clip_length": lengths.clip,
-            "sync_length": lengths.sync,
-        }
+        derived = {"latent_channels": audio_mode(self.mode).latent_channels, "latent_length": lengths.latent}
+        derived |= {"clip_length": lengths.clip, "sync_length": lengths.sync}
         for name, value in derived.items():
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
+        super().__post_init__()
 
-    def validate_sizes(self):
+    def check(self) -> None:
         """The arithmetic that the layers rely on."""
-        _require(self.hidden_dim > 0 and self.num_heads > 0, "model.hidden_dim and model.num_heads must be positive")
         _require(
             self.hidden_dim % self.num_heads == 0 and (self.hidden_dim // self.num_heads) % 2 == 0,
             f"model.hidden_dim {self.hidden_dim} must be an even multiple of model.num_heads {self.num_heads}",
         )
         _require(
-            0 <= self.fused_depth < self.depth,
-            f"model.fused_depth {self.fused_depth} must be at least 0 and less than model.depth {self.depth}",
+            self.fused_depth < self.depth,
+            f"model.fused_depth {self.fused_depth} must be less than model.depth {self.depth}",
         )
         _require(self.sync_length % 8 == 0, f"model.sync_length {self.sync_length} must be a multiple of 8")
-        for name in ("clip_dim", "sync_dim", "text_dim", "text_tokens", "latent_length", "clip_length"):
+        for name in ("latent_channels", "latent_length", "clip_length", "sync_length"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive")
 
     @property
@@ -125,221 +180,207 @@ def variant_config(variant: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
 
 
-@strict
 @dataclass(frozen=True)
-class EncoderConfig:
-    """The frozen networks that make features and turn latents into sound."""
+class EncoderConfig(Settings):
+    """The frozen networks that make features and decode latents."""
 
-    kind: Literal["released", "toy"] = "released"
-    weights_dir: str = "ext_weights"  # released: where the published files are; toy: where the fitted codec is kept
-    clip: str = "apple/DFN5B-CLIP-ViT-H-14-384"  # Hub id, folder of transformers files, or open_clip checkpoint
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
+    key = "encoders"
+    kind: Literal["released", "toy"] = setting("released", "the published networks, or formulas for tests and examples")
+    weights_dir: str = setting(
+        "ext_weights", "folder of the published files; of toy encoders, that of the fitted codec", path=True
+    )
+    clip: str = setting(
+        "apple/DFN5B-CLIP-ViT-H-14-384",
+        "Hub id of CLIP, folder of transformers files, or open_clip checkpoint",
+        path=True,
+    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "number type of CLIP and Synchformer")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
-@strict
 @dataclass(frozen=True)
-class VideoSource:
-    """A folder of videos and the TSV (`id`, `label`) that lists the ones to use; becomes the store `name`."""
+class VideoSource(Settings):
+    """A folder of videos of which one feature store is made."""
 
-    name: str
-    media_dir: str
-    list: str
-    normalize_audio: bool = True
+    key = "extraction.videos"
+    name: str = setting(MISSING, "name of the store")
+    media_dir: str = setting(MISSING, "folder of the videos, ID.mp4", path=True)
+    list: str = setting(MISSING, "TSV of the videos to use: id, label", path=True)
+    normalize_audio: bool = setting(True, "scale the audio to a peak of 0.95")
 
 
-@strict
 @dataclass(frozen=True)
-class AudioSource:
-    """A folder of recordings, their captions (TSV `id`, `caption`) and clips; becomes the store `name`."""
+class AudioSource(Settings):
+    """A folder of audio files of which one feature store is made."""
 
-    name: str
-    media_dir: str
-    list: str
-    clips: str = ""  # clips.tsv; written by `mmaudio-hf partition`; empty: beside the store
+    key = "extraction.audios"
+    name: str = setting(MISSING, "name of the store")
+    media_dir: str = setting(MISSING, "folder of the audio files", path=True)
+    list: str = setting(MISSING, "TSV of the audio files to use: id, caption", path=True)
+    clips: str = setting("", "clips.tsv, which `mmaudio-hf partition` writes; empty: beside the store", path=True)
 
 
-@strict
 @dataclass(frozen=True)
-class ExtractionConfig:
-    """What to extract, from where, and how."""
+class ExtractionConfig(Settings):
+    """What features are extracted from, and how."""
 
-    output_dir: str = "output/features"
-    videos: tuple[VideoSource, ...] = ()
-    audios: tuple[AudioSource, ...] = ()
-    alignment: Literal["timestamps", "reference"] = "timestamps"
-    layout: Literal["reference", "compact"] = "reference"  # compact: bf16 CLIP and text features, each text once
-    sync_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 only in the compact layout
-    batch_size: int = 16
-    num_proc: int = 1
-    shard_size: int = 512
-    audit: str = ""  # table of an audit; items with a verdict of `reject` are left out. Empty: none is used
-    reject: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
+    key = "extraction"
+    output_dir: str = setting("output/features", "folder of the feature stores", path=True)
+    videos: tuple[VideoSource, ...] = setting((), "folders of videos, one store each")
+    audios: tuple[AudioSource, ...] = setting((), "folders of audio files, one store each")
+    alignment: Literal["timestamps", "reference"] = setting(
+        "timestamps", "frames by their timestamps, or by their number as the reference implementation reads them"
+    )
+    layout: Literal["reference", "compact"] = setting(
+        "reference", "of the stores; compact: CLIP and text features in bfloat16, each text once"
+    )
+    sync_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "number type of Synchformer features; bfloat16 in the compact layout only"
+    )
+    batch_size: int = setting(16, "clips per forward pass of an encoder", least=1)
+    num_proc: int = setting(1, "processes that decode media", least=1)
+    shard_size: int = setting(512, "items of a shard, which is redone when it was interrupted", least=1)
+    audit: str = setting("", "table that `mmaudio-hf audit` wrote; empty: nothing is left out by it", path=True)
+    reject: tuple[AuditVerdict, ...] = setting(
+        ("leakage", "duplicate_content", "still", "silent"), "verdicts of the audit that leave an item out"
+    )
 
-    def validate_sizes(self):
-        """Positive sizes, one name per store."""
-        for name in ("batch_size", "num_proc", "shard_size"):
-            _require(getattr(self, name) >= 1, f"extraction.{name} must be at least 1")
+    def check(self) -> None:
+        """One name per store, and a number type that the layout has."""
         _require(
             self.layout == "compact" or self.sync_dtype == "float32",
             "extraction.sync_dtype bfloat16 needs extraction.layout compact",
         )
-        names = [source.name for source in (*self.videos, *self.audios)]
-        twice = {name for name in names if names.count(name) > 1}
-        _require(not twice, f"extraction: two sources are called {', '.join(sorted(twice))}; store names must differ")
+        twice = _repeated([*(s.name for s in self.videos), *(s.name for s in self.audios)])
+        _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")
 
 
-@strict
 @dataclass(frozen=True)
-class StoreConfig:
-    """One feature store of a mixture: every row is visited `repeats` times per epoch; 0.5 is a half of them."""
+class StoreConfig(Settings):
+    """A feature store and its weight in the mixture."""
 
-    path: str
-    repeats: float = 1.0
-
-    def validate_repeats(self):
-        """Some visits."""
-        _require(self.repeats > 0, f"data: repeats of {self.path} must be positive, not {self.repeats}")
+    key = "data"
+    path: str = setting(MISSING, "feature store: the path without an ending", path=True)
+    repeats: float = setting(1.0, "visits of every row per epoch; 0.5: half of the rows in each epoch", above=0)
 
 
-@strict
 @dataclass(frozen=True)
-class DataConfig:
-    """The mixture that is trained on, and what is held out."""
+class DataConfig(Settings):
+    """The mixture that is trained on, the held-out stores, and how they are read."""
 
-    train: tuple[StoreConfig, ...] = ()
-    validation: tuple[StoreConfig, ...] = ()
-    test: tuple[StoreConfig, ...] = ()
-    prefetch_batches: int = 2
-    read_threads: int = 4
-
-    def validate_sizes(self):
-        """Threads and buffers."""
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches must be at least 1")
-        _require(self.read_threads >= 1, "data.read_threads must be at least 1")
+    key = "data"
+    train: tuple[StoreConfig, ...] = setting((), "stores of the training mixture")
+    validation: tuple[StoreConfig, ...] = setting((), "stores of the validation split")
+    test: tuple[StoreConfig, ...] = setting((), "stores of the test split")
+    prefetch_batches: int = setting(2, "batches that are read ahead", least=1)
+    read_threads: int = setting(4, "threads that read a batch", least=1)
 
 
-@strict
 @dataclass(frozen=True)
-class FlowConfig:
-    """Flow matching objective (spec networks, section 3 and 4)."""
+class FlowConfig(Settings):
+    """The flow matching objective (MMAudio, arXiv 2412.15322, section 3.1)."""
 
-    min_sigma: float = 0.0
-    time_mean: float = 0.0  # t = sigmoid(time_scale * z + time_mean)
-    time_scale: float = 1.0
-    condition_dropout: float = 0.1  # probability, for video and for text on their own
-    independent_video_dropout: bool = False  # v2: CLIP and sync features are dropped on their own, not together
+    key = "flow"
+    min_sigma: float = setting(0.0, "noise that remains at t = 1", least=0, below=1)
+    time_mean: float = setting(0.0, "m of t = sigmoid(m + s z), z standard normal (Esser et al. 2024, section 3.1)")
+    time_scale: float = setting(1.0, "s of the same", above=0)
+    condition_dropout: float = setting(
+        0.1, "probability that the video is dropped, and on its own the text", least=0, most=1
+    )
+    independent_video_dropout: bool = setting(
+        False, "drop CLIP and Synchformer features independently, as for large_44k_v2"
+    )
 
-    def validate_ranges(self):
-        """Probabilities and scales."""
-        _require(0 <= self.condition_dropout <= 1, "flow.condition_dropout is a probability: between 0 and 1")
-        _require(0 <= self.min_sigma < 1, "flow.min_sigma must be at least 0 and less than 1")
-        _require(self.time_scale > 0, "flow.time_scale must be positive")
 
-
-@strict
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule. Milestones count from the end of the warm-up (spec networks, section 4)."""
+class OptimConfig(Settings):
+    """AdamW and the schedule of its learning rate."""
 
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-6
-    weight_decay: float = 1e-6
-    max_grad_norm: float = 1.0
-    schedule: Literal["step", "constant", "poly"] = "step"
-    warmup_steps: int = 1000
-    milestones: tuple[int, ...] = (240_000, 270_000)
-    gamma: float = 0.1
+    key = "optim"
+    learning_rate: float = setting(1e-4, "after the warm-up", above=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the two moments", least=0, below=1)
+    eps: float = setting(1e-6, "epsilon of AdamW", above=0)
+    weight_decay: float = setting(1e-6, "decoupled weight decay", least=0)
+    max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", above=0)
+    schedule: Literal["step", "constant", "poly"] = setting(
+        "step", "after the warm-up: times gamma at each milestone, constant, or to 0 as (1 - step / steps)^0.9"
+    )
+    warmup_steps: int = setting(1000, "steps of linear warm-up", least=0)
+    milestones: tuple[int, ...] = setting((240_000, 270_000), "steps of schedule step, from the end of the warm-up")
+    gamma: float = setting(0.1, "factor at each milestone")
 
-    def validate_ranges(self):
-        """Signs and order."""
-        _require(self.learning_rate > 0, "optim.learning_rate must be positive")
-        _require(self.eps > 0 and self.weight_decay >= 0, "optim.eps must be positive, optim.weight_decay at least 0")
-        _require(all(0 <= b < 1 for b in self.betas), "optim.betas must be at least 0 and less than 1")
-        _require(self.max_grad_norm > 0, "optim.max_grad_norm must be positive")
-        _require(self.warmup_steps >= 0, "optim.warmup_steps must be at least 0")
+    def check(self) -> None:
+        """Milestones in order."""
         _require(list(self.milestones) == sorted(self.milestones), "optim.milestones must be in rising order")
 
 
-@strict
 @dataclass(frozen=True)
-class EmaConfig:
-    """Post-hoc EMA (Karras et al. 2024, section 3): two profiles, snapshots, synthesis at `sigma_rel`."""
+class EmaConfig(Settings):
+    """Post-hoc EMA (Karras et al. 2024, arXiv 2312.02696, section 3)."""
 
-    sigma_rels: tuple[float, ...] = (0.05, 0.1)
-    update_every: int = 1
-    snapshot_every: int = 5000
-    start: int = 0
-    sigma_rel: float = 0.05  # of the weights that are validated, published and used for generation
-
-    def validate_ranges(self):
-        """Widths for which the profile exists."""
-        _require(len(self.sigma_rels) >= 1, "ema.sigma_rels must name at least one profile")
-        for sigma in (*self.sigma_rels, self.sigma_rel):
-            _require(0 < sigma < 0.28, f"ema: sigma_rel {sigma} must be between 0 and 0.28")
-        _require(self.update_every >= 1 and self.snapshot_every >= 1, "ema.update_every and snapshot_every: at least 1")
-        _require(self.start >= 0, "ema.start must be at least 0")
+    key = "ema"
+    # The profile of exponent 0, the widest one, has a width of 1 / (2 sqrt 3) = 0.289.
+    sigma_rels: tuple[float, ...] = setting(
+        (0.05, 0.1), "relative widths of the profiles that are kept", nonempty=True, above=0, below=0.28
+    )
+    update_every: int = setting(1, "steps between updates of the EMA weights", least=1)
+    snapshot_every: int = setting(5000, "steps between snapshots, from which any other width is synthesised", least=1)
+    start: int = setting(0, "step of the first update", least=0)
+    sigma_rel: float = setting(
+        0.05, "width of the weights that are validated, published and used for generation", above=0, below=0.28
+    )
 
 
-@strict
 @dataclass(frozen=True)
-class EarlyStoppingConfig:
-    """When a run ends before its last step: `patience` validations in a row without a score better by `min_delta`."""
+class EarlyStoppingConfig(Settings):
+    """When a run ends before its last step."""
 
-    metric: str = "val_ema/loss"  # a name of metrics.jsonl that validation writes; lower is better
-    patience: int = 0  # 0: never
-    min_delta: float = 0.0
+    key = "training.early_stopping"
+    metric: str = setting("val_ema/loss", "score of validation in metrics.jsonl; lower is better")
+    patience: int = setting(0, "validations in a row without improvement before the run ends; 0: never", least=0)
+    min_delta: float = setting(0.0, "least improvement", least=0)
 
-    def validate_ranges(self):
-        """Signs."""
-        _require(self.patience >= 0, "training.early_stopping.patience must be at least 0")
+    def check(self) -> None:
+        """A score that validation computes."""
         _require(
             self.metric.startswith(("val/", "val_ema/")),
             f"training.early_stopping.metric {self.metric!r} must be a score of validation: val/... or val_ema/...",
         )
-        _require(self.min_delta >= 0, "training.early_stopping.min_delta must be at least 0")
 
 
-@strict
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Length, batch, precision and rhythm of a run. A step is one optimizer update."""
+class TrainingConfig(Settings):
+    """Length, batch, precision, validation and checkpoints of a run. A step is one optimizer update."""
 
-    steps: int = 300_000
-    batch_size: int = 512  # over all processes and accumulation
-    accumulation_steps: int = 1
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    tf32: bool = True  # float32 products with TF32 inputs on CUDA; elsewhere nothing
-    activation_checkpointing: bool = False  # blocks run once more in the backward pass, instead of keeping activations
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the blocks; auto: on CUDA, where it works
-    log_every: int = 50
-    validate_every: int = 5000
-    # Scored beside the whole: what the conditions are reduced to, and how many items of the split each of them sees.
-    validation_combinations: tuple[Literal["video_text", "video", "text", "none"], ...] = (
-        "video_text",
-        "video",
-        "text",
-        "none",
+    key = "training"
+    steps: int = setting(300_000, "optimizer updates", least=1)
+    batch_size: int = setting(512, "samples per step, over all processes and accumulation", least=1)
+    accumulation_steps: int = setting(1, "forward and backward passes per step", least=1)
+    mixed_precision: Literal["no", "bf16"] = setting("bf16", "autocast of the forward pass; weights stay float32")
+    tf32: bool = setting(True, "float32 products with inputs rounded to TF32; CUDA only")
+    activation_checkpointing: bool = setting(
+        False, "recompute the blocks in the backward pass instead of keeping their activations"
     )
-    validation_items: int = 512
-    checkpoint_every: int = 10_000
-    keep_checkpoints: int = 3  # the newest ones; besides them those of steps that keep_every divides, and the best
-    keep_every: int = 0  # 0: none
-    best_metric: str = ""  # a name of metrics.jsonl, as val_ema/loss; empty: none is kept as the best
-    best_mode: Literal["min", "max"] = "min"
-    max_skipped_steps: int = 10  # non-finite steps in a row before the run stops
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the blocks; auto: on CUDA if it works")
+    log_every: int = setting(50, "steps between lines of metrics.jsonl", least=1)
+    validate_every: int = setting(5000, "steps between validations", least=1)
+    validation_combinations: tuple[Literal["video_text", "video", "text", "none"], ...] = setting(
+        ("video_text", "video", "text", "none"), "conditions that are also validated on their own", unique=True
+    )
+    validation_items: int = setting(512, "items of each of these combinations", least=1)
+    checkpoint_every: int = setting(10_000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = setting(3, "newest checkpoints that are kept; besides them the next two", least=1)
+    keep_every: int = setting(0, "keep checkpoints of steps that this divides; 0: none", least=0)
+    best_metric: str = setting("", "name in metrics.jsonl whose best checkpoint is kept, as val_ema/loss; empty: none")
+    best_mode: Literal["min", "max"] = setting("min", "whether low or high values of best_metric are better")
+    max_skipped_steps: int = setting(10, "non-finite steps in a row after which the run stops", least=1)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = setting(
+        ("tensorboard",), "experiment trackers beside metrics.jsonl", unique=True
+    )
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
-    def validate_ranges(self):
-        """Positive counts; the batch splits evenly over accumulation."""
-        names = ("steps", "batch_size", "accumulation_steps", "log_every", "validate_every", "checkpoint_every")
-        for name in (*names, "keep_checkpoints", "max_skipped_steps", "validation_items"):
-            _require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
-        chosen = self.validation_combinations
-        _require(len(set(chosen)) == len(chosen), "training.validation_combinations names one twice")
-        _require(self.keep_every >= 0, "training.keep_every must be at least 0")
+    def check(self) -> None:
+        """The batch splits evenly over accumulation."""
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"
@@ -347,189 +388,197 @@ class TrainingConfig:
         )
 
 
-@strict
 @dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters in the transformer blocks (Hu et al. 2021), trained in place of the network; needs peft."""
+class LoraConfig(Settings):
+    """Low-rank adapters in the transformer blocks (Hu et al. 2021, arXiv 2106.09685), trained alone; needs peft."""
 
-    rank: int = 0  # 0: none
-    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
-    dropout: float = 0.0
-    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = ("qkv", "proj", "mlp")
-
-    def validate_ranges(self):
-        """Sizes, and something to adapt."""
-        _require(self.rank >= 0, "finetune.lora.rank must be at least 0")
-        _require(self.alpha > 0, "finetune.lora.alpha must be positive")
-        _require(0 <= self.dropout < 1, "finetune.lora.dropout must be at least 0 and less than 1")
-        _require(len(self.targets) > 0, "finetune.lora.targets must name at least one of qkv, proj, mlp")
+    key = "finetune.lora"
+    rank: int = setting(
+        0, "rank of the adapters; 0: none", least=0, needed="without a rank the whole network is trained"
+    )
+    alpha: float = setting(16.0, "the output of an adapter is scaled by alpha / rank", above=0)
+    dropout: float = setting(0.0, "dropout before the adapters", least=0, below=1)
+    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = setting(
+        ("qkv", "proj", "mlp"), "layers that get an adapter", nonempty=True
+    )
 
 
-@strict
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Training that starts from trained weights, and which part of them it changes."""
+class FinetuneConfig(Settings):
+    """Training that starts from trained weights, and which of them it changes."""
 
-    # A pretrained_model or run folder, an adapter folder, a released file, or a Hub id; empty: from random weights.
-    init_from: str = ""
-    latent_statistics: Literal["keep", "recompute"] = "keep"  # those of the weights, or of the stores
-    empty_text: Literal["keep", "recompute"] = "keep"  # likewise the features of the empty caption
-    freeze: tuple[str, ...] = ()  # opening parts of parameter names, as fused_blocks.0-3; or text, clip, sync
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    key = "finetune"
+    init_from: str = setting(
+        "",
+        "weights to start from: pretrained_model, run or adapter folder, released file, or Hub id; empty: random ones",
+        path=True,
+    )
+    latent_statistics: Literal["keep", "recompute"] = setting(
+        "keep", "mean and standard deviation of the latents: those of the weights, or of the stores"
+    )
+    empty_text: Literal["keep", "recompute"] = setting(
+        "keep", "features of the empty caption: those of the weights, or of the encoders"
+    )
+    freeze: tuple[str, ...] = setting(
+        (), "frozen parameters: prefixes of their names, as fused_blocks.0-3, or text, clip, sync"
+    )
+    lora: LoraConfig = LoraConfig()
 
-    def validate_start(self):
-        """Settings that need a trained start."""
+    def check(self) -> None:
+        """Frozen weights must be trained ones."""
         _require(
             bool(self.init_from) or not (self.lora.rank or self.freeze),
             "finetune.freeze and finetune.lora keep weights as they are: name the trained ones in finetune.init_from",
         )
 
 
-@strict
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How latents are drawn from a trained network."""
+class SamplingConfig(Settings):
+    """How a trained network generates, in samples and evaluations."""
 
-    num_steps: int = 25
-    guidance_scale: float = 4.5
-    solver: Literal["euler", "adaptive"] = "euler"
-    batch_size: int = 8
-
-    def validate_ranges(self):
-        """Positive counts."""
-        _require(self.num_steps >= 1 and self.batch_size >= 1, "sampling.num_steps and batch_size must be at least 1")
-        _require(self.guidance_scale >= 0, "sampling.guidance_scale must be at least 0")
+    key = "sampling"
+    num_steps: int = setting(25, "Euler steps", least=1)
+    guidance_scale: float = setting(4.5, "of classifier-free guidance", least=0)
+    solver: Literal["euler", "adaptive"] = setting("euler", "Euler steps, or an adaptive ODE solver (dopri5)")
+    batch_size: int = setting(8, "clips that are generated at once", least=1)
 
 
-@strict
 @dataclass(frozen=True)
-class SamplesConfig:
-    """Held-out items that are made audible during training, as `sampling` says and always from the same noise."""
+class SamplesConfig(Settings):
+    """Held-out items that are generated during training, always from the same noise."""
 
-    every: int = 0  # steps, and after the last one; 0: never
-    items: int = 4  # at even distances over the split
-    split: Literal["validation", "test"] = "validation"
-
-    def validate_ranges(self):
-        """Counts."""
-        _require(self.every >= 0, "samples.every must be at least 0")
-        _require(self.items >= 1, "samples.items must be at least 1")
+    key = "samples"
+    every: int = setting(0, "steps between samples, which are also made after the last step; 0: never", least=0)
+    items: int = setting(4, "items, evenly spaced over the split", least=1)
+    split: Literal["validation", "test"] = setting("validation", "split of the items")
 
 
-@strict
 @dataclass(frozen=True)
-class CardSource:
-    """What a model card says of the media behind a feature store, which is named by the last part of its path."""
+class CardSource(Settings):
+    """What a model card says of the media behind a feature store."""
 
-    store: str
-    license: str = ""
-    source: str = ""  # a dataset of the Hub (owner/name), an address, or words
+    key = "card.sources"
+    store: str = setting(MISSING, "store: the last component of its path")
+    license: str = setting("", "licence of the media")
+    source: str = setting("", "where they come from: a dataset of the Hub (owner/name), an address, or words")
 
 
-@strict
 @dataclass(frozen=True)
-class CardConfig:
+class CardConfig(Settings):
     """What a model card cannot know from the run."""
 
-    license: str = ""  # of the weights, as the Hub names it: apache-2.0; empty: what follows from their start
-    sources: tuple[CardSource, ...] = ()
+    key = "card"
+    license: str = setting(
+        "",
+        "licence of the weights, as the Hub names it: apache-2.0; empty: as the weights they start from have it",
+    )
+    sources: tuple[CardSource, ...] = setting((), "media behind the stores")
 
-    def validate_names(self):
-        """A licence the Hub could know, one entry per store."""
+    def check(self) -> None:
+        """A licence that the Hub could know, one entry per store, no secrets."""
         _require(
             bool(re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", self.license)),
             f"card.license {self.license!r} must be a licence as the Hub names it, for example apache-2.0 or cc-by-4.0",
         )
-        names = [source.store for source in self.sources]
-        twice = {name for name in names if names.count(name) > 1}
-        _require(not twice, f"card.sources: {', '.join(sorted(twice))} stands there twice")
+        twice = _repeated(source.store for source in self.sources)
+        _require(not twice, f"card.sources names {', '.join(twice)} twice")
         secret = [s.store for s in self.sources if re.search(r"://[^/]*@|hf_\w{20}", f"{s.source} {s.license}")]
-        _require(not secret, f"card.sources: the entry of {', '.join(secret)} holds a password or token: take it out")
+        _require(not secret, f"card.sources: the entry of {', '.join(secret)} holds a password or token: remove it")
 
 
-@strict
 @dataclass(frozen=True)
-class HubConfig:
-    """A repository of the Hugging Face Hub to which checkpoints are pushed while a run trains."""
+class HubConfig(Settings):
+    """A repository of the Hugging Face Hub to which checkpoints are pushed during training."""
 
-    repo_id: str = ""  # owner/name; empty: nothing is pushed
-    private: bool = True  # of a repository that is made; one that exists stays as it is
-    every: int = 0  # least number of steps between two pushes, 0: every checkpoint; the last one is always pushed
-    push: tuple[Literal["pretrained_model", "training_state"], ...] = ("pretrained_model",)
-    wait: int = 1800  # s, at most, at the end of a run for the last push
+    key = "hub"
+    repo_id: str = setting("", "owner/name; empty: nothing is pushed")
+    private: bool = setting(True, "visibility of a repository that is created; an existing one keeps its own")
+    every: int = setting(0, "least steps between pushes; 0: every checkpoint; the last is always pushed", least=0)
+    push: tuple[Literal["pretrained_model", "training_state"], ...] = setting(
+        ("pretrained_model",), "folders of a checkpoint that are pushed", unique=True, nonempty=True
+    )
+    wait: int = setting(1800, "seconds to wait at the end of a run for the last push, at most", least=0)
 
-    def validate_whole(self):
-        """A repository without revision, and something to push."""
+    def check(self) -> None:
+        """A repository without a revision."""
         if self.repo_id:
             _, revision = split_hub_id(self.repo_id)
             _require(revision is None, f"hub.repo_id {self.repo_id} must be owner/name: pushes go to the main branch")
-        _require(self.every >= 0 and self.wait >= 0, "hub.every and hub.wait must be at least 0")
-        _require(bool(self.push), "hub.push must name pretrained_model, training_state or both")
-        _require(len(set(self.push)) == len(self.push), "hub.push names one twice")
 
 
-@strict
 @dataclass(frozen=True)
-class TruthConfig:
-    """Features of the true sound, pictures and texts of each split, in av-benchmark's caches (*.pth).
+class TruthConfig(Settings):
+    """Features of the ground truth, in av-benchmark's caches (*.pth): a folder, or OWNER/NAME[/FOLDER] on the Hub."""
 
-    A folder, or OWNER/NAME[/FOLDER] of a data set on the Hub. Empty: made of the true latents, decoded.
-    """
-
-    validation: str = ""
-    test: str = ""
+    key = "evaluation.truth"
+    validation: str = setting("", "of the validation split; empty: extracted from the true latents, decoded", path=True)
+    test: str = setting("", "of the test split; empty: likewise", path=True)
 
 
-@strict
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Scores of a whole split: its sound is made as `sampling` says and compared with the true one."""
+class EvaluationConfig(Settings):
+    """Scores of a whole split: its audio is generated as `sampling` says and compared with the ground truth."""
 
-    every: int = 0  # steps, and after the last one; 0: never
-    split: Literal["validation", "test"] = "validation"
-    items: int = 0  # at even distances over the split; 0: all
-    after_training: bool = False  # score data.test with the published weights when training is over
-    # Published scores beside those that need no networks; they need av-benchmark. Empty: none.
-    metrics: tuple[Literal["fd", "kl", "is", "ib", "desync", "clap"], ...] = ()
-    av_bench_python: str = ""  # interpreter of the environment that av-benchmark is installed in; empty: this one
-    av_bench_batch_size: int = 32
-    truth: TruthConfig = field(default_factory=TruthConfig)
-    keep_clips: bool = False  # sounds and features stay after they were scored
-
-    def validate_ranges(self):
-        """Counts."""
-        for name in ("every", "items"):
-            _require(getattr(self, name) >= 0, f"evaluation.{name} must be at least 0")
-        _require(self.av_bench_batch_size >= 1, "evaluation.av_bench_batch_size must be at least 1")
-        _require(len(set(self.metrics)) == len(self.metrics), "evaluation.metrics names one twice")
+    key = "evaluation"
+    every: int = setting(0, "steps between evaluations, which also follow the last step; 0: never", least=0)
+    split: Literal["validation", "test"] = setting("validation", "split that is evaluated during training")
+    items: int = setting(0, "items, evenly spaced over the split; 0: all", least=0)
+    after_training: bool = setting(False, "score data.test with the published weights after the last step")
+    metrics: tuple[Literal["fd", "kl", "is", "ib", "desync", "clap"], ...] = setting(
+        (), "published scores beside those that need no networks; they need av-benchmark", unique=True
+    )
+    av_bench_python: str = setting("", "interpreter of av-benchmark's environment; empty: this one", path=True)
+    av_bench_batch_size: int = setting(32, "clips per forward pass of av-benchmark", least=1)
+    truth: TruthConfig = TruthConfig()
+    keep_clips: bool = setting(False, "keep the generated audio and its features after they were scored")
 
 
-@strict
 @dataclass(frozen=True)
-class Recipe:
-    """Everything one experiment is made of, except the hardware."""
+class Recipe(Settings):
+    """Everything one experiment consists of, except the hardware."""
 
-    name: str
-    seed: int = 14159265
-    output_dir: str = "output"
-    resume: str = "auto"  # auto, never, or hub://owner/name[@revision]
-    model: ModelConfig = field(default_factory=ModelConfig)
-    encoders: EncoderConfig = field(default_factory=EncoderConfig)
-    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    card: CardConfig = field(default_factory=CardConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
+    name: str = setting(MISSING, "of the experiment and its run folder; default: the name of the file")
+    seed: int = setting(14159265, "of all randomness", least=0)
+    output_dir: str = setting("output", "folder of the run folders", path=True)
+    resume: str = setting("auto", "auto: from the newest checkpoint here; never; or hub://owner/name[@revision]")
+    model: ModelConfig = ModelConfig()
+    encoders: EncoderConfig = EncoderConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    data: DataConfig = DataConfig()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    training: TrainingConfig = TrainingConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    card: CardConfig = CardConfig()
+    hub: HubConfig = HubConfig()
 
-    def validate_resume(self):
-        """One of the words, or a repository."""
+    def check(self) -> None:
+        """What concerns more than one section."""
+        self._check_resume()
+        _require(
+            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)), f"name {self.name!r} must be a plain folder name"
+        )
+        _require(
+            self.ema.start < self.training.steps,
+            f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
+        )
+        for key, split in self._splits_by_key().items():
+            _require(
+                bool(getattr(self.data, split)),
+                f"{key} needs data.{split}, which names no store: name one, or set {key} to"
+                f" {'false' if key.endswith('training') else 0}",
+            )
+        _require(
+            self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
+            f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"
+            " so is what is made from them: leave it out",
+        )
+
+    def _check_resume(self) -> None:
         if self.resume.startswith(HUB_PREFIX):
             split_hub_id(self.resume.removeprefix(HUB_PREFIX))
         else:
@@ -539,42 +588,20 @@ class Recipe:
             message = f"resume={self.resume} needs what is not pushed: set hub.push=[pretrained_model,training_state]"
             _require("training_state" in self.hub.push, message)
 
-    def validate_whole(self):
-        """What concerns more than one section."""
-        _require(
-            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)), f"name {self.name!r} must be a plain folder name"
-        )
-        _require(self.seed >= 0, "seed must be at least 0")
-        _require(
-            self.ema.start < self.training.steps,
-            f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
-        )
-        for key, split in self._wanted_splits().items():
-            _require(
-                bool(getattr(self.data, split)),
-                f"{key} asks for sound of data.{split}, which names no store: name one, or set {key} to"
-                f" {'false' if key.endswith('training') else 0}",
-            )
-        _require(
-            self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
-            f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"
-            " so is what is made of them: leave it out",
-        )
-
-    def _wanted_splits(self) -> dict[str, str]:
-        """Setting that asks for generated sound -> the split that it is made of."""
-        wanted = {"samples.every": self.samples.split} if self.samples.every else {}
-        wanted |= {"evaluation.every": self.evaluation.split} if self.evaluation.every else {}
-        return wanted | ({"evaluation.after_training": "test"} if self.evaluation.after_training else {})
+    def _splits_by_key(self) -> dict[str, str]:
+        """Key that requests generated audio -> split that it is generated for."""
+        splits: dict[str, str] = {"samples.every": self.samples.split} if self.samples.every else {}
+        splits |= {"evaluation.every": self.evaluation.split} if self.evaluation.every else {}
+        return splits | ({"evaluation.after_training": "test"} if self.evaluation.after_training else {})
 
     @property
     def generated_splits(self) -> set[str]:
-        """Splits whose sound is made while training, or after it, which takes a decoder."""
-        return set(self._wanted_splits().values())
+        """Splits for which audio is generated during or after training, which needs a decoder."""
+        return set(self._splits_by_key().values())
 
     @property
     def generation_settings(self) -> dict[str, Any]:
-        """What the sound of an evaluation depends on besides weights, decoder and stores; files of scores note it."""
+        """What generated audio depends on besides weights, decoder and stores; files of scores record it."""
         return {
             "num_steps": self.sampling.num_steps,
             "guidance_scale": self.sampling.guidance_scale,
@@ -593,11 +620,11 @@ class Recipe:
 
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated."""
-    parts = world_size * training.accumulation_steps
-    if training.batch_size % parts:
-        near = training.batch_size // parts * parts or parts
+    passes = world_size * training.accumulation_steps
+    if training.batch_size % passes:
+        near = training.batch_size // passes * passes or passes
         raise RecipeError(
             f"training.batch_size {training.batch_size} does not split over {world_size} processes x"
-            f" {training.accumulation_steps} accumulation steps: use {near} or {near + parts}"
+            f" {training.accumulation_steps} accumulation steps: use {near} or {near + passes}"
         )
-    return training.batch_size // parts
+    return training.batch_size // passes
