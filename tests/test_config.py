@@ -244,7 +244,7 @@ def test_saved_recipes_come_back_the_same(recipe, tmp_path):
         recipe, ["training.mixed_precision=no", "name='007'", "card.sources=[{store: a, source: '1e5'}]"]
     )
     save_recipe(loaded, tmp_path / "saved.yaml")
-    assert load_recipe(tmp_path / "saved.yaml") == made
+    assert load_recipe(tmp_path / "saved.yaml") == loaded
     assert loaded.name == "007"
 
 
