@@ -1,4 +1,4 @@
-"""Name-seeded inputs and weights, and access to the golden files beside this module.
+"""Name-seeded inputs and weights, access to the golden files beside this module, and guidance in its plain form.
 
 A golden file holds the outputs of the reference implementation for inputs and weights that both sides can make
 from names alone, so no trained weights are needed. Every array comes from `normal(name, shape, seed)`.
@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from mmaudio_hf.models.conditioning import Conditions
+from mmaudio_hf.models.flow import guided_velocity
+from mmaudio_hf.models.network import MMAudio
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHT_SEED = 1001
@@ -99,3 +103,18 @@ def relative_error(ours, arrays: dict[str, np.ndarray], key: str) -> float:
         ours = ours.ravel()[:: int(arrays[f"{key}.stride"])]
     theirs = theirs.astype(np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def plain_guided_velocity(
+    model: MMAudio,
+    latent: torch.Tensor,
+    t: torch.Tensor,
+    conditions: Conditions,
+    unconditional: Conditions,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Velocity with guidance by two passes of the model: what `models.sampling` must agree with."""
+    conditional = model.predict_velocity(latent, t, conditions)
+    if guidance_scale < 1:
+        return conditional
+    return guided_velocity(conditional, model.predict_velocity(latent, t, unconditional), guidance_scale)

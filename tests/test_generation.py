@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from golden_data import golden, state_dict, tensor
+from golden_data import golden, plain_guided_velocity, state_dict, tensor
 from odd_media import Odd, code_image, steady, truncate, write_odd
 
-from mmaudio_hf import generation
 from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
@@ -26,7 +25,7 @@ from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import column_shapes
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
@@ -99,7 +98,7 @@ def test_latent_is_the_formula(pipeline, network, media, video):
         )
         empty = network.empty_conditions(1, encoders.encode_text(["hum"]))
         x0 = starting_noise(5, "0", (32, 20))[None]
-        x1 = sample_euler(lambda x, t: network.predict_guided_velocity(x, t, conditions, empty, 3.0), x0, 3)
+        x1 = sample_euler(lambda x, t: plain_guided_velocity(network, x, t, conditions, empty, 3.0), x0, 3)
         latent = network.unnormalize(x1)
         assert torch.allclose(result.latent, latent[0], atol=2e-5)
     # The toy decoder magnifies rounding, so the sound is compared for the very same latent.
@@ -130,7 +129,7 @@ def test_guidance_of_the_golden_network():
         conditions = network.preprocess_conditions(x["clip_f"], x["sync_f"], x["text_f"])
         empty = network.empty_conditions(1, x["negative_text_f"])
         velocity = GuidedVelocity(network, conditions, empty, 4.5)
-        with fast_convolutions(network, "fp32"):
+        with winograd_convolutions(network, "fp32"):
             ours = sample_euler(velocity, x["latent"], 2).numpy()
     theirs = golden(case)["x1_2steps_negative"]
     assert np.linalg.norm(ours - theirs) < 2e-4 * np.linalg.norm(theirs)
@@ -182,7 +181,8 @@ def test_other_durations_leave_the_network_as_it_was(pipeline, network, video):
 
 
 def test_adaptive_solver_and_bf16(pipeline, network, config, monkeypatch):
-    monkeypatch.setattr(generation, "sample_adaptive", partial(sample_adaptive, rtol=1e-3, atol=1e-3))  # 10 s less
+    rough_solver = partial(sample_adaptive, rtol=1e-3, atol=1e-3)  # 10 s less
+    monkeypatch.setattr("mmaudio_hf.generation.pipeline.sample_adaptive", rough_solver)
     options = {"prompt": "a lamp", "guidance_scale": 0}
     exact, fine = pipeline(**options, solver="adaptive").latent, pipeline(**options, num_steps=40).latent
     assert torch.allclose(exact, fine, atol=0.05) and not torch.allclose(exact, pipeline(**options, num_steps=1).latent)
@@ -297,7 +297,7 @@ def test_save_generated(pipeline, video, tmp_path):
 
 
 def test_refusals_come_first(pipeline, network, config, published, tmp_path, video, monkeypatch):
-    monkeypatch.setattr(MMAudio, "predict_velocity", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the network ran"))
     recording = next((video.parent.parent / "audios").glob("*.flac"))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     wrong = row(0) | {"sync_features": torch.zeros(8, 768)}
@@ -368,9 +368,7 @@ def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, s
         for start, condition, weight in zip(starts, conditions, weights, strict=True):
             part = x[:, start : start + 32]
             empty = network.empty_conditions(1)
-            blended[0, start : start + 32] += (
-                weight * network.predict_guided_velocity(part, t, condition, empty, 4.5)[0]
-            )
+            blended[0, start : start + 32] += weight * plain_guided_velocity(network, part, t, condition, empty, 4.5)[0]
             total[start : start + 32] += weight
         return blended / total
 

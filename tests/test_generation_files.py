@@ -22,6 +22,7 @@ from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.container import probe
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.sampling import GuidedVelocity
 
 OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
 
@@ -87,7 +88,7 @@ def test_a_folder_is_made_and_kept(run, media, tmp_path, capsys, monkeypatch):
     # Nothing is made again of the same; a prompt, a file or a missing result makes its item new.
     (out / ".a.mp4.77.part").write_text("left by a run that was killed")
     with monkeypatch.context() as patch:
-        patch.setattr(MMAudio, "transform", lambda *_: pytest.fail("the network ran"))
+        patch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the network ran"))
         generate(*words)
     assert "0 of 5 made, 3 kept, 2 rejected" in capsys.readouterr().out
     (out / "c.wav").write_bytes((out / "c.wav").read_bytes()[:-100])

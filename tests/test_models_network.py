@@ -4,14 +4,22 @@ import json
 
 import pytest
 import torch
-from golden_data import GOLDEN, golden, listed_shapes, relative_error, state_dict, tensor
+from golden_data import (
+    GOLDEN,
+    golden,
+    listed_shapes,
+    plain_guided_velocity,
+    relative_error,
+    state_dict,
+    tensor,
+)
 
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.models.blocks import TimestepEmbedder, rotary_table
 from mmaudio_hf.models.conditioning import upsample_sync
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import sequence_lengths
 
 INIT_TABLE = GOLDEN / "init_small_16k.tsv"
@@ -98,7 +106,7 @@ def test_sampling(variant, networks):
         entering.append(latent)
         return velocity(latent, t)
 
-    with fast_convolutions(network, "fp32"):
+    with winograd_convolutions(network, "fp32"):
         result = sample_euler(guided, x["latent"], 25)
     for step in (1, 5, 13):
         assert relative_error(entering[step], arrays, f"x_step{step:02d}") < 2e-4
@@ -123,9 +131,9 @@ def test_sampling_without_guidance_and_with_a_negative_prompt(variant, networks)
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
     conditions = network.preprocess_conditions(x["clip"], x["sync"], x["text"])
     empty, negative = network.empty_conditions(1), network.empty_conditions(1, x["negative"])
-    plain = sample_euler(lambda y, t: network.predict_guided_velocity(y, t, conditions, empty, 0.5), x["latent"], 2)
+    plain = sample_euler(lambda y, t: plain_guided_velocity(network, y, t, conditions, empty, 0.5), x["latent"], 2)
     assert relative_error(plain, arrays, "x1_2steps_nocfg") < 2e-4
-    other = sample_euler(lambda y, t: network.predict_guided_velocity(y, t, conditions, negative, 4.5), x["latent"], 2)
+    other = sample_euler(lambda y, t: plain_guided_velocity(network, y, t, conditions, negative, 4.5), x["latent"], 2)
     assert relative_error(other, arrays, "x1_2steps_negative") < 2e-4
 
 

@@ -17,8 +17,9 @@ from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
+from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
     CLIP_PIXELS,
     LATENT_STRIDE,
@@ -84,13 +85,14 @@ def _sampling(network: MMAudio, batch_size: int, precision: str, rounds: int) ->
         began = time.perf_counter()
         with contextlib.ExitStack() as stack:
             ours = GuidedVelocity(network, conditions, empty, GUIDANCE)
-            stack.enter_context(fast_convolutions(network, precision))
+            stack.enter_context(winograd_convolutions(network, precision))
             wait_for(device)
             prepared = time.perf_counter() - began
         results: dict[str, torch.Tensor] = {}
 
         def plain_step() -> None:
-            results["plain"] = network.predict_guided_velocity(latent, t_B, conditions, empty, GUIDANCE).float()
+            branches = [network.predict_velocity(latent, t_B, given) for given in (conditions, empty)]
+            results["plain"] = guided_velocity(*branches, GUIDANCE).float()
 
         def our_step() -> None:
             results["ours"] = ours(latent, t_B)
@@ -98,7 +100,7 @@ def _sampling(network: MMAudio, batch_size: int, precision: str, rounds: int) ->
         times: dict[str, list[float]] = {"plain": [], "ours": []}
         for number in range(rounds + 1 if rounds > 1 else 1):
             plain = _seconds(plain_step, device)
-            with fast_convolutions(network, precision):
+            with winograd_convolutions(network, precision):
                 our = _seconds(our_step, device)
             if number or rounds == 1:
                 times["plain"].append(plain)

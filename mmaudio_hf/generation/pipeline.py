@@ -43,7 +43,7 @@ from mmaudio_hf.media.video import ALIGNMENTS, VideoClip, read_image, read_windo
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
-from mmaudio_hf.models.sampling import GuidedVelocity, fast_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
     LATENT_STRIDE,
@@ -375,7 +375,7 @@ class MMAudioPipeline:
         shape = (plan.latent, network.config.latent_channels)
         x0 = torch.stack([self._noise(item.request, settings, shape) for item in group]).to(self.device)
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with autocast, fast_convolutions(network, self.precision):
+        with autocast, winograd_convolutions(network, self.precision):
             if len(plan.starts) == 1:
                 velocity = self._velocity(group, range(1), settings)
             else:

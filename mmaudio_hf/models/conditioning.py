@@ -1,4 +1,4 @@
-"""What the network is conditioned on, and its form after the parts that do not depend on the latent (spec, 2.3)."""
+"""Conditions of the flow model: CLIP, sync and text features, projected once for all sampling steps."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from mmaudio_hf.models.blocks import ChannelLastConv1d, GatedMLP
 
 
 class Conditions(NamedTuple):
-    """Projected conditions of a batch; they stay the same over the sampling steps."""
+    """Projected conditions of a batch, the same at every sampling step."""
 
     clip: torch.Tensor  # (B, T, D)
     sync: torch.Tensor  # (B, N, D), upsampled to the latent length
@@ -47,7 +47,7 @@ def fill_missing(features: torch.Tensor, missing_B: torch.Tensor | None, empty: 
     """Replace the tokens of samples where `missing_B` is true by `empty` (1 or L tokens, broadcast).
 
     With a mask given, `empty` takes part in the graph even when no sample is missing: its gradient is then zero, not
-    absent, as the published training had it (spec networks, section 4). The result has the wider of both types: bf16
+    absent, so that AdamW updates it as in the published training. The result has the wider of both types: bf16
     features of a compact store are filled in float32, so that the gradient of `empty` is summed as for float32 ones.
     """
     if missing_B is None:

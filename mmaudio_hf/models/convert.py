@@ -1,10 +1,11 @@
-"""Released flow networks: which one a state dict is, in which order its tensors stand, and as a `pretrained_model`."""
+"""Released flow models: which one a state dict is, the order of its tensors, and conversion to `pretrained_model`."""
 
 import dataclasses
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from mmaudio_hf.models.pretrained import DERIVED_TENSORS
 from mmaudio_hf.schema import MODES
 from mmaudio_hf.weights import describe, load_state
 
-FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow network, and in no other released file
+FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow model, and in no other released file
 SIZES = (
     "mode", "hidden_dim", "num_heads", "depth", "fused_depth", "v2", "clip_dim", "sync_dim", "text_dim", "text_tokens"
 )  # fmt: skip
@@ -27,17 +28,17 @@ def is_flow_state(state: Mapping[str, torch.Tensor]) -> bool:
     return FLOW_TENSOR in state
 
 
-def infer_config(state: Mapping[str, torch.Tensor], source) -> ModelConfig:
+def infer_config(state: Mapping[str, torch.Tensor], source: Any) -> ModelConfig:
     """Configuration of the flow network that `state` belongs to, from its names and shapes, at 8 s.
 
     The variant is the released one of these sizes; other sizes are written out under a variant of the same mode and
-    version. ValueError, naming `source`, where `state` is not that of a flow network (spec networks, section 2.5).
+    version. ValueError, naming `source`, where `state` is not that of a flow network.
     """
     try:
         hidden, channels = state[FLOW_TENSOR].shape[:2]
         fused = _count(state, "fused_blocks")
         text_tokens, text_dim = state["empty_string_feat"].shape
-        sizes = {
+        sizes: dict[str, Any] = {
             "mode": next(mode.name for mode in MODES.values() if mode.latent_channels == channels),
             "hidden_dim": hidden,
             "num_heads": hidden // len(state["joint_blocks.0.latent_block.attn.q_norm.weight"]),
@@ -45,7 +46,7 @@ def infer_config(state: Mapping[str, torch.Tensor], source) -> ModelConfig:
             "fused_depth": fused,
             "v2": "clip_input_proj.2.w1.weight" in state,
         }
-        others = {
+        others: dict[str, Any] = {
             "clip_dim": state["empty_clip_feat"].shape[1],
             "sync_dim": state["empty_sync_feat"].shape[1],
             "text_dim": text_dim,
@@ -62,43 +63,44 @@ def infer_config(state: Mapping[str, torch.Tensor], source) -> ModelConfig:
     return ModelConfig(**{"variant": (exact or alike)[0], **sizes, **others})
 
 
-def _count(state: Mapping, blocks: str) -> int:
+def _count(state: Mapping[str, torch.Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
-def check_variant(config: ModelConfig, variant: str, source) -> None:
+def check_variant(config: ModelConfig, variant: str, source: Any) -> None:
     """ValueError unless `config`, inferred from `source`, has the sizes of the released `variant`."""
-    wanted = variant_config(variant)
-    for field in ("mode", "hidden_dim", "num_heads", "depth", "fused_depth", "v2"):
-        ours, theirs = getattr(wanted, field), getattr(config, field)
+    expected = variant_config(variant)
+    for name in SIZES[:6]:
+        ours, theirs = getattr(expected, name), getattr(config, name)
         if ours != theirs:
             raise ValueError(
-                f"{describe(source)} is not {variant}: {field} is {theirs}, not {ours};"
+                f"{describe(source)} is not {variant}: {name} is {theirs}, not {ours};"
                 f" leave the variant out, and it is recognised"
             )
 
 
-def check_sizes(found: ModelConfig, wanted: ModelConfig, source) -> None:
-    """ValueError unless the weights of a network `found` fit a network `wanted`; durations may differ."""
+def check_sizes(config: ModelConfig, recipe_config: ModelConfig, source: Any) -> None:
+    """ValueError unless weights of the sizes of `config` fit the recipe; durations may differ."""
     for name in SIZES:
-        if getattr(found, name) != getattr(wanted, name):
+        ours, theirs = getattr(recipe_config, name), getattr(config, name)
+        if ours != theirs:
             raise ValueError(
-                f"{describe(source)} has model.{name} {getattr(found, name)}, the recipe {getattr(wanted, name)}:"
-                f" take a recipe of {found.variant}, or set the sizes"
+                f"{describe(source)} has model.{name} {theirs}, the recipe {ours}:"
+                f" use a recipe of {config.variant}, or set the sizes"
             )
 
 
 def reference_order(names: Iterable[str]) -> list[str]:
-    """`names` of a flow network in the order in which the reference implementation registers its parameters.
+    """`names` of a flow model in the order in which the reference implementation registers its parameters.
 
-    That is the order of the released state dicts, and of the numbers in an optimizer state (frozen tensors are left out
-    there). It differs from ours in the blocks, whose modulation comes last.
+    That is the order of the released state dicts, and of the numbers in an optimizer state (which has no frozen
+    tensors). Ours differs in the blocks: there the modulation comes last in the reference implementation.
     """
-    places: dict[str, int] = {}
+    order: dict[str, int] = {}
 
     def key(name: str) -> tuple[int, bool]:
         block = _BLOCK.match(name)
-        return places.setdefault(block[1] if block else name, len(places)), bool(block) and "adaLN" in name
+        return order.setdefault(block[1] if block else name, len(order)), bool(block) and "adaLN" in name
 
     return sorted(names, key=key)  # stable: only the modulations move
 
@@ -109,7 +111,7 @@ def trainable(names: Iterable[str]) -> list[str]:
 
 
 def write_pretrained(
-    state: Mapping[str, torch.Tensor], folder: Path, source, variant: str | None = None
+    state: Mapping[str, torch.Tensor], folder: Path, source: Any, variant: str | None = None
 ) -> ModelConfig:
     """Write released weights as a `pretrained_model` folder (config.json, model.safetensors); return the config.
 
@@ -122,31 +124,31 @@ def write_pretrained(
     if variant is not None:
         check_variant(config, variant, source)
         config = dataclasses.replace(config, variant=variant)
-    kept = {name: value for name, value in state.items() if name not in DERIVED_TENSORS}
-    network = MMAudio.from_config_and_state(config, kept, source)
+    stored = {name: value for name, value in state.items() if name not in DERIVED_TENSORS}
+    model = MMAudio.from_config_and_state(config, stored, source)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        network.save_pretrained(partial)
+        model.save_pretrained(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
 
 
-def read_released(source) -> dict[str, torch.Tensor]:
+def read_released(source: Any) -> dict[str, torch.Tensor]:
     """Named tensors of a released file, also where they are one entry of it (`weights`, `generator`, `state_dict`)."""
-    problem = None
+    problems = []
     for key in ("weights", "generator", "state_dict"):
         try:
             return load_state(source, key=key)
         except ValueError as error:
-            problem = problem or error
-    raise problem
+            problems.append(error)
+    raise problems[0]
 
 
 def convert_file(file: Path, out: Path, variant: str | None = None) -> str:
-    """Convert a released file; return a sentence on what became of it.
+    """Convert a released file; return a sentence on the result.
 
     A flow network becomes a `pretrained_model` folder `out` that `MMAudio.from_pretrained` reads; its variant is
     recognised from its shapes, or checked against `variant`. Any other file becomes plain safetensors `out`.
@@ -163,7 +165,7 @@ def convert_file(file: Path, out: Path, variant: str | None = None) -> str:
     if out.suffix != ".safetensors":
         raise ValueError(f"{file} is not a flow network and becomes one file: give {out} the ending .safetensors")
     partial = out.with_name(out.name + ".partial")
-    # Copied, because tensors of one file may share memory, which safetensors refuses.
+    # Copied, because tensors of one file may share memory, which safetensors rejects.
     save_file({name: value.clone().contiguous() for name, value in state.items()}, partial)
     partial.replace(out)
     return f"{out}: {len(state)} tensors"

@@ -1,4 +1,4 @@
-"""Flow matching: path, target, loss, time law, samplers (Lipman et al. 2023; spec networks, section 3)."""
+"""Flow matching: path, target, loss, time law, samplers (Lipman et al. 2023, arXiv 2210.02747)."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,7 +10,7 @@ VelocityFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sample_time(z_B: torch.Tensor, mean: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """Times in (0, 1) from standard normal draws: `sigmoid(scale * z + mean)` (Esser et al. 2024, section 3.1)."""
+    """Times in (0, 1) from standard normal z: `sigmoid(scale * z + mean)` (Esser et al. 2024, section 3.1)."""
     return torch.sigmoid(scale * z_B + mean)
 
 

@@ -1,6 +1,10 @@
-"""`MMAudio`: the flow network. State-dict names are those of the released files (spec networks, sections 2.3-2.5)."""
+"""`MMAudio`: the flow model (arXiv 2412.15322, section 3). State-dict names are those of the released files.
 
-from typing import Any
+Shape suffixes: B batch, N latent tokens, C latent channels, T CLIP tokens, S sync tokens, L text tokens, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,6 @@ from mmaudio_hf.models.blocks import (
     GatedMLP,
     JointBlock,
     ModulatedBlock,
-    SharedRows,
     TimestepEmbedder,
     rotary_table,
 )
@@ -25,19 +28,21 @@ from mmaudio_hf.models.conditioning import (
     text_projection,
     upsample_sync,
 )
-from mmaudio_hf.models.flow import guided_velocity
-from mmaudio_hf.models.pretrained import PretrainedMixin
+from mmaudio_hf.models.pretrained import PretrainedModel
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
 
 FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")
 
 
-class MMAudio(nn.Module, PretrainedMixin):
+class MMAudio(PretrainedModel):
     """Predicts the velocity of an audio latent, given CLIP, sync and text features and the time.
 
     Latents are those of the mel VAE, normalised by `latent_mean` and `latent_std`: call `normalize` before and
-    `unnormalize` after. An untrained network outputs exactly zero.
+    `unnormalize` after. The output of an untrained model is exactly zero.
     """
+
+    _latent_table: torch.Tensor  # rotary tables: not in state dicts, rebuilt when lengths change
+    _clip_table: torch.Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -76,22 +81,23 @@ class MMAudio(nn.Module, PretrainedMixin):
         return [*self.joint_blocks, *self.fused_blocks]
 
     @classmethod
-    def from_variant(cls, variant: str, **changes: Any) -> "MMAudio":
-        """Untrained network with the sizes of a released one; `changes` are fields of ModelConfig."""
+    def from_variant(cls, variant: str, **changes: Any) -> Self:
+        """Untrained model with the sizes of a released one; `changes` are fields of ModelConfig."""
         return cls(variant_config(variant, **changes))
 
     # --- initial values and lengths ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Published initialisation (spec networks, section 4). Latent statistics are NaN until they are set."""
+        """Published initialisation: adaLN-Zero, convolutions as torch has them. Latent statistics are NaN until set."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.t_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if "adaLN_modulation.1" in name or name.startswith("final_layer.conv"):
                 nn.init.zeros_(parameter)
@@ -115,9 +121,12 @@ class MMAudio(nn.Module, PretrainedMixin):
         self.register_buffer("_latent_table", latent_table, persistent=False)
         self.register_buffer("_clip_table", clip_table, persistent=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        on_meta = self.t_embed.freqs.is_meta
         super()._apply(fn, recurse)
         self._build_rotary_tables()  # a cast to bf16 must not round them
+        if on_meta:  # `to_empty` leaves them undefined, and no state dict holds them
+            self.t_embed.freqs.copy_(self.t_embed.frequencies())
         return self
 
     @torch.no_grad()
@@ -130,10 +139,10 @@ class MMAudio(nn.Module, PretrainedMixin):
 
     @torch.no_grad()
     def set_empty_text(self, text_features_LD: torch.Tensor) -> None:
-        """Set the text features (77, 1024) of the empty string, which stand for a missing caption."""
+        """Set the text features (77, 1024) of the empty string, which replace a missing caption."""
         self.empty_string_feat.copy_(text_features_LD)
 
-    # --- the network ------------------------------------------------------------------------------------------------
+    # --- velocity ---------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -163,18 +172,15 @@ class MMAudio(nn.Module, PretrainedMixin):
     ) -> Conditions:
         """Project features (B, T, 1024), (B, S, 768), (B, 77, 1024); done once for all sampling steps."""
         self._check_tokens("clip_features", clip_features, self.clip_length, self.config.clip_dim)
-        self._check_tokens("text_features", text_features, self.config.text_tokens, self.config.text_dim)
-        clip, clip_global, sync = self._video_conditions(clip_features, sync_features)
-        text = self.text_input_proj(text_features)
-        return Conditions(clip, sync, text, clip_global, self.text_cond_proj(text.mean(1)))
-
-    def _video_conditions(self, clip_features, sync_features):
         self._check_tokens("sync_features", sync_features, self.sync_length, self.config.sync_dim)
-        # The position within a segment is added before the projection and repeats in every segment.
+        self._check_tokens("text_features", text_features, self.config.text_tokens, self.config.text_dim)
+        # (B, S / 8, 8, 768): the position within a segment is added before the projection, the same in every segment.
         sync = sync_features.unflatten(1, (-1, SYNC_TOKENS_PER_SEGMENT)) + self.sync_pos_emb
-        sync = upsample_sync(self.sync_input_proj(sync.flatten(1, 2)), self.latent_length)
-        clip = self.clip_input_proj(clip_features)
-        return clip, self.clip_cond_proj(clip.mean(1)), sync
+        sync_BSD = self.sync_input_proj(sync.flatten(1, 2))
+        sync_BND = upsample_sync(sync_BSD, self.latent_length)
+        clip_BTD, text_BLD = self.clip_input_proj(clip_features), self.text_input_proj(text_features)
+        clip_BD, text_BD = self.clip_cond_proj(clip_BTD.mean(1)), self.text_cond_proj(text_BLD.mean(1))
+        return Conditions(clip_BTD, sync_BND, text_BLD, clip_BD, text_BD)
 
     @staticmethod
     def _check_tokens(name: str, features: torch.Tensor, length: int, dim: int) -> None:
@@ -182,68 +188,37 @@ class MMAudio(nn.Module, PretrainedMixin):
             raise ValueError(f"{name} must be (batch, {length}, {dim}), not {tuple(features.shape)}; see set_lengths")
 
     def empty_conditions(self, batch: int, negative_text_features: torch.Tensor | None = None) -> Conditions:
-        """Conditions of "nothing", for guidance. Negative text (B or 1, 77, 1024) replaces the empty text only."""
+        """Unconditional (null) conditions for guidance. Negative text (B or 1, 77, 1024) replaces the empty text."""
         clip = self.empty_clip_feat.expand(1, self.clip_length, -1)
         sync = self.empty_sync_feat.expand(1, self.sync_length, -1)
         text = self.empty_string_feat[None] if negative_text_features is None else negative_text_features
         if text.shape[0] not in (1, batch):
             raise ValueError(f"negative_text_features hold {text.shape[0]} samples, the batch {batch}")
-        clip, clip_global, sync = self._video_conditions(clip, sync)
-        text = self.text_input_proj(text)
-        conditions = Conditions(clip, sync, text, clip_global, self.text_cond_proj(text.mean(1)))
+        conditions = self.preprocess_conditions(clip, sync, text)  # those of video with a batch of 1
         return Conditions(*(c.expand(batch, *c.shape[1:]) for c in conditions))
 
     def predict_velocity(self, latent_BNC: torch.Tensor, t_B: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Velocity (B, N, C) at times (B,), given projected conditions."""
         if latent_BNC.shape[1] != self.latent_length:
-            raise ValueError(f"the latent has {latent_BNC.shape[1]} tokens, the network is set to {self.latent_length}")
-        latent = self.audio_input_proj(latent_BNC)
-        global_condition = self.t_embed(t_B) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
-        global_condition = global_condition[:, None]
-        # Every modulation starts with this activation, so it is applied once and not once a block.
-        activated_global = F.silu(global_condition)
-        activated = F.silu(global_condition + conditions.sync)
-        return self.transform(latent, conditions.clip, conditions.text, activated, activated_global)
-
-    def transform(
-        self,
-        latent: torch.Tensor,
-        clip: torch.Tensor,
-        text: torch.Tensor,
-        activated: torch.Tensor | SharedRows,
-        activated_global: torch.Tensor,
-    ) -> torch.Tensor:
-        """Velocity (B, N, C) of the three streams (B, N, D), (B, T, D), (B, L, D) at the input of the blocks.
-
-        The conditions come activated: (B, N, D) for latents, (B, 1, D) for the other streams.
-        """
-        tables = (self._latent_table, self._clip_table)
+            raise ValueError(f"the latent has {latent_BNC.shape[1]} tokens, the model is set to {self.latent_length}")
+        latent_BND, clip_BTD, text_BLD = self.audio_input_proj(latent_BNC), conditions.clip, conditions.text
+        global_BD = self.t_embed(t_B) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
+        global_B1D = global_BD[:, None]
+        # Every adaLN modulation starts with this SiLU: it is applied once here, and not once a block.
+        adaln_BND, adaln_B1D = F.silu(global_B1D + conditions.sync), F.silu(global_B1D)
         for block in self.joint_blocks:
-            latent, clip, text = self._run(block, latent, clip, text, activated, activated_global, *tables)
+            streams, tables = (latent_BND, clip_BTD, text_BLD), (self._latent_table, self._clip_table)
+            latent_BND, clip_BTD, text_BLD = self._run(block, *streams, adaln_BND, adaln_B1D, *tables)
         for block in self.fused_blocks:
-            latent = self._run(block, latent, activated, self._latent_table)
+            latent_BND = self._run(block, latent_BND, adaln_BND, self._latent_table)
         # Global condition only, without sync: unintended by the authors, but the weights are trained with it.
-        return self.final_layer(latent, activated_global)
+        return self.final_layer(latent_BND, adaln_B1D)
 
-    def _run(self, block: nn.Module, *inputs: torch.Tensor):
+    def _run(self, block: nn.Module, *inputs: torch.Tensor) -> Any:
         """Output of a block; with `activation_checkpointing` only its inputs are kept for the backward pass."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-    def predict_guided_velocity(
-        self,
-        latent_BNC: torch.Tensor,
-        t_B: torch.Tensor,
-        conditions: Conditions,
-        empty: Conditions,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        """Velocity with classifier-free guidance; a scale below 1 means none, and 1 evaluates both sides."""
-        conditional = self.predict_velocity(latent_BNC, t_B, conditions)
-        if guidance_scale < 1:
-            return conditional
-        return guided_velocity(conditional, self.predict_velocity(latent_BNC, t_B, empty), guidance_scale)
 
     def normalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
         """VAE latent to network latent; not in place."""

@@ -1,6 +1,6 @@
 """Folders and Hub repositories of trained models: config.json, model.safetensors and a card.
 
-`PretrainedMixin` gives the model its `from_pretrained`, `save_pretrained`, `push_to_hub` and `load_released`.
+`PretrainedModel` gives the model its `from_pretrained`, `save_pretrained`, `push_to_hub` and `load_released`.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
+from torch import nn
 
 from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig, is_released, model_config, to_dict
 from mmaudio_hf.hub_client import (
@@ -43,8 +44,8 @@ RELEASED = "hkchengrex/MMAudio"  # the released models on the Hub
 TAGS = ("mmaudio", "video-to-audio", "audio-generation", "flow-matching")
 
 
-class PretrainedMixin(ModelHubMixin, library_name="mmaudio_hf", pipeline_tag="text-to-audio"):
-    """Reads and writes `pretrained_model` folders, Hub repositories and released files, for a module with `config`."""
+class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipeline_tag="text-to-audio"):
+    """A module made from a `config`, with what reads and writes its folders, Hub repositories and released files."""
 
     config: ModelConfig
     card: str | None = None  # of the folder or repository the model was loaded from
@@ -70,7 +71,6 @@ class PretrainedMixin(ModelHubMixin, library_name="mmaudio_hf", pipeline_tag="te
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
-        model.t_embed.freqs.copy_(model.t_embed.frequencies())
         model._load(state, source)
         return model
 
@@ -214,6 +214,6 @@ def readdress(card: str, repo_id: str) -> str:
     """`card` with `repo_id` in its section on usage, in place of the repository that this names."""
     section = card_section(card)
     named = re.search(r"^mmaudio-hf generate --run (\S+)", section[1], re.MULTILINE) if section else None
-    if named is None:
+    if section is None or named is None:
         return card
     return card[: section.start()] + section[0].replace(named[1], repo_id) + card[section.end() :]

@@ -1,65 +1,163 @@
-"""Guided sampling: what the steps, the two sides of guidance and the tokens share is computed once."""
+"""Sampling with classifier-free guidance: what steps, branches and tokens have in common is computed once.
+
+Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`;
+`winograd_convolutions` makes the convolutions of the blocks about 1.5 times as fast on a CPU meanwhile.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d, SharedRows, transform_weight
-from mmaudio_hf.models.conditioning import Conditions
+from mmaudio_hf.models.blocks import ChannelLastConv1d, JointBlock, ModulatedBlock, Modulation
+from mmaudio_hf.models.conditioning import Conditions, upsample_sync
 from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
 
 
 class GuidedVelocity:
-    """Velocity function for a sampler, equal to `MMAudio.predict_guided_velocity` up to float rounding.
+    """Velocity function for a sampler: `flow.guided_velocity` of the conditional and the unconditional velocity.
 
-    Both sides go through the blocks as one batch of 2B; a scale below 1 evaluates one side only. The latents, the
-    same on both sides, are projected once; what the two sides and their tokens are modulated by is computed for each
-    different pair of global and sync condition, of which there are far fewer than tokens: sync features are repeated
-    up to the rate of the latents, and empty ones repeat every eighth of them.
+    Both go through the blocks as one batch of 2B; a guidance scale below 1 means none, and evaluates the conditional
+    one alone. Latents are projected once for both. Sync features are upsampled, and repeat in every segment where they
+    are empty, so the adaLN modulations are computed for the distinct tokens only (R of 2 B N) and then looked up.
     All times of one call must be the same.
     """
 
-    def __init__(self, network: MMAudio, conditions: Conditions, empty: Conditions, guidance_scale: float):
-        self.network, self.scale = network, guidance_scale
-        self.sides = 2 if guidance_scale >= 1 else 1
-        if self.sides == 2:
-            conditions = Conditions(*(torch.cat(pair) for pair in zip(conditions, empty, strict=True)))
-        self.clip, self.text = conditions.clip, conditions.text
-        summed, sync = conditions.clip_global + conditions.text_global, conditions.sync
-        pairs = torch.cat([summed[:, None].expand(-1, sync.shape[1], -1), sync], dim=2)
-        rows, index = torch.unique(pairs.flatten(0, 1), dim=0, return_inverse=True)
-        row_sums, self.row_sync = rows.chunk(2, dim=1)
-        self.index_BN = index.view(sync.shape[:2])
-        self.row_global, self.global_condition = network.global_cond_mlp(row_sums), network.global_cond_mlp(summed)
+    def __init__(self, model: MMAudio, conditions: Conditions, unconditional: Conditions, guidance_scale: float):
+        """`conditions` of `preprocess_conditions`, `unconditional` of `empty_conditions`, both of the same batch."""
+        self.model, self.scale = model, guidance_scale
+        branches = [conditions, unconditional][: 2 if guidance_scale >= 1 else 1]
+        self.branches = len(branches)
+        self.clip = torch.cat([branch.clip for branch in branches])
+        self.text = torch.cat([branch.text for branch in branches])
+        summed_BD = torch.cat([branch.clip_global + branch.text_global for branch in branches])
+        self.global_BD = model.global_cond_mlp(summed_BD)
+        rows, indices, count = [], [], 0
+        for branch, global_BD in zip(branches, self.global_BD.chunk(self.branches), strict=True):
+            first, index_N = _distinct_tokens(model, branch.sync.device, repeats=branch is unconditional)
+            rows.append((global_BD[:, None] + branch.sync[:, first]).flatten(0, 1))
+            offsets = torch.arange(len(branch.sync), device=first.device)[:, None] * len(first)
+            indices.append(count + offsets + index_N)
+            count += len(rows[-1])
+        self.rows_RD, self.index_BN = torch.cat(rows), torch.cat(indices)
 
     def __call__(self, latent_BNC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """Velocity (B, N, C) in float32."""
-        network, time = self.network, self.network.t_embed(t_B[:1])
-        activated = SharedRows(F.silu(time + self.row_global + self.row_sync), self.index_BN)
-        activated_global = F.silu(time + self.global_condition)[:, None]
-        latent = network.audio_input_proj(latent_BNC).repeat(self.sides, 1, 1)
-        velocity = network.transform(latent, self.clip, self.text, activated, activated_global).float()
-        return velocity if self.sides == 1 else guided_velocity(*velocity.chunk(2), self.scale)
+        time_D = self.model.t_embed(t_B[:1])
+        latent = self.model.audio_input_proj(latent_BNC).repeat(self.branches, 1, 1)
+        velocity = self._run_blocks(latent, F.silu(time_D + self.rows_RD), F.silu(time_D + self.global_BD)[:, None])
+        if self.branches == 1:
+            return velocity.float()
+        conditional, unconditional = velocity.float().chunk(2)
+        return guided_velocity(conditional, unconditional, self.scale)
+
+    def _run_blocks(self, latent: torch.Tensor, adaln_RD: torch.Tensor, adaln_B1D: torch.Tensor) -> torch.Tensor:
+        model, clip, text = self.model, self.clip, self.text
+        tables = (model._latent_table, model._clip_table)
+        for block in model.joint_blocks:
+            assert isinstance(block, JointBlock)
+            modulations = (
+                self._look_up(block.latent_block, adaln_RD),
+                block.clip_block.modulation(adaln_B1D),
+                block.text_block.modulation(adaln_B1D),
+            )
+            latent, clip, text = block.attend((latent, clip, text), modulations, tables)
+        for block in model.fused_blocks:
+            assert isinstance(block, ModulatedBlock)
+            latent = block.attend(latent, self._look_up(block, adaln_RD), tables[0])
+        return model.final_layer(latent, adaln_B1D)
+
+    def _look_up(self, block: ModulatedBlock, adaln_RD: torch.Tensor) -> Modulation:
+        """Modulation (2B, N, D) of latents from that of the distinct tokens."""
+        return F.embedding(self.index_BN, block.adaLN_modulation(adaln_RD)).chunk(6, dim=-1)
+
+
+def _distinct_tokens(model: MMAudio, device: torch.device, repeats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """First latent of each distinct sync token (R,), and for each latent which of these it has (N,).
+
+    Both follow from the lengths alone, so that the host does not wait for the device, as for `torch.unique`.
+    `repeats`: the features are the empty ones, the same in every segment of 8 tokens. Their projection sees 5 tokens on
+    either side (kernels 7, 3, 3), so only the first and the last segment differ from the others.
+    """
+    length, segment = model.sync_length, SYNC_TOKENS_PER_SEGMENT
+    tokens_S = torch.arange(length, device=device)
+    token_N = upsample_sync(tokens_S.float().view(1, length, 1), model.latent_length).flatten().long()
+    index_N = token_N
+    if repeats and 3 * segment < length <= model.latent_length:
+        inner = segment + token_N % segment
+        last = token_N - length + 3 * segment
+        index_N = torch.where(token_N < segment, token_N, torch.where(last < 2 * segment, inner, last))
+        tokens_S = torch.cat([tokens_S[: 2 * segment], tokens_S[-segment:]])
+    return torch.searchsorted(token_N, tokens_S).clamp_max(model.latent_length - 1), index_N
+
+
+# --- convolutions over three tokens with half the multiplications: Winograd F(4, 3), Lavin & Gray 2016 ---------------
+
+TILE = 4  # outputs that are computed together
+# Rows: the six products; columns: the three taps.
+_TAPS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
 
 
 @contextlib.contextmanager
-def fast_convolutions(network: MMAudio, precision: str) -> Iterator[None]:
-    """Have the blocks convolve as `models.winograd` does, in float32 on a processor; elsewhere nothing changes.
+def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
+    """Replace the forward of the blocks' convolutions by `winograd_convolve`, in float32 on a CPU; else do nothing.
 
     Needs twice the memory of the weights concerned meanwhile. The weights must not change until the end.
     """
-    weight = network.final_layer.conv.weight
-    plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
-    compiled = any(block._compiled_call_impl is not None for block in network.blocks)
-    maps = [m for block in network.blocks for m in block.modules() if isinstance(m, ChannelLastConv1d)]
-    maps = [m for m in maps if plain and not compiled and m.kernel_size == (3,)]
+    weight = model.final_layer.conv.weight
+    worthwhile = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
+    maps = [m for block in model.blocks for m in block.modules() if isinstance(m, ChannelLastConv1d)]
+    maps = [m for m in maps if worthwhile and m.kernel_size == (3,)]
     try:
         for module in maps:
-            module.transformed = transform_weight(module.weight.detach())
+            transformed = winograd_weight(module.weight.detach())
+            convolve = partial(winograd_convolve, transformed=transformed, bias=module.bias)
+            module.forward = convolve  # type: ignore[method-assign]  # of the instance, until the end
         yield
     finally:
         for module in maps:
-            module.transformed = None
+            module.__dict__.pop("forward", None)
+
+
+def winograd_weight(weight: torch.Tensor) -> torch.Tensor:
+    """(6, in, out) of the weight (out, in, 3) of a convolution."""
+    taps = torch.tensor(_TAPS, dtype=weight.dtype, device=weight.device)
+    return torch.stack([(weight @ row).T for row in taps])
+
+
+def winograd_convolve(x_BND: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Convolution of (B, N, in) to (B, N, out) with a kernel of three and zeros outside; G tiles cover the tokens."""
+    batch, length, channels = x_BND.shape
+    tiles = -(-length // TILE)
+    padded = F.pad(x_BND, (0, 0, 1, TILE * tiles + 1 - length))
+    # Inputs 0 to 5 of every tile, (B, G, in) each
+    d0, d1, d2, d3, d4, d5 = (padded[:, first : first + TILE * tiles - TILE + 1 : TILE] for first in range(6))
+    values = x_BND.new_empty(6, batch, tiles, channels)
+    even, odd, near, far = d4 - 4 * d2, d3 - 4 * d1, d4 - d2, 2 * (d3 - d1)
+    torch.add(near, d0 - d2, alpha=4, out=values[0])
+    torch.add(even, odd, out=values[1])
+    torch.sub(even, odd, out=values[2])
+    torch.add(near, far, out=values[3])
+    torch.sub(near, far, out=values[4])
+    torch.add(d5 - d3, d1 - d3, alpha=4, out=values[5])
+    products = torch.bmm(values.flatten(1, 2), transformed)  # (6, B G, in) to (6, B G, out)
+    m0, m1, m2, m3, m4, m5 = products.unflatten(1, (batch, tiles))
+    outer, inner, outer_odd, inner_odd = m1 + m2, m3 + m4, m1 - m2, m3 - m4
+    y = x_BND.new_empty(batch, tiles, TILE, transformed.shape[2])
+    torch.add(m0 + outer, inner, out=y[:, :, 0])
+    torch.add(outer_odd, inner_odd, alpha=2, out=y[:, :, 1])
+    torch.add(outer, inner, alpha=4, out=y[:, :, 2])
+    torch.add(m5 + outer_odd, inner_odd, alpha=8, out=y[:, :, 3])
+    y = y.flatten(1, 2)[:, :length]
+    return y if bias is None else y + bias
