@@ -178,7 +178,7 @@ def merge_cards(existing: str | None, new: str) -> str:
             results.append(result)
     if results:
         data["model-index"] = results
-    section, replaced = card_section(new)[0], card_section(theirs.text)
+    section, replaced = new[new.index(CARD_BEGIN) :].rstrip(), card_section(theirs.text)
     if replaced:
         text = theirs.text[: replaced.start()] + section + theirs.text[replaced.end() :]
     elif theirs.text.strip() and not theirs.text.strip().startswith(_DEFAULT_CARD):
