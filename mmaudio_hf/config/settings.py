@@ -245,6 +245,10 @@ class ExtractionConfig(Settings):
         ("leakage", "duplicate_content", "still", "silent"), "verdicts of the audit that leave an item out"
     )
 
+    def clips_path(self, source: AudioSource) -> Path:
+        """The clips.tsv of an audio source: named in the recipe, or beside its store."""
+        return Path(source.clips or Path(self.output_dir) / f"{source.name}.clips.tsv")
+
     def check(self) -> None:
         """One name per store, and a number type that the layout has."""
         _require(

@@ -1,354 +1,300 @@
-"""Making feature shards: media read ahead, batches through the encoders, one `datasets.map` per shard.
+"""The numbered Arrow shards of one extraction: what each is made of, its files, its lock, and reading its rows.
 
-The batches of a shard are runs of `batch_size` items of its part of the list, in order, less those that cannot be read.
-So they depend on the list and the files alone, not on who makes the shard, when, or what became of other shards.
+    OUTPUT/NAME.shards/shard_00012.arrow   rows of the list's 12th block: id, caption and a column per feature
+    OUTPUT/NAME.shards/shard_00012.json    key, counts, ids and rejects of that block; written last
+    OUTPUT/NAME.shards/*.lock              locked by the process that makes the shard or exports the store; empty
+
+The key of a shard is a hash of everything that its features depend on.
 """
 
 import contextlib
-import ctypes
+import errno
+import fcntl
+import hashlib
 import json
-import math
-import multiprocessing
-import multiprocessing.connection
 import os
-import queue
+import re
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import torch
-from tqdm.auto import tqdm
+import pyarrow as pa
 
-from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
-from mmaudio_hf.features.jobs import Item, Job, digest_of, locked, naming, read_ahead, sync, write_text
-from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
+from mmaudio_hf.config import AudioSource, Recipe, VideoSource
+from mmaudio_hf.features.encoders import fingerprints
+from mmaudio_hf.schema import SCHEMA_VERSION, RunError, column_shapes
 
-_M_MMAP_THRESHOLD, _MMAP_BYTES = -3, 8 << 20
-
-Task = tuple[int, str, Sequence[Item]]
-"""Number, key and items of a shard."""
+VERSION = 1  # part of every key: raise it when the same inputs give other features
+RESUME_HINT = "complete shards are kept; run the same command again to resume"
 
 
-def make_shards(job: Job, tasks: Sequence[Task], progress: bool) -> None:
-    """Make the shards that are not complete; when it returns, each was made here or is complete by another process.
+@dataclass(frozen=True)
+class Share:
+    """The shards of one process: those whose number is `index` modulo `count`.
 
-    Shards that other processes are making are left for last and then waited for, in case they do not finish them.
+    local_rank, local_count: its rank among the processes of this machine, for the choice of the CUDA device and the
+    number of threads.
     """
-    pending = [task for task in tasks if not job.is_complete(task[0], task[1])]
-    if not pending:
-        return
-    listed, waiting = (sum(len(items) for *_, items in some) for some in (tasks, pending))
-    with tqdm(
-        total=listed, initial=listed - waiting, desc=job.name, unit="item", disable=not progress, smoothing=0.1
-    ) as bar:
-        processes = min(job.num_proc, len(pending))
-        with _here(job) if processes == 1 else _in_processes(job, processes) as run:
-            busy = run(pending, False, bar.update)
-            if busy and progress:
-                tqdm.write(f"{job.name}: {len(busy)} shards are being made by other processes; waiting for them")
-            run(busy, True, bar.update)
+
+    index: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard index {self.index} of {self.count}: it must be from 0 to the number of shares - 1")
+        if not 0 <= self.local_rank < self.local_count:
+            raise ValueError(f"local rank {self.local_rank} of {self.local_count}: the launcher's numbers do not fit")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the store to be: a video, or a clip of an audio file.
+
+    problem: a known (stage, reason, message) to reject it for; its file is not opened then.
+    """
+
+    id: str
+    caption: str
+    path: str
+    span: tuple[int, int] | None = None  # samples of the audio file; None for videos
+    problem: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of the list, with the key of what its features depend on."""
+
+    number: int
+    key: str
+    items: Sequence[Item]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The extraction of one source of a recipe; it is sent to the worker processes."""
+
+    recipe: Recipe
+    source: VideoSource | AudioSource
+    share: Share
+
+    @property
+    def name(self) -> str:
+        """Of the store."""
+        return self.source.name
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the source lists videos, else audio files."""
+        return isinstance(self.source, VideoSource)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the store will be."""
+        return Path(self.recipe.extraction.output_dir)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are."""
+        return self.output_dir / f"{self.name}.shards"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The encoders that are needed."""
+        return ("clip", "sync", "text", "latent") if self.is_video else ("text", "latent")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of one row of every column."""
+        return column_shapes(self.recipe.model.mode, self.recipe.model.duration, video=self.is_video)
+
+    @property
+    def normalize_audio(self) -> bool:
+        """Whether the peak of every waveform is set to the same level; clips of audio files always are."""
+        return not isinstance(self.source, VideoSource) or self.source.normalize_audio
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings that determine the inputs of the encoders."""
+        model = self.recipe.model
+        settings = {"version": VERSION, "mode": model.mode, "duration": float(model.duration)}
+        if self.is_video:
+            alignment = self.recipe.extraction.alignment
+            settings |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
+        return settings
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """The encoders, as in the manifest of the store."""
+        return fingerprints(self.recipe.encoders, self.recipe.model.mode, self.components)
+
+    def shards(self, items: Sequence[Item]) -> list[Shard]:
+        """The items in blocks of `extraction.shard_size`, with their keys.
+
+        A key hashes settings, encoders, ids, captions, and sizes and times of the files. Batch size and number of
+        processes are left out: they move results by rounding at most, and machines that share a folder may differ.
+        """
+        settings = {"schema": SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
+        stats: dict[str, list[int] | None] = {}
+        shards, size = [], self.recipe.extraction.shard_size
+        for first in range(0, len(items), size):
+            block, rows = items[first : first + size], []
+            for item in block:
+                if item.path not in stats:
+                    stats[item.path] = _size_and_time(item.path)
+                reason = item.problem and item.problem[:2]
+                rows.append([item.id, item.caption, Path(item.path).name, item.span, reason, stats[item.path]])
+            shards.append(Shard(len(shards), hash_of([settings, rows]), block))
+        return shards
+
+    def file(self, number: int, ending: str) -> Path:
+        """A file of shard `number`."""
+        return self.folder / f"shard_{number:05d}{ending}"
+
+    def metadata(self, shard: Shard) -> dict[str, Any]:
+        """The JSON of a complete shard: there, of its full size, and made of what its key says; else {}."""
+        metadata, arrow = read_json(self.file(shard.number, ".json")), self.file(shard.number, ".arrow")
+        size = arrow.stat().st_size if arrow.is_file() else 0
+        return metadata if (metadata.get("key"), metadata.get("arrow_bytes")) == (shard.key, size) else {}
+
+    def rows(self, shard: Shard) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+        """(id, caption, {column: (*shape)}) of every row of a complete shard, which is memory-mapped.
+
+        It is locked meanwhile. RunError if another run has made it again of other inputs, or if it was damaged.
+        """
+        path, metadata_file = (self.file(shard.number, ending) for ending in (".arrow", ".json"))
+        with locked(self.file(shard.number, ".lock"), wait=False, shared=True) as acquired:
+            metadata = self.metadata(shard)
+            if not (acquired and metadata):
+                raise RunError(self.changed_message)
+            if not metadata["accepted"]:
+                return
+            checksum = metadata.get("arrow_sha256")  # None: of an earlier version
+            if checksum and checksum != sha256_of(path):
+                metadata_file.unlink()
+                raise RunError(
+                    f"{path} is not what was written (its checksum differs; check the disk): the same command makes"
+                    " this shard again"
+                )
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                for batch in reader:
+                    values = {}
+                    for name, shape in self.shapes.items():
+                        numbers = batch.column(name).storage.flatten().flatten()
+                        values[name] = numbers.to_numpy().reshape(len(batch), *shape)
+                    captions = batch.column("caption").to_pylist()
+                    for i, item_id in enumerate(batch.column("id").to_pylist()):
+                        yield item_id, captions[i], {name: value[i].copy() for name, value in values.items()}
+
+    @property
+    def changed_message(self) -> str:
+        """Two runs of different inputs use the same folder."""
+        return (
+            f"{self.folder}: another run with other settings, list or media makes these shards again; let it end, then"
+            " start this one again"
+        )
+
+    def remove_stale(self, count: int) -> None:
+        """Remove shards from number `count` on, which a longer list left behind; not those another run is making."""
+        numbers = {int(name[1]) for path in self.folder.iterdir() if (name := re.match(r"shard_(\d{5,})\.", path.name))}
+        for number in sorted(number for number in numbers if number >= count):
+            with locked(self.file(number, ".lock"), wait=False) as acquired:
+                if acquired:
+                    shutil.rmtree(self.file(number, ".partial"), ignore_errors=True)
+                    for path in self.folder.glob(f"{self.file(number, '').name}.*"):
+                        path.unlink(missing_ok=True)
+
+
+def reject_of(item: Item, stage: str, reason: str, message: str, probe: Mapping | None = None) -> dict[str, Any]:
+    """A line of NAME.rejects.jsonl; probe: what is known of the streams of the file."""
+    return {"id": item.id, "stage": stage, "reason": reason, "message": message, "facts": dict(probe or {})}
+
+
+def _size_and_time(path: str) -> list[int] | None:
+    with contextlib.suppress(OSError):
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns]
+    return None
+
+
+# --- Files: locks, hashes, and writing that survives a kill ----------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _here(job: Job) -> Iterator[Callable]:
-    """Function that makes shards in this process; returns those it left to others."""
-    threads, show_bars = torch.get_num_threads(), not datasets.are_progress_bars_disabled()
-    try:
-        maker = ShardMaker(job, rank=0, processes=1)
-        yield lambda tasks, wait_for_others, advance: [
-            task for task in tasks if not maker.make(*task, wait_for_others, advance)
-        ]
-    finally:
-        torch.set_num_threads(threads)
-        if show_bars:
-            datasets.enable_progress_bars()
+def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Acquire the lock file `path`; False, without it, when another process has it and `wait` is not set.
 
-
-@contextlib.contextmanager
-def _in_processes(job: Job, processes: int) -> Iterator[Callable]:
-    """The same, spread over processes that live until the last shard; each builds its encoders once.
-
-    Spawned, not forked: neither CUDA nor the threads of torch survive a fork. They end at once when this process ends
-    in any way, or is interrupted.
+    The system releases it when the process ends in any way. Lock files stay: were one removed, two processes could each
+    lock "it".
     """
-    context = multiprocessing.get_context("spawn")
-    ranks, ticks = context.Queue(), context.Queue()
-    for rank in range(processes):
-        ranks.put(rank)
-    alive, ours = context.Pipe(duplex=False)  # closing `ours` ends the workers; so does the end of this process
-    with ProcessPoolExecutor(processes, context, _start_worker, (job, processes, ranks, ticks, alive)) as pool:
-
-        def run(tasks: Sequence[Task], wait_for_others: bool, advance: Callable[[int], Any]) -> list[Task]:
-            with _interrupts_held():  # Ctrl-C is for this process, which ends the workers; they inherit the mask
-                futures = {pool.submit(_make_in_worker, *task, wait_for_others): task for task in tasks}
-            waiting, left = set(futures), []
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                left += [futures[future] for future in done if not future.result()]
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        advance(ticks.get_nowait() if waiting else ticks.get(timeout=0.1))
-            return left
-
+    with open(path, "a") as file:
         try:
-            yield run
-        except BrokenProcessPool:
-            raise RunError(
-                f"{job.name}: a worker process died, perhaps for want of memory: lower extraction.num_proc or"
-                " batch_size; complete shards are kept and the same command goes on from them"
-            ) from None
-        except KeyboardInterrupt:
-            ours.close()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-            ours.close()
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            acquired = True
+        except BlockingIOError:
+            acquired = False
+        except OSError as error:
+            message = f"{error.strerror}: extraction needs a file system with working locks (flock)"
+            raise OSError(error.errno, message, str(path)) from error
+        yield acquired
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def add_path_to_oserror(path: Path) -> Iterator[None]:
+    """Add `path` to OSErrors that name no file; of a full disk, with any name, the message says how to resume."""
     try:
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_worker: dict[str, Any] = {}  # of a worker process: what _start_worker made
-
-
-def _start_worker(job: Job, processes: int, ranks, ticks, alive) -> None:
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which an abrupt end would leak
-    _worker.update(maker=ShardMaker(job, ranks.get(), processes), advance=ticks.put)
-
-
-def _end_with_parent(alive) -> None:
-    multiprocessing.connection.wait([alive])  # never written to: ready when its other end is closed
-    os._exit(1)
-
-
-def _make_in_worker(number: int, key: str, items: Sequence[Item], wait_for_others: bool) -> bool:
-    return _worker["maker"].make(number, key, items, wait_for_others, _worker["advance"])
-
-
-class ShardMaker:
-    """Makes shards in this process, the `rank`-th of `processes` of the run; builds the encoders."""
-
-    def __init__(self, job: Job, rank: int, processes: int):
-        share = job.share
-        device = pick_device(job.encoders.get("device", "cpu"), share.local_rank * processes + rank)
-        self.job = job
-        self.threads = max(1, len(os.sched_getaffinity(0)) // (processes * share.local_count))
-        # Reading fills the cores; only large networks on the CPU are worth threads of their own.
-        released = job.encoders["kind"] == "released"
-        torch.set_num_threads(self.threads if device.type == "cpu" and released else 1)
-        # A whole batch is read while a CUDA device encodes one; on the CPU both want the same cores.
-        self.ahead = self.threads if device.type == "cpu" else max(self.threads, job.batch_size)
-        datasets.disable_progress_bars()  # of every map
-        _free_large_blocks()
-        settings = {**job.encoders, "device": device}
-        self.encoders = load_encoders(mode=job.mode, duration=job.duration, parts=job.parts, **settings)
-        self.limits: dict[str, int] = {}  # part -> size of batch that did not fit; see FittingBatches
-
-    def make(self, number: int, key: str, items: Sequence[Item], wait_for_others: bool, advance) -> bool:
-        """Make a shard unless it is complete. False, with nothing done, when another process holds it."""
-        with locked(self.job.file(number, ".lock"), wait=wait_for_others) as held:
-            if held and self.job.is_complete(number, key):
-                advance(len(items))
-            elif held:
-                self._make(number, key, items, advance)
-            return held
-
-    def _make(self, number: int, key: str, items: Sequence[Item], advance) -> None:
-        """Read and encode `items` and write the shard: first the rows, last its record, which makes it complete."""
-        job, usable = self.job, [item for item in items if item.problem is None]
-        arrow, sidecar, work = (job.file(number, ending) for ending in (".arrow", ".json", ".partial"))
-        advance(len(items) - len(usable))
-        sidecar.unlink(missing_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            with naming(arrow):
-                work.mkdir()
-                batches = _Batches(job, FittingBatches(self.encoders, self.limits), advance)
-                with contextlib.closing(read_ahead(job, usable, self.threads, self.ahead)) as readings:
-                    _map(job, usable, batches, readings, work / "rows.arrow")
-                if batches.accepted:
-                    sync(work / "rows.arrow")
-                    os.replace(work / "rows.arrow", arrow)
-                else:
-                    arrow.unlink(missing_ok=True)
-                shutil.rmtree(work)
-            write_text(sidecar, _record(key, items, arrow, batches))
-        except BaseException:
-            arrow.unlink(missing_ok=True)
-            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is not None and not full:
             raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        message = f"{reason}: {'free some space; ' if full else ''}{RESUME_HINT}"
+        raise OSError(error.errno or errno.EIO, message, error.filename or str(path)) from error
 
 
-def _record(key: str, items: Sequence[Item], arrow: Path, batches: "_Batches") -> str:
-    record = {
-        "key": key,
-        "listed": len(items),
-        "accepted": len(batches.accepted),
-        "arrow_bytes": arrow.stat().st_size if batches.accepted else 0,
-        "arrow_sha256": digest_of(arrow) if batches.accepted else "",
-        "batch_size": batches.job.batch_size,
-        "halved": batches.fitting.halved,
-        "ids": batches.accepted,
-        "rejects": [
-            batches.rejects[item.id] if item.problem is None else _reject(item, *item.problem)
-            for item in items
-            if item.problem is not None or item.id in batches.rejects
-        ],
-    }
-    return json.dumps(record) + "\n"
+def hash_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _map(job: Job, items: Sequence[Item], batches: "_Batches", readings: Iterator, path: Path) -> None:
-    """Run `datasets.map` over the items, a batch at a time, into the Arrow file at `path`."""
-    if not items:
-        return
-    text = datasets.Value("string")
-    features = {name: datasets.Array2D(shape, "float32") for name, shape in job.shapes.items()}
-
-    def encode_batch(batch: Mapping[str, list]) -> dict[str, Any]:
-        return batches.encode([next(readings) for _ in batch["id"]])
-
-    datasets.Dataset.from_dict({"id": [item.id for item in items]}).map(
-        encode_batch,
-        batched=True,
-        batch_size=job.batch_size,
-        writer_batch_size=job.batch_size,
-        features=datasets.Features({"id": text, "caption": text, **features}),
-        cache_file_name=str(path),
-        load_from_cache_file=False,
-        new_fingerprint=path.stem,
-    )
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- batches -----------------------------------------------------------------------------------------------------
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file of ours, {} if there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-class FittingBatches:
-    """Runs an encoder on a batch; one that the memory does not hold is halved, and the halves again if need be.
-
-    limits: part -> smallest size known not to fit, kept from shard to shard so that it is met once. A batch of any size
-    is split in the same way whether or not the limit was known, so results do not depend on what was made before.
-    """
-
-    def __init__(self, encoders: Encoders, limits: dict[str, int]):
-        self.encoders, self.limits = encoders, limits
-        self.halved: dict[str, int] = {}  # part -> largest batch left where one was split
-
-    def run(self, part: str, encode: Callable, inputs: Sequence, is_half: bool = False) -> list[torch.Tensor]:
-        """Results of `encode(inputs)`, each (B, ...) on the CPU. RunError when not even one item fits."""
-        if len(inputs) < self.limits.get(part, math.inf):
-            try:
-                results = [values.cpu() for values in encode(inputs)]
-                if is_half:
-                    self.halved[part] = max(len(inputs), self.halved.get(part, 0))
-                return results
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
-            if self.encoders.device.type == "cuda":
-                torch.cuda.empty_cache()  # not above: the error holds on to what was computed
-            if len(inputs) == 1:
-                raise RunError(
-                    f"the {part} encoder finds no memory on {self.encoders.device} for a single item ({reason}): end"
-                    " what else uses the device, take a larger one, or set encoders.device=cpu; complete shards are"
-                    " kept and the same command goes on from them"
-                )
-            self.limits[part] = len(inputs)
-        middle = (len(inputs) + 1) // 2
-        halves = [self.run(part, encode, half, True) for half in (inputs[:middle], inputs[middle:])]
-        return [torch.cat(pair) for pair in zip(*halves, strict=True)]
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically; it is on the disk when this returns."""
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with add_path_to_oserror(path):
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-class _Batches:
-    """From media to rows, batch by batch; collects the accepted ids and the rejects of a shard."""
-
-    def __init__(self, job: Job, fitting: FittingBatches, advance: Callable[[int], Any]):
-        self.job, self.fitting, self.advance = job, fitting, advance
-        self.accepted: list[str] = []
-        self.rejects: dict[str, dict] = {}  # by id; the ids of a list differ
-
-    def encode(self, read: list[tuple[Item, Any]]) -> dict[str, Any]:
-        """Columns of the rows that can be used; `read` is emptied."""
-        for item, media in read:
-            if isinstance(media, MediaError):
-                self.rejects[item.id] = _reject(item, "read", media.reason, str(media), media.probe)
-        count, items = len(read), [item for item, media in read if not isinstance(media, MediaError)]
-        inputs = self._inputs(read)
-        values = self._encode(items, inputs) if items else {}
-        usable = [place for place, item in enumerate(items) if self._is_finite(item, place, values)]
-        self.accepted += [items[place].id for place in usable]
-        self.advance(count)
-        columns = {name: np.empty((0, *shape), np.float32) for name, shape in self.job.shapes.items()}
-        if usable:
-            whole = len(usable) == len(items)
-            columns = {name: (value if whole else value[usable]).numpy() for name, value in values.items()}
-        kept = [items[place] for place in usable]
-        return {"id": [item.id for item in kept], "caption": [item.caption for item in kept], **columns}
-
-    def _inputs(self, read: list[tuple[Item, Any]]) -> dict[str, list]:
-        """What each encoder is given, one entry per item; empties `read`, so that each may be freed after its use."""
-        inputs: dict[str, list] = {part: [] for part in self.job.parts}
-        for item, media in read:
-            if isinstance(media, MediaError):
-                continue
-            inputs["text"].append(item.caption)
-            inputs["latent"].append(media.audio if self.job.video else media)
-            if self.job.video:
-                inputs["clip"].append(media.clip_frames)
-                inputs["sync"].append(media.sync_frames)
-        read.clear()
-        return inputs
-
-    def _encode(self, items: Sequence[Item], inputs: dict[str, list]) -> dict[str, torch.Tensor]:
-        encoders = self.fitting.encoders
-        encode = {
-            "clip": lambda frames: [encoders.encode_clip(torch.stack(frames))],
-            "sync": lambda frames: [encoders.encode_sync(torch.stack(frames))],
-            "text": lambda captions: [encoders.encode_text(captions)],
-            "latent": lambda waveforms: encoders.encode_audio(torch.stack(waveforms)),
-        }
-        columns = {"clip": [CLIP_FEATURES], "sync": [SYNC_FEATURES], "text": [TEXT_FEATURES], "latent": [MEAN, STD]}
-        values, captions = {}, inputs["text"]
-        inputs["text"] = list(dict.fromkeys(captions))  # clips of a recording share theirs
-        places = {caption: place for place, caption in enumerate(inputs["text"])}
-        for part in self.job.parts:
-            results = self.fitting.run(part, encode[part], inputs.pop(part))
-            values |= dict(zip(columns[part], results, strict=True))
-        values[TEXT_FEATURES] = values[TEXT_FEATURES][[places[caption] for caption in captions]]
-        return {name: values[name] for name in self.job.shapes}
-
-    def _is_finite(self, item: Item, place: int, values: Mapping[str, torch.Tensor]) -> bool:
-        for name, value in values.items():
-            if not value[place].isfinite().all():
-                message = f"{item.path}: {name} are not finite; look at the file and encoders.precision"
-                self.rejects[item.id] = _reject(item, "encode", "not_finite", message)
-                return False
-        return True
-
-
-def _reject(item: Item, stage: str, reason: str, message: str, facts: Mapping | None = None) -> dict[str, Any]:
-    return {"id": item.id, "stage": stage, "reason": reason, "message": message, "facts": dict(facts or {})}
-
-
-def _free_large_blocks() -> None:
-    """Have glibc give blocks of 8 MB and more back to the system when they are freed.
-
-    Of itself it raises that threshold to 32 MB when the first pictures of a video are freed, and keeps later ones for
-    reuse in each of the heaps of the reading threads.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
