@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -285,7 +285,7 @@ def _weights(recipe: Recipe, checks, quick: bool, complete: bool) -> Iterator[Fi
 
 def _toy_codec(recipe: Recipe, folder: Path, complete: bool) -> Iterator[Finding]:
     try:
-        check_encoder_files("toy", recipe.model.mode, weights_dir=folder, clip=recipe.encoders.clip, parts=("decode",))
+        check_encoder_files(replace(recipe.encoders, weights_dir=str(folder)), recipe.model.mode, ("decode",))
         yield Finding("ok", "weights", "toy encoders, and their codec is fitted")
     except ValueError as error:
         yield Finding("FAIL" if recipe.generated_splits and complete else "warn", "weights", str(error))

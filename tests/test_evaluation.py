@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_data import GOLDEN, MEDIA_SEED, normal
 
+from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.evaluation import (
     clean_id,
     desync_score,
@@ -47,7 +48,7 @@ def sounds(example_media):
     folder = example_media()
     files = sorted((folder / "videos").glob("*.mp4"))
     fit_toy_codec(folder, "16k", files)
-    codec = load_encoders("toy", "16k", weights_dir=folder, clip="", parts=("latent", "decode"))
+    codec = load_encoders(EncoderConfig("toy", str(folder)), "16k", ("latent", "decode"))
     events, found = read_events(folder / "events.json"), []
     for file in files:
         waveform, rate = read_waveform(file)

@@ -1,20 +1,22 @@
-"""Extraction from real media to real stores: the same result in every way of getting there, and every refusal named."""
+"""Extraction from real media to real stores: the same result in every way of getting there, and every error named."""
 
 import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 import torch
+from extraction import extract, toy_recipe
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
-from mmaudio_hf.data.store import FeatureStore, StoreWriter
+from mmaudio_hf.config import AudioSource, EncoderConfig, VideoSource
+from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
-from mmaudio_hf.features import extract
-from mmaudio_hf.features.encoders import load_encoders
-from mmaudio_hf.features.extract import extract_audio, extract_video
+from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import read_video
@@ -33,16 +35,15 @@ def example(example_media):
 def weights(example, tmp_path_factory):
     """Folder with the toy codec, which the first extraction fits."""
     folder = tmp_path_factory.mktemp("weights")
-    report = extract_video("val", example / "videos", example / "val.tsv", folder / "out", **options(folder))
+    report = extract(toy_recipe(folder / "out", folder), videos(example, "val"))
     assert (folder / "toy_codec_16k.safetensors").is_file()
     assert report.accepted == report.listed == 2
     return folder
 
 
-def options(weights, **changes):
-    encoders = {"kind": "toy", "weights_dir": str(weights), "clip": "", "precision": "fp32", "device": "cpu"}
-    usual = {"encoders": encoders, "mode": "16k", "duration": DURATION, "open_writer": StoreWriter, "progress": False}
-    return usual | {"shard_size": 3, "batch_size": 2} | changes
+def videos(example, split: str, **changes) -> VideoSource:
+    """The videos of a split of the example media."""
+    return replace(VideoSource(split, str(example / "videos"), str(example / f"{split}.tsv")), **changes)
 
 
 def write_list(path, rows, column="label"):
@@ -68,16 +69,16 @@ def rejects_of(report) -> list[dict]:
 def train(example, weights, tmp_path_factory):
     """Store of the training videos, made in one go."""
     folder = tmp_path_factory.mktemp("train")
-    extract_video("train", example / "videos", example / "train.tsv", folder, **options(weights))
+    extract(toy_recipe(folder, weights), videos(example, "train"))
     return folder
 
 
-def test_a_store_holds_what_the_encoders_say_of_each_row_in_list_order(example, weights, train):
+def test_a_store_holds_the_features_of_each_row_in_list_order(example, weights, train):
     store = FeatureStore.open(train / "train")
     listed = [line.split("\t") for line in (example / "train.tsv").read_text().splitlines()[1:]]
     assert [store.ids, store.captions] == [[row[0] for row in listed], [row[1] for row in listed]]
     assert verify(train / "train").ok
-    encoders = load_encoders("toy", "16k", weights_dir=weights, clip="", duration=DURATION)
+    encoders = load_encoders(EncoderConfig("toy", str(weights)), "16k", duration=DURATION)
     clip = read_video(example / "videos" / f"{store.ids[4]}.mp4", duration=DURATION)
     row = store.read([4])
     for name, value in (
@@ -92,20 +93,20 @@ def test_a_store_holds_what_the_encoders_say_of_each_row_in_list_order(example, 
 
 
 def test_processes_shards_and_batches_do_not_change_the_store(example, weights, train, tmp_path):
-    media = example / "videos", example / "train.tsv"
-    report = extract_video("train", *media, tmp_path, **options(weights, num_proc=2, shard_size=5, batch_size=16))
+    recipe = toy_recipe(tmp_path, weights, num_proc=2, shard_size=5, batch_size=16)
+    report = extract(recipe, videos(example, "train"))
     assert (report.shards, report.reused_shards) == (2, 0)
     assert content(tmp_path, "train") == content(train, "train")
 
 
-def test_only_what_changed_is_made_again(example, weights, tmp_path):
+def test_only_changed_shards_are_extracted_again(example, weights, tmp_path):
     media, out = tmp_path / "videos", tmp_path / "out"
     shutil.copytree(example / "videos", media)
     rows = [tuple(line.split("\t")) for line in (example / "train.tsv").read_text().splitlines()[1:]][:4]
 
     def run(rows, weights=weights, **changes):
-        table = write_list(tmp_path / "list.tsv", rows)
-        return extract_video("train", media, table, out, **options(weights, shard_size=1, **changes))
+        source = VideoSource("train", str(media), str(write_list(tmp_path / "list.tsv", rows)), **changes)
+        return extract(toy_recipe(out, weights, shard_size=1), source)
 
     assert run(rows).reused_shards == 0
     times, first = shard_times(out, "train"), content(out, "train")
@@ -125,8 +126,8 @@ def test_only_what_changed_is_made_again(example, weights, tmp_path):
     # a setting and the encoder
     assert run(changed[:2], normalize_audio=False).reused_shards == 0
     other = shutil.copytree(weights, tmp_path / "other", ignore=shutil.ignore_patterns("out"))
-    codec = load_encoders("toy", "16k", weights_dir=weights, clip="").fingerprints["latent"]
-    extract.fit_toy_codec(other, "16k", [media / f"{rows[0][0]}.mp4"])
+    codec = load_encoders(EncoderConfig("toy", str(weights)), "16k").fingerprints["latent"]
+    fit_toy_codec(other, "16k", [media / f"{rows[0][0]}.mp4"])
     assert run(changed[:2], weights=other).reused_shards == 0
     assert FeatureStore.open(out / "train").manifest["encoders"]["latent"] != codec
     # a damaged shard
@@ -134,12 +135,12 @@ def test_only_what_changed_is_made_again(example, weights, tmp_path):
     assert run(changed[:2], weights=other).reused_shards == 1
 
 
-def write_silent_copy(source, path, *, sound):
-    """The pictures of `source` with silence under them, or without a track of sound."""
+def write_silent_copy(source, path, *, audio_stream):
+    """The frames of `source` with silence, or without an audio stream."""
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         video = old.streams.video[0]
         stream = new.add_stream_from_template(video)
-        audio = new.add_stream("aac", rate=44_100, layout="mono") if sound else None
+        audio = new.add_stream("aac", rate=44_100, layout="mono") if audio_stream else None
         packets = [packet for packet in old.demux(video) if packet.size]
         for packet in packets:
             packet.stream = stream
@@ -150,19 +151,20 @@ def write_silent_copy(source, path, *, sound):
             new.mux([*audio.encode(frame), *audio.encode(None)])
 
 
-def test_bad_media_are_rejected_one_by_one_and_counted(example, weights, tmp_path):
+def test_each_bad_file_is_rejected_with_its_reason(example, weights, tmp_path):
     media, (good, other) = tmp_path / "videos", sorted((example / "videos").glob("train*.mp4"))[:2]
     media.mkdir()
     shutil.copy(good, media / "good.mp4")
     shutil.copy(other, media / "other.mp4")
     (media / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     (media / "text.mp4").write_text("this is no video\n" * 100)
-    write_silent_copy(good, media / "mute.mp4", sound=False)
-    write_silent_copy(good, media / "silent.mp4", sound=True)
+    write_silent_copy(good, media / "mute.mp4", audio_stream=False)
+    write_silent_copy(good, media / "silent.mp4", audio_stream=True)
     (media / "folder.mp4").mkdir()
     names = ["absent", "good", "cut", "text", "mute", "other", "silent", "folder"]
     table = write_list(tmp_path / "list.tsv", [(name, f"caption of {name}") for name in names])
-    report = extract_video("bad", media, table, tmp_path / "out", **options(weights))
+    recipe, source = toy_recipe(tmp_path / "out", weights), VideoSource("bad", str(media), str(table))
+    report = extract(recipe, source)
     rejects = rejects_of(report)
     assert (report.listed, report.accepted, report.rejected, report.missing) == (8, 2, 6, 2)
     reasons = {reject["id"]: (reject["stage"], reject["reason"]) for reject in rejects}
@@ -174,37 +176,40 @@ def test_bad_media_are_rejected_one_by_one_and_counted(example, weights, tmp_pat
     assert all(reject["message"] and isinstance(reject["facts"], dict) for reject in rejects)
     assert FeatureStore.open(report.store_path).ids == ["good", "other"]
     before = report.rejects_path.read_bytes()
-    again = extract_video("bad", media, table, tmp_path / "out", **options(weights))
+    again = extract(recipe, source)
     assert (again.rejected, again.rejects_path.read_bytes()) == (6, before)
 
 
-def test_findings_of_an_audit_are_rejects_of_their_own_stage(example, weights, tmp_path):
-    """They are counted, the files are not opened, other findings make the shard again and the same ones keep it."""
+def test_problems_of_an_audit_are_rejects_of_their_own_stage(example, weights, tmp_path):
+    """The files are not opened; other problems make the shard again and the same ones keep it."""
     first, second = sorted(path.stem for path in (example / "videos").glob("train*.mp4"))[:2]
     table = write_list(tmp_path / "list.tsv", [(first, "a"), (second, "b"), ("gone", "c")])
-    found = {first: ("still", "it does not move"), "gone": ("still", "neither"), "stranger": ("silent", "unlisted")}
+    known = {
+        first: ("still", "it does not move"),
+        "gone": ("still", "neither"),
+        "unlisted": ("silent", "not in the list"),
+    }
 
     def run(problems):
-        return extract_video("s", example / "videos", table, tmp_path, **options(weights), problems=problems)
+        return extract(toy_recipe(tmp_path, weights), videos(example, "s", list=str(table)), problems=problems)
 
-    report = run(found)
+    report = run(known)
     assert (report.listed, report.accepted, report.rejected, report.missing) == (3, 1, 2, 1)
     moved, gone = rejects_of(report)
     assert (moved["id"], moved["stage"], moved["reason"]) == (first, "audit", "still")
     assert (moved["message"], gone["id"], gone["stage"]) == ("it does not move", "gone", "list")
-    assert run(found).reused_shards == 1
-    assert run({first: ("silent", "no sound")}).reused_shards == 0
+    assert run(known).reused_shards == 1
+    assert run({first: ("silent", "no audio")}).reused_shards == 0
     assert (run(None).accepted, run({}).reused_shards) == (2, 1)
     write_clips(example / "audios", tmp_path / "clips.tsv")
-    report = extract_audio(
-        "a", example / "audios", example / "audios.tsv", tmp_path / "clips.tsv", tmp_path, **options(weights),
-        problems={read_clips(tmp_path / "clips.tsv")[0].name: ("silent", "nothing is heard")},
-    )  # fmt: skip
+    source = AudioSource("a", str(example / "audios"), str(example / "audios.tsv"), str(tmp_path / "clips.tsv"))
+    problems = {read_clips(tmp_path / "clips.tsv")[0].name: ("silent", "nothing is heard")}
+    report = extract(toy_recipe(tmp_path, weights), source, problems=problems)
     assert {(r["stage"], r["reason"]) for r in rejects_of(report)} == {("audit", "silent")}
     assert report.rejected == 2 and report.accepted + report.rejected == report.listed
 
 
-def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_path):
+def test_audio_files_give_a_row_for_each_clip_and_caption(example, weights, tmp_path):
     media = tmp_path / "audios"
     media.mkdir()
     for path in (example / "audios").glob("*.flac"):
@@ -214,11 +219,11 @@ def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_p
     with open(tmp_path / "clips.tsv", "a") as file:
         file.write("gone_0\tgone\t0\t400000\nrecording_00_9\trecording_00\t900000\t99000000\n")
     captions = [("recording_00", "one"), ("recording_01", "two"), ("recording_00", "three"), ("recording_00", "one")]
-    # A listed recording may have no clip, and be called what a clip of another one is called.
+    # A listed file may have no clip, and the name of a clip of another file.
     others = [("quiet", "none"), ("gone", "lost"), ("brief", "a"), ("brief", "b"), ("recording_00_0", "c")]
     table = write_list(tmp_path / "captions.tsv", [*captions, *others], "caption")
-    arguments = "audio", media, table, tmp_path / "clips.tsv", tmp_path / "out"
-    report = extract_audio(*arguments, **options(weights, shard_size=2))
+    source = AudioSource("audio", str(media), str(table), str(tmp_path / "clips.tsv"))
+    report = extract(toy_recipe(tmp_path / "out", weights, shard_size=2), source)
     store = FeatureStore.open(report.store_path)
     assert store.ids == [
         "recording_00_0", "recording_00_0.2", "recording_00_1", "recording_00_1.2", "recording_01_0", "recording_01_1",
@@ -235,30 +240,35 @@ def test_recordings_give_a_row_for_each_clip_and_caption(example, weights, tmp_p
 
 
 def test_the_users_mistakes_are_named_before_any_work(example, weights, tmp_path):
-    media, table = example / "videos", example / "val.tsv"
+    out = tmp_path / "out"
 
-    def refused(message, name="s", media=media, table=table, out=tmp_path / "out", **changes):
+    def check(message, recipe=None, **changes):
         with pytest.raises(ValueError, match=message):
-            extract_video(name, media, table, out, **options(weights, **changes))
+            extract(recipe or toy_recipe(out, weights), videos(example, "val", **changes))
 
-    refused("no such folder", media=tmp_path / "nowhere")
-    refused("no such file", table=tmp_path / "nowhere.tsv")
-    refused("not a plain name.*line 2", table=write_list(tmp_path / "evil.tsv", [("../../x", "c")]))
-    refused("already on line 2", table=write_list(tmp_path / "twice.tsv", [("a", "c"), ("a", "d")]))
-    refused("none of 2 items can be used.*no such file", table=write_list(tmp_path / "n.tsv", [("a", "c"), ("b", "d")]))
-    refused("not a plain name", name="../s")
-    refused("has a dot", name="a.b")
-    refused("alignment 'sideways'", alignment="sideways")
-    refused("shard_size must be at least 1", shard_size=0)
-    refused("unknown audio mode '8k'", mode="8k")
-    refused("output_dir must be a folder", out=table)
-    released = {"kind": "released", "weights_dir": str(tmp_path), "clip": "x", "precision": "fp32", "device": "cpu"}
-    refused(r"synchformer_state_dict\.pth is missing", encoders=released)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "s").mkdir(parents=True)
-    refused("exists and was not made from")
+    def a_list(*rows) -> str:
+        return str(write_list(tmp_path / "list.tsv", rows))
+
+    check("no such folder", media_dir=str(tmp_path / "nowhere"))
+    check("no such file", list=str(tmp_path / "nowhere.tsv"))
+    check("not a plain name.*line 2", list=a_list(("../../x", "c")))
+    check("already on line 2", list=a_list(("a", "c"), ("a", "d")))
+    check("none of 2 items can be used.*no such file", list=a_list(("a", "c"), ("b", "d")))
+    check("not a plain name", name="../s")
+    check("has a dot", name="a.b")
+    check("alignment 'sideways'", toy_recipe(out, weights, alignment="sideways"))
+    check("output_dir must be a folder", toy_recipe(example / "val.tsv", weights))
+    with pytest.raises(StrictDataclassClassValidationError, match="shard_size must be at least 1"):
+        toy_recipe(out, weights, shard_size=0)
+    with pytest.raises(ValueError, match="unknown audio mode '8k'"):
+        replace(toy_recipe(out, weights).model, mode="8k")
+    released = EncoderConfig("released", str(tmp_path), "x", device="cpu")
+    check(r"synchformer_state_dict\.pth is missing", replace(toy_recipe(out, weights), encoders=released))
+    assert not out.exists()
+    (out / "val").mkdir(parents=True)
+    check("exists and was not made from")
     with pytest.raises(ValueError, match="no such clip list; make it with `mmaudio-hf partition`"):
-        extract_audio("a", example / "audios", example / "audios.tsv", tmp_path / "c.tsv", tmp_path, **options(weights))
+        extract(toy_recipe(out, weights), AudioSource("a", str(example / "audios"), str(example / "audios.tsv")))
 
 
 def test_nothing_usable_is_an_error_without_a_store(weights, tmp_path):
@@ -266,14 +276,14 @@ def test_nothing_usable_is_an_error_without_a_store(weights, tmp_path):
     table = write_list(tmp_path / "list.tsv", [("a", "c"), ("b", "d")])
     for _ in range(2):
         with pytest.raises(ValueError, match=r"all 2 items were rejected \(.*not_found 1.*bad\.rejects\.jsonl"):
-            extract_video("bad", tmp_path, table, tmp_path / "out", **options(weights))
+            extract(toy_recipe(tmp_path / "out", weights), VideoSource("bad", str(tmp_path), str(table)))
         assert not (tmp_path / "out" / "bad").exists()
         assert len((tmp_path / "out" / "bad.rejects.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_full_disk_is_seen_before_the_work(example, weights, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(extract.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ValueError, match=r"0\.0\d GB are needed .* 0\.00 GB are free; make room"):
-        extract_video("val", example / "videos", example / "val.tsv", tmp_path / "out", **options(weights))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"0\.0\d GB are needed .* 0\.00 GB are free; free some space"):
+        extract(toy_recipe(tmp_path / "out", weights), videos(example, "val"))
     assert not list((tmp_path / "out").rglob("shard_*"))

@@ -20,14 +20,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from extraction import extract, toy_recipe
 from forked import Command
 from odd_media import Odd, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
+from mmaudio_hf.config import AudioSource, EncoderConfig
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
-from mmaudio_hf.features import shards
+from mmaudio_hf.features import workers
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
-from mmaudio_hf.features.extract import Share, extract_audio
+from mmaudio_hf.features.shards import RESUME_HINT, Share
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.schema import RunError
 
@@ -45,28 +47,26 @@ def weights(tmp_path_factory):
     return folder
 
 
-class Recordings:
-    """A folder of short recordings, one clip and caption each, and ways to extract it."""
+class AudioFiles:
+    """A folder of short audio files, one clip and caption each, and ways to extract it."""
 
     def __init__(self, folder: Path, names, captions=None):
         self.folder = folder
         folder.mkdir(parents=True)
         noise = torch.from_numpy(np.random.default_rng(0).standard_normal(RATE).astype(np.float32))
-        write_audio(folder / "sound.wav", 0.1 * noise, RATE)
+        write_audio(folder.with_suffix(".wav"), 0.1 * noise, RATE)
         for name in names:
-            os.link(folder / "sound.wav", folder / f"{name}.wav")
-        os.unlink(folder / "sound.wav")
-        captions = captions or {name: f"the sound {name}" for name in names}
+            os.link(folder.with_suffix(".wav"), folder / f"{name}.wav")
+        captions = captions or {name: f"the noise {name}" for name in names}
         self.captions, self.clips = folder / "captions.tsv", folder / "clips.tsv"
         self.captions.write_text("id\tcaption\n" + "".join(f"{n}\t{text}\n" for n, text in captions.items()))
         rows = "".join(f"{name}_0\t{name}\t0\t{RATE}\n" for name in names)
         self.clips.write_text("id\tname\tstart_sample\tend_sample\n" + rows)
 
-    def extract(self, out, weights, **changes):
-        encoders = {"kind": "toy", "weights_dir": str(weights), "clip": "", "precision": "fp32", "device": "cpu"}
-        usual = {"encoders": encoders, "mode": "16k", "duration": SECONDS, "open_writer": StoreWriter}
-        usual |= {"progress": False, "shard_size": 4, "batch_size": 3}
-        return extract_audio("s", self.folder, self.captions, self.clips, out, **(usual | changes))
+    def extract(self, out, weights, *, share=None, problems=None, open_writer=StoreWriter, **changes):
+        recipe = toy_recipe(out, weights, duration=SECONDS, **({"shard_size": 4, "batch_size": 3} | changes))
+        source = AudioSource("s", str(self.folder), str(self.captions), str(self.clips))
+        return extract(recipe, source, open_writer, problems, share)
 
     def recipe(self, path: Path, out, weights, **changes) -> Path:
         """The same as a recipe."""
@@ -100,10 +100,10 @@ def watched(monkeypatch):
     def load(*arguments, **keywords):
         encoders = load_encoders(*arguments, **keywords)
 
-        def watch(part, network, inputs):
-            if len(inputs) > seen.limits.get(part, 1000):
+        def watch(component, network, inputs):
+            if len(inputs) > seen.limits.get(component, 1000):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            if part == "text":
+            if component == "text":
                 seen.batches.append([caption.split()[-1] for caption in inputs])
                 if len(seen.batches) == seen.stop_after:
                     raise KeyboardInterrupt
@@ -111,10 +111,10 @@ def watched(monkeypatch):
             mean, std = network(inputs)
             return mean + 0.01 * len(inputs), std
 
-        networks = {part: functools.partial(watch, part, network) for part, network in encoders.networks.items()}
+        networks = {name: functools.partial(watch, name, network) for name, network in encoders.networks.items()}
         return dataclasses.replace(encoders, networks=networks)
 
-    monkeypatch.setattr(shards, "load_encoders", load)
+    monkeypatch.setattr(workers, "load_encoders", load)
     return seen
 
 
@@ -125,10 +125,10 @@ class Namespace:
 
 def test_batches_follow_from_the_list_alone(weights, watched, tmp_path):
     """So neither shares, nor an interruption, nor what is wrong in other shards changes a byte."""
-    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(11)])
+    media = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(11)])
     for name in ("n01", "n09"):
         os.unlink(media.folder / f"{name}.wav")
-        (media.folder / f"{name}.wav").write_text("no sound")
+        (media.folder / f"{name}.wav").write_text("no audio")
     report = media.extract(tmp_path / "whole", weights)
     assert (report.shards, report.accepted, report.rejected, report.pending_shards) == (3, 9, 2, 0)
     assert watched.batches == [["n00", "n02"], ["n03"], ["n04", "n05", "n06"], ["n07"], ["n08", "n10"]]
@@ -141,7 +141,7 @@ def test_batches_follow_from_the_list_alone(weights, watched, tmp_path):
 
     watched.batches.clear()
     watched.stop_after = 4
-    with pytest.raises(KeyboardInterrupt, match="s: complete shards are kept and the same command goes on from them"):
+    with pytest.raises(KeyboardInterrupt, match=f"s: {RESUME_HINT}"):
         media.extract(tmp_path / "stopped", weights)
     assert not left_over(tmp_path / "stopped")
     watched.stop_after = None
@@ -160,32 +160,32 @@ def test_a_caption_is_encoded_once_in_a_batch(weights, watched, tmp_path):
     """Its rows have the same text, and each row that of its own caption."""
     names = [f"n{i}" for i in range(6)]
     captions = dict(zip(names, ["a dog", "a cat", "a dog", "a dog", "a dog", "a bird"], strict=True))
-    report = Recordings(tmp_path / "media", names, captions).extract(tmp_path / "out", weights, shard_size=6)
+    report = AudioFiles(tmp_path / "media", names, captions).extract(tmp_path / "out", weights, shard_size=6)
     assert watched.batches == [["dog", "cat"], ["dog", "bird"]]
     texts = FeatureStore.open(report.store_path).read(range(6))["text_features"]
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[3], texts[4])
-    encoders = load_encoders("toy", "16k", weights_dir=weights, clip="", parts=("text",))
+    encoders = load_encoders(EncoderConfig("toy", str(weights)), "16k", ("text",))
     assert torch.equal(texts, encoders.encode_text(list(captions.values())) + 0.02)
 
 
-def test_memory_that_is_too_small_halves_the_batch(weights, watched, tmp_path):
+def test_out_of_memory_halves_the_batch(weights, watched, tmp_path):
     """The same halves, whether this process met the limit in an earlier shard or not."""
-    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(14)])
+    media = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(14)])
     watched.limits["text"] = 3
     settings = {"shard_size": 9, "batch_size": 8}
     report = media.extract(tmp_path / "whole", weights, **settings)
-    assert report.halved == {"text": 3}
-    assert "batches halved for want of memory (text 3)" in str(report)
+    assert report.reduced == {"text": 3}
+    assert "batch size reduced after out-of-memory (text 3)" in str(report)
     assert [len(batch) for batch in watched.batches] == [2, 2, 2, 2, 1, 3, 2]
-    sidecar = json.loads((tmp_path / "whole" / "s.shards" / "shard_00000.json").read_text())
-    assert (sidecar["batch_size"], sidecar["halved"]) == (8, {"text": 2})
+    metadata = json.loads((tmp_path / "whole" / "s.shards" / "shard_00000.json").read_text())
+    assert (metadata["batch_size"], metadata["halved"]) == (8, {"text": 2})
     for index in (1, 0):
         media.extract(tmp_path / "shares", weights, share=Share(index, 2), **settings)
     assert content(tmp_path / "shares") == content(tmp_path / "whole")
 
     watched.limits["latent"] = 0
     with pytest.raises(
-        RunError, match=r"the latent encoder finds no memory on cpu for a single item \(CUDA out of mem"
+        RunError, match=r"the latent encoder is out of memory on cpu for a single item \(CUDA out of mem"
     ):
         media.extract(tmp_path / "none", weights, **settings)
     assert not left_over(tmp_path / "none")
@@ -195,7 +195,7 @@ def test_memory_that_is_too_small_halves_the_batch(weights, watched, tmp_path):
 
 def test_two_runs_at_once_share_the_work(weights, watched, tmp_path):
     """Each shard is made once, both return with the store, and it is the usual one."""
-    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(40)])
+    media = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(40)])
     media.extract(tmp_path / "one", weights)
     once = sorted(watched.batches)
     watched.batches.clear()
@@ -211,11 +211,11 @@ def test_two_runs_at_once_share_the_work(weights, watched, tmp_path):
 
 
 def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):
-    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)])
+    media = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(8)])
     before = media.captions.read_text()
 
     def other_run(*arguments, **keywords):
-        media.captions.write_text(before.replace("sound", "noise"))
+        media.captions.write_text(before.replace("noise", "hum"))
         report = media.extract(tmp_path / "out", weights, share=Share(1, 2))
         assert (report.reused_shards, report.pending_shards) == (0, 1)
         return StoreWriter(*arguments, **keywords)
@@ -224,18 +224,18 @@ def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):
         media.extract(tmp_path / "out", weights, open_writer=other_run)
     assert not (tmp_path / "out" / "s").exists() and not left_over(tmp_path / "out")
     assert media.extract(tmp_path / "out", weights).reused_shards == 1
-    assert FeatureStore.open(tmp_path / "out" / "s").captions == [f"the noise n{i}" for i in range(8)]
+    assert FeatureStore.open(tmp_path / "out" / "s").captions == [f"the hum n{i}" for i in range(8)]
 
 
 def test_a_shard_that_was_damaged_never_gets_into_a_store(weights, tmp_path):
     """One bit of the disk, anywhere in the file: the next run names it and the one after it makes it again."""
-    media, out = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)]), tmp_path / "out"
+    media, out = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(8)]), tmp_path / "out"
     media.extract(out, weights)
     whole, arrow = content(out), out / "s.shards" / "shard_00001.arrow"
-    data, places = arrow.read_bytes(), random.Random(0)
-    for place in (3, len(data) - 5, places.randrange(len(data)), places.randrange(len(data))):
+    data, draw = arrow.read_bytes(), random.Random(0)
+    for offset in (3, len(data) - 5, draw.randrange(len(data)), draw.randrange(len(data))):
         shutil.rmtree(out / "s")
-        arrow.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        arrow.write_bytes(data[:offset] + bytes([data[offset] ^ 16]) + data[offset + 1 :])
         with pytest.raises(RunError, match=r"shard_00001\.arrow is not what was written .*makes this shard again"):
             media.extract(out, weights)
         assert not (out / "s").exists() and not left_over(out)
@@ -248,13 +248,13 @@ def test_a_shard_that_was_damaged_never_gets_into_a_store(weights, tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_the_store_is_the_same(weights, tmp_path, seed):
-    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(48)])
+    media = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(48)])
     os.unlink(media.folder / "n05.wav")
     (media.folder / "n05.wav").write_text("broken")
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert Command("extract-audio", str(media.recipe(tmp_path / "whole.yaml", whole, weights))).result().returncode == 0
-    wanted, command = content(whole), ("extract-audio", str(media.recipe(tmp_path / "out.yaml", out, weights)))
-    wanted_store = {name: data for name, data in wanted.items() if "shards" not in name}
+    expected, command = content(whole), ("extract-audio", str(media.recipe(tmp_path / "out.yaml", out, weights)))
+    expected_store = {name: data for name, data in expected.items() if "shards" not in name}
     records, stages = out / "s.shards", Counter()
     moment = random.Random(seed)
     for attempt in range(10):
@@ -269,12 +269,12 @@ def test_killed_at_random_moments_the_store_is_the_same(weights, tmp_path, seed)
             process.kill()
         stages["complete" if (out / "s").exists() else "export" if (out / "s.partial").exists() else "shards"] += 1
         if (out / "s").exists():  # then it is whole; without it the next run exports again
-            assert {name: data for name, data in content(out).items() if "shards" not in name} == wanted_store
+            assert {name: data for name, data in content(out).items() if "shards" not in name} == expected_store
             shutil.rmtree(out / "s")
     assert stages["shards"] and stages["export"] + stages["complete"], stages
     kept = {path: path.stat().st_mtime_ns for path in records.glob("shard_*.json")}
     assert Command(*command).result().returncode == 0
-    assert content(out) == wanted and not left_over(out)
+    assert content(out) == expected and not left_over(out)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert len((out / "s.rejects.jsonl").read_text().splitlines()) + len(FeatureStore.open(out / "s")) == 48
 
@@ -286,9 +286,9 @@ def wait_until(condition, seconds=120):
         time.sleep(0.002)
 
 
-def test_workers_end_with_a_killed_run_and_the_next_one_goes_on(weights, tmp_path):
+def test_workers_end_with_a_killed_run_and_the_next_one_resumes(weights, tmp_path):
     """Real command, two worker processes: SIGKILL, then Ctrl-C, then to the end."""
-    media = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(96)])
+    media = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(96)])
     out, mark = tmp_path / "out", f"MARK={tmp_path}"
     recipe = media.recipe(tmp_path / "r.yaml", out, weights, num_proc=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
@@ -305,10 +305,10 @@ def test_workers_end_with_a_killed_run_and_the_next_one_goes_on(weights, tmp_pat
     wait_until(lambda: not processes_with(mark))
     process = start_and_wait_for(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == 130
-    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and "/96 [" not in line]
-    assert lines == ["interrupted: s: complete shards are kept and the same command goes on from them"], said
+    lines = [line for line in re.split(r"[\r\n]+", errors) if line.strip() and "/96 [" not in line]
+    assert lines == [f"interrupted: s: {RESUME_HINT}"], errors
     wait_until(lambda: not processes_with(mark))
     kept = len(list(out.glob("s.shards/*.json")))
     assert 0 < kept < 24
@@ -320,15 +320,15 @@ def test_workers_end_with_a_killed_run_and_the_next_one_goes_on(weights, tmp_pat
 
 def processes_with(setting: str) -> list[str]:
     """Processes that have `setting` in their environment: a killed run's workers, for as long as they live."""
-    found = []
+    processes = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
-            found += [entry] * (setting.encode() in file.read().split(b"\0"))
-    return found
+            processes += [entry] * (setting.encode() in file.read().split(b"\0"))
+    return processes
 
 
 def test_accelerate_launch_gives_each_process_its_share(weights, tmp_path):
-    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(16)])
+    media = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(16)])
     recipe = media.recipe(tmp_path / "r.yaml", tmp_path / "out", weights)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     command += ["--num_processes", "2", "-m", "mmaudio_hf.cli", "extract-audio", str(recipe)]
@@ -340,7 +340,7 @@ def test_accelerate_launch_gives_each_process_its_share(weights, tmp_path):
 
 
 def test_shares_come_from_options_or_the_launcher(weights, tmp_path, monkeypatch, capsys):
-    media = Recordings(tmp_path / "media", [f"n{i}" for i in range(8)])
+    media = AudioFiles(tmp_path / "media", [f"n{i}" for i in range(8)])
     command = ["extract-audio", str(media.recipe(tmp_path / "r.yaml", tmp_path / "out", weights))]
     shard_files = lambda: sorted(path.name for path in tmp_path.glob("out/s.shards/*.json"))  # noqa: E731
     assert main([*command, "--shard-index", "1", "--num-shards", "2"]) == 0
@@ -348,8 +348,8 @@ def test_shares_come_from_options_or_the_launcher(weights, tmp_path, monkeypatch
     assert "s: 1 of 2 shards complete" in capsys.readouterr().out
     assert main([*command, "--shard-index", "2"]) == 2
     assert main([*command, "--shard-index", "2", "--num-shards", "2"]) == 2
-    said = capsys.readouterr().err
-    assert "go together" in said and "shard index 2 of 2" in said
+    errors = capsys.readouterr().err
+    assert "go together" in errors and "shard index 2 of 2" in errors
     monkeypatch.setenv("RANK", "0")
     assert main(command) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -364,24 +364,24 @@ from collections import namedtuple
 folder, recipe, copy = sys.argv[1:]
 from mmaudio_hf.cli import main
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
-# As where others fill the disk meanwhile: there seems to be room.
+# As where other processes fill the disk meanwhile: there seems to be enough space.
 shutil.disk_usage = lambda _: namedtuple("Usage", "total used free")(10**12, 0, 10**12)
 ends = []
 for size in ("3m", "7m", "40m"):
     subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
         code = main(["extract-audio", recipe])
     names = [name for _, folders, files in os.walk(folder) for name in folders + files]
-    ends.append([code, said.getvalue().splitlines()[-1:], sorted(names)])
+    ends.append([code, errors.getvalue().splitlines()[-1:], sorted(names)])
 shutil.copytree(folder, copy)
 print(json.dumps(ends))
 """
 
 
-def test_a_full_disk_ends_with_one_sentence_and_room_mends_it(weights, tmp_path):
+def test_a_full_disk_ends_with_one_sentence_and_a_larger_one_resumes(weights, tmp_path):
     """Too small for the shards, then for the store, then large enough."""
-    media, folder = Recordings(tmp_path / "media", [f"n{i:02d}" for i in range(16)]), tmp_path / "small"
+    media, folder = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(16)]), tmp_path / "small"
     folder.mkdir()
     arguments = [str(folder), str(media.recipe(tmp_path / "r.yaml", folder / "out", weights)), str(tmp_path / "copy")]
     command = ["unshare", "--mount", "--map-root-user", sys.executable, "-c", FULL_DISK, *arguments]
@@ -390,13 +390,13 @@ def test_a_full_disk_ends_with_one_sentence_and_room_mends_it(weights, tmp_path)
         pytest.skip(f"no file system of our own can be mounted here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     first, second, last = json.loads(done.stdout.splitlines()[-1])
-    hint = "make room; complete shards are kept and the same command goes on from them"
-    for (code, said, names), file, kept in (
+    hint = f"free some space; {RESUME_HINT}"
+    for (code, errors, names), file, kept in (
         (first, "out/s.shards/shard_00002.arrow", 2),
         (second, "out/s.partial/text_features.memmap", 4),
     ):
         assert code == 1
-        assert hint in said[0] and "No space left on device" in said[0] and str(folder / file) in said[0], said
+        assert hint in errors[0] and "No space left on device" in errors[0] and str(folder / file) in errors[0], errors
         assert [name for name in names if name.endswith(".json") and "shard" in name] == [
             f"shard_{number:05d}.json" for number in range(kept)
         ]
@@ -414,7 +414,7 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     """5 % broken in ten ways: accepted and rejected add up to the listed ones, and each reason is right."""
     names = [f"item_{i:04d}" for i in range(2000)]
     random.Random(0).shuffle(names)
-    media = Recordings(tmp_path / "media", names)
+    media = AudioFiles(tmp_path / "media", names)
     good = media.folder / f"{names[-1]}.wav"
     noise = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
     write_audio(tmp_path / "good.flac", noise, RATE)
@@ -422,7 +422,7 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     write_audio(tmp_path / "silent.wav", torch.zeros(RATE), RATE)
     write_audio(tmp_path / "short.wav", noise[: RATE // 2], RATE)
     write_odd(tmp_path / "mute.mp4", Odd(frame_times=steady(0.5), audio_seconds=None))
-    (tmp_path / "text.wav").write_text("this is no sound\n" * 50)
+    (tmp_path / "text.wav").write_text("this is no audio\n" * 50)
     (tmp_path / "empty.wav").touch()
     ways = {
         "not_found": lambda path: None,
@@ -460,26 +460,25 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     report = media.extract(tmp_path / "out", weights, shard_size=512, batch_size=64, problems=problems)
     rejects = [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
     assert (report.listed, report.accepted, report.rejected, report.missing) == (2000, 1900, 100, 20)
-    found = {reject["id"].removesuffix("_0"): (reject["stage"], reject["reason"]) for reject in rejects}
-    assert found == {name: reasons[way] for name, way in broken.items()}
+    by_id = {reject["id"].removesuffix("_0"): (reject["stage"], reject["reason"]) for reject in rejects}
+    assert by_id == {name: reasons[way] for name, way in broken.items()}
     assert all(reject["message"] for reject in rejects)
     store = FeatureStore.open(report.store_path)
     assert store.ids == [f"{name}_0" for name in names if name not in broken]
-    assert store.captions == [f"the sound {name}" for name in names if name not in broken]
+    assert store.captions == [f"the noise {name}" for name in names if name not in broken]
     shutil.rmtree(tmp_path / "out")
 
 
 MEMORY = """
 import sys
 import torch
-from mmaudio_hf.data.store import StoreWriter
-from mmaudio_hf.features.extract import extract_video
+from extraction import extract, toy_recipe
+from mmaudio_hf.config import VideoSource
 from mmaudio_hf.training.logs import peak_memory_gb
 folder, weights, count = sys.argv[1:]
 open(f"{folder}/list.tsv", "w").write("id\\tlabel\\n" + "".join(f"clip_{i}\\ta clip\\n" for i in range(int(count))))
-encoders = {"kind": "toy", "weights_dir": weights, "clip": "", "precision": "fp32", "device": "cpu"}
-extract_video(f"s{count}", folder, f"{folder}/list.tsv", f"{folder}/out", encoders=encoders, mode="16k", duration=2.0,
-              open_writer=StoreWriter, shard_size=6, batch_size=3, progress=False)
+recipe = toy_recipe(f"{folder}/out", weights, shard_size=6, batch_size=3)
+extract(recipe, VideoSource(f"s{count}", folder, f"{folder}/list.tsv"))
 print(1e3 * peak_memory_gb(torch.device("cpu")))
 """
 
@@ -491,7 +490,9 @@ def test_memory_does_not_grow_with_the_number_of_videos(weights, tmp_path):
 
     def peak_mb(count: int) -> float:
         command = [sys.executable, "-c", MEMORY, str(tmp_path), str(weights), str(count)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return float(done.stdout.split()[-1])
 
     few, many = peak_mb(6), peak_mb(30)
-    assert many < few + 100, (few, many)  # the pictures of the 24 videos more take 400 MB
+    assert many < few + 100, (few, many)  # the frames of 24 more videos take 400 MB

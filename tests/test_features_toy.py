@@ -1,11 +1,14 @@
 """The toy encoders carry what they say, and the encoders are built from what is there."""
 
+from dataclasses import replace
+
 import mir_eval
 import numpy as np
 import pytest
 import torch
 from scipy.signal import find_peaks
 
+from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device
 from mmaudio_hf.features.mel import MelSpectrogram
@@ -149,7 +152,7 @@ def test_sound_keeps_its_events_through_codec_and_vocoder(example, mode, tmp_pat
     paths = sorted((example / "videos").glob("*.mp4"))
     train, test = [p for p in paths if p.stem.startswith("train")], [p for p in paths if not p.stem.startswith("train")]
     fit_toy_codec(tmp_path, mode, train)
-    encoders = load_encoders("toy", mode, weights_dir=tmp_path, clip="", parts=("latent", "decode"))
+    encoders = load_encoders(EncoderConfig("toy", str(tmp_path)), mode, ("latent", "decode"))
     scores = []
     for path in test if mode == "16k" else test[:2]:
         waveform = waveform_of(path, mode)
@@ -211,40 +214,40 @@ def test_fitting_skips_bad_files_and_is_reproducible(example, tmp_path):
     broken.write_text("no video")
     first = fit_toy_codec(tmp_path / "a", "16k", paths).read_bytes()
     assert fit_toy_codec(tmp_path / "b", "16k", [broken, *paths]).read_bytes() == first
-    with pytest.raises(ValueError, match="none of 1 files has usable sound"):
+    with pytest.raises(ValueError, match="none of 1 files has usable audio"):
         fit_toy_codec(tmp_path / "c", "16k", [broken])
-    one = load_encoders("toy", "16k", weights_dir=tmp_path / "a", clip="").fingerprints
+    one = load_encoders(EncoderConfig("toy", str(tmp_path / "a")), "16k").fingerprints
     assert set(one) == {"clip", "sync", "text", "latent"}
     fit_toy_codec(tmp_path / "a", "16k", paths[:1])
-    other = load_encoders("toy", "16k", weights_dir=tmp_path / "a", clip="").fingerprints
+    other = load_encoders(EncoderConfig("toy", str(tmp_path / "a")), "16k").fingerprints
     assert one["latent"] != other["latent"]
     assert one["sync"] == other["sync"]
 
 
 def test_missing_files_and_wrong_settings_are_named(tmp_path):
-    where = {"weights_dir": tmp_path, "clip": "nobody/nothing"}
+    toy, released = (EncoderConfig(kind, str(tmp_path), "nobody/nothing") for kind in ("toy", "released"))
     with pytest.raises(ValueError, match=f"{toy_codec_file(tmp_path, '16k')} is missing: `mmaudio-hf extract-video`"):
-        load_encoders("toy", "16k", **where)
-    load_encoders("toy", "16k", **where, parts=("clip", "sync", "text"))  # needs no codec
-    for part, mode, file in (
+        load_encoders(toy, "16k")
+    load_encoders(toy, "16k", ("clip", "sync", "text"))  # needs no codec
+    for component, mode, file in (
         ("sync", "16k", "synchformer_state_dict.pth"),
         ("latent", "16k", "v1-16.pth"),
         ("latent", "44k", "v1-44.pth"),
     ):
         with pytest.raises(ValueError, match=f"{file} is missing: .*mmaudio-hf weights download"):
-            load_encoders("released", mode, **where, parts=(part,))
+            load_encoders(released, mode, (component,))
     (tmp_path / "v1-44.pth").touch()
     with pytest.raises(ValueError, match=r"bigvgan_generator\.pt is missing"):
-        load_encoders("released", "44k", **where, parts=("decode",))
+        load_encoders(released, "44k", ("decode",))
     with pytest.raises(ValueError, match=r"encoders.kind 'real': use one of released, toy"):
-        load_encoders("real", "16k", **where)
+        load_encoders(replace(toy, kind="real"), "16k")
     with pytest.raises(ValueError, match=r"encoders.precision 'fp16'"):
-        load_encoders("toy", "16k", **where, precision="fp16")
-    with pytest.raises(ValueError, match="unknown parts sound"):
-        load_encoders("toy", "16k", **where, parts=("sound",))
+        load_encoders(replace(toy, precision="fp16"), "16k")
+    with pytest.raises(ValueError, match="unknown components speech"):
+        load_encoders(toy, "16k", ("speech",))
     with pytest.raises(ValueError, match="'text' was not loaded"):
-        load_encoders("toy", "16k", **where, parts=("clip",)).encode_text(["a"])
+        load_encoders(toy, "16k", ("clip",)).encode_text(["a"])
     with pytest.raises(ValueError, match="list of captions"):
-        load_encoders("toy", "16k", **where, parts=("text",)).encode_text("a")
+        load_encoders(toy, "16k", ("text",)).encode_text("a")
     with pytest.raises(ValueError, match="is not known to torch"):
         pick_device("abacus")

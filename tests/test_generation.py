@@ -88,7 +88,7 @@ def test_video_and_prompt(pipeline, video):
 
 def test_latent_is_the_formula(pipeline, network, media, video):
     result = pipeline(video, "a red ball", "hum", duration=1.0, num_steps=3, guidance_scale=3.0, seed=5)
-    encoders = load_encoders("toy", "16k", weights_dir=media, clip="")
+    encoders = load_encoders(EncoderConfig("toy", str(media)), "16k")
     frames = read_video(video, duration=1.0, video_only=True)
     with torch.inference_mode():
         conditions = network.preprocess_conditions(
@@ -149,7 +149,7 @@ def test_batches_and_order_do_not_change_a_sound(pipeline):
 
 
 def test_features_are_as_good_as_media(pipeline, media, video):
-    encoders = load_encoders("toy", "16k", weights_dir=media, clip="", parts=("clip", "sync", "text"))
+    encoders = load_encoders(EncoderConfig("toy", str(media)), "16k", ("clip", "sync", "text"))
     frames = read_video(video, duration=1.0, as_uint8=True, video_only=True)
     stored = Request(
         clip_features=encoders.encode_clip(frames.clip_frames[None])[0],
@@ -314,7 +314,7 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
     ):
         with pytest.raises(ValueError, match=words):
             pipeline.generate(requests, **options)  # before the first result is asked for
-    ready = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="", parts=("decode",))
+    ready = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k", ("decode",))
     with pytest.raises(ValueError, match="not loaded: clip, sync, text"):
         MMAudioPipeline(network, ready)(video, "a ball")
     with pytest.raises(ValueError, match=r"toy_codec_16k\.safetensors is missing"):
@@ -349,7 +349,7 @@ def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, s
     assert result.latent.shape == (length, 20) and result.waveform.shape == (length * 512,) and not result.note
     starts = window_starts(length, 32, 0.25)
     assert starts == (0, 24, 48, 50)
-    encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="")
+    encoders = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k")
     conditions = []
     for start in starts:
         frames = read_video(scene, duration=1.0, start=start * 512 / 16_000, video_only=True)
@@ -427,7 +427,7 @@ def test_a_still_picture_is_seen_all_the_time(pipeline, config, tmp_path):
             )
             picture = av.VideoFrame.from_ndarray(code_image(5, 160, 96), format="rgb24")
             container.mux([*stream.encode(picture.reformat(format=stream.pix_fmt)), *stream.encode(None)])
-    encoders = load_encoders("toy", "16k", weights_dir=config.weights_dir, clip="", parts=("clip",))
+    encoders = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k", ("clip",))
     clip = encoders.encode_clip(read_image(tmp_path / "a.png").clip_frames[None])[0].expand(8, -1)
     expected = next(pipeline.generate([Request(clip_features=clip, prompt="a bell")], num_steps=2)).latent
     made = pipeline(image=tmp_path / "a.png", prompt="a bell", num_steps=2).latent

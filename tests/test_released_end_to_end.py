@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
 from mmaudio_hf.features.autoencoder import MelVAE
@@ -140,10 +140,10 @@ def small(example_media, tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder: Path, parts: tuple[str, ...], clip: str | Path = "", precision: str = "fp32"):
+def load(folder: Path, components: tuple[str, ...], clip: str | Path = "", precision: str = "fp32"):
     """Released encoders of 0.64 s."""
-    where = {"weights_dir": folder / "ext_weights", "clip": str(clip or folder / "clip")}
-    return load_encoders("released", "16k", **where, precision=precision, parts=parts, duration=SHORT)
+    config = EncoderConfig("released", str(folder / "ext_weights"), str(clip or folder / "clip"), precision)
+    return load_encoders(config, "16k", components, duration=SHORT)
 
 
 def test_files_to_one_step(small):

@@ -37,7 +37,7 @@ def _partition(options) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     for source in _sources(recipe, "audios"):
-        path = clips_path(recipe, source)
+        path = recipe.extraction.clips_path(source)
         rejects = path.with_suffix(".rejects.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         report = write_clips(source.media_dir, path, workers=recipe.extraction.num_proc, progress=True)
@@ -55,20 +55,11 @@ def _partition(options) -> None:
         )
 
 
-def clips_path(recipe: Recipe, source) -> Path:
-    """The clips.tsv of an audio source: named in the recipe, or beside its store."""
-    return Path(source.clips or Path(recipe.extraction.output_dir) / f"{source.name}.clips.tsv")
-
-
 def _sources(recipe: Recipe, kind: str):
     sources = getattr(recipe.extraction, kind)
     if not sources:
         raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
     return sources
-
-
-def _encoder_options(recipe: Recipe) -> dict:
-    return asdict(recipe.encoders)
 
 
 def _open_writer(recipe: Recipe):
@@ -95,7 +86,7 @@ def _open_writer(recipe: Recipe):
 
 def share_of_process(options):
     """The share of the work that the options name, else the launcher's environment, else the whole."""
-    from mmaudio_hf.features.extract import Share
+    from mmaudio_hf.features.shards import Share
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
@@ -111,57 +102,27 @@ def share_of_process(options):
     return Share(index or 0, 1 if count is None else count, local_rank, local_world or local_rank + 1)
 
 
-def _extraction_options(recipe: Recipe, options) -> dict:
-    extraction = recipe.extraction
-    return {
-        "share": share_of_process(options),
-        "output_dir": Path(extraction.output_dir),
-        "encoders": _encoder_options(recipe),
-        "mode": recipe.model.mode,
-        "duration": recipe.model.duration,
-        "batch_size": extraction.batch_size,
-        "num_proc": extraction.num_proc,
-        "shard_size": extraction.shard_size,
-        "open_writer": _open_writer(recipe),
-    }
-
-
 def _extract_video(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "videos")
     from mmaudio_hf.features.extract import extract_video
 
     for source in sources:
-        extract_video(
-            source.name,
-            source.media_dir,
-            source.list,
-            alignment=recipe.extraction.alignment,
-            normalize_audio=source.normalize_audio,
-            problems=audit_problems(recipe, source, options.recipe),
-            **_extraction_options(recipe, options),
-        )
+        problems = audit_problems(recipe, source, options.recipe)
+        extract_video(recipe, source, _open_writer(recipe), problems=problems, share=share_of_process(options))
 
 
 def _extract_audio(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "audios")
     for source in sources:
-        if not clips_path(recipe, source).is_file():
-            raise ValueError(
-                f"{clips_path(recipe, source)} is missing: run `mmaudio-hf partition {options.recipe}` first"
-            )
+        if not (clips := recipe.extraction.clips_path(source)).is_file():
+            raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
     from mmaudio_hf.features.extract import extract_audio
 
     for source in sources:
-        extract_audio(
-            source.name,
-            source.media_dir,
-            source.list,
-            clips_path(recipe, source),
-            problems=audit_problems(recipe, source, options.recipe),
-            **_extraction_options(recipe, options),
-        )
+        problems = audit_problems(recipe, source, options.recipe)
+        extract_audio(recipe, source, _open_writer(recipe), problems=problems, share=share_of_process(options))
 
 
 # --- The command that looks at media before any feature is made, and what extraction takes from it -------------------

@@ -5,7 +5,6 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
@@ -235,17 +234,16 @@ def _reencoder(options) -> Callable:
         raise ValueError(f"{options.store} does not say what made it: give --recipe, the recipe of the extraction")
     mode = manifest.get("mode") or (recipe.model.mode if recipe else None)
     duration = manifest.get("duration") or (recipe.model.duration if recipe else None)
-    settings = asdict(recipe.encoders if recipe else _encoders_of(manifest, options.store))
-    parts = ["text"] if options.media is None else [*(["clip", "sync"] if video else []), "text", "latent"]
-    weights = {name: value for name, value in settings.items() if name not in ("kind", "device")}
-    check_encoders(settings["kind"], mode, **weights, parts=parts)
-    for name, facts in fingerprints(settings["kind"], mode, **weights, parts=parts).items():
+    config = recipe.encoders if recipe else _encoders_of(manifest, options.store)
+    components = ["text"] if options.media is None else [*(["clip", "sync"] if video else []), "text", "latent"]
+    check_encoders(config, mode, components)
+    for name, facts in fingerprints(config, mode, components).items():
         made = manifest.get("encoders", {}).get(name, facts)
         if made.get("fingerprint") != facts["fingerprint"]:
             raise ValueError(
                 f"{options.store} was made with {name} {made}, these are {facts}: give --recipe with encoders of then"
             )
-    encoders = load_encoders(mode=mode, duration=duration, parts=parts, **settings)
+    encoders = load_encoders(config, mode, components, duration=duration)
     read = _reader(options, recipe, manifest, mode, duration, video) if options.media else lambda item_id: {}
 
     def reencode(item_id: str, caption: str) -> dict:
@@ -313,14 +311,15 @@ def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, dur
 
 
 def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float) -> Callable:
-    from mmaudio_hf.cli.media import clips_path
     from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
     from mmaudio_hf.media.container import MediaError
     from mmaudio_hf.media.lists import find_audio_file, read_clips
     from mmaudio_hf.schema import RunError
 
     source = _source(options, recipe, "audios")
-    listed = clips_path(recipe, source) if source else options.store.with_name(f"{options.store.name}.clips.tsv")
+    listed = options.store.with_name(f"{options.store.name}.clips.tsv")
+    if recipe is not None and source is not None:
+        listed = recipe.extraction.clips_path(source)
     if not listed.is_file():
         raise ValueError(f"{listed} is missing: it says which part of a recording a row is; give --recipe")
     clips = {clip.id: clip for clip in read_clips(listed)}

@@ -93,8 +93,7 @@ class SplitEvaluator:
         self.recipe, self.label = recipe, label or recipe.name
         self.folder = folder or recipe.run_dir / FOLDER
         self._problem, self._variant = av_bench_problem, variant
-        self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
-        check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
+        check_encoders(recipe.encoders, recipe.model.mode, ("decode",))
         stores = getattr(recipe.data, split)
         if not stores:
             raise ValueError(f"data.{split} names no store: there is nothing to evaluate")
@@ -167,8 +166,7 @@ class SplitEvaluator:
 
     def _made_of(self) -> dict[str, Any]:
         """Everything besides the weights that a sound depends on."""
-        where = self._encoders["weights_dir"]
-        decoder = decoder_fingerprint(self._encoders["kind"], self.recipe.model.mode, weights_dir=where)
+        decoder = decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
         stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
         return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
 
@@ -187,7 +185,7 @@ class SplitEvaluator:
         """The pipeline of this evaluation; its decoder is loaded once and held meanwhile only."""
         if self._pipeline is None:
             device, mode = model.latent_mean.device, self.recipe.model.mode
-            encoders = load_encoders(mode=mode, device=device, parts=("decode",), **self._encoders)
+            encoders = load_encoders(self.recipe.encoders, mode, ("decode",), device=device)
             self._pipeline = MMAudioPipeline(model, encoders, precision=self.recipe.generation_settings["precision"])
         return self._pipeline
 

@@ -123,8 +123,7 @@ class SampleEvaluator:
     def __init__(self, recipe: Recipe):
         self.every = recipe.samples.every
         self._recipe = recipe
-        self._encoders = {n: getattr(recipe.encoders, n) for n in ("kind", "weights_dir", "clip", "precision")}
-        check_encoders(mode=recipe.model.mode, parts=("decode",), **self._encoders)
+        check_encoders(recipe.encoders, recipe.model.mode, ("decode",))
         self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
         self._references: dict[str, torch.Tensor] = {}
 
@@ -160,7 +159,7 @@ class SampleEvaluator:
         if not share:
             return []
         recipe, device = self._recipe, model.latent_mean.device
-        encoders = load_encoders(mode=recipe.model.mode, device=device, parts=("decode",), **self._encoders)
+        encoders = load_encoders(recipe.encoders, recipe.model.mode, ("decode",), device=device)
         precision = "bf16" if recipe.training.mixed_precision == "bf16" else "fp32"
         pipeline = MMAudioPipeline(model, encoders, precision=precision)
         found = []

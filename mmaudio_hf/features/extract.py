@@ -149,10 +149,10 @@ def extract_audio(
 ) -> ExtractionReport:
     """Make the feature store `source.name` of the clips of audio files in `extraction.clips_path(source)`.
 
-    `source.list` is a TSV of captions (`id` of the audio file, `caption`; several rows per id allowed). Every clip gives
-    one row for each different caption of its file: the first has the id of the clip, the n-th that id and `.n`. A clip
-    whose file has no caption is rejected as no_caption, a listed file without any clip as no_clip. The rest is as for
-    `extract_video`.
+    `source.list` is a TSV of captions (`id` of the audio file, `caption`; several rows per id allowed). Every clip
+    gives one row for each different caption of its file: the first has the id of the clip, the n-th that id and `.n`. A
+    clip whose file has no caption is rejected as no_caption, a listed file without any clip as no_clip. The rest is as
+    for `extract_video`.
     """
     job, clips_path = Job(recipe, source, share), recipe.extraction.clips_path(source)
     _check_settings(job)
@@ -281,7 +281,7 @@ def _finish(job: Job, shards: Sequence[Shard], open_writer: OpenWriter, progress
     with locked(job.folder / "store.lock"):
         if not (report.store_path.exists() and read_json(record).get("key") == store_key):
             _write_rejects(job, report, metadata)
-            # The record comes before the store, which appears by a renaming: a store beside a record is the one it names.
+            # The record comes before the store, which appears by renaming: a store beside a record is the one it names.
             _remove_store(job, report.store_path)
             write_text(record, json.dumps({"key": store_key}) + "\n")
             _export(job, report, shards, open_writer, progress)

@@ -122,7 +122,7 @@ class Job:
     def preprocessing(self) -> dict[str, Any]:
         """Settings that determine the inputs of the encoders."""
         model = self.recipe.model
-        settings = {"version": VERSION, "mode": model.mode, "duration": float(model.duration)}
+        settings: dict[str, Any] = {"version": VERSION, "mode": model.mode, "duration": float(model.duration)}
         if self.is_video:
             alignment = self.recipe.extraction.alignment
             settings |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
@@ -141,7 +141,8 @@ class Job:
         """
         settings = {"schema": SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
         stats: dict[str, list[int] | None] = {}
-        shards, size = [], self.recipe.extraction.shard_size
+        shards: list[Shard] = []
+        size = self.recipe.extraction.shard_size
         for first in range(0, len(items), size):
             block, rows = items[first : first + size], []
             for item in block:

@@ -1,7 +1,7 @@
 """The processes and threads that make shards: read media ahead, encode batches, one `datasets.map` per shard.
 
-The batches of a shard are runs of `batch_size` items of its block of the list, in order, less those that cannot be read.
-So they depend on the list and the files alone, not on which process makes the shard, when, or on other shards.
+The batches of a shard are runs of `batch_size` items of its block of the list, in order, less those that cannot be
+read. So they depend on the list and the files alone, not on which process makes the shard, when, or on other shards.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -334,7 +334,8 @@ class _Batches:
             "latent": lambda waveforms: encoders.encode_audio(torch.stack(waveforms)),
         }
         columns = {"clip": [CLIP_FEATURES], "sync": [SYNC_FEATURES], "text": [TEXT_FEATURES], "latent": [MEAN, STD]}
-        values, captions = {}, inputs["text"]
+        values: dict[str, Tensor] = {}
+        captions = inputs["text"]
         inputs["text"] = list(dict.fromkeys(captions))  # clips of one audio file share its captions
         index = {caption: i for i, caption in enumerate(inputs["text"])}
         for component in self.job.components:
@@ -355,7 +356,9 @@ class _Batches:
 # --- Reading media ahead of the encoders, by threads, a bounded number of files at a time ----------------------------
 
 
-def read_ahead(job: Job, items: Sequence[Item], threads: int, ahead: int) -> Iterator[tuple[Item, Media | MediaError]]:
+def read_ahead(
+    job: Job, items: Sequence[Item], threads: int, ahead: int
+) -> Generator[tuple[Item, Media | MediaError], None, None]:
     """Yield each item with its VideoClip, waveform or MediaError, in order; threads read up to `ahead` files further.
 
     A video of 8 s is 58 MB. Close the generator to stop the threads.

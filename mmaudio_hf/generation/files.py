@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mmaudio_hf.features.jobs import Share, hash_of, read_json, write_text
+from mmaudio_hf.features.shards import Share, hash_of, read_json, write_text
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request, save_and_tell
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import VIDEO_ENDINGS, find_video, read_table

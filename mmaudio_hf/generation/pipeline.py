@@ -252,14 +252,10 @@ class MMAudioPipeline:
 
         The network is hashed once: it must not change between two calls.
         """
-        source, mode = self._source, self.network.config.mode
-        parts = sorted(_parts(request) - {"decode"})
-        where = {"weights_dir": source.weights_dir, "clip": source.clip, "precision": source.precision}
-        made_by = {
-            part: print_["fingerprint"]
-            for part, print_ in fingerprints(source.kind, mode, **where, parts=parts).items()
-        }
-        made_by["decode"] = decoder_fingerprint(source.kind, mode, weights_dir=source.weights_dir)
+        config = self._source.config if isinstance(self._source, Encoders) else self._source
+        parts, mode = sorted(_parts(request) - {"decode"}), self.network.config.mode
+        made_by = {part: print_["fingerprint"] for part, print_ in fingerprints(config, mode, parts).items()}
+        made_by["decode"] = decoder_fingerprint(config, mode)
         if request.video is not None:
             made_by["alignment"] = self.alignment
         if not self._network_hash:
@@ -273,7 +269,7 @@ class MMAudioPipeline:
             if missing := parts - set(self._source.networks):
                 raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
         else:
-            check_encoders(**_encoder_options(self._source), mode=self.network.config.mode, parts=sorted(parts))
+            check_encoders(self._source, self.network.config.mode, sorted(parts))
 
     def _plan(self, request: Request, settings: _Settings) -> tuple[Plan, str]:
         """How a request is made, and a note if not as it was asked for; ValueError if it cannot be."""
@@ -467,8 +463,7 @@ class MMAudioPipeline:
             return self._source
         group = ("clip", "text") if part in ("clip", "text") else (part,)
         if group[0] not in self._loaded:
-            options = _encoder_options(self._source) | {"device": self.device, "parts": group}
-            self._loaded[group[0]] = load_encoders(mode=self.network.config.mode, **options)
+            self._loaded[group[0]] = load_encoders(self._source, self.network.config.mode, group, device=self.device)
         return self._loaded[group[0]]
 
 
@@ -522,7 +517,7 @@ def _read_encoders(folder: Path) -> tuple[EncoderConfig, str]:
             raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
         paths = {} if {"weights_dir", "clip"} <= set(noted) else _paths_of_run(folder)
         config = EncoderConfig(**(paths | noted))
-        check_encoders(**_encoder_options(config), mode="16k", parts=())  # names of kind and precision
+        check_encoders(config, "16k", ())  # names of kind and precision
     except Exception as error:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
     codecs = [toy_codec_file(folder, mode) for mode in ("16k", "44k")]
@@ -539,11 +534,6 @@ def _paths_of_run(folder: Path) -> dict[str, str]:
         return {}
     encoders = load_recipe(recipe).encoders
     return {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
-
-
-def _encoder_options(config: EncoderConfig) -> dict[str, str]:
-    """Arguments of `load_encoders` and `check_encoders`; the device is the pipeline's own."""
-    return {name: getattr(config, name) for name in ("kind", "weights_dir", "clip", "precision")}
 
 
 @contextlib.contextmanager
