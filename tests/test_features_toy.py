@@ -28,7 +28,7 @@ def example(example_media):
 
 @pytest.fixture(scope="module")
 def videos(example):
-    """id -> (VideoClip with uint8 pictures, event times within it)."""
+    """id -> (VideoClip with uint8 frames, event times within it)."""
     events = read_events(example / "events.json")
     paths = sorted((example / "videos").glob("*.mp4"))
     return {
@@ -40,18 +40,18 @@ def held_out(videos):
     return [item for name, item in videos.items() if not name.startswith("train")]
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- frames ------------------------------------------------------------------------------------------------------
 
 
-def picture_of_token() -> np.ndarray:
-    """First picture of each of the 192 tokens."""
+def frame_of_token() -> np.ndarray:
+    """First frame of each of the 192 tokens."""
     token = np.arange(192)
     return token // 8 * 8 + token % 8 * 2
 
 
 def event_tokens(times) -> np.ndarray:
-    """(192,) 1 where one of the token's two pictures is that of an event."""
-    first = picture_of_token()
+    """(192,) 1 where one of the token's two frames is that of an event."""
+    first = frame_of_token()
     return np.array([any(f <= round(t * 25) < f + 2 for t in times) for f in first], dtype=np.float64)
 
 
@@ -60,34 +60,34 @@ def test_a_linear_readout_of_the_sync_tokens_finds_the_events_of_unseen_videos(v
         return toy.sync_features(clip.sync_frames).numpy().astype(np.float64)
 
     train = [(tokens(clip), event_tokens(times)) for name, (clip, times) in videos.items() if name.startswith("train")]
-    x, y = (np.concatenate(part) for part in zip(*train, strict=True))
+    x, y = (np.concatenate(values) for values in zip(*train, strict=True))
     weights = np.linalg.solve(x.T @ x + 10 * np.eye(768), x.T @ (y - y.mean()))
-    found = total = 0
+    hits = total = 0
     for clip, times in held_out(videos):
         strength = np.full(100, -np.inf)
-        np.maximum.at(strength, picture_of_token() // 2, tokens(clip) @ weights)
-        peaks, _ = find_peaks(strength[: picture_of_token().max() // 2 + 1], distance=4)
+        np.maximum.at(strength, frame_of_token() // 2, tokens(clip) @ weights)
+        peaks, _ = find_peaks(strength[: frame_of_token().max() // 2 + 1], distance=4)
         best = peaks[np.argsort(-strength[peaks])][: len(times)]
-        found += sum(np.abs(best - round(t * 25) // 2).min() <= 1 for t in times)
+        hits += sum(np.abs(best - round(t * 25) // 2).min() <= 1 for t in times)
         total += len(times)
     assert total > 20
-    assert found / total >= 0.95
+    assert hits / total >= 0.95
 
 
-def test_sync_tokens_of_a_still_picture_show_no_event():
+def test_sync_tokens_of_a_still_video_show_no_event():
     still = torch.full((32, 3, 224, 224), 90, dtype=torch.uint8)
     flash = still.clone()
     flash[13] += 60
     quiet, loud = toy.sync_features(still), toy.sync_features(flash)
     moved = (loud - quiet).square().sum(1)
     first_segment = moved[:8]
-    assert first_segment.argmax() in (6, 7)  # pictures 12-13, 14-15: the flash comes and goes
+    assert first_segment.argmax() in (6, 7)  # frames 12-13, 14-15: the flash comes and goes
     assert quiet.shape == (24, 768)
     # A still scene says only when its segment is.
     assert torch.equal(quiet[0], quiet[7])
 
 
-def test_pictures_may_be_bytes_or_floats(videos):
+def test_frames_may_be_bytes_or_floats(videos):
     clip, _ = next(iter(videos.values()))
     clip_floats, sync_floats = normalize_frames(clip.clip_frames[:4], clip.sync_frames[:32])
     torch.testing.assert_close(toy.clip_features(clip.clip_frames[:4]), toy.clip_features(clip_floats))
@@ -97,7 +97,7 @@ def test_pictures_may_be_bytes_or_floats(videos):
     )
 
 
-def test_clip_features_have_unit_length_and_tell_scenes_apart(videos):
+def test_clip_features_have_unit_length_and_differ_between_scenes(videos):
     features = torch.stack([toy.clip_features(clip.clip_frames[:16]) for clip, _ in videos.values()])
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(len(videos), 16))
     centre = features.mean(1)
@@ -108,7 +108,7 @@ def test_clip_features_have_unit_length_and_tell_scenes_apart(videos):
 # --- captions ----------------------------------------------------------------------------------------------------
 
 
-def test_text_features_tell_captions_apart_by_words_and_order():
+def test_text_features_depend_on_words_and_order():
     captions = ["a red ball bouncing", "a blue ball bouncing", "a ball red bouncing", "Water dripping!", ""]
     rows = toy.text_features(captions)
     assert rows.shape == (5, 77, 1024)
@@ -127,7 +127,7 @@ def test_long_captions_are_cut():
     assert torch.equal(rows[0], rows[1])
 
 
-# --- sound -------------------------------------------------------------------------------------------------------
+# --- audio -------------------------------------------------------------------------------------------------------
 
 
 def waveform_of(path, mode):
@@ -147,7 +147,7 @@ def onsets(waveform, rate) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["16k", "44k"])
-def test_sound_keeps_its_events_through_codec_and_vocoder(example, mode, tmp_path):
+def test_audio_keeps_its_events_through_codec_and_vocoder(example, mode, tmp_path):
     events = read_events(example / "events.json")
     paths = sorted((example / "videos").glob("*.mp4"))
     train, test = [p for p in paths if p.stem.startswith("train")], [p for p in paths if not p.stem.startswith("train")]
@@ -197,12 +197,12 @@ def test_latents_keep_the_distances_of_mels_and_the_file_is_the_codec(example, t
 @pytest.mark.parametrize("mode", ["16k", "44k"])
 def test_a_click_stays_where_it_is(mode):
     waveform = torch.zeros(1, sequence_lengths(mode, 2.0).audio_samples)
-    place = RATES[mode]
-    waveform[0, place : place + 20] = 0.9
+    start = RATES[mode]
+    waveform[0, start : start + 20] = 0.9
     decoded = toy.mel_to_waveform(MelSpectrogram(mode)(waveform), mode)
     assert decoded.shape == waveform.shape
     centre = (decoded.square() * torch.arange(decoded.shape[1])).sum() / decoded.square().sum()
-    assert abs(float(centre) - place - 10) < 0.005 * RATES[mode]
+    assert abs(float(centre) - start - 10) < 0.005 * RATES[mode]
 
 
 # --- building them -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Toy encoders: fixed formulas in place of the released networks, for trying everything out without a download.
 
-None of them is a neural network and none has seen data, but for the mel codec, which is a principal component
-analysis of the example's own sound. They have the shapes and rates of the real ones and carry only what is said at
-each; a model trained on them is of no use for anything but the example. Recipes ask for them by `encoders.kind: toy`.
+None of them is a neural network or has seen data, except the mel codec, a principal component analysis of the
+example's own audio. They have the shapes and rates of the real ones and carry only what each docstring says; a model
+trained on them is of use for the example alone. Recipes choose them by `encoders.kind: toy`.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from mmaudio_hf.features.mel import mel_filter_bank
 from mmaudio_hf.schema import (
@@ -43,12 +44,12 @@ GRIFFIN_LIM_STEPS, SPECTRUM_STEPS, SPECTRUM_EPS = 32, 30, 1e-8
 
 
 def toy_codec_file(weights_dir: str | os.PathLike, mode: str) -> Path:
-    """Where the fitted codec of toy recipes is; training asks, without the libraries that make and decode sound."""
+    """Where the fitted codec of toy recipes is."""
     return Path(weights_dir) / f"toy_codec_{audio_mode(mode).name}.safetensors"
 
 
-def clip_features(frames: torch.Tensor) -> torch.Tensor:
-    """Unit-length features (T, 1024) of pictures (T, 3, 384, 384), uint8 or in [0, 1]; carries only their thumbnails.
+def clip_features(frames: Tensor) -> Tensor:
+    """Unit-length features (T, 1024) of frames (T, 3, 384, 384), uint8 or in [0, 1]; carries only their thumbnails.
 
     12 x 12 mean colours, the contrast in the same cells, and mean and spread of the colours, projected at random.
     """
@@ -60,12 +61,12 @@ def clip_features(frames: torch.Tensor) -> torch.Tensor:
     return F.normalize(described @ _projection("clip", described.shape[1], CLIP_DIM, described.device), dim=1)
 
 
-def sync_features(frames: torch.Tensor) -> torch.Tensor:
-    """Features (S, 768) of pictures (F, 3, 224, 224), uint8 or in [-1, 1]; carries only where and when light changes.
+def sync_features(frames: Tensor) -> Tensor:
+    """Features (S, 768) of frames (F, 3, 224, 224), uint8 or in [-1, 1]; carries only where and when light changes.
 
-    One token for two pictures in the layout of Synchformer: segments of 16 pictures, one every 8, 8 tokens each.
-    A token has the changes of its own two pictures in a 7 x 7 grid, the amount, sign and suddenness of change in
-    every picture of its segment, and the time at which its segment begins.
+    One token for two frames in the layout of Synchformer: segments of 16 frames, one every 8, 8 tokens each. A token
+    has the changes of its own two frames in a 7 x 7 grid, the amount, sign and suddenness of change in every frame of
+    its segment, and the start time of the segment.
     """
     luma = _thumbnails(frames, SYNC_GRID, 127.5, 127.5).mean(1, keepdim=True) / 2
     change = torch.diff(luma, dim=0, prepend=luma[:1])
@@ -100,7 +101,7 @@ def sync_features(frames: torch.Tensor) -> torch.Tensor:
     return described @ _projection("sync", described.shape[1], SYNC_DIM, described.device)
 
 
-def _thumbnails(frames: torch.Tensor, cells: int, zero: float, one: float) -> torch.Tensor:
+def _thumbnails(frames: Tensor, cells: int, zero: float, one: float) -> Tensor:
     """Mean colours (T, 3, cells, cells) of every second row and column; bytes `zero` and `zero + one` become 0 and 1.
 
     In small batches, since the floats of a whole clip do not fit any cache.
@@ -112,18 +113,18 @@ def _thumbnails(frames: torch.Tensor, cells: int, zero: float, one: float) -> to
     return torch.cat(batches)
 
 
-def _vertical(change: torch.Tensor) -> torch.Tensor:
-    """Upward motion of light per picture (F,): the first moment of the change along the height."""
+def _vertical(change: Tensor) -> Tensor:
+    """Upward motion of light per frame (F,): the first moment of the change along the height."""
     height = torch.linspace(1, -1, change.shape[2], device=change.device)
     return 4 * (change.mean((1, 3)) * height).mean(1)
 
 
-def _segments(values: torch.Tensor) -> torch.Tensor:
+def _segments(values: Tensor) -> Tensor:
     """(F, features) -> (segments, 16, features)."""
     return values.unfold(0, SYNC_SEGMENT_FRAMES, SYNC_HOP_FRAMES).transpose(1, 2)
 
 
-def text_features(captions: Sequence[str]) -> torch.Tensor:
+def text_features(captions: Sequence[str]) -> Tensor:
     """Unit-length rows (B, 77, 1024); carries only which words a caption has, and their order.
 
     Row i is the hashed vector of token i (start, words, end, then padding) and of the words up to there, as the later
@@ -132,7 +133,7 @@ def text_features(captions: Sequence[str]) -> torch.Tensor:
     return torch.stack([_caption_features(caption) for caption in captions])
 
 
-def _caption_features(caption: str) -> torch.Tensor:
+def _caption_features(caption: str) -> Tensor:
     words = WORD.findall(caption.lower())[: TEXT_TOKENS - 2]
     tokens = ["<start>", *words, "<end>"]
     tokens += ["<padding>"] * (TEXT_TOKENS - len(tokens))
@@ -140,21 +141,21 @@ def _caption_features(caption: str) -> torch.Tensor:
     is_word = torch.zeros(TEXT_TOKENS, 1)
     is_word[1 : 1 + len(words)] = 1
     so_far = (vectors * is_word).cumsum(0) / is_word.cumsum(0).clamp(min=1).sqrt()
-    places = torch.stack([_word_vector(f"<place {place}>") for place in range(TEXT_TOKENS)])
-    return F.normalize(vectors + CONTEXT_WEIGHT * so_far + 0.2 * places, dim=1)
+    positions = torch.stack([_word_vector(f"<place {position}>") for position in range(TEXT_TOKENS)])
+    return F.normalize(vectors + CONTEXT_WEIGHT * so_far + 0.2 * positions, dim=1)
 
 
 @lru_cache(maxsize=100_000)
-def _word_vector(word: str) -> torch.Tensor:
+def _word_vector(word: str) -> Tensor:
     return F.normalize(_normal(f"word {word}", (TEXT_DIM,)), dim=0)
 
 
 @lru_cache(maxsize=8)
-def _projection(name: str, inputs: int, outputs: int, device) -> torch.Tensor:
+def _projection(name: str, inputs: int, outputs: int, device: torch.device) -> Tensor:
     return (_normal(f"projection {name}", (inputs, outputs)) / math.sqrt(inputs)).to(device)
 
 
-def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _normal(name: str, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers that depend on `name` alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32))
@@ -169,12 +170,12 @@ class ToyMelCodec:
     normalises every channel would otherwise spend most of its loss on components that are hardly heard.
     """
 
-    def __init__(self, mode: str, tensors: dict[str, torch.Tensor]):
+    def __init__(self, mode: str, tensors: dict[str, Tensor]):
         self.mode = audio_mode(mode)
         self.tensors = tensors  # floor (), mean (2 bins,), basis (2 bins, C), scale ()
 
     @classmethod
-    def fit(cls, mode: str, mels: Sequence[torch.Tensor]) -> "ToyMelCodec":
+    def fit(cls, mode: str, mels: Sequence[Tensor]) -> "ToyMelCodec":
         """Codec of log-mel spectrograms, each (bins, frames); the same ones give the same codec."""
         from scipy.fft import dct
 
@@ -184,7 +185,7 @@ class ToyMelCodec:
         floor = max(float(mel.max()) for mel in mels) - DYNAMIC_RANGE * decade
         patches = torch.cat([_patches(mel[None].clamp(min=floor)).flatten(0, 1) for mel in mels]).double()
         if len(patches) <= size:
-            raise ValueError(f"a toy codec needs more than {size} latent frames of sound, {len(patches)} were given")
+            raise ValueError(f"a toy codec needs more than {size} latent frames of audio, {len(patches)} were given")
         mean = patches.mean(0)
         variance, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         order = torch.arange(size - 1, size - 1 - rate.latent_channels, -1)
@@ -206,8 +207,8 @@ class ToyMelCodec:
             ) from error
         rate = audio_mode(mode)
         size, channels = LATENT_STRIDE * rate.mel_bins, rate.latent_channels
-        wanted = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": ()}
-        if {name: tuple(value.shape) for name, value in tensors.items()} != wanted:
+        shapes = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": ()}
+        if {name: tuple(value.shape) for name, value in tensors.items()} != shapes:
             raise ValueError(f"{path} is not a toy codec of mode {mode}: remove it, it is fitted again by extraction")
         return cls(mode, tensors)
 
@@ -215,32 +216,32 @@ class ToyMelCodec:
         """Content of a safetensors file."""
         return save(self.tensors)
 
-    def to(self, device) -> "ToyMelCodec":
+    def to(self, device: torch.device | str) -> "ToyMelCodec":
         """The codec on another device."""
         return ToyMelCodec(self.mode.name, {name: value.to(device) for name, value in self.tensors.items()})
 
-    def encode(self, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (B, N, C), of mel (B, bins, 2N)."""
         floor, mean, basis, scale = (self.tensors[name] for name in ("floor", "mean", "basis", "scale"))
         latent_BNC = (_patches(mel.clamp(min=floor)) - mean) @ basis / scale
         return latent_BNC, torch.full_like(latent_BNC, LATENT_STD)
 
-    def decode(self, latent_BNC: torch.Tensor) -> torch.Tensor:
+    def decode(self, latent_BNC: Tensor) -> Tensor:
         """Mel (B, bins, 2N) of latents (B, N, C)."""
         floor, mean, basis, scale = (self.tensors[name] for name in ("floor", "mean", "basis", "scale"))
         patches = (latent_BNC.float() * scale) @ basis.T + mean
         return patches.unflatten(2, (LATENT_STRIDE, -1)).flatten(1, 2).transpose(1, 2).clamp(min=floor)
 
 
-def _patches(mel: torch.Tensor) -> torch.Tensor:
+def _patches(mel: Tensor) -> Tensor:
     """(B, bins, 2N) -> (B, N, 2 bins)."""
     return mel.transpose(1, 2).unflatten(1, (-1, LATENT_STRIDE)).flatten(2)
 
 
-def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
+def mel_to_waveform(mel: Tensor, mode: str) -> Tensor:
     """Waveform (B, frames * hop) in [-1, 1] of log-mel (B, bins, frames), with phases by Griffin and Lim (1984).
 
-    Sound stays where it was: frame i of `MelSpectrogram` is centred half a hop after sample i * hop, frame i of
+    Events keep their time: frame i of `MelSpectrogram` is centred half a hop after sample i * hop, frame i of
     GriffinLim on it, so the spectrogram is extended by a frame at both ends and half a hop cut off.
     """
     from torchaudio.transforms import GriffinLim
@@ -256,7 +257,7 @@ def mel_to_waveform(mel: torch.Tensor, mode: str) -> torch.Tensor:
     return waveform[:, start : start + mel.shape[2] * rate.mel_hop].clamp(-1, 1)
 
 
-def _linear_spectrum(mel: torch.Tensor, filter_bank: torch.Tensor) -> torch.Tensor:
+def _linear_spectrum(mel: Tensor, filter_bank: Tensor) -> Tensor:
     """Magnitudes (B, frequencies, frames) >= 0 that give `mel` (B, bins, frames) >= 0.
 
     Multiplicative updates of the Kullback-Leibler divergence (Lee and Seung 2001, theorem 2). Least squares go
