@@ -59,7 +59,7 @@ PHRASES = {
     r"\bspec (networks|media)\b|\(spec\b": "a paper section or a page of docs/",
 }
 # Where one of these words is a name: SoundBible, and names of files and folders that exist in runs.
-EXEMPT = re.compile(r"SoundBible|Sound Effects|soundfile|SoundFile|autopsy/|BBC Sound|bbcsound")
+EXEMPT = re.compile(r"SoundBible|Sound Effects|soundfile|SoundFile|autopsy/|BBC Sound|bbcsound|\"facts\"")
 
 FILES = sorted(path for folder in ("mmaudio_hf", "tests", "scripts") for path in (ROOT / folder).rglob("*.py"))
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.yaml")])
