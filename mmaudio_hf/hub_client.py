@@ -178,7 +178,8 @@ def merge_cards(existing: str | None, new: str) -> str:
             results.append(result)
     if results:
         data["model-index"] = results
-    section, replaced = new[new.index(CARD_BEGIN) :].rstrip(), card_section(theirs.text)
+    written, replaced = card_section(new), card_section(theirs.text)
+    section = written[0] if written else ours.text.strip()  # a card that was not composed here has no marks
     if replaced:
         text = theirs.text[: replaced.start()] + section + theirs.text[replaced.end() :]
     elif theirs.text.strip() and not theirs.text.strip().startswith(_DEFAULT_CARD):
