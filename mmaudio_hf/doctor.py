@@ -174,7 +174,7 @@ def _hub(recipe: Recipe) -> Iterator[Finding]:
                 plan = plan_pull(source, revision)
                 yield Finding("ok" if plan.has_state else "FAIL", "resume", _resumed(recipe.resume, plan))
         if repo:
-            check_repository(recipe.hub, recipe.run_dir, resumes, notes.append, make=False)
+            check_repository(recipe.hub, recipe.run_dir, resumes, notes.append, create=False)
     except (ValueError, ConnectionError) as error:
         yield Finding("FAIL", "Hub", str(error))
         return

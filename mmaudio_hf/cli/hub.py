@@ -1,5 +1,6 @@
 """Commands that exchange runs with the Hub, and what connects training with it."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
@@ -10,67 +11,73 @@ from typing import TYPE_CHECKING
 from mmaudio_hf.config import HubConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, split_hub_id
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these load torch, which --help does without
+    from accelerate import PartialState
+
     from mmaudio_hf.training.resume import RunLock
 
 
-def add_commands(add) -> None:
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     push = add("push", _push, "push the newest checkpoint of a run to the Hub, in one commit")
     push.add_argument("run", type=Path, metavar="RUN", help="run folder, checkpoint or pretrained_model folder")
     push.add_argument("repo", nargs="?", metavar="REPO", help="owner/name (default: hub.repo_id of the run's recipe)")
-    push.add_argument("--training-state", action="store_true", help="with what resuming needs, too")
-    push.add_argument("--public", action="store_true", help="a repository that is made is public (default: private)")
+    push.add_argument("--training-state", action="store_true", help="also push what resuming needs")
+    push.add_argument("--public", action="store_true", help="a repository that is created is public (default: private)")
     push.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
 
-    pull = add("pull", _pull, "pull a run or a network from the Hub")
+    pull = add("pull", _pull, "pull a run or a model from the Hub")
     pull.add_argument("repo", metavar="REPO[@REVISION]", help="owner/name, with a branch, tag or commit after @")
     pull.add_argument("--to", type=Path, metavar="DIR", help="new folder, or run folder (default: output/NAME)")
     pull.add_argument("--dry-run", action="store_true", help="show what would be fetched, and fetch nothing")
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _push(options) -> None:
+def _warn(message: str) -> None:
+    _log(f"warning: {message}")
+
+
+def _push(options: argparse.Namespace) -> None:
     hub = _hub_settings(options.run)
-    repo, revision = split_hub_id(options.repo or hub.repo_id) if options.repo or hub.repo_id else (None, None)
-    if repo is None:
+    if not (options.repo or hub.repo_id):
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
+    repo, revision = split_hub_id(options.repo or hub.repo_id)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
     from mmaudio_hf.hub.cards import add_card
-    from mmaudio_hf.hub.repository import Contents, ensure_repository, find_contents, read_contents, readable
+    from mmaudio_hf.hub.repository import RepoContents, ensure_repository, find_contents, read_contents, readable
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
-    what = [*hub.push, *([STATE] if options.training_state and STATE not in hub.push else [])]
+    what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
     with staged(options.run, what) as (folder, step):
         if options.dry_run:
             contents = find_contents(repo)
             if contents is None:
-                print(f"{repo} is not there, or hidden from this token: it would be made")
-            contents = contents or Contents(repo, "", {})
+                print(f"{repo} does not exist, or is hidden from this token: it would be created")
+                contents = RepoContents(repo, "", {})
         else:
             ensure_repository(repo, private=hub.private and not options.public)
             contents = read_contents(repo)
         add_card(folder, find_source(options.run)[1], repo, contents.commit or None)
         plan = plan_push(folder, repo, step, contents)
-        new = {upload.name for upload in plan.changed}
-        notes = {u.name: "to send" if u.name in new else "already there" for u in plan.files}
+        changed = {upload.name for upload in plan.changed}
+        notes = {u.name: "to send" if u.name in changed else "already there" for u in plan.files}
         print(table([(u.name, u.size) for u in plan.files], notes))
         if plan.outdated:
             raise ValueError(
                 f"{repo} holds step {plan.before}, newer than step {step} of {options.run}: nothing is sent"
             )
         size = readable(sum(u.size for u in plan.changed))
-        print(f"step {step} to {repo}: {size} in {len(new)} files{', dry run' if options.dry_run else ''}")
+        print(f"step {step} to {repo}: {size} in {len(changed)} files{', dry run' if options.dry_run else ''}")
         if not options.dry_run:
             print(f"{repo}: commit {push(plan)}")
 
 
 def _hub_settings(run: Path) -> HubConfig:
-    """Those of the recipe of a run, or the usual ones."""
+    """Those of the recipe of a run, or the defaults."""
     from mmaudio_hf.hub.runs import find_source
 
     _, run_dir = find_source(run)
@@ -79,23 +86,24 @@ def _hub_settings(run: Path) -> HubConfig:
     return HubConfig()
 
 
-def _pull(options) -> None:
+def _pull(options: argparse.Namespace) -> None:
     repo, revision = split_hub_id(options.repo.removeprefix(HUB_PREFIX))
     from mmaudio_hf.hub.repository import readable
     from mmaudio_hf.hub.runs import plan_pull, pull, table
+    from mmaudio_hf.training.resume import RunLock
 
     target = options.to or Path("output") / repo.partition("/")[2]
     plan = plan_pull(repo, revision)
     print(table([(name, plan.contents.files[name].size) for name in plan.names]))
     if plan.others:
-        print(f"left on the Hub: {len(plan.others)} files that are none of a run")
+        print(f"left on the Hub: {len(plan.others)} files that do not belong to a run")
     kind = f"run at step {plan.step}" if plan.has_state else "network"
     print(f"{kind}, {readable(plan.size)} in {len(plan.names)} files to {target}{', dry run' * options.dry_run}")
     if not options.dry_run:
-        with RunLock(target, lambda message: _say(f"warning: {message}")) as lock:
-            if (target / LOCK_FILE).exists() and not lock.take():  # else nobody has begun to train here
+        with RunLock(target, _warn) as lock:
+            if (target / LOCK_FILE).exists() and not lock.take():  # without the file nobody has begun to train here
                 raise lock.refusal()
-            pull(plan, target, _say)
+            pull(plan, target, _log)
         print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
 
 
@@ -103,17 +111,17 @@ def _pull(options) -> None:
 
 
 def resolve_resume(recipe: Recipe) -> Recipe:
-    """The recipe with what `resume` names on the Hub taken for a run folder here."""
+    """The recipe with `resume` on the Hub replaced by the run folder, into which `hub_session` has fetched it."""
     return replace(recipe, resume="auto") if recipe.resume.startswith(HUB_PREFIX) else recipe
 
 
 @contextlib.contextmanager
 def hub_session(recipe: Recipe, lock: "RunLock") -> Iterator[Callable[[Path], None]]:
-    """Bring the run here that `resume` names, check `hub`, and push while the body trains.
+    """Fetch the run that `resume` names, check `hub`, and push while the body trains.
 
-    Gives what the loop tells of checkpoints. Every process of a launch enters it; the first one does the work, with
-    `lock`, which it takes before anything else. ValueError when another launch has it, or the run, the token or the
-    repository will not do.
+    Yields the function that the loop calls with each checkpoint. Every process of a launch enters; the first one does
+    the work, with `lock`, which it acquires before anything else. ValueError when another launch has it, or the run,
+    the token or the repository are not usable.
     """
     if not (recipe.resume.startswith(HUB_PREFIX) or recipe.hub.repo_id):
         yield lambda folder: None
@@ -140,14 +148,14 @@ def hub_session(recipe: Recipe, lock: "RunLock") -> Iterator[Callable[[Path], No
     from mmaudio_hf.hub.cards import add_card
     from mmaudio_hf.hub.sync import CheckpointSync
 
-    say = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
+    log = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
     card = lambda run_dir, folder, commit: add_card(folder, run_dir, recipe.hub.repo_id, commit)  # noqa: E731
-    with CheckpointSync(recipe.hub, recipe.run_dir, say, card) as sync:
+    with CheckpointSync(recipe.hub, recipe.run_dir, log, card) as sync:
         yield sync.announce
 
 
-def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
-    """Let the first process look and fetch; where that fails it says why, and the others end without a word."""
+def _prepare(recipe: Recipe, process: "PartialState", lock: "RunLock") -> None:
+    """Check and fetch in the first process; if that fails it raises, and the others exit without a message."""
     from accelerate.utils import broadcast_object_list
 
     from mmaudio_hf.hub.sync import check_repository
@@ -156,13 +164,13 @@ def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
     failure, code = None, [0]
     if process.is_main_process:
         try:
-            recipe.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that is not there cannot be held
+            recipe.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that does not exist cannot be locked
             if not lock.take():
                 raise lock.refusal()
             if recipe.resume.startswith(HUB_PREFIX):
                 fetch_run(recipe)
             if recipe.hub.repo_id:
-                check_repository(recipe.hub, recipe.run_dir, False, lambda message: _say(f"warning: {message}"))
+                check_repository(recipe.hub, recipe.run_dir, False, _warn)
         except (ValueError, OSError) as error:
             failure, code = error, [2 if isinstance(error, ValueError) else 1]
     if process.num_processes > 1:
@@ -176,10 +184,10 @@ def _prepare(recipe: Recipe, process, lock: "RunLock") -> None:
 
 
 def fetch_run(recipe: Recipe) -> None:
-    """Bring the run that `resume` names into the run folder, unless that is as far already.
+    """Fetch the run that `resume` names into the run folder, unless that is at the same step or further.
 
-    ValueError when there is nothing to go on from, or the folder holds another run; ConnectionError when the Hub cannot
-    be reached and the folder has no checkpoint.
+    ValueError when there is nothing to resume from, or the folder holds another run; ConnectionError when the Hub
+    cannot be reached and the folder has no checkpoint.
     """
     from mmaudio_hf.hub.repository import find_contents
     from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_pull, pull
@@ -188,20 +196,20 @@ def fetch_run(recipe: Recipe) -> None:
     have = local_step(recipe.run_dir)
     try:
         contents = find_contents(repo, revision)
-        begins = contents is None or not set(STATE_FILES) <= set(contents.files)
-        if begins and have is None and recipe.hub.repo_id == repo and revision is None:
-            _say(f"{repo} holds no training state yet: {recipe.run_dir} begins at step 0")
+        has_no_state = contents is None or not set(STATE_FILES) <= set(contents.files)
+        if has_no_state and have is None and recipe.hub.repo_id == repo and revision is None:
+            _log(f"{repo} holds no training state yet: {recipe.run_dir} begins at step 0")
             return
         plan = plan_pull(repo, revision)
     except ConnectionError as error:
         if have is None:
             raise
-        _say(f"warning: {error}: {recipe.run_dir} goes on from its own step {have}")
+        _warn(f"{error}: {recipe.run_dir} resumes from its own step {have}")
         return
-    if not plan.has_state:
+    if plan.step is None or not plan.has_state:
         raise ValueError(f"Hub repository {repo} has no training state, only a network: name it in finetune.init_from")
     if have is not None and have >= plan.step:
-        _say(f"{recipe.run_dir} has step {have}, {recipe.resume} step {plan.step}: it goes on from its own step {have}")
+        _log(f"{recipe.run_dir} has step {have}, {recipe.resume} step {plan.step}: it resumes from its own step {have}")
         return
-    pull(plan, recipe.run_dir, _say)
-    _say(f"{recipe.run_dir} goes on from step {plan.step} of {repo}@{plan.contents.commit[:12]}")
+    pull(plan, recipe.run_dir, _log)
+    _log(f"{recipe.run_dir} resumes from step {plan.step} of {repo}@{plan.contents.commit[:12]}")

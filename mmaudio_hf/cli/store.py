@@ -159,16 +159,17 @@ def _push(options) -> None:
 
     size = sum(file.stat().st_size for file in options.store.glob("*.memmap"))
     with _bar("reading", size) as bar:
-        part_bytes, card = int(options.part_size * 2**20), {"license": options.license, "source": options.source}
-        plan = plan_push(options.store, repo, part_bytes=part_bytes, progress=bar.update, **card)
+        chunk_bytes, card = int(options.part_size * 2**20), {"license": options.license, "source": options.source}
+        plan = plan_push(options.store, repo, chunk_bytes=chunk_bytes, progress=bar.update, **card)
     if plan.contents is None:
-        print(f"{repo} is not there, or hidden from this token: it {'would be' if options.dry_run else 'is'} made")
-    missing = {part.file for part in plan.missing}
+        print(
+            f"{repo} does not exist, or is hidden from this token: it {'would be' if options.dry_run else 'is'} created"
+        )
     for name, stored in plan.columns.items():
         size = readable(stored.records * stored.column.row_bytes)
-        new = sum(part.file in missing for part in stored.parts)
-        print(f"  {name:14} {size:>10} in {len(stored.parts)} parts, {new} to send")
-    print(f"{readable(plan.size)} in {len(missing)} parts to {repo}{', dry run' * options.dry_run}")
+        new = sum(chunk.file in plan.missing for chunk in stored.chunks)
+        print(f"  {name:14} {size:>10} in {len(stored.chunks)} chunks, {new} to send")
+    print(f"{readable(plan.size)} in {len(plan.missing)} chunks to {repo}{', dry run' * options.dry_run}")
     if not options.dry_run:
         with _bar("sending", plan.size) as bar:
             commit = push_store(plan, repo, private=not options.public, progress=bar.update)

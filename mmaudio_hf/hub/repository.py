@@ -1,6 +1,6 @@
-"""One repository of the Hub: what it holds, changing it in one commit, and fetching files of it.
+"""One repository of the Hub: what it holds, changing it in one commit, and downloading files of it.
 
-Errors are those of `hub_errors`: ConnectionError for what may pass, ValueError for what the user has to mend.
+Errors are those of `hub_errors`: ConnectionError for what may pass, ValueError for what the user has to correct.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from mmaudio_hf.hub_client import LOGIN, api, hub_errors
 
+MAX_JSON_BYTES = 10_000_000  # of a file that is read as JSON; a store.json of 1 TB has about 9 MB
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -30,20 +32,25 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a repository holds at one commit."""
+class RepoContents:
+    """The files of a repository at one commit."""
 
     repo: str
     commit: str
     files: Mapping[str, RemoteFile]
     kind: str = "model"  # or "dataset"
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"Hub {'repository' if self.kind == 'model' else self.kind} {self.repo}"
+
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that a repository is to hold."""
+    """A local file and its name in the repository."""
 
-    name: str  # in the repository
+    name: str
     path: Path
 
     @property
@@ -52,26 +59,26 @@ class Upload:
         return self.path.stat().st_size
 
 
-# --- what it holds -------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_contents(repo: str, revision: str | None = None, kind: str = "model") -> Contents:
+def read_contents(repo: str, revision: str | None = None, kind: str = "model") -> RepoContents:
     """Files of `repo` at a branch, tag or commit (None: the newest). ValueError or ConnectionError, see `hub_errors`.
 
-    ValueError for names that could leave a folder; nothing of such a repository is fetched.
+    ValueError for file names that could leave a folder; nothing of such a repository is downloaded.
     """
     with hub_errors(repo, kind):
         info = api().repo_info(repo, revision=revision, repo_type=kind)
-        listed = list(api().list_repo_tree(repo, recursive=True, revision=info.sha, repo_type=kind))
+        entries = list(api().list_repo_tree(repo, recursive=True, revision=info.sha, repo_type=kind))
     files = {}
-    for entry in listed:
+    for entry in entries:
         if isinstance(entry, RepoFile):
             check_name(entry.path, repo)
             files[entry.path] = RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id)
-    return Contents(repo, info.sha, files, kind)
+    return RepoContents(repo, info.sha or "", files, kind)
 
 
-def find_contents(repo: str, revision: str | None = None, kind: str = "model") -> Contents | None:
+def find_contents(repo: str, revision: str | None = None, kind: str = "model") -> RepoContents | None:
     """As `read_contents`; None where there is no such repository, or it is hidden from this token."""
     try:
         return read_contents(repo, revision, kind)
@@ -83,25 +90,23 @@ def find_contents(repo: str, revision: str | None = None, kind: str = "model") -
 
 def check_name(name: str, repo: str) -> str:
     """Return the name of a file in a repository; ValueError for what could leave a folder, as ../x, /x or C:\\x."""
-    parts = PurePosixPath(name).parts
-    odd = name != "/".join(parts) or ".." in parts or name.startswith("/") or re.search(r"[\x00-\x1f\x7f\\:]", name)
-    if odd or not parts:
+    steps = PurePosixPath(name).parts
+    unsafe = name != "/".join(steps) or ".." in steps or name.startswith("/") or re.search(r"[\x00-\x1f\x7f\\:]", name)
+    if unsafe or not steps:
         raise ValueError(f"Hub repository {repo} lists a file {name!r}, which is no plain name: nothing was fetched")
     return name
 
 
-def read_json(contents: Contents, name: str) -> dict[str, Any]:
-    """A small JSON object of a repository; an empty one where it has no such file. ValueError for another thing."""
+def read_json(contents: RepoContents, name: str) -> dict[str, Any]:
+    """A small JSON object of a repository; {} where it has no such file. ValueError for anything else."""
     if name not in contents.files:
         return {}
-    if contents.files[name].size > 10_000_000:
-        raise ValueError(f"Hub repository {contents.repo}: {name} is too large for what it should be")
+    if contents.files[name].size > MAX_JSON_BYTES:
+        raise ValueError(f"{contents.label}: {name} is too large for what it should be")
     with tempfile.TemporaryDirectory() as folder, hub_errors(contents.repo, contents.kind):
-        place = hf_hub_download(
-            contents.repo, name, repo_type=contents.kind, revision=contents.commit, local_dir=folder
-        )
+        path = hf_hub_download(contents.repo, name, repo_type=contents.kind, revision=contents.commit, local_dir=folder)
         try:
-            value = json.loads(Path(place).read_text())
+            value = json.loads(Path(path).read_text())
         except ValueError as error:
             raise ValueError(f"{name} is not JSON ({error})") from error
         if not isinstance(value, dict):
@@ -109,11 +114,11 @@ def read_json(contents: Contents, name: str) -> dict[str, Any]:
         return value
 
 
-# --- changing it ---------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def check_token(repo: str) -> None:
-    """See that there is a token for writing to `repo`, changing nothing; ValueError saying what to do."""
+    """Check without changing anything that there is a token that may write; ValueError with the way out."""
     if get_token() is None:
         raise ValueError(f"Hub repository {repo} cannot be written without a token: {LOGIN}")
     with hub_errors(repo):
@@ -123,20 +128,20 @@ def check_token(repo: str) -> None:
 
 
 def ensure_repository(repo: str, private: bool, kind: str = "model") -> None:
-    """Make `repo` unless it exists, and see that this token may write there; ValueError where it may not."""
+    """Create `repo` unless it exists; ValueError where this token may not write there."""
     if get_token() is None:
         raise ValueError(f"Hub repository {repo} cannot be written without a token: {LOGIN}")
     with hub_errors(repo, kind):
         api().create_repo(repo, repo_type=kind, private=private, exist_ok=True)
-        # Asks how a file would be sent, which only those who may write are told; nothing is uploaded.
+        # Only who may write is told how a file would be sent; nothing is uploaded.
         api().preupload_lfs_files(repo, [CommitOperationAdd("weights.json", b"{}")], repo_type=kind)
 
 
-_digests: dict[tuple, str] = {}
+_digests: dict[tuple[int, ...], str] = {}
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read once as long as it does not change."""
+    """SHA-256 of a file, computed once as long as the file does not change."""
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:
@@ -145,59 +150,63 @@ def sha256_of(path: Path) -> str:
     return _digests[key]
 
 
-def is_same(path: Path, remote: RemoteFile) -> bool:
-    """Whether a local file has the content of one on the Hub."""
-    if path.stat().st_size != remote.size:
+def is_same(local: Path | bytes, remote: RemoteFile) -> bool:
+    """Whether a local file, or bytes, have the content of a file on the Hub."""
+    size = len(local) if isinstance(local, bytes) else local.stat().st_size
+    if size != remote.size:
         return False
     if remote.sha256:
-        return sha256_of(path) == remote.sha256
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.git_sha1
+        digest = hashlib.sha256(local).hexdigest() if isinstance(local, bytes) else sha256_of(local)
+        return digest == remote.sha256
+    content = local if isinstance(local, bytes) else local.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + content).hexdigest() == remote.git_sha1
 
 
-def changed(uploads: Iterable[Upload], contents: Contents | None) -> list[Upload]:
-    """Those of `uploads` that the repository (None: there is none yet) lacks, or has with another content."""
+def changed_files(uploads: Iterable[Upload], contents: RepoContents | None) -> list[Upload]:
+    """Those of `uploads` that the repository (None: it does not exist yet) lacks, or has with other content."""
     files = contents.files if contents else {}
     return [u for u in uploads if u.name not in files or not is_same(u.path, files[u.name])]
 
 
-def commit(contents: Contents, uploads: Sequence[Upload], message: str, removed: Sequence[str] = ()) -> str:
-    """Add, replace or remove files, all in one commit after `contents`; return the commit.
+def commit_files(contents: RepoContents, uploads: Sequence[Upload], message: str, removed: Sequence[str] = ()) -> str:
+    """Add, replace or remove files, all in one commit on top of `contents`; return the commit.
 
-    ConnectionError when another commit came first. A call that was interrupted does not send again what has arrived.
+    ConnectionError when another commit came first. A call after an interruption does not send files again that arrived.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in removed]
     for upload in uploads:
-        operations.append(CommitOperationAdd(upload.name, str(upload.path)))
-        operations[-1].upload_info.sha256 = bytes.fromhex(sha256_of(upload.path))
-    with hub_errors(contents.repo, contents.kind):
-        info = api().create_commit(
-            contents.repo,
-            operations,
-            repo_type=contents.kind,
-            commit_message=message,
-            parent_commit=contents.commit,
-        )
+        add = CommitOperationAdd(upload.name, str(upload.path))
+        add.upload_info.sha256 = bytes.fromhex(sha256_of(upload.path))
+        operations.append(add)
+    return create_commit(contents.repo, operations, message, contents.kind, contents.commit)
+
+
+def create_commit(
+    repo: str, operations: Sequence[Any], message: str, kind: str = "model", parent: str | None = None
+) -> str:
+    """`HfApi.create_commit` under `hub_errors`; returns the commit."""
+    with hub_errors(repo, kind):
+        info = api().create_commit(repo, list(operations), repo_type=kind, commit_message=message, parent_commit=parent)
     return info.oid
 
 
-# --- fetching ------------------------------------------------------------------------------------------------------
+# --- downloading -----------------------------------------------------------------------------------------------------
 
 
-def fetch(contents: Contents, names: Sequence[str], folder: Path) -> None:
-    """Download `names` into `folder` and verify them; what is there from an earlier call is not fetched again.
+def fetch(contents: RepoContents, names: Sequence[str], folder: Path) -> None:
+    """Download `names` into `folder` and verify them; files of an earlier call are not downloaded again.
 
-    OSError when the disk is too small or full, ConnectionError or ValueError as of `hub_errors`.
+    OSError when the disk is too small or full, ConnectionError or ValueError from `hub_errors`.
     """
     files = contents.files
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [n for n in names if not (folder / n).is_file() or not is_same(folder / n, files[n])]
-    size, free = sum(files[n].size for n in wanted), shutil.disk_usage(folder).free
+    missing = [n for n in names if not (folder / n).is_file() or not is_same(folder / n, files[n])]
+    size, free = sum(files[n].size for n in missing), shutil.disk_usage(folder).free
     if size > free:
         raise OSError(f"{folder} has {readable(free)} left, {readable(size)} are needed: make room")
-    for name in wanted:
-        (folder / name).unlink(missing_ok=True)  # a damaged one would be taken for fetched
-    if not wanted:
+    for name in missing:
+        (folder / name).unlink(missing_ok=True)  # huggingface_hub would take a damaged one for downloaded
+    if not missing:
         return
     with hub_errors(contents.repo, contents.kind):
         snapshot_download(
@@ -205,9 +214,9 @@ def fetch(contents: Contents, names: Sequence[str], folder: Path) -> None:
             repo_type=contents.kind,
             revision=contents.commit,
             local_dir=folder,
-            allow_patterns=wanted,
+            allow_patterns=missing,
         )
-    for name in wanted:
+    for name in missing:
         if not (folder / name).is_file():
             raise ConnectionError(f"{contents.repo}: {name} did not arrive: the same command fetches it again")
         if not is_same(folder / name, files[name]):

@@ -1,12 +1,11 @@
-"""Runs on the Hub: which files of a run go there, under which names, and how they become a run folder again.
+"""Runs on the Hub: which files of a run are pushed, under which names, and how they become a run folder again.
 
     config.json, model.safetensors and others    of pretrained_model/
     adapter/                                     of runs with finetune.lora
-    training_state/                              of the checkpoint, whole or in slices, and config.yaml, metrics.jsonl,
+    training_state/                              of the checkpoint, full or in shards, and config.yaml, metrics.jsonl,
                                                  skipped.jsonl and ema/ of the run
 
-A push is one commit, so whoever reads sees one checkpoint and never parts of two. Nothing but these names is written
-when a run is pulled.
+A push is one commit, so readers see one checkpoint and never a mixture of two. A pull writes nothing but these names.
 """
 
 import contextlib
@@ -19,7 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmaudio_hf.hub.repository import Contents, Upload, changed, commit, fetch, read_contents, read_json, readable
+from mmaudio_hf.hub.repository import (
+    RepoContents,
+    Upload,
+    changed_files,
+    commit_files,
+    fetch,
+    read_contents,
+    read_json,
+    readable,
+)
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
 
@@ -29,14 +37,13 @@ STATE_FILES = (f"{STATE}/state.json", *(f"{STATE}/{name}.safetensors" for name i
 RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl")  # of the run folder
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 SNAPSHOT = re.compile(rf"{STATE}/ema/sigma_[0-9.e-]{{1,20}}_step_\d{{9,12}}\.safetensors")
-SLICES = re.compile(rf"{STATE}/({'|'.join(TENSOR_FILES)})\.rank_\d{{1,6}}_of_\d{{1,6}}\.safetensors")
-LogLine = Callable[[dict], bool]
+SHARD = re.compile(rf"{STATE}/({'|'.join(TENSOR_FILES)})\.rank_\d{{1,6}}_of_\d{{1,6}}\.safetensors")
+_KNOWN = {*PUBLISHED_FILES, *ADAPTER_FILES, *STATE_FILES, *(f"{STATE}/{name}" for name in RUN_FILES)}
 
 
 def is_known(name: str) -> bool:
-    """Whether a file of a repository is one of a run."""
-    known = (*PUBLISHED_FILES, *ADAPTER_FILES, *STATE_FILES, *(f"{STATE}/{n}" for n in RUN_FILES))
-    return name in known or any(pattern.fullmatch(name) for pattern in (SNAPSHOT, SLICES))
+    """Whether a file of a repository belongs to a run."""
+    return name in _KNOWN or any(pattern.fullmatch(name) for pattern in (SNAPSHOT, SHARD))
 
 
 # --- the step ------------------------------------------------------------------------------------------------------
@@ -44,21 +51,22 @@ def is_known(name: str) -> bool:
 
 def local_step(run_dir: Path) -> int | None:
     """Step of the newest checkpoint of a run; None without any."""
-    steps = [int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").glob("step_*") if _complete(p)]
-    return max(steps, default=None)
+    steps = map(_folder_step, (run_dir / "checkpoints").glob("step_*"))
+    return max((step for step in steps if step is not None), default=None)
 
 
-def _complete(folder: Path) -> bool:
-    return re.fullmatch(r"step_\d+", folder.name) is not None
+def _folder_step(folder: Path) -> int | None:
+    """Step of a complete checkpoint folder: others have a suffix."""
+    return int(folder.name[5:]) if re.fullmatch(r"step_\d+", folder.name) else None
 
 
-def remote_step(contents: Contents) -> int | None:
-    """Step of what a repository holds; None when it holds no network.
+def remote_step(contents: RepoContents) -> int | None:
+    """Step of what a repository holds; None when it holds no model.
 
-    ValueError when it holds one that does not say its step, so that nobody's other network is replaced.
+    ValueError when it holds one that does not say its step, so that nobody's other model is replaced.
     """
-    records = {name: read_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")}
-    steps = [r["step"] for r in records.values() if type(r.get("step")) is int and r["step"] >= 0]
+    states = [read_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")]
+    steps = [state["step"] for state in states if type(state.get("step")) is int and state["step"] >= 0]
     if not steps and (WEIGHTS_FILE in contents.files or CONFIG_FILE in contents.files):
         raise ValueError(
             f"Hub repository {contents.repo} holds a network that no run pushed (weights.json names no step):"
@@ -67,14 +75,14 @@ def remote_step(contents: Contents) -> int | None:
     return max(steps, default=None)
 
 
-# --- pushing -------------------------------------------------------------------------------------------------------
+# --- push ----------------------------------------------------------------------------------------------------------
 
 
 def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path) -> Path:
     """Put the files of a checkpoint into `folder` as the repository will have them; return it.
 
-    They are hard links where the disk can, since checkpoints never change but old ones are removed; logs end with the
-    checkpoint. `source` is a checkpoint folder of `run_dir`; without `run_dir`, a pretrained_model folder.
+    They are hard links where the file system can, since checkpoints never change but old ones are removed; logs end
+    with the checkpoint. `source` is a checkpoint folder of `run_dir`; without `run_dir`, a pretrained_model folder.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,31 +95,28 @@ def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path)
     if run_dir is not None and STATE in what:
         _link_known(source / STATE, partial, f"{STATE}/")
         _link_known(run_dir / "ema", partial, f"{STATE}/ema/")
-        _copy_records(run_dir, int(source.name.removeprefix("step_")), partial / STATE)
+        _copy_logs(run_dir, source_step(source), partial / STATE)
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
 
 
-def _link_known(source: Path, target: Path, opening: str) -> None:
+def _link_known(source: Path, target: Path, prefix: str) -> None:
     for path in sorted(source.iterdir()) if source.is_dir() else ():
-        if is_known(opening + path.name) and path.is_file():
-            place = target / opening / path.name
-            place.parent.mkdir(parents=True, exist_ok=True)
+        if is_known(prefix + path.name) and path.is_file():
+            staged_file = target / prefix / path.name
+            staged_file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(path, place)
+                os.link(path, staged_file)
             except OSError:  # a file system without hard links
-                shutil.copy2(path, place)
+                shutil.copy2(path, staged_file)
 
 
-def _copy_records(run_dir: Path, step: int, target: Path) -> None:
+def _copy_logs(run_dir: Path, step: int, target: Path) -> None:
     shutil.copyfile(run_dir / "config.yaml", target / "config.yaml")
-    kept: dict[str, LogLine] = {
-        "metrics.jsonl": lambda line: line["step"] <= step,
-        "skipped.jsonl": lambda line: line["step"] < step,
-    }
-    for name, keep in kept.items():
+    # metrics.jsonl counts finished steps from 1, skipped.jsonl names steps from 0.
+    for name, last in (("metrics.jsonl", step), ("skipped.jsonl", step - 1)):
         if (run_dir / name).is_file():
-            lines = [entry for entry in _log_lines(run_dir / name) if keep(json.loads(entry))]
+            lines = [line for line in _log_lines(run_dir / name) if json.loads(line)["step"] <= last]
             (target / name).write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -124,12 +129,12 @@ def _log_lines(path: Path) -> list[str]:
 class Push:
     """What pushing a staged folder means."""
 
-    contents: Contents
+    contents: RepoContents
     step: int
     before: int | None  # step that the repository holds
     files: list[Upload]
     changed: list[Upload]
-    removed: list[str]  # slices of another number of processes, which belong to no state.json any more
+    removed: list[str]  # shards of another number of processes, which belong to no state.json any more
 
     @property
     def outdated(self) -> bool:
@@ -137,26 +142,26 @@ class Push:
         return self.before is not None and self.before > self.step
 
 
-def plan_push(folder: Path, repo: str, step: int, contents: Contents | None = None) -> Push:
+def plan_push(folder: Path, repo: str, step: int, contents: RepoContents | None = None) -> Push:
     """Compare a staged folder with what `repo` holds (or with `contents`, when that is known)."""
     files = [Upload(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
     contents = read_contents(repo) if contents is None else contents
     names = {upload.name for upload in files}
-    slices = [name for name in contents.files if SLICES.fullmatch(name) and name not in names]
-    removed = slices if f"{STATE}/state.json" in names else []
-    return Push(contents, step, remote_step(contents), files, changed(files, contents), removed)
+    stale = [name for name in contents.files if SHARD.fullmatch(name) and name not in names]
+    removed = stale if f"{STATE}/state.json" in names else []
+    return Push(contents, step, remote_step(contents), files, changed_files(files, contents), removed)
 
 
 def push(plan: Push) -> str:
-    """Send what changed, in one commit; return the commit. The caller has seen that the repository is not ahead."""
+    """Send what changed, in one commit; return the commit. The caller has checked that the repository is not ahead."""
     if not plan.changed:
         return plan.contents.commit
-    parts = ["weights", "training state"] if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ["weights"]
-    return commit(plan.contents, plan.changed, f"Step {plan.step}: {' and '.join(parts)}", plan.removed)
+    state = " and training state" if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ""
+    return commit_files(plan.contents, plan.changed, f"Step {plan.step}: weights{state}", plan.removed)
 
 
 def find_source(run: Path) -> tuple[Path, Path | None]:
-    """Checkpoint (or pretrained_model folder) that `run` means, and the run folder it is of, if any.
+    """Checkpoint (or pretrained_model folder) that `run` means, and the run folder it belongs to, if any.
 
     ValueError where there is nothing to push.
     """
@@ -175,8 +180,8 @@ def find_source(run: Path) -> tuple[Path, Path | None]:
 
 def source_step(source: Path) -> int:
     """Step of a checkpoint or pretrained_model folder. ValueError when it does not say."""
-    if _complete(source):
-        return int(source.name.removeprefix("step_"))
+    if (step := _folder_step(source)) is not None:
+        return step
     try:
         return int(json.loads((source / "weights.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -193,17 +198,17 @@ def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
         yield stage(source, run_dir, what, Path(scratch) / "files"), source_step(source)
 
 
-# --- pulling -------------------------------------------------------------------------------------------------------
+# --- pull ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pull:
     """What pulling a repository means."""
 
-    contents: Contents
+    contents: RepoContents
     names: list[str]  # files that are fetched
-    others: list[str]  # files that are none of a run and stay where they are
-    step: int | None
+    others: list[str]  # files that do not belong to a run and are not fetched
+    step: int | None  # an int with has_state
     has_state: bool
 
     @property
@@ -213,13 +218,15 @@ class Pull:
 
 
 def plan_pull(repo: str, revision: str | None) -> Pull:
-    """What `repo` offers. ValueError when it holds neither a network nor a training state, or hostile names."""
+    """What `repo` offers. ValueError when it holds neither a model nor a training state, or unsafe file names."""
     contents = read_contents(repo, revision)
     names = sorted(name for name in contents.files if is_known(name))
     others = sorted(set(contents.files) - set(names) - {".gitattributes"})
-    state = _state_files(contents)
+    # The training state consists of the shards that its state.json lists, others are stale.
+    listed = read_json(contents, f"{STATE}/state.json").get("sha256")
+    state = {*STATE_FILES, *(f"{STATE}/{name}" for name in (listed if isinstance(listed, dict) else ()))}
     has_state = state <= set(names)
-    names = [name for name in names if not SLICES.fullmatch(name) or name in state]
+    names = [name for name in names if not SHARD.fullmatch(name) or name in state]
     if not has_state and not {CONFIG_FILE, WEIGHTS_FILE} <= set(names):
         raise ValueError(f"Hub repository {repo} holds no network: it has no {CONFIG_FILE} and {WEIGHTS_FILE}")
     step = read_json(contents, f"{STATE}/state.json" if has_state else "weights.json").get("step")
@@ -228,27 +235,20 @@ def plan_pull(repo: str, revision: str | None) -> Pull:
     return Pull(contents, names, others, step, has_state)
 
 
-def _state_files(contents: Contents) -> set[str]:
-    """Files that the training state of a repository consists of: with the slices that its state.json lists."""
-    listed = read_json(contents, f"{STATE}/state.json").get("sha256")
-    return {*STATE_FILES, *(f"{STATE}/{name}" for name in (listed if isinstance(listed, dict) else ()))}
+def pull(plan: Pull, target: Path, log: Callable[[str], None]) -> None:
+    """Make a run folder of a training state, or a pretrained_model folder of a model alone.
 
-
-def pull(plan: Pull, target: Path, say: Callable[[str], None]) -> None:
-    """Make a run folder of a training state, or a pretrained_model folder of a network alone.
-
-    Files arrive beside `target` (TARGET.hub) and are verified before anything gets its place; an interrupted call is
-    taken up there. ValueError when `target` holds something else, or another run.
+    Files arrive beside `target` (TARGET.hub) and are verified before anything is installed; after an interruption the
+    same call resumes there. ValueError when `target` holds something else, or another run.
     """
     staging = target.with_name(f"{target.name}.hub")
     _check_target(plan, target)
-    say(f"{plan.contents.repo}: {readable(plan.size)} in {len(plan.names)} files, commit {plan.contents.commit[:12]}")
+    log(f"{plan.contents.repo}: {readable(plan.size)} in {len(plan.names)} files, commit {plan.contents.commit[:12]}")
     fetch(plan.contents, plan.names, staging)
     files = target.with_name(f"{target.name}.hub.files")
     shutil.rmtree(files, ignore_errors=True)
     for name in plan.names:
-        (files / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).rename(files / name)
+        _move(staging / name, files / name)
     if plan.has_state:
         _install_run(files, target, plan.step)
     else:
@@ -262,22 +262,22 @@ def pull(plan: Pull, target: Path, say: Callable[[str], None]) -> None:
 def _check_target(plan: Pull, target: Path) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    # A launch that fetches holds its folder already; one that was killed may have left a part of a run.
+    # A launch that fetches has locked its folder already; one that was killed may have left an incomplete run.
     is_run = any((target / name).exists() for name in ("checkpoints", "config.yaml", LOCK_FILE))
     if not plan.has_state or not is_run:
         raise ValueError(f"{target} exists and is not empty: choose another folder")
     have = local_step(target)
-    if have is not None and plan.step <= have:
+    if have is not None and plan.step is not None and plan.step <= have:
         raise ValueError(
             f"{target} has step {have} already, {plan.contents.repo} has step {plan.step}: nothing is pulled"
         )
 
 
-def _install_run(files: Path, run_dir: Path, step: int) -> None:
-    """Put the parts of a run in their places, the checkpoint last: it is what counts."""
+def _install_run(files: Path, run_dir: Path, step: int | None) -> None:
+    """Move the files of a run into place, the checkpoint last: it is what makes the run resumable."""
     state = files / STATE
     _check_same_history(state / "metrics.jsonl", run_dir / "metrics.jsonl", run_dir)
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # by which a call that is killed knows it again
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # after a kill, the next call knows the run by it
     for path in sorted((state / "ema").glob("*")):
         _move(path, run_dir / "ema" / path.name)
     for name in RUN_FILES:
