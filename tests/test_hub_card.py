@@ -94,7 +94,7 @@ def test_the_card_says_what_the_run_is(run, monkeypatch):
     )
     assert "license" not in data and "The licence of the weights is not stated" in section(text, "Licence")
     assert data["mmaudio_hf"] == code_version() and f"commit {code_version()['commit']}" in card.text
-    assert "post-hoc EMA of relative width 0.05, as of step 4 of 4" in card.text
+    assert "post-hoc EMA of relative width 0.05, at step 4 of 4" in card.text
     assert rows(section(text, "Data")) == [
         [
             "vgg-train",
@@ -118,11 +118,11 @@ def test_the_card_says_what_the_run_is(run, monkeypatch):
     losses = {line["step"]: line["val_ema/loss"] for line in lines if "val_ema/loss" in line}
     assert sorted(losses) == [2, 4]
     found = {row[0]: row[1:] for row in rows(section(text, "Scores"))}
-    assert found["validation loss, averaged weights, last"] == [f"{losses[4]:.4g}", "4"]
+    assert found["validation loss, EMA weights, last"] == [f"{losses[4]:.4g}", "4"]
     best = min(losses, key=losses.get)
-    assert found["validation loss, averaged weights, best"] == [f"{losses[best]:.4g}", str(best)]
+    assert found["validation loss, EMA weights, best"] == [f"{losses[best]:.4g}", str(best)]
     results = {result.metric_name: result for result in card.data.eval_results}
-    last = results["validation loss, averaged weights, last (step 4)"]
+    last = results["validation loss, EMA weights, last (step 4)"]
     assert (last.metric_value, last.dataset_name) == (pytest.approx(losses[4], abs=1e-6), "held_out")
     judged = next(line for line in reversed(lines) if "eval/log_mel_distance" in line)
     assert results["log mel distance (step 4)"].metric_value == pytest.approx(judged["eval/log_mel_distance"], abs=1e-6)
@@ -144,12 +144,12 @@ def test_what_the_card_tells_to_type_is_right(run):
 def test_every_checkpoint_has_a_card_of_its_own_step(run):
     for step in (2, 4):
         text = (run / f"checkpoints/step_{step}/pretrained_model/README.md").read_text()
-        assert f"as of step {step} of 4" in text and "## Samples" not in text
+        assert f"at step {step} of 4" in text and "## Samples" not in text
         steps = {int(row[2]) for row in rows(section(text, "Scores"))}
         assert max(steps) == step
     network = MMAudio.from_pretrained(run / "last" / "pretrained_model")
     card = str(network.generate_model_card("me/other"))
-    assert "as of step 4 of 4" in card and 'from_pretrained("me/other")' in card and "USER/NAME" not in card
+    assert "at step 4 of 4" in card and 'from_pretrained("me/other")' in card and "USER/NAME" not in card
 
 
 def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):

@@ -93,7 +93,7 @@ def refused(capsys, *words: object, code: int = 2) -> str:
 def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch):
     assert main(["push", str(run), NAME, "--training-state", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "it would be made" in said and "optimizer.safetensors" in said and "dry run" in said
+    assert "it would be created" in said and "optimizer.safetensors" in said and "dry run" in said
     assert not hub.repository(NAME).exists
     assert main(["push", str(run), NAME]) == 0
     assert set(hub.files(NAME)) == PUBLISHED and hub.repository(NAME).private
@@ -317,7 +317,7 @@ def steps_pushed(hub: Hub) -> list[int]:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(sync, "PAUSE", 0.05)
+    monkeypatch.setattr(sync, "MIN_PAUSE", 0.05)
 
 
 def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
@@ -343,7 +343,7 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
     assert steps_pushed(hub) == [STEPS] and not (run / "hub").exists()
     assert wanted.items() <= hub.files(NAME).items()
     failed = [line for line in said if "pushing failed" in line]
-    assert len(failed) == 1 and "cannot be reached" in failed[0] and "is tried again" in failed[0]
+    assert len(failed) == 1 and "cannot be reached" in failed[0] and "it is retried" in failed[0]
     assert f"step {STEPS} is on the Hub: {NAME}, after" in said[-1]
 
 
@@ -360,7 +360,7 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
 )
 def test_faults_of_the_server_pass(hub, run, quick, monkeypatch, fault):
     monkeypatch.setattr(hub_client, "TIMEOUT", 1.0)
-    monkeypatch.setattr(sync, "TOLD_EVERY", 0.1)
+    monkeypatch.setattr(sync, "WAIT_LOG_EVERY", 0.1)
     said: list[str] = []
     with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
         check_repository(pushing.hub, run.with_name("new"), False, said.append)
@@ -622,7 +622,7 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
 
         done = run_together(2, "train", str(recipes[1]), *settings, cwd=second, env=variables)
         assert done.returncode == 0, done.stderr
-        assert f"goes on from step {taken_up} of {NAME}" in done.stderr and f"from step {taken_up} to" in done.stdout
+        assert f"resumes from step {taken_up} of {NAME}" in done.stderr and f"from step {taken_up} to" in done.stdout
         shutil.copytree(run_dir(recipes[1]), run_dir(undisturbed).with_name("second"), symlinks=True)
         same_bytes(undisturbed, undisturbed.with_name("second.yaml"))
         for theirs in (run_dir(undisturbed) / "ema").iterdir():  # the order of their metadata is left to chance
@@ -678,15 +678,15 @@ def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, cap
     with pytest.raises(ValueError, match=r"has no training state, only a network: name it in finetune\.init_from"):
         fetch("new")
     assert main(["push", str(run), NAME, "--training-state"]) == 0
-    assert f"output/run has step {STEPS}, hub://{NAME} step {STEPS}: it goes on from its own step {STEPS}" in fetch(
+    assert f"output/run has step {STEPS}, hub://{NAME} step {STEPS}: it resumes from its own step {STEPS}" in fetch(
         "run"
     )
     (run / "last").unlink()
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS}")
     kept = files_of(run / "checkpoints")
-    assert f"output/run goes on from step {STEPS} of {NAME}@" in fetch("run")
+    assert f"output/run resumes from step {STEPS} of {NAME}@" in fetch("run")
     assert kept.items() <= files_of(run / "checkpoints").items() and (run / "last").resolve().name == f"step_{STEPS}"
-    assert f"output/new goes on from step {STEPS}" in fetch("new", f"{NAME}@main")
+    assert f"output/new resumes from step {STEPS}" in fetch("new", f"{NAME}@main")
     with pytest.raises(ValueError, match="no such revision"):
         fetch("other", f"{NAME}@v3")
     # A launch holds the folder already; one that was killed had brought a part of the run.
@@ -694,9 +694,9 @@ def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, cap
         Path("output", name).mkdir()
         for part in parts:
             shutil.copy(run / part, Path("output", name))
-        assert f"output/{name} goes on from step {STEPS}" in fetch(name)
+        assert f"output/{name} resumes from step {STEPS}" in fetch(name)
     hub.kill()
-    assert f"Connection refused): output/run goes on from its own step {STEPS}" in fetch("run")
+    assert f"Connection refused): output/run resumes from its own step {STEPS}" in fetch("run")
     with pytest.raises(ConnectionError, match="cannot be reached"):
         fetch("other")
 

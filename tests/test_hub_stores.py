@@ -77,7 +77,7 @@ def test_a_whole_store_goes_there_and_back(hub, here, tmp_path, layout, capsys):
     before, puts = hub.messages(f"tester/{layout}", "datasets"), len(sent(hub))
     assert push(here / layout, layout) == 0
     assert hub.messages(f"tester/{layout}", "datasets") == before and len(sent(hub)) == puts
-    assert "0 bytes in 0 parts" in capsys.readouterr().out
+    assert "0 bytes in 0 chunks" in capsys.readouterr().out
     assert pull(layout, tmp_path / "back") == 2
     assert f"{tmp_path / 'back'} exists: choose another name" in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def test_dry_runs_move_nothing(hub, here, tmp_path, capsys):
     assert push(store.path, "compact", "--dry-run") == 0
     assert push(store.path, "nowhere", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert "28.2 kB in 16 parts to tester/nowhere, dry run" in text and "it would be made" in text
+    assert "28.2 kB in 16 chunks to tester/nowhere, dry run" in text and "it would be created" in text
     assert not hub.repository("tester/nowhere", "datasets").exists
     assert pull("compact", tmp_path / "dry", "--rows", "0:25", "--dry-run") == 0
     assert "rows 0 to 24 of 50, 14.1 kB to" in capsys.readouterr().out
@@ -296,12 +296,12 @@ def spoiled(index: dict, how: str) -> dict[str, bytes]:
 
 
 FAULTS = {
-    "../../../etc/x": r"malformed .*is no name of a part",
-    "columns/mean/../../x.bin": r"malformed .*is no name of a part",
-    "meta.json": r"malformed .*is no name of a part",
+    "../../../etc/x": r"malformed .*is no name of a chunk",
+    "columns/mean/../../x.bin": r"malformed .*is no name of a chunk",
+    "meta.json": r"malformed .*is no name of a chunk",
     "other column": "is not there, or misplaced",
     "lost part": "is not there, or misplaced",
-    "huge": "the parts of mean have 1000000000000025 records, not 50",
+    "huge": "the chunks of mean have 1000000000000025 records, not 50",
     "huge blocks": "too large to be held in memory",
     "negative": "has -1 records",
     "words": "has '50' records",
@@ -420,7 +420,7 @@ def test_the_card_of_a_store(hub, here):
     data = card.data.to_dict()
     assert (data["license"], data["size_categories"], data["pretty_name"]) == ("cc-by-4.0", ["n<1K"], "compact")
     for line in (
-        "- Made of: [me\\/clips](https://huggingface.co/datasets/me/clips)",
+        "- Made from: [me\\/clips](https://huggingface.co/datasets/me/clips)",
         "- Rows: 50, 50 different captions; compact layout",
         "| `clip_features` | bfloat16 | 6 x 8 | 50 | 0.0 |",
         "| clip | toy | c1 |",
