@@ -79,7 +79,9 @@ def _explain(error: Exception, where: str) -> Exception:
         return ValueError(f"{where} asks for a token: {LOGIN}")
     disk = next((e for e in causes if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
     if disk is not None:
-        return OSError(disk.errno, f"{where} cannot be fetched: {disk.strerror}; make room, the same command goes on")
+        return OSError(
+            disk.errno, f"{where} cannot be fetched: {disk.strerror}; free some space and run the same command again"
+        )
     if isinstance(error, ValueError):
         return ValueError(f"{where}: {one_line(error)}")
     if isinstance(error, OSError) and error.errno and not _of_network(error):
@@ -89,24 +91,24 @@ def _explain(error: Exception, where: str) -> Exception:
 
 def _explain_answer(error: HfHubHTTPError, where: str) -> Exception:
     status = error.response.status_code if error.response is not None else 0
-    said = one_line(error.server_message or error)
+    answer = one_line(error.server_message or error)
     if isinstance(error, RevisionNotFoundError):
         return ValueError(f"{where} has no such revision: see its branches and commits on the Hub")
     if isinstance(error, GatedRepoError):
         return ValueError(f"{where} is gated: ask for access on its page, then {LOGIN}")
     if isinstance(error, EntryNotFoundError):
-        return ValueError(f"{where} has no such file ({said})")
+        return ValueError(f"{where} has no such file ({answer})")
     if isinstance(error, RepositoryNotFoundError):
         return ValueError(f"{where} is not there, or private to others: check its name, or {LOGIN}")
     if status == 401:
         return ValueError(f"{where}: the Hub does not know this token: {LOGIN}")
     if status == 403:
-        return ValueError(f"{where}: this token does not allow it ({said}): use one that may write there; {LOGIN}")
+        return ValueError(f"{where}: this token does not allow it ({answer}): use one that may write there; {LOGIN}")
     if status == 412:
         return ConnectionError(f"{where}: another commit came first")
     if status in (408, 429) or status >= 500:
         return ConnectionError(f"{where} cannot be reached (the server answers {status})")
-    return ValueError(f"{where}: the Hub refuses ({status}: {said})")
+    return ValueError(f"{where}: the Hub refuses ({status}: {answer})")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

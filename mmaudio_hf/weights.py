@@ -1,26 +1,25 @@
-"""Released files: where each comes from, under which licence; list, download, verify and convert them.
+"""Released weights: the catalogue of files with their licences, download and verification, and safe reading.
 
-The names below the folder of weights are those that the reference implementation uses, so that its `ext_weights/` and
-`weights/` serve as they are. Files of the MMAudio release are fetched over HTTP, the others from the Hugging Face Hub.
+The names below the folder of weights are those of the reference implementation, so that its `ext_weights/` and
+`weights/` can be used as they are. Files of the MMAudio release are fetched over HTTP, the others from the Hugging Face
+Hub. Nothing is ever unpickled.
 """
 
 import difflib
 import hashlib
-import http.client
 import os
 import re
 import shutil
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import httpx2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,11 +30,10 @@ from mmaudio_hf.config import Recipe
 from mmaudio_hf.hub_client import api, hub_errors, one_line
 
 RELEASE_URL = "https://github.com/hkchengrex/MMAudio/releases/download/v0.1"
-RELEASE_VARIABLE = "MMAUDIO_RELEASE_URL"  # another place for the files of the release: a mirror
+RELEASE_VARIABLE = "MMAUDIO_RELEASE_URL"  # address of a mirror of the release
 ATTEMPTS = 5
 PAUSE = 1.0  # s before the second attempt, doubled for each further one
 TIMEOUT = 30  # s without a byte
-CHUNK = 1 << 20
 
 NON_COMMERCIAL = "CC-BY-NC 4.0"
 MIT = "MIT"
@@ -47,19 +45,19 @@ Check = Callable[[Path], object]  # raises ValueError for a file that is not wha
 
 @dataclass(frozen=True)
 class Weight:
-    """One released file. Its name is its path below the folder of weights."""
+    """One released file, or a model of the Hub."""
 
-    path: str
+    path: str  # below the folder of weights; also its name
     what: str
     licence: str
     size: str = ""  # as published
     md5: str = ""  # where published
     repo: str = ""  # on the Hub; without one, the file is part of the release
-    file: str = ""  # its path in the repository; "" for a whole model, which is kept in the cache of the Hub
+    file: str = ""  # its path in the repository; "" for a model, which is kept in the cache of the Hub
 
     @property
-    def whole_model(self) -> bool:
-        """Whether this is a model in the cache of the Hub, and no file below the folder of weights."""
+    def is_hub_model(self) -> bool:
+        """Whether this is a model in the cache of the Hub, not a file below the folder of weights."""
         return bool(self.repo) and not self.file
 
     @property
@@ -82,7 +80,7 @@ def _flow(variant: str, size: str, md5: str) -> Weight:
 
 BIGVGAN = "bigvgan_v2_44khz_128band_512x"
 CLAP_FILE = "music_speech_audioset_epoch_15_esc_89.98.pt"
-CLIP = Weight("clip", "CLIP, pictures and text", APPLE, "3.9G", repo="apple/DFN5B-CLIP-ViT-H-14-384")
+CLIP = Weight("clip", "CLIP, frames and text", APPLE, "3.9G", repo="apple/DFN5B-CLIP-ViT-H-14-384")
 CATALOGUE = (
     _flow("small_16k", "601M", "af93cde404179f58e3919ac085b8033b"),
     _flow("small_44k", "601M", "babd74c884783d13701ea2820a5f5b6d"),
@@ -123,8 +121,8 @@ def _find(name: str) -> Sequence[Weight]:
     if name == "all":
         return CATALOGUE
     for spelling in (str, os.path.basename, lambda path: Path(path).stem, os.path.dirname):
-        if found := [weight for weight in CATALOGUE if spelling(weight.path) == name]:
-            return found
+        if weights := [weight for weight in CATALOGUE if spelling(weight.path) == name]:
+            return weights
     close = difflib.get_close_matches(name, [weight.path for weight in CATALOGUE], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "`mmaudio-hf weights list` shows what there is"
     raise ValueError(f"there is no released file {name!r}: {hint}")
@@ -135,27 +133,28 @@ def needed(recipe: Recipe) -> list[Weight]:
     scored = find([CLAP_FILE, "synchformer_state_dict.pth"]) if recipe.evaluation.metrics else []
     if recipe.encoders.kind == "toy":
         return scored
-    sound = {"16k": ("v1-16.pth", "best_netG.pt"), "44k": ("v1-44.pth", f"{BIGVGAN}/bigvgan_generator.pt")}
-    wanted = find([*sound[recipe.model.mode], "synchformer_state_dict.pth", "empty_string.pth"])
-    wanted += [w for w in CATALOGUE if w.file.startswith("weights/") and w.path == Path(recipe.finetune.init_from).name]
-    wanted += [CLIP] if recipe.encoders.clip == CLIP.repo else []
-    return list(dict.fromkeys([*wanted, *scored]))
+    audio = {"16k": ("v1-16.pth", "best_netG.pt"), "44k": ("v1-44.pth", f"{BIGVGAN}/bigvgan_generator.pt")}
+    weights = find([*audio[recipe.model.mode], "synchformer_state_dict.pth", "empty_string.pth"])
+    start = Path(recipe.finetune.init_from).name
+    weights += [weight for weight in CATALOGUE if weight.file.startswith("weights/") and weight.path == start]
+    weights += [CLIP] if recipe.encoders.clip == CLIP.repo else []
+    return list(dict.fromkeys([*weights, *scored]))
 
 
 def locate(weight: Weight, folder: Path) -> Path | None:
-    """Where `weight` is: below `folder`, in the `weights/` beside it (the reference's place of flow networks), or in
-    the cache of the Hub; None when it is absent.
+    """Where `weight` is, None when it is absent: below `folder`, in the `weights/` beside it, where the reference keeps
+    flow networks, or in the cache of the Hub.
     """
-    if weight.whole_model:
+    if weight.is_hub_model:
         from huggingface_hub import try_to_load_from_cache
 
         config = try_to_load_from_cache(weight.repo, "config.json")
-        folder = Path(config).parent if isinstance(config, str) else None
-        return folder if folder and any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()) else None
-    places = [folder / weight.path]
+        cached = list(Path(config).parent.iterdir()) if isinstance(config, str) else []
+        return next((file.parent for file in cached if file.suffix in (".safetensors", ".bin")), None)
+    paths = [folder / weight.path]
     if weight.file.startswith("weights/"):
-        places.append(folder.resolve().parent / weight.file)
-    return next((place for place in places if place.is_file()), None)
+        paths.append(folder.resolve().parent / weight.file)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def command(weight: Weight, folder: Path, force: bool = False) -> str:
@@ -183,10 +182,10 @@ def md5_of(path: Path) -> str:
 
 
 def problem_of(weight: Weight, folder: Path, checks: Mapping[str, Check]) -> str | None:
-    """One sentence on what is wrong with `weight` in `folder`, with the command that mends it; None when it is right.
+    """What is wrong with `weight` in `folder`, with the command that fetches it; None when it is right.
 
-    By MD5 where it is published, else by `checks[weight.path]`, which reads the file; a model of the Hub by the SHA-256
-    under which its cache keeps it.
+    Checked by MD5 where it is published, else by `checks[weight.path]`, which reads the file; a model of the Hub by the
+    SHA-256 under which its cache keeps it.
     """
     path = locate(weight, folder)
     if path is None:
@@ -199,11 +198,11 @@ def problem_of(weight: Weight, folder: Path, checks: Mapping[str, Check]) -> str
 
 
 def _check(weight: Weight, path: Path, checks: Mapping[str, Check]) -> None:
-    if weight.whole_model:
+    if weight.is_hub_model:
         _check_cached(path)
     elif weight.md5:
-        if (found := md5_of(path)) != weight.md5:
-            raise ValueError(f"{path} is damaged: its md5 is {found}, not {weight.md5}")
+        if (md5 := md5_of(path)) != weight.md5:
+            raise ValueError(f"{path} is damaged: its md5 is {md5}, not {weight.md5}")
     elif weight.path in checks:
         checks[weight.path](path)
 
@@ -225,39 +224,39 @@ def download(
     folder: Path,
     checks: Mapping[str, Check] | None = None,
     force: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """Fetch what is missing or damaged of `weights` into `folder`; first show licences, sizes and their sum.
+    """Fetch what is missing or damaged of `weights` into `folder`; first log licences, sizes and their sum.
 
-    A file is checked before it gets its name, so a file with its name is a right one. Lost connections are taken up
-    again, and files of the release go on where an earlier call stopped. `force` fetches what is present, too.
-    ValueError, in one sentence, where a server cannot be reached, does not have the file or sends another one, and
-    where the disk is too small.
+    A file is checked before it gets its name, so a file with its name is a right one. Lost connections are resumed, and
+    so are files of the release where an earlier call stopped. `force` fetches what is present, too. ValueError, in one
+    sentence, where a server cannot be reached, does not have the file or sends another one, and where the disk is too
+    small.
     """
     checks = checks or {}
-    wanted = [weight for weight in weights if force or not _is_right(weight, folder, checks, say)]
-    sizes = {weight: _server_size(weight) for weight in wanted}
+    missing = [weight for weight in weights if force or not _is_right(weight, folder, checks, log)]
+    sizes = {weight: _server_size(weight) for weight in missing}
     for weight, size in sizes.items():
-        say(f"{weight.path}: {_readable(size)}, {weight.licence}, {weight.source}")
-    if not wanted:
+        log(f"{weight.path}: {_readable(size)}, {weight.licence}, {weight.source}")
+    if not missing:
         return
-    say(f"total: {_readable(sum(sizes.values()))} in {len(wanted)} file{'s' * (len(wanted) > 1)}")
+    log(f"total: {_readable(sum(sizes.values()))} in {len(missing)} file{'s' * (len(missing) > 1)}")
     _check_space(sizes, folder)
     for weight, size in sizes.items():
         _download(weight, size, folder, checks, force)
-        say(f"{weight.path}: done")
+        log(f"{weight.path}: done")
 
 
-def _is_right(weight: Weight, folder: Path, checks: Mapping[str, Check], say: Callable[[str], None]) -> bool:
+def _is_right(weight: Weight, folder: Path, checks: Mapping[str, Check], log: Callable[[str], None]) -> bool:
     path = locate(weight, folder)
     if path is None:
         return False
     try:
         _check(weight, path, checks)
     except ValueError as error:
-        say(f"{error}; it is fetched again")
+        log(f"{error}; it is fetched again")
         return False
-    say(f"{weight.path}: already there, {path}")
+    log(f"{weight.path}: already there, {path}")
     return True
 
 
@@ -270,19 +269,16 @@ def _check_space(sizes: Mapping[Weight, int], folder: Path) -> None:
 
     needs: dict[Path, int] = {}
     for weight, size in sizes.items():
-        place = _existing(Path(HF_HUB_CACHE) if weight.whole_model else folder)
+        target = (Path(HF_HUB_CACHE) if weight.is_hub_model else folder).resolve()
+        existing = next(path for path in (target, *target.parents) if path.exists())
         partial = _partial(folder / weight.path)
-        needs[place] = needs.get(place, 0) + size - (partial.stat().st_size if partial.is_file() else 0)
-    for place, need in needs.items():
-        if need > (free := shutil.disk_usage(place).free):
+        needs[existing] = needs.get(existing, 0) + size - (partial.stat().st_size if partial.is_file() else 0)
+    for existing, need in needs.items():
+        if need > (free := shutil.disk_usage(existing).free):
             raise ValueError(
-                f"{place} has {_readable(free)} left, {_readable(need)} are needed: make room, or choose another --dir"
+                f"{existing} has {_readable(free)} left, {_readable(need)} are needed: free some space, or choose"
+                " another --dir"
             )
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.resolve()
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _partial(target: Path) -> Path:
@@ -290,7 +286,7 @@ def _partial(target: Path) -> Path:
 
 
 def _download(weight: Weight, size: int, folder: Path, checks: Mapping[str, Check], force: bool) -> None:
-    if weight.whole_model:
+    if weight.is_hub_model:
         for name in _model_files(weight):
             _from_hub(weight, name, None, force)
         return
@@ -319,17 +315,16 @@ def _server_size(weight: Weight) -> int:
     """Bytes that the server announces; 0 when it does not say."""
     if not weight.repo:
         try:
-            request = urllib.request.Request(weight.url, method="HEAD", headers={"Accept-Encoding": "identity"})
-            with _opened(request) as response:
-                return int(response.headers.get("Content-Length") or 0)
-        except (OSError, http.client.HTTPException) as error:
+            with _client() as client:
+                return int(_checked(client.head(weight.url)).headers.get("Content-Length") or 0)
+        except (OSError, httpx2.HTTPError) as error:
             raise ValueError(
                 f"{weight.url} cannot be reached ({one_line(error)}): check the connection, or name a mirror in"
                 f" {RELEASE_VARIABLE}"
             ) from error
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    names = _model_files(weight) if weight.whole_model else [weight.file]
+    names = _model_files(weight) if weight.is_hub_model else [weight.file]
     with hub_errors(weight.repo):
         return sum(get_hf_file_metadata(hf_hub_url(weight.repo, name)).size or 0 for name in names)
 
@@ -351,7 +346,7 @@ def _model_files(weight: Weight) -> list[str]:
 def _from_hub(weight: Weight, name: str, staging: Path | None, force: bool) -> Path:
     """Fetch one file into `staging`, or into the cache of the Hub.
 
-    The client takes up lost connections by itself, but keeps nothing of a call that was ended.
+    The client resumes lost connections by itself, but keeps nothing of a call that was ended.
     """
     from huggingface_hub import hf_hub_download
 
@@ -359,30 +354,24 @@ def _from_hub(weight: Weight, name: str, staging: Path | None, force: bool) -> P
         return Path(hf_hub_download(weight.repo, name, local_dir=staging, force_download=force))
 
 
-# --- from a URL ----------------------------------------------------------------------------------------------------
+# --- from a URL: huggingface_hub.http_get resumes without asking whether the file is still the same -----------------
 
 
-class _KeepMethod(urllib.request.HTTPRedirectHandler):
-    """Asks the storage that a release names with HEAD, too, and not with GET for a file of gigabytes."""
-
-    def redirect_request(self, request, *arguments):
-        followed = super().redirect_request(request, *arguments)
-        if followed is not None:
-            followed.method = request.get_method()
-        return followed
+def _client() -> httpx2.Client:
+    # The bytes as they are: a compressed answer could not be resumed.
+    return httpx2.Client(follow_redirects=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
 
 
-def _opened(request: urllib.request.Request):
-    """The answer to `request`: ValueError where trying again is of no use, OSError where it may help."""
-    try:
-        return urllib.request.build_opener(_KeepMethod).open(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in (408, 429) or error.code >= 500:
-            raise ConnectionError(f"the server answers {error.code}") from error
+def _checked(response: httpx2.Response) -> httpx2.Response:
+    """The response if it is a success; ValueError where trying again is of no use, OSError where it may help."""
+    status = response.status_code
+    if status in (408, 429) or status >= 500:
+        raise ConnectionError(f"the server answers {status}")
+    if status >= 400:
         raise ValueError(
-            f"{request.full_url} cannot be had, the server answers {error.code}: check {RELEASE_VARIABLE} if it is set"
-        ) from error
+            f"{response.request.url} cannot be had, the server answers {status}: check {RELEASE_VARIABLE} if it is set"
+        )
+    return response
 
 
 def _tag_file(partial: Path) -> Path:
@@ -391,42 +380,41 @@ def _tag_file(partial: Path) -> Path:
 
 
 def _from_url(url: str, partial: Path, size: int) -> None:
-    """Fetch `url` into `partial`, which may hold its beginning; a broken connection is taken up again."""
+    """Fetch `url` into `partial`, which may hold its beginning; a broken connection is resumed."""
     for attempt in range(ATTEMPTS):
         try:
-            return _continue(url, partial, size)
-        except (OSError, http.client.HTTPException) as error:
+            return _resume(url, partial, size)
+        except (ConnectionError, TimeoutError, httpx2.HTTPError) as error:
             last = error
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
     have = partial.stat().st_size if partial.exists() else 0
     raise ValueError(
         f"{url} broke off {ATTEMPTS} times, last at {have:,} of {size:,} bytes ({one_line(last)}):"
-        " the same command goes on from there"
+        " run the same command again to resume"
     )
 
 
-def _continue(url: str, partial: Path, size: int) -> None:
+def _resume(url: str, partial: Path, size: int) -> None:
     tag_file = _tag_file(partial)
     tag = tag_file.read_text() if tag_file.exists() else ""
     have = partial.stat().st_size if partial.exists() else 0
     if not tag or have >= size > 0:
-        have = 0  # what is there cannot be told from another version
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag}
-    with _opened(urllib.request.Request(url, headers=headers)) as response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if not resumed:  # another version, or a server that always sends the whole
-            if response.status == 206:
-                raise ConnectionError("the server sent another part than the one asked for")
+        have = 0  # what is there may be of another version
+    headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
+    with _client() as client, client.stream("GET", url, headers=headers) as response:
+        _checked(response)
+        resumed = response.status_code == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ConnectionError("the server sent another range than the requested one")
+        if not resumed:  # another version, or a server without ranges
             have, tag = 0, response.headers.get("ETag", "")
-            # A weak tag does not promise the same bytes, so nothing can be continued with it.
+            # A weak tag does not promise the same bytes, so nothing can be resumed with it.
             tag_file.write_text("" if tag.startswith("W/") else tag)
         _write(response, partial, have)
 
 
-def _write(response, partial: Path, have: int) -> None:
+def _write(response: httpx2.Response, partial: Path, have: int) -> None:
     total = have + int(response.headers.get("Content-Length") or 0)
     name = partial.name.removesuffix(".partial")
     with (
@@ -434,14 +422,12 @@ def _write(response, partial: Path, have: int) -> None:
         tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as bar,
     ):
         file.seek(have)
-        while chunk := response.read(CHUNK):
+        for chunk in response.iter_raw():
             try:
                 file.write(chunk)
             except OSError as error:
                 raise ValueError(f"{partial} cannot be written ({error.strerror})") from error
             bar.update(len(chunk))
-        if total > have and file.tell() < total:  # http.client takes a lost connection for the end
-            raise ConnectionError(f"the connection was lost after {file.tell():,} bytes")
 
 
 # --- Reading of released weight files --------------------------------------------------------------------------------
@@ -453,11 +439,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def describe(source: Source) -> str:
-    """Origin of a state dict for messages: the path, or that it was given as a dict."""
+    """Origin of a state dict for messages."""
     return "the given state dict" if isinstance(source, Mapping) else str(source)
 
 
-def read_file(source: str | PathLike):
+def read_file(source: str | PathLike) -> Any:
     """Content of a weight file, whatever its form: tensors on the CPU in dicts, lists or alone, and plain values.
 
     ValueError naming the file when it is absent, damaged, or a pickle that would run code.
@@ -470,7 +456,7 @@ def read_file(source: str | PathLike):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Only the zip format of torch.save can be mapped; older files are read whole.
+        # Only the zip format of torch.save can be memory-mapped; older files are read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         if "global" in str(error).lower():
@@ -482,15 +468,13 @@ def read_file(source: str | PathLike):
         raise ValueError(f"{path} is damaged or not a file of weights: download it again ({error})") from error
 
 
-def load_state(
-    source: str | PathLike | Mapping, *, prefix: str = "", key: str | None = None
-) -> dict[str, torch.Tensor]:
+def load_state(source: Source, *, prefix: str = "", key: str | None = None) -> dict[str, torch.Tensor]:
     """Return the named tensors of a released file (`.safetensors`, else torch.save), or of a dict like it.
 
-    `key` is the entry that holds the state dict where a file has several parts, and `prefix` opens the names
-    wanted: it is cut off, other names are dropped. A source without the key, or without any name under the prefix, is
-    taken as the bare state dict. Tensors of files are mapped where the format allows, so that large files open at once.
-    Raises ValueError for anything else than a readable file of tensors; pickled code is never run.
+    `key` is the entry that holds the state dict in files with several entries; `prefix` selects names and is removed
+    from them. A source without the key, or without any name with the prefix, is taken as the bare state dict. Tensors
+    of files are memory-mapped where the format allows, so that large files open at once. Raises ValueError for anything
+    else than a readable file of tensors; pickled code is never run.
     """
     state = source if isinstance(source, Mapping) else read_file(source)
     if key is not None and isinstance(state, Mapping) and key in state:
@@ -498,8 +482,8 @@ def load_state(
     if not isinstance(state, Mapping):
         raise ValueError(f"{describe(source)} holds a {type(state).__name__}, not named tensors")
     state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)} or dict(state)
-    if strangers := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"{describe(source)} holds entries that are not tensors, as {strangers[:SHOWN_PROBLEMS]}")
+    if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"{describe(source)} holds entries that are not tensors, as {others[:SHOWN_PROBLEMS]}")
     return state
 
 

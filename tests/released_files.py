@@ -22,7 +22,7 @@ EMPTY_TEXT_FILE = "empty_string.pth"
 def write_ext_weights(folder: Path, mode: str, *, vocoder: bool = False) -> None:
     """What extraction and training read below `encoders.weights_dir`, at full size; with what generation reads, too.
 
-    The file of Synchformer has a part for sound that must be ignored.
+    The file of Synchformer has an audio encoder, too, which must be ignored.
     """
     (folder / VOCODER_FILES[mode]).parent.mkdir(parents=True, exist_ok=True)
     torch.save(state_dict(f"vae_{mode}") | data_statistics(mode), folder / VAE_FILES[mode])
@@ -115,4 +115,4 @@ def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             thirds.setdefault(theirs, {})[how] = value
         else:
             renamed[theirs] = value.T.contiguous() if how == "transpose" else value
-    return renamed | {name: torch.cat([parts[f"rows {i}/3"] for i in range(3)]) for name, parts in thirds.items()}
+    return renamed | {name: torch.cat([rows[f"rows {i}/3"] for i in range(3)]) for name, rows in thirds.items()}

@@ -60,9 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(b"sorry", with_body, status=503)
         tag = f'"{hashlib.sha256(body).hexdigest()}"'
         extra = {"ETag": self.server.tag or tag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        start, wanted = 0, self.headers.get("Range", "")
-        if wanted.startswith("bytes=") and self.headers.get("If-Range", extra["ETag"]) == extra["ETag"]:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        start, requested = 0, self.headers.get("Range", "")
+        if requested.startswith("bytes=") and self.headers.get("If-Range", extra["ETag"]) == extra["ETag"]:
+            start = int(requested.removeprefix("bytes=").partition("-")[0])
             extra["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         self.send(body[start:], with_body, status=206 if start else 200, extra=extra)
 
@@ -105,14 +105,14 @@ def a_weight(server, content: bytes = CONTENT, md5: str = MD5) -> Weight:
 
 
 def fetch(weight: Weight, folder: Path, **options) -> list[str]:
-    said: list[str] = []
-    weights.download([weight], folder, say=said.append, **options)
-    return said
+    lines: list[str] = []
+    weights.download([weight], folder, log=lines.append, **options)
+    return lines
 
 
 def bodies(server) -> list[str | None]:
     """Ranges of the requests for content."""
-    return [wanted for method, _, wanted in server.requests if method == "GET"]
+    return [ranges for method, _, ranges in server.requests if method == "GET"]
 
 
 def run(server, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
@@ -136,9 +136,9 @@ def run(server, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_licence_and_size_come_first_and_the_file_lands_under_its_name(server, tmp_path):
-    said = fetch(a_weight(server), tmp_path / "new")
-    assert "5,120,000 bytes" in said[0] and "some licence" in said[0] and server.url in said[0]
-    assert "total" in said[1]
+    lines = fetch(a_weight(server), tmp_path / "new")
+    assert "5,120,000 bytes" in lines[0] and "some licence" in lines[0] and server.url in lines[0]
+    assert "total" in lines[1]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.pth"]
     assert (tmp_path / "new" / "a.pth").read_bytes() == CONTENT
     server.requests.clear()
@@ -158,18 +158,18 @@ def test_storage_elsewhere_is_followed(server, tmp_path):
     weight = a_weight(server)
     server.files["/storage/1"] = server.files.pop("/v0.1/a.pth")
     server.moved["/v0.1/a.pth"] = f"{server.url.replace('127.0.0.1', 'localhost')}/storage/1?signature=abc"
-    said = []
+    lines = []
     server.cut = [3_000_000]
-    weights.download([weight], tmp_path, say=said.append)
-    assert (tmp_path / "a.pth").read_bytes() == CONTENT and "5,120,000 bytes" in said[0]
-    assert [wanted for _, path, wanted in server.requests if path == "/storage/1"][-1] == "bytes=3000000-"
+    weights.download([weight], tmp_path, log=lines.append)
+    assert (tmp_path / "a.pth").read_bytes() == CONTENT and "5,120,000 bytes" in lines[0]
+    assert [ranges for _, path, ranges in server.requests if path == "/storage/1"][-1] == "bytes=3000000-"
 
 
 def test_a_later_call_goes_on_but_not_with_another_version(server, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "ATTEMPTS", 1)
     weight = a_weight(server)
     server.cut = [2_000_000]
-    with pytest.raises(ValueError, match=r"broke off .* 2,000,000 of 5,120,000 bytes.*goes on from there"):
+    with pytest.raises(ValueError, match=r"broke off .* 2,000,000 of 5,120,000 bytes.*again to resume"):
         fetch(weight, tmp_path)
     server.requests.clear()
     fetch(weight, tmp_path)
@@ -200,7 +200,7 @@ def test_wrong_content_is_dropped(server, tmp_path):
     assert not (tmp_path / "a.pth").exists() and not (tmp_path / "a.pth.partial").exists()
 
 
-def test_a_damaged_file_is_told_and_mended(server, tmp_path):
+def test_a_damaged_file_is_named_and_fetched_again(server, tmp_path):
     weight = a_weight(server)
     (tmp_path / "a.pth").write_bytes(CONTENT[:-1])
     problem = weights.problem_of(weight, tmp_path, {})
@@ -234,12 +234,12 @@ def test_reading_stands_in_for_a_checksum(server, tmp_path):
     fetch(weight, tmp_path, checks={"a.pth": lambda path: seen.append(path.read_bytes() == CONTENT)})
     assert seen == [True]
 
-    def refuse(path):
+    def fail(path):
         raise ValueError("names do not fit")
 
     with pytest.raises(ValueError, match="names do not fit"):
-        fetch(weight, tmp_path, force=True, checks={"a.pth": refuse})
-    assert "names do not fit" in weights.problem_of(weight, tmp_path, {"a.pth": refuse})
+        fetch(weight, tmp_path, force=True, checks={"a.pth": fail})
+    assert "names do not fit" in weights.problem_of(weight, tmp_path, {"a.pth": fail})
 
 
 # --- the Hub, and the command line ----------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_repository_that_is_not_there(server, tmp_path):
 
 
 def test_another_file_on_the_hub_is_dropped(server, tmp_path):
-    """Also after a lost connection, which the client of the Hub takes up."""
+    """Also after a lost connection, which the client of the Hub resumes."""
     server.files["/hkchengrex/MMAudio/resolve/main/weights/mmaudio_small_16k.pth"] = CONTENT
     server.cut = [2_000_000]
     result = run(server, "download", "mmaudio_small_16k", "--dir", "w", folder=tmp_path)
@@ -305,8 +305,8 @@ def test_names_and_needs_are_those_of_the_encoders():
     recipe = load_recipe(root / "recipes" / "small_16k.yaml")
     for mode in ("16k", "44k"):
         variant = {"16k": "small_16k", "44k": "large_44k_v2"}[mode]
-        asked = load_recipe(root / "recipes" / "small_16k.yaml", [f"model.variant={variant}"])
-        names = {weight.path for weight in weights.needed(asked)}
+        chosen = load_recipe(root / "recipes" / "small_16k.yaml", [f"model.variant={variant}"])
+        names = {weight.path for weight in weights.needed(chosen)}
         assert names == {VAE_FILES[mode], VOCODER_FILES[mode], SYNC_FILE, "empty_string.pth", "clip"}
     tuned = weights.needed(load_recipe(root / "recipes" / "finetune_small_16k.yaml"))
     assert {w.path for w in tuned} - {w.path for w in weights.needed(recipe)} == {"mmaudio_small_16k.pth"}
@@ -318,11 +318,11 @@ def test_names_and_needs_are_those_of_the_encoders():
         weights.find(["v1-61.pth"])
 
 
-def test_flow_networks_are_found_where_the_reference_keeps_them(tmp_path):
+def test_flow_networks_are_located_where_the_reference_keeps_them(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "mmaudio_small_16k.pth").write_bytes(b"")
-    found = weights.locate(weights.find(["mmaudio_small_16k"])[0], tmp_path / "ext_weights")
-    assert found == tmp_path / "weights" / "mmaudio_small_16k.pth"
+    path = weights.locate(weights.find(["mmaudio_small_16k"])[0], tmp_path / "ext_weights")
+    assert path == tmp_path / "weights" / "mmaudio_small_16k.pth"
 
 
 # --- converting -----------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -23,14 +25,16 @@ from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, audi
 
 SECONDS, SIZE, FPS = 10, (1280, 720), 30  # of the clip that is made when none is given
 SMALL_DEPTH, SMALL_FRAMES = 1, 64  # of bf16 where it is emulated, some hundred times slower
+Module = TypeVar("Module", bound=torch.nn.Module)
+
 MEMORY_COUNTS = (4, 16, 32)  # videos whose extraction is compared in peak memory, in shards of 4
 
 
 def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> dict[str, float | str]:
     """Videos per second of decoding and preprocessing, GFLOP/s of the encoders, peak memory over few and many.
 
-    The straightforward way decodes the file once per stream, pictures through an fps filter, and resizes picture by
-    picture; it gives the same pictures. Both ways read as many files at once as there are cores, as extraction does,
+    The straightforward way decodes the file once per stream, frames through an fps filter, and resizes frame by frame;
+    it gives the same frames. Both ways read as many files at once as there are cores, as extraction does,
     and each file with one thread. The encoders have random weights, which does not change their cost.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -67,18 +71,19 @@ def _peak_of_extraction(video: Path, folder: Path, count: int, mode: str) -> flo
 
 _EXTRACTION = """
 import re, sys
+from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, VideoSource, variant_config
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.features.extract import extract_video
 folder, mode = sys.argv[1:]
-encoders = {"kind": "toy", "weights_dir": folder, "clip": "", "precision": "fp32", "device": "cpu"}
-extract_video("store", f"{folder}/videos", f"{folder}/list.tsv", folder, encoders=encoders, mode=mode,
-              open_writer=StoreWriter, shard_size=4, progress=False)
+recipe = Recipe("bench", model=variant_config(f"small_{mode}"), encoders=EncoderConfig("toy", folder, device="cpu"),
+                extraction=ExtractionConfig(folder, shard_size=4))
+extract_video(recipe, VideoSource("store", f"{folder}/videos", f"{folder}/list.tsv"), StoreWriter, progress=False)
 # Not ru_maxrss, which starts at the size of the parent process.
 print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def _times(ways: list[Callable[[], object]], copies: int, rounds: int) -> tuple[list[float], list[float]]:
+def _times(ways: Sequence[Callable[[], object]], copies: int, rounds: int) -> tuple[list[float], list[float]]:
     """Median seconds of each way, `copies` at once, and of processor time; in turn, after a warm-up."""
     seconds: list[list[float]] = [[] for _ in ways]
     work: list[list[float]] = [[] for _ in ways]
@@ -102,45 +107,45 @@ def make_clip(path: Path) -> Path:
     width, height = SIZE
     noise = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
-        pictures = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23"})
-        pictures.width, pictures.height, pictures.pix_fmt = width, height, "yuv420p"
-        sound = container.add_stream("aac", rate=44_100, layout="stereo")
+        video = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = container.add_stream("aac", rate=44_100, layout="stereo")
         grain = noise.integers(0, 40, (height, width, 3), dtype=np.uint8)
         stripes = (np.arange(width) % 200).astype(np.uint8)[None, :, None]
         for index in range(SECONDS * FPS):
-            picture = np.roll(stripes, 7 * index, axis=1) + np.roll(grain, 13 * index, axis=0)
-            container.mux(pictures.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(pictures.encode(None))
+            image = np.roll(stripes, 7 * index, axis=1) + np.roll(grain, 13 * index, axis=0)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode(None))
         tone = 0.5 * np.sin(np.arange(SECONDS * 44_100) * (2 * np.pi * 440 / 44_100)).astype(np.float32)
         for start in range(0, len(tone), 1024):
-            part = np.ascontiguousarray(np.stack([tone[start : start + 1024]] * 2))
-            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="stereo")
+            samples = np.ascontiguousarray(np.stack([tone[start : start + 1024]] * 2))
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
             frame.sample_rate, frame.pts = 44_100, start
-            container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
     return path
 
 
 def plain_read(path: Path, mode: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two passes over the pictures and one over the sound, each picture resized on its own.
+    """Two passes over the video and one over the audio, each frame resized on its own.
 
-    uint8 pictures (T, 3, 384, 384) and (F, 3, 224, 224), and the sound as long as it is, without normalisation.
+    uint8 frames (T, 3, 384, 384) and (F, 3, 224, 224), and the waveform in its full length, without normalisation.
     """
     lengths = sequence_lengths(mode)
-    pictures = []
+    frames = []
     for fps, count, resize in ((CLIP_FPS, lengths.clip, _resize_clip), (SYNC_FPS, lengths.sync_frames, _resize_sync)):
-        pictures.append(torch.cat([resize(picture) for picture in _plain_pictures(path, fps, count)]))
+        frames.append(torch.cat([resize(frame) for frame in _plain_frames(path, fps, count)]))
     with av.open(str(path)) as container:
         rate = container.streams.audio[0].rate
-        waveform = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1).mean(0)
+        samples = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1).mean(0)
     options = {"lowpass_filter_width": 64, "rolloff": 0.9475937167399596, "beta": 14.769656459379492}
     target = audio_mode(mode).sample_rate
-    sound = resample(torch.from_numpy(waveform), rate, target, resampling_method="sinc_interp_kaiser", **options)
-    return *pictures, sound
+    waveform = resample(torch.from_numpy(samples), rate, target, resampling_method="sinc_interp_kaiser", **options)
+    return frames[0], frames[1], waveform
 
 
-def _plain_pictures(path: Path, fps: int, count: int) -> list[torch.Tensor]:
-    pictures: list[torch.Tensor] = []
+def _plain_frames(path: Path, fps: int, count: int) -> list[torch.Tensor]:
+    frames: list[torch.Tensor] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -156,24 +161,24 @@ def _plain_pictures(path: Path, fps: int, count: int) -> list[torch.Tensor]:
             graph.vpush(frame)
             while True:
                 try:
-                    pictures.append(torch.from_numpy(graph.vpull().to_ndarray()).permute(2, 0, 1)[None])
+                    frames.append(torch.from_numpy(graph.vpull().to_ndarray()).permute(2, 0, 1)[None])
                 except (BlockingIOError, av.EOFError):
                     break
-            if len(pictures) >= count:
+            if len(frames) >= count:
                 break
-    return pictures[:count]
+    return frames[:count]
 
 
-def _resize_clip(picture: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(picture, (CLIP_PIXELS, CLIP_PIXELS), mode="bicubic", antialias=True)
+def _resize_clip(frame: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(frame, (CLIP_PIXELS, CLIP_PIXELS), mode="bicubic", antialias=True)
 
 
-def _resize_sync(picture: torch.Tensor) -> torch.Tensor:
-    height, width = picture.shape[2:]
+def _resize_sync(frame: torch.Tensor) -> torch.Tensor:
+    height, width = frame.shape[2:]
     size = (
         (SYNC_PIXELS, SYNC_PIXELS * width // height) if height < width else (SYNC_PIXELS * height // width, SYNC_PIXELS)
     )
-    resized = F.interpolate(picture, size, mode="bicubic", antialias=True)
+    resized = F.interpolate(frame, size, mode="bicubic", antialias=True)
     top, left = (size[0] - SYNC_PIXELS) // 2, (size[1] - SYNC_PIXELS) // 2
     return resized[..., top : top + SYNC_PIXELS, left : left + SYNC_PIXELS]
 
@@ -191,16 +196,16 @@ def _encoder_rates(mode: str, rounds: int) -> dict[str, float | str]:
         sizes = (SMALL_DEPTH, SMALL_FRAMES) if small else (synchformer.DEPTH, frames)
         figures[f"{precision}_size"] = f"{sizes[0]} Synchformer blocks, {sizes[1]} mel frames"
         for name, run, flops in _encoder_runs(mode, *sizes):
-
-            def autocast(run=run, dtype=dtype) -> None:
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    run()
-
-            timed = [time_matmul(torch.device("cpu"), dtype), (autocast, flops)]
+            timed = [time_matmul(torch.device("cpu"), dtype), (partial(_autocast, run, dtype), flops)]
             matmul, rate = median_rates(timed, 1 if small else rounds)
             figures[f"{name}_{precision}_gflop_s"] = rate / 1e9
             figures[f"{name}_{precision}_of_matmul"] = rate / matmul
     return figures
+
+
+def _autocast(run: Callable[[], object], dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        run()
 
 
 def _encoder_runs(mode: str, depth: int, frames: int) -> Iterator[tuple[str, Callable[[], object], float]]:
@@ -213,7 +218,7 @@ def _encoder_runs(mode: str, depth: int, frames: int) -> Iterator[tuple[str, Cal
     yield "vae_encode", lambda: vae.encode(mel), autoencoder.flops(mode, frames)[0]
 
 
-def randomised(network: torch.nn.Module, device: torch.device | str = "cpu") -> torch.nn.Module:
+def randomised(network: Module, device: torch.device | str = "cpu") -> Module:
     """The network with random weights on `device`; its cost is that of the real ones."""
     network = network.to_empty(device=device)
     for tensor in (*network.parameters(), *network.buffers()):

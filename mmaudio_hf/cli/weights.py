@@ -1,20 +1,23 @@
 """Commands for released weights, and for checkpoints of the reference implementation."""
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mmaudio_hf.cli.training import weight_checks, write_extras
 from mmaudio_hf.config import Recipe, load_recipe
 
 
-def add_commands(add) -> None:
+def add_commands(add: Callable[..., Any]) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     _add_commands(add("weights", None, "list, download, verify and convert released weights"))
-    importing = add("import", _import, "make a run folder of a checkpoint of the reference implementation")
+    importing = add("import", _import, "convert a checkpoint of the reference implementation to a run folder")
     importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
     importing.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-    importing.add_argument("--recipe", required=True, help="recipe to go on with")
-    importing.add_argument("--run", required=True, type=Path, help="run folder to make")
+    importing.add_argument("--recipe", required=True, help="recipe to continue with")
+    importing.add_argument("--run", required=True, type=Path, help="new run folder")
     importing.add_argument("--snapshots", type=Path, help="folder of its EMA snapshots, 0.5000.pt and so on")
     exporting = add("export", _export, "write a run as files of the reference implementation")
     exporting.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -22,10 +25,10 @@ def add_commands(add) -> None:
     exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
 
 
-def _add_commands(parser) -> None:
+def _add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name, function, help_text, folder=True):
+    def add(name: str, function: Callable, help_text: str, folder: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=function)
         if folder:
@@ -45,32 +48,32 @@ def _add_commands(parser) -> None:
     convert.add_argument("--variant", help="network that it must be (default: recognised)")
 
 
-def _weights_dir(options, recipe: Recipe | None = None) -> Path:
+def _weights_dir(options: argparse.Namespace, recipe: Recipe | None = None) -> Path:
     return options.dir or Path(recipe.encoders.weights_dir if recipe else "ext_weights")
 
 
-def _weights_list(options) -> None:
+def _weights_list(options: argparse.Namespace) -> None:
     from mmaudio_hf import weights
 
     print(weights.table(_weights_dir(options)))
 
 
-def _weights_download(options) -> None:
+def _weights_download(options: argparse.Namespace) -> None:
     from mmaudio_hf import weights
 
     recipe = load_recipe(options.for_recipe) if options.for_recipe else None
-    wanted = weights.find(options.names)
+    chosen = weights.find(options.names)
     if recipe is not None:
-        wanted += [weight for weight in weights.needed(recipe) if weight not in wanted]
+        chosen += [weight for weight in weights.needed(recipe) if weight not in chosen]
         if recipe.encoders.kind == "toy":
             print(f"{options.for_recipe} has toy encoders, which need no released weights")
-    elif not wanted:
+    elif not chosen:
         names = " ".join(weight.path for weight in weights.CATALOGUE)
         raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
-    weights.download(wanted, _weights_dir(options, recipe), weight_checks(), options.force)
+    weights.download(chosen, _weights_dir(options, recipe), weight_checks(), options.force)
 
 
-def _weights_verify(options) -> int:
+def _weights_verify(options: argparse.Namespace) -> int:
     from mmaudio_hf import weights
 
     folder, bad = _weights_dir(options), 0
@@ -84,16 +87,15 @@ def _weights_verify(options) -> int:
     return 1 if bad else 0
 
 
-def _weights_convert(options) -> None:
-
+def _weights_convert(options: argparse.Namespace) -> None:
     from mmaudio_hf.models.convert import convert_file
 
     print(convert_file(options.file, options.out, options.variant))
 
 
-def _import(options) -> None:
-    place = [f"name={json.dumps(options.run.name)}", f"output_dir={json.dumps(str(options.run.parent))}"]
-    recipe = load_recipe(options.recipe, [*options.overrides, *place])
+def _import(options: argparse.Namespace) -> None:
+    folder = [f"name={json.dumps(options.run.name)}", f"output_dir={json.dumps(str(options.run.parent))}"]
+    recipe = load_recipe(options.recipe, [*options.overrides, *folder])
     from mmaudio_hf.interop import import_checkpoint
 
     result = import_checkpoint(
@@ -102,10 +104,10 @@ def _import(options) -> None:
     for note in result.notes:
         print(f"note: {note}")
     print(f"{result.folder}: step {result.step}")
-    print(f"go on with: accelerate launch train.py {options.run / 'config.yaml'}")
+    print(f"continue with: accelerate launch train.py {options.run / 'config.yaml'}")
 
 
-def _export(options) -> None:
+def _export(options: argparse.Namespace) -> None:
     from mmaudio_hf.interop import export_run
 
     for path in export_run(options.run, options.out, options.step):
