@@ -194,7 +194,7 @@ def evaluation_findings(recipe: Recipe) -> Iterator[Finding]:
     settings = recipe.evaluation
     if not (settings.metrics and (settings.every or settings.after_training)):
         return
-    problem = AvBench.of(recipe).problem()
+    problem = AvBench.from_recipe(recipe).problem()
     where = settings.av_bench_python or "this environment"
     found = f"without {', '.join(settings.metrics)} until this is mended: {problem}" if problem else f"works in {where}"
     yield Finding("warn" if problem else "ok", "av-benchmark", found)

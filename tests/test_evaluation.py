@@ -370,7 +370,7 @@ def test_too_few_sounds_give_null_and_a_complex_root_minus_one(tmp_path):
             torch.save({"only": torch.ones(4)}, tmp_path / side / name)
     scores = score_caches(tmp_path / "gt", tmp_path / "pred")
     plain = {name: score.to_json() for name, score in scores.items()}
-    assert plain["FD-PASST"]["value"] is None and plain["ISC-PASST-mean"]["note"] == "fewer than 10 sounds"
+    assert plain["FD-PASST"]["value"] is None and plain["ISC-PASST-mean"]["note"] == "fewer than 10 clips"
     assert json.loads(json.dumps(plain, allow_nan=False))["KL-PASST-softmax"]["value"] == 0.0
     # Fewer rows than columns, and large ones: rounding makes eigenvalues of the product negative.
     assert frechet_distance(1e6 * arr("complex/a", 5, 40), 1e6 * arr("complex/b", 5, 40)) == -1.0

@@ -133,8 +133,8 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
     assert f"`mmaudio-hf weights download {CLAP_FILE} --dir {extracted}`" in found.problem()
     with pytest.raises(RunError, match=f"FileNotFoundError: .*{CLAP_FILE}"):
         run()
-    assert "is no program" in AvBench(str(extracted / "python"), extracted).problem()
-    assert "is no program" in AvBench(str(extracted), extracted).problem()
+    assert "is not a program" in AvBench(str(extracted / "python"), extracted).problem()
+    assert "is not a program" in AvBench(str(extracted), extracted).problem()
     (extracted / "text").write_bytes(b"\0")
     (extracted / "text").chmod(0o755)
     assert (
@@ -244,9 +244,9 @@ def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     for wrong, message in (
-        ("nowhere", "neither a folder nor a data set"),
-        (str(tmp_path / "typo"), "neither a folder nor a data set"),
-        ("here/cachs/vggsound-test", "neither a folder nor a data set"),
+        ("nowhere", "neither a folder nor a dataset"),
+        (str(tmp_path / "typo"), "neither a folder nor a dataset"),
+        ("here/cachs/vggsound-test", "neither a folder nor a dataset"),
         ("some one/name", "not a repository of the Hub"),
         (str(tmp_path), "holds no cached"),
     ):
@@ -298,11 +298,11 @@ def test_a_damaged_note_of_the_true_sounds_is_none(recipe, alone, tmp_path):
     """As a full disk left it; a whole one says that they have been heard."""
     shutil.copytree(alone / "test_truth", tmp_path / "test_truth")
     evaluator = SplitEvaluator(load_recipe(recipe), "test", folder=tmp_path)
-    truth_key = {name: evaluator._made_of()[name] for name in ("decoder", "stores")}
+    truth_key = {name: evaluator._inputs()[name] for name in ("decoder", "stores")}
     published = PublishedScores(evaluator.recipe, "test", tmp_path, evaluator.items, truth_key, None)
-    assert published.truth_wanted() is None
+    assert published.truth_dir() is None
     (tmp_path / "test_truth" / "key.json").write_bytes(b"")
-    assert published.truth_wanted() == tmp_path / "test_truth" / "clips"
+    assert published.truth_dir() == tmp_path / "test_truth" / "clips"
 
 
 def test_doctor_says_it_before(recipe, twin):

@@ -321,7 +321,7 @@ def test_what_cannot_be_scored_is_counted(finished, tmp_path):
     (tmp_path / "validation_step_9.json").unlink()
     content = evaluator.evaluate(network, 9, facts)
     (entry,) = content["items"]["dropped"]
-    assert entry == {"reason": "a sound that cannot be read", "count": 1, "ids": [first]} and not clip.exists()
+    assert entry == {"reason": "a clip that cannot be read", "count": 1, "ids": [first]} and not clip.exists()
     assert content["scores"]["log_mel_distance"]["used"] == len(evaluator.items) - 1
     again = evaluator.evaluate(network, 9, facts)["scores"]  # these are not returned again: the sound is made anew
     for name, score in whole["scores"].items():  # made in another batch

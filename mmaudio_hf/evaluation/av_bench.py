@@ -1,5 +1,6 @@
-"""av-benchmark as the extractor of features (https://github.com/hkchengrex/av-benchmark), here or in an environment
-of its own: it needs an older transformers than this package does.
+"""The published scores of a split: features from av-benchmark (https://github.com/hkchengrex/av-benchmark), compared.
+
+av-benchmark runs here or in an environment of its own: it needs an older transformers than this package does.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +21,8 @@ from huggingface_hub import snapshot_download
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation import av_bench_job
-from mmaudio_hf.evaluation.caches import Score, score_caches
-from mmaudio_hf.evaluation.results import digest, read_key, together, write_key
+from mmaudio_hf.evaluation.metrics import Score, score_caches
+from mmaudio_hf.evaluation.results import digest, gather_results, on_main, read_key, write_key
 from mmaudio_hf.evaluation.samples import HeldOutItems
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT, RunError, split_hub_id
 
@@ -34,7 +36,7 @@ INSTALL = (
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LINES_SHOWN = 3  # of what it printed last
 
-# Files that it writes of sounds, by the metrics that read them.
+# Caches of features of audio, by the metrics that read them.
 _BASE_FILES = ("pann_features.pth", "vggish_features.pth", "passt_features_embed.pth", "passt_logits.pth")
 _VIDEO_FILES = ("imagebind_audio.pth", "synchformer_audio.pth")
 _CLAP_FILES = ("clap_laion_audio.pth", "clap_ms_audio.pth")
@@ -42,14 +44,14 @@ _CLAP_FILES = ("clap_laion_audio.pth", "clap_ms_audio.pth")
 
 @dataclass(frozen=True)
 class AvBench:
-    """Where av-benchmark is, and how it is to work."""
+    """Where av-benchmark is, and its settings."""
 
     python: str  # interpreter; "": this process
     weights_dir: Path  # holds CLAP_FILE and SYNCHFORMER_FILE
     batch_size: int = 32
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "AvBench":
+    def from_recipe(cls, recipe: Recipe) -> "AvBench":
         """As `recipe.evaluation` says."""
         settings = recipe.evaluation
         return cls(settings.av_bench_python, Path(recipe.encoders.weights_dir), settings.av_bench_batch_size)
@@ -57,9 +59,9 @@ class AvBench:
     def problem(self) -> str | None:
         """Why it cannot be used, with the way out; None when it can. Imports it, which takes some seconds."""
         if self.python and not (Path(self.python).is_file() and os.access(self.python, os.X_OK)):
-            return f"evaluation.av_bench_python {self.python} is no program: install av-benchmark by {INSTALL}"
+            return f"evaluation.av_bench_python {self.python} is not a program: install av-benchmark by {INSTALL}"
         try:
-            self._do({"action": "check"}, None)
+            self._run({"action": "check"}, None)
         except RunError as error:
             return f"av-benchmark cannot be imported ({error}): install it by {INSTALL}"
         missing = [name for name in (SYNCHFORMER_FILE, CLAP_FILE) if not (self.weights_dir / name).is_file()]
@@ -78,10 +80,10 @@ class AvBench:
         video: bool,
         clap: bool,
     ) -> None:
-        """Write the caches of every sound in `audio_dir` to `cache_dir`.
+        """Write the caches of every file in `audio_dir` to `cache_dir`.
 
-        video, clap: also what ImageBind and Synchformer, and CLAP, say of them. RunError, with the last lines that it
-        printed, when it fails, dies or leaves a file out.
+        video, clap: also features of ImageBind and Synchformer, and of CLAP. RunError, with the last lines that it
+        printed, when it fails, dies or does not write a file.
         """
         cuda = device.type == "cuda"
         job = {
@@ -98,14 +100,14 @@ class AvBench:
             "synchformer": str((self.weights_dir / SYNCHFORMER_FILE).resolve()),
         }
         cache_dir.mkdir(parents=True, exist_ok=True)
-        self._do(job, device, cache_dir.with_name(f"{cache_dir.name}.log"))
+        self._run(job, device, cache_dir.with_name(f"{cache_dir.name}.log"))
         missing = [name for name in feature_files(video, clap) if not (cache_dir / name).is_file()]
         if missing:
             raise RunError(f"av-benchmark ended without an error, but wrote no {', '.join(missing)}")
 
-    def _do(self, job: dict[str, Any], device: torch.device | None, log: Path | None = None) -> None:
+    def _run(self, job: dict[str, Any], device: torch.device | None, log: Path | None = None) -> None:
         if self.python:
-            _run_elsewhere(self.python, job, device, log)
+            _run_in_environment(self.python, job, device, log)
             return
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -119,16 +121,14 @@ def feature_files(video: bool, clap: bool) -> list[str]:
     return [*_BASE_FILES, *(_VIDEO_FILES if video else ()), *(_CLAP_FILES if clap else ())]
 
 
-def _run_elsewhere(python: str, job: dict[str, Any], device: torch.device | None, log: Path | None) -> None:
-    """Run the job by another interpreter; what it prints goes to `log`. RunError when it fails."""
-    import tempfile
-
+def _run_in_environment(python: str, job: dict[str, Any], device: torch.device | None, log: Path | None) -> None:
+    """Run the job with another interpreter; its output goes to `log`. RunError when it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
         job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
         log = log or Path(scratch) / "log"
         with open(log, "wb") as output:
-            # A session of its own: a Ctrl-C in the terminal is for this process, which ends the other if it must.
+            # A session of its own: a Ctrl-C in the terminal reaches this process alone, which ends the other.
             try:
                 ended = subprocess.run(
                     [python, av_bench_job.__file__, str(job_file), str(result_file)],
@@ -150,7 +150,7 @@ def _run_elsewhere(python: str, job: dict[str, Any], device: torch.device | None
 
 
 def _environment(device: torch.device | None) -> dict[str, str]:
-    """Variables without those of a launcher and of this environment; only the GPU of this process is to be seen."""
+    """Variables without those of a launcher and of this environment; only the GPU of this process is visible."""
     kept = {name: value for name, value in os.environ.items() if name not in (*_LAUNCHER, "PYTHONPATH", "PYTHONHOME")}
     if device is None or device.type != "cuda":
         return kept | {"CUDA_VISIBLE_DEVICES": ""}
@@ -165,34 +165,34 @@ def _last_lines(log: Path) -> str:
     return f"; it printed last: {' | '.join(printable)}" if printable else ""
 
 
-def merge_caches(parts: Sequence[Path], into: Path, files: Collection[str], ids: Sequence[str]) -> list[str]:
-    """Put the caches of several folders together, in the order of `ids`; return the ids that any file lacks.
+def merge_caches(folders: Sequence[Path], into: Path, files: Collection[str], ids: Sequence[str]) -> list[str]:
+    """Merge the caches of several folders, in the order of `ids`; return the ids that any file lacks.
 
     RunError for a file that cannot be read.
     """
     into.mkdir(parents=True, exist_ok=True)
     lacking: set[str] = set()
     for name in files:
-        found: dict[str, Any] = {}
-        for part in parts:
+        features: dict[str, Any] = {}
+        for folder in folders:
             try:
-                found |= torch.load(part / name, map_location="cpu", weights_only=True)
+                features |= torch.load(folder / name, map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged file can break the reader anywhere
-                raise RunError(f"{part / name}, which av-benchmark wrote, cannot be read: {error}") from error
-        lacking |= set(ids) - set(found)
+                raise RunError(f"{folder / name}, which av-benchmark wrote, cannot be read: {error}") from error
+        lacking |= set(ids) - set(features)
         partial = into / f"{name}.partial"
-        torch.save({item_id: found[item_id] for item_id in ids if item_id in found}, partial)
+        torch.save({item_id: features[item_id] for item_id in ids if item_id in features}, partial)
         partial.replace(into / name)
     return sorted(lacking)
 
 
-# --- The published scores of a split ---------------------------------------------------------------------------------
+# --- The published scores of a split ----------------------------------------------------------------------------------
 
 
 AV_BENCH = "av-benchmark"  # in `not_computed`
 NO_FEATURES = "av-benchmark gave no features"
 
-# Files of the ground truth that some families of scores compare sounds with.
+# Caches of the ground truth that some families of scores need.
 _TRUTH_FILES = {
     "ib": ("imagebind_video.pth",),
     "desync": ("synchformer_video.pth",),
@@ -200,25 +200,25 @@ _TRUTH_FILES = {
 }
 
 
-def av_bench_problem(recipe: Recipe, say: Callable[[str], None]) -> str | None:
-    """Why the scores of av-benchmark that `recipe` asks for cannot be had; None when they can, or none are wanted.
+def av_bench_problem(recipe: Recipe, log: Callable[[str], None]) -> str | None:
+    """Why av-benchmark cannot compute `evaluation.metrics`; None when it can, or none are requested.
 
-    The first process finds out and tells `say`.
+    The first process checks and logs it, before the process group exists.
     """
     if not recipe.evaluation.metrics or int(os.environ.get("RANK", "0")):
         return None
-    problem = AvBench.of(recipe).problem()
+    problem = AvBench.from_recipe(recipe).problem()
     if problem:
-        say(f"evaluation.metrics are left out, the other scores are computed: {problem}")
+        log(f"evaluation.metrics are left out, the other scores are computed: {problem}")
     return problem
 
 
-def check_truth(recipe: Recipe, splits: Iterable[str], problem: str | None, say: Callable[[str], None]) -> None:
-    """See that the features `evaluation.truth` names for `splits` are there, and fetch those of the Hub.
+def check_truth(recipe: Recipe, splits: Iterable[str], problem: str | None, log: Callable[[str], None]) -> None:
+    """Check that the features `evaluation.truth` names for `splits` exist, and download those on the Hub.
 
-    The first process does it, before anything is made. problem: why av-benchmark cannot be used; nothing is fetched
-    then. ValueError for what is neither a folder of caches nor a place on the Hub; that the Hub does not give them is
-    told to `say`, and it is asked again when scores are computed.
+    The first process does it, before anything is generated. problem: why av-benchmark cannot be used; nothing is
+    downloaded then. ValueError for what is neither a folder of caches nor a dataset on the Hub; an unreachable Hub is
+    logged, and asked again when scores are computed.
     """
     if not recipe.evaluation.metrics or int(os.environ.get("RANK", "0")):
         return
@@ -233,13 +233,13 @@ def check_truth(recipe: Recipe, splits: Iterable[str], problem: str | None, say:
         except ValueError as error:
             if not on_hub:
                 raise ValueError(f"evaluation.truth.{split}: {error}") from error
-            say(f"evaluation.truth.{split}: {error}")
+            log(f"evaluation.truth.{split}: {error}")
 
 
 class PublishedScores:
-    """What `evaluation.metrics` asks for, of one split.
+    """What `evaluation.metrics` requests for one split; every method is called on every process.
 
-    truth_key: what the true sounds are made of. problem: why av-benchmark cannot be used.
+    truth_key: hash inputs of the true audio. problem: why av-benchmark cannot be used.
     """
 
     def __init__(
@@ -254,29 +254,26 @@ class PublishedScores:
         self.recipe, self.split, self.items, self.problem = recipe, split, items, problem
         self.metrics, self.source = recipe.evaluation.metrics, getattr(recipe.evaluation.truth, split)
         self.folder = folder / f"{split}_truth"
-        self.av_bench = AvBench.of(recipe)
+        self.av_bench = AvBench.from_recipe(recipe)
         self._key = digest(truth_key, *items.ids)
 
-    def truth_wanted(self) -> Path | None:
-        """Folder for the true sounds, where av-benchmark is to hear them; None where it need not.
-
-        Called on every process; the first one looks.
-        """
+    def truth_dir(self) -> Path | None:
+        """Folder for the true audio if av-benchmark needs it; None if not: its features are cached, or given."""
         if not self.metrics or self.problem or self.source:
             return None
-        return self._on_main(lambda: None if read_key(self.folder) == self._key else self.folder / "clips")
+        return on_main(lambda: None if read_key(self.folder) == self._key else self.folder / "clips")
 
     def scores(self, ids: Sequence[str], work: Path) -> tuple[dict[str, Score], dict[str, str]]:
-        """The scores of the sounds `work`/clips/ID.wav, {} but on the first process; and what is missing, and why.
+        """The scores of `work`/clips/ID.wav, and what is missing, and why.
 
-        Called on every process. A library that fails costs its scores and no more.
+        A library that fails costs its scores and no more.
         """
         if not self.metrics:
             return {}, {}
         try:
             return self._scores(ids, work)
         except RunError as error:
-            if PartialState().is_main_process and str(error) != self.problem:  # which was told before
+            if PartialState().is_main_process and str(error) != self.problem:  # which was logged before
                 print(f"warning: evaluation.metrics of {self.split} are left out ({error})", file=sys.stderr)
             return {}, {AV_BENCH: str(error)}
 
@@ -284,43 +281,39 @@ class PublishedScores:
         if self.problem is not None:
             raise RunError(self.problem)
         if not ids:
-            raise RunError("there is no sound to hear")
-        hear = self.truth_wanted()
-        truth, families, lacking = self._on_main(self._truth)
+            raise RunError("there is no audio to score")
+        true_clips = self.truth_dir()
+        truth, families, lacking = on_main(self._truth)
         if not families:
             return {}, lacking
-        if hear is not None:
-            self._extract(hear, truth, ids)
-            self._on_main(lambda: self._keep_truth(ids))
-        silent = self._extract(work / "clips", work / "cache", ids, families)
-        return self._on_main(lambda: self._compare(truth, work / "cache", families, silent)), lacking
-
-    @staticmethod
-    def _on_main(function: Callable[[], Any]) -> Any:
-        """What the first process made of `function`, on every process."""
-        return together(lambda: function() if PartialState().is_main_process else None)[0]
+        if true_clips is not None:
+            self._extract(true_clips, truth, ids)
+            on_main(lambda: self._complete_truth(ids))
+        missing = self._extract(work / "clips", work / "cache", ids, families)
+        return on_main(lambda: self._compare(truth, work / "cache", families, missing)), lacking
 
     def _truth(self) -> tuple[Path, list[str], dict[str, str]]:
         """Folder of the ground truth's features, families of scores that it allows, and why it does not others."""
         folder = truth_caches(self.source) if self.source else self.folder / "cache"
-        there = {path.name for path in folder.glob("*.pth")} if self.source else self._from_stores()
-        lacking = {}
+        names = {path.name for path in folder.glob("*.pth")} if self.source else self._caches_of_stores()
+        lacking: dict[str, str] = {}
         for family, files in _TRUTH_FILES.items():
-            absent = [name for name in files if name not in there]
+            absent = [name for name in files if name not in names]
             if family in self.metrics and absent:
                 where, key = self.source or "the stores", f"evaluation.truth.{self.split}"
                 lacking[family] = f"{where} has no {', '.join(absent)}: name caches with it in {key}"
         return folder, [family for family in self.metrics if family not in lacking], lacking
 
-    def _from_stores(self) -> set[str]:
-        """Caches that the stores give: their sync features are Synchformer's, unless they are toy ones."""
+    def _caches_of_stores(self) -> set[str]:
+        """Caches that the stores provide: their sync features are Synchformer's, unless they are toy ones."""
+        if self.recipe.encoders.kind == "toy":
+            return set()
         ends = (self.items[0], self.items[len(self.items) - 1])
-        real = self.recipe.encoders.kind == "released"
-        return {"synchformer_video.pth"} if real and any(i.request.sync_features is not None for i in ends) else set()
+        return {"synchformer_video.pth"} if any(i.request.sync_features is not None for i in ends) else set()
 
-    def _keep_truth(self, ids: Sequence[str]) -> None:
-        """Note whose true sounds have features now, add those of the stores, and drop the sounds."""
-        if self._from_stores():
+    def _complete_truth(self, ids: Sequence[str]) -> None:
+        """Record whose true audio has features now, add those of the stores, and delete the audio."""
+        if self._caches_of_stores():
             features = {i: self.items.of(i).request.sync_features for i in ids}
             shape = (-1, SYNC_TOKENS_PER_SEGMENT)
             cache = {i: tokens.unflatten(0, shape) for i, tokens in features.items() if tokens is not None}
@@ -330,38 +323,38 @@ class PublishedScores:
             write_key(self.folder, self._key)
 
     def _extract(self, clips: Path, cache: Path, ids: Sequence[str], families: Sequence[str] = ()) -> list[str]:
-        """Have each process extract the features of its share of `clips`, put them together in `cache`.
+        """Let each process extract the features of its share of `clips`, and merge them in `cache`.
 
         Returns the ids that got none. RunError, on every process, when one fails.
         """
-        state, parts = PartialState(), cache.with_name("parts")
+        state, shares = PartialState(), cache.with_name("parts")
         kinds = {"video": bool({"ib", "desync"} & set(families)), "clap": "clap" in families}
-        self._on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
-        share = ids[state.process_index :: state.num_processes]
-        together(lambda: self._extract_share(clips, parts / str(state.process_index), share, kinds) if share else None)
+        on_main(lambda: shutil.rmtree(shares, ignore_errors=True))
+        mine, share = ids[state.process_index :: state.num_processes], shares / str(state.process_index)
+        gather_results(lambda: self._extract_share(clips, share, mine, kinds) if mine else None)
         files = feature_files(**kinds)
-        silent = self._on_main(lambda: merge_caches(sorted(parts.glob("*/cache")), cache, files, ids))
-        self._on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
-        return silent
+        missing = on_main(lambda: merge_caches(sorted(shares.glob("*/cache")), cache, files, ids))
+        on_main(lambda: shutil.rmtree(shares, ignore_errors=True))
+        return missing
 
-    def _extract_share(self, clips: Path, part: Path, ids: Sequence[str], kinds: Mapping[str, bool]) -> None:
-        """Extract the features of some clips to `part`/cache. The extractor takes whole folders, so links make one."""
-        (part / "audio").mkdir(parents=True)
+    def _extract_share(self, clips: Path, share: Path, ids: Sequence[str], kinds: Mapping[str, bool]) -> None:
+        """Extract the features of some clips to `share`/cache. The extractor takes whole folders, so links make one."""
+        (share / "audio").mkdir(parents=True)
         for item_id in ids:
-            (part / "audio" / f"{item_id}.wav").symlink_to((clips / f"{item_id}.wav").resolve())
+            (share / "audio" / f"{item_id}.wav").symlink_to((clips / f"{item_id}.wav").resolve())
         duration, device = self.recipe.model.duration, PartialState().device
-        self.av_bench.extract(part / "audio", part / "cache", duration=duration, device=device, **kinds)
+        self.av_bench.extract(share / "audio", share / "cache", duration=duration, device=device, **kinds)
 
-    def _compare(self, truth: Path, cache: Path, families: Sequence[str], silent: Sequence[str]) -> dict[str, Score]:
+    def _compare(self, truth: Path, cache: Path, families: Sequence[str], missing: Sequence[str]) -> dict[str, Score]:
         sync_weights = self.av_bench.weights_dir / SYNCHFORMER_FILE if "desync" in families else None
         device = PartialState().device
-        found = score_caches(truth, cache, sync_weights=sync_weights, device=device, families=families)
-        more = {NO_FEATURES: list(silent)} if silent else {}
-        return {name: replace(score, dropped={**score.dropped, **more}) for name, score in found.items()}
+        scores = score_caches(truth, cache, sync_weights=sync_weights, device=device, families=families)
+        more = {NO_FEATURES: list(missing)} if missing else {}
+        return {name: replace(score, dropped={**score.dropped, **more}) for name, score in scores.items()}
 
 
 def hub_truth(source: str) -> tuple[str, str | None, str] | None:
-    """Data set, revision (None: the newest) and folder in it that `source` names on the Hub; None for a folder here.
+    """Dataset, revision (None: the newest) and folder in it that `source` names on the Hub; None for a local folder.
 
     ValueError when it is neither.
     """
@@ -369,16 +362,13 @@ def hub_truth(source: str) -> tuple[str, str | None, str] | None:
     if folder.is_dir():
         return None
     if folder.is_absolute() or source.startswith((".", "~")) or "/" not in source or Path(folder.parts[0]).is_dir():
-        raise ValueError(f"{source} is neither a folder nor a data set on the Hub (owner/name/folder)")
+        raise ValueError(f"{source} is neither a folder nor a dataset on the Hub (owner/name/folder)")
     owner, name, *inside = source.strip("/").split("/")
     return *split_hub_id(f"{owner}/{name}"), "/".join(inside)
 
 
 def truth_caches(source: str) -> Path:
-    """Folder of caches: `source` itself, or fetched from the data set OWNER/NAME[@REVISION][/FOLDER] on the Hub.
-
-    ValueError when there are none.
-    """
+    """Folder of caches: `source`, or downloaded from the dataset OWNER/NAME[@REVISION][/FOLDER]; ValueError without."""
     folder, on_hub = Path(source), hub_truth(source)
     if on_hub is not None:
         repo, revision, below = on_hub
@@ -386,7 +376,7 @@ def truth_caches(source: str) -> Path:
         try:
             fetched = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern])
         except (OSError, ValueError) as error:
-            raise ValueError(f"{source} is no folder here, and cannot be fetched from the Hub: {error}") from error
+            raise ValueError(f"{source} is not a local folder, and the Hub does not give it: {error}") from error
         folder = Path(fetched) / below
     if not any(folder.glob("*.pth")):
         raise ValueError(f"{source} holds no cached features (*.pth)")

@@ -1,7 +1,7 @@
-"""What runs beside av-benchmark, by its own interpreter: `python av_bench_job.py JOB.json RESULT.json`.
+"""The process that runs av-benchmark with its own interpreter: `python av_bench_job.py JOB.json RESULT.json`.
 
-It imports nothing of this package, which need not be installed there, and says how it went in RESULT.json alone: the
-libraries behind av-benchmark print to stdout and stderr as they like.
+It imports nothing of this package, which need not be installed there, and reports in RESULT.json alone: the libraries
+behind av-benchmark print to stdout and stderr as they like. It must run on the Python of any such environment.
 """
 
 import json
@@ -9,14 +9,15 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 
-def run(job):
-    """Do what `job` asks for and return its result; whatever goes wrong is an exception."""
+def run(job: dict[str, Any]) -> dict[str, str]:
+    """Extract the features of a job, or only import what it needs; returns the versions. Failures are exceptions."""
     import av_bench.extract
     import av_bench.extraction_models
 
-    versions = {"python": sys.version.split()[0]}
+    versions: dict[str, str] = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers"):
         versions[name] = getattr(sys.modules.get(name), "__version__", "not imported")
     if job["action"] == "check":
@@ -39,19 +40,19 @@ def run(job):
     return versions
 
 
-def end_with(parent):
-    """End this process when the one that started it is gone, however it went."""
+def end_with(parent: int) -> None:
+    """End this process when the one that started it has ended in any way."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def main(job_file, result_file):
+def main(job_file: str, result_file: str) -> None:
     with open(job_file) as file:
         job = json.load(file)
     threading.Thread(target=end_with, args=(job["parent"],), daemon=True).start()
     try:
-        result = {"ok": run(job)}
+        result: dict[str, Any] = {"ok": run(job)}
     except BaseException as error:
         import traceback
 

@@ -1,21 +1,22 @@
-"""Event timing: when sounds begin, and how well that agrees with when they should."""
+"""Scores that need no networks: onsets, and statistics of a waveform, against the ground truth."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torchaudio
+from numpy.typing import ArrayLike
 from scipy.ndimage import maximum_filter1d, uniform_filter1d
 from scipy.signal import stft
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from mmaudio_hf.evaluation.caches import Score
+from mmaudio_hf.evaluation.metrics import Score
 
 _ONSET_HOP = 0.01  # s
 _ONSET_WINDOW = 0.04  # s
 _ONSET_BANDS = 40
-_ONSET_RANGE = 45.0  # dB below the loudest band value; what is quieter counts as silence
+_ONSET_RANGE = 45.0  # dB below the loudest band; quieter ones count as silence
 _ONSET_RISE = 3  # hops over which a rise is measured
 _ONSET_CONTEXT = 0.25  # s on each side, for the mean that a rise must exceed
 _ONSET_APART = 0.15  # s between two onsets
@@ -24,8 +25,8 @@ _ONSET_LEAST = 3.0  # dB averaged over the bands; the least that counts as a ris
 _SILENCE_DBFS = -70.0
 
 
-def onset_times(waveform, sample_rate: int) -> np.ndarray:
-    """Times in seconds, ascending, at which sounds begin in `waveform` (samples,).
+def onset_times(waveform: ArrayLike, sample_rate: int) -> np.ndarray:
+    """Times in seconds, ascending, at which events begin in `waveform` (samples,).
 
     Spectral flux on mel bands in decibels (Bello et al. 2005): rises over 30 ms are added over the bands, and a
     local maximum counts that exceeds the mean around it and 0.4 of the strongest rises in the clip. Levels are
@@ -39,12 +40,12 @@ def onset_times(waveform, sample_rate: int) -> np.ndarray:
     context = uniform_filter1d(flux, 2 * round(_ONSET_CONTEXT / hop) + 1, mode="nearest")
     threshold = np.maximum(context + _ONSET_STRENGTH * strongest / 2, max(_ONSET_STRENGTH * strongest, _ONSET_LEAST))
     peak = flux == maximum_filter1d(flux, 2 * round(_ONSET_APART / hop) + 1, mode="constant")
-    # A rise is strongest in the hop whose windows reach half their length into the sound.
+    # A rise is strongest in the hop whose windows reach half their length into the event.
     return np.flatnonzero(peak & (flux > threshold)) * hop + _ONSET_WINDOW / 2
 
 
 def _spectral_flux(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, float]:
-    """Mean rise over the bands in dB, per hop, and the hop in seconds. Entry i is about sounds that begin at i hops."""
+    """Mean rise over the bands in dB per hop, and the hop in seconds; entry i is for events that begin at i hops."""
     hop, window = round(_ONSET_HOP * sample_rate), round(_ONSET_WINDOW * sample_rate)
     if samples.ndim != 1:
         raise ValueError(f"a waveform must be (samples,), not {samples.shape}")
@@ -56,11 +57,11 @@ def _spectral_flux(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, f
     # Entry i compares the level just after i hops with that just before.
     padded = np.pad(level, ((0, 0), (_ONSET_RISE // 2, _ONSET_RISE - _ONSET_RISE // 2)), mode="edge")
     rise = padded[:, _ONSET_RISE:] - padded[:, :-_ONSET_RISE]
-    whole = (samples.size - window // 2) // hop - 1  # the rest compares windows that are cut off by the end
-    return np.maximum(rise, 0).mean(0)[:whole], hop / sample_rate
+    complete = (samples.size - window // 2) // hop - 1  # the rest compares windows that the end cuts off
+    return np.maximum(rise, 0).mean(0)[:complete], hop / sample_rate
 
 
-def onset_f1(predicted, reference, tolerance: float = 0.1) -> tuple[float, float, float]:
+def onset_f1(predicted: ArrayLike, reference: ArrayLike, tolerance: float = 0.1) -> tuple[float, float, float]:
     """Precision, recall and F1 of onset times in seconds, at most `tolerance` apart and matched one to one.
 
     The matching is the largest possible one, as in the MIREX onset task; all three are 0 when either side is empty.
@@ -75,29 +76,33 @@ def onset_f1(predicted, reference, tolerance: float = 0.1) -> tuple[float, float
 
 
 def onset_scores(
-    detected: Sequence[np.ndarray], events: Sequence[Sequence[float]], *, duration: float, tolerance=0.1, seed: int = 0
+    detected: Sequence[np.ndarray],
+    events: Sequence[Sequence[float]],
+    *,
+    duration: float,
+    tolerance: float = 0.1,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Means over clips of the agreement between detected onsets and the clips' event times, both in seconds.
 
-    Events from `duration` on do not count. "f1_shuffled" is the control: the same sounds against the events of other
-    clips, averaged over ten pairings; NaN where no pairing exists. "clips" is how many were scored.
+    Events at or after `duration` do not count. "f1_shuffled" is the control: the same clips against the events of
+    others, averaged over ten pairings; NaN where no pairing exists. "clips" is how many were scored.
     """
     inside = [[time for time in times if time < duration] for times in events]
     right = [onset_f1(d, e, tolerance) for d, e in zip(detected, inside, strict=True)]
     try:
         orders = [shuffled_pairing(len(inside), seed + k, inside) for k in range(10)]
-        shuffled = float(
-            np.mean([onset_f1(detected[i], inside[j], tolerance)[2] for o in orders for i, j in enumerate(o)])
-        )
+        scores = [onset_f1(detected[i], inside[j], tolerance)[2] for order in orders for i, j in enumerate(order)]
+        shuffled = float(np.mean(scores))
     except ValueError:
-        shuffled = float("nan")
-    precision, recall, f1 = np.mean(right, axis=0) if right else (float("nan"),) * 3
+        shuffled = math.nan
+    precision, recall, f1 = np.mean(right, axis=0) if right else (math.nan,) * 3
     means = {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
     return {**means, "f1_shuffled": shuffled, "clips": len(right)}
 
 
 def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | None = None) -> np.ndarray:
-    """A permutation (n,) that leaves no index in its place: partners for a control without the right pairs.
+    """A permutation (n,) without fixed points: partners for a control without the right pairs.
 
     With `events`, the event times of each clip, partners also differ in them. ValueError when there is no such pairing
     (n < 2, or most clips have the same events).
@@ -115,14 +120,14 @@ def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | 
     )
 
 
-# --- Statistics of sound: how far a waveform is from the true one. No network is needed ------------------------------
+# --- Statistics of a waveform against the ground truth ----------------------------------------------------------------
 
 
 _SCORE_WINDOW, _SCORE_HOP, _SCORE_BANDS = 0.064, 0.016, 80  # s, s
 
 
-def waveform_scores(predicted, reference, sample_rate: int) -> dict[str, float]:
-    """How far a sound is from the true one, both (samples,); the longer is cut to the length of the shorter.
+def waveform_scores(predicted: ArrayLike, reference: ArrayLike, sample_rate: int) -> dict[str, float]:
+    """How far a waveform is from the true one, both (samples,); the longer is cut to the length of the shorter.
 
     "log_mel_distance": root mean square over time and 80 mel bands in dB, both clipped 80 dB below the louder one's
     maximum. "loudness_difference": RMS levels in dB. "centroid_difference" in octaves and "flatness_difference" in dB
@@ -168,7 +173,7 @@ def mel_bank(bins: int, sample_rate: int, bands: int) -> np.ndarray:
     return bank.T.double().numpy()
 
 
-# --- Scores that need no networks ------------------------------------------------------------------------------------
+# --- Both, of the clips of a split ------------------------------------------------------------------------------------
 
 
 # Name -> unit and which values are better.
@@ -182,11 +187,11 @@ BUILT_IN = {
     "onset_recall": ("share", "higher"),
     "onset_f1": ("share", "higher"),
 }
-NO_ONSETS = "neither sound has an onset"
+NO_ONSETS = "neither side has an onset"
 
 
-def clip_scores(predicted, reference, sample_rate: int) -> dict[str, float]:
-    """`waveform_scores` of one sound, and how its onsets agree with those of the true one within 0.1 s.
+def clip_scores(predicted: ArrayLike, reference: ArrayLike, sample_rate: int) -> dict[str, float]:
+    """`waveform_scores` of one clip, and how its onsets agree with those of the true one within 0.1 s.
 
     Both are (samples,). Where neither has an onset, the last three are left out.
     """
@@ -202,11 +207,8 @@ def mean_scores(clips: Mapping[str, Mapping[str, float]], dropped: Mapping[str, 
     """Means of `clip_scores` by id; `dropped`, reason -> ids, has what was not scored at all."""
     scores = {}
     for name, (unit, better) in BUILT_IN.items():
-        values = [found[name] for found in clips.values() if name in found]
-        silent = [item_id for item_id, found in clips.items() if name not in found]
-        reasons = {reason: list(ids) for reason, ids in dropped.items() if ids} | (
-            {NO_ONSETS: silent} if silent else {}
-        )
-        mean = float(np.mean(values)) if values else math.nan
-        scores[name] = Score(mean, unit, better, len(values), reasons)
+        values = [clip[name] for clip in clips.values() if name in clip]
+        silent = [item_id for item_id, clip in clips.items() if name not in clip]
+        reasons = {reason: ids for reason, ids in {**dropped, NO_ONSETS: silent}.items() if ids}
+        scores[name] = Score(float(np.mean(values)) if values else math.nan, unit, better, len(values), reasons)
     return scores

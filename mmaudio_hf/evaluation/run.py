@@ -1,21 +1,20 @@
-"""Evaluating a network: the sound of a whole split, made and scored by all processes.
+"""Evaluation of a network: the audio of a whole split, generated and scored by all processes.
 
-    FOLDER/SPLIT_step_N.json          scores, see `results`; SPLIT_step_N_VARIANT of other settings than the run's own
-    FOLDER/SPLIT_step_N.clips.jsonl   built-in scores of each sound
-    FOLDER/SPLIT_step_N/clips/ID.wav  the sounds, until they are scored (or always, with evaluation.keep_clips)
-    FOLDER/SPLIT_step_N/cache/        their features, likewise
-    FOLDER/SPLIT_truth/cache/         features of the true sounds, where the recipe names none
+    FOLDER/SPLIT_step_N.json          scores, see `results`; SPLIT_step_N_VARIANT with other settings than the run's own
+    FOLDER/SPLIT_step_N.clips.jsonl   built-in scores of each clip
+    FOLDER/SPLIT_step_N/clips/ID.wav  the audio, until it is scored (or for good, with evaluation.keep_clips)
+    FOLDER/SPLIT_step_N/cache/        its features, likewise
+    FOLDER/SPLIT_truth/cache/         features of the true latents, decoded, where the recipe names none
 
-A sound is written under another name and renamed, so whatever is there is whole: an evaluation that was killed goes on
-with the sounds already made. They belong to the weights and settings whose hash is in `key.json`; with any others the
-folder is emptied first.
+A clip is written under another name and renamed, so an evaluation that was killed resumes with the clips that are
+there. They belong to the weights and settings whose hash is in `key.json`; with any others the folder is emptied first.
 """
 
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,53 +25,54 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation.av_bench import AV_BENCH, PublishedScores, av_bench_problem, check_truth
-from mmaudio_hf.evaluation.caches import listed
+from mmaudio_hf.evaluation.metrics import Score, dropped_json
 from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import (
     FOLDER,
     FORMAT,
     digest,
-    everything,
+    gather_results,
+    on_main,
     read_key,
     read_scores,
     scores_file,
-    together,
     write_key,
     write_scores,
+    write_text,
 )
-from mmaudio_hf.evaluation.samples import HeldOutItems, generate_items
-from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint, load_encoders
+from mmaudio_hf.evaluation.samples import HeldOutItems, decoding_pipeline, generate_items
+from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import Evaluation, RunError
 
-NOT_FINITE = "a sound that is not finite"
-UNREADABLE = "a sound that cannot be read"
+NOT_FINITE = "a clip that is not finite"
+UNREADABLE = "a clip that cannot be read"
 REPEATED = "another row of the same id"
 
 
-def evaluators_of(recipe: Recipe, say: Callable[[str], None]) -> list["SplitEvaluator"]:
+def evaluators_of(recipe: Recipe, log: Callable[[str], None]) -> list["SplitEvaluator"]:
     """What the training loop is to run for `recipe.evaluation`.
 
-    `say` is told once, by the first process, when av-benchmark is asked for and cannot be used; the other scores are
-    computed all the same. ValueError when a store, a file of the decoder or a folder of true features is missing.
+    The first process logs once when av-benchmark is needed and cannot be used; the other scores are computed all the
+    same. ValueError when a store, a file of the decoder or a folder of true features is missing.
     """
     settings = recipe.evaluation
-    wanted = {settings.split: settings.every} if settings.every else {}
+    splits = {settings.split: settings.every} if settings.every else {}
     if settings.after_training:
-        wanted.setdefault("test", recipe.training.steps)
-    problem = av_bench_problem(recipe, say) if wanted else None
-    check_truth(recipe, wanted, problem, say)
-    return [SplitEvaluator(recipe, split, every=every, av_bench_problem=problem) for split, every in wanted.items()]
+        splits.setdefault("test", recipe.training.steps)
+    problem = av_bench_problem(recipe, log) if splits else None
+    check_truth(recipe, splits, problem, log)
+    return [SplitEvaluator(recipe, split, every=every, av_bench_problem=problem) for split, every in splits.items()]
 
 
 class SplitEvaluator:
-    """Makes the sound of `data.SPLIT` and scores it, every `every` steps of training or when it is asked to.
+    """Generates the audio of `data.SPLIT` and scores it, every `every` steps of training or on its own.
 
     av_bench_problem: what `av_bench_problem` returned. folder: for the results, by default RUN/evaluation.
-    label: what the network is called there. variant: what `variant_of` returned.
+    label: name of the network in the results. variant: what `variant_of` returned.
     ValueError when a store or a file of the decoder is missing.
     """
 
@@ -98,7 +98,6 @@ class SplitEvaluator:
         if not stores:
             raise ValueError(f"data.{split} names no store: there is nothing to evaluate")
         self.items = HeldOutItems(stores, recipe.evaluation.items, spread=True)
-        self._pipeline: MMAudioPipeline | None = None
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """`evaluate` for the training loop, which a full disk or a failing library must not end."""
@@ -112,169 +111,145 @@ class SplitEvaluator:
         return Evaluation({name: value for name, value in scores.items() if value is not None}, [])
 
     def evaluate(self, model: MMAudio, step: int | None, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Make, score and write the split with `model`; every process calls it and has the content of the file.
+        """Generate and score the split with `model`; every process calls it and returns the content of the file.
 
         weights: which these are, as in weights.json. RunError, on every process, when one of them fails.
         """
         state = PartialState()
         path = scores_file(self.folder, self.split, step, self._variant)
         work = path.with_suffix("")
-        earlier, missing, truth_key, problem = together(lambda: self._prepare(model, path, work))[0]
+        earlier, keys, problem = on_main(lambda: self._prepare(model, path, work))
         if earlier is not None:
             return earlier | {"run": self.label}
-        published = PublishedScores(self.recipe, self.split, self.folder, self.items, truth_key, problem)
-        truth = published.truth_wanted()
-        try:
-            share = missing[state.process_index :: state.num_processes]
-            broken = everything(lambda: self._make(model, share, work))
-            own = self.items.ids[state.process_index :: state.num_processes]
-            scored = everything(lambda: self._score(model, own, work, set(broken), truth))
-        finally:
-            self._pipeline = None
-        clips, dropped = self._sorted(scored)
-        scores, lacking = published.scores(list(clips), work)
-        content = together(
-            lambda: self._write(path, step, weights, clips, dropped, scores, lacking) if state.is_main_process else None
-        )[0]
+        published = PublishedScores(self.recipe, self.split, self.folder, self.items, keys["truth"], problem)
+        truth, ids = published.truth_dir(), self.items.ids[state.process_index :: state.num_processes]
+        results: dict[str, Any] = {}
+        for scores in gather_results(lambda: self._generate_and_score(model, ids, work, truth)):
+            results |= scores
+        clips = {i: results[i] for i in self.items.ids if not isinstance(results[i], str)}
+        dropped: dict[str, list[str]] = {}
+        for item_id in self.items.ids:
+            if item_id not in clips:
+                dropped.setdefault(results[item_id], []).append(item_id)
+        published_scores, not_computed = published.scores(list(clips), work)
+        means = mean_scores(clips, dropped) | published_scores
+        header = {"run": self.label, "split": self.split, "step": step, "weights": dict(weights)}
+        content = on_main(lambda: self._write(path, header, keys["scores"], clips, dropped, means, not_computed))
         if state.is_main_process and not self.recipe.evaluation.keep_clips:
             shutil.rmtree(work, ignore_errors=True)
         return content
 
-    # --- what is there already --------------------------------------------------------------------------------------
+    def _prepare(
+        self, model: MMAudio, path: Path, work: Path
+    ) -> tuple[dict[str, Any] | None, dict[str, Any], str | None]:
+        """Earlier scores if they are still valid, the keys of this evaluation, and why av-benchmark cannot be used.
 
-    def _prepare(self, model: MMAudio, path: Path, work: Path):
-        """The scores, if they are there already; ids whose sound is not; what the true ones are made of; and why
-        av-benchmark cannot be used.
-
-        Of the first process, which alone changes the folder.
+        On the main process, which alone changes the folder: clips in it that belong to something else are removed.
         """
-        if not PartialState().is_main_process:
-            return None
-        made_of = self._made_of()
-        truth_key = {name: made_of[name] for name in ("decoder", "stores")}
-        clips_key = digest(made_of, network_hash(model))
-        self._scores_key = self._key_of_scores(clips_key)
-        with suppress(ValueError):  # none, or of another version
-            earlier = read_scores(path)
-            unreadable = UNREADABLE in {entry["reason"] for entry in earlier["items"]["dropped"]}
-            if earlier["key"] == self._scores_key and AV_BENCH not in earlier["not_computed"] and not unreadable:
-                return earlier, [], truth_key, self._problem
-        _claim(work, clips_key)
-        (work / "clips").mkdir(exist_ok=True)
-        missing = [item_id for item_id in self.items.ids if not (work / "clips" / f"{item_id}.wav").is_file()]
-        return None, missing, truth_key, self._problem
-
-    def _made_of(self) -> dict[str, Any]:
-        """Everything besides the weights that a sound depends on."""
-        decoder = decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
-        stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
-        return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
-
-    def _key_of_scores(self, clips_key: str) -> str:
-        settings = self.recipe.evaluation
+        settings, inputs = self.recipe.evaluation, self._inputs()
+        clips_key = digest(inputs, network_hash(model))
         truth = getattr(settings.truth, self.split)
         # Caches that were added to a folder allow more scores; the Hub's come with a revision.
         caches = sorted(Path(truth).glob("*.pth")) if truth else ()
         files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in caches]
-        wanted = {"metrics": sorted(settings.metrics), "truth": truth, "files": files}
-        return digest(wanted, clips_key, *self.items.ids)
+        requested = {"metrics": sorted(settings.metrics), "truth": truth, "files": files}
+        scores_key = digest(requested, clips_key, *self.items.ids)
+        keys = {"truth": {name: inputs[name] for name in ("decoder", "stores")}, "scores": scores_key}
+        with suppress(ValueError):  # none, or of another version
+            earlier = read_scores(path)
+            unreadable = UNREADABLE in {entry["reason"] for entry in earlier["items"]["dropped"]}
+            if earlier["key"] == scores_key and AV_BENCH not in earlier["not_computed"] and not unreadable:
+                return earlier, keys, self._problem
+        if work.exists() and read_key(work) != clips_key:
+            shutil.rmtree(work)
+        (work / "clips").mkdir(parents=True, exist_ok=True)
+        write_key(work, clips_key)
+        return None, keys, self._problem
 
-    # --- sounds -----------------------------------------------------------------------------------------------------
+    def _inputs(self) -> dict[str, Any]:
+        """Everything besides the weights that a clip depends on."""
+        decoder = decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
+        stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
+        return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
 
-    def _made_by(self, model: MMAudio) -> MMAudioPipeline:
-        """The pipeline of this evaluation; its decoder is loaded once and held meanwhile only."""
-        if self._pipeline is None:
-            device, mode = model.latent_mean.device, self.recipe.model.mode
-            encoders = load_encoders(self.recipe.encoders, mode, ("decode",), device=device)
-            self._pipeline = MMAudioPipeline(model, encoders, precision=self.recipe.generation_settings["precision"])
-        return self._pipeline
+    def _generate_and_score(
+        self, model: MMAudio, ids: Sequence[str], work: Path, truth: Path | None
+    ) -> dict[str, dict[str, float] | str]:
+        """Built-in scores of each of `ids`, or the reason for which it has none; clips that exist are not generated.
 
-    def _make(self, model: MMAudio, ids: Sequence[str], work: Path) -> list[str]:
-        """Write the sounds of `ids`; return those that are not finite."""
+        The true latents, decoded, are written to `truth`, where it is given.
+        """
         if not ids:
-            return []
-        items, broken = (self.items.of(item_id) for item_id in ids), []
-        results = generate_items(self._made_by(model), items, self.recipe.sampling, self.recipe.seed)
-        for item, result in self._bar(results, len(ids), "sounds"):
+            return {}
+        pipeline = decoding_pipeline(self.recipe, model)
+        missing = [item_id for item_id in ids if not (work / "clips" / f"{item_id}.wav").is_file()]
+        items = (self.items.of(item_id) for item_id in missing)
+        results = generate_items(pipeline, items, self.recipe.sampling, self.recipe.seed)
+        scores: dict[str, dict[str, float] | str] = {}
+        for item, result in self._progress(results, len(missing), "clips"):
             if result.waveform.isfinite().all():
                 write_audio(work / "clips" / f"{item.item_id}.wav", result.waveform, result.sample_rate)
             else:
-                broken.append(item.item_id)
-        return broken
+                scores[item.item_id] = NOT_FINITE
+        rest = [item_id for item_id in ids if item_id not in scores]
+        for item_id in self._progress(rest, len(rest), "scores"):
+            scores[item_id] = self._scores_of(pipeline, item_id, work, truth)
+        return scores
 
-    def _score(
-        self, model: MMAudio, ids: Sequence[str], work: Path, broken: set[str], truth: Path | None
-    ) -> list[tuple[str, Any]]:
-        """(id, built-in scores, or the reason for which there are none) of each of `ids`.
-
-        The true sounds are written to `truth`, where it is given.
-        """
-        return [
-            (item_id, NOT_FINITE if item_id in broken else self._scores_of(model, item_id, work, truth))
-            for item_id in self._bar(ids, len(ids), "scores")
-        ]
-
-    def _scores_of(self, model: MMAudio, item_id: str, work: Path, truth: Path | None) -> dict[str, float] | str:
-        # Scored as it is in the file, so that a sound made before a kill and one made now count alike.
+    def _scores_of(
+        self, pipeline: MMAudioPipeline, item_id: str, work: Path, truth: Path | None
+    ) -> dict[str, float] | str:
+        # Scored as it is in the file, so that a clip from before a kill and one from now have the same scores.
         file = work / "clips" / f"{item_id}.wav"
         try:
             waveform, rate = read_waveform(file)
         except MediaError:
-            file.unlink(missing_ok=True)  # the next time it is made anew
+            file.unlink(missing_ok=True)  # the next evaluation generates it again
             return UNREADABLE
-        pipeline = self._made_by(model)
-        true = pipeline.decode(self.items.of(item_id).latent.to(pipeline.device))
+        reference = pipeline.decode(self.items.of(item_id).latent.to(pipeline.device))
         if truth is not None:
             truth.mkdir(parents=True, exist_ok=True)
-            write_audio(truth / f"{item_id}.wav", true, rate)
-        return clip_scores(waveform, true, rate)
+            write_audio(truth / f"{item_id}.wav", reference, rate)
+        return clip_scores(waveform, reference, rate)
 
-    def _bar(self, things, total: int, what: str):
+    def _progress(self, items: Iterable, total: int, what: str) -> tqdm:
         hidden = not PartialState().is_main_process
-        return tqdm(things, f"{self.split}: {what}", total, leave=False, disable=hidden, dynamic_ncols=True)
+        return tqdm(items, f"{self.split}: {what}", total, leave=False, disable=hidden, dynamic_ncols=True)
 
-    def _sorted(self, scored: Sequence[tuple[str, Any]]) -> tuple[dict[str, dict], dict[str, list[str]]]:
-        """Scores by id and dropped ids by reason, both in the order of the split."""
-        found, dropped = dict(scored), {}
-        for item_id in self.items.ids:
-            if isinstance(found[item_id], str):
-                dropped.setdefault(found[item_id], []).append(item_id)
-        return {i: found[i] for i in self.items.ids if not isinstance(found[i], str)}, dropped
-
-    # --- results ----------------------------------------------------------------------------------------------------
-
-    def _write(self, path, step, weights, clips, dropped, published, lacking) -> dict[str, Any]:
-        """Write the file of scores and that of each sound's; return the content of the former."""
-        reasons = dropped | ({REPEATED: self.items.repeated} if self.items.repeated else {})
-        scores = mean_scores(clips, dropped) | published
+    def _write(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        key: str,
+        clips: Mapping[str, Mapping[str, float]],
+        dropped: Mapping[str, Sequence[str]],
+        scores: Mapping[str, Score],
+        not_computed: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """Write the scores of every clip and then the file of scores, whose content is returned."""
+        reasons = {**dropped} | ({REPEATED: self.items.repeated} if self.items.repeated else {})
         content = {
             "format": FORMAT,
-            "run": self.label,
-            "split": self.split,
-            "step": step,
-            "weights": dict(weights),
+            **header,
             "settings": self.recipe.generation_settings,
             "truth": getattr(self.recipe.evaluation.truth, self.split) or "true latents, decoded",
-            "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": listed(reasons)},
+            "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": dropped_json(reasons)},
             "scores": {name: score.to_json() for name, score in scores.items()},
-            "not_computed": lacking,
-            "key": self._scores_key,
+            "not_computed": dict(not_computed),
+            "key": key,
         }
-        lines = [json.dumps({"id": item_id, **found}) + "\n" for item_id, found in clips.items()]
-        clips_file = path.with_suffix(".clips.jsonl")
-        partial = clips_file.with_name(f".{clips_file.name}.partial")
-        partial.write_text("".join(lines))
-        partial.replace(clips_file)
+        lines = [json.dumps({"id": item_id, **clip}) + "\n" for item_id, clip in clips.items()]
+        write_text(path.with_suffix(".clips.jsonl"), "".join(lines))
         write_scores(path, content)
         return content
 
 
 def variant_of(recipe: Recipe, own: Recipe, split: str, weights: Mapping[str, Any] | None = None) -> str:
-    """Short hash of what `recipe` changes of a run's `own` way to make the sound of a split; "" for nothing.
+    """Short hash of how `recipe` differs from a run's `own` in what the scores of a split depend on; "" for nothing.
 
-    weights: what weights.json says of weights that are none of the run's checkpoints.
+    weights: content of weights.json for weights that are none of the run's checkpoints.
     """
-    theirs, found = (
+    theirs, ours = (
         {
             "settings": each.generation_settings,
             "items": each.evaluation.items,
@@ -282,16 +257,16 @@ def variant_of(recipe: Recipe, own: Recipe, split: str, weights: Mapping[str, An
         }
         for each in (own, recipe)
     )
-    return "" if found == theirs and weights is None else digest({**found, "weights": weights})[:8]
+    return "" if ours == theirs and weights is None else digest({**ours, "weights": weights})[:8]
 
 
-def network_hash(network: torch.nn.Module) -> str:
+def network_hash(model: torch.nn.Module) -> str:
     """SHA-256 of every tensor of a network."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _store_hash(path: Path) -> str:
@@ -301,11 +276,3 @@ def _store_hash(path: Path) -> str:
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
     sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.iterdir())]
     return hashlib.sha256(table.read_bytes() + repr(sizes).encode()).hexdigest()
-
-
-def _claim(folder: Path, key: str) -> None:
-    """Make `folder` one of `key`: what is in it for another one goes."""
-    if folder.exists() and read_key(folder) != key:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_key(folder, key)

@@ -1,4 +1,7 @@
-"""Held-out items: rows of feature stores, read one by one, and the sound that a network makes of their features."""
+"""Held-out items: rows of feature stores, and the audio that a network generates from their features.
+
+`SampleEvaluator` generates a few of them again and again while the network is trained.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ from accelerate.utils import gather_object
 
 from mmaudio_hf.config import Recipe, SamplingConfig, StoreConfig
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.evaluation.onsets import waveform_scores
 from mmaudio_hf.features.encoders import check_encoders, load_encoders
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request
 from mmaudio_hf.media.audio import write_audio
@@ -27,7 +30,7 @@ from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES,
 
 @dataclass(frozen=True)
 class HeldOutItem:
-    """One row of a store: what a network is given for it, and the latent (N, C) of its true sound."""
+    """One row of a store: what a network is given for it, and the true latent (N, C)."""
 
     item_id: str
     caption: str
@@ -36,11 +39,11 @@ class HeldOutItem:
     store: str  # name of the store
 
 
-class HeldOutItems(Sequence):
-    """The first `limit` rows of the stores one after the other, or with `spread` as many at even distances; 0: all.
+class HeldOutItems(Sequence[HeldOutItem]):
+    """The first `limit` rows of the stores one after the other, or with `spread` as many, evenly spaced; 0: all.
 
-    A sequence of `HeldOutItem`s that are read when they are asked for: the features of a test set fill memory. The
-    first row of an id counts; `repeated` has the ids of the others. ValueError for a store that cannot be opened.
+    Items are read on access: the features of a test set fill memory. The first row of an id counts; `repeated` has the
+    ids of the others. ValueError for a store that cannot be opened.
     """
 
     def __init__(self, sources: Sequence[StoreConfig], limit: int = 0, spread: bool = False):
@@ -54,25 +57,28 @@ class HeldOutItems(Sequence):
             if item_id in chosen:
                 self.repeated.append(item_id)
             chosen.setdefault(item_id, (store, row))
-        self.ids, self._rows = list(chosen), list(chosen.values())
-        self._places = {item_id: place for place, item_id in enumerate(self.ids)}
+        self.ids, self._rows = list(chosen), chosen
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.ids)
 
-    def __getitem__(self, place: int) -> HeldOutItem:
-        store, row = self._rows[place]
-        values = {name: column[0].float() for name, column in store.read([row]).items()}
-        features = {name: values.get(name) for name in (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)}
-        request = Request(key=self.ids[place], **features)
-        return HeldOutItem(self.ids[place], store.captions[row], request, values[MEAN], store.path.name)
+    def __getitem__(self, index: int) -> HeldOutItem:  # type: ignore[override]  # no slices: nobody needs them
+        return self.of(self.ids[index])
 
     def of(self, item_id: str) -> HeldOutItem:
         """The item of an id."""
-        return self[self._places[item_id]]
+        store, row = self._rows[item_id]
+        columns = {name: column[0].float() for name, column in store.read([row]).items()}
+        request = Request(
+            key=item_id,
+            clip_features=columns.get(CLIP_FEATURES),
+            sync_features=columns.get(SYNC_FEATURES),
+            text_features=columns.get(TEXT_FEATURES),
+        )
+        return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name)
 
     def close(self) -> None:
-        """Close the stores; what was read stays."""
+        """Close the stores; items that were read stay valid."""
         for store in self._stores:
             store.close()
 
@@ -80,17 +86,18 @@ class HeldOutItems(Sequence):
 def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
     """A few `HeldOutItems`, all read. ValueError for a store that cannot be opened."""
     items = HeldOutItems(sources, limit, spread)
-    found = list(items)
-    items.close()
-    return found
+    try:
+        return list(items)
+    finally:
+        items.close()
 
 
 def generate_items(
     pipeline: MMAudioPipeline, items: Iterable[HeldOutItem], sampling: SamplingConfig, seed: int
 ) -> Iterator[tuple[HeldOutItem, Generated]]:
-    """Each item with the sound of its features, as `sampling` says; the noise depends on `seed` and the id alone.
+    """Each item with the audio generated from its features, as `sampling` says; the noise depends on `seed` and the id.
 
-    Items are taken a batch at a time.
+    Items are read a batch at a time.
     """
     items = iter(items)
     while batch := list(islice(items, sampling.batch_size)):
@@ -105,7 +112,13 @@ def generate_items(
         yield from zip(batch, results, strict=True)
 
 
-# --- Sound of a few held-out items, made again and again while a network is trained ----------------------------------
+def decoding_pipeline(recipe: Recipe, model: MMAudio) -> MMAudioPipeline:
+    """A pipeline for features from stores: `model` and the decoder, which is loaded for it."""
+    encoders = load_encoders(recipe.encoders, recipe.model.mode, ("decode",), device=model.latent_mean.device)
+    return MMAudioPipeline(model, encoders, precision=recipe.generation_settings["precision"])
+
+
+# --- Samples during training ------------------------------------------------------------------------------------------
 
 
 SAMPLES_FILE = "samples.json"
@@ -113,7 +126,7 @@ REFERENCE = "reference"
 
 
 class SampleEvaluator:
-    """What the training loop runs every `recipe.samples.every` steps; each process makes its share of the sounds.
+    """What the training loop runs every `recipe.samples.every` steps; each process generates its share.
 
     ValueError when a file of the decoder is missing, or a store.
     """
@@ -125,65 +138,62 @@ class SampleEvaluator:
         self._recipe = recipe
         check_encoders(recipe.encoders, recipe.model.mode, ("decode",))
         self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
-        self._references: dict[str, torch.Tensor] = {}
+        self._references: dict[str, torch.Tensor] = {}  # item id -> decoded true latent
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """Generate, score and write the items with `model`; every process calls it and has all results.
 
-        A sound that is not finite, as of a run that diverges, is left out of the sounds; its scores say so.
+        Samples that are not finite, as from a run that diverges, are left out; the scores are then NaN.
         """
         state = PartialState()
-        share = self._items[state.process_index :: state.num_processes]
-        made = {item_id: found for item_id, *found in gather_object(self._generate(model, share))}
-        rows, sounds = [], []
+        items = self._items[state.process_index :: state.num_processes]
+        results = {item_id: result for item_id, *result in gather_object(self._generate(model, items))}
+        rows: list[dict[str, Any]] = []
+        samples: list[AudioSample] = []
         for item in self._items:
-            waveform, self._references[item.item_id], rate = made[item.item_id]
+            waveform, self._references[item.item_id], rate = results[item.item_id]
             scores = waveform_scores(waveform, self._references[item.item_id], rate)
             rows.append({"id": item.item_id, "caption": item.caption, "scores": scores})
-            sounds.append(AudioSample(item.item_id, item.caption, waveform, rate))
-        bad = {sound.name for sound in sounds if not sound.waveform.isfinite().all()}
-        sounds = [sound for sound in sounds if sound.name not in bad]
+            samples.append(AudioSample(item.item_id, item.caption, waveform, rate))
+        invalid = {sample.name for sample in samples if not sample.waveform.isfinite().all()}
+        samples = [sample for sample in samples if sample.name not in invalid]
         if state.is_main_process:
-            if bad:
-                told = f"samples of step {step} are left out, having values that are not finite numbers"
-                print(f"warning: {told}: {', '.join(sorted(bad))}", file=sys.stderr)
+            if invalid:
+                problem = f"samples of step {step} are left out, having values that are not finite numbers"
+                print(f"warning: {problem}: {', '.join(sorted(invalid))}", file=sys.stderr)
             try:
-                self._write(step, sounds, [row for row in rows if row["id"] not in bad])
+                self._write(step, samples, [row for row in rows if row["id"] not in invalid])
             except OSError as error:  # a full disk must not end a run; its scores are logged all the same
                 print(f"warning: the samples of step {step} could not be written ({error})", file=sys.stderr)
         means = {name: float(np.mean([row["scores"][name] for row in rows])) for name in rows[0]["scores"]}
-        return Evaluation(means, sounds)
+        return Evaluation(means, samples)
 
-    def _generate(self, model: MMAudio, share: Sequence[HeldOutItem]) -> list[tuple]:
-        """(id, waveform, true waveform, sample rate) of each item of `share`. The decoder is held meanwhile only."""
-        if not share:
+    def _generate(self, model: MMAudio, items: Sequence[HeldOutItem]) -> list[tuple]:
+        """(id, waveform, true waveform, sample rate) of each item."""
+        if not items:
             return []
-        recipe, device = self._recipe, model.latent_mean.device
-        encoders = load_encoders(recipe.encoders, recipe.model.mode, ("decode",), device=device)
-        precision = "bf16" if recipe.training.mixed_precision == "bf16" else "fp32"
-        pipeline = MMAudioPipeline(model, encoders, precision=precision)
-        found = []
-        for item, result in generate_items(pipeline, share, recipe.sampling, recipe.seed):
+        pipeline, results = decoding_pipeline(self._recipe, model), []
+        for item, result in generate_items(pipeline, items, self._recipe.sampling, self._recipe.seed):
             known = self._references.get(item.item_id)
-            true = pipeline.decode(item.latent.to(device)) if known is None else known
-            found.append((item.item_id, result.waveform, true, result.sample_rate))
-        return found
+            reference = pipeline.decode(item.latent.to(pipeline.device)) if known is None else known
+            results.append((item.item_id, result.waveform, reference, result.sample_rate))
+        return results
 
-    def _write(self, step: int, sounds: Sequence[AudioSample], rows: Sequence[dict]) -> None:
+    def _write(self, step: int, samples: Sequence[AudioSample], rows: Sequence[dict[str, Any]]) -> None:
         folder = self._recipe.run_dir / "samples"
-        true = [AudioSample(s.name, s.caption, self._references[s.name], s.sample_rate) for s in sounds]
-        _write_folder(folder / REFERENCE, true, None)
-        _write_folder(folder / f"step_{step}", sounds, rows)
+        references = [AudioSample(s.name, s.caption, self._references[s.name], s.sample_rate) for s in samples]
+        _write_folder(folder / REFERENCE, references, None)
+        _write_folder(folder / f"step_{step}", samples, rows)
 
 
-def _write_folder(folder: Path, sounds: Sequence[AudioSample], rows: Sequence[dict] | None) -> None:
-    """Write the sounds and their scores beside `folder`, then put them in its place."""
+def _write_folder(folder: Path, samples: Sequence[AudioSample], rows: Sequence[dict[str, Any]] | None) -> None:
+    """Write the samples and their scores beside `folder`, then rename."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for sound in sounds:
-        write_audio(partial / f"{sound.name}.wav", sound.waveform, sound.sample_rate)
+    for sample in samples:
+        write_audio(partial / f"{sample.name}.wav", sample.waveform, sample.sample_rate)
     if rows is not None:
         (partial / SAMPLES_FILE).write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)  # of the same step, made before the run was taken up again
+    shutil.rmtree(folder, ignore_errors=True)  # from the same step, before the run was resumed
     os.rename(partial, folder)
