@@ -376,7 +376,8 @@ def truth_caches(source: str) -> Path:
         try:
             fetched = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern])
         except (OSError, ValueError) as error:
-            raise ValueError(f"{source} is not a local folder, and the Hub does not give it: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source} is not a folder here and cannot be fetched from the Hub: {reason}") from error
         folder = Path(fetched) / below
     if not any(folder.glob("*.pth")):
         raise ValueError(f"{source} holds no cached features (*.pth)")
