@@ -1,11 +1,11 @@
-"""The command line, and the only place where the parts are put together: parse, build, connect, run.
+"""The command line, and the only place where the components are put together: parse, build, connect, run.
 
 Recipes are read and checked before anything heavy is imported, so a typing error costs a fraction of a second.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmaudio_hf.cli import generation, hub, media, store, training, weights
 from mmaudio_hf.schema import RunError
@@ -46,9 +46,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before and after options, which argparse alone does not take."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    strangers = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
-    if strangers:
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmaudio-hf", description="Train MMAudio: from media to a published model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name, function, help_text, recipe=False):
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int | None], help_text: str, recipe: bool = False
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=function)
         if recipe:

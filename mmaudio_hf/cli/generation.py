@@ -1,17 +1,23 @@
-"""Commands that generate sound and look at it."""
+"""Commands that generate audio, and score and show it."""
 
+import argparse
 import contextlib
 import json
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.media import share_of_process
+from mmaudio_hf.cli.training import Add, recipe_of_run, warn
 from mmaudio_hf.config import Recipe, load_recipe
 from mmaudio_hf.schema import PROCESS_TIMEOUT
+
+if TYPE_CHECKING:
+    from mmaudio_hf.generation.pipeline import MMAudioPipeline
 
 SUMMARY_NAMES = {
     "onset_f1": "f1_right",
@@ -20,21 +26,19 @@ SUMMARY_NAMES = {
     "peak_memory_gb": "peak_mem_gb",
 }
 
-ENDINGS = ("mp4", "mkv", "wav", "flac")  # of results
 
-
-def add_commands(add) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    generate = add("generate", _generate, "make sound for videos, still pictures and texts")
+def add_commands(add: Add) -> None:
+    """`generate`, `demo` and `report`."""
+    generate = add("generate", _generate, "generate audio for videos, images and texts")
     generate.add_argument("--run", required=True, help="run folder, pretrained_model folder or Hub id")
-    generate.add_argument("--video", type=Path, help="video to make sound for")
-    generate.add_argument("--image", type=Path, help="still picture to make sound for")
-    generate.add_argument("--folder", type=Path, help="videos and pictures to make sound for, or those of --list")
+    generate.add_argument("--video", type=Path, help="video to generate audio for")
+    generate.add_argument("--image", type=Path, help="image to generate audio for")
+    generate.add_argument("--folder", type=Path, help="folder of videos and images, or of those in --list")
     generate.add_argument(
         "--list", type=Path, help="TSV: id, and video, image, prompt, negative_prompt, duration, seed"
     )
-    generate.add_argument("--prompt", default="", help="what is to be heard")
-    generate.add_argument("--negative-prompt", default="", help="what is not to be heard")
+    generate.add_argument("--prompt", default="", help="what should be heard")
+    generate.add_argument("--negative-prompt", default="", help="what should not be heard")
     generate.add_argument(
         "--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 or .mkv with --video; of many, a folder"
     )
@@ -42,19 +46,23 @@ def add_commands(add) -> None:
         "--format", choices=("mp4", "mkv", "wav", "flac"), default="mp4", help="of many (default mp4)"
     )
     generate.add_argument("--duration", type=float, help="seconds; default: the whole video, else as trained")
-    generate.add_argument("--window", type=float, help="longest piece made at once, in seconds; default: as trained")
+    generate.add_argument(
+        "--window", type=float, help="longest piece generated at once, in seconds; default: as trained"
+    )
     generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
     generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--batch-size", type=int, default=8, help="clips or windows made at once (default 8)")
+    generate.add_argument("--batch-size", type=int, default=8, help="clips or windows generated at once (default 8)")
     generate.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
     generate.add_argument("--device", default="auto")
     rules = ("timestamps", "reference")
-    generate.add_argument("--alignment", choices=rules, help="how pictures are read; default: as for training")
-    generate.add_argument("--shard-index", type=int, metavar="I", help="make every N-th item, from the I-th (0 ...) on")
-    generate.add_argument("--num-shards", type=int, metavar="N", help="number of shares the items are dealt out in")
+    generate.add_argument("--alignment", choices=rules, help="how frames are read; default: as for training")
+    generate.add_argument(
+        "--shard-index", type=int, metavar="I", help="generate every N-th item, beginning with the I-th (0 ...)"
+    )
+    generate.add_argument("--num-shards", type=int, metavar="N", help="number of shards the items are divided into")
 
-    demo = add("demo", _demo, "a page to try a run: video and text in, sound to hear and see")
+    demo = add("demo", _demo, "a page to try a run: video and text in, audio and its spectrogram out")
     demo.add_argument("run", metavar="RUN", help="run folder, pretrained_model folder or Hub id")
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)"
@@ -70,12 +78,12 @@ def add_commands(add) -> None:
     report.add_argument("--started", type=float, help="time in s since the epoch that `seconds` counts from")
 
 
-def _generate(options) -> None:
+def _generate(options: argparse.Namespace) -> None:
     if options.folder is not None or options.list is not None:
         _generate_many(options)
         return
     if options.video is None and options.image is None and not options.prompt:
-        raise ValueError("nothing to go by: give --video, --image, --prompt, --folder or --list")
+        raise ValueError("nothing to generate from: give --video, --image, --prompt, --folder or --list")
     if options.out.suffix.lower() in (".mp4", ".mkv") and options.video is None:
         raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
     if options.out.suffix.lower() not in (".mp4", ".mkv", ".wav", ".flac"):
@@ -86,14 +94,14 @@ def _generate(options) -> None:
         raise ValueError(f"--out {options.out} is a folder: give the name of a file")
     media = [path for path in (options.video, options.image) if path is not None and path.exists()]
     if options.out.exists() and any(path.samefile(options.out) for path in media):
-        raise ValueError(f"--out {options.out} is what sound is made for: choose another name, to keep it")
+        raise ValueError(f"--out {options.out} is the input itself: choose another name, to keep it")
     from mmaudio_hf.generation.files import check_out_dir
     from mmaudio_hf.generation.pipeline import Request, save_and_tell
 
     check_out_dir(options.out.parent)
     pipeline = _pipeline(options)
-    pictures = {"video": options.video, "image": options.image}
-    request = Request(prompt=options.prompt, negative_prompt=options.negative_prompt, **pictures)
+    texts = {"prompt": options.prompt, "negative_prompt": options.negative_prompt}
+    request = Request(video=options.video, image=options.image, **texts)
     with contextlib.closing(pipeline.generate([request], options.batch_size, **_sampling(options))) as results:
         result = next(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +110,7 @@ def _generate(options) -> None:
     print("; ".join([f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz", *filter(None, notes)]))
 
 
-def _demo(options) -> None:
+def _demo(options: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise ValueError("the demo page needs gradio: run `pip install 'mmaudio-hf[demo]'`")
     from mmaudio_hf.pages.demo import serve
@@ -115,10 +123,10 @@ def _demo(options) -> None:
         device=options.device,
     )
     sys.stdout.flush()
-    os._exit(0)  # a sound that is just being made by a thread is not waited for
+    os._exit(0)  # without waiting for a thread that still generates
 
 
-def _generate_many(options) -> None:
+def _generate_many(options: argparse.Namespace) -> None:
     if options.video is not None or options.image is not None:
         raise ValueError("--video and --image are for one result: leave them out with --folder and --list")
     if options.list is not None and (options.prompt or options.negative_prompt):
@@ -145,15 +153,16 @@ def _generate_many(options) -> None:
         raise ValueError(f"all {report.listed} items were rejected; {report.rejects_path} says why")
 
 
-def _pipeline(options, local_rank: int = 0):
+def _pipeline(options: argparse.Namespace, local_rank: int = 0) -> "MMAudioPipeline":
     from mmaudio_hf.features.encoders import pick_device
     from mmaudio_hf.generation.pipeline import MMAudioPipeline
 
-    device, how = pick_device(options.device, local_rank), {"precision": options.precision}
-    return MMAudioPipeline.from_pretrained(options.run, device=device, alignment=options.alignment, **how)
+    device = pick_device(options.device, local_rank)
+    settings = {"precision": options.precision, "alignment": options.alignment}
+    return MMAudioPipeline.from_pretrained(options.run, device=device, **settings)
 
 
-def _sampling(options) -> dict:
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "duration": options.duration,
         "window": options.window,
@@ -163,7 +172,7 @@ def _sampling(options) -> dict:
     }
 
 
-def _report(options) -> None:
+def _report(options: argparse.Namespace) -> None:
     from mmaudio_hf.pages.report import report_run
 
     figures = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
@@ -178,12 +187,12 @@ def _report(options) -> None:
     print("summary " + json.dumps({SUMMARY_NAMES.get(name, name): value for name, value in figures.items()}))
 
 
-# --- The command that scores trained networks on a split and compares them -------------------------------------------
+# --- The command that scores trained networks on a split and compares them --------------------------------------------
 
 
-def add_evaluation_commands(add) -> None:
-    """Add it by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    command = add("evaluate", _evaluate, "make and score the sound of a split with trained networks, and compare them")
+def add_evaluation_commands(add: Add) -> None:
+    """`evaluate`."""
+    command = add("evaluate", _evaluate, "generate and score the audio of a split, and compare trained networks")
     command.add_argument(
         "sources",
         metavar="RUN",
@@ -197,93 +206,77 @@ def add_evaluation_commands(add) -> None:
     command.add_argument("--page", type=Path, help="page with the table; default: index.html beside the results")
 
 
-def _evaluate(options) -> None:
-    words = [*options.sources, *options.overrides]
-    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+)*=", word)]
-    sources = [word for word in words if word not in overrides]
-    if not sources:
-        raise ValueError("name at least one run folder, pretrained_model folder or Hub id")
-    recipes = [_recipe_of(source, options.recipe, overrides) for source in sources]
-    for recipe in recipes:
-        if not getattr(recipe.data, options.split):
-            raise ValueError(f"recipe {recipe.name}: data.{options.split} names no store to evaluate")
-    owns = {source: _own_recipe(source, options.recipe) for source in sources}
+@dataclass(frozen=True)
+class _Source:
+    """A network to evaluate: RUN as it was given."""
+
+    name: str
+    run: Path | None  # the run folder that it is or lies in
+    label: str  # in the results
+    recipe: Recipe  # with the overrides
+    own: Recipe  # without: results by it have their usual names
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    sources = _sources(options)
+    for source in sources:
+        if not getattr(source.recipe.data, options.split):
+            raise ValueError(f"recipe {source.recipe.name}: data.{options.split} names no store to evaluate")
+    import torch
     from accelerate import PartialState
 
     from mmaudio_hf.training.loop import check_launch
 
-    state = PartialState(cpu=_no_accelerator(), timeout=PROCESS_TIMEOUT)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     check_launch()
-    labels, results = _labels(sources), []
-    for source, label, recipe in zip(sources, labels, recipes, strict=True):
-        folder = _folder(source, label, recipe, options.out, len(sources))
-        results.append(_evaluate_one(source, label, recipe, owns[source], options.split, folder))
+    folders = [_folder(source, options.out, len(sources)) for source in sources]
+    results = [_evaluate_one(*pair, options.split) for pair in zip(sources, folders, strict=True)]
     if state.is_main_process:
         from mmaudio_hf.pages.report import as_text, write_comparison
 
-        together = options.out or Path("output") / "comparison"
-        page = options.page or (
-            _folder(sources[0], labels[0], recipes[0], options.out, 1) if len(sources) == 1 else together
-        )
+        together = folders[0] if len(sources) == 1 else options.out or Path("output") / "comparison"
         print(as_text(results))
-        print(f"page: {write_comparison(results, page if options.page else page / 'index.html')}")
+        print(f"page: {write_comparison(results, options.page or together / 'index.html')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 
 
-def _no_accelerator() -> bool:
-    import torch
-
-    return not torch.accelerator.is_available()
-
-
-def _run_of(source: str) -> Path | None:
-    """The run folder that `source` is or lies in."""
-    folders = (Path(source), *Path(source).resolve().parents) if Path(source).is_dir() else ()
-    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
-
-
-def _recipe_of(source: str, recipe: str | None, overrides: list[str]) -> Recipe:
-    """The recipe that is given, or that of the run of `source`."""
-    run = _run_of(source)
-    if recipe is not None:
-        return load_recipe(recipe, overrides)
-    if run is None:
-        raise ValueError(f"{source} is part of no run folder: say by --recipe RECIPE which stores to evaluate it on")
-    loaded = load_recipe(run / "config.yaml", overrides)
-    return replace(loaded, name=run.resolve().name, output_dir=str(run.resolve().parent))  # it may have moved
-
-
-def _own_recipe(source: str, recipe: str | None) -> Recipe:
-    """The recipe by which the results of a source have their usual names: its run's, or else the one given."""
-    run = _run_of(source)
-    return load_recipe(recipe if run is None else run / "config.yaml", [])
+def _sources(options: argparse.Namespace) -> list[_Source]:
+    """The networks of the command line; other runs of the same name are numbered."""
+    words = [*options.sources, *options.overrides]
+    overrides = [word for word in words if re.match(r"[a-z_]+(\.\w+|\[\d+\])*=", word)]
+    sources: list[_Source] = []
+    seen: dict[str, list[Path]] = {}
+    for name in words:
+        if name in overrides:
+            continue
+        folders = (Path(name), *Path(name).resolve().parents) if Path(name).is_dir() else ()
+        run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+        if run is None and options.recipe is None:
+            raise ValueError(f"{name} is part of no run folder: say by --recipe RECIPE which stores to evaluate it on")
+        recipe = load_recipe(options.recipe, overrides) if options.recipe or not run else recipe_of_run(run, overrides)
+        own = load_recipe(run / "config.yaml" if run else options.recipe)
+        path = (run or Path(name)).resolve()
+        label = path.name if path.is_dir() else name.replace("/", "--")
+        paths = seen.setdefault(label, [])
+        if path not in paths:
+            paths.append(path)
+        number = paths.index(path) + 1
+        sources.append(_Source(name, run, label if number == 1 else f"{label}-{number}", recipe, own))
+    if not sources:
+        raise ValueError("name at least one run folder, pretrained_model folder or Hub id")
+    return sources
 
 
-def _labels(sources: list[str]) -> list[str]:
-    """What each source is called in the results; other runs of the same name are numbered."""
-    labels, places = [], {}
-    for source in sources:
-        run = _run_of(source) or Path(source)
-        label = run.resolve().name if run.is_dir() else source.replace("/", "--")
-        same = places.setdefault(label, [])
-        if run.resolve() not in same:
-            same.append(run.resolve())
-        number = same.index(run.resolve()) + 1
-        labels.append(label if number == 1 else f"{label}-{number}")
-    return labels
-
-
-def _folder(source: str, label: str, recipe: Recipe, out: Path | None, sources: int) -> Path:
-    """Where the results of a source go."""
+def _folder(source: _Source, out: Path | None, sources: int) -> Path:
+    """Folder for the results of a source."""
     if out is not None:
-        return out / label if sources > 1 else out
-    run = _run_of(source)
-    return (run or Path(recipe.output_dir) / label) / "evaluation"
+        return out / source.label if sources > 1 else out
+    return (source.run or Path(source.recipe.output_dir) / source.label) / "evaluation"
 
 
-def _evaluate_one(source: str, label: str, recipe: Recipe, own: Recipe, split: str, folder: Path) -> dict:
-    """Make and score the sounds of one network; return the content of its file of scores."""
+def _evaluate_one(source: _Source, folder: Path, split: str) -> dict[str, Any]:
+    """Generate and score the audio of one network; return the content of its file of scores."""
     from accelerate import PartialState
 
     from mmaudio_hf.evaluation.av_bench import av_bench_problem, check_truth
@@ -292,20 +285,22 @@ def _evaluate_one(source: str, label: str, recipe: Recipe, own: Recipe, split: s
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.models.pretrained import find_pretrained
 
-    pretrained = find_pretrained(source)
+    pretrained, recipe = find_pretrained(source.name), source.recipe
     if recipe.encoders.kind == "toy" and toy_codec_file(pretrained, recipe.model.mode).is_file():
         recipe = replace(recipe, encoders=replace(recipe.encoders, weights_dir=str(pretrained)))
-    noted = pretrained / "weights.json"
-    weights = json.loads(noted.read_text()) if noted.is_file() else {"weights": "not stated", "sigma_rel": None}
-    say = lambda message: print(f"warning: {message}", file=sys.stderr)  # noqa: E731
-    problem = av_bench_problem(recipe, say)
-    check_truth(recipe, [split], problem, say)
-    run = _run_of(source)
+    file = pretrained / "weights.json"
+    weights: dict[str, Any] = {"weights": "not stated", "sigma_rel": None}
+    if file.is_file():
+        weights = json.loads(file.read_text())
+    problem = av_bench_problem(recipe, warn)
+    check_truth(recipe, [split], problem, warn)
+    run = source.run
     checkpoint = run is None or pretrained.resolve().is_relative_to(run.resolve() / "checkpoints")
-    variant = variant_of(recipe, own, split, None if checkpoint else weights)
-    options = {"av_bench_problem": problem, "folder": folder, "label": label, "variant": variant}
-    evaluator = SplitEvaluator(recipe, split, **options)
-    network = MMAudio.from_pretrained(pretrained)
-    if replace(network.config, variant="") != replace(recipe.model, variant=""):
-        raise ValueError(f"{source} is a network of other sizes than the recipe's: give the recipe it was trained with")
-    return evaluator.evaluate(network.to(PartialState().device).eval(), weights.get("step"), weights)
+    variant = variant_of(recipe, source.own, split, None if checkpoint else weights)
+    evaluator = SplitEvaluator(
+        recipe, split, av_bench_problem=problem, folder=folder, label=source.label, variant=variant
+    )
+    model = MMAudio.from_pretrained(pretrained)
+    if replace(model.config, variant="") != replace(recipe.model, variant=""):
+        raise ValueError(f"{source.name} has other sizes than the recipe: give the recipe it was trained with")
+    return evaluator.evaluate(model.to(PartialState().device).eval(), weights.get("step"), weights)

@@ -1,36 +1,49 @@
-"""Commands that train."""
+"""Commands that train, read a run, or measure speed."""
 
 import argparse
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import hub_session, resolve_resume
 from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
 from mmaudio_hf.config.reading import settings_text
 
 if TYPE_CHECKING:
+    import torch
+
     from mmaudio_hf.training.resume import RunLock
 
 
-def add_commands(add) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+Add = Callable[..., argparse.ArgumentParser]  # add(name, function, help, recipe=False): the parser of one command
+
+
+def log(message: str) -> None:
+    """Print to stderr: stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    log(f"warning: {message}")
+
+
+def add_commands(add: Add) -> None:
+    """`train` and `doctor`."""
     train = add("train", _train, "train as train.py does; start it with accelerate for several processes", recipe=True)
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its numbers, and stop")
     train.add_argument("--help-settings", action=_HelpSettings, nargs=0, help="print every setting, and stop")
-    doctor = add("doctor", _doctor, "say whether a recipe will run here, before it is started", recipe=True)
-    doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
-    doctor.add_argument(
-        "--machines", type=int, default=1, help="machines like this one that train together (default 1)"
-    )
-    doctor.add_argument("--fsdp", action="store_true", help="the launch shares out the network, as by fsdp.yaml")
-    doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
     train.add_argument("--allow-changes", action="store_true", help="resume a run with settings that alter training")
+    doctor = add("doctor", _doctor, "check whether a recipe will run here, before it is started", recipe=True)
+    doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
+    doctor.add_argument("--machines", type=int, default=1, help="machines like this one, training together (default 1)")
+    doctor.add_argument("--fsdp", action="store_true", help="the launch shards the network, as fsdp.yaml does")
+    doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
 
 
 class _HelpSettings(argparse.Action):
@@ -41,7 +54,7 @@ class _HelpSettings(argparse.Action):
         parser.exit()
 
 
-def _train(options) -> int:
+def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size(recipe.training, world)
@@ -54,15 +67,12 @@ def _train(options) -> int:
     from mmaudio_hf.training.resume import RunLock
 
     check_launch()
-    # Held around the Hub as well: what is fetched and staged belongs to the launch that trains.
-    with (
-        RunLock(recipe.run_dir, lambda message: print(f"warning: {message}", file=sys.stderr)) as lock,
-        hub_session(recipe, lock) as on_checkpoint,
-    ):
+    # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
+    with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint:
         return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)
 
 
-def _doctor(options) -> int:
+def _doctor(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     for name in ("processes", "machines"):
         if (number := getattr(options, name)) is not None and number < 1:
@@ -72,11 +82,11 @@ def _doctor(options) -> int:
     from mmaudio_hf.doctor import as_table, examine
 
     processes = options.processes or max(1, torch.cuda.device_count())
-    ways = {"machines": options.machines, "fsdp": options.fsdp, "quick": options.quick}
-    findings = list(examine(recipe, processes, weight_checks(), **ways))
+    launch = {"machines": options.machines, "fsdp": options.fsdp, "quick": options.quick}
+    findings = list(examine(recipe, processes, weight_checks(), **launch))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)
-    print(f"{recipe.name}: {f'{failed} of these must be mended first' if failed else 'ready to train'}")
+    print(f"{recipe.name}: {f'{failed} of these must be fixed first' if failed else 'ready to train'}")
     return 1 if failed else 0
 
 
@@ -88,8 +98,8 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     from mmaudio_hf.training.finetune import initial_model
     from mmaudio_hf.training.loop import train
 
-    code_version()  # now: the first checkpoint, hours later, is to tell of the code that trains
-    expected = {
+    code_version()  # now, and cached: the first checkpoint is written hours later, the code that trains is this one
+    expected: dict[str, Any] = {
         "model": recipe.model,
         "encoders": recipe.encoders,
         "seed": recipe.seed,
@@ -98,7 +108,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     mixture = open_mixture(recipe.data.train, **expected)
     validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
     check_encoders([*mixture.stores, *(validation.stores if validation else ())])
-    evaluators = []
+    evaluators: list[Any] = []
     if recipe.samples.every:
         from mmaudio_hf.evaluation.samples import SampleEvaluator
 
@@ -106,7 +116,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     if recipe.evaluation.every or recipe.evaluation.after_training:
         from mmaudio_hf.evaluation.run import evaluators_of
 
-        evaluators += evaluators_of(recipe, lambda message: print(f"warning: {message}", file=sys.stderr))
+        evaluators += evaluators_of(recipe, warn)
     torch.manual_seed(recipe.seed)
     network = initial_model(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     result = train(
@@ -121,13 +131,13 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         lock=lock,
     )
     if result.stopped_by is not None:
-        print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
+        log(f"stopped at step {result.step}; the same command resumes from there")
         return 128 + result.stopped_by
     return 0
 
 
-def empty_text_features(recipe: Recipe):
-    """Text features (77, 1024) of the empty string, from the toy formulas or the released file of them."""
+def empty_text_features(recipe: Recipe) -> "torch.Tensor":
+    """Text features (77, 1024) of the empty caption, from the toy formulas or the released file."""
     if recipe.encoders.kind == "toy":
         from mmaudio_hf.features.toy import text_features
 
@@ -138,7 +148,7 @@ def empty_text_features(recipe: Recipe):
 
 
 def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
-    """Put beside the weights in a `pretrained_model` folder what goes with them: encoder files, and the model card.
+    """Add encoder files and the model card to the weights in a `pretrained_model` folder.
 
     start: the file the run was imported from.
     """
@@ -149,18 +159,21 @@ def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
 
 
 def write_encoder_files(recipe: Recipe, folder: Path) -> None:
-    """Put beside a model what generation needs to know of its encoders, of the alignment of its pictures, and the
-    fitted codec of toy encoders.
+    """Write encoders.json: encoders and frame alignment, which generation needs; and the fitted codec of toy encoders.
 
     The folder is meant to be published, so paths that hold for this machine alone stay out of it.
     """
     from mmaudio_hf.models.pretrained import ENCODERS_FILE
 
     encoders = recipe.encoders
-    noted = {"kind": encoders.kind, "precision": encoders.precision, "alignment": recipe.extraction.alignment}
+    content: dict[str, str] = {
+        "kind": encoders.kind,
+        "precision": encoders.precision,
+        "alignment": recipe.extraction.alignment,
+    }
     paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
-    noted |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
-    (folder / ENCODERS_FILE).write_text(json.dumps(noted, indent=1) + "\n")
+    content |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
+    (folder / ENCODERS_FILE).write_text(json.dumps(content, indent=1) + "\n")
     if recipe.encoders.kind == "toy":
         from mmaudio_hf.features.toy import toy_codec_file
 
@@ -181,11 +194,11 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     from mmaudio_hf.training.finetune import set_trainable
 
     with torch.device("meta"):
-        network = set_trainable(MMAudio(recipe.model), recipe.finetune)
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        model = set_trainable(MMAudio(recipe.model), recipe.finetune)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
     training = recipe.training
-    derived = {
+    derived: dict[str, Any] = {
         "sample_rate": audio_mode(recipe.model.mode).sample_rate,
         "lengths": asdict(lengths),
         "trainable_parameters": trainable,
@@ -203,8 +216,8 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
         derived["rows_per_epoch"] = per_epoch
         derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
         derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
-    parts = {"recipe": to_dict(recipe), "derived": derived}
-    return yaml.safe_dump(parts, sort_keys=False, allow_unicode=True).rstrip()
+    plain = {"recipe": to_dict(recipe), "derived": derived}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _store_rows(path: str) -> int:
@@ -216,8 +229,8 @@ def _store_rows(path: str) -> int:
         return len(store)
 
 
-def weight_checks():
-    """How to tell a right file from a wrong one where no checksum is published: the network must take it."""
+def weight_checks() -> dict[str, Callable[[Path], None]]:
+    """File -> check by loading it into its network, for released files without a published checksum."""
 
     def vocoder(path: Path) -> None:
         from mmaudio_hf.features.vocoder import Vocoder
@@ -230,7 +243,7 @@ def weight_checks():
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
         if rates != [8, 4, 2, 2, 2, 2]:
-            raise ValueError(f"{path} is of another vocoder: its upsample_rates are {rates}")
+            raise ValueError(f"{path} belongs to another vocoder: its upsample_rates are {rates}")
 
     def empty_text(path: Path) -> None:
         from mmaudio_hf.features.clip import load_empty_text
@@ -246,48 +259,45 @@ def weight_checks():
     }
 
 
-# --- Commands that look at a run or make something of it -------------------------------------------------------------
+# --- Commands that read a run -----------------------------------------------------------------------------------------
 
 
-def add_run_commands(add) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    average = add("ema", _ema, "publish averaged weights of another width or step, from the snapshots of a run")
-    average.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    average.add_argument("--sigma-rel", type=float, required=True, help="width relative to the length of training")
-    average.add_argument("--step", type=int, help="training step (default: that of the last snapshot)")
-    average.add_argument("--out", type=Path, required=True, help="new folder; generate takes it as --run")
+def add_run_commands(add: Add) -> None:
+    """`ema` and `replay-step`."""
+    ema = add("ema", _ema, "synthesise EMA weights of another width or step, from the snapshots of a run")
+    ema.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    ema.add_argument("--sigma-rel", type=float, required=True, help="width relative to the length of training")
+    ema.add_argument("--step", type=int, help="training step (default: that of the last snapshot)")
+    ema.add_argument("--out", type=Path, required=True, help="new folder; generate takes it as --run")
 
     replay = add("replay-step", _replay_step, "rerun one training step alone and show its losses and gradients")
     replay.add_argument("run", type=Path, metavar="RUN", help="run folder")
     replay.add_argument(
-        "step", type=int, metavar="STEP", help="updates made before it, as in skipped.jsonl and autopsy/"
+        "step", type=int, metavar="STEP", help="number of updates before it, as in skipped.jsonl and autopsy/"
     )
     replay.add_argument("--advance", action="store_true", help="train from the checkpoint before it to its own weights")
     replay.add_argument("--json", action="store_true", help="print everything as one JSON object, as in autopsy/")
 
 
-def _recipe_of(run: Path) -> Recipe:
+def recipe_of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder, which may have been moved. ValueError without config.yaml."""
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run folder: it has no config.yaml")
-    recipe = load_recipe(run / "config.yaml")
-    return replace(recipe, name=run.resolve().name, output_dir=str(run.resolve().parent))  # it may have moved
+    recipe = load_recipe(run / "config.yaml", overrides)
+    return replace(recipe, name=run.resolve().name, output_dir=str(run.resolve().parent))
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def _ema(options) -> None:
+def _ema(options: argparse.Namespace) -> None:
     from mmaudio_hf.training.checkpointer import publish_ema
 
-    recipe = _recipe_of(options.run)
-    average = (options.run, options.sigma_rel, options.step, options.out)
-    weights = publish_ema(*average, lambda folder: write_extras(recipe, folder), _say)
-    print(f"{options.out}: EMA of sigma_rel {weights['sigma_rel']:g} as of step {weights['step']}")
+    recipe = recipe_of_run(options.run)
+    request = (options.run, options.sigma_rel, options.step, options.out)
+    weights = publish_ema(*request, lambda folder: write_extras(recipe, folder), log)
+    print(f"{options.out}: EMA of sigma_rel {weights['sigma_rel']:g} at step {weights['step']}")
 
 
-def _replay_step(options) -> None:
-    recipe = _recipe_of(options.run)
+def _replay_step(options: argparse.Namespace) -> None:
+    recipe = recipe_of_run(options.run)
     import torch
 
     from mmaudio_hf.data.mixture import open_mixture
@@ -296,53 +306,57 @@ def _replay_step(options) -> None:
 
     mixture = open_mixture(recipe.data.train, recipe.model)
     torch.manual_seed(recipe.seed)
-    # As a new run: before the first checkpoint, its own start is what counts.
+    # As a new run: before the first checkpoint, its initial weights are needed.
     start = replace(recipe, resume="never")
     network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
-    figures = replay_step(recipe, network, mixture, options.step, advance=options.advance, say=_say)
+    figures = replay_step(recipe, network, mixture, options.step, advance=options.advance, say=log)
     print(to_json(figures).rstrip() if options.json else summary(figures))
 
 
-# --- `mmaudio-hf bench`: what takes how long, against what the machine can do ----------------------------------------
+# --- `mmaudio-hf bench`: speed against what the machine can do --------------------------------------------------------
 
 
-def add_bench_commands(add) -> None:
-    """Add it by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    parser = add("bench", None, "measure a part against what the machine can do")
-    parts = parser.add_subparsers(required=True, metavar="PART")
+def add_bench_commands(add: Add) -> None:
+    """`bench` and its benchmarks."""
+    parser = add("bench", None, "measure speed against what the machine can do")
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
 
-    def part(name, function, help_text):
-        command = parts.add_parser(name, help=help_text, description=help_text)
+    def benchmark(
+        name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str
+    ) -> argparse.ArgumentParser:
+        command = benchmarks.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=lambda options: _show(function(options), options.json))
         command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
-    step = part("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
+    step = benchmark("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
     step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     step.add_argument("--batch-size", type=_count, default=4, help="samples (default 4)")
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     step.add_argument(
         "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
     )
-    scaling = part("scaling", _scaling, "two processes with one thread each against one: weak scaling")
+    scaling = benchmark("scaling", _scaling, "two processes with one thread each against one: weak scaling")
     scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    extract = part("extract", _extract, "decoding and encoders")
-    extract.add_argument("--video", type=Path, help="video to read (default: one of 720p is made)")
-    generate = part("generate", _generate, "guided sampling against two forwards per step, and the other stages")
+    extract = benchmark("extract", _extract, "decoding and encoders")
+    extract.add_argument("--video", type=Path, help="video to read (default: a generated one of 720p)")
+    generate = benchmark("generate", _generate, "guided sampling against two forwards per step, and the other stages")
     generate.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
     generate.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
-    loader = part("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
-    loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: made)")
-    loader.add_argument("--rows", type=int, default=2000, help="rows of stores that are made (default 2000, 2 GB)")
+    loader = benchmark("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
+    loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: generated)")
+    loader.add_argument("--rows", type=int, default=2000, help="rows of generated stores (default 2000, 2 GB)")
     loader.add_argument("--batch-size", type=_count, default=64, help="samples (default 64)")
-    loader.add_argument("--audio-share", type=float, help="rows without video (default: as in the published mix, 0.3)")
+    loader.add_argument(
+        "--audio-share", type=float, help="rows without video (default: as in the published mixture, 0.3)"
+    )
     loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
-    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in files of holes")
+    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
 
 
 def _count(text: str) -> int:
@@ -352,7 +366,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _step(options) -> dict:
+def _step(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.training import checkpoint, step
     from mmaudio_hf.config import variant_config
 
@@ -361,12 +375,12 @@ def _step(options) -> dict:
     figures = step(config, options.batch_size, options.rounds, precisions)
     if options.checkpoint:
         figures |= checkpoint(config, options.rounds)
-        stall, seconds = figures["checkpoint_stall_seconds"], figures[f"{precisions[0]}_step_seconds"]
-        figures["checkpoint_stall_in_steps"] = stall / seconds
+        seconds = float(figures[f"{precisions[0]}_step_seconds"])
+        figures["checkpoint_stall_in_steps"] = float(figures["checkpoint_stall_seconds"]) / seconds
     return figures
 
 
-def _scaling(options) -> dict:
+def _scaling(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.training import scaling
     from mmaudio_hf.config import variant_config
 
@@ -374,20 +388,20 @@ def _scaling(options) -> dict:
     return scaling(variant_config(options.variant), options.batch_size, options.rounds, precision)
 
 
-def _extract(options) -> dict:
+def _extract(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.extract import extract
 
     return extract(options.video, options.rounds)
 
 
-def _generate(options) -> dict:
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.generate import generate
 
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
     return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
 
 
-def _loader(options) -> dict:
+def _loader(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.loader import AUDIO_SHARE, loader
 
     share = AUDIO_SHARE if options.audio_share is None else options.audio_share
@@ -396,7 +410,7 @@ def _loader(options) -> dict:
     )
 
 
-def _show(figures: dict, as_json: bool) -> None:
+def _show(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures))
         return
