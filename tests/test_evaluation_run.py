@@ -368,7 +368,7 @@ def test_mistakes_are_told_before_anything_runs(run, capsys, tmp_path, monkeypat
         ([run, "evaluation.itms=3"], "did you mean 'items'"),
         (["evaluation.items=3"], "name at least one run folder"),
         ([run, "encoders.weights_dir=nowhere", "data.test=[{path: nowhere}]"], "nowhere"),
-        ([run, "model.hidden_dim=128"], "a network of other sizes"),
+        ([run, "model.hidden_dim=128"], "has other sizes than the recipe"),
     ):
         assert evaluate(*words) == 2, words
         assert message in capsys.readouterr().err, words

@@ -302,7 +302,8 @@ def _replay_step(options: argparse.Namespace) -> None:
 
     from mmaudio_hf.data.mixture import open_mixture
     from mmaudio_hf.training.finetune import initial_model
-    from mmaudio_hf.training.replay import replay_step, summary, to_json
+    from mmaudio_hf.training.guard import summary, to_json
+    from mmaudio_hf.training.replay import replay_step
 
     mixture = open_mixture(recipe.data.train, recipe.model)
     torch.manual_seed(recipe.seed)
