@@ -24,7 +24,7 @@ class Result(NamedTuple):
 
 
 def run(*words: str, cwd: Path, code: int = 0) -> Result:
-    """Run `mmaudio-hf` in this process (importing torch anew takes longer than most commands) in folder `cwd`."""
+    """Run `mmaudio-hf` in this process (importing torch again takes longer than most commands) in folder `cwd`."""
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         returned = main(words)
@@ -43,8 +43,8 @@ def project(tmp_path_factory) -> Path:
     (folder / "short.yaml").write_text(yaml.safe_dump(tree | {"name": "short"}))
     run("example-media", "output/example_short-media", "--small", cwd=folder)
     run("extract-video", "short.yaml", cwd=folder)
-    refused = run("extract-audio", "short.yaml", cwd=folder, code=2)
-    assert "run `mmaudio-hf partition short.yaml` first" in refused.stderr
+    failed = run("extract-audio", "short.yaml", cwd=folder, code=2)
+    assert "run `mmaudio-hf partition short.yaml` first" in failed.stderr
     run("partition", "short.yaml", cwd=folder)
     run("extract-audio", "short.yaml", cwd=folder)
     run("train", "short.yaml", cwd=folder)
@@ -64,32 +64,32 @@ def test_stores_verify(project):
     file.write_bytes(content)
 
 
-def test_rows_made_anew_are_those_of_their_files(project, tmp_path):
+def test_rows_encoded_again_are_those_of_their_files(project, tmp_path):
     features, media = "output/example_short-features", project / "output/example_short-media"
-    made_anew = {}
+    encoded_again = {}
     for name, kind, columns in (("video_test", "videos", 5), ("audio_train", "audios", 3)):
         arguments = ("verify", f"{features}/{name}", "--sample", "2", "--media", str(media / kind))
         lines = run(*arguments, cwd=project).stdout.splitlines()
-        made_anew[name] = [line for line in lines if ": 2 rows made anew, relative difference at most 0" in line]
-        assert len(made_anew[name]) == columns and lines[-1].endswith("ok")
+        encoded_again[name] = [line for line in lines if ": 2 rows made anew, relative difference at most 0" in line]
+        assert len(encoded_again[name]) == columns and lines[-1].endswith("ok")
     manifest = json.loads((project / features / "video_test.manifest.json").read_text())
     assert manifest["preprocessing"]["alignment"] == "timestamps" and manifest["preprocessing"]["normalize_audio"]
     # The same in the compact layout, with the recipe's encoders and text alone.
     compact = str(tmp_path / "audio_train")
     run("store", "convert", f"{features}/audio_train", compact, "--layout", "compact", cwd=project)
-    facts = json.loads(run("store", "inspect", compact, "--json", cwd=project).stdout)
-    assert facts["layout"] == "compact" and facts["bytes"] < 0.6 * facts["reference_bytes"]
-    assert facts["columns"]["text_features"]["records"] == facts["distinct_captions"] < facts["rows"]
+    info = json.loads(run("store", "inspect", compact, "--json", cwd=project).stdout)
+    assert info["layout"] == "compact" and info["bytes"] < 0.6 * info["reference_bytes"]
+    assert info["columns"]["text_features"]["records"] == info["distinct_captions"] < info["rows"]
     assert "audio_train: " in run("store", "inspect", compact, cwd=project).stdout
     run("store", "verify", compact, "--sample", "3", "--recipe", "short.yaml", cwd=project)
     # One file under the name of another.
     ids = [line.split("\t")[0] for line in (project / features / "video_test.tsv").read_text().splitlines()[1:]]
     for item_id, other in zip(ids, [*ids[1:], ids[0]], strict=True):
         (tmp_path / f"{item_id}.mp4").symlink_to(media / "videos" / f"{other}.mp4")
-    found = run("verify", f"{features}/video_test", "--sample", "1", "--media", str(tmp_path), cwd=project, code=1)
-    assert "clip_features of row" in found.stdout and "are not those of its file" in found.stdout
-    refused = run("extract-audio", "short.yaml", "extraction.layout=compact", cwd=project, code=2)
-    assert "has the layout reference" in refused.stderr and "mmaudio-hf store convert" in refused.stderr
+    result = run("verify", f"{features}/video_test", "--sample", "1", "--media", str(tmp_path), cwd=project, code=1)
+    assert "clip_features of row" in result.stdout and "are not those of its file" in result.stdout
+    failed = run("extract-audio", "short.yaml", "extraction.layout=compact", cwd=project, code=2)
+    assert "has the layout reference" in failed.stderr and "mmaudio-hf store convert" in failed.stderr
 
 
 def test_dry_run_knows_the_rows(project):
@@ -98,18 +98,18 @@ def test_dry_run_knows_the_rows(project):
     assert derived["lengths"] == {"latent": 250, "clip": 64, "sync": 192, "sync_frames": 200, "audio_samples": 128000}
 
 
-def test_generate_writes_sound_and_video(project):
+def test_generate_writes_audio_and_video(project):
     video = sorted((project / "output/example_short-media/videos").glob("*.mp4"))[0]
     options = ("--run", "output/short", "--video", str(video), "--steps", "2")
-    run("generate", *options, "--prompt", "a ball", "--out", "made/with_sound.mp4", cwd=project)
+    run("generate", *options, "--prompt", "a ball", "--out", "made/with_audio.mp4", cwd=project)
     run(
         "generate", "--run", "output/short", "--prompt", "a bell", "--steps", "1", "--out", "made/text.wav", cwd=project
     )
-    with av.open(str(project / "made" / "with_sound.mp4")) as made:
-        assert {stream.type for stream in made.streams} == {"video", "audio"}
-    with av.open(str(project / "made" / "text.wav")) as made:
-        assert made.streams.audio[0].rate == 16000
-        assert sum(frame.samples for frame in made.decode(audio=0)) == 128000
+    with av.open(str(project / "made" / "with_audio.mp4")) as result:
+        assert {stream.type for stream in result.streams} == {"video", "audio"}
+    with av.open(str(project / "made" / "text.wav")) as result:
+        assert result.streams.audio[0].rate == 16000
+        assert sum(frame.samples for frame in result.decode(audio=0)) == 128000
 
 
 def test_report_ends_with_the_summary(project):
@@ -119,9 +119,9 @@ def test_report_ends_with_the_summary(project):
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("summary ")
     summary = json.loads(last.removeprefix("summary "))
-    wanted = {"f1_right", "f1_shuffled", "val_loss_first", "val_loss_last", "steps_per_s", "peak_mem_gb", "seconds"}
-    assert wanted <= summary.keys()
-    assert all(isinstance(summary[name], (int, float)) for name in wanted)
+    names = {"f1_right", "f1_shuffled", "val_loss_first", "val_loss_last", "steps_per_s", "peak_mem_gb", "seconds"}
+    assert names <= summary.keys()
+    assert all(isinstance(summary[name], (int, float)) for name in names)
 
 
 def test_bench_step_measures_and_prints_json(project, monkeypatch):

@@ -1,4 +1,4 @@
-"""av-benchmark: features extracted in an environment of its own, by a twin of its interface, and its failures."""
+"""av-benchmark: features extracted in an environment of its own, by a fake of it, and its failures."""
 
 import shutil
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from av_bench_twin import Twin
+from fake_av_bench import FakeAvBench
 from forked import Command, run_together
 from golden_data import normal
 from hub_server import TOKEN, USER, Hub
@@ -43,18 +43,18 @@ IDS = [f"test_{i:04d}" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory) -> Twin:
-    return Twin(tmp_path_factory.mktemp("twin"))
+def fake(tmp_path_factory) -> FakeAvBench:
+    return FakeAvBench(tmp_path_factory.mktemp("fake"))
 
 
 @pytest.fixture(autouse=True)
-def behaves(twin):
+def behaves(fake):
     yield
-    twin.misbehave("")
+    fake.misbehave("")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, twin) -> Path:
+def recipe(tmp_path_factory, fake) -> Path:
     """A recipe that asks for published scores, and a network beside it that was not trained."""
     folder = tmp_path_factory.mktemp("published")
     tree = recipe_tree(folder)
@@ -65,7 +65,7 @@ def recipe(tmp_path_factory, twin) -> Path:
         (folder / name).write_bytes(b"weights")
     tree |= {"name": "published", "sampling": {"num_steps": 1, "batch_size": 4}}
     metrics = ["fd", "kl", "is", "clap"]
-    tree |= {"evaluation": {"metrics": metrics, "av_bench_python": str(twin.python), "keep_clips": True}}
+    tree |= {"evaluation": {"metrics": metrics, "av_bench_python": str(fake.python), "keep_clips": True}}
     tree["data"]["test"] = [{"path": str(folder / "test")}]
     path = folder / "published.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -78,8 +78,8 @@ def recipe(tmp_path_factory, twin) -> Path:
 
 
 @pytest.fixture(scope="module")
-def extracted(twin, tmp_path_factory) -> Path:
-    """Two sounds, their caches, and what was printed meanwhile."""
+def extracted(fake, tmp_path_factory) -> Path:
+    """A folder with two audio files."""
     folder = tmp_path_factory.mktemp("extracted")
     (folder / "audio").mkdir()
     for item_id in IDS[:2]:
@@ -87,16 +87,16 @@ def extracted(twin, tmp_path_factory) -> Path:
     return folder
 
 
-def bench(twin, folder: Path, **options) -> AvBench:
+def bench(fake, folder: Path, **options) -> AvBench:
     for name in (CLAP_FILE, SYNCHFORMER_FILE):
         (folder / name).write_bytes(b"weights")
-    return AvBench(str(twin.python), folder, **options)
+    return AvBench(str(fake.python), folder, **options)
 
 
-def test_extraction_in_another_environment(twin, extracted, capfd):
-    found = bench(twin, extracted)
-    assert found.problem() is None
-    found.extract(extracted / "audio", extracted / "cache", duration=1.0, device=CPU, video=False, clap=True)
+def test_extraction_in_another_environment(fake, extracted, capfd):
+    bench_here = bench(fake, extracted)
+    assert bench_here.problem() is None
+    bench_here.extract(extracted / "audio", extracted / "cache", duration=1.0, device=CPU, video=False, clap=True)
     names = (
         "pann_features",
         "vggish_features",
@@ -112,11 +112,11 @@ def test_extraction_in_another_environment(twin, extracted, capfd):
     assert capfd.readouterr().out == ""  # what it prints goes to the log
 
 
-def test_every_way_to_fail_has_a_message(twin, extracted):
-    found = bench(twin, extracted)
+def test_every_way_to_fail_has_a_message(fake, extracted):
+    bench_here = bench(fake, extracted)
 
     def run():
-        found.extract(extracted / "audio", extracted / "lost", duration=1.0, device=CPU, video=True, clap=False)
+        bench_here.extract(extracted / "audio", extracted / "lost", duration=1.0, device=CPU, video=True, clap=False)
 
     for misdeed, message in (
         ("raise", r"RuntimeError: CUDA out of memory; it printed last: .*RuntimeError: CUDA out of memory"),
@@ -124,13 +124,13 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
         ("forget", r"wrote no passt_logits\.pth"),
         ("import", r"ImportError: cannot import name 'find_pruneable"),
     ):
-        twin.misbehave(misdeed)
+        fake.misbehave(misdeed)
         with pytest.raises(RunError, match=message):
             run()
-    assert "install it by `git clone https://github.com/hkchengrex/av-benchmark" in found.problem()
-    twin.misbehave("")
+    assert "install it by `git clone https://github.com/hkchengrex/av-benchmark" in bench_here.problem()
+    fake.misbehave("")
     (extracted / CLAP_FILE).unlink()
-    assert f"`mmaudio-hf weights download {CLAP_FILE} --dir {extracted}`" in found.problem()
+    assert f"`mmaudio-hf weights download {CLAP_FILE} --dir {extracted}`" in bench_here.problem()
     with pytest.raises(RunError, match=f"FileNotFoundError: .*{CLAP_FILE}"):
         run()
     assert "is not a program" in AvBench(str(extracted / "python"), extracted).problem()
@@ -145,15 +145,15 @@ def test_every_way_to_fail_has_a_message(twin, extracted):
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
 
 
-def test_extraction_ends_with_the_process_that_asked_for_it(twin, recipe, tmp_path):
-    twin.misbehave("sleep")
+def test_extraction_ends_with_its_parent_process(fake, recipe, tmp_path):
+    fake.misbehave("sleep")
     words = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
     with Command(*words, env=environment()) as process:
-        while not (twin.pid_file.exists() and twin.pid_file.read_text()) and process.poll() is None:
+        while not (fake.pid_file.exists() and fake.pid_file.read_text()) and process.poll() is None:
             threading.Event().wait(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.said()
-    extractor = Path("/proc") / twin.pid_file.read_text()
+    extractor = Path("/proc") / fake.pid_file.read_text()
     for _ in range(1000):
         if not extractor.exists() or (extractor / "stat").read_text().split()[2] == "Z":
             break
@@ -162,10 +162,10 @@ def test_extraction_ends_with_the_process_that_asked_for_it(twin, recipe, tmp_pa
         pytest.fail("the extractor outlives the process that asked for it")
 
 
-def test_in_this_process_where_it_imports(twin, extracted, monkeypatch, capfd):
-    monkeypatch.syspath_prepend(str(twin.python.parents[2] / "site"))
-    found = AvBench("", bench(twin, extracted).weights_dir)
-    found.extract(extracted / "audio", extracted / "here", duration=1.0, device=CPU, video=False, clap=False)
+def test_in_this_process_where_it_imports(fake, extracted, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(str(fake.python.parents[2] / "site"))
+    bench_here = AvBench("", bench(fake, extracted).weights_dir)
+    bench_here.extract(extracted / "audio", extracted / "here", duration=1.0, device=CPU, video=False, clap=False)
     there = torch.load(extracted / "here" / "passt_logits.pth", weights_only=True)
     assert set(there) == set(IDS[:2]) and "loading" not in capfd.readouterr().out
     for name in [name for name in sys.modules if name.partition(".")[0] == "av_bench"]:
@@ -194,7 +194,7 @@ def test_published_scores_of_a_split(alone):
     assert set(published) == names and len(content["scores"]) == len(names) + 8
     assert all(score["used"] == len(IDS) and not score["dropped"] for score in published.values())
     assert set(content["not_computed"]) == {"clap"} and "clap_laion_text.pth" in content["not_computed"]["clap"]
-    # They are those of the caches that are there: of the true sounds, decoded, and of the generated ones.
+    # They are those of the caches that remain: of the true audio, decoded, and of the generated audio.
     again = score_caches(alone / "test_truth" / "cache", alone / "test" / "cache")
     assert {name: again[name].value for name in names} == pytest.approx({n: s["value"] for n, s in published.items()})
     for folder in (alone / "test", alone / "test_truth"):
@@ -214,7 +214,7 @@ def test_two_processes_give_the_same_scores(recipe, alone, tmp_path):
 
 
 def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path, monkeypatch):
-    """Caches of a benchmark in a folder: other ids, other files, and nothing is extracted of the true sounds."""
+    """Caches of a benchmark in a folder: other ids, other files, and nothing is extracted from the true audio."""
     truth = tmp_path / "truth"
     truth.mkdir()
     for file in (alone / "test_truth" / "cache").glob("p*.pth"):
@@ -254,8 +254,8 @@ def test_published_truth_is_used_as_it_is(recipe, alone, tmp_path, monkeypatch):
             truth_caches(wrong)
 
 
-def test_failures_cost_the_published_scores_alone(recipe, twin, tmp_path, capsys):
-    for misdeed, told, noted in (
+def test_failures_cost_the_published_scores_alone(recipe, fake, tmp_path, capsys):
+    for misdeed, warning, reason in (
         (
             "import",
             "warning: evaluation.metrics are left out, the other scores are computed: av-benchmark cannot",
@@ -263,21 +263,21 @@ def test_failures_cost_the_published_scores_alone(recipe, twin, tmp_path, capsys
         ),
         ("die", "warning: evaluation.metrics of test are left out (its process ended by signal 9", "signal 9"),
     ):
-        twin.misbehave(misdeed)
+        fake.misbehave(misdeed)
         content = evaluate(recipe, tmp_path)
         assert not any(name[0].isupper() for name in content["scores"]) and len(content["scores"]) == 8
-        assert noted in content["not_computed"]["av-benchmark"]
+        assert reason in content["not_computed"]["av-benchmark"]
         output = capsys.readouterr()
-        assert output.err.count("warning") == 1 and told in output.err and "no av-benchmark:" in output.out
-    twin.misbehave("skip")
+        assert output.err.count("warning") == 1 and warning in output.err and "no av-benchmark:" in output.out
+    fake.misbehave("skip")
     content = evaluate(recipe, tmp_path)
     score = content["scores"]["KL-PASST-softmax"]
     assert score["used"] == len(IDS) - 1
     assert {"reason": "av-benchmark gave no features", "count": 1, "ids": [IDS[0]]} in score["dropped"]
 
 
-def test_training_is_told_once_and_goes_on(recipe, twin, capsys):
-    twin.misbehave("import")
+def test_training_warns_once_and_continues(recipe, fake, capsys):
+    fake.misbehave("import")
     words = ["training.steps=2", "training.validate_every=2", "evaluation.every=2", "evaluation.after_training=true"]
     assert main(["train", str(recipe), *words, "evaluation.items=2"]) == 0
     assert capsys.readouterr().err.count("av-benchmark cannot be imported") == 1
@@ -285,7 +285,7 @@ def test_training_is_told_once_and_goes_on(recipe, twin, capsys):
         assert "av-benchmark" in read_scores(run_dir(recipe) / "evaluation" / f"{split}_step_2.json")["not_computed"]
 
 
-def test_a_wrong_truth_is_told_before_anything_is_made(recipe, tmp_path, capsys):
+def test_a_wrong_truth_is_an_error_before_anything_is_generated(recipe, tmp_path, capsys):
     words = [f"evaluation.truth.test={tmp_path}", "evaluation.after_training=true", "name=wrong_truth"]
     source = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path / "out")]
     for command in (["train", str(recipe)], source):
@@ -294,8 +294,8 @@ def test_a_wrong_truth_is_told_before_anything_is_made(recipe, tmp_path, capsys)
     assert not (tmp_path / "out").exists() and not (recipe.parent / "output" / "wrong_truth" / "last").exists()
 
 
-def test_a_damaged_note_of_the_true_sounds_is_none(recipe, alone, tmp_path):
-    """As a full disk left it; a whole one says that they have been heard."""
+def test_a_damaged_key_of_the_true_audio_is_ignored(recipe, alone, tmp_path):
+    """As a full disk left it; a complete one says that its features were extracted."""
     shutil.copytree(alone / "test_truth", tmp_path / "test_truth")
     evaluator = SplitEvaluator(load_recipe(recipe), "test", folder=tmp_path)
     truth_key = {name: evaluator._inputs()[name] for name in ("decoder", "stores")}
@@ -305,10 +305,10 @@ def test_a_damaged_note_of_the_true_sounds_is_none(recipe, alone, tmp_path):
     assert published.truth_dir() == tmp_path / "test_truth" / "clips"
 
 
-def test_doctor_says_it_before(recipe, twin):
+def test_doctor_says_it_before(recipe, fake):
     loaded = load_recipe(recipe, ["evaluation.after_training=true"])
     assert [finding.level for finding in evaluation_findings(loaded)] == ["ok"]
-    twin.misbehave("import")
+    fake.misbehave("import")
     (finding,) = evaluation_findings(loaded)
     assert finding.level == "warn" and "git clone" in finding.message
     wrong = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=nowhere"])
@@ -320,10 +320,10 @@ def test_doctor_says_it_before(recipe, twin):
     assert list(evaluation_findings(load_recipe(recipe))) == []
 
 
-def test_parts_are_merged_in_the_order_of_the_split(tmp_path):
-    for part, ids in (("0", ("b", "d")), ("1", ("a",))):
-        (tmp_path / part).mkdir()
-        torch.save({i: torch.ones(1) for i in ids}, tmp_path / part / "x.pth")
+def test_caches_are_merged_in_the_order_of_the_split(tmp_path):
+    for share, ids in (("0", ("b", "d")), ("1", ("a",))):
+        (tmp_path / share).mkdir()
+        torch.save({i: torch.ones(1) for i in ids}, tmp_path / share / "x.pth")
     assert merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a", "b", "c", "d"]) == ["c"]
     assert list(torch.load(tmp_path / "all" / "x.pth", weights_only=True)) == ["a", "b", "d"]
     (tmp_path / "1" / "x.pth").write_bytes(b"rubbish")
@@ -337,8 +337,8 @@ def test_truth_from_the_hub(recipe, tmp_path, monkeypatch):
         name, file = f"{USER}/results", tmp_path / "passt_logits.pth"
         torch.save({"a": torch.ones(3)}, file)
         HfApi().create_repo(name, repo_type="dataset")
-        for place in ("vggsound/test/passt_logits.pth", "vggsound/test/sounds.tar", "other.pth"):
-            HfApi().upload_file(path_or_fileobj=file, path_in_repo=place, repo_id=name, repo_type="dataset")
+        for file_name in ("vggsound/test/passt_logits.pth", "vggsound/test/audio.tar", "other.pth"):
+            HfApi().upload_file(path_or_fileobj=file, path_in_repo=file_name, repo_id=name, repo_type="dataset")
         folder = truth_caches(f"{name}/vggsound/test")
         assert [path.name for path in folder.iterdir()] == ["passt_logits.pth"]
         assert torch.load(folder / "passt_logits.pth", weights_only=True)["a"].sum() == 3
@@ -348,9 +348,9 @@ def test_truth_from_the_hub(recipe, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot be fetched from the Hub") as caught:
             truth_caches(f"{USER}/missing")
         assert TOKEN not in str(caught.value)
-        told = []
+        warnings = []
         missing = load_recipe(recipe, [f"evaluation.truth.test={USER}/missing"])
-        check_truth(missing, ["test"], "av-benchmark is broken", told.append)
-        assert told == []  # what cannot be used is not fetched
-        check_truth(missing, ["test"], None, told.append)
-        assert len(told) == 1 and "cannot be fetched from the Hub" in told[0] and TOKEN not in told[0]
+        check_truth(missing, ["test"], "av-benchmark is broken", warnings.append)
+        assert warnings == []  # what cannot be used is not fetched
+        check_truth(missing, ["test"], None, warnings.append)
+        assert len(warnings) == 1 and "cannot be fetched from the Hub" in warnings[0] and TOKEN not in warnings[0]

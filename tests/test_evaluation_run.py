@@ -76,7 +76,7 @@ def test_scores_on_the_way_and_after_it(finished, tmp_path):
     ]  # fmt: skip
     names = {f"{split}_step_{step}.{end}" for split, step in (("validation", 2), ("validation", 4), ("test", 4))
              for end in ("json", "clips.jsonl")}  # fmt: skip
-    assert {path.name for path in folder.iterdir()} == names  # the sounds are gone
+    assert {path.name for path in folder.iterdir()} == names  # the audio is gone
     content = read_scores(folder / "test_step_4.json")
     assert content["weights"] == {"weights": "ema", "sigma_rel": 0.05, "step": 4} and content["run"] == "finished"
     assert content["items"] == {"listed": 6, "scored": 6, "dropped": []}
@@ -92,8 +92,8 @@ def test_scores_on_the_way_and_after_it(finished, tmp_path):
     recipe = load_recipe(finished)
     item = HeldOutItems(recipe.data.test, 6, spread=True)[3]
     pipeline = MMAudioPipeline.from_pretrained(run_dir(finished), device="cpu")
-    (made,) = pipeline.generate([item.request], num_steps=1, seed=recipe.seed)
-    write_audio(tmp_path / "made.wav", made.waveform, made.sample_rate)
+    (result,) = pipeline.generate([item.request], num_steps=1, seed=recipe.seed)
+    write_audio(tmp_path / "made.wav", result.waveform, result.sample_rate)
     heard, rate = read_waveform(tmp_path / "made.wav")
     lines = [json.loads(line) for line in (folder / "test_step_4.clips.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line.pop("id") == item.item_id]
@@ -122,26 +122,26 @@ def test_report_and_page_show_them(finished, run, capsys):
     assert cells[:2] + cells[-2:] == best
 
 
-def test_a_network_of_the_hub_sounds_and_is_scored(finished, run, tmp_path, capsys, monkeypatch):
-    name, sound = f"{USER}/network", tmp_path / "sound.wav"
+def test_a_network_of_the_hub_generates_and_is_scored(finished, run, tmp_path, capsys, monkeypatch):
+    name, file = f"{USER}/network", tmp_path / "audio.wav"
     with Hub(tmp_path / "hub") as hub:
         hub.use_here(monkeypatch, tmp_path / "home")
         assert main(["push", str(run), name]) == 0
-        assert main(["generate", "--run", name, "--prompt", "a ball", "--steps", "1", "--out", str(sound)]) == 0
+        assert main(["generate", "--run", name, "--prompt", "a ball", "--steps", "1", "--out", str(file)]) == 0
         assert evaluate(name, "--recipe", finished, "--out", tmp_path / "scores", "evaluation.items=2") == 0
     text = capsys.readouterr().out
-    waveform, rate = read_waveform(sound)
+    waveform, rate = read_waveform(file)
     assert rate == 16000 and waveform.abs().max() > 0 and "tester--network, test, step 4" in text
     (scores,) = (tmp_path / "scores").glob("test_step_4_*.json")  # of other items than the recipe's
     content = read_scores(scores)
     assert content["run"] == "tester--network" and content["items"]["scored"] == 2
-    # The toy codec came from the Hub with the weights: the local run alone makes the same sound.
-    assert main(["generate", "--run", str(run), "--prompt", "a ball", "--steps", "1", "--out", f"{sound}.wav"]) == 0
-    assert torch.equal(read_waveform(f"{sound}.wav")[0], waveform)
+    # The toy codec came from the Hub with the weights: the local run alone generates the same audio.
+    assert main(["generate", "--run", str(run), "--prompt", "a ball", "--steps", "1", "--out", f"{file}.wav"]) == 0
+    assert torch.equal(read_waveform(f"{file}.wav")[0], waveform)
 
 
-def test_killed_and_taken_up_again(finished, run, capsys):
-    """What was made before a kill is heard afterwards, as it was; other settings make everything anew."""
+def test_an_evaluation_that_was_killed_resumes(finished, run, capsys):
+    """What was generated before a kill is scored afterwards, as it was; other settings generate everything again."""
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("items: 6", "items: 0"))
     clips = run / "evaluation" / "test_step_4" / "clips"
@@ -153,7 +153,7 @@ def test_killed_and_taken_up_again(finished, run, capsys):
     before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
     assert 3 <= len(before) < 24 and not (run / "evaluation" / "test_step_4.json").exists()
 
-    silent = sorted(before)[0]  # marked, to see that it is taken as it is
+    silent = sorted(before)[0]  # marked, to see that it is used as it is
     write_audio(silent, torch.zeros(16000), 16000)
     config.write_text(config.read_text().replace("items: 0", "items: 6"))
     assert evaluate(run, "evaluation.keep_clips=true") == 0
@@ -170,13 +170,13 @@ def test_killed_and_taken_up_again(finished, run, capsys):
     again = read_scores(run / "evaluation" / "test_step_4.json")
     assert again["settings"]["seed"] == 8 and again["key"] != ours["key"]
     assert again["scores"]["loudness_difference"]["value"] > -5
-    made = clips.stat().st_mtime_ns
-    assert evaluate(run, "evaluation.keep_clips=true") == 0  # nothing is made twice
-    assert clips.stat().st_mtime_ns == made
+    written = clips.stat().st_mtime_ns
+    assert evaluate(run, "evaluation.keep_clips=true") == 0  # nothing is generated twice
+    assert clips.stat().st_mtime_ns == written
     capsys.readouterr()
 
 
-def test_another_codec_makes_everything_anew(finished, tmp_path):
+def test_another_codec_generates_everything_again(finished, tmp_path):
     network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
     clips, contents, heard = tmp_path / "scores" / "test_step_4" / "clips", [], []
     for seed in (0, 9):
@@ -196,18 +196,18 @@ def test_other_settings_weights_and_runs_keep_their_own_files(finished, run, tmp
     shutil.copytree(run_dir(finished) / "evaluation", run / "evaluation")
     trained = (run / "evaluation" / "test_step_4.json").read_bytes()
     assert evaluate(run, *few) == 0
-    average = shutil.copytree(run / "last" / "pretrained_model", run / "ema_0.1" / "pretrained_model").parent
-    noted = average / "pretrained_model" / "weights.json"
-    noted.write_text(json.dumps({"weights": "ema", "sigma_rel": 0.1, "step": 4}))
-    assert evaluate(average) == 0
+    ema = shutil.copytree(run / "last" / "pretrained_model", run / "ema_0.1" / "pretrained_model").parent
+    weights = ema / "pretrained_model" / "weights.json"
+    weights.write_text(json.dumps({"weights": "ema", "sigma_rel": 0.1, "step": 4}))
+    assert evaluate(ema) == 0
     assert (run / "evaluation" / "test_step_4.json").read_bytes() == trained
     others = [read_scores(path) for path in (run / "evaluation").glob("test_step_4_*.json")]
     assert sorted((c["settings"]["num_steps"], c["weights"]["sigma_rel"]) for c in others) == [(1, 0.1), (2, 0.05)]
     assert [c["weights"]["sigma_rel"] for c in find_scores(run, "test") if c["step"] == 4] == [0.05]  # the run's own
 
-    twin = shutil.copytree(run, tmp_path / "twin" / "copy", symlinks=True)
+    other = shutil.copytree(run, tmp_path / "other" / "copy", symlinks=True)
     capsys.readouterr()
-    assert evaluate(run, twin, "--out", tmp_path / "both", *few) == 0
+    assert evaluate(run, other, "--out", tmp_path / "both", *few) == 0
     text = capsys.readouterr().out
     assert "copy, test, step 4" in text and "copy-2, test, step 4" in text
     assert [len(list((tmp_path / "both" / name).glob("*_step_4_*.json"))) for name in ("copy", "copy-2")] == [1, 1]
@@ -251,7 +251,7 @@ def unfinished(checkpoint: Path) -> list[str]:
     return json.loads((checkpoint / "training_state" / "state.json").read_text())["facts"]["to_evaluate"]
 
 
-def test_training_killed_in_an_evaluation_goes_on_with_it(finished):
+def test_training_killed_in_an_evaluation_resumes_it(finished):
     recipe = finished.with_name("killed.yaml")
     recipe.write_text(finished.read_text().replace("name: finished", "name: killed"))
     clips = run_dir(recipe) / "evaluation" / "validation_step_2" / "clips"
@@ -309,34 +309,36 @@ def test_what_was_scored_before_a_kill_counts_afterwards(finished, monkeypatch):
     assert (cut / "last").resolve().name == "step_4" and unfinished(cut / "last") == []
 
 
-def test_what_cannot_be_scored_is_counted(finished, tmp_path):
+def test_what_cannot_be_scored_is_dropped_with_a_reason(finished, tmp_path):
     recipe = load_recipe(finished, ["evaluation.keep_clips=true"])
     evaluator = SplitEvaluator(recipe, "validation", folder=tmp_path)
     network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
-    facts = {"weights": "raw", "sigma_rel": None, "step": 9}
+    weights = {"weights": "raw", "sigma_rel": None, "step": 9}
     first = evaluator.items.ids[0]
-    whole = evaluator.evaluate(network, 9, facts)
+    whole = evaluator.evaluate(network, 9, weights)
     clip = tmp_path / "validation_step_9" / "clips" / f"{first}.wav"
-    clip.write_bytes(b"no sound")
+    clip.write_bytes(b"no audio")
     (tmp_path / "validation_step_9.json").unlink()
-    content = evaluator.evaluate(network, 9, facts)
+    content = evaluator.evaluate(network, 9, weights)
     (entry,) = content["items"]["dropped"]
     assert entry == {"reason": "a clip that cannot be read", "count": 1, "ids": [first]} and not clip.exists()
     assert content["scores"]["log_mel_distance"]["used"] == len(evaluator.items) - 1
-    again = evaluator.evaluate(network, 9, facts)["scores"]  # these are not returned again: the sound is made anew
+    again = evaluator.evaluate(network, 9, weights)[
+        "scores"
+    ]  # these are not returned again: the clip is generated again
     for name, score in whole["scores"].items():  # made in another batch
         assert again[name]["value"] == pytest.approx(score["value"], rel=1e-2, abs=1e-2), name
 
     with torch.no_grad():
         network.final_layer.conv.bias.fill_(math.nan)
-    content = evaluator.evaluate(network, 9, facts)
+    content = evaluator.evaluate(network, 9, weights)
     assert content["items"]["scored"] == 0 and content["items"]["dropped"][0]["reason"] == NOT_FINITE
     assert all(score["value"] is None for score in content["scores"].values())
-    assert evaluator.run(network, 9, facts).scores == {}
+    assert evaluator.run(network, 9, weights).scores == {}
 
 
 def test_a_full_disk_costs_the_evaluation_and_not_the_run(finished, tmp_path, capsys):
-    """A file where the folder of the results is to be stands for whatever the system refuses."""
+    """A file where the folder of the results belongs: what a full disk or a wrong mode does."""
     (tmp_path / "taken").write_text("")
     evaluator = SplitEvaluator(load_recipe(finished), "validation", folder=tmp_path / "taken")
     network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
@@ -360,7 +362,7 @@ def test_rows_of_one_id_count_once(folder):
     assert items.of(items.ids[2]).latent.equal(items[2].latent)
 
 
-def test_mistakes_are_told_before_anything_runs(run, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_errors_before_anything_runs(run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, message in (
         (["nowhere/run"], "part of no run folder: say by --recipe"),

@@ -1,7 +1,7 @@
-"""A twin of av-benchmark for tests: a package of the same interface in an environment with an interpreter of its own.
+"""A fake of av-benchmark for tests: a package with the same interface in an environment with an interpreter of its own.
 
-It reads the sounds it is given and writes caches of the published names, whose features are fixed random projections of
-the sound's spectrum, and few, since the root of a large matrix takes a minute. The networks behind the real ones
+It reads audio files and writes caches of the published names, whose features are fixed random projections of the
+spectrum, and few, since the root of a large matrix takes a minute. The networks behind the real ones
 cannot be fetched for a test. What goes wrong is asked for in `misdeed.txt` beside the package.
 """
 
@@ -84,7 +84,7 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
 """
 
 
-class Twin:
+class FakeAvBench:
     """The environment in `folder`; `python` is its interpreter."""
 
     def __init__(self, folder: Path):
@@ -99,8 +99,8 @@ class Twin:
         self.misbehave("")
         (site,) = (folder / "env" / "lib").glob("python*/site-packages")
         libraries = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
-        (site / "twin.pth").write_text(f"{folder / 'site'}\n{libraries}\n")
+        (site / "fake.pth").write_text(f"{folder / 'site'}\n{libraries}\n")
 
     def misbehave(self, how: str) -> None:
-        """From here on: "import", "raise", "die", "sleep", "forget" a file, "skip" a sound, or ""."""
+        """From here on: "import", "raise", "die", "sleep", "forget" a file, "skip" an audio file, or ""."""
         self._misdeed.write_text(how)

@@ -1,4 +1,4 @@
-"""Sound made during training: whole runs of `train.py` on small stores, on one and two processes, killed on the way."""
+"""Samples during training: whole runs of `train.py` on small stores, on one and two processes, killed on the way."""
 
 import base64
 import json
@@ -64,8 +64,8 @@ def samples(recipe: Path) -> dict[str, bytes]:
 
 
 def waveform(content: bytes, folder: Path) -> np.ndarray:
-    (folder / "sound.wav").write_bytes(content)
-    with av.open(str(folder / "sound.wav")) as container:
+    (folder / "audio.wav").write_bytes(content)
+    with av.open(str(folder / "audio.wav")) as container:
         return np.concatenate([f.to_ndarray().reshape(-1) for f in container.decode(audio=0)]) / 32768
 
 
@@ -74,19 +74,19 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     items = read_items(recipe.data.validation, 3, spread=True)
     ids = [item.item_id for item in items]
     assert ids == ["held_out_0000", "held_out_0001", "held_out_0003"]
-    names = {f"{place}/{i}.wav" for place in ("reference", "step_2", "step_4") for i in ids}
+    names = {f"{name}/{i}.wav" for name in ("reference", "step_2", "step_4") for i in ids}
     assert set(files) == names | {"step_2/samples.json", "step_4/samples.json"}
 
     # What is heard at the last step is what the published weights make of the features, from the same noise.
     pipeline = MMAudioPipeline.from_pretrained(run_dir(finished), device="cpu")
     results = pipeline.generate([item.request for item in items], num_steps=2, seed=recipe.seed)
-    wanted = [result.waveform.numpy() for result in results][1]
-    assert waveform(files[f"step_4/{ids[1]}.wav"], tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+    expected = [result.waveform.numpy() for result in results][1]
+    assert waveform(files[f"step_4/{ids[1]}.wav"], tmp_path) == pytest.approx(expected.clip(-1, 1), abs=1e-3)
     reference = pipeline.decode(items[1].latent)
     assert waveform(files[f"reference/{ids[1]}.wav"], tmp_path) == pytest.approx(reference.clamp(-1, 1), abs=1e-3)
     rows = json.loads(files["step_4/samples.json"])
     assert [(row["id"], row["caption"]) for row in rows] == [(i.item_id, i.caption) for i in items]
-    assert rows[1]["scores"] == pytest.approx(waveform_scores(wanted, reference, 16000), rel=1e-3, abs=1e-3)
+    assert rows[1]["scores"] == pytest.approx(waveform_scores(expected, reference, 16000), rel=1e-3, abs=1e-3)
     logged = {line["step"]: line for line in metrics(finished) if "eval/log_mel_distance" in line}
     assert sorted(logged) == [2, 4]
     means = {name: np.mean([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
@@ -100,15 +100,15 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     )
     for line in metrics(finished):
         for name in line.keys() - {"step"}:
-            found = {event.step: event.value for event in events.Scalars(name)}
-            assert found[line["step"]] == pytest.approx(line[name], rel=1e-5), name
+            logged_values = {event.step: event.value for event in events.Scalars(name)}
+            assert logged_values[line["step"]] == pytest.approx(line[name], rel=1e-5), name
     assert set(tags["audio"]) == {f"eval/{i}" for i in ids}
     heard = events.Audio(f"eval/{ids[1]}")
     assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
-    assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(wanted.clip(-1, 1), abs=1e-3)
+    assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(expected.clip(-1, 1), abs=1e-3)
 
 
-def test_trackers_of_other_packages_get_scores_and_sounds(folder, tmp_path):
+def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):
     """Without a network: wandb writes its own log, trackio a database."""
     for name in ("wandb", "trackio"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'mmaudio-hf[{name}]'")
@@ -127,13 +127,13 @@ def test_trackers_of_other_packages_get_scores_and_sounds(folder, tmp_path):
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
     assert logged <= {metric for row in rows for metric in row}
     ours = [path.read_bytes() for path in (run_dir(recipe) / "samples" / "step_2").glob("*.wav")]
-    made = sorted(waveform(content, tmp_path).tolist() for content in ours)
-    for sounds in (
+    written = sorted(waveform(content, tmp_path).tolist() for content in ours)
+    for files in (
         (run / "files" / "media" / "audio" / "eval").glob("held_out_000*_2_*.wav"),
         (tmp_path / "trackio" / "media").rglob("*.wav"),
     ):
-        heard = sorted(waveform(path.read_bytes(), tmp_path).tolist() for path in sounds)
-        assert len(heard) == 3 and np.allclose(heard, made, atol=1e-3)
+        heard = sorted(waveform(path.read_bytes(), tmp_path).tolist() for path in files)
+        assert len(heard) == 3 and np.allclose(heard, written, atol=1e-3)
 
 
 def test_the_report_lets_one_hear_them(finished):
@@ -141,8 +141,8 @@ def test_the_report_lets_one_hear_them(finished):
     players = page.all("audio")
     assert len(players) == 9 and "2 steps were sampled" in page.text and len(page.all("article")) == 3
     files = samples(finished)
-    sounds = [base64.b64decode(player["src"].partition("base64,")[2]) for player in players[:3]]
-    assert sounds == [files[f"{place}/held_out_0000.wav"] for place in ("reference", "step_2", "step_4")]
+    players_audio = [base64.b64decode(player["src"].partition("base64,")[2]) for player in players[:3]]
+    assert players_audio == [files[f"{name}/held_out_0000.wav"] for name in ("reference", "step_2", "step_4")]
     (curve,) = [line for line in page.all("polyline") if line["data-series"] == "eval/log_mel_distance"]
     assert len(curve["points"].split()) == 2
 
@@ -157,8 +157,8 @@ def test_two_processes_share_the_items(finished):
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-2, abs=1e-2)
 
 
-def test_a_run_killed_between_sounds_leaves_no_half_samples(finished):
-    """Killed as soon as a sound of step 4 is there, and taken up again."""
+def test_a_run_killed_between_samples_leaves_no_half_of_them(finished):
+    """Killed as soon as a sample of step 4 is there, and resumed."""
     recipe = write_recipe(finished.parent, "killed")
     with start(recipe) as process:
         while not list(run_dir(recipe).glob("samples/step_4*/*.wav")) and process.poll() is None:
@@ -172,7 +172,7 @@ def test_a_run_killed_between_sounds_leaves_no_half_samples(finished):
     assert (run_dir(recipe) / "metrics.jsonl").read_bytes() == (run_dir(finished) / "metrics.jsonl").read_bytes()
 
 
-def test_what_is_missing_is_said_before_training(finished):
+def test_what_is_missing_is_an_error_before_training(finished):
     recipe = load_recipe(finished, ["encoders.weights_dir=nowhere"])
     with pytest.raises(ValueError, match=r"toy_codec_16k\.safetensors is missing"):
         SampleEvaluator(recipe)
@@ -180,11 +180,11 @@ def test_what_is_missing_is_said_before_training(finished):
         load_recipe(finished, ["samples.split=test"])
 
 
-def test_a_sound_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):
-    made = samples_module.generate_items
+def test_a_sample_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):
+    generate = samples_module.generate_items
 
     def one_diverges(*args):
-        for number, (item, result) in enumerate(made(*args)):
+        for number, (item, result) in enumerate(generate(*args)):
             yield item, replace(result, waveform=result.waveform * math.nan) if number == 0 else result
 
     monkeypatch.setattr(samples_module, "generate_items", one_diverges)
@@ -195,6 +195,6 @@ def test_a_sound_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):
     assert (
         f"samples of step 2 are left out, having values that are not finite numbers: {first}" in capsys.readouterr().err
     )
-    assert [sound.name for sound in result.samples] == others and math.isnan(result.scores["log_mel_distance"])
+    assert [sample.name for sample in result.samples] == others and math.isnan(result.scores["log_mel_distance"])
     assert {path.name for path in folder.iterdir()} == {"samples.json", *(f"{name}.wav" for name in others)}
     assert [row["id"] for row in json.loads((folder / "samples.json").read_text())] == others
