@@ -1,4 +1,4 @@
-"""Checkpoints of the reference implementation, built in its layout, to run folders and back."""
+"""Checkpoints of the reference implementation, written in its layout, to run folders and back."""
 
 import json
 from collections import Counter
@@ -74,9 +74,9 @@ class Trained:
         group = {k: v for k, v in self.optimizer.state_dict()["param_groups"][0].items() if k != "params"}
         group |= {"initial_lr": self.recipe.optim.learning_rate, "params": list(range(len(state)))}
         ema = {}
-        for i, averages in enumerate(self.ema.profiles.values()):
+        for i, profile in enumerate(self.ema.profiles.values()):
             ema[f"ema_models.{i}._extra_state"] = {"initted": True, "step": self.step}
-            ema |= {f"ema_models.{i}.ema_model.{name}": averages[name].clone() for name in names}
+            ema |= {f"ema_models.{i}.ema_model.{name}": profile[name].clone() for name in names}
         scheduler = {"_milestones": [2], "last_epoch": self.step, "_schedulers": [{"milestones": Counter({6: 1})}]}
         return {
             "it": self.step - 1,
@@ -123,9 +123,9 @@ def import_file(file: Path, recipe_file: Path, name: str, *more: str) -> Path:
     return run
 
 
-def refusal(content, recipe_file: Path, capsys, *more: str) -> str:
-    """The one sentence with which a file is refused; nothing is left of it."""
-    file, run = recipe_file.parent / "refused.pth", recipe_file.parent / "output" / "refused"
+def import_error(content, recipe_file: Path, capsys, *more: str) -> str:
+    """The one sentence with which the import of a file fails; nothing is written."""
+    file, run = recipe_file.parent / "not_fitting.pth", recipe_file.parent / "output" / "not_fitting"
     torch.save(content, file)
     assert main(["import", str(file), "--recipe", str(recipe_file), "--run", str(run), *more]) == 2
     assert not run.exists()
@@ -179,7 +179,7 @@ def test_a_checkpoint_becomes_a_run_folder_bit_by_bit(imported, trained, recipe_
     assert tensors(imported, "window")["sums"].tolist() == [0] * 7
 
 
-def test_training_goes_on_as_in_memory(checkpoint, trained, recipe_file):
+def test_training_continues_as_in_memory(checkpoint, trained, recipe_file):
     """The same batches follow, so two updates by the loop equal two more in memory, in every bit."""
     run = import_file(recipe_file.parent / "exp_ckpt_last.pth", recipe_file, "continued")
     result = Command("train", str(run / "config.yaml"), cwd=run).result()
@@ -200,8 +200,8 @@ def test_there_and_back_is_the_same(imported, checkpoint, recipe_file, tmp_path)
     assert names == ["imported_ckpt_last.pth", "imported_ema_final.pth", "imported_last.pth"]
     back = torch.load(tmp_path / "out" / "imported_ckpt_last.pth", weights_only=True)
     assert list(back) == ["it", "weights", "optimizer", "scheduler", "ema"]
-    for part in ("it", "weights", "ema"):
-        same_content(back[part], checkpoint[part], part)
+    for key in ("it", "weights", "ema"):
+        same_content(back[key], checkpoint[key], key)
     same_content(back["optimizer"]["state"], checkpoint["optimizer"]["state"])
     assert back["optimizer"]["param_groups"][0]["params"] == checkpoint["optimizer"]["param_groups"][0]["params"]
     same_content(torch.load(tmp_path / "out" / "imported_last.pth", weights_only=True), checkpoint["weights"])
@@ -254,10 +254,10 @@ def test_scheduler_state_is_what_steps_leave(steps, recipe_file):
 def test_snapshots_come_along_and_go_back(trained, checkpoint, recipe_file, tmp_path):
     (tmp_path / "ema").mkdir()
     names = reference_order(trained.network.state_dict())
-    for i, averages in enumerate(trained.ema.profiles.values()):
+    for i, profile in enumerate(trained.ema.profiles.values()):
         for step, factor in ((2, 0.5), (STEPS, 1.0)):
             content = {"_extra_state": {"initted": True, "step": step}}
-            content |= {f"ema_model.{name}": averages[name] * factor for name in names}
+            content |= {f"ema_model.{name}": profile[name] * factor for name in names}
             torch.save(content, tmp_path / "ema" / f"{i}.{step}.pt")
     file = recipe_file.parent / "exp_ckpt_last.pth"
     run = import_file(file, recipe_file, "snapshots", "--snapshots", str(tmp_path / "ema"))
@@ -270,7 +270,7 @@ def test_snapshots_come_along_and_go_back(trained, checkpoint, recipe_file, tmp_
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2  # nothing is overwritten
 
 
-def test_weights_alone_start_anew(checkpoint, trained, recipe_file):
+def test_weights_alone_start_at_step_0(checkpoint, trained, recipe_file):
     file = recipe_file.parent / "mmaudio_tiny.pth"
     torch.save(checkpoint["weights"] | {"latent_rot": torch.ones(3)}, file)
     run = import_file(file, recipe_file, "weights")
@@ -287,42 +287,53 @@ def test_steps_are_updates_and_not_iterations(checkpoint, recipe_file, capsys):
     assert (import_file(file, recipe_file, "resumed") / "last").resolve().name == f"step_{STEPS}"
     later = checkpoint | {"scheduler": {"last_epoch": STEPS + 1}}
     torch.save(later, file)
-    run = import_file(file, recipe_file, "refused_step")
+    run = import_file(file, recipe_file, "skipped_step")
     record = json.loads((run / "last" / "training_state" / "state.json").read_text())
     assert record["step"] == STEPS + 1 and record["facts"]["skipped"] == 1
-    message = refusal(checkpoint | {"scheduler": {"last_epoch": STEPS - 1}}, recipe_file, capsys)
+    message = import_error(checkpoint | {"scheduler": {"last_epoch": STEPS - 1}}, recipe_file, capsys)
     assert f"made {STEPS - 1} steps, its optimizer {STEPS}" in message
-    assert f"has {STEPS} updates" in refusal(checkpoint, recipe_file, capsys, "training.steps=4")
+    assert f"has {STEPS} updates" in import_error(checkpoint, recipe_file, capsys, "training.steps=4")
 
 
-def test_other_settings_are_told(checkpoint, recipe_file, capsys):
+def test_other_settings_are_logged(checkpoint, recipe_file, capsys):
     file = recipe_file.parent / "exp_ckpt_last.pth"
     import_file(file, recipe_file, "other_settings", "optim.eps=1e-8")
     assert "note: the file was trained with eps 1e-06, the recipe says 1e-08" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_refused(checkpoint, recipe_file, imported, capsys):
+@pytest.mark.parametrize(
+    ("fault", "message", "override"),
+    [
+        ("", "has model.hidden_dim 64, the recipe 128", "model.hidden_dim=128"),
+        ("weight missing", "final_layer.conv.bias is missing", ""),
+        ("weights sorted", "not in their original order", ""),
+        ("statistics", "latent_std that is not finite", ""),
+        ("moments missing", "its optimizer has", ""),
+        ("moments shifted", "does not fit the network", ""),
+        ("", "EMA profiles", "ema.sigma_rels=[0.05]"),
+        ("EMA weight missing", "latent_mean is missing", ""),
+        ("EMA counters", "different counters", ""),
+    ],
+)
+def test_a_file_that_does_not_fit_is_an_error(fault, message, override, checkpoint, recipe_file, capsys):
     weights, optimizer, ema = checkpoint["weights"], checkpoint["optimizer"], checkpoint["ema"]
+    moments = list(optimizer["state"].values())
+    changes = {
+        "": {},
+        "weight missing": {"weights": {n: v for n, v in weights.items() if "conv.bias" not in n}},
+        "weights sorted": {"weights": {name: weights[name] for name in sorted(weights)}},
+        "statistics": {"weights": weights | {"latent_std": weights["latent_std"] * float("nan")}},
+        "moments missing": {"optimizer": optimizer | {"state": dict(enumerate(moments[1:], 1))}},
+        "moments shifted": {"optimizer": optimizer | {"state": dict(enumerate([*moments[1:], moments[0]]))}},
+        "EMA weight missing": {"ema": {n: v for n, v in ema.items() if not n.endswith("1.ema_model.latent_mean")}},
+        "EMA counters": {"ema": ema | {f"ema_models.{i}._extra_state": {"step": 4 + i} for i in range(2)}},
+    }[fault]
+    assert message in import_error(checkpoint | changes, recipe_file, capsys, *([override] if override else []))
 
-    def refused(message: str, *more: str, **changes):
-        assert message in refusal(checkpoint | changes, recipe_file, capsys, *more)
 
-    refused("has model.hidden_dim 64, the recipe 128", "model.hidden_dim=128")
-    refused("final_layer.conv.bias is missing", weights={n: v for n, v in weights.items() if "conv.bias" not in n})
-    refused("not in their original order", weights={name: weights[name] for name in sorted(weights)})
-    refused("latent_std that is not finite", weights=weights | {"latent_std": weights["latent_std"] * float("nan")})
-    fewer = {i: v for i, v in optimizer["state"].items() if i}
-    refused("its optimizer has", optimizer=optimizer | {"state": fewer})
-    entries = list(optimizer["state"].values())
-    moved = dict(enumerate([*entries[1:], entries[0]]))
-    refused("does not fit the network", optimizer=optimizer | {"state": moved})
-    refused("EMA profiles", "ema.sigma_rels=[0.05]")
-    refused("latent_mean is missing", ema={n: v for n, v in ema.items() if not n.endswith("1.ema_model.latent_mean")})
-    counters = {f"ema_models.{i}._extra_state": {"initted": True, "step": 4 + i} for i in range(2)}
-    refused("different counters", ema=ema | counters)
+def test_an_import_needs_a_new_folder(checkpoint, recipe_file, imported, capsys):
     file = recipe_file.parent / "exp_ckpt_last.pth"
-    again = ["import", str(file), "--recipe", str(recipe_file), "--run", str(imported)]
-    assert main(again) == 2
+    assert main(["import", str(file), "--recipe", str(recipe_file), "--run", str(imported)]) == 2
     assert "holds checkpoints" in capsys.readouterr().err
 
 

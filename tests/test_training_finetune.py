@@ -1,4 +1,4 @@
-"""Training from trained weights: strict start, frozen parts, adapters, other durations, early stopping."""
+"""Fine-tuning: pretrained weights, frozen parameters, adapters, other durations; early stopping."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, rea
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A folder with stores and a trained network: `output/base`, and `released.pth` like a released file."""
+    """A folder with stores and a trained model: `output/base`, and `released.pth` like a released file."""
     folder = tmp_path_factory.mktemp("finetune")
     assert train(folder, "base", steps=4) == 0
     network = MMAudio.from_pretrained(folder / "output" / "base" / "last" / "pretrained_model")
@@ -55,14 +55,14 @@ def changed(before: dict, after: dict) -> set[str]:
 
 
 @pytest.mark.parametrize("start", ["output/base", "output/base/last/pretrained_model", "released.pth"])
-def test_weights_statistics_and_empty_text_come_from_the_start(base, start):
+def test_weights_statistics_and_empty_text_come_from_init_from(base, start):
     config, state, source = read_pretrained(str(base / start))
     assert source.exists() and config.hidden_dim == 64
     expected = load_file(last(base, "base") / "pretrained_model" / "model.safetensors")
     assert changed(expected, state) == set()
 
 
-def test_statistics_are_kept_or_computed_anew(base):
+def test_statistics_are_kept_or_recomputed(base):
     write_store(base / "own", 8, seed=5)
     own = [f"data.train=[{{path: {base / 'own'}}}]"]
     before = model_tensors(base, "base")
@@ -71,12 +71,12 @@ def test_statistics_are_kept_or_computed_anew(base):
     moved = changed(before, model_tensors(base, "kept"))
     assert not moved & {*statistics, "empty_string_feat"} and "final_layer.conv.weight" in moved
     again = {"init_from": str(base / "released.pth"), "latent_statistics": "recompute"}
-    assert train(base, "anew", again, own, steps=1) == 0
-    assert statistics <= changed(before, model_tensors(base, "anew"))
+    assert train(base, "recomputed", again, own, steps=1) == 0
+    assert statistics <= changed(before, model_tensors(base, "recomputed"))
 
 
-def test_the_first_step_sees_the_trained_network(base):
-    """Validation before the first step is that of the weights given, not of a network without training."""
+def test_the_first_step_sees_the_pretrained_weights(base):
+    """Validation before the first step is that of the weights given, not of an untrained model."""
     assert train(base, "first", {"init_from": str(base / "output" / "base")}, steps=1) == 0
     lines = [json.loads(line) for line in (base / "output" / "first" / "metrics.jsonl").read_text().splitlines()]
     of_base = [json.loads(line) for line in (base / "output" / "base" / "metrics.jsonl").read_text().splitlines()]
@@ -84,31 +84,43 @@ def test_the_first_step_sees_the_trained_network(base):
     assert lines[0]["val/loss"] != of_base[0]["val/loss"]
 
 
-def test_a_start_that_does_not_fit_is_refused(base, capsys):
-    released = str(base / "released.pth")
-    for finetune, model, message in (
-        ({"init_from": released}, {"hidden_dim": 128, "num_heads": 2}, "released.pth has model.hidden_dim 64"),
-        ({"init_from": str(base / "nothing.pth")}, {}, "nothing.pth is not a file"),
-        ({"init_from": str(base)}, {}, "holds no trained network"),
-        ({"init_from": released, "freeze": ["fused_block"]}, {}, "did you mean fused_blocks"),
-        ({"init_from": released, "freeze": ["joint_blocks.3-9"]}, {}, "no parameter is called 'joint_blocks.3-9'"),
-        ({"init_from": released, "freeze": ["*"]}, {}, "leaves nothing to train"),
+@pytest.mark.parametrize(
+    ("finetune", "model", "message"),
+    [
+        ({"init_from": "released.pth"}, {"hidden_dim": 128, "num_heads": 2}, "released.pth has model.hidden_dim 64"),
+        ({"init_from": "nothing.pth"}, {}, "nothing.pth is not a file"),
+        ({"init_from": "."}, {}, "holds no trained network"),
+        ({"init_from": "released.pth", "freeze": ["fused_block"]}, {}, "did you mean fused_blocks"),
+        (
+            {"init_from": "released.pth", "freeze": ["joint_blocks.3-9"]},
+            {},
+            "no parameter is called 'joint_blocks.3-9'",
+        ),
+        ({"init_from": "released.pth", "freeze": ["*"]}, {}, "leaves nothing to train"),
         ({"freeze": ["text"]}, {}, "name the trained ones in finetune.init_from"),
-        ({"init_from": released, "lora": {"rank": 2, "targets": ["quv"]}}, {}, "did you mean 'qkv'"),
-    ):
-        assert main(["train", str(write(base, "refused", finetune, model))]) == 2
-        assert message in capsys.readouterr().err
-    spoiled = torch.load(released, weights_only=True) | {"latent_std": torch.full((1, 1, 20), math.nan)}
+        ({"init_from": "released.pth", "lora": {"rank": 2, "targets": ["quv"]}}, {}, "did you mean 'qkv'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_errors(base, capsys, finetune, model, message):
+    if "init_from" in finetune:
+        finetune = finetune | {"init_from": str(base / finetune["init_from"])}
+    assert main(["train", str(write(base, "not_fitting", finetune, model))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (base / "output" / "not_fitting").exists()
+
+
+def test_weights_that_cannot_be_trained_are_errors(base, capsys):
+    spoiled = torch.load(base / "released.pth", weights_only=True) | {"latent_std": torch.full((1, 1, 20), math.nan)}
     torch.save(spoiled, base / "spoiled.pth")
-    assert main(["train", str(write(base, "refused", {"init_from": str(base / "spoiled.pth")}))]) == 2
+    assert main(["train", str(write(base, "not_fitting", {"init_from": str(base / "spoiled.pth")}))]) == 2
     assert "latent_std that is not finite" in capsys.readouterr().err
-    encoders = "encoders.kind=released"
-    assert main(["train", str(write(base, "refused", {"init_from": str(base / "output/base")})), encoders]) == 2
+    recipe = write(base, "not_fitting", {"init_from": str(base / "output/base")})
+    assert main(["train", str(recipe), "encoders.kind=released"]) == 2
     assert "trained with toy encoders" in capsys.readouterr().err
-    assert not (base / "output" / "refused").exists()
+    assert not (base / "output" / "not_fitting").exists()
 
 
-def test_frozen_parts_stay_and_have_neither_moments_nor_averages(base):
+def test_frozen_parameters_stay_and_have_neither_moments_nor_ema(base):
     settings = {"init_from": str(base / "released.pth"), "freeze": ["text", "fused_blocks.0-5", "t_embed.mlp.*.bias"]}
     assert train(base, "frozen", settings, steps=2) == 0
     moved = changed(model_tensors(base, "base"), model_tensors(base, "frozen"))
@@ -130,7 +142,7 @@ def test_freeze_patterns():
     assert not frozen & {"joint_blocks.3.clip_block.attn.qkv.weight", "fused_blocks.0.linear1.weight"}
 
 
-# --- adapters ------------------------------------------------------------------------------------------------------
+# --- Adapters --------------------------------------------------------------------------------------------------------
 
 ADAPTED = {"lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1}}
 
@@ -143,7 +155,7 @@ def adapted(base) -> Path:
 
 
 def test_an_adapter_merges_as_peft_merges_it_and_loads_there(adapted):
-    """The published network, our merge of the adapter folder, and peft's own reading of it are one network."""
+    """The published model, our merge of the adapter folder, and peft's own reading of it are one model."""
     from peft import PeftModel
 
     folder = last(adapted, "adapted")
@@ -169,7 +181,7 @@ def test_an_adapter_merges_as_peft_merges_it_and_loads_there(adapted):
     assert size < 0.2 * (folder / "pretrained_model" / "model.safetensors").stat().st_size
 
 
-def test_an_export_of_a_part_has_whole_weights_and_nothing_to_resume(adapted, tmp_path, capsys):
+def test_an_export_of_an_adapter_has_merged_weights_and_nothing_to_resume(adapted, tmp_path, capsys):
     paths = export_run(adapted / "output" / "adapted", tmp_path)
     assert sorted(path.name for path in paths) == ["adapted_ema_final.pth", "adapted_last.pth"]
     assert "only a part of the network is trained" in capsys.readouterr().out
@@ -178,7 +190,7 @@ def test_an_export_of_a_part_has_whole_weights_and_nothing_to_resume(adapted, tm
     assert torch.load(tmp_path / "adapted_last.pth", weights_only=True).keys() == published.keys()
 
 
-def test_an_adapter_in_training_is_its_merged_network():
+def test_an_adapter_in_training_is_its_merged_model():
     """Outputs agree before and after the merge, for linear maps and for convolutions over tokens."""
     torch.manual_seed(0)
     network = MMAudio(variant_config("small_16k", **{k: v for k, v in MODEL.items() if k != "variant"})).eval()
@@ -203,20 +215,20 @@ def test_an_adapter_in_training_is_its_merged_network():
         assert not torch.allclose(without(*inputs), adapted_output, atol=1e-2)
 
 
-def test_an_adapter_that_is_stopped_goes_on_with_the_same_bytes(adapted):
-    """Also with dropout, whose masks depend on the step; the start is not needed any more."""
-    start = adapted / "moved.pth"
-    start.write_bytes((adapted / "released.pth").read_bytes())
-    settings = ADAPTED | {"init_from": str(start)}
-    assert train(adapted, "two_parts", settings, steps=4, checkpoint_every=2, overrides=["training.steps=2"]) == 0
-    start.unlink()
-    assert train(adapted, "two_parts", settings, steps=4, checkpoint_every=2) == 0
+def test_an_adapter_that_is_stopped_resumes_with_the_same_bytes(adapted):
+    """Also with dropout, whose masks depend on the step; the pretrained file is not needed any more."""
+    moved = adapted / "moved.pth"
+    moved.write_bytes((adapted / "released.pth").read_bytes())
+    settings = ADAPTED | {"init_from": str(moved)}
+    assert train(adapted, "resumed", settings, steps=4, checkpoint_every=2, overrides=["training.steps=2"]) == 0
+    moved.unlink()
+    assert train(adapted, "resumed", settings, steps=4, checkpoint_every=2) == 0
     for file in ("training_state/model", "training_state/ema", "training_state/optimizer", "pretrained_model/model"):
-        ours, theirs = (last(adapted, name) / f"{file}.safetensors" for name in ("two_parts", "adapted"))
+        ours, theirs = (last(adapted, name) / f"{file}.safetensors" for name in ("resumed", "adapted"))
         assert ours.read_bytes() == theirs.read_bytes(), file
 
 
-# --- other durations -----------------------------------------------------------------------------------------------
+# --- Other durations -------------------------------------------------------------------------------------------------
 
 
 def test_a_shorter_duration_is_trained_from_a_longer_checkpoint(base, capsys):
@@ -235,7 +247,7 @@ def test_a_shorter_duration_is_trained_from_a_longer_checkpoint(base, capsys):
     assert changed(longer.state_dict(), network.state_dict())
 
 
-# --- early stopping ------------------------------------------------------------------------------------------------
+# --- Early stopping --------------------------------------------------------------------------------------------------
 
 
 def lines(*scores: float) -> list[dict]:
