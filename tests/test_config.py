@@ -113,7 +113,7 @@ def test_paths_are_expanded(recipe, tmp_path, monkeypatch):
 
 def test_adapters_need_a_rank(recipe):
     words = ["finetune.init_from=output/base", "finetune.lora.alpha=32"]
-    with pytest.raises(ValueError, match=r"finetune\.lora\.rank is missing: without a rank the whole network"):
+    with pytest.raises(ValueError, match=r"finetune\.lora\.rank is missing: else the whole network"):
         load_recipe(recipe, words)
     assert load_recipe(recipe, [*words, "finetune.lora.rank=4"]).finetune.lora.alpha == 32
 

@@ -26,6 +26,15 @@ from mmaudio_hf.schema import (
 
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
+Combination = Literal["video_text", "video", "text", "none"]
+Metric = Literal["fd", "kl", "is", "ib", "desync", "clap"]
+Pushed = Literal["pretrained_model", "training_state"]
+Target = Literal["qkv", "proj", "mlp"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+_ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
+_REJECT: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
+_CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
+
 # Limits of `setting`: words of the message, comparison, JSON schema keyword.
 LIMITS = {
     "least": ("at least", operator.ge, "minimum"),
@@ -186,14 +195,8 @@ class EncoderConfig(Settings):
 
     key = "encoders"
     kind: Literal["released", "toy"] = setting("released", "the published networks, or formulas for tests and examples")
-    weights_dir: str = setting(
-        "ext_weights", "folder of the published files; of toy encoders, that of the fitted codec", path=True
-    )
-    clip: str = setting(
-        "apple/DFN5B-CLIP-ViT-H-14-384",
-        "Hub id of CLIP, folder of transformers files, or open_clip checkpoint",
-        path=True,
-    )
+    weights_dir: str = setting("ext_weights", "folder of published files, or of the fitted toy codec", path=True)
+    clip: str = setting(_CLIP, "Hub id, folder of transformers files, or open_clip checkpoint", path=True)
     precision: Literal["fp32", "bf16"] = setting("fp32", "number type of CLIP and Synchformer")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
@@ -229,21 +232,19 @@ class ExtractionConfig(Settings):
     videos: tuple[VideoSource, ...] = setting((), "folders of videos, one store each")
     audios: tuple[AudioSource, ...] = setting((), "folders of audio files, one store each")
     alignment: Literal["timestamps", "reference"] = setting(
-        "timestamps", "frames by their timestamps, or by their number as the reference implementation reads them"
+        "timestamps", "frames by their timestamps, or by number as in the reference code"
     )
     layout: Literal["reference", "compact"] = setting(
         "reference", "of the stores; compact: CLIP and text features in bfloat16, each text once"
     )
     sync_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "number type of Synchformer features; bfloat16 in the compact layout only"
+        "float32", "of Synchformer features; bfloat16 in the compact layout only"
     )
     batch_size: int = setting(16, "clips per forward pass of an encoder", least=1)
     num_proc: int = setting(1, "processes that decode media", least=1)
     shard_size: int = setting(512, "items of a shard, which is redone when it was interrupted", least=1)
     audit: str = setting("", "table that `mmaudio-hf audit` wrote; empty: nothing is left out by it", path=True)
-    reject: tuple[AuditVerdict, ...] = setting(
-        ("leakage", "duplicate_content", "still", "silent"), "verdicts of the audit that leave an item out"
-    )
+    reject: tuple[AuditVerdict, ...] = setting(_REJECT, "verdicts of the audit that leave an item out")
 
     def clips_path(self, source: AudioSource) -> Path:
         """The clips.tsv of an audio source: named in the recipe, or beside its store."""
@@ -288,12 +289,8 @@ class FlowConfig(Settings):
     min_sigma: float = setting(0.0, "noise that remains at t = 1", least=0, below=1)
     time_mean: float = setting(0.0, "m of t = sigmoid(m + s z), z standard normal (Esser et al. 2024, section 3.1)")
     time_scale: float = setting(1.0, "s of the same", above=0)
-    condition_dropout: float = setting(
-        0.1, "probability that the video is dropped, and on its own the text", least=0, most=1
-    )
-    independent_video_dropout: bool = setting(
-        False, "drop CLIP and Synchformer features independently, as for large_44k_v2"
-    )
+    condition_dropout: float = setting(0.1, "probability of dropping the video, and the text", least=0, most=1)
+    independent_video_dropout: bool = setting(False, "drop CLIP and Synchformer features independently (v2)")
 
 
 @dataclass(frozen=True)
@@ -307,7 +304,7 @@ class OptimConfig(Settings):
     weight_decay: float = setting(1e-6, "decoupled weight decay", least=0)
     max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", above=0)
     schedule: Literal["step", "constant", "poly"] = setting(
-        "step", "after the warm-up: times gamma at each milestone, constant, or to 0 as (1 - step / steps)^0.9"
+        "step", "times gamma at milestones, constant, or to 0 as (1 - step / steps)^0.9"
     )
     warmup_steps: int = setting(1000, "steps of linear warm-up", least=0)
     milestones: tuple[int, ...] = setting((240_000, 270_000), "steps of schedule step, from the end of the warm-up")
@@ -324,15 +321,11 @@ class EmaConfig(Settings):
 
     key = "ema"
     # The profile of exponent 0, the widest one, has a width of 1 / (2 sqrt 3) = 0.289.
-    sigma_rels: tuple[float, ...] = setting(
-        (0.05, 0.1), "relative widths of the profiles that are kept", nonempty=True, above=0, below=0.28
-    )
+    sigma_rels: tuple[float, ...] = setting((0.05, 0.1), "widths that are kept", nonempty=True, above=0, below=0.28)
     update_every: int = setting(1, "steps between updates of the EMA weights", least=1)
     snapshot_every: int = setting(5000, "steps between snapshots, from which any other width is synthesised", least=1)
     start: int = setting(0, "step of the first update", least=0)
-    sigma_rel: float = setting(
-        0.05, "width of the weights that are validated, published and used for generation", above=0, below=0.28
-    )
+    sigma_rel: float = setting(0.05, "width that is validated, published and generates", above=0, below=0.28)
 
 
 @dataclass(frozen=True)
@@ -362,15 +355,11 @@ class TrainingConfig(Settings):
     accumulation_steps: int = setting(1, "forward and backward passes per step", least=1)
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "autocast of the forward pass; weights stay float32")
     tf32: bool = setting(True, "float32 products with inputs rounded to TF32; CUDA only")
-    activation_checkpointing: bool = setting(
-        False, "recompute the blocks in the backward pass instead of keeping their activations"
-    )
+    activation_checkpointing: bool = setting(False, "recompute the activations of blocks in the backward pass")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile of the blocks; auto: on CUDA if it works")
     log_every: int = setting(50, "steps between lines of metrics.jsonl", least=1)
     validate_every: int = setting(5000, "steps between validations", least=1)
-    validation_combinations: tuple[Literal["video_text", "video", "text", "none"], ...] = setting(
-        ("video_text", "video", "text", "none"), "conditions that are also validated on their own", unique=True
-    )
+    validation_combinations: tuple[Combination, ...] = setting(_ALL, "conditions also validated alone", unique=True)
     validation_items: int = setting(512, "items of each of these combinations", least=1)
     checkpoint_every: int = setting(10_000, "steps between checkpoints", least=1)
     keep_checkpoints: int = setting(3, "newest checkpoints that are kept; besides them the next two", least=1)
@@ -378,9 +367,7 @@ class TrainingConfig(Settings):
     best_metric: str = setting("", "name in metrics.jsonl whose best checkpoint is kept, as val_ema/loss; empty: none")
     best_mode: Literal["min", "max"] = setting("min", "whether low or high values of best_metric are better")
     max_skipped_steps: int = setting(10, "non-finite steps in a row after which the run stops", least=1)
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = setting(
-        ("tensorboard",), "experiment trackers beside metrics.jsonl", unique=True
-    )
+    trackers: tuple[Tracker, ...] = setting(("tensorboard",), "trackers beside metrics.jsonl", unique=True)
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
     def check(self) -> None:
@@ -397,14 +384,10 @@ class LoraConfig(Settings):
     """Low-rank adapters in the transformer blocks (Hu et al. 2021, arXiv 2106.09685), trained alone; needs peft."""
 
     key = "finetune.lora"
-    rank: int = setting(
-        0, "rank of the adapters; 0: none", least=0, needed="without a rank the whole network is trained"
-    )
+    rank: int = setting(0, "rank of the adapters; 0: none", least=0, needed="else the whole network is trained")
     alpha: float = setting(16.0, "the output of an adapter is scaled by alpha / rank", above=0)
     dropout: float = setting(0.0, "dropout before the adapters", least=0, below=1)
-    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = setting(
-        ("qkv", "proj", "mlp"), "layers that get an adapter", nonempty=True
-    )
+    targets: tuple[Target, ...] = setting(("qkv", "proj", "mlp"), "layers that get an adapter", nonempty=True)
 
 
 @dataclass(frozen=True)
@@ -412,20 +395,14 @@ class FinetuneConfig(Settings):
     """Training that starts from trained weights, and which of them it changes."""
 
     key = "finetune"
-    init_from: str = setting(
-        "",
-        "weights to start from: pretrained_model, run or adapter folder, released file, or Hub id; empty: random ones",
-        path=True,
-    )
+    init_from: str = setting("", "run, pretrained_model or adapter folder, released file, or Hub id", path=True)
     latent_statistics: Literal["keep", "recompute"] = setting(
-        "keep", "mean and standard deviation of the latents: those of the weights, or of the stores"
+        "keep", "statistics of the latents: from the weights, or from the stores"
     )
     empty_text: Literal["keep", "recompute"] = setting(
-        "keep", "features of the empty caption: those of the weights, or of the encoders"
+        "keep", "features of the empty caption: from the weights, or from the encoders"
     )
-    freeze: tuple[str, ...] = setting(
-        (), "frozen parameters: prefixes of their names, as fused_blocks.0-3, or text, clip, sync"
-    )
+    freeze: tuple[str, ...] = setting((), "prefixes of parameters, as fused_blocks.0-3, or text, clip, sync")
     lora: LoraConfig = LoraConfig()
 
     def check(self) -> None:
@@ -472,10 +449,7 @@ class CardConfig(Settings):
     """What a model card cannot know from the run."""
 
     key = "card"
-    license: str = setting(
-        "",
-        "licence of the weights, as the Hub names it: apache-2.0; empty: as the weights they start from have it",
-    )
+    license: str = setting("", "of the weights, as the Hub names it: apache-2.0; empty: that of the initial weights")
     sources: tuple[CardSource, ...] = setting((), "media behind the stores")
 
     def check(self) -> None:
@@ -498,9 +472,7 @@ class HubConfig(Settings):
     repo_id: str = setting("", "owner/name; empty: nothing is pushed")
     private: bool = setting(True, "visibility of a repository that is created; an existing one keeps its own")
     every: int = setting(0, "least steps between pushes; 0: every checkpoint; the last is always pushed", least=0)
-    push: tuple[Literal["pretrained_model", "training_state"], ...] = setting(
-        ("pretrained_model",), "folders of a checkpoint that are pushed", unique=True, nonempty=True
-    )
+    push: tuple[Pushed, ...] = setting(("pretrained_model",), "folders of a checkpoint", unique=True, nonempty=True)
     wait: int = setting(1800, "seconds to wait at the end of a run for the last push, at most", least=0)
 
     def check(self) -> None:
@@ -528,9 +500,7 @@ class EvaluationConfig(Settings):
     split: Literal["validation", "test"] = setting("validation", "split that is evaluated during training")
     items: int = setting(0, "items, evenly spaced over the split; 0: all", least=0)
     after_training: bool = setting(False, "score data.test with the published weights after the last step")
-    metrics: tuple[Literal["fd", "kl", "is", "ib", "desync", "clap"], ...] = setting(
-        (), "published scores beside those that need no networks; they need av-benchmark", unique=True
-    )
+    metrics: tuple[Metric, ...] = setting((), "published scores beside the built-in; need av-benchmark", unique=True)
     av_bench_python: str = setting("", "interpreter of av-benchmark's environment; empty: this one", path=True)
     av_bench_batch_size: int = setting(32, "clips per forward pass of av-benchmark", least=1)
     truth: TruthConfig = TruthConfig()
