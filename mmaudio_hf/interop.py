@@ -266,10 +266,10 @@ def _training_checkpoint(recipe: Recipe, state: TrainingState, names: Sequence[s
             index: {kind: moments[f"{kind}.{name}"] for kind in ADAMW_STATE}
             for index, name in enumerate(trainable(names))
         }
-    imported = state.facts.get("reference", {})
+    imported = state.metadata.get("reference", {})
     ema: dict[str, Any] = {}
     for i in range(len(recipe.ema.sigma_rels)):
-        ema[f"ema_models.{i}._extra_state"] = _counter(state.facts["ema_step"])
+        ema[f"ema_models.{i}._extra_state"] = _counter(state.metadata["ema_step"])
         ema |= {f"ema_models.{i}.{EMA_PREFIX}{name}": state.tensors["ema"][f"{i}.{name}"] for name in names}
     return {
         "it": imported["it"] if imported.get("step") == state.step else state.step,

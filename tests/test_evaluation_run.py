@@ -31,7 +31,7 @@ from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.pages.report import write_report
-from mmaudio_hf.training import loop
+from mmaudio_hf.training.logs import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import hub_session
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.training.resume import RunLock
-from mmaudio_hf.training.loop import make_accelerator
+from mmaudio_hf.training.distributed import make_accelerator
 run, recipe = sys.argv[1:]
 def hub():
     wanted = load_recipe(recipe, ["name=waits", "resume=hub://no/such"])
@@ -297,9 +297,9 @@ def test_what_was_scored_before_a_kill_counts_afterwards(finished, monkeypatch):
         main(["train", str(recipes[1]), *settings])
     cut = run_dir(recipes[1])
     assert unfinished(cut / "last") == ["eval", "eval_validation"]
-    log = loop.log_audio
+    audio = RunLog.audio
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "log_audio", lambda *a: die() if a[1] == "eval_test" and a[3] == 4 else log(*a))
+        patch.setattr(RunLog, "audio", lambda *a: die() if a[1] == "eval_test" and a[3] == 4 else audio(*a))
         main(["train", str(recipes[1]), *settings])
     assert unfinished(cut / "last")
     assert main(["train", str(recipes[1]), *settings]) == 0

@@ -18,7 +18,7 @@ import yaml
 from forked import run_together, together
 from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
-from slices import share_out
+from sharded import save_sharded
 from toy_stores import MODEL, recipe_tree
 from training_runs import command, environment, run_dir, same_bytes, train
 
@@ -107,7 +107,7 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     assert "0 bytes in 0 files" in capsys.readouterr().out and len(hub.messages(NAME)) == 3
 
-    monkeypatch.setattr(lock, "PATIENCE", 0)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0)
     monkeypatch.chdir(tmp_path)
     assert main(["pull", NAME, "--to", "other/run", "--dry-run"]) == 0
     assert f"run at step {STEPS}" in capsys.readouterr().out and not Path("other").exists()
@@ -135,7 +135,7 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert MMAudio.from_pretrained(find_pretrained(NAME)).config.hidden_dim == 16  # what is in the cache is enough
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with RunLock(Path("other/run"), print) as held:
-        assert held.take()
+        held.acquire()
         assert "is being trained by another launch" in refused(capsys, "pull", NAME, "--to", "other/run")
     assert "nothing is pulled" in refused(capsys, "pull", NAME, "--to", "other/run")
     assert "is not empty" in refused(capsys, "pull", NAME, "--to", "network")
@@ -195,8 +195,8 @@ def test_slices_travel_and_those_of_other_processes_go(hub, run, tmp_path, monke
     names = {group: [name for name, value in tensors[group].items() if value.ndim] for group in ("model", "ema")}
     kept = shutil.copytree(run / "last" / "pretrained_model", tmp_path / "kept")
     for count in (3, 2):
-        state = TrainingState(STEPS, tensors, {**whole.facts, "processes": count})
-        share_out(run, state, names, count, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
+        state = TrainingState(STEPS, tensors, {**whole.metadata, "processes": count})
+        save_sharded(run, state, names, count, lambda folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
         assert main(["push", str(run), NAME, "--training-state"]) == 0
         there = {name for name in hub.files(NAME) if "rank" in name}
         assert there == {f"training_state/{g}.rank_{r}_of_{count}.safetensors" for g in names for r in range(count)}

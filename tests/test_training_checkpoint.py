@@ -33,9 +33,9 @@ from training_runs import (
 
 from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import model_config
+from mmaudio_hf.config import TrainingConfig, model_config
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.training.actions import BestScore
+from mmaudio_hf.training.actions import BestScore, check_metrics
 from mmaudio_hf.training.checkpoint import TENSOR_FILES, TrainingState, latest_training_state, save_checkpoint
 from mmaudio_hf.training.resume import drop_later
 
@@ -96,15 +96,15 @@ def test_the_newest_the_kept_and_the_best_stay(undisturbed):
 
 
 def test_best_score_follows_its_metric():
-    best = BestScore("onsets/f1", "max", ["val", "onsets"])
-    assert [best.note({"onsets/f1": value}, i) for i, value in enumerate([0.1, 0.3, math.nan, 0.2, 0.4])] == [
+    best = BestScore(TrainingConfig(best_metric="onsets/f1", best_mode="max"), ["val", "onsets"])
+    assert [best.update({"onsets/f1": value}, i) for i, value in enumerate([0.1, 0.3, math.nan, 0.2, 0.4])] == [
         True, True, False, False, True,
     ]  # fmt: skip
     assert best.record == {"metric": "onsets/f1", "value": 0.4, "step": 4}
     with pytest.raises(ValueError, match="begins with val/ or onsets/"):
-        BestScore("loss", "min", ["val", "onsets"])
+        BestScore(TrainingConfig(best_metric="loss"), ["val", "onsets"])
     with pytest.raises(ValueError, match="use one of val/loss"):
-        BestScore("val_ema/lossy", "min", ["val", "val_ema"]).check({"val/loss": 1.0})
+        check_metrics(TrainingConfig(best_metric="val_ema/lossy"), {"val/loss": 1.0})
 
 
 def test_averages_of_other_widths_are_made_afterwards(undisturbed, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_averages_of_other_widths_are_made_afterwards(undisturbed, tmp_path, cap
     torch.testing.assert_close(made, load_file(then)["1.final_layer.conv.weight"], rtol=1e-4, atol=1e-6)
     for arguments, message in (
         (["--sigma-rel", "0.3"], "between 0 and 0.28"),
-        (["--sigma-rel", "0.1", "--step", "41"], "averages of the steps 1 to 40, not of 41"),
+        (["--sigma-rel", "0.1", "--step", "41"], "EMA weights of the steps 1 to 40, not of 41"),
     ):
         assert main(["ema", str(run_dir(undisturbed)), *arguments, "--out", f"{out}_no"]) == 2
         assert message in capsys.readouterr().err
@@ -220,16 +220,21 @@ LATE = """
 import os, sys, time
 from pathlib import Path
 from mmaudio_hf.cli import train_main
-from mmaudio_hf.training import loop
+from mmaudio_hf.training import checkpointer
 
-exists, glob, find, rank = Path.exists, Path.glob, loop.find_snapshots, os.environ["RANK"]
+exists, glob, find, rank = Path.exists, Path.glob, checkpointer.find_snapshots, os.environ["RANK"]
 
 def seen(path):  # by a second machine, whose file system remembers for a while what was in a folder
     return rank == "0" or path.parent.name != "ema" or time.time() - path.stat().st_mtime > 2
 
 Path.exists = lambda path: exists(path) and seen(path)
 Path.glob = lambda path, pattern: (found for found in glob(path, pattern) if seen(found))
-loop.find_snapshots = lambda folder: print(f"process {rank} has {len(found := find(folder))} snapshots") or found
+
+def counted(folder):
+    print(f"process {rank} has {len(snapshots := find(folder))} snapshots")
+    return snapshots
+
+checkpointer.find_snapshots = counted
 sys.exit(train_main())
 """
 
@@ -324,8 +329,8 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(undisturbed, tmp_path):
     said = {path.stem: path.read_text() for path in logs.glob("*.txt")}
     assert done.returncode == 0, (done.stderr, said)
     assert (logs / "full.code").read_text() == "1\n", said["full"]
-    assert said["full"].count("could not be written") > 2 and "step_4; training goes on" in said["full"], said["full"]
-    assert "error:" in said["full"] and "make room and start again" in said["full"].splitlines()[-1]
+    assert said["full"].count("could not be written") > 2 and "step_4; training continues" in said["full"], said["full"]
+    assert "error:" in said["full"] and "free disk space and start again" in said["full"].splitlines()[-1]
     assert (logs / "last").read_text() == "checkpoints/step_4\n" and (logs / "checkpoints").read_text() == "step_4\n"
     assert (logs / "freed.code").read_text() == "0\n", said["freed"]
     assert f"from step 4 to {STEPS}" in said["freed"] and "could not be written" in said["freed"]

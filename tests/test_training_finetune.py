@@ -15,7 +15,7 @@ from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import EarlyStoppingConfig, LoraConfig, load_recipe, variant_config
 from mmaudio_hf.interop import export_run
-from mmaudio_hf.training.actions import judge
+from mmaudio_hf.training.actions import find_plateau
 from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_pretrained
 
 
@@ -268,7 +268,7 @@ def lines(*scores: float) -> list[dict]:
 )
 def test_early_stopping_judges_by_the_history(scores, patience, min_delta, stop, best_step):
     history = [{"step": 5, "train/loss": 0.0}, *lines(*scores)]
-    verdict = judge(history, EarlyStoppingConfig(metric="val/loss", patience=patience, min_delta=min_delta))
+    verdict = find_plateau(history, EarlyStoppingConfig(metric="val/loss", patience=patience, min_delta=min_delta))
     assert (verdict.stop, verdict.best_step) == (stop, best_step)
 
 

@@ -106,7 +106,7 @@ def test_signals_save_and_end_with_or_without_a_launcher(undisturbed):
 def test_two_launches_do_not_train_one_run(undisturbed, monkeypatch, capsys):
     recipe = write_recipe(undisturbed.parent, "held", steps=100_000, log_every=1, checkpoint_every=100_000)
     monkeypatch.chdir(recipe.parent)
-    monkeypatch.setattr(lock, "PATIENCE", 0)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     staged = run_dir(recipe) / "hub" / "step_1_1"
     log = run_dir(recipe) / "metrics.jsonl"

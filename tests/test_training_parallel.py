@@ -99,9 +99,9 @@ WATCHED = """
 import os, sys
 from mmaudio_hf.cli import train_main
 from mmaudio_hf.training import checkpoint as shards
-from mmaudio_hf.training import loop
+from mmaudio_hf.training import checkpointer
 
-rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), loop.gather_full_tensors, shards.save_file
+rank, full, whole, save_file = os.environ["RANK"], sys.argv.pop(1), checkpointer.gather_full_tensors, shards.save_file
 
 def told(groups, keep):
     sys.stdout.write(f"gathered by {rank}: {', '.join(groups)}\\n")  # at once: both share one pipe
@@ -112,7 +112,7 @@ def failing(tensors, path):
         raise OSError(28, "No space left on device")
     save_file(tensors, path)
 
-loop.gather_full_tensors, shards.save_file = told, failing
+checkpointer.gather_full_tensors, shards.save_file = told, failing
 sys.exit(train_main())
 """
 
@@ -136,7 +136,7 @@ def shared(local) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_shared_out_tensors_train_the_same_model(local, shared):
     recipe, done = shared
-    assert "parameters shared out" in done.stdout
+    assert "parameters, sharded" in done.stdout
     assert_same_model(recipe, local, 1e-5)
     ours, theirs = (metrics(run)[-1] for run in (recipe, local))  # validation, of raw and averaged weights
     assert ours.keys() == theirs.keys() and "val_ema/loss" in ours
@@ -185,7 +185,7 @@ def test_a_process_that_cannot_write_costs_that_checkpoint_alone(local, shared):
     done = launch_watched("step_7", full, "training.steps=7")
     assert done.returncode != 0
     assert (
-        done.stderr.count("(process 1 failed: [Errno 28] No space left on device); the last good one is step_6: make")
+        done.stderr.count("(process 1 failed: [Errno 28] No space left on device); the last good one is step_6: free")
         == 2
     )
     assert last(full).resolve().name == "step_6"
@@ -206,7 +206,7 @@ def test_shared_out_runs_that_are_killed_end_with_the_same_bytes_and_go_on_as_wh
         each.kill()
     process.communicate(timeout=60)  # until no process has its output any more
     assert not (checkpoints / "step_6").exists()
-    assert re.search(r"shared out.* from step [24] to 6", train(recipe, **SHARED_OUT))
+    assert re.search(r"sharded.* from step [24] to 6", train(recipe, **SHARED_OUT))
     assert not list(checkpoints.glob("*.partial"))
     ours, theirs = (last(run) / "training_state" for run in (recipe, shared[0]))
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
@@ -262,7 +262,7 @@ def test_shared_out_adapters_with_checkpointed_activations(local):
     shared = write(local.parent, "shared_adapter", finetune=finetune, training=training)
     alone = write(local.parent, "adapter", finetune=finetune, training=training)
     said = train(shared, **SHARED_OUT)
-    assert "parameters shared out" in said and "no longer improves" in said
+    assert "parameters, sharded" in said and "no longer improves" in said
     assert main(["train", str(alone)]) == 0
     assert last(shared).resolve().name == last(alone).resolve().name == "step_4"
     assert_same_model(shared, alone, 1e-4)

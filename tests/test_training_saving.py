@@ -21,7 +21,7 @@ def test_copies_of_any_tensor_hold_until_the_next():
     copy.reserve({"model": group, "ema": {"same": matrix}})
     places = None
     for _ in range(2):
-        taken, event = copy.take({"model": group, "ema": {"same": matrix}})
+        taken, event = copy.copy({"model": group, "ema": {"same": matrix}})
         assert event is None and taken["ema"]["same"] is taken["model"]["matrix"]
         expected = {name: tensor.detach().clone() for name, tensor in group.items()}
         with torch.no_grad():

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from slices import parts, share_out, slices
+from sharded import begin, finish, local_tensors, save_sharded
 
 from mmaudio_hf.training import checkpoint as shards
 from mmaudio_hf.training import distributed as parallel
 from mmaudio_hf.training.checkpoint import (
-    Part,
+    RankShards,
     TrainingState,
-    begin_attempt,
+    begin_sharded,
     latest_training_state,
     load_training_state,
     save_checkpoint,
@@ -57,13 +57,13 @@ def save(run: Path, step: int, count: int) -> Path:
     """A checkpoint by so many processes; 0: whole."""
     state = TrainingState(step, tensors(step), FACTS)
     if count:
-        return share_out(run, state, cut(state.tensors), count, write_network)
+        return save_sharded(run, state, cut(state.tensors), count, write_network)
     return save_checkpoint(run, state, write_network)
 
 
 def assert_holds(state: TrainingState, step: int) -> None:
     expected = tensors(step)
-    assert (state.step, dict(state.facts)) == (step, FACTS) and state.tensors.keys() == expected.keys()
+    assert (state.step, dict(state.metadata)) == (step, FACTS) and state.tensors.keys() == expected.keys()
     for group, values in expected.items():
         assert set(state.tensors[group]) == set(values) and len(state.tensors[group]) == len(values)
         for name, value in values.items():
@@ -145,7 +145,7 @@ def test_what_state_json_says_must_fit(tmp_path):
         ({"shards": {"count": 3, "shapes": shapes}}, "model.rank_0_of_3.safetensors is missing or damaged"),
         ({"shards": {"count": 2, "shapes": shapes | {"model": {"uneven": []}}}}, "of uneven do not make"),
         ({"shards": {"count": 2, "shapes": shapes | {"model": {"uneven": [6, 3]}}}}, "of uneven do not make"),
-        ({"shards": {"count": 2, "shapes": shapes | {"model": {"strange": [6, 3]}}}}, "lacks a slice of strange"),
+        ({"shards": {"count": 2, "shapes": shapes | {"model": {"strange": [6, 3]}}}}, "lacks a shard of strange"),
     ):
         record_path.write_text(json.dumps(record | change))
         with pytest.raises(ValueError, match=message):
@@ -156,15 +156,11 @@ def test_what_state_json_says_must_fit(tmp_path):
 
 
 @pytest.fixture
-def begun(tmp_path) -> tuple[Path, TrainingState, list[Part]]:
+def begun(tmp_path) -> tuple[Path, TrainingState, list[RankShards]]:
     """A run with a good checkpoint of step 4, and the parts of three processes of the one of step 8."""
     save(tmp_path, 4, 3)
     state = TrainingState(8, tensors(8), FACTS)
-    return tmp_path, state, parts(tmp_path, state, cut(state.tensors), 3)
-
-
-def finish(run: Path, state: TrainingState, first: Part) -> Path:
-    return save_checkpoint(run, TrainingState(8, slices(state, first), FACTS), write_network, first)
+    return tmp_path, state, begin(tmp_path, state, cut(state.tensors), 3)
 
 
 def assert_step_4_is_kept(run: Path, error: OSError, reason: str) -> None:
@@ -176,12 +172,12 @@ def assert_step_4_is_kept(run: Path, error: OSError, reason: str) -> None:
 
 def test_the_first_process_waits_for_the_others(begun):
     run, state, (first, *others) = begun
-    thread = threading.Thread(target=finish, args=(run, state, first))
+    thread = threading.Thread(target=finish, args=(run, state, first, write_network))
     thread.start()
     for part in others:
         time.sleep(0.2)
         assert thread.is_alive() and not (run / "checkpoints" / "step_8").exists()
-        save_local_shards(part, slices(state, part))
+        save_local_shards(part, local_tensors(state, part))
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert_holds(latest_training_state(run, pytest.fail), 8)
@@ -189,16 +185,16 @@ def test_the_first_process_waits_for_the_others(begun):
 
 def test_one_that_fails_leaves_its_reason_and_no_file(begun, monkeypatch):
     run, state, (first, second, third) = begun
-    save_local_shards(third, slices(state, third))
-    monkeypatch.setattr(shards, "sync", lambda path: full(path.name == "ema.rank_1_of_3.safetensors"))
-    save_local_shards(second, slices(state, second))
+    save_local_shards(third, local_tensors(state, third))
+    monkeypatch.setattr(shards, "fsync_path", lambda path: full(path.name == "ema.rank_1_of_3.safetensors"))
+    save_local_shards(second, local_tensors(state, second))
     assert not list(first.folder.glob("*.rank_1_of_3.*"))
     monkeypatch.undo()
     with pytest.raises(OSError, match="step_8") as caught:
-        finish(run, state, first)
+        finish(run, state, first, write_network)
     assert_step_4_is_kept(run, caught.value, "process 1 failed: [Errno 28] No space left on device")
     # The others, if they are late, find nothing to write to and need not say so.
-    save_local_shards(third, slices(state, third))
+    save_local_shards(third, local_tensors(state, third))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
 
 
@@ -209,7 +205,7 @@ def full(is_full: bool) -> None:
 
 def test_a_fault_of_the_program_is_told_and_raised(begun):
     _, state, (first, second, third) = begun
-    save_local_shards(third, slices(state, third))
+    save_local_shards(third, local_tensors(state, third))
     with pytest.raises(KeyError):
         save_local_shards(second, {})
     with pytest.raises(OSError, match="process 1 failed: 'model'"):
@@ -218,36 +214,36 @@ def test_a_fault_of_the_program_is_told_and_raised(begun):
 
 def test_one_that_says_nothing_is_given_up(begun, monkeypatch):
     run, state, (first, second, _) = begun
-    save_local_shards(second, slices(state, second))
+    save_local_shards(second, local_tensors(state, second))
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(OSError, match="step_8") as caught:
-        finish(run, state, first)
+        finish(run, state, first, write_network)
     assert 0.3 < time.monotonic() - began < 20
-    assert_step_4_is_kept(run, caught.value, "process 2 has not written its slices in 0.3 s")
+    assert_step_4_is_kept(run, caught.value, "process 2 has not written its shards in 0.3 s")
 
 
 def test_what_an_earlier_attempt_left_does_not_count(begun, monkeypatch):
     run, state, (_, *others) = begun
     for part in others:
-        save_local_shards(part, slices(state, part))  # and the first process is killed
+        save_local_shards(part, local_tensors(state, part))  # and the first process is killed
     (run / "checkpoints" / "step_80.0.partial").mkdir()
     (run / "checkpoints" / "step_8.partial").mkdir()
-    first, *_ = parts(run, state, cut(state.tensors), 3)
+    first, *_ = begin(run, state, cut(state.tensors), 3)
     assert first.folder != others[0].folder and not others[0].folder.exists() and not list(first.folder.iterdir())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step_4", "step_80.0.partial", first.folder.parent.name,
     }  # fmt: skip
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0.0)
     with pytest.raises(OSError, match="process 1 has not written"):
-        finish(run, state, first)
+        finish(run, state, first, write_network)
 
 
 def test_a_folder_that_cannot_be_made_or_seen_is_a_reason_for_all(tmp_path, monkeypatch):
     PartialState(cpu=True)
-    assert parallel.make_shared_folder(lambda: begin_attempt(tmp_path, 4))[0].is_dir()
+    assert parallel.make_shared_folder(lambda: begin_sharded(tmp_path, 4))[0].is_dir()
     (tmp_path / "run").write_text("")
-    folder, problem = parallel.make_shared_folder(lambda: begin_attempt(tmp_path / "run", 4))
+    folder, problem = parallel.make_shared_folder(lambda: begin_sharded(tmp_path / "run", 4))
     assert folder is None and "Not a directory" in problem
     monkeypatch.setattr(parallel, "SHARED_SECONDS", 0.1)
     assert parallel.make_shared_folder(lambda: tmp_path / "no") == (None, f"process 0 does not see {tmp_path / 'no'}")

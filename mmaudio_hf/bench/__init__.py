@@ -14,7 +14,7 @@ from mmaudio_hf.bench.loader import make_stores
 from mmaudio_hf.config import DataConfig, ModelConfig, Recipe, StoreConfig, TrainingConfig
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.training.loop import Run, make_accelerator
+from mmaudio_hf.training.loop import Run
 
 MATMUL_SIZE, SMALL_MATMUL = 3072, 256
 SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
@@ -79,21 +79,20 @@ def bench_recipe(config: ModelConfig, batch_size: int, mixed_precision: str, fol
 
 @contextmanager
 def training_loop(recipe: Recipe) -> Iterator[tuple[Run, Callable[[], None]]]:
-    """A run that has begun, and what makes its next step, as `Run.go` does between two log lines, and waits for it."""
+    """A run that has begun, and a function for its next step, as `Run.train` takes it between two log lines."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run with another precision in this process
-    accelerator = make_accelerator(recipe)
     network = MMAudio(recipe.model)
     channels = recipe.model.latent_channels
     network.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
     mixture = open_mixture(recipe.data.train, recipe.model)
-    run = Run(recipe, network, mixture, None, (), lambda folder: None, accelerator)
+    run = Run(recipe, network, mixture)
     run.prepare()
     with run.loader(STEPS) as loader:
 
         def step() -> None:
             run.update(next(loader))
-            run.guard.check()
-            wait_for(run.device)
+            run.guard.poll()
+            wait_for(run.accelerator.device)
 
         yield run, step
     mixture.close()

@@ -23,8 +23,7 @@ from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import TrainingState, save_checkpoint
 from mmaudio_hf.training.checkpointer import BackgroundWriter, write_pretrained
 from mmaudio_hf.training.ema import PostHocEMA
-from mmaudio_hf.training.optim import build_optimizer, clip_gradients, step_unless_nonfinite
-from mmaudio_hf.training.resume import collect_tensors
+from mmaudio_hf.training.optim import build_optimizer, clip_gradients, optimizer_tensors, step_unless_nonfinite
 from mmaudio_hf.training.step import flow_step
 
 
@@ -72,14 +71,15 @@ def loop_overhead(config: ModelConfig, batch_size: int, precision: str, rounds: 
     with tempfile.TemporaryDirectory() as folder:
         recipe = bench_recipe(config, batch_size, "bf16" if precision == "bf16" else "no", Path(folder))
         with training_loop(recipe) as (run, step):
-            batch, never = random_batch(config, batch_size).to(run.device), torch.zeros((), device=run.device)
+            device = run.accelerator.device
+            batch, never = random_batch(config, batch_size).to(device), torch.zeros((), device=device)
 
             def bare() -> None:
                 run.optimizer.zero_grad(set_to_none=True)
-                loss = flow_step(run.model, batch, recipe.flow, run.latent_mean, run.latent_std).loss.mean()
+                loss = flow_step(run.model, batch, recipe.flow, *run.latent_statistics).loss.mean()
                 run.accelerator.backward(loss)
                 step_unless_nonfinite(run.optimizer, never)
-                wait_for(run.device)
+                wait_for(device)
 
             pairs = [[_seconds(part) for part in (step, bare)] for _ in range(rounds + 1)]
     return statistics.median(whole / part for whole, part in pairs[1:]) - 1  # the first round warms up
@@ -230,7 +230,7 @@ def _work(pipe, recipe: Recipe) -> None:
     """Do what is ordered and answer how many seconds it took; the first answer says that the run has begun."""
     torch.set_num_threads(1)
     with training_loop(recipe) as (run, step):
-        matmul, _ = time_matmul(run.device, torch.float32)
+        matmul, _ = time_matmul(run.accelerator.device, torch.float32)
         orders = {"step": step, "matmul": matmul}
         step()  # allocates
         pipe.send(0.0)
@@ -257,7 +257,12 @@ def checkpoint(model: ModelConfig, rounds: int, folder: Path | None = None) -> d
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    groups = collect_tensors(network, optimizer, ema) | {"window": {"sums": torch.zeros(3)}}
+    groups = {
+        "model": network.state_dict(),
+        "optimizer": optimizer_tensors(network, optimizer),
+        "ema": ema.tensors(),
+        "window": {"sums": torch.zeros(3)},
+    }
     distinct = {tensor.data_ptr(): tensor.nbytes for group in groups.values() for tensor in group.values()}
     groups["published"] = network.state_dict() | ema.nearest(0.05)[1]
     writer = BackgroundWriter(print)

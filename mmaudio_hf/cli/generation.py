@@ -225,7 +225,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from mmaudio_hf.training.loop import check_launch
+    from mmaudio_hf.training.distributed import check_launch
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     check_launch()

@@ -101,8 +101,8 @@ def _pull(options: argparse.Namespace) -> None:
     print(f"{kind}, {readable(plan.size)} in {len(plan.names)} files to {target}{', dry run' * options.dry_run}")
     if not options.dry_run:
         with RunLock(target, _warn) as lock:
-            if (target / LOCK_FILE).exists() and not lock.take():  # without the file nobody has begun to train here
-                raise lock.refusal()
+            if (target / LOCK_FILE).exists():  # without the file nobody has begun to train here
+                lock.acquire()
             pull(plan, target, _log)
         print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
 
@@ -165,8 +165,7 @@ def _prepare(recipe: Recipe, process: "PartialState", lock: "RunLock") -> None:
     if process.is_main_process:
         try:
             recipe.run_dir.mkdir(parents=True, exist_ok=True)  # a folder that does not exist cannot be locked
-            if not lock.take():
-                raise lock.refusal()
+            lock.acquire()
             if recipe.resume.startswith(HUB_PREFIX):
                 fetch_run(recipe)
             if recipe.hub.repo_id:

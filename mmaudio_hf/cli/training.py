@@ -63,7 +63,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if not recipe.data.train:
         raise ValueError(f"{options.recipe}: data.train names no feature store")
-    from mmaudio_hf.training.loop import check_launch
+    from mmaudio_hf.training.distributed import check_launch
     from mmaudio_hf.training.resume import RunLock
 
     check_launch()
@@ -302,15 +302,17 @@ def _replay_step(options: argparse.Namespace) -> None:
 
     from mmaudio_hf.data.mixture import open_mixture
     from mmaudio_hf.training.finetune import initial_model
-    from mmaudio_hf.training.guard import summary, to_json
-    from mmaudio_hf.training.replay import replay_step
+    from mmaudio_hf.training.guard import replay_step, summary, to_json
+    from mmaudio_hf.training.loop import Run
 
     mixture = open_mixture(recipe.data.train, recipe.model)
     torch.manual_seed(recipe.seed)
     # As a new run: before the first checkpoint, its initial weights are needed.
     start = replace(recipe, resume="never")
     network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
-    figures = replay_step(recipe, network, mixture, options.step, advance=options.advance, say=log)
+    figures = replay_step(
+        recipe, lambda alone: Run(alone, network, mixture), options.step, advance=options.advance, log=log
+    )
     print(to_json(figures).rstrip() if options.json else summary(figures))
 
 

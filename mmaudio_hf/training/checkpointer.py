@@ -5,68 +5,267 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from mmaudio_hf.config import Recipe, load_recipe
+from mmaudio_hf.config import Recipe, load_recipe, to_dict
 from mmaudio_hf.data.layout import bytes_of
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.training.checkpoint import latest_training_state
-from mmaudio_hf.training.ema import find_snapshots, synthesize
+from mmaudio_hf.schema import RunError
+from mmaudio_hf.training.actions import Save
+from mmaudio_hf.training.checkpoint import (
+    RankShards,
+    Retention,
+    TrainingState,
+    begin_sharded,
+    discard,
+    latest_training_state,
+    point_at,
+    save_checkpoint,
+    save_local_shards,
+)
+from mmaudio_hf.training.distributed import (
+    TensorGroups,
+    check_visible_everywhere,
+    copy_full_tensor,
+    fsdp_plugin,
+    full_shapes,
+    gather_full_tensors,
+    local_shards,
+    make_shared_folder,
+)
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import published_state, save_adapter
+from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
+from mmaudio_hf.weights import check_state
 
-Groups = Mapping[str, Mapping[str, torch.Tensor]]
+
+@dataclass(frozen=True)
+class _Job:
+    """What the thread writes besides tensors: the run as it was when they were copied, not as it is now."""
+
+    state: TrainingState  # without tensors
+    ema_step: int
+    best: bool
+    problem: str | None  # why there can be no checkpoint
+    shards: RankShards | None  # where tensors are sharded, those of this process
+
+
+class Checkpointer:
+    """Saves a run while it trains, in one folder a checkpoint, and makes the model that is published and evaluated.
+
+    `write_extras` adds files to every `pretrained_model/`. `on_checkpoint` gets the folder of every finished checkpoint
+    on the main process, in the thread that wrote it, before older ones are removed; it must not raise.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: MMAudio,
+        optimizer: torch.optim.Optimizer,
+        ema: PostHocEMA,
+        warn: Callable[[str], None],
+        write_extras: Callable[[Path], None] = lambda folder: None,
+        on_checkpoint: Callable[[Path], None] = lambda folder: None,
+    ):
+        self.recipe, self.accelerator = recipe, accelerator
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.write_extras, self.on_checkpoint = write_extras, on_checkpoint
+        self.writer = BackgroundWriter(warn)
+        self.sharded = fsdp_plugin() is not None
+
+    # --- one checkpoint ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """All that a checkpoint keeps of the run except the running metrics, by file; called on every process."""
+        moments, ema = optimizer_tensors(self.model, self.optimizer), self.ema.tensors()
+        return {"model": self.model.state_dict(), "optimizer": moments, "ema": ema}
+
+    def restore(self, state: TrainingState) -> None:
+        """Load what `tensors` returned; called on every process."""
+        check_state(state.tensors["model"], self.model.state_dict(), "the checkpoint")
+        for name, tensor in self.model.state_dict().items():
+            copy_full_tensor(tensor, state.tensors["model"][name])
+        load_optimizer_tensors(self.model, self.optimizer, state.tensors["optimizer"])
+        self.ema.load_tensors(state.tensors["ema"], state.metadata["ema_step"])
+
+    def save(
+        self,
+        what: Save,
+        step: int,
+        metadata: Mapping[str, Any],
+        sums: torch.Tensor,
+        *,
+        finished: bool,
+        best: bool = False,
+        problem: str | None = None,
+    ) -> None:
+        """Copy what is to be saved and write it while training continues; every process calls it.
+
+        metadata: plain values that resuming needs. sums: the running metrics of the first process. `best` points the
+        link of that name at the checkpoint. With a `problem` there is none: the thread reports it.
+        """
+        if what.snapshot and finished and what.checkpoint:  # which is made of all snapshots
+            self.save(Save(snapshot=True), step, metadata, sums, finished=True)
+            what = Save(checkpoint=True)
+        state: dict[str, Mapping[str, torch.Tensor]] = {}  # each process saves its shards of these
+        full: dict[str, Mapping[str, torch.Tensor]] = {}  # the first process saves these, gathered
+        if what.checkpoint:
+            state = self.tensors() | {"window": {"sums": sums}}
+            full["published"], weights = self.weights_to_publish(step, finished)
+            world_size = self.accelerator.num_processes
+            metadata = {"ema_step": self.ema.step, "weights": weights, **metadata}
+            metadata |= {"processes": world_size, "recipe": to_dict(self.recipe)}
+        if what.snapshot and self.ema.step:
+            full["snapshot"] = self.ema.tensors()
+        job = _Job(TrainingState(step, {}, metadata), self.ema.step, best, problem, None)
+        if self.sharded and full:
+            self._save_sharded(job, state, full)
+        elif full and self.accelerator.is_main_process:
+            self.writer.save(state | full, partial(self._write, job))
+        if what.snapshot and finished:
+            self._wait_for_snapshots()
+
+    def _save_sharded(self, job: _Job, state: TensorGroups, full: TensorGroups) -> None:
+        began, main = time.perf_counter(), self.accelerator.is_main_process
+        self.writer.wait()  # there may be memory for one set of gathered tensors, and not for two
+        if state:
+            folder, problem = make_shared_folder(partial(begin_sharded, self.recipe.run_dir, job.state.step))
+            job = replace(job, problem=problem or job.problem)
+            if folder is not None:
+                rank, count = self.accelerator.process_index, self.accelerator.num_processes
+                job = replace(job, shards=RankShards(folder, rank, count, full_shapes(state)))
+        gathered = gather_full_tensors(full, keep=main)
+        self.writer.stall_seconds += time.perf_counter() - began
+        if main:
+            self.writer.save(local_shards(state, main), lambda copies: self._write(job, {**copies, **gathered}))
+        elif job.shards is not None:
+            self.writer.save(local_shards(state, main), partial(save_local_shards, job.shards))
+
+    def _write(self, job: _Job, groups: TensorGroups) -> None:
+        """The work of the thread on the first process."""
+        recipe, step = self.recipe, job.state.step
+        try:
+            if "snapshot" in groups:
+                save_snapshots(recipe.run_dir / "ema", recipe.ema.sigma_rels, groups["snapshot"], job.ema_step)
+            if "published" in groups and job.problem is not None:
+                raise OSError(f"step_{step} is not saved: {job.problem}")
+        except OSError:
+            if job.shards is not None:
+                discard(job.shards.folder.parent)
+            raise
+        if "published" not in groups:
+            return
+        weights = job.state.metadata["weights"]
+        publish = partial(write_pretrained, recipe, groups["published"], weights, self.write_extras)
+        folder = save_checkpoint(recipe.run_dir, replace(job.state, tensors=groups), publish, job.shards)
+        if job.best:
+            point_at(recipe.run_dir, "best", folder)
+        self.on_checkpoint(folder)
+        Retention(recipe.training.keep_checkpoints, recipe.training.keep_every).prune(recipe.run_dir)
+
+    def _wait_for_snapshots(self) -> None:
+        """Until every process sees the last snapshots."""
+        self.writer.wait()
+        self.accelerator.wait_for_everyone()
+        for sigma in self.recipe.ema.sigma_rels:
+            check_visible_everywhere(snapshot_path(self.recipe.run_dir / "ema", sigma, self.ema.step))
+
+    # --- the weights that are published ------------------------------------------------------------------------------
+
+    def weights_to_publish(self, step: int, finished: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """State dict, possibly sharded, and the content of weights.json: the nearest of the stored EMA profiles.
+
+        When training is `finished` it is the profile of the recipe, synthesised from all snapshots. The names are those
+        of the model in training, with an adapter of its own.
+        """
+        raw = self.model.state_dict()
+        if self.ema.step == 0:
+            return raw, {"weights": "raw", "sigma_rel": None, "step": step}
+        wanted = self.recipe.ema.sigma_rel
+        sigma, ema_weights = self.ema.nearest(wanted)
+        if finished and sigma != wanted and (snapshots := find_snapshots(self.recipe.run_dir / "ema")):
+            frozen = {name: getattr(self.model, name) for name in FROZEN_TENSORS}
+            sigma, ema_weights = wanted, synthesize(snapshots, wanted, self.ema.step, frozen)
+        return raw | ema_weights, {"weights": "ema", "sigma_rel": sigma, "step": step}
+
+    def model_to_publish(self, step: int, finished: bool) -> tuple[MMAudio, dict[str, Any]]:
+        """These weights, gathered, as a model for evaluation on the device; called on every process."""
+        tensors, weights = self.weights_to_publish(step, finished)
+        full = gather_full_tensors({"published": tensors}, keep=True)["published"]
+        return published_model(self.recipe, full).to(self.accelerator.device).eval(), weights
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def reserve(self) -> None:
+        """Allocate the memory for the copies. What is gathered from all processes is allocated for each checkpoint."""
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            self.writer.reserve(local_shards(self.tensors(), main))
+
+    def finish(self) -> None:
+        """Wait for the thread. RunError, on every process, when the last checkpoint could not be written."""
+        [error] = broadcast_object_list([self.writer.finish()])
+        if error is not None:
+            raise RunError(f"{error}: free disk space and start again; the run resumes from its last good checkpoint")
+
+
+# --- The thread and its memory ---------------------------------------------------------------------------------------
 
 
 class HostCopy:
-    """Host memory for a copy of many tensors, kept from one copy to the next.
+    """Host memory for a copy of many tensors, reused from one copy to the next.
 
-    Fresh pages cost several times what copying into known ones does; for CUDA they are page-locked as well. A tensor
-    that occurs in several groups has one copy.
+    Fresh pages cost several times what copying into touched ones does; for CUDA they are pinned as well. A tensor that
+    occurs in several groups is copied once.
     """
 
-    def __init__(self):
-        self._memory: dict[tuple, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, torch.Tensor] = {}
         self._reserved: set[tuple] = set()
 
-    def reserve(self, groups: Groups) -> None:
-        """Get the memory for a copy of these tensors and keep it for good."""
-        self._find_memory(groups)
-        self._reserved = set(self._memory)
-        for room in self._memory.values():
-            room.zero_()  # before that a page is only promised
+    def reserve(self, groups: TensorGroups) -> None:
+        """Allocate the memory for a copy of these tensors and keep it for good."""
+        self._allocate(groups)
+        self._reserved = set(self._buffers)
+        for buffer in self._buffers.values():
+            buffer.zero_()  # the system maps a page when it is first written
 
-    def _find_memory(self, groups: Groups) -> None:
-        sources = {_place(tensor): tensor for tensors in groups.values() for tensor in tensors.values()}
-        wanted = self._reserved | sources.keys()  # memory of other tensors, which are gone, is given back
-        self._memory = {place: room for place, room in self._memory.items() if place in wanted}
-        for place in sources.keys() - self._memory.keys():
-            source = sources[place]
-            self._memory[place] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+    def _allocate(self, groups: TensorGroups) -> None:
+        sources = {_key(tensor): tensor for tensors in groups.values() for tensor in tensors.values()}
+        needed = self._reserved | sources.keys()  # buffers of other tensors, which are gone, are freed
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in needed}
+        for key in sources.keys() - self._buffers.keys():
+            source = sources[key]
+            self._buffers[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
 
     @torch.no_grad()
-    def take(self, groups: Groups) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
+    def copy(self, groups: TensorGroups) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
         """Copies of the tensors of all groups, and what to wait for before they are read (None: nothing).
 
-        The copies hold until the next call.
+        The copies are valid until the next call.
         """
-        self._find_memory(groups)
-        copied, taken, stream = set(), {}, None
+        self._allocate(groups)
+        done, copies, stream = set(), {}, None
         for group, tensors in groups.items():
-            taken[group] = {}
-            for name, tensor in tensors.items():
-                place = _place(tensor)
-                taken[group][name] = self._memory[place]
-                if place not in copied:
-                    _copy(self._memory[place], tensor.detach())
-                    copied.add(place)
+            copies[group] = {name: self._buffers[_key(tensor)] for name, tensor in tensors.items()}
+            for tensor in tensors.values():
+                if _key(tensor) not in done:
+                    _copy(self._buffers[_key(tensor)], tensor.detach())
+                    done.add(_key(tensor))
                 if tensor.is_cuda:
                     stream = torch.cuda.current_stream(tensor.device)
         # The copies are queued before whatever the next step changes, so the host need not wait for them.
-        return taken, None if stream is None else stream.record_event()
+        return copies, None if stream is None else stream.record_event()
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -81,34 +280,34 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def _place(tensor: torch.Tensor) -> tuple:
+def _key(tensor: torch.Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device
 
 
 class BackgroundWriter:
     """Writes copies of tensors in a thread, one job at a time.
 
-    `warn` is told of a job that fails because of the disk (OSError); training goes on, and `finish` raises the error
-    of the last job. `stall_seconds` adds up how long training stood still; `write_seconds` is the time of the last job.
+    `warn` gets the message of a job that fails because of the disk (OSError); training continues, and `finish` returns
+    the error of the last job. `stall_seconds` adds up how long training waited; `write_seconds` is of the last job.
     """
 
     def __init__(self, warn: Callable[[str], None]):
         self.warn = warn
         self.stall_seconds = self.write_seconds = 0.0
-        self._copy = HostCopy()
+        self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def reserve(self, groups: Groups) -> None:
-        """Get the memory that saving these tensors will need, in the thread, so that the first copy is no slower."""
+    def reserve(self, groups: TensorGroups) -> None:
+        """Allocate the memory that saving these tensors needs, in the thread, so that the first copy is no slower."""
         self.wait()
-        self._start(lambda: self._copy.reserve(groups))
+        self._start(lambda: self._host.reserve(groups))
 
-    def save(self, groups: Groups, write: Callable[[Groups], None]) -> None:
-        """Copy the tensors and hand the copies to `write` in the thread, once the job before is done."""
+    def save(self, groups: TensorGroups, write: Callable[[TensorGroups], None]) -> None:
+        """Copy the tensors, and call `write` with the copies in the thread, once the job before is done."""
         began = time.perf_counter()
         self.wait()
-        copies, event = self._copy.take(groups)
+        copies, event = self._host.copy(groups)
 
         def work() -> None:
             if event is not None:
@@ -143,24 +342,26 @@ class BackgroundWriter:
         if self._error is not None and not isinstance(self._error, OSError):
             raise self._error
 
+    def finish(self) -> str | None:
+        """Wait; the error of the last job, or None."""
+        self.wait()
+        return None if self._error is None else str(self._error)
+
     def __enter__(self) -> "BackgroundWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
             self._thread.join()
-
-    def finish(self) -> str | None:
-        """Wait; what went wrong with the last job, or None."""
-        self.wait()
-        return None if self._error is None else str(self._error)
 
 
 # --- `pretrained_model/`: the folder that generation and the Hub read ------------------------------------------------
 
 
-def published_network(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> MMAudio:
-    """The network with `tensors`, which are named as in the training of `recipe`: an adapter is merged."""
+def published_model(recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> MMAudio:
+    """The model with `tensors`, which are named as in the training of `recipe`: an adapter is merged."""
     return MMAudio.from_config_and_state(recipe.model, published_state(tensors, recipe.finetune.lora), "these weights")
 
 
@@ -171,12 +372,12 @@ def write_pretrained(
     write_extras: Callable[[Path], None],
     folder: Path,
 ) -> None:
-    """Fill `folder` with the network of `tensors` and what `write_extras` adds.
+    """Fill `folder` with the model of `tensors` and what `write_extras` adds.
 
     `weights` says in weights.json which weights of the run they are. An adapter that was trained goes to `adapter/`
     beside the folder as well.
     """
-    published_network(recipe, tensors).save_pretrained(folder)
+    published_model(recipe, tensors).save_pretrained(folder)
     if recipe.finetune.lora.rank:
         save_adapter(tensors, recipe, folder.with_name("adapter"))
     (folder / "weights.json").write_text(json.dumps(weights) + "\n")
@@ -189,32 +390,32 @@ def publish_ema(
     step: int | None,
     out: Path,
     write_extras: Callable[[Path], None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write `out/pretrained_model/` with the average of width `sigma_rel` as of training step `step`; return its facts.
+    """Write `out/pretrained_model/` with EMA weights of width `sigma_rel` at training step `step`; return weights.json.
 
-    It is made of the EMA snapshots of the run; `step` None takes the last of them. ValueError where there are none, or
-    `out` exists, or the average does not.
+    They are synthesised from the snapshots of the run; `step` None is that of the last one. ValueError where there are
+    none, or `out` exists, or no EMA weights exist at that step.
     """
     recipe = load_recipe(run_dir / "config.yaml")
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder")
-    if not 0 < sigma_rel < 0.28:
+    if not 0 < sigma_rel < 0.28:  # the profile of exponent 0, the widest one, has sigma_rel 0.2887 (12**-0.5)
         raise ValueError(f"sigma_rel {sigma_rel} must be between 0 and 0.28")
-    snapshots, state = find_snapshots(run_dir / "ema"), latest_training_state(run_dir, say)
+    snapshots, state = find_snapshots(run_dir / "ema"), latest_training_state(run_dir, log)
     if not snapshots or state is None:
         raise ValueError(f"{run_dir} has no EMA snapshots and checkpoint yet: train at least ema.snapshot_every steps")
     last = max(snapshot.step for snapshot in snapshots) + recipe.ema.start
     step = last if step is None else step
     if not recipe.ema.start < step <= last:
-        raise ValueError(f"{run_dir} has averages of the steps {recipe.ema.start + 1} to {last}, not of {step}")
+        raise ValueError(f"{run_dir} has EMA weights of the steps {recipe.ema.start + 1} to {last}, not of {step}")
     model = state.tensors["model"]
     frozen = {name: model[name] for name in FROZEN_TENSORS}
-    averages = synthesize(snapshots, sigma_rel, step - recipe.ema.start, frozen)
+    ema_weights = synthesize(snapshots, sigma_rel, step - recipe.ema.start, frozen)
     weights = {"weights": "ema", "sigma_rel": sigma_rel, "step": step}
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "pretrained_model").mkdir(parents=True)
-    write_pretrained(recipe, {**model, **averages}, weights, write_extras, partial / "pretrained_model")
-    partial.rename(out)
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    (partial_out / "pretrained_model").mkdir(parents=True)
+    write_pretrained(recipe, {**model, **ema_weights}, weights, write_extras, partial_out / "pretrained_model")
+    partial_out.rename(out)
     return weights

@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
     broadcast_object_list,
     convert_outputs_to_fp32,
     gather_object,
@@ -25,8 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mmaudio_hf.config import Recipe, TrainingConfig, micro_batch_size
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import RunError
+from mmaudio_hf.schema import PROCESS_TIMEOUT, RunError
 
 SHARED_SECONDS = 30.0  # until one machine sees a file that another has written: network file systems cache listings
 
@@ -80,7 +83,53 @@ def probe_compile(model: MMAudio) -> str | None:
     return None
 
 
-# --- Agreement between processes and machines: all of these are collectives ------------------------------------------
+def place_model(model: MMAudio, training: TrainingConfig, accelerator: Accelerator) -> MMAudio:
+    """Move the model to the device of this process, compile its blocks and shard it, as the recipe and launch say."""
+    model.to(accelerator.device).train()
+    model.activation_checkpointing = training.activation_checkpointing
+    allow_tf32(training.tf32)
+    if should_compile(training.compile, accelerator.device):
+        compile_blocks(model, accelerator.print, required=training.compile == "on")
+    if plugin := fsdp_plugin():
+        apply_fsdp(model, accelerator, plugin)
+    return model
+
+
+# --- Processes and machines: the launch, then collectives by which they agree ----------------------------------------
+
+
+def check_launch() -> None:
+    """ValueError when the launcher was asked for several processes and started one.
+
+    accelerate does that silently for `distributed_type: MULTI_CPU`: it sets the address of the main process then, but
+    no WORLD_SIZE.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below
+    if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "the launch asked for several processes but started one: use accelerate_configs/ddp.yaml, or on a machine"
+            " without GPUs `accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes N`"
+        )
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Connect the processes of the run. ValueError when they do not find each other, or the batch does not split."""
+    check_launch()
+    accelerator = Accelerator(
+        # accelerate's launcher does not pass `use_cpu` on to several processes, which then do not connect.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=recipe.training.mixed_precision,
+        log_with=list(recipe.training.trackers) or None,
+        project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(
+            f"the launch started {os.environ['WORLD_SIZE']} processes that do not find each other: on a machine with"
+            " GPUs that are not to be used, set ACCELERATE_USE_CPU=true"
+        )
+    micro_batch_size(recipe.training, accelerator.num_processes)  # an error before anything is allocated
+    return accelerator
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ends a run early or keeps a step out of it: signals, and numbers that are not finite."""
+"""What ends a run early or keeps a step from the weights: signals, and numbers that are not finite."""
 
 import json
 import math
@@ -7,54 +7,125 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from mmaudio_hf.config import Recipe
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
+from mmaudio_hf.training.checkpoint import latest_training_state
 from mmaudio_hf.training.distributed import local_shard
+
+if TYPE_CHECKING:
+    from mmaudio_hf.training.loop import Run
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE_PRESS_SECONDS = 2.0  # a launcher passes on the signal that the whole process group has already had
 
 
 class StopSignals:
-    """Notes the first of SIGINT, SIGTERM and SIGUSR1 instead of dying of it; a later one interrupts at once."""
+    """Keeps the first of SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a later one interrupts at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
-        self._noted = 0.0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
-    def _note(self, number: int, _frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
-            self.number, self._noted = number, time.monotonic()
+            self.number, self._since = number, time.monotonic()
             tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
-        elif time.monotonic() - self._noted > ONE_PRESS_SECONDS:
+        elif time.monotonic() - self._since > ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-class _OnHost:
-    """A small tensor on its way to the host; reading it waits for the copy alone, not for work queued after it."""
+@dataclass(frozen=True)
+class StepTrace:
+    """The numbers of one step, on the device; B samples of this process in the order of its micro-batches."""
+
+    step: int
+    ids: list[str]
+    source: torch.Tensor  # (B,) int64, index of the store
+    loss: torch.Tensor  # (B,)
+    t: torch.Tensor  # (B,)
+    gradient_norms: torch.Tensor  # (P,) of every trainable tensor, in the order of the parameters
+    total_norm: torch.Tensor  # ()
+
+
+class Guard:
+    """Keeps non-finite steps from the optimizer and lets all processes stop after the same step.
+
+    Whether a step is finite is decided on the device and read one step later, so the host never waits for it. `on_skip`
+    is called on every process for a step that was skipped.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[StepTrace], None]):
+        self.accelerator, self.on_skip, self.max_skipped_steps = accelerator, on_skip, max_skipped_steps
+        self.signals = StopSignals()
+        self.skipped = 0  # over all sessions of the run
+        self.stopped_by: int | None = None  # number of the signal that a process has had, the same on all of them
+        self._in_a_row = 0
+        self._pending: deque[tuple[StepTrace, _AsyncFlags]] = deque()
+
+    def check_finite(self, trace: StepTrace) -> torch.Tensor:
+        """`found_inf`: True, (), on the device of every process, where this step must not reach the optimizer."""
+        found_inf = ~(torch.isfinite(trace.loss).all() & torch.isfinite(trace.total_norm))
+        found_inf = found_inf.to(torch.int32)
+        flags = torch.stack([found_inf, torch.full_like(found_inf, self.signals.number or 0)])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self._pending.append((trace, _AsyncFlags(flags)))
+        return flags[0] > 0
+
+    def poll(self) -> int | None:
+        """Read the flags of all steps but the last one; the signal that a process has had, or None."""
+        self._read(keep=1)
+        return self.stopped_by
+
+    def settle(self) -> None:
+        """Read all flags, before a checkpoint."""
+        self._read(keep=0)
+
+    def _read(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            trace, flags = self._pending.popleft()
+            found_inf, number = flags.read()
+            self.stopped_by = self.stopped_by or number or None
+            self._in_a_row = self._in_a_row + 1 if found_inf else 0
+            if found_inf:
+                self.skipped += 1
+                self.on_skip(trace)
+            if self._in_a_row >= self.max_skipped_steps:
+                raise RunError(
+                    f"{self._in_a_row} steps in a row were not finite: their samples are in skipped.jsonl and autopsy/"
+                    " of the run; the last checkpoint is intact, lower optim.learning_rate or check the data and start"
+                    " again"
+                )
+
+
+class _AsyncFlags:
+    """A small tensor in flight to the host; reading it waits for the copy alone, not for work queued after it."""
 
     def __init__(self, values: torch.Tensor):
-        self.event = None
-        self.values = values
+        self.values, self.event = values, None
         if values.device.type == "cuda":
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
@@ -67,96 +138,50 @@ class _OnHost:
         return self.values.tolist()
 
 
-@dataclass(frozen=True)
-class StepTrace:
-    """What is known of one step's numbers, on the device; samples are those of this process, in micro-batch order."""
-
-    step: int
-    ids: list[str]
-    loss: torch.Tensor  # (B,)
-    t: torch.Tensor  # (B,)
-    gradient_norms: torch.Tensor  # (P,) of every trainable tensor, in the order of the parameters
-    total_norm: torch.Tensor  # ()
+# --- Diagnostics of a step that was not finite -----------------------------------------------------------------------
 
 
-class Guard:
-    """Keeps non-finite steps from the optimizer and lets all processes stop after the same step.
+MAX_FILES = 100  # per run: more of them say nothing new
 
-    The verdict on a step is formed on the device and read one step later, so the host never waits for it. `on_skip` is
-    called on every process for a step that was refused.
+
+def diagnose_step(
+    model: nn.Module, trace: StepTrace, batches: Iterable[Batch], sample_indices: Sequence[int], learning_rate: float
+) -> dict[str, Any]:
+    """Losses, features, gradients and weights of a step; called on every process, each with its share of the step.
+
+    `batches` are read once more, and `sample_indices` are those of their samples in the global batch. `suspects` are
+    the samples whose loss or features are not finite. Gradient norms are those before clipping, by block of the model.
     """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        max_skipped_steps: int,
-        stop: StopSignals,
-        on_skip: Callable[[StepTrace], None],
-    ):
-        self.accelerator, self.stop, self.on_skip = accelerator, stop, on_skip
-        self.max_skipped_steps = max_skipped_steps
-        self.skipped = 0  # over all sessions of the run
-        self.pending: deque[tuple[StepTrace, _OnHost]] = deque()
-        self.in_a_row = 0
-        self.stopped_by: int | None = None  # number of the signal that a process has had, the same on all of them
-
-    def judge(self, trace: StepTrace) -> torch.Tensor:
-        """True (a boolean scalar on the device) where this step must not reach the optimizer, on every process."""
-        bad = ~(torch.isfinite(trace.loss).all() & torch.isfinite(trace.total_norm))
-        bad = bad.to(torch.int32)
-        flags = torch.stack([bad, torch.full_like(bad, self.stop.number or 0)])
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self.pending.append((trace, _OnHost(flags)))
-        return flags[0] > 0
-
-    def check(self) -> bool:
-        """Read the verdicts of all steps but the last; True when a process was asked to stop."""
-        while len(self.pending) > 1:
-            self._settle_one()
-        return self.stopped_by is not None
-
-    def settle(self) -> None:
-        """Read all verdicts, before a checkpoint."""
-        while self.pending:
-            self._settle_one()
-
-    def _settle_one(self) -> None:
-        trace, flags = self.pending.popleft()
-        bad, signal_number = flags.read()
-        self.stopped_by = self.stopped_by or signal_number or None
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if not bad:
-            return
-        self.skipped += 1
-        self.on_skip(trace)
-        if self.in_a_row >= self.max_skipped_steps:
-            raise RunError(
-                f"{self.in_a_row} steps in a row were not finite: their samples are in skipped.jsonl and autopsy/ of"
-                " the run; the last checkpoint is as it was, lower optim.learning_rate or check the data and start"
-                " again"
-            )
+    samples = sorted(gather_object(_diagnose_samples(trace, batches, sample_indices)), key=lambda s: s["slot"])
+    # Each process checks the weights, or the shards of them, that it holds.
+    nonfinite = set(gather_object([n for n, p in model.named_parameters() if not local_shard(p).isfinite().all()]))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    norms = dict(zip(trainable, trace.gradient_norms.tolist(), strict=True))
+    blocks: dict[str, float] = {}
+    for name, norm in norms.items():
+        first, second, *_ = [*name.split("."), ""]
+        block = f"{first}.{second}" if second.isdigit() else first  # joint_blocks.3, final_layer
+        blocks[block] = math.hypot(blocks.get(block, 0.0), norm)
+    return {
+        "step": trace.step,
+        "learning_rate": learning_rate,
+        "loss": sum(sample["loss"] for sample in samples) / len(samples),
+        "gradient_norm": float(trace.total_norm),
+        "suspects": [s["id"] for s in samples if not math.isfinite(s["loss"]) or _has_nonfinite(s["features"])],
+        "gradient_norms": blocks,
+        "nonfinite_gradients": [name for name, norm in norms.items() if not math.isfinite(norm)],
+        "nonfinite_parameters": [name for name, _ in model.named_parameters() if name in nonfinite],
+        "samples": samples,
+    }
 
 
-# --- What a step looked like whose numbers were not finite -----------------------------------------------------------
-
-
-MAX_AUTOPSIES = 100  # files per run: a run that skips more has shown what it can
-
-
-def autopsy_path(run_dir: Path, step: int) -> Path:
-    """File of the autopsy of the update that followed `step` completed ones."""
-    return run_dir / "autopsy" / f"step_{step}.json"
-
-
-def examine_samples(trace: StepTrace, batches: Iterable[Batch], slots: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry per sample of this process: id, slot, loss, t, and statistics of its features (absent ones left out).
-
-    `batches` are those of the step, read once more; `slots` the global slots of their samples.
-    """
+def _diagnose_samples(
+    trace: StepTrace, batches: Iterable[Batch], sample_indices: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One entry per sample of this process; features that it lacks are left out."""
     losses, times, entries = trace.loss.tolist(), trace.t.tolist(), []
     for batch in batches:
-        video_row = {sample: row for row, sample in enumerate(batch.video_rows.tolist())}
+        video_row = {batch_row: row for row, batch_row in enumerate(batch.video_rows.tolist())}
         for i, item_id in enumerate(batch.ids):
             columns = {MEAN: batch.mean[i], STD: batch.std[i]}
             if i in video_row:
@@ -164,69 +189,66 @@ def examine_samples(trace: StepTrace, batches: Iterable[Batch], slots: Sequence[
                 columns |= {SYNC_FEATURES: batch.sync_features[video_row[i]]}
             if batch.has_text[i]:
                 columns[TEXT_FEATURES] = batch.text_features[i]
-            place = len(entries)
-            features = {name: _statistics(values) for name, values in columns.items()}
-            entries.append(
-                {"id": item_id, "slot": int(slots[place]), "loss": losses[place], "t": times[place]}
-                | {"features": features}
-            )
+            n = len(entries)
+            entry = {"id": item_id, "slot": int(sample_indices[n]), "loss": losses[n], "t": times[n]}
+            entries.append(entry | {"features": {name: _statistics(values) for name, values in columns.items()}})
     return entries
-
-
-def broken_parameters(network: nn.Module) -> list[str]:
-    """Names of the parameters with values, of those that this process holds, that are not finite."""
-    return [name for name, parameter in network.named_parameters() if not local_shard(parameter).isfinite().all()]
 
 
 def _statistics(values: torch.Tensor) -> dict[str, float]:
     finite = values.isfinite()
-    good = values[finite].double()
-    if not len(good):
+    kept = values[finite].double()
+    if not len(kept):
         return {"nonfinite": values.numel()}
-    figures = {"min": good.min(), "max": good.max(), "mean": good.mean(), "std": good.std(correction=0)}
+    figures = {"min": kept.min(), "max": kept.max(), "mean": kept.mean(), "std": kept.std(correction=0)}
     return {name: float(value) for name, value in figures.items()} | {"nonfinite": int((~finite).sum())}
-
-
-def examine_step(
-    network: nn.Module,
-    trace: StepTrace,
-    samples: Sequence[Mapping[str, Any]],
-    broken: Sequence[str],
-    learning_rate: float,
-) -> dict[str, Any]:
-    """The whole autopsy, given `examine_samples` and `broken_parameters` of every process.
-
-    `suspects` are the samples whose loss or features are not finite. Gradient norms are those before clipping, by
-    block of the network.
-    """
-    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    norms = dict(zip(names, trace.gradient_norms.tolist(), strict=True))
-    groups: dict[str, float] = {}
-    for name, norm in norms.items():
-        group = _group(name)
-        groups[group] = math.hypot(groups.get(group, 0.0), norm)
-    samples = sorted(samples, key=lambda sample: sample["slot"])
-    return {
-        "step": trace.step,
-        "learning_rate": learning_rate,
-        "loss": sum(sample["loss"] for sample in samples) / len(samples),
-        "gradient_norm": float(trace.total_norm),
-        "suspects": [s["id"] for s in samples if not math.isfinite(s["loss"]) or _has_nonfinite(s["features"])],
-        "gradient_norms": groups,
-        "nonfinite_gradients": [name for name, norm in norms.items() if not math.isfinite(norm)],
-        "nonfinite_parameters": [name for name, _ in network.named_parameters() if name in set(broken)],
-        "samples": samples,
-    }
 
 
 def _has_nonfinite(features: Mapping[str, Mapping[str, float]]) -> bool:
     return any(column["nonfinite"] for column in features.values())
 
 
-def _group(name: str) -> str:
-    """`joint_blocks.3` of `joint_blocks.3.latent_block.attn.qkv.weight`, `final_layer` of `final_layer.conv.weight`."""
-    first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+def replay_step(
+    recipe: Recipe, start: Callable[[Recipe], "Run"], step: int, *, advance: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Diagnostics of the update that followed `step` completed ones, run once more; nothing in the run is changed.
+
+    `start` makes a `Run` of a recipe in this one process. The weights are those of the last checkpoint at `step` or
+    before (the initial ones, where there is none), or with `advance` those that training on to `step` makes of them.
+    When the gradient is not finite though every loss is, each sample is tried alone and becomes a suspect if its own
+    gradient is not. ValueError for a step beyond the run.
+    """
+    if not 0 <= step < recipe.training.steps:
+        raise ValueError(f"step {step} is not one of 0 to {recipe.training.steps - 1}, the steps of {recipe.name}")
+    state = latest_training_state(recipe.run_dir, log, until=step)
+    processes = state.metadata.get("processes", 1) if state else 1
+    # The micro-batches of all processes, one after the other: the same samples together, the same memory.
+    accumulation = recipe.training.accumulation_steps * processes
+    training = replace(recipe.training, accumulation_steps=accumulation, trackers=(), best_metric="")
+    run = start(replace(recipe, training=training))
+    run.guard.on_skip = lambda trace: log(f"step {trace.step} is skipped, as it was")
+    if state is not None:
+        run.load(state)
+    run.prepare()
+    if advance and run.step < step:
+        log(f"training from step {run.step} to {step}")
+        with run.loader(step) as loader:
+            for batches in loader:
+                run.update(batches)
+                run.guard.poll()
+    weights_of_step, run.step = run.step, step
+    with run.loader(step + 1) as loader:
+        trace = run.backward(next(loader))
+        figures = {"weights_of_step": weights_of_step} | run.diagnose(trace)
+    if not figures["suspects"] and not math.isfinite(figures["gradient_norm"]):
+        figures["suspects"] = [s["id"] for s in figures["samples"] if not _has_finite_gradient(run, s["slot"])]
+    return figures
+
+
+def _has_finite_gradient(run: "Run", sample_index: int) -> bool:
+    """Whether the gradient of one sample of the present step, alone, is finite."""
+    with run.loader(run.step + 1, sample_indices=[np.array([sample_index])]) as loader:
+        return bool(run.backward(next(loader)).total_norm.isfinite())
 
 
 def to_json(figures: Any) -> str:
@@ -242,18 +264,16 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_autopsy(run_dir: Path, figures: Mapping[str, Any]) -> Path | None:
-    """Write `autopsy/step_N.json`; None, and nothing, when the run has `MAX_AUTOPSIES` of them."""
-    path = autopsy_path(run_dir, figures["step"])
+def write_diagnostics(run_dir: Path, figures: Mapping[str, Any]) -> None:
+    """Write `autopsy/step_N.json`, unless the run has `MAX_FILES` of them."""
+    path = run_dir / "autopsy" / f"step_{figures['step']}.json"
     path.parent.mkdir(exist_ok=True)
-    if not path.exists() and len(list(path.parent.glob("step_*.json"))) >= MAX_AUTOPSIES:
-        return None
-    path.write_text(to_json(figures))
-    return path
+    if path.exists() or len(list(path.parent.glob("step_*.json"))) < MAX_FILES:
+        path.write_text(to_json(figures))
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """An autopsy as lines of text: the whole step, its suspects, then every sample."""
+    """Diagnostics as lines of text: the whole step, its suspects, then every sample."""
     lines = [
         f"step {figures['step']}: loss {figures['loss']:.6g}, gradient norm {figures['gradient_norm']:.6g},"
         f" learning rate {figures['learning_rate']:.3g}"
@@ -262,9 +282,9 @@ def summary(figures: Mapping[str, Any]) -> str:
         lines.append(f"weights: those after {figures['weights_of_step']} updates")
     titles = {"suspects": "suspects", "nonfinite_gradients": "gradients not finite"}
     for name, title in (titles | {"nonfinite_parameters": "weights not finite"}).items():
-        found = figures[name]
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        lines.append(f"{title}: {', '.join(found[:5]) or 'none'}{more}")
+        names = figures[name]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        lines.append(f"{title}: {', '.join(names[:5]) or 'none'}{more}")
     for sample in figures["samples"]:
         sizes = {n: max(abs(c.get("min", 0.0)), abs(c.get("max", 0.0))) for n, c in sample["features"].items()}
         largest = ", ".join(f"{name} {size:.3g}" for name, size in sizes.items())

@@ -1,5 +1,6 @@
-"""Log files of JSON lines that outlive a full disk and a killed run."""
+"""What a run logs: metrics.jsonl and the trackers, speed.jsonl, skipped.jsonl, and lines on the terminal."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -7,20 +8,132 @@ import re
 import tempfile
 import time
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
-from mmaudio_hf.config import Recipe
+from mmaudio_hf.config import Recipe, micro_batch_size, to_dict
 from mmaudio_hf.schema import AudioSample
+from mmaudio_hf.training.guard import write_diagnostics
 from mmaudio_hf.training.memory import training_flops
 
 
+class RunLog:
+    """The log files and trackers of a run. Only the main process writes; what all processes compute is reduced first.
+
+    stores: names of the stores of `data.train`.
+    """
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, stores: Sequence[str]):
+        check_trackers(recipe.training.trackers)
+        self.recipe, self.accelerator = recipe, accelerator
+        self.running = RunningMetrics(stores, recipe.training.batch_size, accelerator)
+        self.history: list[dict[str, float]] = []  # lines of metrics.jsonl, on the main process
+        files = (JsonLines(recipe.run_dir / f"{name}.jsonl", self.warn) for name in ("metrics", "speed", "skipped"))
+        self.metrics, self.speed, self.skipped = files
+
+    def print(self, message: str) -> None:
+        """Print a line on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+    def warn(self, message: str) -> None:
+        """Report what has failed and does not end the run."""
+        tqdm.write(f"warning: {message}; training continues")
+
+    def start(self, step: int, model: torch.nn.Module, rows: int, sharded: bool) -> None:
+        """Start the trackers and print what is trained on what, from `step` on."""
+        recipe, training, world_size = self.recipe, self.recipe.training, self.accelerator.num_processes
+        if training.trackers:
+            config, folder = {"recipe": json.dumps(to_dict(recipe))}, recipe.run_dir / "trackers"
+            folder.mkdir(exist_ok=True)
+            self.accelerator.init_trackers(recipe.name, config, {"wandb": {"dir": str(folder)}})
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.accelerator.print(
+            f"{recipe.name}: {world_size} process{'es' * (world_size > 1)} on {self.accelerator.device.type},"
+            f" batch {training.batch_size} = {world_size} x {training.accumulation_steps} x"
+            f" {micro_batch_size(training, world_size)}, precision {training.mixed_precision},"
+            f" {parameters / 1e6:.1f} M trainable parameters{', sharded' if sharded else ''},"
+            f" {rows} rows per epoch ({rows / training.batch_size:.1f} steps), from step {step} to {training.steps}"
+        )
+
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
+        self.accelerator.log(dict(scores), step=step)
+        if self.accelerator.is_main_process:
+            self.history.append({"step": step, **scores})
+            self.metrics.append(self.history[-1])
+
+    def audio(self, kind: str, samples: Sequence[AudioSample], step: int) -> None:
+        """Log audio to every tracker, as KIND/NAME."""
+        if samples and self.accelerator.is_main_process:
+            for tracker in self.accelerator.trackers:
+                _log_audio(tracker.name, tracker.tracker, kind, samples, step)
+
+    def skipped_step(self, figures: Mapping[str, Any]) -> None:
+        """Log a step that was not finite, given its diagnostics."""
+        if not self.accelerator.is_main_process:
+            return
+        suspects = f"; not finite: {', '.join(figures['suspects'][:5])}" if figures["suspects"] else ""
+        tqdm.write(f"step {figures['step']}: loss or gradient is not finite, the step is skipped{suspects}")
+        self.skipped.append({"step": figures["step"], "ids": [sample["id"] for sample in figures["samples"]]})
+        try:
+            write_diagnostics(self.recipe.run_dir, figures)
+        except OSError as error:
+            self.warn(str(error))
+
+
+class RunningMetrics:
+    """Sums since the last log line, on the device: the host waits for them only when they are logged.
+
+    (3 + 2 S,): loss, gradient norm and steps, then the loss and the number of samples of each of S stores.
+    """
+
+    def __init__(self, stores: Sequence[str], batch_size: int, accelerator: Accelerator):
+        self._stores, self._batch_size, self._accelerator = stores, batch_size, accelerator
+        self.sums = torch.zeros(3 + 2 * len(stores), device=accelerator.device)
+
+    def add(self, loss: torch.Tensor, source: torch.Tensor, gradient_norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        """Add a step: loss and store (B,) of the samples of this process. A `skipped` one, (), counts for nothing."""
+        step = torch.zeros_like(self.sums)
+        step[0] = loss.sum() / self._batch_size
+        step[1] = gradient_norm / self._accelerator.num_processes  # the same on every process, which are summed
+        if self._accelerator.is_main_process:
+            step[2] = 1
+        losses, counts = step[3:].view(2, -1)
+        losses.index_add_(0, source, loss)
+        counts.index_add_(0, source, torch.ones_like(loss))
+        self.sums += torch.where(skipped, torch.zeros_like(step), step)  # not a product: 0 * nan is nan
+
+    def gather(self) -> torch.Tensor:
+        """The sums over all processes, for a checkpoint; from now on the first process has them, as after a resume."""
+        total = self._accelerator.reduce(self.sums.clone(), "sum")
+        self.sums.copy_(total if self._accelerator.is_main_process else torch.zeros_like(total))
+        return total
+
+    def restore(self, sums: torch.Tensor) -> None:
+        """Continue from the sums of a checkpoint; with other stores they have no meaning and are dropped."""
+        if self._accelerator.is_main_process and sums.shape == self.sums.shape:
+            self.sums.copy_(sums)
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        loss, norm, steps, *per_store = self._accelerator.reduce(self.sums.clone(), "sum").tolist()
+        self.sums.zero_()
+        means = {"train/loss": loss / max(steps, 1), "train/grad_norm": norm / max(steps, 1)}
+        count = len(self._stores)
+        for store, total, samples in zip(self._stores, per_store[:count], per_store[count:], strict=True):
+            if samples:
+                means[f"train/loss_{store}"] = total / samples
+        return means
+
+
 class JsonLines:
-    """A log file to which lines are added. While they cannot be written they wait in memory; `warn` is told once."""
+    """A log file to which lines are added; while they cannot be written they wait in memory, with one warning."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
         self.path, self.warn = path, warn
@@ -31,7 +144,7 @@ class JsonLines:
         """Add one line, and those that wait."""
         self._waiting.append(entry)
         try:
-            self.flush()
+            self._flush()
         except OSError as error:
             if not self._warned:
                 self.warn(f"{error}; its lines wait in memory")
@@ -42,15 +155,13 @@ class JsonLines:
         """Whether there are lines that could not be written yet."""
         return bool(self._waiting)
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write what waits. OSError naming the file when that fails; the file then ends where it did before."""
-        if not self._waiting:
-            return
-        text = "".join(json.dumps(entry) + "\n" for entry in self._waiting)
+        data = "".join(json.dumps(entry) + "\n" for entry in self._waiting).encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
-                if file.write(text.encode()) < len(text.encode()):
+                if file.write(data) < len(data):
                     file.truncate(end)
                     raise OSError("the disk is full")
         except OSError as error:
@@ -76,7 +187,7 @@ def truncate_lines(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
     return kept
 
 
-# --- What a run costs while it runs: speed, waiting for data, use of the device, memory, time left -------------------
+# --- Cost of a run: speed, waiting for data, use of the device, memory, time left ------------------------------------
 
 
 # Part of the device's name -> dense bf16 FLOP/s with float32 sums, from the makers' data sheets. First match counts.
@@ -113,11 +224,11 @@ class Peak(NamedTuple):
 
 
 def device_peak(device: torch.device, mixed_precision: str) -> Peak:
-    """From the table for bf16 on a known GPU; or else the best of a few square matrix products, timed for 0.2 s."""
+    """From the table for bf16 on a known GPU; else the best of a few square matrix products, timed for 0.2 s."""
     if device.type == "cuda" and mixed_precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        for part, rate in PEAK_BF16.items():
-            if part.replace(" ", "") in name.replace(" ", "").replace("-", ""):
+        for model, rate in PEAK_BF16.items():
+            if model.replace(" ", "") in name.replace(" ", "").replace("-", ""):
                 return Peak(rate, False)
     size = _MEASURED_SIZE.get(device.type, 1024)
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
@@ -131,112 +242,109 @@ def device_peak(device: torch.device, mixed_precision: str) -> Peak:
 
 
 class Progress:
-    """Counts steps, and every now and then says what they cost; means and maxima are over all processes."""
+    """Times the steps of a session, without validation and saving, for speed.jsonl, the trackers and a progress bar."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, first_step: int):
-        self.peak = device_peak(accelerator.device, recipe.training.mixed_precision)
-        self._accelerator, self._training = accelerator, recipe.training
-        self._flops = training_flops(recipe.model)
-        self._first_step, self._began = first_step, time.perf_counter()
-        self.steps, self.seconds = 0, 0.0  # since the start, without validation, saving and the like
-        self._told = (0, 0.0)
+    def __init__(self, log: RunLog, first_step: int):
+        self._log, self._first_step = log, first_step
+        training = log.recipe.training
+        self._peak = device_peak(log.accelerator.device, training.mixed_precision)
+        self._flops = training_flops(log.recipe.model)
+        self._bar = tqdm(
+            total=training.steps,
+            initial=first_step,
+            disable=not log.accelerator.is_main_process,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        self._steps, self._seconds = 0, 0.0  # since the last report
+        self._began = self._step_began = time.perf_counter()
 
-    def add(self, seconds: float) -> None:
-        """Note one step that took `seconds`."""
-        self.steps += 1
-        self.seconds += seconds
+    def __enter__(self) -> "Progress":
+        return self
 
-    @property
-    def steps_per_second(self) -> float:
-        """Since the start."""
-        return self.steps / max(self.seconds, 1e-9)
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
-    def figures(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """What the steps since the last call cost, `step` being done; every process calls it.
+    def start_step(self) -> None:
+        """Start the clock, before the batches of a step are read."""
+        self._step_began = time.perf_counter()
 
-        wait_seconds: how long this process waited for data meanwhile.
+    def end_step(self) -> None:
+        """Stop the clock."""
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._step_began
+        self._bar.update()
+
+    def report(self, step: int, wait_seconds: float, stall_seconds: float, line: Mapping[str, float]) -> None:
+        """Log what the steps since the last report cost, `step` being done; every process calls it.
+
+        Since then this process has waited `wait_seconds` for data and `stall_seconds` for checkpoints. The progress bar
+        shows some scores of the log `line` too.
         """
-        steps, seconds = self.steps - self._told[0], max(self.seconds - self._told[1], 1e-9)
-        self._told = self.steps, self.seconds
-        own = [seconds, wait_seconds / seconds, self.peak.flops_per_second, peak_memory_gb(self._accelerator.device)]
-        seconds, wait, peak, memory = self._accelerator.gather(
-            torch.tensor([own], dtype=torch.float64, device=self._accelerator.device)
-        ).T
-        samples = steps / seconds.mean().item() * self._training.batch_size
+        accelerator, training = self._log.accelerator, self._log.recipe.training
+        seconds, device = max(self._seconds, 1e-9), accelerator.device
+        own = [seconds, wait_seconds / seconds, self._peak.flops_per_second, peak_memory_gb(device)]
+        times, waits, peaks, memory = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).T
+        samples = self._steps / times.mean().item() * training.batch_size
+        self._steps, self._seconds = 0, 0.0
         elapsed = time.perf_counter() - self._began
-        return {
-            "speed/steps_per_second": samples / self._training.batch_size,
+        speed = {
+            "speed/steps_per_second": samples / training.batch_size,
             "speed/samples_per_second": samples,
-            "speed/data_wait": wait.mean().item(),
-            "speed/model_flop_utilisation": samples * self._flops / peak.sum().item(),
+            "speed/data_wait": waits.mean().item(),
+            "speed/model_flop_utilisation": samples * self._flops / peaks.sum().item(),
             "speed/peak_memory_gb": memory.max().item(),
-            "speed/seconds_left": elapsed / (step - self._first_step) * (self._training.steps - step),
+            "speed/seconds_left": elapsed / (step - self._first_step) * (training.steps - step),
+            "speed/checkpoint_stall_seconds": stall_seconds,
         }
-
-
-def in_short(figures: dict[str, float]) -> dict[str, str]:
-    """The figures as they stand in the progress line, which has the time left on its own."""
-    return {
-        "samples/s": f"{figures['speed/samples_per_second']:.3g}",
-        "wait": f"{figures['speed/data_wait']:.0%}",
-        "mfu": f"{figures['speed/model_flop_utilisation']:.0%}",
-        "mem": f"{figures['speed/peak_memory_gb']:.1f}G",
-    }
+        accelerator.log(speed, step=step)
+        if accelerator.is_main_process:
+            self._log.speed.append({"step": step, **speed})
+        self._bar.set_postfix(
+            {
+                "loss": f"{line['train/loss']:.4f}",
+                "lr": f"{line['train/learning_rate']:.1e}",
+                "samples/s": f"{samples:.3g}",
+                "wait": f"{speed['speed/data_wait']:.0%}",
+                "mfu": f"{speed['speed/model_flop_utilisation']:.0%}",
+                "mem": f"{speed['speed/peak_memory_gb']:.1f}G",
+            }
+        )
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory this process has held: on the accelerator, or resident on the host when there is none."""
+    """Most memory this process has used: on the accelerator, or resident on the host when there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # Not getrusage, which counts what the program that started this one held.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    # Not getrusage, which counts what the program that started this one used.
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / 1e9
 
 
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
+# --- Trackers --------------------------------------------------------------------------------------------------------
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """ValueError for a tracker whose package is not installed: accelerate would leave it out without a word."""
+    """ValueError for a tracker whose package is not installed: accelerate would leave it out without a message."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"training.trackers names {name}, which is not installed: run `pip install {name}`")
 
 
-def log_audio(accelerator: Accelerator, kind: str, sounds: Sequence[AudioSample], step: int) -> None:
-    """Give every tracker of the main process the sounds, as "KIND/NAME"."""
-    if not (sounds and accelerator.is_main_process):
+def _log_audio(name: str, run: Any, kind: str, samples: Sequence[AudioSample], step: int) -> None:
+    """Accelerate logs no audio. `run` is a SummaryWriter of TensorBoard, or a run of wandb or trackio."""
+    if name == "tensorboard":
+        for sample in samples:
+            run.add_audio(f"{kind}/{sample.name}", sample.waveform[None], step, sample_rate=sample.sample_rate)
+        run.flush()
         return
-    for tracker in accelerator.trackers:
-        log = {"tensorboard": _to_tensorboard, "wandb": _to_wandb, "trackio": _to_trackio}[tracker.name]
-        log(tracker.tracker, kind, sounds, step)
-
-
-def _to_tensorboard(writer, kind: str, sounds: Sequence[AudioSample], step: int) -> None:
-    for sound in sounds:
-        writer.add_audio(f"{kind}/{sound.name}", sound.waveform[None], step, sample_rate=sound.sample_rate)
-    writer.flush()
-
-
-def _to_wandb(run, kind: str, sounds: Sequence[AudioSample], step: int) -> None:
-    import wandb
-
-    _log_files(run, wandb.Audio, kind, sounds, step)
-
-
-def _to_trackio(run, kind: str, sounds: Sequence[AudioSample], step: int) -> None:
-    import trackio
-
-    _log_files(run, trackio.Audio, kind, sounds, step)
-
-
-def _log_files(run, player: Callable, kind: str, sounds: Sequence[AudioSample], step: int) -> None:
-    """Both take arrays too, but wandb needs another package for them, and trackio makes each as loud as can be."""
+    player = importlib.import_module(name).Audio
+    # They take arrays too, but wandb needs another package for them, and trackio scales each to full loudness.
     with tempfile.TemporaryDirectory() as folder:
         players = {}
-        for number, sound in enumerate(sounds):
+        for number, sample in enumerate(samples):
             path = str(Path(folder) / f"{number}.wav")
             with wave.open(path, "wb") as file:
-                file.setparams((1, 2, sound.sample_rate, 0, "NONE", ""))
-                file.writeframes((sound.waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
-            players[f"{kind}/{sound.name}"] = player(path, caption=sound.caption)
+                file.setparams((1, 2, sample.sample_rate, 0, "NONE", ""))
+                file.writeframes((sample.waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
+            players[f"{kind}/{sample.name}"] = player(path, caption=sample.caption)
         run.log(players, step=step)  # copies the files

@@ -1,24 +1,30 @@
-"""Taking up a run where its newest checkpoint left it, with the same recipe or a changed one."""
+"""Resuming a run from its newest checkpoint, with the same recipe or a changed one, by one launch at a time."""
 
 import fcntl
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+from accelerate import Accelerator
 
-from mmaudio_hf.config import Recipe, to_dict
-from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.config import Recipe, save_recipe, to_dict
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.schema import LOCK_FILE
-from mmaudio_hf.training.checkpoint import TrainingState, checkpoint_folder, checkpoint_step, list_checkpoints, point_at
-from mmaudio_hf.training.distributed import copy_full_tensor
-from mmaudio_hf.training.ema import PostHocEMA, find_snapshots
+from mmaudio_hf.training.checkpoint import (
+    TrainingState,
+    checkpoint_folder,
+    checkpoint_step,
+    latest_training_state,
+    list_checkpoints,
+    point_at,
+)
+from mmaudio_hf.training.distributed import check_same_everywhere, check_visible_everywhere, first_error
+from mmaudio_hf.training.ema import find_snapshots
 from mmaudio_hf.training.logs import truncate_lines
-from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
-from mmaudio_hf.weights import check_state
 
 # What the tensors of a checkpoint depend on: it cannot change at all.
 FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
@@ -34,27 +40,78 @@ HARMLESS = (
 )
 
 
+def find_checkpoint(
+    recipe: Recipe, mixture: Mixture, accelerator: Accelerator, lock: "RunLock", allow_changes: bool
+) -> TrainingState | None:
+    """What to resume from, None for a new run; called on every process. Nothing is written: first everything must fit.
+
+    ValueError, on every process, when another launch trains the run, the processes do not agree on recipe, data and
+    checkpoints, or the recipe does not fit the checkpoint.
+    """
+    run_dir = recipe.run_dir
+    acquire_everywhere(lock, accelerator)
+    if recipe.resume != "auto" and (run_dir / "checkpoints").exists():
+        raise ValueError(f"{run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto")
+    check_same_everywhere(
+        flat_settings(to_dict(recipe))
+        | {f"rows of {store.path}": len(store) for store in mixture.stores}
+        | {f"the list of checkpoints in {run_dir}": [path.name for path in list_checkpoints(run_dir)]}
+    )
+    if recipe.resume != "auto":
+        return None
+    share = (accelerator.process_index, accelerator.num_processes)
+    state = latest_training_state(run_dir, accelerator.print, share=share, agree=first_error)
+    if state is not None:
+        hashes = [store.content_hash for store in mixture.stores]
+        check_same_run(recipe, hashes, state, allow_changes, accelerator.print)
+    return state
+
+
+def open_run_dir(
+    recipe: Recipe, accelerator: Accelerator, lock: "RunLock", step: int, ema_step: int, best: int | None
+) -> list[dict[str, float]]:
+    """Bring the run folder to the state at `step` and write the recipe into it; the lines of metrics.jsonl, on the
+    main process."""
+    accelerator.wait_for_everyone()  # nobody changes the folder while another process still reads
+    history: list[dict[str, float]] = []
+    if accelerator.is_main_process:
+        history = drop_later(recipe.run_dir, step, ema_step, best)
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    acquire_everywhere(lock, accelerator)  # again: a folder that was not there could not be locked
+    if accelerator.is_main_process:
+        partial = recipe.run_dir / "config.yaml.partial"
+        save_recipe(recipe, partial)
+        partial.replace(recipe.run_dir / "config.yaml")
+    accelerator.wait_for_everyone()
+    check_visible_everywhere(recipe.run_dir / "config.yaml")
+    return history
+
+
+# --- Whether a recipe is that of the checkpoint ----------------------------------------------------------------------
+
+
 def check_same_run(
-    recipe: Recipe, stores: Sequence[str | None], state: TrainingState, allow_changes: bool, say: Callable[[str], None]
+    recipe: Recipe, stores: Sequence[str | None], state: TrainingState, allow_changes: bool, log: Callable[[str], None]
 ) -> None:
     """Show every setting that differs from those of the checkpoint as `- key: old`, `+ key: new`.
 
-    stores: `content_hash` of each store of `data.train`, by which stores are known that lie elsewhere now.
-    Harmless ones are noted and used from here on. ValueError for one that alters training, unless `allow_changes`, and
-    for one that the tensors of the checkpoint depend on.
+    stores: `content_hash` of each store of `data.train`, which identifies stores that have moved.
+    Harmless changes are logged and used from here on. ValueError for one that alters training, unless `allow_changes`,
+    and for one that the tensors of the checkpoint depend on.
     """
     if state.step > recipe.training.steps:
         raise ValueError(f"{recipe.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}")
-    if "recipe" not in state.facts:
+    if "recipe" not in state.metadata:
         return
-    was, now = state.facts["recipe"], to_dict(recipe)
-    if None not in stores and state.facts.get("stores") == list(stores):
-        was = _with_paths_of(now, was)
-    changes = changed_settings(was, now)
-    shown = {key: f"  - {key}: {was}\n  + {key}: {now}" for key, (was, now) in changes.items()}
-    fixed = [key for key in shown if _within(key, FIXED)]
-    altering = [key for key in shown if not _within(key, (*FIXED, *_harmless(recipe)))]
-    listed = "\n".join(shown[key] for key in (*fixed, *altering))
+    old, new = state.metadata["recipe"], to_dict(recipe)
+    if None not in stores and state.metadata.get("stores") == list(stores):
+        old = _with_paths_of(new, old)
+    changes = {key: f"  - {key}: {a}\n  + {key}: {b}" for key, (a, b) in changed_settings(old, new).items()}
+    # Only this schedule depends on where the run ends.
+    harmless = HARMLESS if recipe.optim.schedule == "poly" else (*HARMLESS, "training.steps")
+    fixed = [key for key in changes if _within(key, FIXED)]
+    altering = [key for key in changes if not _within(key, (*FIXED, *harmless))]
+    listed = "\n".join(changes[key] for key in (*fixed, *altering))
     if fixed:
         raise ValueError(
             f"{recipe.run_dir} was trained with other settings, which its checkpoints depend on: put {fixed[0]} back,"
@@ -62,33 +119,28 @@ def check_same_run(
         )
     if altering and not allow_changes:
         raise ValueError(
-            f"{recipe.run_dir} was trained with other settings: put them back, give the new run another name, or go on"
+            f"{recipe.run_dir} was trained with other settings: put them back, give the new run another name, or resume"
             f" with the new ones by --allow-changes\n{listed}"
         )
-    if shown:
-        say(f"settings that differ from step {state.step} on:\n" + "\n".join(shown.values()))
+    if changes:
+        log(f"settings that differ from step {state.step} on:\n" + "\n".join(changes.values()))
 
 
-def _with_paths_of(now: Mapping[str, Any], was: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings `was` with the stores of `data.train` where they are `now`: there are as many of them."""
-    pairs = zip(was["data"]["train"], now["data"]["train"], strict=True)
-    return {**was, "data": was["data"] | {"train": [old | {"path": new["path"]} for old, new in pairs]}}
-
-
-def _harmless(recipe: Recipe) -> tuple[str, ...]:
-    # Only this schedule looks ahead to the end of the run.
-    return HARMLESS if recipe.optim.schedule == "poly" else (*HARMLESS, "training.steps")
+def _with_paths_of(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The `old` settings with the paths that the stores of `data.train` have now: there are as many of them."""
+    pairs = zip(old["data"]["train"], new["data"]["train"], strict=True)
+    return {**old, "data": old["data"] | {"train": [a | {"path": b["path"]} for a, b in pairs]}}
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every key, as `section.key`, that differs; a key that one side lacks has its default."""
     defaults = flat_settings(to_dict(Recipe(name="default")))
-    old, new = ({**defaults, **flat_settings(tree)} for tree in (was, now))
-    return {key: (old.get(key), new.get(key)) for key in {**new, **old} if old.get(key) != new.get(key)}
+    before, after = ({**defaults, **flat_settings(tree)} for tree in (old, new))
+    return {k: (before.get(k), after.get(k)) for k in {**after, **before} if before.get(k) != after.get(k)}
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,124 +151,114 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
-    """Put away what belongs to a future that is trained anew after `step`; return the lines of metrics.jsonl.
+# --- What a killed run has left --------------------------------------------------------------------------------------
 
-    Later checkpoints, which are damaged ones, are renamed and not deleted; later EMA snapshots, samples, scores, log
-    lines and what killed writers left go. `last` and `best` point at what is left.
+
+def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
+    """Remove what was written after `step`, which is trained again; return the lines of metrics.jsonl.
+
+    Later checkpoints, which are damaged ones, are renamed and not deleted. Later EMA snapshots, samples, scores and log
+    lines are deleted, with the temporary files of killed writers. `last` and `best` point at what is left.
     """
     for folder in list_checkpoints(run_dir):
         if checkpoint_step(folder) > step:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        elif folder != (place := checkpoint_folder(run_dir, checkpoint_step(folder))):
-            folder.rename(place)  # it stood aside for another, which did not get there
-    for old in (run_dir / "checkpoints").glob("step_*.old"):
-        shutil.rmtree(old)
-    for partial in (run_dir / "checkpoints").glob("step_*.partial"):
-        shutil.rmtree(partial)
-    for partial in (run_dir / "ema").glob("*.partial"):
+        elif folder.name.endswith(".old"):
+            folder.rename(folder.with_suffix(""))  # the checkpoint that was to replace it was never completed
+    for leftover in (*run_dir.glob("checkpoints/step_*.old"), *run_dir.glob("checkpoints/step_*.partial")):
+        shutil.rmtree(leftover)
+    for partial in run_dir.glob("ema/*.partial"):
         partial.unlink()
     for snapshot in find_snapshots(run_dir / "ema"):
         if snapshot.step > ema_step:
             snapshot.tensors.unlink()
-    for folder in (run_dir / "samples").glob("step_*"):
+    for folder in run_dir.glob("samples/step_*"):
         number = re.fullmatch(r"step_(\d+)(\.partial)?", folder.name)
         if number and (number[2] or int(number[1]) > step):
             shutil.rmtree(folder)
-    for scores in (run_dir / "evaluation").glob("*_step_*.json*"):  # sounds stay: they are known by their weights
+    for scores in run_dir.glob("evaluation/*_step_*.json*"):  # clips stay: they are identified by their weights
         number = re.search(r"_step_(\d+)[._]", scores.name)
         if number and int(number[1]) > step:
             scores.unlink()
     if run_dir.exists():
-        for name, pointed in (("last", step), ("best", best)):
-            folder = None if pointed is None else checkpoint_folder(run_dir, pointed)
-            point_at(run_dir, name, folder if folder is not None and folder.exists() else None)
+        for name, target in (("last", step), ("best", best)):
+            folder = checkpoint_folder(run_dir, -1 if target is None else target)
+            point_at(run_dir, name, folder if folder.exists() else None)
     truncate_lines(run_dir / "skipped.jsonl", lambda line: line["step"] < step)
     # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
     return truncate_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= step and step > 0)
 
 
-def collect_tensors(network: MMAudio, optimizer: torch.optim.Optimizer, ema: PostHocEMA) -> dict[str, dict]:
-    """Everything a checkpoint keeps of a run, as named tensors in groups; called on every process."""
-    return {
-        "model": network.state_dict(),
-        "optimizer": optimizer_tensors(network, optimizer),
-        "ema": ema.tensors(),
-    }
-
-
-def restore_tensors(state: TrainingState, network: MMAudio, optimizer: torch.optim.Optimizer, ema: PostHocEMA) -> None:
-    """Put back what `collect_tensors` returned; called on every process."""
-    check_state(state.tensors["model"], network.state_dict(), "the checkpoint")
-    for name, tensor in network.state_dict().items():
-        copy_full_tensor(tensor, state.tensors["model"][name])
-    load_optimizer_tensors(network, optimizer, state.tensors["optimizer"])
-    ema.load_tensors(state.tensors["ema"], state.facts["ema_step"])
-
-
 # --- One launch at a time trains a run -------------------------------------------------------------------------------
 
 
-PATIENCE = 20.0  # s in which the processes of a launch that was just killed should end
+LOCK_TIMEOUT = 20.0  # s in which the processes of a launch that was just killed should end
 
 
 class RunLock:
-    """Holds a run folder for this process once it is taken, until `with` or the process ends in any way.
+    """Lock of a run folder, held from `acquire` until `release` or the process ends in any way.
 
-    `warn` is told where the file system has no locks; the run then goes on without.
+    `warn` gets a message where the file system has no locks; the run then continues without.
     """
 
     def __init__(self, run_dir: Path, warn: Callable[[str], None]):
         self.run_dir, self.warn = run_dir, warn
-        self._file: IO | None = None
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
-    def take(self) -> bool:
-        """Whether the folder is ours now; one that is not there is nobody's. Waits a little for another to end."""
+    def acquire(self) -> None:
+        """Lock the folder, if it exists. ValueError when another launch still trains it after `LOCK_TIMEOUT`."""
         if self._file is not None or not self.run_dir.exists():
-            return True
-        self._file = open(self.run_dir / LOCK_FILE, "a")  # noqa: SIM115  (held for as long as the run)
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    self.release()
-                    return False
-            except OSError as error:
-                self.warn(f"{self.run_dir} has no locks ({error.strerror}): see to it that one launch alone trains it")
-                return True
-            time.sleep(0.1)
-
-    def refusal(self) -> ValueError:
-        """What to raise when it could not be taken."""
-        return ValueError(
-            f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
-        )
+            return
+        self._file = open(self.run_dir / LOCK_FILE, "a")  # noqa: SIM115  (open for as long as the run)
+        try:
+            if not _lock_file(self._file, LOCK_TIMEOUT):
+                self.release()
+                raise ValueError(
+                    f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
+                )
+        except OSError as error:
+            self.warn(f"{self.run_dir} has no locks ({error.strerror}): make sure that only one launch trains it")
 
     def wait_for_release(self, limit: float) -> None:
         """Wait until no other process holds it, at most `limit` seconds; not at all where there are no locks."""
-        until = time.monotonic() + limit
-        with open(self.run_dir / LOCK_FILE, "a") as file:
-            while time.monotonic() < until:
-                try:
-                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(0.3)
-                except OSError:
-                    return None
+        with open(self.run_dir / LOCK_FILE, "a") as file, suppress(OSError):
+            _lock_file(file, limit)
 
     def release(self) -> None:
-        """Let others have it. The file stays: removing it would let two hold "it"."""
+        """Let others acquire it. The file stays: two processes could lock two files of one name after removing it."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _lock_file(file: IO[str], seconds: float) -> bool:
+    """Whether the file could be locked within `seconds`. OSError where the file system has no locks."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(0.1)
+
+
+def acquire_everywhere(lock: RunLock, accelerator: Accelerator) -> None:
+    """Let the main process acquire the lock; ValueError on every process when it cannot."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            lock.acquire()
+        except ValueError as error:
+            problem = str(error)
+    if problem := first_error(problem):
+        raise ValueError(problem)
