@@ -25,7 +25,8 @@ def extract(
     open_writer=StoreWriter,
     problems: Mapping[str, tuple[str, str]] | None = None,
     share: Share | None = None,
+    **options,
 ) -> ExtractionReport:
     """Either kind of extraction, without progress bars."""
     run = extract_video if isinstance(source, VideoSource) else extract_audio
-    return run(recipe, source, open_writer, problems=problems, share=share or Share(), progress=False)
+    return run(recipe, source, open_writer, problems=problems, share=share or Share(), progress=False, **options)

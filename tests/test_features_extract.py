@@ -10,11 +10,14 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from extraction import extract, toy_recipe
 
+from mmaudio_hf.cli import main
 from mmaudio_hf.config import AudioSource, EncoderConfig, VideoSource
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
+from mmaudio_hf.features import workers
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_clips, write_clips
@@ -129,7 +132,8 @@ def test_only_changed_shards_are_extracted_again(example, weights, tmp_path):
     fit_toy_codec(other, "16k", [media / f"{rows[0][0]}.mp4"])
     assert run(changed[:2], weights=other).reused_shards == 0
     assert FeatureStore.open(out / "train").manifest["encoders"]["latent"] != codec
-    # a damaged shard
+    # a damaged shard, when it is needed again
+    shutil.rmtree(out / "train")
     (out / "train.shards" / "shard_00001.arrow").write_bytes(b"")
     assert run(changed[:2], weights=other).reused_shards == 1
 
@@ -265,9 +269,50 @@ def test_the_users_mistakes_are_named_before_any_work(example, weights, tmp_path
     check(r"synchformer_state_dict\.pth is missing", replace(toy_recipe(out, weights), encoders=released))
     assert not out.exists()
     (out / "val").mkdir(parents=True)
-    check("exists and was not made from")
+    check("exists and was not made by extraction")
     with pytest.raises(ValueError, match="no such clip list; make it with `mmaudio-hf partition`"):
         extract(toy_recipe(out, weights), AudioSource("a", str(example / "audios"), str(example / "audios.tsv")))
+
+
+def test_shards_of_a_complete_store_may_be_deleted(example, weights, tmp_path, monkeypatch):
+    """The manifest says what the store was made of, so it is not made again; and the shards may be on another disk."""
+    recipe = toy_recipe(tmp_path / "out", weights, shards_dir=str(tmp_path / "scratch"))
+    first = extract(recipe, videos(example, "val"))
+    assert (tmp_path / "scratch" / "val.shards" / "shard_00000.arrow").is_file()
+    before = content(tmp_path / "out", "val")
+    shutil.rmtree(tmp_path / "scratch")
+    monkeypatch.setattr(workers, "load_encoders", None)  # nothing is encoded
+    again = extract(recipe, videos(example, "val"))
+    assert replace(again, seconds=0.0) == replace(first, reused_shards=first.shards, seconds=0.0)
+    assert content(tmp_path / "out", "val") == before and not (tmp_path / "scratch").exists()
+    monkeypatch.undo()
+    changed = extract(recipe, videos(example, "val", normalize_audio=False), clean=True)
+    assert (changed.reused_shards, content(tmp_path / "out", "val") == before) == (0, False)
+    assert not (tmp_path / "scratch" / "val.shards").exists()
+
+
+def test_every_list_of_a_recipe_is_read_before_the_first_file(example, weights, tmp_path, capsys):
+    recipe = {
+        "name": "run",
+        "model": {"variant": "small_16k", "duration": 2.0},
+        "encoders": {"kind": "toy", "weights_dir": str(weights), "device": "cpu"},
+        "extraction": {
+            "output_dir": str(tmp_path / "out"),
+            "videos": [
+                {"name": "val", "media_dir": str(example / "videos"), "list": str(example / "val.tsv")},
+                {"name": "own", "media_dir": str(tmp_path / "nowhere"), "list": "own-val.tsv"},
+            ],
+            "audios": [{"name": "a", "media_dir": str(example / "audios"), "list": "captions.tsv"}],
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for command in ("extract-video", "partition"):
+        assert main([command, str(tmp_path / "recipe.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert "nowhere: no such folder" in error
+        for file in ("own-val.tsv", "captions.tsv"):
+            assert (f"{file}: no such file" in error) == (command == "extract-video")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_usable_is_an_error_without_a_store(weights, tmp_path):

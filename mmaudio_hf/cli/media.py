@@ -1,8 +1,9 @@
 """Commands from media to feature stores."""
 
+import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ def add_commands(add) -> None:
             "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
         )
         extract.add_argument("--num-shards", type=int, metavar="N", help="number of shares the shards are dealt out in")
+        extract.add_argument("--clean", action="store_true", help="remove the shards of complete stores")
 
 
 def _example_media(options) -> None:
@@ -33,10 +35,12 @@ def _example_media(options) -> None:
 
 
 def _partition(options) -> None:
-    from mmaudio_hf.media.lists import write_clips
+    from mmaudio_hf.media.lists import check_sources, write_clips
 
     recipe = load_recipe(options.recipe, options.overrides)
-    for source in _sources(recipe, "audios"):
+    sources = _sources(recipe, "audios")
+    check_sources(recipe.extraction, lists=False)
+    for source in sources:
         path = recipe.extraction.clips_path(source)
         rejects = path.with_suffix(".rejects.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +109,7 @@ def share_of_process(options):
 def _extract_video(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "videos")
-    from mmaudio_hf.features.extract import extract_video
-
-    for source in sources:
-        problems = audit_problems(recipe, source, options.recipe)
-        extract_video(recipe, source, _open_writer(recipe), problems=problems, share=share_of_process(options))
+    _extract(options, recipe, sources)
 
 
 def _extract_audio(options) -> None:
@@ -118,11 +118,20 @@ def _extract_audio(options) -> None:
     for source in sources:
         if not (clips := recipe.extraction.clips_path(source)).is_file():
             raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
-    from mmaudio_hf.features.extract import extract_audio
+    _extract(options, recipe, sources)
 
-    for source in sources:
-        problems = audit_problems(recipe, source, options.recipe)
-        extract_audio(recipe, source, _open_writer(recipe), problems=problems, share=share_of_process(options))
+
+def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]) -> None:
+    from mmaudio_hf.media.lists import check_sources
+
+    check_sources(recipe.extraction)  # all of them, before hours of work on the first
+    problems = [audit_problems(recipe, source, options.recipe) for source in sources]
+    share, open_writer = share_of_process(options), _open_writer(recipe)
+    from mmaudio_hf.features.extract import extract_audio, extract_video
+
+    for source, known in zip(sources, problems, strict=True):
+        extract = extract_video if isinstance(source, VideoSource) else extract_audio
+        extract(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
 
 
 # --- The command that looks at media before any feature is made, and what extraction takes from it -------------------

@@ -231,6 +231,7 @@ class ExtractionConfig(Settings):
     output_dir: str = setting("output/features", "folder of the feature stores", path=True)
     videos: tuple[VideoSource, ...] = setting((), "folders of videos, one store each")
     audios: tuple[AudioSource, ...] = setting((), "folders of audio files, one store each")
+    shards_dir: str = setting("", "folder of the intermediate shards; empty: output_dir", path=True)
     alignment: Literal["timestamps", "reference"] = setting(
         "timestamps", "frames by their timestamps, or by number as in the reference code"
     )

@@ -244,7 +244,8 @@ class StoreWriter:
     shapes: column name -> shape of one record, in storage order. encoders: name -> {"id", "fingerprint"} of what made
     the features. preprocessing: the settings that shaped the inputs. normalisation: how the audio level was set (any
     JSON value; stores that are mixed must agree). Where mode, duration or normalisation is None, it is not known and
-    not compared. counts: extra numbers for the record (accepted, rejected). layout, sync_dtype: see `layout_columns`.
+    not compared. counts: extra numbers for the record (accepted, rejected).
+    made_of: a hash of everything that the rows depend on, for the manifest. layout, sync_dtype: see `layout_columns`.
     Raises ValueError when the store exists, OSError when the disk has no room for it.
     """
 
@@ -260,6 +261,7 @@ class StoreWriter:
         preprocessing: Any = None,
         normalisation: Any = None,
         counts: Mapping[str, int] | None = None,
+        made_of: str = "",
         layout: str = "reference",
         sync_dtype: str = "float32",
     ):
@@ -273,6 +275,7 @@ class StoreWriter:
             "preprocessing": preprocessing,
             "normalisation": normalisation,
             "counts": dict(counts or {}),
+            "made_of": made_of,
         }
         json.dumps(self._facts)  # fail now rather than after the last row
         check_contents(self.path, Contents(num_rows, self.columns))
@@ -417,11 +420,13 @@ def manifest_of(
 ) -> dict[str, Any]:
     """The manifest of a folder of columns. facts: mode, duration, encoders, preprocessing, normalisation, counts."""
     keys = ("mode", "duration", "encoders", "preprocessing", "normalisation", "counts")
+    made_of = {"made_of": facts["made_of"]} if facts.get("made_of") else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": contents.layout,
         "rows": contents.rows,
         **{key: facts[key] for key in keys},
+        **made_of,
         "columns": manifest_columns(folder, contents),
         "ids_sha256": ids_hash(ids),
         "captions_sha256": captions_hash(captions),

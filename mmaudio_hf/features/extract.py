@@ -1,15 +1,15 @@
 """Extraction: listed media to feature shards, one `datasets.map` each, and from the shards to a feature store.
 
-    OUTPUT/NAME.shards/        the shards (`features.shards`)
+    FOLDER/NAME.shards/        the shards (`features.shards`)
     OUTPUT/NAME.rejects.jsonl  every item left out: id, stage, reason, message, probe of the file
-    OUTPUT/NAME/               the store, by the writer that is passed in
+    OUTPUT/NAME/               the store, by the writer that is passed in; its manifest says what it was made of
 
 A run makes the shards that are missing or whose key has changed. So it may be killed at any time, the next one resumes,
 and the store comes out the same. Any number of runs may share the folder: each shard is made by the process that has
-its lock, and the run that finds all of them complete exports the store.
+its lock, and the run that finds all of them complete exports the store. A store that was made of the same inputs is
+left as it is, whether or not its shards are still there.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -111,6 +111,7 @@ def extract_video(
     *,
     problems: Problems | None = None,
     share: Share = _ALL_SHARDS,
+    clean: bool = False,
     progress: bool = True,
 ) -> ExtractionReport:
     """Make the feature store `source.name` in `extraction.output_dir` of the videos that `source.list` lists.
@@ -118,8 +119,8 @@ def extract_video(
     recipe: gives `model.mode` and `model.duration`, `encoders` and `extraction`; the toy codec is fitted to these media
     if there is none. extraction.batch_size items go through the encoders together, fewer after out-of-memory;
     extraction.num_proc processes, process i on CUDA device i modulo their number, make shards of extraction.shard_size
-    rows of the list. share: the shards that this process makes. problems: what an audit found; such a video is a reject
-    of the stage "audit", and its file is not opened.
+    rows of the list. share: the shards that this process makes. clean: remove the shards of a complete store. problems:
+    what an audit found; such a video is a reject of the stage "audit", and its file is not opened.
 
     A file that cannot be used is rejected, never fatal. Raises ValueError for mistakes in settings, lists and folders
     before any work, when the disk is too small, and when every item was rejected (then there is no store); OSError
@@ -135,7 +136,7 @@ def extract_video(
         if not path.is_file():
             problem = ("list", "not_found", f"{path}: no such file; check the folder and the id")
         items.append(Item(row.id, row.caption, str(path), problem=problem))
-    return _extract(job, items, open_writer, progress)
+    return _extract(job, items, open_writer, clean, progress)
 
 
 def extract_audio(
@@ -145,6 +146,7 @@ def extract_audio(
     *,
     problems: Problems | None = None,
     share: Share = _ALL_SHARDS,
+    clean: bool = False,
     progress: bool = True,
 ) -> ExtractionReport:
     """Make the feature store `source.name` of the clips of audio files in `extraction.clips_path(source)`.
@@ -181,7 +183,7 @@ def extract_audio(
         if name not in files:
             message = f"{clips_path}: has no clip of {name!r}; it is absent, damaged or shorter than 8.1 s"
             items.append(Item(name, "", str(Path(source.media_dir) / name), problem=("list", "no_clip", message)))
-    return _extract(job, items, open_writer, progress)
+    return _extract(job, items, open_writer, clean, progress)
 
 
 # --- Before the work -------------------------------------------------------------------------------------------------
@@ -230,48 +232,83 @@ def _prepare_encoders(job: Job, items: Sequence[Item]) -> None:
 
 def _check_disk_space(job: Job, pending_rows: int, store_rows: int) -> None:
     row_bytes = 4 * sum(math.prod(shape) for shape in job.shapes.values())  # float32
-    needed, free = (pending_rows + store_rows) * row_bytes, shutil.disk_usage(job.output_dir).free
-    if needed > free:
-        raise ValueError(
-            f"{job.output_dir}: {needed / 1e9:.2f} GB are needed for the shards and the store of {job.name!r},"
-            f" {free / 1e9:.2f} GB are free; free some space or change extraction.output_dir"
-        )
+    needs: dict[int, int] = {}  # by device: shards and store may be on different disks
+    for folder, rows in ((job.folder, pending_rows), (job.output_dir, store_rows)):
+        device = folder.stat().st_dev
+        needs[device] = needs.get(device, 0) + rows * row_bytes
+        free = shutil.disk_usage(folder).free
+        if needs[device] > free:
+            raise ValueError(
+                f"{folder}: {needs[device] / 1e9:.2f} GB are needed for the shards and the store of {job.name!r},"
+                f" {free / 1e9:.2f} GB are free; free some space or change extraction.output_dir and shards_dir"
+            )
 
 
 # --- The extraction --------------------------------------------------------------------------------------------------
 
 
-def _extract(job: Job, items: list[Item], open_writer: OpenWriter, progress: bool) -> ExtractionReport:
+def _extract(job: Job, items: list[Item], open_writer: OpenWriter, clean: bool, progress: bool) -> ExtractionReport:
     started = time.monotonic()
-    store, record = job.output_dir / job.name, job.folder / "store.json"
-    if store.exists() and not record.is_file():
-        raise ValueError(f"{store} exists and was not made from {job.folder}: move it or give the store another name")
+    store = job.output_dir / job.name
+    if store.exists() and not _made_of(job) and not (job.folder / "store.json").is_file():  # of earlier versions
+        raise ValueError(f"{store} exists and was not made by extraction: move it or give the store another name")
     try:
         _prepare_encoders(job, items)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        shards = job.shards(items)
-        complete = [bool(job.metadata(shard)) for shard in shards]
-        job.remove_stale(len(shards))
-        ours = shards[job.share.index :: job.share.count]
-        rows = sum(len(shard.items) for shard in ours if not complete[shard.number])
-        if rows or not store.exists():
+        key, shards = job.shards(items)
+        report = _finished(job, key, len(shards))
+        if report is None:
+            job.output_dir.mkdir(parents=True, exist_ok=True)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            complete = [bool(job.metadata(shard)) for shard in shards]
+            job.remove_stale(len(shards))
+            ours = shards[job.share.index :: job.share.count]
+            rows = sum(len(shard.items) for shard in ours if not complete[shard.number])
             _check_disk_space(job, rows, 0 if store.exists() else len(items))
-        make_shards(job, ours, progress)
-        report = _finish(job, shards, open_writer, progress)
+            make_shards(job, ours, progress)
+            report = replace(_finish(job, key, shards, open_writer, progress), reused_shards=sum(complete))
+        if clean and not report.pending_shards:
+            shutil.rmtree(job.folder, ignore_errors=True)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{job.name}: {RESUME_HINT}") from None
-    report = replace(report, reused_shards=sum(complete), seconds=time.monotonic() - started)
+    report = replace(report, seconds=time.monotonic() - started)
     if progress:
         tqdm.write(str(report))
     return report
 
 
-def _finish(job: Job, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool) -> ExtractionReport:
-    """Export if all shards are complete and the store is not of them already; one process at a time."""
-    record, store_key = (
-        job.folder / "store.json",
-        hashlib.sha256("".join(shard.key for shard in shards).encode()).hexdigest(),
+def _manifest(job: Job) -> dict[str, Any]:
+    return read_json(job.output_dir / f"{job.name}.manifest.json")
+
+
+def _made_of(job: Job) -> str:
+    """Key of the complete store that is there; empty without one."""
+    return _manifest(job).get("made_of", "") if (job.output_dir / job.name).exists() else ""
+
+
+def _finished(job: Job, key: str, shards: int) -> ExtractionReport | None:
+    """The report of a store that is there and of these inputs; it needs no shards."""
+    rejects_path = job.output_dir / f"{job.name}.rejects.jsonl"
+    if _made_of(job) != key or not rejects_path.is_file():
+        return None
+    counts = _manifest(job)["counts"]
+    rejects = [json.loads(line) for line in rejects_path.read_text(encoding="utf-8").splitlines()]
+    return ExtractionReport(
+        name=job.name,
+        listed=counts["listed"],
+        accepted=counts["accepted"],
+        rejected=counts["rejected"],
+        missing=sum(reject["reason"] == "not_found" for reject in rejects),
+        shards=shards,
+        reused_shards=shards,
+        pending_shards=0,
+        store_path=job.output_dir / job.name,
+        rejects_path=rejects_path,
+        seconds=0.0,
     )
+
+
+def _finish(job: Job, key: str, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool) -> ExtractionReport:
+    """Export if all shards are complete and the store is not of them already; one process at a time."""
     metadata = [job.metadata(shard) for shard in shards]
     report = _summary(job, sum(len(shard.items) for shard in shards), metadata)
     if report.pending_shards:
@@ -279,14 +316,11 @@ def _finish(job: Job, shards: Sequence[Shard], open_writer: OpenWriter, progress
             raise RunError(job.changed_message)
         return report
     with locked(job.folder / "store.lock"):
-        if not (report.store_path.exists() and read_json(record).get("key") == store_key):
+        if _finished(job, key, len(shards)) is None:
             _write_rejects(job, report, metadata)
-            # The record comes before the store, which appears by renaming: a store beside a record is the one it names.
-            _remove_store(job, report.store_path)
-            write_text(record, json.dumps({"key": store_key}) + "\n")
-            _export(job, report, shards, open_writer, progress)
-        elif not report.rejects_path.is_file():
-            _write_rejects(job, report, metadata)
+            if _made_of(job) != key:
+                _remove_store(job, report.store_path)
+                _export(job, key, report, shards, open_writer, progress)
     return report
 
 
@@ -336,7 +370,7 @@ def _write_rejects(job: Job, report: ExtractionReport, metadata: Sequence[Mappin
 
 
 def _export(
-    job: Job, report: ExtractionReport, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool
+    job: Job, key: str, report: ExtractionReport, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool
 ) -> None:
     """Copy the shards into a new store, in the order of the list, a block of rows at a time."""
     with (
@@ -351,6 +385,7 @@ def _export(
             preprocessing=job.preprocessing,
             normalisation={"audio_peak": _AUDIO_PEAK if job.normalize_audio else None},
             counts={"listed": report.listed, "accepted": report.accepted, "rejected": report.rejected},
+            made_of=key,
         ) as writer,
         tqdm(total=report.accepted, desc=f"{job.name}: store", unit="row", disable=not progress) as bar,
     ):

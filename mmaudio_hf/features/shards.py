@@ -1,10 +1,11 @@
 """The numbered Arrow shards of one extraction: what each is made of, its files, its lock, and reading its rows.
 
-    OUTPUT/NAME.shards/shard_00012.arrow   rows of the list's 12th block: id, caption and a column per feature
-    OUTPUT/NAME.shards/shard_00012.json    key, counts, ids and rejects of that block; written last
-    OUTPUT/NAME.shards/*.lock              locked by the process that makes the shard or exports the store; empty
+    FOLDER/NAME.shards/shard_00012.arrow   rows of the list's 12th block: id, caption and a column per feature
+    FOLDER/NAME.shards/shard_00012.json    key, counts, ids and rejects of that block; written last
+    FOLDER/NAME.shards/*.lock              locked by the process that makes the shard or exports the store; empty
 
-The key of a shard is a hash of everything that its features depend on.
+FOLDER is `extraction.shards_dir`, or else `extraction.output_dir`. The key of a shard is a hash of everything that its
+features depend on.
 """
 
 import contextlib
@@ -101,7 +102,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the shards are."""
-        return self.output_dir / f"{self.name}.shards"
+        return Path(self.recipe.extraction.shards_dir or self.output_dir) / f"{self.name}.shards"
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -133,25 +134,24 @@ class Job:
         """The encoders, as in the manifest of the store."""
         return fingerprints(self.recipe.encoders, self.recipe.model.mode, self.components)
 
-    def shards(self, items: Sequence[Item]) -> list[Shard]:
-        """The items in blocks of `extraction.shard_size`, with their keys.
+    def shards(self, items: Sequence[Item]) -> tuple[str, list[Shard]]:
+        """Key of the store, and the items in blocks of `extraction.shard_size` with their keys.
 
         A key hashes settings, encoders, ids, captions, and sizes and times of the files. Batch size and number of
         processes are left out: they move results by rounding at most, and machines that share a folder may differ.
         """
         settings = {"schema": SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
         stats: dict[str, list[int] | None] = {}
-        shards: list[Shard] = []
+        rows: list[list] = []
+        for item in items:
+            if item.path not in stats:
+                stats[item.path] = _size_and_time(item.path)
+            reason = item.problem and item.problem[:2]
+            rows.append([item.id, item.caption, Path(item.path).name, item.span, reason, stats[item.path]])
         size = self.recipe.extraction.shard_size
-        for first in range(0, len(items), size):
-            block, rows = items[first : first + size], []
-            for item in block:
-                if item.path not in stats:
-                    stats[item.path] = _size_and_time(item.path)
-                reason = item.problem and item.problem[:2]
-                rows.append([item.id, item.caption, Path(item.path).name, item.span, reason, stats[item.path]])
-            shards.append(Shard(len(shards), hash_of([settings, rows]), block))
-        return shards
+        blocks = [slice(first, first + size) for first in range(0, len(items), size)]
+        shards = [Shard(i, hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
+        return hash_of([settings, rows]), shards
 
     def file(self, number: int, ending: str) -> Path:
         """A file of shard `number`."""

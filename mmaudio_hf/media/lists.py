@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
 from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import check_id
@@ -113,6 +114,28 @@ def find_video(folder: str | os.PathLike, item_id: str) -> Path:
     check_id(item_id)
     paths = [Path(folder) / f"{item_id}{ending}" for ending in VIDEO_ENDINGS]
     return next((path for path in paths if path.is_file()), paths[0])
+
+
+def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:
+    """ValueError that names every folder, and with `lists` every list, of `extraction` that cannot be read.
+
+    Opens no media. Clip lists are read where they exist: `partition` writes them.
+    """
+    problems: list[str] = []
+    sources: list[VideoSource | AudioSource] = [*extraction.videos, *extraction.audios]
+    for source in sources:
+        if not Path(source.media_dir).is_dir():
+            problems.append(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
+        if not lists:
+            continue
+        try:
+            read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
+            if isinstance(source, AudioSource) and extraction.clips_path(source).is_file():
+                read_clips(extraction.clips_path(source))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def read_clips(path: str | os.PathLike) -> list[Clip]:
