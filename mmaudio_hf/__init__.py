@@ -1,7 +1,7 @@
 """Train MMAudio, video and text to synchronised audio, in the Hugging Face ecosystem."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmaudio_hf.config import load_recipe
@@ -19,7 +19,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Found on first use: reading a recipe must not import torch, nor training the media libraries.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

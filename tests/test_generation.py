@@ -1,4 +1,4 @@
-"""Generation with a tiny network and toy encoders: conditions, noise, lengths, files, refusals."""
+"""Generation with a tiny model and toy encoders: conditions, noise, lengths, windows, files, errors."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.generation.pipeline import MMAudioPipeline, Request, save_generated, starting_noise
-from mmaudio_hf.generation.windows import decode_pieces, window_starts
+from mmaudio_hf.generation.windows import decode_chunks, window_starts
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
@@ -101,7 +101,7 @@ def test_latent_is_the_formula(pipeline, network, media, video):
         x1 = sample_euler(lambda x, t: plain_guided_velocity(network, x, t, conditions, empty, 3.0), x0, 3)
         latent = network.unnormalize(x1)
         assert torch.allclose(result.latent, latent[0], atol=2e-5)
-    # The toy decoder magnifies rounding, so the sound is compared for the very same latent.
+    # The toy decoder magnifies rounding, so the waveform is compared for the very same latent.
     assert torch.equal(encoders.decode_latent(result.latent[None])[0], result.waveform)
     assert torch.equal(pipeline.decode(result.latent), result.waveform)
 
@@ -135,7 +135,7 @@ def test_guidance_of_the_golden_network():
     assert np.linalg.norm(ours - theirs) < 2e-4 * np.linalg.norm(theirs)
 
 
-def test_batches_and_order_do_not_change_a_sound(pipeline):
+def test_batches_and_order_do_not_change_a_result(pipeline):
     requests = [Request(key=f"clip {i}", **row(i)) for i in range(5)]
     requests[1] = dataclasses.replace(requests[1], negative_prompt="hum")
     requests[2] = dataclasses.replace(requests[2], clip_features=None, sync_features=None)
@@ -210,7 +210,7 @@ def test_from_pretrained(published, pipeline):
         assert torch.equal(loaded(prompt="a lamp", num_steps=1).latent, expected)
 
 
-def test_encoders_that_were_not_noted_are_those_of_the_run_or_the_usual_ones(published, media, monkeypatch):
+def test_encoders_that_were_not_saved_are_those_of_the_run_or_the_defaults(published, media, monkeypatch):
     folder = published / "last" / "pretrained_model"
     (folder / "toy_codec_16k.safetensors").unlink()
     (published / "config.yaml").write_text(
@@ -241,34 +241,34 @@ def test_paths_of_this_machine_are_not_published(tmp_path):
     ):
         encoders = EncoderConfig(weights_dir=weights_dir, clip=clip, precision="bf16", device="cuda:1")
         write_encoder_files(Recipe("r", encoders=encoders), tmp_path)
-        noted = json.loads((tmp_path / "encoders.json").read_text())
-        assert noted == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
+        saved = json.loads((tmp_path / "encoders.json").read_text())
+        assert saved == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
 
 
-def test_pictures_are_read_as_for_training(published, network, config, tmp_path):
-    """A rotated file is upright in one alignment and lies in the other, so its sounds differ."""
+def test_frames_are_aligned_as_for_training(published, network, config, tmp_path):
+    """A rotated file is upright in one alignment and lies in the other, so its results differ."""
     odd = Odd(steady(1.5), audio_seconds=None, rotation=90)
     video = write_odd(tmp_path / "rotated.mp4", odd)
-    sounds = {
+    latents = {
         rule: MMAudioPipeline(network, config, alignment=rule)(video, duration=1.0, num_steps=1).latent
         for rule in ("timestamps", "reference")
     }
-    assert not torch.allclose(*sounds.values(), atol=1e-4)
+    assert not torch.allclose(*latents.values(), atol=1e-4)
     folder = published / "last" / "pretrained_model"
-    for noted, asked, expected in (
+    for saved, given, expected in (
         ("reference", None, "reference"),
         ("timestamps", None, "timestamps"),
         ("reference", "timestamps", "timestamps"),
     ):
-        recipe = Recipe("r", encoders=config, extraction=ExtractionConfig(alignment=noted))
+        recipe = Recipe("r", encoders=config, extraction=ExtractionConfig(alignment=saved))
         write_encoder_files(recipe, folder)
-        pipeline = MMAudioPipeline.from_pretrained(published, device="cpu", alignment=asked)
+        pipeline = MMAudioPipeline.from_pretrained(published, device="cpu", alignment=given)
         assert pipeline.alignment == expected
-        assert torch.equal(pipeline(video, duration=1.0, num_steps=1).latent, sounds[expected])
+        assert torch.equal(pipeline(video, duration=1.0, num_steps=1).latent, latents[expected])
 
 
 def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("the Hub was searched"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "output" / "example").mkdir(parents=True)
     with pytest.raises(ValueError, match="output/exampel: no such run folder"):
@@ -277,10 +277,10 @@ def test_a_mistyped_run_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatc
 
 def test_from_the_hub(published, monkeypatch):
     folder = published / "last" / "pretrained_model"
-    asked = {}
-    monkeypatch.setattr(pretrained, "snapshot_download", lambda repo, **options: asked.update(options) or str(folder))
+    used = {}
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda repo, **options: used.update(options) or str(folder))
     assert MMAudioPipeline.from_pretrained("someone/toy", device="cpu").sample_rate == 16000
-    assert "model.safetensors" in asked["allow_patterns"] and "*" not in asked["allow_patterns"]
+    assert "model.safetensors" in used["allow_patterns"] and "*" not in used["allow_patterns"]
 
 
 def test_save_generated(pipeline, video, tmp_path):
@@ -290,21 +290,21 @@ def test_save_generated(pipeline, video, tmp_path):
         assert rate == 16000 and torch.allclose(samples, result.waveform, atol=1e-4)
     with av.open(str(save_generated(result, tmp_path / "a.mp4", video))) as container:
         assert len(container.streams.video) == len(container.streams.audio) == 1
-    with pytest.raises(ValueError, match=r"an \.mp4 needs the video"):
+    with pytest.raises(ValueError, match=r"an \.mp4 needs a video"):
         save_generated(result, tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=r"\.wav or \.flac"):
         save_generated(result, tmp_path / "a.ogg")
 
 
-def test_refusals_come_first(pipeline, network, config, published, tmp_path, video, monkeypatch):
+def test_errors_come_first(pipeline, network, config, published, tmp_path, video, monkeypatch):
     monkeypatch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the network ran"))
-    recording = next((video.parent.parent / "audios").glob("*.flac"))
+    audio_file = next((video.parent.parent / "audios").glob("*.flac"))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     wrong = row(0) | {"sync_features": torch.zeros(8, 768)}
     for requests, options, words in (
         ([Request(), Request(video=tmp_path / "none.mp4")], {}, "none.mp4: no such file"),
         ([Request(video=tmp_path / "broken.mp4")], {}, "broken.mp4"),
-        ([Request(video=recording)], {}, "no pictures"),
+        ([Request(video=audio_file)], {}, "no video frames"),
         ([Request(key="x", **wrong)], {}, r"sync_features of item x are \(8, 768\), this duration needs \(16, 768\)"),
         ([Request()], {"duration": 0.3}, "0.3 s is shorter"),
         ([Request()], {"num_steps": 0}, "num_steps"),
@@ -323,7 +323,7 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
         MMAudioPipeline(network, EncoderConfig(weights_dir=str(tmp_path)))(video)
     with pytest.raises(ValueError, match="no latent statistics"):
         MMAudioPipeline(MMAudio.from_variant("small_16k", **SIZES), config)
-    with pytest.raises(ValueError, match="of mode 16k, the network of 44k"):
+    with pytest.raises(ValueError, match="of mode 16k, the model of 44k"):
         other = MMAudio.from_variant("small_44k", **SIZES)
         other.set_latent_statistics(torch.zeros(40), torch.ones(40))
         MMAudioPipeline(other, ready)
@@ -338,11 +338,11 @@ def test_refusals_come_first(pipeline, network, config, published, tmp_path, vid
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """2.6 s of changing pictures without sound."""
+    """2.6 s of changing frames without audio."""
     return write_odd(tmp_path_factory.mktemp("scene") / "scene.mp4", Odd(steady(2.6), audio_seconds=None))
 
 
-def test_a_long_video_is_made_in_windows_that_agree(pipeline, network, config, scene):
+def test_windows_of_a_long_video_are_blended(pipeline, network, config, scene):
     """Against plain code: at every step the velocity of each window, faded linearly where they overlap."""
     result = pipeline(scene, "a red ball", num_steps=2, seed=3)
     length = math.ceil(2.6 * 31.25)
@@ -392,7 +392,7 @@ def test_decoded_pieces_join_without_clicks(pipeline):
         return tone
 
     latent = (torch.arange(200) * hop / rate)[:, None].expand(-1, 20)
-    waveform = decode_pieces(decode, latent, 64, hop)
+    waveform = decode_chunks(decode, latent, 64, hop)
     assert waveform.shape == (200 * hop,)
     inner = slice(4 * hop, -4 * hop)
     tone = torch.sin(2 * math.pi * 440 * torch.arange(200 * hop) / rate)
@@ -400,46 +400,46 @@ def test_decoded_pieces_join_without_clicks(pipeline):
     # And with the real decoder: no step between samples is larger at a join than within the pieces.
     latent = torch.cumsum(0.1 * torch.randn(100, 20, generator=torch.Generator().manual_seed(0)), 0)
     decoder = pipeline._encoders("decode")
-    pieces = decode_pieces(decoder.decode_latent, latent, 32, hop)
+    pieces = decode_chunks(decoder.decode_latent, latent, 32, hop)
     whole = decoder.decode_latent(latent[None])[0]
     assert pieces.diff().abs().max() < 1.5 * whole.diff().abs().max()
 
 
-def test_short_videos_have_short_sounds(pipeline, tmp_path):
+def test_audio_is_not_longer_than_its_video(pipeline, tmp_path):
     short = write_odd(tmp_path / "short.mp4", Odd(steady(0.8), audio_seconds=None))
     whole = pipeline(short, num_steps=1)
     assert whole.latent.shape == (25, 20) and not whole.note
-    asked = pipeline(short, num_steps=1, duration=5.0)
+    longer = pipeline(short, num_steps=1, duration=5.0)
     assert (
-        torch.equal(asked.latent, whole.latent)
-        and asked.note == "0.80 s long, as its video is, where 5 s were asked for"
+        torch.equal(longer.latent, whole.latent)
+        and longer.note == "0.80 s long, as its video is, not the requested 5 s"
     )
     tiny = write_odd(tmp_path / "tiny.mp4", Odd(steady(0.4), audio_seconds=None))
     with pytest.raises(ValueError, match=r"tiny\.mp4: duration 0\.4 s is shorter than one sync segment"):
         pipeline(tiny, num_steps=1)
 
 
-def test_a_still_picture_is_seen_all_the_time(pipeline, config, tmp_path):
+def test_a_still_image_is_seen_all_the_time(pipeline, config, tmp_path):
     for name, codec in (("a.png", "png"), ("a.jpg", "mjpeg")):
         with av.open(str(tmp_path / name), "w", format="image2") as container:
             stream = container.add_stream(
                 codec, width=160, height=96, pix_fmt="rgb24" if codec == "png" else "yuvj420p"
             )
-            picture = av.VideoFrame.from_ndarray(code_image(5, 160, 96), format="rgb24")
-            container.mux([*stream.encode(picture.reformat(format=stream.pix_fmt)), *stream.encode(None)])
+            image = av.VideoFrame.from_ndarray(code_image(5, 160, 96), format="rgb24")
+            container.mux([*stream.encode(image.reformat(format=stream.pix_fmt)), *stream.encode(None)])
     encoders = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k", ("clip",))
     clip = encoders.encode_clip(read_image(tmp_path / "a.png").clip_frames[None])[0].expand(8, -1)
     expected = next(pipeline.generate([Request(clip_features=clip, prompt="a bell")], num_steps=2)).latent
-    made = pipeline(image=tmp_path / "a.png", prompt="a bell", num_steps=2).latent
-    torch.testing.assert_close(made, expected)
-    assert not torch.allclose(made, pipeline(prompt="a bell", num_steps=2).latent, atol=1e-3)
-    assert torch.allclose(made, pipeline(image=tmp_path / "a.jpg", prompt="a bell", num_steps=2).latent, atol=0.3)
+    result = pipeline(image=tmp_path / "a.png", prompt="a bell", num_steps=2).latent
+    torch.testing.assert_close(result, expected)
+    assert not torch.allclose(result, pipeline(prompt="a bell", num_steps=2).latent, atol=1e-3)
+    assert torch.allclose(result, pipeline(image=tmp_path / "a.jpg", prompt="a bell", num_steps=2).latent, atol=0.3)
     longer = pipeline(image=tmp_path / "a.png", num_steps=1, duration=1.5)
     assert longer.latent.shape == (47, 20)
 
 
 def test_seeds_and_durations_of_items(pipeline, scene):
-    """Batches of 1 and 8, an order of its own, items of other lengths between: the same sounds."""
+    """Batches of 1 and 8, an order of its own, items of other lengths between: the same results."""
     requests = [Request(key="a", seed=7, **row(0)), Request(key="b", prompt="x", duration=0.8)]
     requests += [Request(key="c", **row(1))]
     requests += [Request(key="d", video=scene), Request(key="e", seed=7, prompt="x"), Request(key="f", prompt="x")]
@@ -455,11 +455,11 @@ def test_seeds_and_durations_of_items(pipeline, scene):
     assert torch.equal(starting_noise(7, "d", (82, 20))[:32], starting_noise(7, "d", (32, 20)))
 
 
-def test_items_that_cannot_be_made_are_handed_over(pipeline, scene, tmp_path):
+def test_items_that_fail_are_passed_to_on_reject(pipeline, scene, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     damaged = truncate(scene, tmp_path / "damaged.mp4", 0.5)
     requests = [Request(key=p.name, video=p) for p in (tmp_path / "broken.mp4", scene, damaged, tmp_path / "gone.mp4")]
     rejected = {}
-    made = list(pipeline.generate(requests, num_steps=1, on_reject=lambda r, e: rejected.update({r.key: e.reason})))
-    assert [result.key for result in made] == ["scene.mp4"]
+    results = list(pipeline.generate(requests, num_steps=1, on_reject=lambda r, e: rejected.update({r.key: e.reason})))
+    assert [result.key for result in results] == ["scene.mp4"]
     assert rejected == {"broken.mp4": "unreadable", "damaged.mp4": "unreadable", "gone.mp4": "not_found"}

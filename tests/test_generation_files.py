@@ -1,4 +1,4 @@
-"""Sound for folders and lists: what is made, kept, made again and left out."""
+"""Audio for folders and lists: what is generated, kept, generated again and rejected."""
 
 import json
 import math
@@ -29,7 +29,7 @@ OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A published network of 1 s."""
+    """A published model of 1 s."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     sizes = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
@@ -40,8 +40,8 @@ def run(tmp_path_factory):
     network.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
     network.save_pretrained(folder)
     (folder / "encoders.json").write_text(json.dumps(asdict(EncoderConfig(kind="toy", weights_dir="/nowhere"))))
-    sound = write_odd(folder / "sound.mp4", Odd(steady(1), audio_seconds=12.0))
-    fit_toy_codec(folder, "16k", [sound])
+    source = write_odd(folder / "source.mp4", Odd(steady(1), audio_seconds=12.0))
+    fit_toy_codec(folder, "16k", [source])
     return folder
 
 
@@ -72,31 +72,31 @@ def rejects_of(folder) -> dict[str, str]:
     return {line["id"]: f"{line['stage']} {line['reason']}" for line in lines}
 
 
-def test_a_folder_is_made_and_kept(run, media, tmp_path, capsys, monkeypatch):
+def test_results_of_a_folder_are_kept(run, media, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     words = ("--run", run, "--folder", media, "--prompt", "a bell", "--out", out, *OPTIONS)
     generate(*words)
-    assert f"{out}: 3 of 5 made, 2 rejected" in capsys.readouterr().out
+    assert f"{out}: 3 of 5 generated, 2 rejected" in capsys.readouterr().out
     assert rejects_of(out) == {"a.jpg": "list duplicate_id", "half": "read unreadable"}
     assert {p.name for p in out.iterdir()} == {
         *("a.mp4", "a.json", "b.mp4", "b.json", "c.wav", "c.json", "rejects.jsonl"),
     }
     assert probe(out / "a.mp4")["audio"]["duration"] == pytest.approx(1.2, abs=0.03)
     record = json.loads((out / "b.json").read_text())
-    assert "encoded anew as H.264" in record["notes"][0] and record["request"]["prompt"] == "a bell"
+    assert "re-encoded as H.264" in record["notes"][0] and record["request"]["prompt"] == "a bell"
 
     # Nothing is made again of the same; a prompt, a file or a missing result makes its item new.
     (out / ".a.mp4.77.part").write_text("left by a run that was killed")
     with monkeypatch.context() as patch:
-        patch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the network ran"))
+        patch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the model ran"))
         generate(*words)
-    assert "0 of 5 made, 3 kept, 2 rejected" in capsys.readouterr().out
+    assert "0 of 5 generated, 3 kept, 2 rejected" in capsys.readouterr().out
     (out / "c.wav").write_bytes((out / "c.wav").read_bytes()[:-100])
     os.utime(media / "a.mp4", ns=(0, 0))
     generate(*words)
-    assert "2 of 5 made, 1 kept" in capsys.readouterr().out and not (out / ".a.mp4.77.part").exists()
+    assert "2 of 5 generated, 1 kept" in capsys.readouterr().out and not (out / ".a.mp4.77.part").exists()
     generate(*words, "--seed", "5")
-    assert "3 of 5 made, 2 rejected" in capsys.readouterr().out
+    assert "3 of 5 generated, 2 rejected" in capsys.readouterr().out
 
 
 def test_a_list_and_its_shares(run, media, tmp_path, capsys):
@@ -111,32 +111,32 @@ def test_a_list_and_its_shares(run, media, tmp_path, capsys):
     (media / "list.tsv").write_text("\n".join(rows) + "\n")
     words = ("--run", run, "--list", media / "list.tsv", "--format", "flac", *OPTIONS)
     generate(*words, "--out", tmp_path / "whole")
-    assert "4 of 6 made, 2 rejected" in (printed := capsys.readouterr()).out
+    assert "4 of 6 generated, 2 rejected" in (printed := capsys.readouterr()).out
     assert rejects_of(tmp_path / "whole") == {"w": "list not_found", "n": "list nothing_given"}
-    assert "0.80 s long, as its video is, where 9 s were asked for" in printed.out + printed.err
+    assert "0.80 s long, as its video is, not the requested 9 s" in printed.out + printed.err
     for index in range(2):
         generate(*words, "--out", tmp_path / "shared", "--shard-index", index, "--num-shards", 2)
-    found = {path.name for path in (tmp_path / "shared").iterdir()}
-    assert {"rejects.0-2.jsonl", "rejects.1-2.jsonl", "v.flac", "t.flac", "u.flac", "p.flac"} <= found
+    names = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert {"rejects.0-2.jsonl", "rejects.1-2.jsonl", "v.flac", "t.flac", "u.flac", "p.flac"} <= names
     lengths = {}
     for name in ("v", "t", "u", "p"):
         one, two = (read_waveform(tmp_path / folder / f"{name}.flac")[0] for folder in ("whole", "shared"))
         assert (one - two).norm() < 0.1 * one.norm(), name  # the toy decoder magnifies rounding
         lengths[name] = len(one) / 16_000
     assert lengths == pytest.approx({"v": 0.8, "t": 1.024, "u": 1.024, "p": 0.8})
-    sounds = [read_waveform(tmp_path / "whole" / f"{name}.flac")[0] for name in ("t", "u")]
-    assert (sounds[0] - sounds[1]).norm() > 0.3 * sounds[0].norm()
+    waveforms = [read_waveform(tmp_path / "whole" / f"{name}.flac")[0] for name in ("t", "u")]
+    assert (waveforms[0] - waveforms[1]).norm() > 0.3 * waveforms[0].norm()
 
 
 def test_lists_that_cannot_be_meant(media, tmp_path):
     for text, words in (
         ("id\tprompt\n../up\tx\n", r"not a plain name.*list\.tsv, line 2"),
         ("id\tprompt\na\tx\na\ty\n", "already on line 2"),
-        ("id\tprompt\tseed\na\tx\t1.5\n", "seed '1.5' is no whole number"),
-        ("id\tprompt\tduration\na\tx\tlong\n", "line 2: duration 'long' is no number"),
+        ("id\tprompt\tseed\na\tx\t1.5\n", "seed '1.5' is not a whole number"),
+        ("id\tprompt\tduration\na\tx\tlong\n", "line 2: duration 'long' is not a number"),
         ("id\tprompt\tnegativ_prompt\na\tx\ty\n", "rename it 'negative_prompt'"),
         ("id\tprompt\tcaption\na\tx\ty\n", "caption and prompt"),
-        ("id\tseed\na\t1\n", "nothing to go by"),
+        ("id\tseed\na\t1\n", "nothing to generate from"),
         ("name\tprompt\na\tx\n", "no column 'id'"),
     ):
         (tmp_path / "list.tsv").write_text(text)
@@ -146,7 +146,7 @@ def test_lists_that_cannot_be_meant(media, tmp_path):
     by_id = read_list(tmp_path / "list.tsv", media)
     assert by_id[0].request.video == media / "a.mp4" and by_id[0].request.prompt == "x"
     assert [entry.problem and entry.problem[1] for entry in by_id] == [None, "not_found"]
-    with pytest.raises(ValueError, match="no videos or pictures"):
+    with pytest.raises(ValueError, match="no videos or images"):
         read_folder(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "a.mp4").symlink_to(media / "a.mp4")
-    (tmp_path / "made.wav").mkdir()
+    (tmp_path / "folder.wav").mkdir()
     (media / "by_id.tsv").write_text("id\tprompt\na\ta bell\n")
     before = {path: path.read_bytes() for path in media.iterdir()}
     for words, message in (
@@ -167,14 +167,14 @@ def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
         (("--run", run, "--folder", tmp_path / "gone", "--out", out), "no such folder"),
         (("--run", run, "--prompt", "x", "--out", tmp_path / "a.ogg"), "ends with .wav or .flac"),
         (("--run", run, "--list", media / "a.mp4", "--out", out), "UTF-8"),
-        (("--run", run, "--folder", media, "--out", media), "holds the media that sound is made for"),
-        (("--run", run, "--folder", linked, "--out", media), "holds the media that sound is made for"),
-        (("--run", run, "--list", media / "by_id.tsv", "--folder", media, "--out", media), "holds the media"),
+        (("--run", run, "--folder", media, "--out", media), "holds media of the list"),
+        (("--run", run, "--folder", linked, "--out", media), "holds media of the list"),
+        (("--run", run, "--list", media / "by_id.tsv", "--folder", media, "--out", media), "holds media"),
         (("--run", run, "--video", media / "a.mp4", "--out", linked / "a.mp4"), "choose another name, to keep it"),
         # The network, which is not there, would be missed next.
         (("--run", "nowhere", "--folder", media, "--out", media / "notes.txt" / "out"), "notes.txt is a file"),
         (("--run", "nowhere", "--prompt", "x", "--out", media / "notes.txt" / "a.wav"), "notes.txt is a file"),
-        (("--run", "nowhere", "--prompt", "x", "--out", tmp_path / "made.wav"), "made.wav is a folder"),
+        (("--run", "nowhere", "--prompt", "x", "--out", tmp_path / "folder.wav"), "folder.wav is a folder"),
     ):
         generate(*words, code=2)
         error = capsys.readouterr().err
@@ -189,40 +189,40 @@ def test_mistakes_cost_nothing(run, media, tmp_path, capsys):
     assert "all 1 items were rejected" in capsys.readouterr().err
 
 
-def test_a_sound_that_is_not_finite_is_left_out(run, tmp_path, capsys, monkeypatch):
-    made = MMAudioPipeline._made
+def test_audio_that_is_not_finite_is_rejected(run, tmp_path, capsys, monkeypatch):
+    generate_batch = MMAudioPipeline._generate_batch
 
     def one_diverges(*args):
-        for result in made(*args):
+        for result in generate_batch(*args):
             yield replace(result, waveform=result.waveform * math.nan) if result.key == "a" else result
 
-    monkeypatch.setattr(MMAudioPipeline, "_made", one_diverges)
+    monkeypatch.setattr(MMAudioPipeline, "_generate_batch", one_diverges)
     (tmp_path / "list.tsv").write_text("id\tprompt\na\ta bell\nb\ta bell\n")
     generate("--run", run, "--list", tmp_path / "list.tsv", "--out", tmp_path / "out", *OPTIONS)
-    assert "1 of 2 made, 1 rejected" in capsys.readouterr().out
+    assert "1 of 2 generated, 1 rejected" in capsys.readouterr().out
     assert rejects_of(tmp_path / "out") == {"a": "write bad_sound"} and (tmp_path / "out" / "b.wav").exists()
 
 
 def test_media_that_change_or_go_meanwhile(run, media, tmp_path, capsys, monkeypatch):
-    made, out = MMAudioPipeline._made, tmp_path / "out"
+    generate_batch, out = MMAudioPipeline._generate_batch, tmp_path / "out"
     (media / "half.mp4").unlink()
 
     def after_reading(*args):
         os.utime(media / "a.mp4", ns=(0, 0))
         (media / "b.webm").unlink(missing_ok=True)
-        yield from made(*args)
+        yield from generate_batch(*args)
 
     words = ("--run", run, "--folder", media, "--out", out, "--format", "wav", *OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr(MMAudioPipeline, "_made", after_reading)
+        patch.setattr(MMAudioPipeline, "_generate_batch", after_reading)
         generate(*words)
-    assert "3 of 4 made, 1 rejected" in capsys.readouterr().out  # of what was read, though it is gone
+    assert "3 of 4 generated, 1 rejected" in capsys.readouterr().out  # of what was read, though it is gone
     generate(*words)
-    assert "1 of 3 made, 1 kept" in capsys.readouterr().out  # the file that changed may not be what was read
+    assert "1 of 3 generated, 1 kept" in capsys.readouterr().out  # the file that changed may not be what was read
     entries = read_folder(media)
     (media / "a.mp4").unlink()
     report = generate_files(MMAudioPipeline.from_pretrained(run), entries, out, ending=".wav", num_steps=2)
-    assert (report.made, report.kept, report.rejected) == (1, 0, 2)
+    assert (report.generated, report.kept, report.rejected) == (1, 0, 2)
     assert rejects_of(out) == {"a.jpg": "list duplicate_id", "a": "list not_found"}
 
 
@@ -251,12 +251,12 @@ def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):
         _, errors = process.communicate()
     assert process.returncode == 130, errors
     last = errors.strip().splitlines()[-1]
-    assert "interrupted: " in last and "of 400 are there" in last and "Traceback" not in errors
-    made = {path.stem for path in (tmp_path / "out").glob("*.json")}
-    assert {f"{name}.wav" for name in made} == {path.name for path in (tmp_path / "out").glob("*.wav")}
-    assert 2 <= len(made) < 400
+    assert "interrupted: " in last and "of 400 are complete" in last and "Traceback" not in errors
+    complete = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert {f"{name}.wav" for name in complete} == {path.name for path in (tmp_path / "out").glob("*.wav")}
+    assert 2 <= len(complete) < 400
     (tmp_path / "list.tsv").write_text(
-        "id\tprompt\n" + "".join(f"item_{n:03}\ta bell {n}\n" for n in range(len(made) + 2))
+        "id\tprompt\n" + "".join(f"item_{n:03}\ta bell {n}\n" for n in range(len(complete) + 2))
     )
     assert main(words) == 0
-    assert f"2 of {len(made) + 2} made, {len(made)} kept" in capsys.readouterr().out
+    assert f"2 of {len(complete) + 2} generated, {len(complete)} kept" in capsys.readouterr().out

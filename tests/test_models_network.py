@@ -27,7 +27,7 @@ VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
 
 
 class Networks(dict):
-    """Name-seeded networks, made at their first use: the small ones, and the last of the others (4 GB)."""
+    """Name-seeded models, built at their first use: the small ones, and the last of the others (4 GB)."""
 
     def __missing__(self, variant: str) -> MMAudio:
         for name in [name for name in self if not name.startswith("small")]:
@@ -44,14 +44,13 @@ def networks():
 
 def inputs(case: str, batch: int, lengths) -> dict[str, torch.Tensor]:
     latent, clip, sync, channels = lengths
-    made = {
+    return {
         "latent": tensor(f"{case}/latent", (batch, latent, channels)),
         "clip": tensor(f"{case}/clip_f", (batch, clip, 1024)) + tensor(f"{case}/clip_f_common", (batch, 1, 1024)),
         "sync": tensor(f"{case}/sync_f", (batch, sync, 768)),
         "text": tensor(f"{case}/text_f", (batch, 77, 1024)) + tensor(f"{case}/text_f_common", (batch, 1, 1024)),
         "negative": tensor(f"{case}/negative_text_f", (batch, 77, 1024)),
     }
-    return made
 
 
 def default_lengths(variant: str):

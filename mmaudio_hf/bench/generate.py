@@ -1,18 +1,18 @@
-"""`mmaudio-hf bench generate`: guided sampling against two plain forwards per step, and what the other stages take."""
+"""`mmaudio-hf bench generate`: guided sampling against two plain passes a step, and what the other stages take."""
 
-import contextlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPModel
 
 from mmaudio_hf.bench import emulates_bf16, wait_for
 from mmaudio_hf.bench.extract import make_clip, randomised
-from mmaudio_hf.config import variant_config
+from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import write_video_with_audio
@@ -30,9 +30,10 @@ from mmaudio_hf.schema import (
 )
 
 STEPS, GUIDANCE = 25, 4.5
-SMALL_BF16 = {"depth": 2, "fused_depth": 1, "duration": 1.0}  # where it is emulated, some hundred times slower
-CLIP_LAYERS, CLIP_SHARE = (4, 3), 8  # of the picture and text towers that are measured, and what they are multiplied by
-DECODED_SHARE = 10  # of a clip's latents, one in so many is decoded and multiplied
+# Where bf16 is emulated, which is some hundred times slower
+SMALL_BF16: dict[str, Any] = {"depth": 2, "fused_depth": 1, "duration": 1.0}
+CLIP_LAYERS, CLIP_SHARE = (4, 3), 8  # image and text layers that are measured, and the factor to all of them
+DECODED_SHARE = 10  # one in so many latents of a clip is decoded, and its time multiplied
 
 
 def generate(
@@ -42,77 +43,79 @@ def generate(
     batch_sizes: Sequence[int] = (1, 8),
     stages: bool = True,
 ) -> dict[str, float | str]:
-    """Seconds per clip of 25 guided steps, of ours and of the plain loop, and of every other stage.
+    """Seconds per clip of 25 guided steps by `GuidedVelocity` and by plain passes, and of every other stage.
 
-    The plain loop projects the conditions once, as ours does, and evaluates the network twice per step. Of both, one
-    step is measured, in turn, and multiplied; what ours prepares before the first step is measured as well. Weights and
-    features are random, which does not change their cost.
+    The plain steps use conditions that are projected once, too, and evaluate the model twice. One step of each is
+    measured in turn and multiplied, and what is prepared before the first step is added. Weights and features are
+    random, which does not change their cost.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float | str] = {"variant": variant, "device": device.type, "threads": torch.get_num_threads()}
     for precision in precisions:
-        small = precision == "bf16" and emulates_bf16(device)
-        changes = SMALL_BF16 if small else {}
-        network = _network(variant, changes, device)
-        seconds = f"{network.config.duration:g} s, {network.config.depth} blocks"
-        figures[f"{precision}_size"] = seconds + (" (bf16 is emulated here)" if small else "")
+        emulated = precision == "bf16" and emulates_bf16(device)
+        model = _random_model(variant_config(variant, **(SMALL_BF16 if emulated else {}))).to(device)
+        size = f"{model.config.duration:g} s, {model.config.depth} blocks"
+        figures[f"{precision}_size"] = size + (" (bf16 is emulated here)" if emulated else "")
         for batch_size in batch_sizes:
-            found = _sampling(network, batch_size, precision, 1 if small else rounds)
-            figures |= {f"{precision}_batch_{batch_size}_{name}": value for name, value in found.items()}
+            measured = _sampling(model, batch_size, precision, 1 if emulated else rounds)
+            figures |= {f"{precision}_batch_{batch_size}_{name}": value for name, value in measured.items()}
     if stages:
         figures |= _stages(variant, device, rounds)
     return figures
 
 
-def _network(variant: str, changes: dict, device: torch.device) -> MMAudio:
+@torch.no_grad()
+def _random_model(config: ModelConfig) -> MMAudio:
     torch.manual_seed(0)
-    network = MMAudio(variant_config(variant, **changes)).to(device).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return network
+    model = MMAudio(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
 
 
 @torch.inference_mode()
-def _sampling(network: MMAudio, batch_size: int, precision: str, rounds: int) -> dict[str, float]:
-    config, device = network.config, network.empty_clip_feat.device
-    shapes = (config.clip_length, config.clip_dim), (config.sync_length, config.sync_dim)
-    features = [torch.randn(batch_size, *s, device=device) for s in (*shapes, (config.text_tokens, config.text_dim))]
-    latent = torch.randn(batch_size, config.latent_length, config.latent_channels, device=device)
+def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> dict[str, float]:
+    config, device = model.config, model.empty_clip_feat.device
+    shapes = (
+        (config.clip_length, config.clip_dim),
+        (config.sync_length, config.sync_dim),
+        (config.text_tokens, config.text_dim),
+        (config.latent_length, config.latent_channels),
+    )
+    *features, latent = (torch.randn(batch_size, *shape, device=device) for shape in shapes)
     t_B = torch.full((batch_size,), 0.5, device=device)
+    velocities: dict[str, torch.Tensor] = {}
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        conditions, empty = network.preprocess_conditions(*features), network.empty_conditions(batch_size)
+        conditions, unconditional = model.preprocess_conditions(*features), model.empty_conditions(batch_size)
         began = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            ours = GuidedVelocity(network, conditions, empty, GUIDANCE)
-            stack.enter_context(winograd_convolutions(network, precision))
+        ours = GuidedVelocity(model, conditions, unconditional, GUIDANCE)
+        with winograd_convolutions(model, precision):
             wait_for(device)
-            prepared = time.perf_counter() - began
-        results: dict[str, torch.Tensor] = {}
+            prepared = (time.perf_counter() - began) / batch_size
 
         def plain_step() -> None:
-            branches = [network.predict_velocity(latent, t_B, given) for given in (conditions, empty)]
-            results["plain"] = guided_velocity(*branches, GUIDANCE).float()
+            branches = [model.predict_velocity(latent, t_B, given) for given in (conditions, unconditional)]
+            velocities["plain"] = guided_velocity(branches[0], branches[1], GUIDANCE).float()
 
         def our_step() -> None:
-            results["ours"] = ours(latent, t_B)
+            velocities["ours"] = ours(latent, t_B)
 
-        times: dict[str, list[float]] = {"plain": [], "ours": []}
-        for number in range(rounds + 1 if rounds > 1 else 1):
+        for number in range(rounds + (rounds > 1)):  # the first is a warm-up
             plain = _seconds(plain_step, device)
-            with winograd_convolutions(network, precision):
+            with winograd_convolutions(model, precision):
                 our = _seconds(our_step, device)
             if number or rounds == 1:
-                times["plain"].append(plain)
-                times["ours"].append(our)
-    plain, our = (STEPS * statistics.median(times[name]) / batch_size for name in ("plain", "ours"))
-    our += prepared / batch_size
-    difference = (results["ours"] - results["plain"]).norm() / results["plain"].norm()
+                seconds["plain"].append(plain)
+                seconds["ours"].append(our)
+    plain, our = (STEPS * statistics.median(seconds[name]) / batch_size for name in ("plain", "ours"))
+    our += prepared
+    difference = (velocities["ours"] - velocities["plain"]).norm() / velocities["plain"].norm()
     return {
         "plain_seconds": plain,
         "ours_seconds": our,
         "plain_of_ours": plain / our,
-        "prepare_share": prepared / batch_size / our,
+        "prepare_share": prepared / our,
         "relative_difference": float(difference),
     }
 
@@ -129,7 +132,7 @@ def _stages(variant: str, device: torch.device, rounds: int) -> dict[str, float 
     """Seconds per clip, batch 1 in float32, of reading, the encoders, the decoders and writing."""
     config = variant_config(variant)
     figures: dict[str, float | str] = {
-        "stages_measured": f"CLIP with 1/{CLIP_SHARE} of its layers on one picture, one Synchformer segment, "
+        "stages_measured": f"CLIP with 1/{CLIP_SHARE} of its layers on one image, one Synchformer segment, "
         f"1/{DECODED_SHARE} of the latents; multiplied to a clip",
     }
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -145,13 +148,14 @@ def _stage_runs(mode: str, latents: int, device: torch.device, folder: Path) -> 
     video = make_clip(folder / "clip.mp4")
     yield "read", lambda: read_video(video, mode=mode, as_uint8=True, video_only=True), 1
     with torch.device("meta"):
-        model = CLIPModel(clip.clip_config(*CLIP_LAYERS))
-    network = clip.ClipEncoder(randomised(model, device))
-    picture = torch.rand(1, 3, CLIP_PIXELS, CLIP_PIXELS, device=device)
-    yield "encode_clip", lambda: network.encode_images(picture), CLIP_SHARE * lengths.clip
+        network: Any = CLIPModel(clip.clip_config(*CLIP_LAYERS))
+    randomised(network, device)
+    network = clip.ClipEncoder(network)
+    image = torch.rand(1, 3, CLIP_PIXELS, CLIP_PIXELS, device=device)
+    yield "encode_clip", lambda: network.encode_images(image), CLIP_SHARE * lengths.clip
     tokens = torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device=device)
     yield "encode_text", lambda: network.encode_text(tokens), CLIP_SHARE
-    network = model = None  # 0.5 GB
+    network = None  # 0.5 GB
     network = randomised(synchformer.SynchformerVisual(), device)
     segment = torch.randn(1, 1, *synchformer.SEGMENT_SHAPE, device=device)
     yield "encode_sync", lambda: network(segment), lengths.sync // SYNC_TOKENS_PER_SEGMENT

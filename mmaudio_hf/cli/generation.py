@@ -96,7 +96,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.out.exists() and any(path.samefile(options.out) for path in media):
         raise ValueError(f"--out {options.out} is the input itself: choose another name, to keep it")
     from mmaudio_hf.generation.files import check_out_dir
-    from mmaudio_hf.generation.pipeline import Request, save_and_tell
+    from mmaudio_hf.generation.pipeline import Request, save_with_note
 
     check_out_dir(options.out.parent)
     pipeline = _pipeline(options)
@@ -105,7 +105,7 @@ def _generate(options: argparse.Namespace) -> None:
     with contextlib.closing(pipeline.generate([request], options.batch_size, **_sampling(options))) as results:
         result = next(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    notes = [result.note, save_and_tell(result, options.out, video=options.video)]
+    notes = [result.note, save_with_note(result, options.out, video=options.video)]
     seconds = len(result.waveform) / result.sample_rate
     print("; ".join([f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz", *filter(None, notes)]))
 

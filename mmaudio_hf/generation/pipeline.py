@@ -1,8 +1,8 @@
-"""Video, picture and/or text to sound: `MMAudioPipeline`.
+"""Video, image and/or text to audio: `MMAudioPipeline`.
 
 pipeline = MMAudioPipeline.from_pretrained("output/run")
 result = pipeline("dog.mp4", prompt="a dog barks")
-save_generated(result, "dog_with_sound.mp4", video="dog.mp4")
+save_generated(result, "dog_with_audio.mp4", video="dog.mp4")
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import (
+    PRECISIONS,
     Encoders,
     check_encoders,
     decoder_fingerprint,
@@ -29,24 +30,25 @@ from mmaudio_hf.features.encoders import (
 )
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.generation.windows import (
-    Plan,
+    WindowSchedule,
     cross_fade,
-    decode_pieces,
+    decode_chunks,
     latent_seconds,
-    plan_windows,
     read_ahead,
+    schedule_windows,
 )
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
 from mmaudio_hf.media.video import ALIGNMENTS, VideoClip, read_image, read_windows, video_seconds
-from mmaudio_hf.models.flow import sample_adaptive, sample_euler
+from mmaudio_hf.models.flow import VelocityFunction, sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
     LATENT_STRIDE,
+    MODES,
     SYNC_FEATURES,
     TEXT_FEATURES,
     SequenceLengths,
@@ -56,95 +58,116 @@ from mmaudio_hf.schema import (
 
 RECIPE_FILE = "config.yaml"  # of a run folder
 SOLVERS = ("euler", "adaptive")
-PRECISIONS = ("fp32", "bf16")
-_CLIPS_AHEAD = 4  # read while the network works; 58 MB each
+_CLIPS_AHEAD = 4  # read while the model works; 58 MB each
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sound to generate. What is not given counts as missing: the network then uses its learned empty features.
+    """One audio to generate. For what is not given, the model uses its learned empty features.
 
-    Features, as in a row of a feature store, stand in for `video`, `image` and `prompt` and need no encoder.
+    Features, as in a row of a feature store, replace `video`, `image` and `prompt` and need no encoder.
     """
 
-    key: str = ""  # the noise depends on it and the seed alone; empty: the place in the list
+    key: str = ""  # the noise depends on it and the seed alone; empty: the index in the list
     video: str | os.PathLike | None = None
-    image: str | os.PathLike | None = None  # a still picture, seen all the time; what moves when is left open
+    image: str | os.PathLike | None = None  # a still image, seen all the time; it has no sync features
     prompt: str = ""
-    negative_prompt: str = ""  # what the sound should not be like
+    negative_prompt: str = ""  # what the audio should not be like
     duration: float | None = None  # s, in place of that of the call
     seed: int | None = None  # in place of that of the call
     clip_features: torch.Tensor | None = None  # (T, 1024)
     sync_features: torch.Tensor | None = None  # (S, 768)
     text_features: torch.Tensor | None = None  # (77, 1024)
 
+    @property
+    def components(self) -> set[str]:
+        """The encoders and decoders it needs."""
+        visual = self.video is not None or self.image is not None
+        needed = {
+            "decode": True,
+            "clip": visual and self.clip_features is None,
+            "sync": self.video is not None and self.sync_features is None,
+            "text": bool((self.prompt and self.text_features is None) or self.negative_prompt),
+        }
+        return {name for name, is_needed in needed.items() if is_needed}
+
 
 @dataclass(frozen=True)
 class Generated:
-    """One generated sound, on the CPU."""
+    """One generated audio, on the CPU."""
 
     waveform: torch.Tensor  # (samples,) float32 in [-1, 1]
     sample_rate: int  # Hz
-    latent: torch.Tensor  # (N, C) float32, not normalised: what the decoder took
+    latent: torch.Tensor  # (N, C) float32, not normalised: the input of the decoder
     key: str = ""
-    note: str = ""  # where the sound is not what was asked for: in what, and why
+    note: str = ""  # how the audio differs from the request, and why
+
+
+OnReject = Callable[[Request, Exception], None]
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What all items of one call share."""
+class _Options:
+    """What all items of one call have in common; ValueError for wrong values."""
 
     lengths: SequenceLengths  # of a window
-    duration: float | None
     window: float
+    duration: float | None
     num_steps: int
     guidance_scale: float
     seed: int
     solver: str
 
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be 0 or more, not {self.guidance_scale}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+
 
 @dataclass
 class _Item:
-    """A request on its way: how it is made, and the features of its windows as far as they are there."""
+    """A request in progress: its windows, and their features so far."""
 
     request: Request
-    plan: Plan | None = None
+    schedule: WindowSchedule = dataclasses.field(init=False)
     note: str = ""
     problem: Exception | None = None
     features: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)  # CLIP and sync
 
 
 class MMAudioPipeline:
-    """A flow network with its encoders and decoder. Encoders are loaded when a request first needs them."""
+    """A flow model with its encoders and decoder. Encoders are loaded when a request first needs them."""
 
     def __init__(
         self,
-        network: MMAudio,
+        model: MMAudio,
         encoders: EncoderConfig | Encoders,
         *,
         device: str | torch.device | None = None,
         precision: str = "fp32",
         alignment: str = "timestamps",
     ):
-        """`network` is moved to `device` (None: stays where it is) and put into evaluation mode.
+        """`model` is moved to `device` (None: stays on its own) and put into evaluation mode.
 
-        encoders: how to load them, or ready ones with the parts that will be needed. precision: of the network.
-        alignment: the rules by which `read_video` reads pictures; those of the features it was trained on.
+        encoders: how to load them, or loaded ones with the components that will be needed. precision: of the model.
+        alignment: how `read_video` aligns frames; should be that of the features the model was trained on.
         """
-        for name, value, options in (("precision", precision, PRECISIONS), ("alignment", alignment, ALIGNMENTS)):
-            if value not in options:
-                raise ValueError(f"{name} {value!r}: use one of {', '.join(options)}")
-        if not (torch.isfinite(network.latent_mean).all() and torch.isfinite(network.latent_std).all()):
-            raise ValueError("the network has no latent statistics: train it, or load a trained one")
-        if isinstance(encoders, Encoders) and encoders.mode != network.config.mode:
-            raise ValueError(f"the encoders are of mode {encoders.mode}, the network of {network.config.mode}")
-        self.device = network.latent_mean.device if device is None else pick_device(device)
-        self.network = network.to(self.device).eval()
-        self.precision = precision
-        self.alignment = alignment
+        for name, value, valid in (("precision", precision, PRECISIONS), ("alignment", alignment, ALIGNMENTS)):
+            if value not in valid:
+                raise ValueError(f"{name} {value!r}: use one of {', '.join(valid)}")
+        if not (torch.isfinite(model.latent_mean).all() and torch.isfinite(model.latent_std).all()):
+            raise ValueError("the model has no latent statistics: train it, or load a trained one")
+        if isinstance(encoders, Encoders) and encoders.mode != model.config.mode:
+            raise ValueError(f"the encoders are of mode {encoders.mode}, the model of {model.config.mode}")
+        self.device = model.latent_mean.device if device is None else pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.precision, self.alignment = precision, alignment
         self._source = encoders
         self._loaded: dict[str, Encoders] = {}
-        self._network_hash = ""
+        self._model_hash = ""
 
     @classmethod
     def from_pretrained(
@@ -159,24 +182,26 @@ class MMAudioPipeline:
     ) -> "MMAudioPipeline":
         """Load from a run folder (its last checkpoint), a checkpoint, a `pretrained_model` folder or a Hub id.
 
-        encoders: in place of those noted at training, as when their files are elsewhere on this machine; alignment: in
-        place of the noted one ("timestamps" where none is).
+        encoders, alignment: in place of those saved with the model, as when the encoder files are elsewhere on this
+        machine ("timestamps" where no alignment is saved).
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
         folder = find_pretrained(source, revision=revision)
-        noted, noted_alignment = (encoders, None) if encoders and alignment else _read_encoders(folder)
-        return cls(
-            MMAudio.from_pretrained(folder),
-            encoders or noted,
-            device=pick_device(device),
-            precision=precision,
-            alignment=alignment or noted_alignment,
-        )
+        if encoders is None or alignment is None:
+            saved_encoders, saved_alignment = _read_encoders(folder)
+            encoders, alignment = encoders or saved_encoders, alignment or saved_alignment
+        model, device = MMAudio.from_pretrained(folder), pick_device(device)
+        return cls(model, encoders, device=device, precision=precision, alignment=alignment)
+
+    @property
+    def mode(self) -> str:
+        """Audio mode of the model, "16k" or "44k"."""
+        return self.model.config.mode
 
     @property
     def sample_rate(self) -> int:
         """Hz of generated waveforms."""
-        return audio_mode(self.network.config.mode).sample_rate
+        return audio_mode(self.mode).sample_rate
 
     def __call__(
         self,
@@ -185,9 +210,9 @@ class MMAudioPipeline:
         negative_prompt: str = "",
         *,
         image: str | os.PathLike | None = None,
-        **options,
+        **options: Any,
     ) -> Generated:
-        """Generate the sound of one video or picture, one caption, both or neither; see `generate` for the options."""
+        """Generate audio for one video or image, one caption, both or neither; see `generate` for the options."""
         request = Request(video=video, image=image, prompt=prompt, negative_prompt=negative_prompt)
         with contextlib.closing(self.generate([request], **options)) as results:
             return next(results)
@@ -203,150 +228,153 @@ class MMAudioPipeline:
         guidance_scale: float = 4.5,
         seed: int = 0,
         solver: str = "euler",
-        on_reject: Callable[[Request, Exception], None] | None = None,
-    ) -> Iterator[Generated]:
-        """Generate one sound per request, in order, `batch_size` at a time; those of the same length go together.
+        on_reject: OnReject | None = None,
+    ) -> Generator[Generated, None, None]:
+        """Generate one audio per request, in order, `batch_size` at a time; requests of the same length are batched.
 
-        duration: seconds; None is the whole of a video, and without one the length the network was trained for. A
-        sound is never longer than its video: then `Generated.note` says so. window: seconds, None is the trained
-        length; longer sounds are made in windows of that length, which overlap by a quarter and share each step.
-        guidance_scale: below 1 turns guidance off.
-        The starting noise of an item depends on its seed and its key alone: batches and order do not change a sound.
-        Wrong settings, unreadable files and missing weights raise ValueError here, before any network runs. With
-        `on_reject`, files are looked at when their turn comes only, and an item that cannot be made is handed to it.
+        duration: seconds; None is that of the video, and without one the length the model was trained for. Audio is
+        never longer than its video: `Generated.note` says where that shortens it. window: seconds, None is the trained
+        length; longer audio is generated in windows of that length, which overlap by a quarter and are blended at each
+        step. guidance_scale: below 1 turns guidance off.
+        The starting noise depends on the seed and the key of a request alone, not on batches or order.
+        Wrong settings, unreadable files and missing weights raise ValueError here, before the model runs. With
+        `on_reject`, files are opened when their turn comes only, and a request that fails is passed to it.
         """
-        requests = [dataclasses.replace(r, key=r.key or str(place)) for place, r in enumerate(requests)]
-        settings = self._settings(duration, window, num_steps, guidance_scale, seed, solver)
+        requests = [dataclasses.replace(r, key=r.key or str(index)) for index, r in enumerate(requests)]
+        options = _Options(*self._window(window), duration, num_steps, guidance_scale, seed, solver)
+        if duration is not None:
+            _lengths(self.mode, duration)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self._check_parts(requests)
+        self._check_components(requests)
         if on_reject is None:
             for request in requests:
-                self._plan(request, settings)
-        return self._generate(requests, batch_size, settings, on_reject)
+                self._schedule(request, options)
+        return self._generate(requests, batch_size, options, on_reject)
 
     def decode(self, latent_NC: torch.Tensor) -> torch.Tensor:
         """Waveform (samples,), on the CPU, of one latent (N, C) that is not normalised, as feature stores hold them."""
         return self._encoders("decode").decode_latent(latent_NC[None])[0].float().cpu()
 
-    def _settings(self, duration, window, num_steps, guidance_scale, seed, solver) -> _Settings:
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale must be 0 or more, not {guidance_scale}")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver {solver!r}: use one of {', '.join(SOLVERS)}")
-        config = self.network.config
-        trained = window is None or window == config.duration
-        window = config.duration if trained else window
-        if duration is not None:
-            _lengths(config.mode, duration)
-        lengths = _lengths(config.mode, window)
-        if trained:  # a network may be made with lengths of its own
-            own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
-            lengths = dataclasses.replace(lengths, **own)
-        return _Settings(lengths, duration, window, num_steps, guidance_scale, seed, solver)
-
     def fingerprint(self, request: Request) -> dict[str, Any]:
-        """What makes the sound of a request beside itself: hashes of weights, precision, how pictures are read.
+        """What the audio of a request depends on beside itself: hashes of weights, precision, alignment.
 
-        The network is hashed once: it must not change between two calls.
+        The model is hashed once: it must not change between two calls.
         """
         config = self._source.config if isinstance(self._source, Encoders) else self._source
-        parts, mode = sorted(_parts(request) - {"decode"}), self.network.config.mode
-        made_by = {part: print_["fingerprint"] for part, print_ in fingerprints(config, mode, parts).items()}
-        made_by["decode"] = decoder_fingerprint(config, mode)
+        components = sorted(request.components - {"decode"})
+        result: dict[str, Any] = {
+            component: entry["fingerprint"] for component, entry in fingerprints(config, self.mode, components).items()
+        }
+        result["decode"] = decoder_fingerprint(config, self.mode)
         if request.video is not None:
-            made_by["alignment"] = self.alignment
-        if not self._network_hash:
-            self._network_hash = _hash_of_state(self.network)
-        return made_by | {"network": self._network_hash, "precision": self.precision}
+            result["alignment"] = self.alignment
+        if not self._model_hash:
+            self._model_hash = _hash_of_state(self.model)
+        return result | {"network": self._model_hash, "precision": self.precision}
 
-    def _check_parts(self, requests: Sequence[Request]) -> None:
-        """ValueError for encoders that will be needed and are not there."""
-        parts = {"decode"}.union(*(_parts(request) for request in requests))
-        if isinstance(self._source, Encoders):
-            if missing := parts - set(self._source.networks):
-                raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
-        else:
-            check_encoders(self._source, self.network.config.mode, sorted(parts))
+    # --- before the model runs ---------------------------------------------------------------------------------------
 
-    def _plan(self, request: Request, settings: _Settings) -> tuple[Plan, str]:
-        """How a request is made, and a note if not as it was asked for; ValueError if it cannot be."""
-        asked = settings.duration if request.duration is None else request.duration
-        seconds, note = settings.window if asked is None else asked, ""
+    def _window(self, window: float | None) -> tuple[SequenceLengths, float]:
+        """Lengths and seconds of a window."""
+        config = self.model.config
+        seconds = config.duration if window is None else window
+        lengths = _lengths(self.mode, seconds)
+        if seconds == config.duration:  # a model may be built with lengths of its own
+            own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
+            lengths = dataclasses.replace(lengths, **own)
+        return lengths, seconds
+
+    def _check_components(self, requests: Sequence[Request]) -> None:
+        """ValueError for encoders that will be needed and are missing."""
+        components = {"decode"}.union(*(request.components for request in requests))
+        if isinstance(self._source, EncoderConfig):
+            check_encoders(self._source, self.mode, sorted(components))
+        elif missing := components - set(self._source.networks):
+            raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
+
+    def _schedule(self, request: Request, options: _Options) -> tuple[WindowSchedule, str]:
+        """Windows of a request, and a note where they are shorter than requested; ValueError for a wrong request."""
+        duration = options.duration if request.duration is None else request.duration
+        seconds, note = options.window if duration is None else duration, ""
         if request.video is not None and request.image is not None:
-            raise ValueError(f"item {request.key} has a video and a picture: give one of them")
+            raise ValueError(f"item {request.key} has a video and an image: give one of them")
         if request.image is not None and "video" not in probe(request.image):
-            raise ValueError(f"{request.image} is no picture")
+            raise ValueError(f"{request.image} is not an image")
         if request.video is not None:
             if "video" not in probe(request.video):
-                raise ValueError(f"{request.video} has no pictures: give a video, or only a prompt")
-            have = video_seconds(request.video)
-            if asked is not None and have < asked:
-                note = f"{have:.2f} s long, as its video is, where {asked:g} s were asked for"
-            if asked is None or have < asked:
-                seconds = have
-        _lengths(self.network.config.mode, seconds, request.video)
-        plan = plan_windows(self.network.config.mode, seconds, settings.window, settings.lengths)
-        self._check_features(request, plan)
-        return plan, note
+                raise ValueError(f"{request.video} has no video frames: give a video, or only a prompt")
+            available = video_seconds(request.video)
+            if duration is not None and available < duration:
+                note = f"{available:.2f} s long, as its video is, not the requested {duration:g} s"
+            seconds = available if duration is None else min(available, duration)
+        _lengths(self.mode, seconds, request.video)
+        schedule = schedule_windows(self.mode, seconds, options.window, options.lengths)
+        self._check_features(request, schedule)
+        return schedule, note
 
-    def _check_features(self, request: Request, plan: Plan) -> None:
-        config = self.network.config
+    def _check_features(self, request: Request, schedule: WindowSchedule) -> None:
+        config = self.model.config
         shapes = {
-            CLIP_FEATURES: (plan.lengths.clip, config.clip_dim),
-            SYNC_FEATURES: (plan.lengths.sync, config.sync_dim),
+            CLIP_FEATURES: (schedule.lengths.clip, config.clip_dim),
+            SYNC_FEATURES: (schedule.lengths.sync, config.sync_dim),
             TEXT_FEATURES: (config.text_tokens, config.text_dim),
         }
         for name, shape in shapes.items():
             features = getattr(request, name)
-            if features is not None and tuple(features.shape) != shape:
-                raise ValueError(
-                    f"{name} of item {request.key} are {tuple(features.shape)}, this duration needs {shape}"
-                )
-            if features is not None and name != TEXT_FEATURES and len(plan.starts) > 1:
-                raise ValueError(f"{name} of item {request.key} are those of one window: ask for a shorter duration")
+            if features is None:
+                continue
+            if tuple(features.shape) != shape:
+                shape_given = tuple(features.shape)
+                raise ValueError(f"{name} of item {request.key} are {shape_given}, this duration needs {shape}")
+            if name != TEXT_FEATURES and len(schedule.starts) > 1:
+                raise ValueError(f"{name} of item {request.key} are those of one window: use a shorter duration")
 
-    def _generate(self, requests, batch_size: int, settings: _Settings, on_reject) -> Iterator[Generated]:
-        group: list[_Item] = []
-        with contextlib.closing(read_ahead(self._read(requests, settings), _CLIPS_AHEAD)) as pieces:
-            for item, clip in pieces:
-                if item.problem is not None:
-                    if on_reject is None:
-                        raise item.problem
+    # --- from requests to features -----------------------------------------------------------------------------------
+
+    def _generate(
+        self, requests: Sequence[Request], batch_size: int, options: _Options, on_reject: OnReject | None
+    ) -> Generator[Generated, None, None]:
+        """Items with the same schedule are batched; one of several windows fills the batches alone."""
+        batch: list[_Item] = []
+        for item in self._encoded(requests, options, on_reject):
+            if batch and batch[0].schedule != item.schedule:
+                yield from self._generate_batch(batch, batch_size, options)
+                batch = []
+            batch.append(item)
+            if len(batch) == batch_size or len(item.schedule.starts) > 1:
+                yield from self._generate_batch(batch, batch_size, options)
+                batch = []
+        if batch:
+            yield from self._generate_batch(batch, batch_size, options)
+
+    def _encoded(self, requests: Sequence[Request], options: _Options, on_reject: OnReject | None) -> Iterator[_Item]:
+        """Items with the features of all their windows; what cannot be read is rejected or raised."""
+        with contextlib.closing(read_ahead(self._read(requests, options), _CLIPS_AHEAD)) as windows:
+            for item, clip in windows:
+                if item.problem is None:
+                    item.features.append(self._visual_features(item, clip))
+                    del clip  # 58 MB
+                    if len(item.features) == len(item.schedule.starts):
+                        yield item
+                elif on_reject is None:
+                    raise item.problem
+                else:
                     on_reject(item.request, item.problem)
-                    continue
-                item.features.append(self._picture_features(item, clip))
-                del clip
-                if len(item.features) < len(item.plan.starts):
-                    continue
-                alone = len(item.plan.starts) > 1
-                if group and (alone or group[0].plan != item.plan):
-                    yield from self._made(group, batch_size, settings)
-                    group = []
-                group.append(item)
-                if alone or len(group) == batch_size:
-                    yield from self._made(group, batch_size, settings)
-                    group = []
-        if group:
-            yield from self._made(group, batch_size, settings)
 
-    def _read(self, requests: Sequence[Request], settings: _Settings) -> Iterator[tuple[_Item, VideoClip | None]]:
-        """Each request with the pictures of each of its windows, in order; or once, with the problem it has."""
-        mode = self.network.config.mode
+    def _read(self, requests: Sequence[Request], options: _Options) -> Iterator[tuple[_Item, VideoClip | None]]:
+        """Each item with the frames of each of its windows, in order; or once, with the problem it has."""
         for request in requests:
             item = _Item(request)
             try:
-                item.plan, item.note = self._plan(request, settings)
+                item.schedule, item.note = self._schedule(request, options)
+                clips: Any = [None] * len(item.schedule.starts)
                 if request.video is not None and (request.clip_features is None or request.sync_features is None):
-                    starts = [start * latent_seconds(mode) for start in item.plan.starts]
-                    how = {"mode": mode, "duration": item.plan.duration, "alignment": self.alignment}
-                    clips = read_windows(request.video, starts, **how)
+                    starts = [start * latent_seconds(self.mode) for start in item.schedule.starts]
+                    seconds, alignment = item.schedule.duration, self.alignment
+                    clips = read_windows(request.video, starts, mode=self.mode, duration=seconds, alignment=alignment)
                 elif request.image is not None and request.clip_features is None:
-                    clips = [read_image(request.image)] * len(item.plan.starts)
-                else:
-                    clips = [None] * len(item.plan.starts)
+                    clips = [read_image(request.image)] * len(item.schedule.starts)
                 for clip in clips:
                     yield item, clip
                     del clip
@@ -354,141 +382,132 @@ class MMAudioPipeline:
                 item.problem = problem
                 yield item, None
 
-    def _made(self, group: Sequence[_Item], batch_size: int, settings: _Settings) -> Iterator[Generated]:
-        # Not around the loop: between two results the network belongs to the caller again.
-        with _lengths_set(self.network, group[0].plan.lengths):
-            latents, waveforms = self._batch(group, batch_size, settings)
-        for item, latent, waveform in zip(group, latents, waveforms, strict=True):
-            yield Generated(waveform, self.sample_rate, latent, item.request.key, item.note)
-
     @torch.inference_mode()
-    def _batch(self, group: Sequence[_Item], batch_size: int, settings: _Settings):
-        """Latents (N, C) and waveforms (samples,), on the CPU, of items with the same plan.
-
-        Each item has one window, or there is one item, whose windows go through the network `batch_size` at a time.
-        """
-        network, plan = self.network, group[0].plan
-        shape = (plan.latent, network.config.latent_channels)
-        x0 = torch.stack([self._noise(item.request, settings, shape) for item in group]).to(self.device)
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with autocast, winograd_convolutions(network, self.precision):
-            if len(plan.starts) == 1:
-                velocity = self._velocity(group, range(1), settings)
-            else:
-                velocity = self._windows_velocity(group[0], batch_size, settings)
-            if settings.solver == "euler":
-                x1 = sample_euler(velocity, x0, settings.num_steps)
-            else:
-                x1 = sample_adaptive(velocity, x0)
-        latent_BNC = network.unnormalize(x1.float())
-        if len(plan.starts) == 1:
-            waveforms = self._encoders("decode").decode_latent(latent_BNC).float().cpu()
-        else:
-            size = (plan.lengths.latent, audio_mode(network.config.mode).mel_hop * LATENT_STRIDE)
-            waveforms = [decode_pieces(self._encoders("decode").decode_latent, latent_BNC[0], *size)]
-        return latent_BNC.cpu(), waveforms
-
-    def _noise(self, request: Request, settings: _Settings, shape: tuple[int, int]) -> torch.Tensor:
-        return starting_noise(settings.seed if request.seed is None else request.seed, request.key, shape)
-
-    def _velocity(self, items: Sequence[_Item], windows: Sequence[int], settings: _Settings) -> GuidedVelocity:
-        """Of some windows of each of some items."""
-        features = [item.features[number] for item in items for number in windows]
-        clip, sync = (torch.stack(column) for column in zip(*features, strict=True))
-        requests = [item.request for item in items]
-        text = torch.stack([self._request_text(request) for request in requests])
-        negative = self._negative_text(requests)
-        conditions = self.network.preprocess_conditions(clip, sync, text.repeat_interleave(len(windows), 0))
-        negative = None if negative is None else negative.repeat_interleave(len(windows), 0)
-        empty = self.network.empty_conditions(len(features), negative)
-        return GuidedVelocity(self.network, conditions, empty, settings.guidance_scale)
-
-    def _windows_velocity(self, item: _Item, batch_size: int, settings: _Settings):
-        """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
-
-        So at every step the windows agree on what they share (Bar-Tal et al. 2023, MultiDiffusion).
-        """
-        starts, size = item.plan.starts, item.plan.lengths.latent
-        places = range(len(starts))
-        chunks = [places[first : first + batch_size] for first in places[::batch_size]]
-        parts = [self._velocity([item], chunk, settings) for chunk in chunks]
-        item.features.clear()  # they are in the conditions now
-        weights = [cross_fade(starts, size, place)[:, None].to(self.device) for place in places]
-        total = torch.zeros(item.plan.latent, 1, device=self.device)
-        for start, weight in zip(starts, weights, strict=True):
-            total[start : start + size] += weight
-
-        def velocity(latent_BNC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-            blended = torch.zeros_like(latent_BNC)
-            for chunk, part in zip(chunks, parts, strict=True):
-                windows = torch.cat([latent_BNC[:, starts[p] : starts[p] + size] for p in chunk])
-                for place, found in zip(chunk, part(windows, t_B.expand(len(chunk))), strict=True):
-                    blended[0, starts[place] : starts[place] + size] += weights[place] * found
-            return blended / total
-
-        return velocity
-
-    @torch.inference_mode()
-    def _picture_features(self, item: _Item, clip: VideoClip | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visual_features(self, item: _Item, clip: VideoClip | None) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP (T, 1024) and sync (S, 768) features of one window, with the empty ones where nothing is given."""
-        network, lengths, request = self.network, item.plan.lengths, item.request
+        lengths, request = item.schedule.lengths, item.request
         clip_f, sync_f = request.clip_features, request.sync_features
         if clip is not None and clip_f is None:
-            # A still picture is encoded once and stands for all times.
+            # A still image is encoded once, and its features are repeated for all times.
             clip_f = self._encoders("clip").encode_clip(clip.clip_frames[None])[0].expand(lengths.clip, -1)
         if clip is not None and sync_f is None and request.video is not None:
             sync_f = self._encoders("sync").encode_sync(clip.sync_frames[None])[0]
-        clip_f = network.empty_clip_feat.expand(lengths.clip, -1) if clip_f is None else clip_f
-        sync_f = network.empty_sync_feat.expand(lengths.sync, -1) if sync_f is None else sync_f
+        clip_f = self.model.empty_clip_feat.expand(lengths.clip, -1) if clip_f is None else clip_f
+        sync_f = self.model.empty_sync_feat.expand(lengths.sync, -1) if sync_f is None else sync_f
         return clip_f.to(self.device, torch.float32), sync_f.to(self.device, torch.float32)
 
-    def _request_text(self, request: Request) -> torch.Tensor:
-        features = self._text(request.prompt) if request.text_features is None else request.text_features
+    def _text_features(self, prompt: str, features: torch.Tensor | None = None) -> torch.Tensor:
+        """`features`, or those of a prompt, (77, 1024); without text, those of the empty string in training."""
+        if features is None:
+            features = self._encoders("text").encode_text([prompt])[0] if prompt else self.model.empty_string_feat
         return features.to(self.device, torch.float32)
 
-    def _text(self, prompt: str) -> torch.Tensor:
-        """Text features (77, 1024); of no text, those the network was trained with."""
-        if not prompt:
-            return self.network.empty_string_feat
-        return self._encoders("text").encode_text([prompt])[0]
-
-    def _negative_text(self, requests: Sequence[Request]) -> torch.Tensor | None:
-        if not any(request.negative_prompt for request in requests):
-            return None
-        return torch.stack([self._text(request.negative_prompt).to(self.device) for request in requests])
-
-    def _encoders(self, part: str) -> Encoders:
-        """Encoders that hold `part`, loaded at the first use. Pictures and text share one network."""
+    def _encoders(self, component: str) -> Encoders:
+        """Encoders with `component`, loaded at the first use. One CLIP network encodes images and text."""
         if isinstance(self._source, Encoders):
             return self._source
-        group = ("clip", "text") if part in ("clip", "text") else (part,)
+        group = ("clip", "text") if component in ("clip", "text") else (component,)
         if group[0] not in self._loaded:
-            self._loaded[group[0]] = load_encoders(self._source, self.network.config.mode, group, device=self.device)
+            self._loaded[group[0]] = load_encoders(self._source, self.mode, group, device=self.device)
         return self._loaded[group[0]]
+
+    # --- from features to audio --------------------------------------------------------------------------------------
+
+    def _generate_batch(self, batch: Sequence[_Item], batch_size: int, options: _Options) -> Iterator[Generated]:
+        # Not around the loop: between two results the model has the lengths that its owner set.
+        with _lengths_set(self.model, batch[0].schedule.lengths):
+            latents, waveforms = self._sample(batch, batch_size, options)
+        for item, latent, waveform in zip(batch, latents, waveforms, strict=True):
+            yield Generated(waveform, self.sample_rate, latent, item.request.key, item.note)
+
+    @torch.inference_mode()
+    def _sample(self, batch: Sequence[_Item], batch_size: int, options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, N, C) and waveforms (B, samples), on the CPU, of items with the same schedule.
+
+        Each item has one window, or there is one item, whose windows go through the model `batch_size` at a time.
+        """
+        model, schedule, decoder = self.model, batch[0].schedule, self._encoders("decode")
+        shape = (schedule.latent, model.config.latent_channels)
+        requests = [item.request for item in batch]
+        seeds = [options.seed if request.seed is None else request.seed for request in requests]
+        x0_BNC = torch.stack([starting_noise(s, r.key, shape) for s, r in zip(seeds, requests, strict=True)])
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        with autocast, winograd_convolutions(model, self.precision):
+            velocity: VelocityFunction
+            if len(schedule.starts) == 1:
+                velocity = self._velocity(batch, range(1), options)
+            else:
+                velocity = self._blended_velocity(batch[0], batch_size, options)
+            if options.solver == "euler":
+                x1_BNC = sample_euler(velocity, x0_BNC.to(self.device), options.num_steps)
+            else:
+                x1_BNC = sample_adaptive(velocity, x0_BNC.to(self.device))
+        latent_BNC = model.unnormalize(x1_BNC.float())
+        if len(schedule.starts) == 1:
+            return latent_BNC.cpu(), decoder.decode_latent(latent_BNC).float().cpu()
+        samples_per_latent = audio_mode(self.mode).mel_hop * LATENT_STRIDE
+        waveform = decode_chunks(decoder.decode_latent, latent_BNC[0], schedule.lengths.latent, samples_per_latent)
+        return latent_BNC.cpu(), waveform[None]
+
+    def _velocity(self, items: Sequence[_Item], windows: Sequence[int], options: _Options) -> GuidedVelocity:
+        """Guided velocity of the given windows of each item, a batch of items x windows."""
+        features = [item.features[index] for item in items for index in windows]
+        clip, sync = (torch.stack(column) for column in zip(*features, strict=True))
+        requests = [item.request for item in items]
+        text = torch.stack([self._text_features(r.prompt, r.text_features) for r in requests])
+        conditions = self.model.preprocess_conditions(clip, sync, text.repeat_interleave(len(windows), 0))
+        negative = None
+        if any(request.negative_prompt for request in requests):
+            negative = torch.stack([self._text_features(request.negative_prompt) for request in requests])
+            negative = negative.repeat_interleave(len(windows), 0)
+        unconditional = self.model.empty_conditions(len(features), negative)
+        return GuidedVelocity(self.model, conditions, unconditional, options.guidance_scale)
+
+    def _blended_velocity(self, item: _Item, batch_size: int, options: _Options) -> VelocityFunction:
+        """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
+
+        Since this happens at every step, the windows agree where they overlap (MultiDiffusion, arXiv 2302.08113).
+        """
+        starts, size = item.schedule.starts, item.schedule.lengths.latent
+        chunks = [range(first, min(first + batch_size, len(starts))) for first in range(0, len(starts), batch_size)]
+        velocities = [self._velocity([item], chunk, options) for chunk in chunks]
+        item.features.clear()  # they are in the conditions now
+        weights = [cross_fade(starts, size, index)[:, None].to(self.device) for index in range(len(starts))]
+        total_M1 = torch.zeros(item.schedule.latent, 1, device=self.device)
+        for start, weight in zip(starts, weights, strict=True):
+            total_M1[start : start + size] += weight
+
+        def velocity(latent_BMC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+            blended = torch.zeros_like(latent_BMC)
+            for chunk, window_velocity in zip(chunks, velocities, strict=True):
+                windows = torch.cat([latent_BMC[:, starts[i] : starts[i] + size] for i in chunk])  # (chunk, N, C)
+                for i, v_NC in zip(chunk, window_velocity(windows, t_B.expand(len(chunk))), strict=True):
+                    blended[0, starts[i] : starts[i] + size] += weights[i] * v_NC
+            return blended / total_M1
+
+        return velocity
 
 
 def save_generated(result: Generated, out_path: str | os.PathLike, video: str | os.PathLike | None = None) -> Path:
-    """Write `.wav` or `.flac`, or `.mp4` or `.mkv` with the sound under the pictures of `video`; return the path.
+    """Write `.wav` or `.flac`, or `.mp4` or `.mkv` with the frames of `video`; return the path.
 
-    ValueError for another ending or a video without pictures to show.
+    ValueError for another suffix or a video without frames.
     """
-    save_and_tell(result, out_path, video)
+    save_with_note(result, out_path, video)
     return Path(out_path)
 
 
-def save_and_tell(result: Generated, out_path: str | os.PathLike, video: str | os.PathLike | None = None) -> str:
-    """As `save_generated`; returns "", or that the pictures could not be copied and were encoded anew."""
+def save_with_note(result: Generated, out_path: str | os.PathLike, video: str | os.PathLike | None = None) -> str:
+    """As `save_generated`; returns "", or a note that the video stream could not be copied and was re-encoded."""
     out_path = Path(out_path)
-    ending = out_path.suffix.lower()
-    if ending not in VIDEO_FORMATS:
+    suffix = out_path.suffix.lower()
+    if suffix not in VIDEO_FORMATS:
         write_audio(out_path, result.waveform, result.sample_rate)
     elif video is None:
-        raise ValueError(
-            f"{out_path}: an {ending} needs the video whose pictures it shows; without one, write .wav or .flac"
-        )
+        raise ValueError(f"{out_path}: an {suffix} needs a video to take the frames from; else write .wav or .flac")
     elif not write_video_with_audio(video, result.waveform, result.sample_rate, out_path):
-        other = "" if ending == ".mkv" else "; an .mkv may take them"
-        return f"pictures encoded anew as H.264, since {ending} does not take those of {Path(video).name}{other}"
+        other = "" if suffix == ".mkv" else "; .mkv may hold it"
+        return f"video re-encoded as H.264, since {suffix} cannot hold the codec of {Path(video).name}{other}"
     return ""
 
 
@@ -502,26 +521,26 @@ def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _read_encoders(folder: Path) -> tuple[EncoderConfig, str]:
-    """The encoders and the alignment noted at training; a toy codec beside the weights goes before the folder it was
-    fitted in.
+    """The encoders and the alignment that were saved with a model.
 
-    Paths that were not noted are those of the recipe while the folder is part of its run, else the usual ones.
+    A toy codec beside the weights is preferred to the folder it was fitted in. Paths that were not saved are those of
+    the recipe while the folder is part of its run, else the defaults.
     """
     path = folder / ENCODERS_FILE
     if not path.is_file():
         return EncoderConfig(), ALIGNMENTS[0]
     try:
-        noted = dict(json.loads(path.read_text()))
-        alignment = noted.pop("alignment", ALIGNMENTS[0])  # not noted by earlier versions
+        saved = dict(json.loads(path.read_text()))
+        alignment = saved.pop("alignment", ALIGNMENTS[0])  # earlier versions did not save it
         if alignment not in ALIGNMENTS:
             raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
-        paths = {} if {"weights_dir", "clip"} <= set(noted) else _paths_of_run(folder)
-        config = EncoderConfig(**(paths | noted))
-        check_encoders(config, "16k", ())  # names of kind and precision
+        if not {"weights_dir", "clip"} <= set(saved):
+            saved = _paths_of_run(folder) | saved
+        config = EncoderConfig(**saved)
+        check_encoders(config, "16k", ())  # values of kind and precision
     except Exception as error:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
-    codecs = [toy_codec_file(folder, mode) for mode in ("16k", "44k")]
-    if config.kind == "toy" and any(codec.is_file() for codec in codecs):
+    if config.kind == "toy" and any(toy_codec_file(folder, mode).is_file() for mode in MODES):
         config = dataclasses.replace(config, weights_dir=str(folder))
     return config, alignment
 
@@ -537,21 +556,21 @@ def _paths_of_run(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lengths_set(network: MMAudio, lengths: SequenceLengths):
-    """The network set to `lengths`, and back. Outside inference mode: its tables must stay usable for training."""
-    before = network.latent_length, network.clip_length, network.sync_length
-    wanted = lengths.latent, lengths.clip, lengths.sync
-    if wanted != before:
-        network.set_lengths(*wanted)
+def _lengths_set(model: MMAudio, lengths: SequenceLengths) -> Iterator[None]:
+    """The model set to `lengths`, and back. Outside inference mode: its tables must stay usable for training."""
+    before = model.latent_length, model.clip_length, model.sync_length
+    during = lengths.latent, lengths.clip, lengths.sync
+    if during != before:
+        model.set_lengths(*during)
     try:
         yield
     finally:
-        if wanted != before:
-            network.set_lengths(*before)
+        if during != before:
+            model.set_lengths(*before)
 
 
 def _lengths(mode: str, seconds: float, video: str | os.PathLike | None = None) -> SequenceLengths:
-    """Lengths of a sound; ValueError if none can be so short or so long."""
+    """Lengths for a duration; ValueError, naming `video`, if it is too short or not finite."""
     if not 0 < seconds < float("inf"):
         raise ValueError(f"durations and windows must be positive and finite, not {seconds} s")
     try:
@@ -560,21 +579,9 @@ def _lengths(mode: str, seconds: float, video: str | os.PathLike | None = None) 
         raise ValueError(f"{video}: {error}") from None if video is not None else error
 
 
-def _parts(request: Request) -> set[str]:
-    """The encoders and decoders that a request needs."""
-    parts = {"decode"}
-    if (request.video is not None or request.image is not None) and request.clip_features is None:
-        parts.add("clip")
-    if request.video is not None and request.sync_features is None:
-        parts.add("sync")
-    if (request.prompt and request.text_features is None) or request.negative_prompt:
-        parts.add("text")
-    return parts
-
-
-def _hash_of_state(network: MMAudio) -> str:
+def _hash_of_state(model: MMAudio) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

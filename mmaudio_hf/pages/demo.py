@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeline, Request, save_and_tell
+from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeline, Request, save_with_note
 from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.lists import find_video, read_media_list
 from mmaudio_hf.media.video import video_seconds
@@ -103,7 +103,7 @@ def build_page(
     pipeline: MMAudioPipeline, run: str | os.PathLike, out_dir: Path, max_upload_mb: float = 200
 ) -> gr.Blocks:
     """The page of a pipeline. `run` gives the title and, by its recipe, examples; results are written to `out_dir`."""
-    trained = pipeline.network.config.duration
+    trained = pipeline.model.config.duration
     longest = max(MAX_SECONDS, trained)
     name = Path(run).resolve().name if Path(run).is_dir() else str(run)
     with gr.Blocks(title=f"{name}: demo", analytics_enabled=False, delete_cache=(60, KEEP_SECONDS)) as page:
@@ -197,9 +197,9 @@ def _generate(
         shutil.rmtree(out_dir, ignore_errors=True)
         out_dir.mkdir(parents=True)
         audio_file, video_file = out_dir / "audio.wav", None if video is None else out_dir / "video.mp4"
-        notes = [result.note, save_and_tell(result, audio_file)]
+        notes = [result.note, save_with_note(result, audio_file)]
         if video_file is not None:
-            notes.append(save_and_tell(result, video_file, video))
+            notes.append(save_with_note(result, video_file, video))
     image = _spectrogram(result, [note for note in notes if note])
     return gr.update(value=video_file, visible=video is not None), str(audio_file), gr.update(value=image, visible=True)
 
