@@ -1,4 +1,4 @@
-"""`mmaudio-hf doctor` on small recipes: nothing to complain of, and many faults at once, each with its way out."""
+"""`mmaudio-hf doctor` on small recipes: nothing wrong, and many faults at once, each with its way out."""
 
 import importlib.util
 import json
@@ -41,19 +41,19 @@ def doctor(capsys, *words: str) -> tuple[int, dict[str, str], str]:
     return code, levels, " ".join(text.split())
 
 
-def test_a_good_recipe_has_nothing_to_mend(folder, capsys):
+def test_a_good_recipe_has_no_faults(folder, capsys):
     recipe = write_recipe(folder, "good", trackers=["tensorboard"])
     code, levels, text = doctor(capsys, str(recipe), "samples.every=2", "--processes", "2")
     # How fast random rows come depends on who else uses the disk at this moment.
     assert code == 0 and {level for subject, level in levels.items() if subject != "reading"} == {"ok"}, text
     subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
     assert list(levels) == [*subjects, "tracker", "memory", "disk space", "speed", "reading"]
-    assert "videos 24, sounds 8 rows; 40 an epoch" in text and text.endswith("good: ready to train")
+    assert "videos 24, audios 8 rows; 40 an epoch" in text and text.endswith("good: ready to train")
     assert not (folder / "output").exists()
 
 
 def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
-    for store in ("videos", "sounds", "held_out"):
+    for store in ("videos", "audios", "held_out"):
         shutil.copytree(folder / store, tmp_path / store)
         for file in (f"{store}.tsv", f"{store}.manifest.json"):
             shutil.copy(folder / file, tmp_path / file)
@@ -68,7 +68,7 @@ def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
     (tmp_path / "output" / "bad" / "speed.jsonl").write_text(json.dumps({"speed/samples_per_second": 1e9}) + "\n{")
     changes = ("samples.every=2", "ema.snapshot_every=1", "data.test=[{path: nowhere}]")
     code, levels, text = doctor(capsys, str(recipe), *changes)
-    assert code == 1 and text.endswith("bad: 3 of these must be mended first"), text
+    assert code == 1 and text.endswith("bad: 3 of these must be fixed first"), text
     assert {name for name, level in levels.items() if level == "FAIL"} == {"data.train", "memory", "disk space"}
     assert {name for name, level in levels.items() if level == "warn"} == {"data.test", "weights"}
     assert "mean of row 5 (videos_0005) is not finite; `mmaudio-hf verify" in text
@@ -81,7 +81,7 @@ def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
     assert "as the run had it last" in text and "it will wait 100% of the time" in text
 
 
-def test_what_was_launched_wrongly(folder, capsys, monkeypatch):
+def test_a_wrong_launch(folder, capsys, monkeypatch):
     recipe = write_recipe(folder, "wrong", batch_size=4)
     code, levels, text = doctor(capsys, str(recipe), "--processes", "3", "--quick", "data.validation=[]")
     assert code == 1 and levels["batch"] == "FAIL" and levels["data.validation"] == "warn"
@@ -101,7 +101,7 @@ def test_what_was_launched_wrongly(folder, capsys, monkeypatch):
     assert levels["run folder"] == "FAIL" and "or resume=auto" in text
 
 
-def test_released_weights_that_training_needs_are_asked_for(folder, capsys):
+def test_released_weights_that_training_needs_are_checked(folder, capsys):
     recipe = write_recipe(folder, "released", batch_size=4)
     words = ("encoders.kind=released", f"encoders.weights_dir={folder}", "--quick", "--processes", "3")
     _, levels, text = doctor(capsys, str(recipe), *words)
@@ -114,12 +114,12 @@ def test_released_weights_that_training_needs_are_asked_for(folder, capsys):
 def test_reading_is_measured(folder):
     recipe = load_recipe(write_recipe(folder, "reading"))
     mixture = open_mixture(recipe.data.train, recipe.model)
-    found = measure_reading(mixture, threads=2, seconds=0.1)
-    video, sound = (sum(c.row_bytes for c in store.columns.values()) for store in mixture.stores)
-    assert sound < found.bytes_per_second / found.samples_per_second < video
+    rate = measure_reading(mixture, threads=2, seconds=0.1)
+    video, audio = (sum(c.row_bytes for c in store.columns.values()) for store in mixture.stores)
+    assert audio < rate.bytes_per_second / rate.samples_per_second < video
 
 
-def test_the_hub_is_looked_at_and_left_alone(folder, capsys, tmp_path, monkeypatch):
+def test_the_hub_is_checked_and_not_changed(folder, capsys, tmp_path, monkeypatch):
     recipe = str(write_recipe(folder, "published"))
     with Hub(tmp_path / "hub", tokens={READER: f"{USER}:read"}) as hub:
         hub.use_here(monkeypatch, tmp_path / "home")
@@ -127,7 +127,7 @@ def test_the_hub_is_looked_at_and_left_alone(folder, capsys, tmp_path, monkeypat
         assert (code, levels["Hub"]) == (0, "ok"), text
         assert not hub.repository(f"{USER}/new").exists and not hub.requests("repos/create")
         code, levels, text = doctor(capsys, recipe, f"resume=hub://{USER}/gone", f"hub.repo_id={USER}/new", "--quick")
-        assert (code, levels["Hub"]) == (1, "FAIL") and f"{USER}/gone is not there" in text
+        assert (code, levels["resume"]) == (1, "FAIL") and f"{USER}/gone is not there" in text
         monkeypatch.setenv("HF_TOKEN", READER)
         code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")
         assert (code, levels["Hub"]) == (1, "FAIL") and "this token may only read" in text and READER not in text

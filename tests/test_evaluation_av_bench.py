@@ -20,7 +20,7 @@ from training_runs import environment, run_dir
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.doctor import evaluation_findings
+from mmaudio_hf.doctor import CHECKS, Launch, examine
 from mmaudio_hf.evaluation import score_caches
 from mmaudio_hf.evaluation.av_bench import (
     CLAP_FILE,
@@ -306,18 +306,19 @@ def test_a_damaged_key_of_the_true_audio_is_ignored(recipe, alone, tmp_path):
 
 
 def test_doctor_says_it_before(recipe, fake):
-    loaded = load_recipe(recipe, ["evaluation.after_training=true"])
-    assert [finding.level for finding in evaluation_findings(loaded)] == ["ok"]
+    def findings(*overrides):
+        checks = {name: check for name, check in CHECKS.items() if name.startswith(("av-benchmark", "evaluation"))}
+        return list(examine(Launch(load_recipe(recipe, overrides)), checks))
+
+    scored = "evaluation.after_training=true"
+    assert [finding.level for finding in findings(scored)] == ["ok"]
     fake.misbehave("import")
-    (finding,) = evaluation_findings(loaded)
+    (finding,) = findings(scored)
     assert finding.level == "warn" and "git clone" in finding.message
-    wrong = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=nowhere"])
-    assert [f.level for f in evaluation_findings(wrong)] == ["warn", "FAIL"]
-    wrong = load_recipe(recipe, ["evaluation.after_training=true", f"evaluation.truth.test={recipe.parent / 'test'}"])
-    assert "holds no cached" in list(evaluation_findings(wrong))[1].message
-    hub = load_recipe(recipe, ["evaluation.after_training=true", "evaluation.truth.test=someone/caches/test"])
-    assert [f.level for f in evaluation_findings(hub)] == ["warn", "warn"]
-    assert list(evaluation_findings(load_recipe(recipe))) == []
+    assert [f.level for f in findings(scored, "evaluation.truth.test=nowhere")] == ["warn", "FAIL"]
+    assert "holds no cached" in findings(scored, f"evaluation.truth.test={recipe.parent / 'test'}")[1].message
+    assert [f.level for f in findings(scored, "evaluation.truth.test=someone/caches/test")] == ["warn", "warn"]
+    assert findings() == []
 
 
 def test_caches_are_merged_in_the_order_of_the_split(tmp_path):

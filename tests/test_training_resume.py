@@ -44,9 +44,9 @@ def test_stores_may_move_and_not_change(tmp_path):
     with pytest.raises(ValueError, match=r"\+ data\.train: .*'repeats': 3\.0"):
         check_same_run(other, hashes(other), state, False, said.append)
 
-    for path in (tmp_path / "there").glob("sounds*"):
+    for path in (tmp_path / "there").glob("audios*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_store(tmp_path / "there" / "sounds", 8, video=False, seed=5)
+    write_store(tmp_path / "there" / "audios", 8, video=False, seed=5)
     with pytest.raises(ValueError, match=r"put them back.*\n  - data\.train: .*here.*\n  \+ data\.train: .*there"):
         check_same_run(moved, hashes(moved), state, False, said.append)
     before = TrainingState(4, {}, {"recipe": to_dict(recipe)})  # of a checkpoint that does not know its stores

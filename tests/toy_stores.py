@@ -1,6 +1,7 @@
-"""Small feature stores and recipes for tests of training: one second of sound, a network of a few thousand weights."""
+"""Small feature stores and recipes for tests of training: one second of audio, a model of a few thousand weights."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ def write_store(
     return path
 
 
-def recipe_tree(folder: Path, **training) -> dict:
+def recipe_tree(folder: Path, **training: Any) -> dict[str, Any]:
     """Recipe over a video store of 24 rows, an audio store of 8 (twice) and a validation store of 5."""
     if not (folder / "videos").exists():
         write_store(folder / "videos", 24)
-        write_store(folder / "sounds", 8, video=False, seed=1)
+        write_store(folder / "audios", 8, video=False, seed=1)
         write_store(folder / "held_out", 5, seed=2)
     settings = {
         "steps": 12,
@@ -53,7 +54,7 @@ def recipe_tree(folder: Path, **training) -> dict:
         "model": MODEL,
         "encoders": {"kind": "toy", "weights_dir": str(folder)},
         "data": {
-            "train": [{"path": str(folder / "videos")}, {"path": str(folder / "sounds"), "repeats": 2}],
+            "train": [{"path": str(folder / "videos")}, {"path": str(folder / "audios"), "repeats": 2}],
             "validation": [{"path": str(folder / "held_out")}],
         },
         "optim": {"learning_rate": 1e-3, "warmup_steps": 2, "milestones": [6]},
@@ -62,7 +63,7 @@ def recipe_tree(folder: Path, **training) -> dict:
     }
 
 
-def write_recipe(folder: Path, name: str = "run", **training) -> Path:
+def write_recipe(folder: Path, name: str = "run", **training: Any) -> Path:
     """Write `recipe_tree` as NAME.yaml."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe_tree(folder, **training) | {"name": name}))

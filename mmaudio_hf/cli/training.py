@@ -79,11 +79,11 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, not {number}")
     import torch
 
-    from mmaudio_hf.doctor import as_table, examine
+    from mmaudio_hf.doctor import Launch, as_table, examine
 
     processes = options.processes or max(1, torch.cuda.device_count())
-    launch = {"machines": options.machines, "fsdp": options.fsdp, "quick": options.quick}
-    findings = list(examine(recipe, processes, weight_checks(), **launch))
+    launch = Launch(recipe, processes, options.machines, options.fsdp, options.quick, weight_checks())
+    findings = list(examine(launch))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)
     print(f"{recipe.name}: {f'{failed} of these must be fixed first' if failed else 'ready to train'}")
