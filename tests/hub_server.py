@@ -1,10 +1,10 @@
 """A Hub of one's own on loopback, in a process of its own, for huggingface_hub as it is (through HF_ENDPOINT).
 
-    python tests/hub_server.py FOLDER [--port N] [--part-size BYTES]
+    python tests/hub_server.py FOLDER [--port N] [--multipart-bytes BYTES]
 
 Model and dataset repositories: create, whoami, info, refs, history, tree, paths-info, preupload, LFS (one PUT or
 several parts), NDJSON commits with compare-and-swap on the parent, resolve with ranges, cards, tokens. Xet is not
-offered: set HF_HUB_DISABLE_XET=1. Everything lies in FOLDER, so that a killed server goes on where it was:
+offered: set HF_HUB_DISABLE_XET=1. Everything lies in FOLDER, so that a killed server can be started again:
 
     tokens.json                  {token: {"name": user, "role": "write" or "read"}}
     blobs/SHA256                 content of all files;  uploads/: what is on its way
@@ -132,7 +132,7 @@ def write_text(path: Path, text: str) -> None:
 # --- the server ----------------------------------------------------------------------------------------------------
 
 
-class Refused(Exception):
+class HttpError(Exception):
     """An answer that is not 200."""
 
     def __init__(self, status: int, message: str, code: str = ""):
@@ -149,9 +149,9 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path, port: int, part_size: int):
+    def __init__(self, root: Path, port: int, multipart_bytes: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.root, self.part_size = root, part_size
+        self.root, self.multipart_bytes = root, multipart_bytes
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.storage = f"http://localhost:{self.server_address[1]}"
         self.lock, self.faults = threading.Lock(), []
@@ -187,21 +187,21 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def handle_request(self):
-        parts = urlsplit(self.path)
-        self.route, self.query = unquote(parts.path), parse_qs(parts.query)
-        self.raw_route, self.status, self.arrived, self.user, self.body = parts.path, 0, 0, None, None
+        url = urlsplit(self.path)
+        self.route, self.query = unquote(url.path), parse_qs(url.query)
+        self.raw_route, self.status, self.arrived, self.user, self.body = url.path, 0, 0, None, None
         self.fault = self.server.fault(f"{self.command} {self.route}")
         try:
             if self.fault.get("status"):
                 self.read_body()
-                raise Refused(self.fault["status"], "this is a fault on purpose")
+                raise HttpError(self.fault["status"], "this is a fault on purpose")
             self.answer()
-        except Refused as refused:
+        except HttpError as error:
             with contextlib.suppress(Dropped, ConnectionError):
                 self.read_body()
-            errors = {"error": refused.message, "errors": [{"message": refused.message}]}
-            headers = {"X-Error-Message": refused.message} | ({"X-Error-Code": refused.code} if refused.code else {})
-            self.send(json.dumps(errors).encode(), refused.status, headers)
+            errors = {"error": error.message, "errors": [{"message": error.message}]}
+            headers = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+            self.send(json.dumps(errors).encode(), error.status, headers)
         except Dropped:
             self.close_connection = True
         finally:
@@ -300,18 +300,18 @@ class Handler(BaseHTTPRequestHandler):
         tokens = json.loads((self.server.root / "tokens.json").read_text())
         account = tokens.get(header.removeprefix("Bearer "))
         if account is None:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise HttpError(401, "Invalid credentials in Authorization header")
         self.user = account["name"]
         return account
 
     def writer(self, owner: str) -> dict:
         account = self.authenticate()
         if not account:
-            raise Refused(401, "Invalid username or password.")
+            raise HttpError(401, "Invalid username or password.")
         if account["role"] != "write":
-            raise Refused(403, "Forbidden: you must use a write token to upload to a repository.")
+            raise HttpError(403, "Forbidden: you must use a write token to upload to a repository.")
         if account["name"] != owner:
-            raise Refused(403, f'You don\'t have the rights to write under the namespace "{owner}".')
+            raise HttpError(403, f'You don\'t have the rights to write under the namespace "{owner}".')
         return account
 
     def repository(self, kind: str, name: str, write: bool = False) -> Repository:
@@ -319,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
         account = self.authenticate()
         hidden = repo.exists and repo.private and account.get("name") != name.partition("/")[0]
         if not repo.exists or hidden:
-            raise Refused(404 if account else 401, "Repository not found", "RepoNotFound")
+            raise HttpError(404 if account else 401, "Repository not found", "RepoNotFound")
         if write:
             self.writer(name.partition("/")[0])
         return repo
@@ -327,7 +327,7 @@ class Handler(BaseHTTPRequestHandler):
     def revision(self, repo: Repository, revision: str) -> str:
         sha = repo.resolve(unquote(revision))
         if sha is None:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise HttpError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
     # --- routes -----------------------------------------------------------------------------------------------------
@@ -352,28 +352,28 @@ class Handler(BaseHTTPRequestHandler):
             return self.resolve(repo, match[3], unquote(match[4]))
         if match := re.fullmatch(r"/storage/([0-9a-f]{64})(?:/(\d+|complete))?", path):
             return self.storage(match[1], match[2])
-        raise Refused(404, f"no such page: {path}")
+        raise HttpError(404, f"no such page: {path}")
 
     def whoami(self):
         account = self.authenticate()
         if not account:
-            raise Refused(401, "Invalid username or password.")
+            raise HttpError(401, "Invalid username or password.")
         token = {"displayName": "test", "role": account["role"]}
         auth = {"type": "access_token", "accessToken": token}
         self.send_json({"type": "user", "id": "1", "name": account["name"], "orgs": [], "auth": auth})
 
     def create(self):
-        wanted = self.json_body()
-        owner = wanted.get("organization") or self.authenticate().get("name", "")
+        request = self.json_body()
+        owner = request.get("organization") or self.authenticate().get("name", "")
         account = self.writer(owner)
-        kind = wanted.get("type", "model") + "s"
-        repo = Repository(self.server.root, kind, f"{account['name']}/{wanted['name']}")
+        kind = request.get("type", "model") + "s"
+        repo = Repository(self.server.root, kind, f"{account['name']}/{request['name']}")
         url = f"{self.server.url}/{'datasets/' if kind == 'datasets' else ''}{repo.name}"
         with self.server.lock:
             if repo.exists:
                 conflict = {"error": "You already created this model repo", "url": url}
                 return self.send(json.dumps(conflict).encode(), 409)
-            repo.create(private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
+            repo.create(private=request.get("visibility") == "private" or bool(request.get("private")))
         return self.send_json({"url": url, "id": "1", "name": repo.name})
 
     def validate_yaml(self):
@@ -428,27 +428,27 @@ class Handler(BaseHTTPRequestHandler):
         if action == "tree":
             return self.tree(files, unquote(below))
         if action == "paths-info":
-            wanted = parse_qs(self.read_body().decode())["paths"]
-            return self.send_json([entry(path, files[path]) for path in wanted if path in files])
+            request = parse_qs(self.read_body().decode())["paths"]
+            return self.send_json([entry(path, files[path]) for path in request if path in files])
         if action == "preupload":
             return self.preupload(files)
-        raise Refused(404, f"no such page: {rest}")
+        raise HttpError(404, f"no such page: {rest}")
 
     def info(self, repo: Repository, sha: str, files: dict):
         siblings = [{"rfilename": path} for path in files]
         if self.query.get("blobs"):
             for item in siblings:
-                found = entry(item["rfilename"], files[item["rfilename"]])
-                item |= {"size": found["size"], "blobId": found["oid"], "lfs": found.get("lfs")}
+                file = entry(item["rfilename"], files[item["rfilename"]])
+                item |= {"size": file["size"], "blobId": file["oid"], "lfs": file.get("lfs")}
         date = repo.commit(sha)["date"]
-        facts = {"_id": "1", "id": repo.name, "sha": sha, "private": repo.private, "gated": False, "disabled": False}
-        facts |= {"lastModified": date, "createdAt": date, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
-        self.send_json(facts)
+        info = {"_id": "1", "id": repo.name, "sha": sha, "private": repo.private, "gated": False, "disabled": False}
+        info |= {"lastModified": date, "createdAt": date, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+        self.send_json(info)
 
     def tree(self, files: dict, below: str):
         inside = {p: f for p, f in files.items() if not below or p.startswith(f"{below}/")}
         if below and not inside:
-            raise Refused(404, f"{below} does not exist", "EntryNotFound")
+            raise HttpError(404, f"{below} does not exist", "EntryNotFound")
         entries, folders = [], set()
         for path, file in sorted(inside.items()):
             rest = path.removeprefix(f"{below}/") if below else path
@@ -458,8 +458,8 @@ class Handler(BaseHTTPRequestHandler):
                 folders.add("/".join([*([below] if below else []), *parents[:depth]]))
             if recursive or not parents:
                 entries.append(entry(path, file))
-        made = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders)]
-        self.send_page(made + entries)
+        directories = [{"type": "directory", "path": p, "oid": "0" * 40, "size": 0} for p in sorted(folders)]
+        self.send_page(directories + entries)
 
     def preupload(self, files: dict):
         answers = []
@@ -475,16 +475,16 @@ class Handler(BaseHTTPRequestHandler):
     # --- large files ------------------------------------------------------------------------------------------------
 
     def lfs(self, repo: Repository, action: str):
-        asked = self.json_body()
+        batch = self.json_body()
         if action == "verify":
-            path = self.server.root / "blobs" / asked["oid"]
-            if not path.is_file() or path.stat().st_size != asked["size"]:
-                raise Refused(404, "the object is not there")
+            path = self.server.root / "blobs" / batch["oid"]
+            if not path.is_file() or path.stat().st_size != batch["size"]:
+                raise HttpError(404, "the object is not there")
             return self.send_json({})
         prefix = "datasets/" if repo.kind == "datasets" else ""
         verify = f"{self.server.url}/{prefix}{repo.name}.git/info/lfs/objects/verify"
         objects = []
-        for item in asked["objects"]:
+        for item in batch["objects"]:
             answer = {"oid": item["oid"], "size": item["size"]}
             if not (self.server.root / "blobs" / item["oid"]).is_file():
                 answer["actions"] = {"upload": self.upload(item), "verify": {"href": verify}}
@@ -494,22 +494,22 @@ class Handler(BaseHTTPRequestHandler):
     def upload(self, item: dict) -> dict:
         """Where a new object is sent: as one, or in parts, each with an address of its own."""
         href = f"{self.server.storage}/storage/{item['oid']}"
-        parts = -(-item["size"] // self.server.part_size)
-        if parts <= 1:
+        count = -(-item["size"] // self.server.multipart_bytes)
+        if count <= 1:
             return {"href": f"{href}?signature=once"}
-        addresses = {str(n): f"{href}/{n}?signature=once" for n in range(1, parts + 1)}
-        return {"href": f"{href}/complete", "header": {"chunk_size": str(self.server.part_size), **addresses}}
+        addresses = {str(n): f"{href}/{n}?signature=once" for n in range(1, count + 1)}
+        return {"href": f"{href}/complete", "header": {"chunk_size": str(self.server.multipart_bytes), **addresses}}
 
-    def storage(self, oid: str, part: str | None):
+    def storage(self, oid: str, number: str | None):
         blob, uploads = self.server.root / "blobs" / oid, self.server.root / "uploads"
         if self.command in ("GET", "HEAD"):
             return self.send_range(blob.read_bytes())
-        if part == "complete":
+        if number == "complete":
             numbers = [item["partNumber"] for item in self.json_body()["parts"]]
             pieces = [uploads / f"{oid}.{n}" for n in numbers]
             content = b"".join(piece.read_bytes() for piece in pieces)
             if hashlib.sha256(content).hexdigest() != oid:
-                raise Refused(400, "the parts do not make up the object")
+                raise HttpError(400, "the parts do not make up the object")
             write_bytes(blob, content)
             for piece in pieces:
                 piece.unlink()
@@ -520,17 +520,17 @@ class Handler(BaseHTTPRequestHandler):
             for piece in self.pieces():
                 file.write(piece)
                 digest.update(piece)
-        if part is None and digest.hexdigest() != oid:
+        if number is None and digest.hexdigest() != oid:
             partial.unlink()
-            raise Refused(400, "the content is not what its checksum says")
-        partial.replace(blob if part is None else uploads / f"{oid}.{part}")
+            raise HttpError(400, "the content is not what its checksum says")
+        partial.replace(blob if number is None else uploads / f"{oid}.{number}")
         return self.send(b"", headers={"ETag": f'"{digest.hexdigest()[:32]}"'})
 
     def resolve(self, repo: Repository, revision: str, path: str):
         sha = self.revision(repo, revision)
         file = repo.commit(sha)["files"].get(path)
         if file is None:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise HttpError(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if not file["lfs"]:
             content = (self.server.root / "blobs" / file["sha256"]).read_bytes()
@@ -558,7 +558,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             parent = repo.resolve(branch)
             if header.get("parentCommit") not in (None, parent):
-                raise Refused(412, "A commit has happened since. Please refresh and try again.")
+                raise HttpError(412, "A commit has happened since. Please refresh and try again.")
             files = repo.commit(parent)["files"]
             for line in lines:
                 self.apply(files, line["key"], line["value"])
@@ -573,12 +573,12 @@ class Handler(BaseHTTPRequestHandler):
         elif key == "lfsFile":
             blob = self.server.root / "blobs" / value["oid"]
             if not blob.is_file():
-                raise Refused(400, f"{path}: the object {value['oid']} was not uploaded")
+                raise HttpError(400, f"{path}: the object {value['oid']} was not uploaded")
             oid = hashlib.sha1(f"pointer {value['oid']}".encode()).hexdigest()
             files[path] = {"sha256": value["oid"], "size": blob.stat().st_size, "oid": oid, "lfs": True}
         elif key == "deletedFile":
             if files.pop(path, None) is None:
-                raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+                raise HttpError(404, "A file with this name doesn't exist", "EntryNotFound")
         elif key == "deletedFolder":
             for name in [n for n in files if n.startswith(path.rstrip("/") + "/")]:
                 del files[name]
@@ -586,10 +586,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def entry(path: str, file: dict) -> dict:
     """A file in listings."""
-    found = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
+    result = {"type": "file", "path": path, "oid": file["oid"], "size": file["size"]}
     if file["lfs"]:
-        found["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": 134}
-    return found
+        result["lfs"] = {"oid": file["sha256"], "size": file["size"], "pointerSize": 134}
+    return result
 
 
 # --- for tests -----------------------------------------------------------------------------------------------------
@@ -600,7 +600,7 @@ class Hub:
     """A server in a process of its own; use it in `with`. The port stays the same over `kill` and `start`."""
 
     root: Path
-    part_size: int = 10_000_000
+    multipart_bytes: int = 10_000_000
     port: int = 0
     tokens: Mapping[str, str] = field(default_factory=dict)  # further ones: token -> "user:write" or "user:read"
     process: subprocess.Popen | None = None
@@ -619,7 +619,7 @@ class Hub:
     def start(self) -> None:
         """Start, or start again; returns when requests are answered."""
         words = [sys.executable, __file__, str(self.root), "--port", str(self.port)]
-        words += ["--part-size", str(self.part_size)]
+        words += ["--multipart-bytes", str(self.multipart_bytes)]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         self.port = int(self.process.stdout.readline())
 
@@ -699,9 +699,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0, help="0: chosen by the system")
-    parser.add_argument("--part-size", type=int, default=10_000_000, help="larger objects are uploaded in parts")
+    parser.add_argument("--multipart-bytes", type=int, default=10_000_000, help="larger objects are uploaded in parts")
     options = parser.parse_args()
-    server = Server(options.folder, options.port, options.part_size)
+    server = Server(options.folder, options.port, options.multipart_bytes)
     threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
     print(server.server_address[1], flush=True)
     server.serve_forever(poll_interval=0.05)

@@ -19,7 +19,7 @@ def check_refusals(load, state: dict[str, torch.Tensor], name: str, folder, caps
     """`load(source)` takes `state` from a file and refuses each spoiled form, naming the fault and the file."""
     path = folder / "weights.pth"
 
-    def refused(spoiled, message: str):
+    def rejected(spoiled, message: str):
         torch.save(spoiled, path)
         with pytest.raises(ValueError, match=message) as caught:
             load(path)
@@ -28,13 +28,13 @@ def check_refusals(load, state: dict[str, torch.Tensor], name: str, folder, caps
     torch.save(state, path)
     load(path)
     whole = path.read_bytes()
-    refused({key: value for key, value in state.items() if key != name}, f"{name} is missing")
-    refused(state | {"stray": torch.zeros(1)}, "stray is not expected")
-    refused(state | {name: torch.zeros(3, 1, 2)}, rf"{name} has shape \(3, 1, 2\)")
-    refused(state | {name: state[name].half()}, f"{name} is torch.float16, not torch.float32")
-    refused(state | {name: 1.5}, "not tensors")
-    refused([1, 2], "holds a list")
-    refused(state | {name: Code()}, "would run code")
+    rejected({key: value for key, value in state.items() if key != name}, f"{name} is missing")
+    rejected(state | {"stray": torch.zeros(1)}, "stray is not expected")
+    rejected(state | {name: torch.zeros(3, 1, 2)}, rf"{name} has shape \(3, 1, 2\)")
+    rejected(state | {name: state[name].half()}, f"{name} is torch.float16, not torch.float32")
+    rejected(state | {name: 1.5}, "not tensors")
+    rejected([1, 2], "holds a list")
+    rejected(state | {name: Code()}, "would run code")
     for content, message in ((whole[: len(whole) // 2], "damaged"), (b"", "damaged"), (b"<html>", "damaged")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

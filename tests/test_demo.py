@@ -81,7 +81,7 @@ def served(run: Path, scratch: Path, *options: str):
 
 @pytest.fixture(scope="module")
 def address(run, tmp_path_factory):
-    """Of the page of the run, where a port that is taken was asked for."""
+    """Of the page of the run, where the port that was requested is taken."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         scratch = tmp_path_factory.mktemp("served") / "tmp"
@@ -105,18 +105,18 @@ def browser():
 
 @pytest.fixture
 def page(browser, address):
-    """The page in a fresh profile; at the end, nothing it asked for may have been anywhere but at its own address."""
+    """The page in a fresh profile; at the end, no request of it may have gone to another address."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    asked, faults = [], []
-    page.on("request", lambda request: asked.append(request.url))
+    urls, faults = [], []
+    page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(address)
     page.get_by_role("button", name="Generate").wait_for()
     yield page
     context.close()
-    assert len(asked) > 10 and not faults, faults
-    elsewhere = [url for url in asked if not url.removeprefix("blob:").startswith((f"{address}/", "data:"))]
+    assert len(urls) > 10 and not faults, faults
+    elsewhere = [url for url in urls if not url.removeprefix("blob:").startswith((f"{address}/", "data:"))]
     assert not elsewhere
 
 
@@ -149,15 +149,15 @@ def test_from_upload_to_playback(page, run, media, tmp_path):
         set_number(page, label, value)
     page.get_by_role("button", name="Generate").click()
 
-    picture = page.get_by_alt_text("Mel spectrogram, 2.0 s")
-    picture.wait_for()
-    assert picture.evaluate("e => e.complete && e.naturalWidth") > 100 and picture.bounding_box()["width"] > 300
+    image = page.get_by_alt_text("Mel spectrogram, 2.0 s")
+    image.wait_for()
+    assert image.evaluate("e => e.complete && e.naturalWidth") > 100 and image.bounding_box()["width"] > 300
     assert page.locator("figure.spectrogram .seconds").inner_text().split() == ["0.0", "0.5", "1.0", "1.5", "2.0", "s"]
 
-    sound = page.locator("audio[src^='blob:']")
-    wait_until(page, sound, "e.duration > 1.9 && e.duration < 2.1")
+    audio = page.locator("audio[src^='blob:']")
+    wait_until(page, audio, "e.duration > 1.9 && e.duration < 2.1")
     page.get_by_role("button", name="Play").last.click()
-    wait_until(page, sound, "e.currentTime > 0.3 && !e.error")
+    wait_until(page, audio, "e.currentTime > 0.3 && !e.error")
     shown = page.get_by_test_id("Video with generated audio-player")
     wait_until(page, shown, "e.videoWidth > 0 && Math.abs(e.duration - 2) < 0.2")
     shown.evaluate("e => { e.muted = true; return e.play() }")
@@ -165,14 +165,14 @@ def test_from_upload_to_playback(page, run, media, tmp_path):
 
     with page.expect_download() as download:
         page.get_by_test_id("download-link").last.click()
-    download.value.save_as(tmp_path / "sound.wav")
+    download.value.save_as(tmp_path / "audio.wav")
     options = {"duration": 2.0, "num_steps": 3, "guidance_scale": 3.0, "seed": 7}
     expected = MMAudioPipeline.from_pretrained(run, device="cpu")(video, "a ball", "hum", **options)
-    waveform, rate = read_waveform(tmp_path / "sound.wav")
+    waveform, rate = read_waveform(tmp_path / "audio.wav")
     assert rate == 16000 and torch.allclose(waveform, expected.waveform, atol=1e-3)
 
 
-def said(page, words: str):
+def message_on(page, words: str):
     """The message that holds `words`, once it is on the page."""
     message = page.get_by_test_id("toast-body").filter(has_text=words)
     message.first.wait_for()
@@ -180,18 +180,18 @@ def said(page, words: str):
     return message.first.inner_text()
 
 
-def test_what_cannot_be_used_is_said_in_a_sentence(page, media, tmp_path):
+def test_what_cannot_be_used_is_one_sentence_on_the_page(page, media, tmp_path):
     page.get_by_role("button", name="Generate").click()
-    said(page, "Nothing to generate from: choose a video, write a prompt, or both")
+    message_on(page, "Nothing to generate from: choose a video, write a prompt, or both")
     (tmp_path / "large.mp4").write_bytes(bytes(2**20 + 1))
     page.locator("input[type=file]").first.set_input_files(tmp_path / "large.mp4")
-    assert "large.mp4" in said(page, "maximum allowed size")
+    assert "large.mp4" in message_on(page, "maximum allowed size")
     page.reload()
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.mp4")
-    assert str(tmp_path.parent) not in said(page, "broken.mp4: cannot be opened as media")
+    assert str(tmp_path.parent) not in message_on(page, "broken.mp4: cannot be opened as media")
     page.get_by_role("button", name="Generate").click()
-    said(page, "broken.mp4: cannot be opened as media")
+    message_on(page, "broken.mp4: cannot be opened as media")
 
 
 def test_an_example_is_picked_and_a_text_is_enough(page):
@@ -220,9 +220,9 @@ def test_limits_of_a_video(media, monkeypatch):
             patch.setattr(demo, name, value)
             demo._usable_seconds(str(video), 8.0)
         assert str(media) not in str(caught.value)
-    recording = next((media / "audios").glob("*.flac"))
+    audio_file = next((media / "audios").glob("*.flac"))
     with pytest.raises(demo.gr.Error, match="has no video frames"):
-        demo._usable_seconds(str(recording), 8.0)
+        demo._usable_seconds(str(audio_file), 8.0)
 
 
 def test_refusals_come_before_the_page(run, tmp_path, capsys, monkeypatch):

@@ -31,7 +31,7 @@ SECRET = "hf_" + "a" * 34
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run folder: 4 steps, two validations, sounds of steps 2 and 4."""
+    """A run folder: 4 steps, two validations, samples of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("cards")
     write_store(folder / "vgg-train", 8)
     write_store(folder / "own|set", 8, seed=1)
@@ -65,9 +65,9 @@ def write_clip(path: Path) -> None:
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for step in range(50):
-            picture = np.zeros((64, 64, 3), np.uint8)
-            picture[step : step + 8, 20:28] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            frame = np.zeros((64, 64, 3), np.uint8)
+            frame[step : step + 8, 20:28] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
 
 
@@ -114,21 +114,28 @@ def test_the_card_says_what_the_run_is(run, monkeypatch):
         ],
         [r"held\_out", "validation", "5", "", "not stated", "not stated"],
     ]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["val_ema/loss"] for line in lines if "val_ema/loss" in line}
-    assert sorted(losses) == [2, 4]
-    found = {row[0]: row[1:] for row in rows(section(text, "Scores"))}
-    assert found["validation loss, EMA weights, last"] == [f"{losses[4]:.4g}", "4"]
-    best = min(losses, key=losses.get)
-    assert found["validation loss, EMA weights, best"] == [f"{losses[best]:.4g}", str(best)]
-    results = {result.metric_name: result for result in card.data.eval_results}
-    last = results["validation loss, EMA weights, last (step 4)"]
-    assert (last.metric_value, last.dataset_name) == (pytest.approx(losses[4], abs=1e-6), "held_out")
-    judged = next(line for line in reversed(lines) if "eval/log_mel_distance" in line)
-    assert results["log mel distance (step 4)"].metric_value == pytest.approx(judged["eval/log_mel_distance"], abs=1e-6)
     assert str(run.parent.parent) not in text and "/tmp" not in text and SECRET not in text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     assert recipe["optim"]["learning_rate"] == 1e-3 and recipe["data"]["train"][1]["path"] == "own|set"
+
+
+def test_validation_losses_and_sample_scores_are_on_the_card(run):
+    text = model_card(run, repo_id="me/run")
+    card = ModelCard(text)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_ema/loss"] for line in lines if "val_ema/loss" in line}
+    assert sorted(losses) == [2, 4]
+    result = {row[0]: row[1:] for row in rows(section(text, "Scores"))}
+    assert result["validation loss, EMA weights, last"] == [f"{losses[4]:.4g}", "4"]
+    best = min(losses, key=losses.get)
+    assert result["validation loss, EMA weights, best"] == [f"{losses[best]:.4g}", str(best)]
+    results = {result.metric_name: result for result in card.data.eval_results}
+    last = results["validation loss, EMA weights, last (step 4)"]
+    assert (last.metric_value, last.dataset_name) == (pytest.approx(losses[4], abs=1e-6), "held_out")
+    evaluated = next(line for line in reversed(lines) if "eval/log_mel_distance" in line)
+    assert results["log mel distance (step 4)"].metric_value == pytest.approx(
+        evaluated["eval/log_mel_distance"], abs=1e-6
+    )
 
 
 def test_what_the_card_tells_to_type_is_right(run):
@@ -192,8 +199,8 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
         "DeSync": {"value": None, "unit": "s", "better": "lower", "used": 0, "dropped": []},
     }
     settings = load_recipe(run / "config.yaml").generation_settings
-    facts = {"format": 1, "split": "test", "step": 4, "weights": weights, "settings": settings}
-    content = facts | {"scores": scores}
+    header = {"format": 1, "split": "test", "step": 4, "weights": weights, "settings": settings}
+    content = header | {"scores": scores}
     (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))
     other = content | {"weights": weights | {"sigma_rel": 0.1}, "split": "validation"}
     (copy / "evaluation" / "validation_step_4.json").write_text(json.dumps(other))
@@ -202,8 +209,8 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
     assert table["FD-PASST, test split"] == ["61.5", "4"] and table["log mel distance, test split"] == ["12.25 dB", "4"]
     assert not [name for name in table if "DeSync" in name or "validation split" in name]
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
-    found = results["FD-PASST, test split (step 4)"]
-    assert (found.metric_type, found.metric_value, found.dataset_split) == ("FD-PASST", 61.5, "test")
+    result = results["FD-PASST, test split (step 4)"]
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("FD-PASST", 61.5, "test")
     content["settings"] = settings | {"num_steps": 50}
     (copy / "evaluation" / "test_step_4.json").write_text(json.dumps(content))
     assert "FD-PASST" not in model_card(copy)
@@ -211,49 +218,55 @@ def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
     assert "FD-PASST" not in model_card(copy)
 
 
-def test_licence_and_base_follow_from_the_start(tmp_path, monkeypatch):
-    """Of each kind of start; the card of a folder goes on to what is made of it."""
-    path = tmp_path / "recipe.yaml"
+@pytest.fixture
+def origin(tmp_path):
+    """Writes the card of a run with the given overrides; returns the licence and base model of its metadata."""
 
-    def card(*overrides: str, start: str = "", name: str = "a") -> dict:
+    def write(*overrides: str, start: str = "", name: str = "a") -> tuple[str | None, str | None]:
+        path, folder = tmp_path / "recipe.yaml", tmp_path / name / "last" / "pretrained_model"
         tree = {"model": MODEL, "encoders": {"kind": "toy"}, "output_dir": str(tmp_path), "name": name}
         path.write_text(yaml.safe_dump(tree))
-        recipe = load_recipe(path, overrides)
-        folder = tmp_path / name / "last" / "pretrained_model"
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "model.safetensors"):
             (folder / file).touch()
         (folder / "weights.json").write_text(json.dumps({"weights": "raw", "sigma_rel": None, "step": 4}))
-        write_card(recipe, folder, start)
-        return ModelCard((folder / "README.md").read_text()).data.to_dict()
-
-    def told(data: dict) -> tuple:
+        write_card(load_recipe(path, overrides), folder, start)
+        data = ModelCard((folder / "README.md").read_text()).data.to_dict()
         return data.get("license"), data.get("base_model")
 
-    assert told(card()) == (None, None)
-    assert told(card("card.license=apache-2.0")) == ("apache-2.0", None)
-    assert told(card("encoders.kind=released")) == ("cc-by-nc-4.0", None)
-    assert told(card("encoders.kind=released", "card.license=mit")) == ("mit", None)
-    released = ("cc-by-nc-4.0", "hkchengrex/MMAudio")
-    assert told(card("finetune.init_from=ext_weights/mmaudio_small_16k.pth", name="fine")) == released
-    # Of a fine-tuned run, whose folder is gone later on; neither can be given another licence.
+    return write
+
+
+ORIGIN_RELEASED = ("cc-by-nc-4.0", "hkchengrex/MMAudio")
+
+
+def test_licence_and_base_follow_from_the_start(origin, tmp_path):
+    """The licence of the released weights applies to what is trained from them, and from that in turn."""
+    assert origin() == (None, None)
+    assert origin("card.license=apache-2.0") == ("apache-2.0", None)
+    assert origin("encoders.kind=released") == ("cc-by-nc-4.0", None)
+    assert origin("encoders.kind=released", "card.license=mit") == ("mit", None)
+    assert origin("finetune.init_from=ext_weights/mmaudio_small_16k.pth", name="fine") == ORIGIN_RELEASED
+    # From a fine-tuned run, whose folder is gone later; neither can be given another licence.
     again = [f"finetune.init_from={tmp_path / 'fine'}", "card.license=mit"]
-    assert told(card(*again, name="second")) == released
+    assert origin(*again, name="second") == ORIGIN_RELEASED
     shutil.rmtree(tmp_path / "fine")
-    assert told(card(*again, name="second")) == released
-    assert told(card(start="ext_weights/mmaudio_small_44k.pth", name="imported")) == released
-    assert told(card(name="imported")) == released  # trained on
-    assert told(card(f"finetune.init_from={tmp_path / 'a'}", name="third")) == ("mit", None)
-    # A model of the Hub in the cache, of which only the card is looked at.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert told(card("finetune.init_from=you/base", name="fourth")) == (None, "you/base")
-    snapshot = tmp_path / "cache" / "models--you--base" / "snapshots" / "0" / "README.md"
+    assert origin(*again, name="second") == ORIGIN_RELEASED
+    assert origin(start="ext_weights/mmaudio_small_44k.pth", name="imported") == ORIGIN_RELEASED
+    assert origin(name="imported") == ORIGIN_RELEASED  # trained on
+    assert origin(f"finetune.init_from={tmp_path / 'a'}", name="third") == ("mit", None)
+
+
+def test_licence_of_a_start_on_the_hub_is_that_of_its_card_in_the_cache(origin, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert origin("finetune.init_from=you/base", name="fourth") == (None, "you/base")
+    snapshot = cache / "models--you--base" / "snapshots" / "0" / "README.md"
     snapshot.parent.mkdir(parents=True)
-    (tmp_path / "cache" / "models--you--base" / "refs").mkdir()
-    (tmp_path / "cache" / "models--you--base" / "refs" / "main").write_text("0")
+    (cache / "models--you--base" / "refs").mkdir()
+    (cache / "models--you--base" / "refs" / "main").write_text("0")
     snapshot.write_text("---\nbase_model: [hkchengrex/MMAudio]\nlicense: mit\n---\n")
-    made = card("finetune.init_from=you/base", "card.license=mit", name="fifth")
-    assert told(made) == ("cc-by-nc-4.0", "you/base")
+    assert origin("finetune.init_from=you/base", "card.license=mit", name="fifth") == ("cc-by-nc-4.0", "you/base")
     text = (tmp_path / "fifth/last/pretrained_model/README.md").read_text()
     assert "Training started from `you/base`" in section(text, "Licence")
 
@@ -277,13 +290,13 @@ def test_what_people_wrote_into_a_card_is_kept(run):
     assert updated == edited
     # Results that others measured stay beside ours.
     other = {"name": "elsewhere", "results": [{"task": {"type": "x"}, "dataset": {"name": "y", "type": "y"}}]}
-    judged = merge_cards(f"---\n{yaml.safe_dump({'model-index': [other]})}---\n", new)
-    assert [r["name"] for r in RepoCard(judged).data.to_dict()["model-index"]] == ["run", "elsewhere"]
+    evaluated = merge_cards(f"---\n{yaml.safe_dump({'model-index': [other]})}---\n", new)
+    assert [r["name"] for r in RepoCard(evaluated).data.to_dict()["model-index"]] == ["run", "elsewhere"]
     with pytest.raises(ValueError, match=r"metadata of README\.md on the Hub cannot be read"):
         merge_cards("---\na: [\n---\n", new)
 
 
-def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
+def test_pushes_carry_the_card_and_its_samples(run, hub, monkeypatch, tmp_path):
     """By the command, by `MMAudio.push_to_hub`, and with a card that was edited in between; the server validates it."""
     hub.use_here(monkeypatch, tmp_path / "home")
     before = (run / "last/pretrained_model/README.md").read_bytes()
@@ -318,7 +331,7 @@ def test_pushes_carry_the_card_and_its_sounds(run, hub, monkeypatch, tmp_path):
     assert 'from_pretrained("tester/alone")' in hub.files("tester/alone")["README.md"].decode()
 
 
-def test_a_card_that_cannot_be_asked_for_is_not_replaced(hub, monkeypatch, tmp_path):
+def test_a_card_that_cannot_be_read_is_not_replaced(hub, monkeypatch, tmp_path):
     hub.use_here(monkeypatch, tmp_path / "home")
     theirs = hub.repository("tester/theirs")
     theirs.create(private=False)
@@ -362,8 +375,8 @@ def test_what_the_card_says_works(run, hub, monkeypatch, tmp_path):
     write_clip(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
-    made = (tmp_path / "clip_with_audio.mp4").stat().st_size
-    assert made > 0
+    size = (tmp_path / "clip_with_audio.mp4").stat().st_size
+    assert size > 0
     (tmp_path / "clip_with_audio.mp4").unlink()
     [command] = re.findall(r"^mmaudio-hf (generate .*)$", text, re.MULTILINE)
     assert main(shlex.split(command)) == 0

@@ -1,5 +1,6 @@
 """Runs that travel to a Hub and back: pushed by hand and while they train, pulled, resumed; and what is in the way."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +81,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(capsys, *words: object, code: int = 2) -> str:
+def error_of(capsys, *words: object, code: int = 2) -> str:
     """The one sentence with which a command ends."""
     assert main([str(word) for word in words]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -90,10 +92,10 @@ def refused(capsys, *words: object, code: int = 2) -> str:
 # --- by hand --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch):
+def test_a_push_sends_what_the_repository_lacks(hub, run, capsys):
     assert main(["push", str(run), NAME, "--training-state", "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "it would be created" in said and "optimizer.safetensors" in said and "dry run" in said
+    output = capsys.readouterr().out
+    assert "it would be created" in output and "optimizer.safetensors" in output and "dry run" in output
     assert not hub.repository(NAME).exists
     assert main(["push", str(run), NAME]) == 0
     assert set(hub.files(NAME)) == PUBLISHED and hub.repository(NAME).private
@@ -107,83 +109,105 @@ def test_a_run_goes_there_and_comes_back(hub, run, tmp_path, capsys, monkeypatch
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     assert "0 bytes in 0 files" in capsys.readouterr().out and len(hub.messages(NAME)) == 3
 
-    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0)
+
+@pytest.fixture
+def pulled(hub, run, tmp_path, monkeypatch) -> Path:
+    """The run as it comes back from the Hub, in other/run of the working directory."""
+    assert main(["push", str(run), NAME]) == 0
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
     monkeypatch.chdir(tmp_path)
-    assert main(["pull", NAME, "--to", "other/run", "--dry-run"]) == 0
-    assert f"run at step {STEPS}" in capsys.readouterr().out and not Path("other").exists()
     assert main(["pull", NAME, "--to", "other/run"]) == 0
-    pulled = files_of(Path("other/run"))
+    return Path("other/run")
+
+
+def first_commit(hub: Hub) -> str:
+    """The one before the newest: the weights without training state."""
+    return next(hub.repository(NAME).history(hub.repository(NAME).resolve("main")))["parent"]
+
+
+def test_a_pulled_run_has_the_files_of_the_pushed_one(hub, run, pulled, capsys):
+    files = files_of(pulled)
     local = {n: c for n, c in files_of(run).items() if f"step_{STEPS}/" in n or n.startswith("ema/")}
     local |= {n: (run / n).read_bytes() for n in ("config.yaml", "metrics.jsonl")}
     card = f"checkpoints/step_{STEPS}/pretrained_model/README.md"  # made for the repository when it is pushed
-    assert pulled.pop(card) == hub.files(NAME)["README.md"] and local.pop(card)
-    assert pulled == local and Path("other/run/last").resolve().name == f"step_{STEPS}"
-    assert list(Path("other").iterdir()) == [Path("other/run")]
-
-    first = next(hub.repository(NAME).history(hub.repository(NAME).resolve("main")))["parent"]
-    assert main(["pull", f"{NAME}@{first}", "--to", "network"]) == 0
+    assert files.pop(card) == hub.files(NAME)["README.md"] and local.pop(card)
+    assert files == local and (pulled / "last").resolve().name == f"step_{STEPS}"
+    assert list(Path("other").iterdir()) == [pulled]
+    capsys.readouterr()
+    assert main(["pull", NAME, "--to", "third/run", "--dry-run"]) == 0
+    assert f"run at step {STEPS}" in capsys.readouterr().out and not Path("third").exists()
+    assert main(["pull", f"{NAME}@{first_commit(hub)}", "--to", "network"]) == 0
     assert set(files_of(Path("network"))) == PUBLISHED
+    assert main(["push", "network", f"{USER}/second"]) == 0
+    assert set(hub.files(f"{USER}/second")) == PUBLISHED
+
+
+def test_every_reader_takes_what_was_pushed(hub, run, pulled, monkeypatch):
+    assert main(["pull", f"{NAME}@{first_commit(hub)}", "--to", "network"]) == 0
     expected = MMAudio.from_pretrained(run / "last" / "pretrained_model").state_dict()
-    for source in (NAME, f"{NAME}@{first}", "network", "other/run"):
+    for source in (NAME, f"{NAME}@{first_commit(hub)}", "network", "other/run"):
         assert len(read_pretrained(source)[1]) > 10
-        found = MMAudioPipeline.from_pretrained(source, device="cpu").network.state_dict()
-        assert all(found[name].equal(value) for name, value in expected.items())
+        weights = MMAudioPipeline.from_pretrained(source, device="cpu").network.state_dict()
+        assert all(weights[name].equal(value) for name, value in expected.items())
     assert MMAudio.from_pretrained(NAME).config == MMAudio.from_pretrained("network").config
     with pytest.raises(ValueError, match="is not there, or private"):
         MMAudio.from_pretrained(f"{USER}/none")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert MMAudio.from_pretrained(find_pretrained(NAME)).config.hidden_dim == 16  # what is in the cache is enough
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with RunLock(Path("other/run"), print) as held:
+    assert MMAudio.from_pretrained(find_pretrained(NAME)).config.hidden_dim == 16  # the cache is enough
+
+
+def test_a_pull_leaves_a_folder_in_use_or_with_other_content_alone(hub, pulled, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0)
+    with RunLock(pulled, print) as held:
         held.acquire()
-        assert "is being trained by another launch" in refused(capsys, "pull", NAME, "--to", "other/run")
-    assert "nothing is pulled" in refused(capsys, "pull", NAME, "--to", "other/run")
-    assert "is not empty" in refused(capsys, "pull", NAME, "--to", "network")
-    assert main(["push", "network", f"{USER}/second"]) == 0
-    assert set(hub.files(f"{USER}/second")) == PUBLISHED
+        assert "is being trained by another launch" in error_of(capsys, "pull", NAME, "--to", pulled)
+    assert "nothing is pulled" in error_of(capsys, "pull", NAME, "--to", pulled)
+    Path("network").mkdir()
+    Path("network/mine").touch()
+    assert "is not empty" in error_of(capsys, "pull", NAME, "--to", "network")
 
 
 def test_older_never_replaces_newer(hub, run, capsys):
     assert main(["push", str(run), NAME]) == 0
     before = hub.files(NAME)
-    assert f"holds step {STEPS}" in refused(capsys, "push", run / "checkpoints" / f"step_{STEPS - EVERY}", NAME)
+    assert f"holds step {STEPS}" in error_of(capsys, "push", run / "checkpoints" / f"step_{STEPS - EVERY}", NAME)
     assert hub.files(NAME) == before
     hub.repository(f"{USER}/foreign").create(private=False)
     hub.repository(f"{USER}/foreign").add({"config.json": b"{}", "model.safetensors": b"theirs"})
-    assert "that no run pushed" in refused(capsys, "push", run, f"{USER}/foreign")
+    assert "that no run pushed" in error_of(capsys, "push", run, f"{USER}/foreign")
     assert hub.files(f"{USER}/foreign")["model.safetensors"] == b"theirs"
 
 
-def test_what_a_command_is_told(hub, run, tmp_path, capsys, monkeypatch):
-    assert "to which repository?" in refused(capsys, "push", run)
-    assert "is not a repository of the Hub" in refused(capsys, "push", run, "just-a-name")
-    assert "go to the main branch" in refused(capsys, "push", run, f"{NAME}@v1")
-    assert "neither a run folder" in refused(capsys, "push", tmp_path, NAME)
-    assert "does not allow it" in refused(capsys, "push", run, "somebody/else")
-    assert "is not there, or private to others" in refused(capsys, "pull", f"{USER}/none")
+def test_wrong_arguments_tokens_and_networks_are_one_sentence(hub, run, tmp_path, capsys, monkeypatch):
+    assert "to which repository?" in error_of(capsys, "push", run)
+    assert "is not a repository of the Hub" in error_of(capsys, "push", run, "just-a-name")
+    assert "go to the main branch" in error_of(capsys, "push", run, f"{NAME}@v1")
+    assert "neither a run folder" in error_of(capsys, "push", tmp_path, NAME)
+    assert "does not allow it" in error_of(capsys, "push", run, "somebody/else")
+    assert "is not there, or private to others" in error_of(capsys, "pull", f"{USER}/none")
     hub.repository(NAME).create(private=True)
-    assert "holds no network" in refused(capsys, "pull", NAME)
-    assert "no such revision" in refused(capsys, "pull", f"{NAME}@v9")
-    assert "is not there, or private to others" in refused(
+    assert "holds no network" in error_of(capsys, "pull", NAME)
+    assert "no such revision" in error_of(capsys, "pull", f"{NAME}@v9")
+    assert "is not there, or private to others" in error_of(
         capsys, "generate", "--run", f"{USER}/none", "--prompt", "a", "--out", "a.wav"
     )
     monkeypatch.setenv("HF_TOKEN", READER)
-    assert "a write token" in refused(capsys, "push", run, NAME)
+    assert "a write token" in error_of(capsys, "push", run, NAME)
     monkeypatch.setenv("HF_TOKEN", "hf_nobodyknowsthisone")
     for words in (("push", run, NAME), ("pull", NAME)):
-        error = refused(capsys, *words)
+        error = error_of(capsys, *words)
         assert "does not know this token: run `hf auth login`" in error and "nobodyknows" not in error
     monkeypatch.delenv("HF_TOKEN")
-    assert "without a token: run `hf auth login`" in refused(capsys, "push", run, NAME)
-    assert "is not there, or private" in refused(capsys, "pull", NAME)
+    assert "without a token: run `hf auth login`" in error_of(capsys, "push", run, NAME)
+    assert "is not there, or private" in error_of(capsys, "pull", NAME)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for words in (("push", run, NAME), ("pull", NAME), ("generate", "--run", NAME, "--prompt", "a", "--out", "a.wav")):
-        assert "HF_HUB_OFFLINE is set" in refused(capsys, *words, code=1)
+        assert "HF_HUB_OFFLINE is set" in error_of(capsys, *words, code=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.kill()
-    assert "cannot be reached" in refused(capsys, "pull", NAME, code=1)
-    assert "cannot be reached" in refused(capsys, "push", run, NAME, code=1)
+    assert "cannot be reached" in error_of(capsys, "pull", NAME, code=1)
+    assert "cannot be reached" in error_of(capsys, "push", run, NAME, code=1)
     assert not (tmp_path / "output" / "run.hub").exists()
 
 
@@ -191,7 +215,7 @@ def test_slices_travel_and_those_of_other_processes_go(hub, run, tmp_path, monke
     """A training state as processes under FSDP share it out, of three and then of two; what is left reads as whole."""
     monkeypatch.chdir(tmp_path)
     whole = load_training_state(run / "last")
-    tensors = {group: dict(found) for group, found in whole.tensors.items()}
+    tensors = {group: dict(values) for group, values in whole.tensors.items()}
     names = {group: [name for name, value in tensors[group].items() if value.ndim] for group in ("model", "ema")}
     kept = shutil.copytree(run / "last" / "pretrained_model", tmp_path / "kept")
     for count in (3, 2):
@@ -205,9 +229,9 @@ def test_slices_travel_and_those_of_other_processes_go(hub, run, tmp_path, monke
         assert main(["pull", NAME, "--to", f"new_{count}"]) == 0
         pulled = Path(f"new_{count}", "last")
         assert not (pulled / "training_state" / "ema.rank_0_of_9.safetensors").exists()
-        for group, found in load_training_state(pulled).tensors.items():
-            assert set(found) == set(tensors[group])
-            assert all(torch.equal(value, tensors[group][name]) for name, value in found.items())
+        for group, values in load_training_state(pulled).tensors.items():
+            assert set(values) == set(tensors[group])
+            assert all(torch.equal(value, tensors[group][name]) for name, value in values.items())
     # A state that lacks one of its slices is none.
     repository, commit = hub.repository(NAME), hub.repository(NAME).resolve("main")
     files = repository.commit(commit)["files"]
@@ -221,40 +245,40 @@ HOSTILE = ("../x", "a/../../x", "/etc/x", "C:\\x", "training_state\\x", "a\nb", 
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_refused(hub, run, tmp_path, capsys, monkeypatch, name):
+def test_unsafe_file_names_are_rejected(hub, run, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     hub.repository(NAME).add({name: b"bad"})
-    assert "is no plain name: nothing was fetched" in refused(capsys, "pull", NAME, "--to", "new/run")
+    assert "is no plain name: nothing was fetched" in error_of(capsys, "pull", NAME, "--to", "new/run")
     assert not Path("new").exists()
 
 
 def test_only_known_files_are_written_and_nothing_is_run(hub, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["push", str(run), NAME, "--training-state"]) == 0
-    strange = (
+    unknown = (
         "modeling.py",
         "pytorch_model.bin",
         "training_state/model.pt",
         "toy_codec_/x.safetensors",
         "extra/config.json",
     )
-    strange += ("training_state/ema/sigma_0.1_step_1.safetensors.py", ".gitattributes", "toy_codec_48k.safetensors")
-    hub.repository(NAME).add(dict.fromkeys(strange, b"raise SystemExit('run')"))
+    unknown += ("training_state/ema/sigma_0.1_step_1.safetensors.py", ".gitattributes", "toy_codec_48k.safetensors")
+    hub.repository(NAME).add(dict.fromkeys(unknown, b"raise SystemExit('run')"))
     assert main(["pull", NAME, "--to", "new"]) == 0
     assert "left on the Hub: 7 files" in capsys.readouterr().out
     find_pretrained(NAME)
-    asked = {request["path"] for request in hub.requests("resolve")}
-    assert not any(path.endswith(name) for path in asked for name in strange if name != "extra/config.json")
+    paths = {request["path"] for request in hub.requests("resolve")}
+    assert not any(path.endswith(name) for path in paths for name in unknown if name != "extra/config.json")
     written = {p.name for folder in ("new", "home") for p in Path(folder).rglob("*") if p.is_file()}
-    assert not written & {Path(name).name for name in strange if name != "extra/config.json"}
+    assert not written & {Path(name).name for name in unknown if name != "extra/config.json"}
 
 
 def test_downloads_that_break_off_are_taken_up(hub, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     hub.faults({"match": "GET /storage/", "drop_download_after": 1000})
-    refused(capsys, "pull", NAME, "--to", "new", code=1)
+    error_of(capsys, "pull", NAME, "--to", "new", code=1)
     assert not Path("new").exists() and Path("new.hub").is_dir()
     hub.faults({"match": "GET /storage/", "drop_download_after": 1000, "times": 2})
     assert main(["pull", NAME, "--to", "new"]) == 0
@@ -265,7 +289,7 @@ def test_downloads_that_break_off_are_taken_up(hub, run, tmp_path, capsys, monke
     sha256 = hub.repository(NAME).commit(hub.repository(NAME).resolve("main"))["files"]["model.safetensors"]["sha256"]
     blob = hub.root / "blobs" / sha256
     blob.write_bytes(blob.read_bytes()[:-1] + b"?")
-    assert "model.safetensors arrived damaged" in refused(capsys, "pull", NAME, "--to", "second", code=1)
+    assert "model.safetensors arrived damaged" in error_of(capsys, "pull", NAME, "--to", "second", code=1)
     assert not Path("second").exists()
 
 
@@ -281,7 +305,7 @@ print("outcomes", *outcomes, main(["pull", repo, "--to", "new"]), *os.listdir())
 """
 
 
-def test_a_full_disk_is_told_and_room_mends_it(hub, run, tmp_path):
+def test_a_full_disk_is_an_error_and_a_pull_resumes_with_more_space(hub, run, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
     assert main(["push", str(run), NAME, "--training-state"]) == 0
@@ -321,15 +345,15 @@ def quick(monkeypatch):
 
 
 def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
-    said: list[str] = []
+    messages: list[str] = []
     settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
-    check_repository(settings, run.with_name("new"), False, said.append)
+    check_repository(settings, run.with_name("new"), False, messages.append)
     newest = checkpoints(run)[-1]
-    wanted = files_of(newest / "pretrained_model") | {
+    expected = files_of(newest / "pretrained_model") | {
         f"training_state/{name}": content for name, content in files_of(newest / "training_state").items()
     }
     hub.kill()
-    with CheckpointSync(settings, run, said.append) as pushing:
+    with CheckpointSync(settings, run, messages.append) as pushing:
         for checkpoint in checkpoints(run):
             began = time.monotonic()
             pushing.announce(checkpoint)
@@ -341,10 +365,10 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
         hub.start()
         until(lambda: pushing.pushed == STEPS)
     assert steps_pushed(hub) == [STEPS] and not (run / "hub").exists()
-    assert wanted.items() <= hub.files(NAME).items()
-    failed = [line for line in said if "pushing failed" in line]
+    assert expected.items() <= hub.files(NAME).items()
+    failed = [line for line in messages if "pushing failed" in line]
     assert len(failed) == 1 and "cannot be reached" in failed[0] and "it is retried" in failed[0]
-    assert f"step {STEPS} is on the Hub: {NAME}, after" in said[-1]
+    assert f"step {STEPS} is on the Hub: {NAME}, after" in messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -361,23 +385,23 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
 def test_faults_of_the_server_pass(hub, run, quick, monkeypatch, fault):
     monkeypatch.setattr(hub_client, "TIMEOUT", 1.0)
     monkeypatch.setattr(sync, "WAIT_LOG_EVERY", 0.1)
-    said: list[str] = []
-    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
-        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+    messages: list[str] = []
+    with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, messages.append)
         hub.faults(fault)
         pushing.announce(checkpoints(run)[-1])
-    assert steps_pushed(hub) == [STEPS], said
-    assert any("pushing failed" in line for line in said)
+    assert steps_pushed(hub) == [STEPS], messages
+    assert any("pushing failed" in line for line in messages)
     expected = {p.name: p.read_bytes() for p in (run / "last" / "pretrained_model").iterdir()}
     assert hub.files(NAME) == expected
 
 
 def test_a_killed_server_leaves_the_checkpoint_before(hub, run, quick):
     """Readers see one checkpoint as a whole, also while and after an upload breaks off."""
-    said: list[str] = []
+    messages: list[str] = []
     settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
-    with CheckpointSync(settings, run, said.append) as pushing:
-        check_repository(settings, run.with_name("new"), False, said.append)
+    with CheckpointSync(settings, run, messages.append) as pushing:
+        check_repository(settings, run.with_name("new"), False, messages.append)
         pushing.announce(checkpoints(run)[0])
         until(lambda: pushing.pushed is not None)
         whole = hub.files(NAME)
@@ -395,97 +419,102 @@ def test_a_killed_server_leaves_the_checkpoint_before(hub, run, quick):
     assert {name: there[f"training_state/{name}"] for name in state} == state
 
 
-def test_every_the_last_one_and_the_end(hub, run, quick, monkeypatch):
-    said: list[str] = []
-    with CheckpointSync(HubConfig(repo_id=NAME, every=2 * EVERY + 1), run, said.append) as pushing:
-        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+def test_every_is_a_distance_of_steps_and_the_last_one_is_pushed(hub, run, quick):
+    messages: list[str] = []
+    with CheckpointSync(HubConfig(repo_id=NAME, every=2 * EVERY + 1), run, messages.append) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, messages.append)
         for checkpoint in checkpoints(run):
             pushing.announce(checkpoint)
             time.sleep(0.3)
     assert steps_pushed(hub) == [STEPS - 2 * EVERY, STEPS]
-    # Older than what is there: not pushed, and told.
+    # Older than what is there: not pushed, with a warning.
     (run / "last").unlink()
-    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+    with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append) as pushing:
         pushing.announce(checkpoints(run)[0])
-    assert steps_pushed(hub) == [STEPS - 2 * EVERY, STEPS] and "which is newer" in said[-1]
-    # The end does not wait longer than it may, and says how to go on.
-    (run / "last").symlink_to(Path("checkpoints") / f"step_{STEPS}")
+    assert steps_pushed(hub) == [STEPS - 2 * EVERY, STEPS] and "which is newer" in messages[-1]
+
+
+def test_the_end_waits_no_longer_than_hub_wait(hub, run, quick):
+    messages: list[str] = []
     hub.kill()
     began = time.monotonic()
-    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=3, push=("training_state",)), run, said.append):
+    with CheckpointSync(HubConfig(repo_id=NAME, wait=3, push=("training_state",)), run, messages.append):
         pass
     assert 2.5 < time.monotonic() - began < 6
-    assert f"`mmaudio-hf push {run} {USER}/b` with --training-state pushes it later" in said[-1]
-    assert any("waiting for up to" in line for line in said)
-    # Nor where a launcher ends it.
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, said.append):
-        timer.start()
-    assert "pushes it later" in said[-1]
-    # Nor in offline mode, in which nothing is tried, nor after Ctrl-C.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    check_repository(HubConfig(repo_id=NAME), run, False, said.append)
-    assert "HF_HUB_OFFLINE is set: training begins, and nothing is pushed during this run" in said.pop()
-    said.clear()
-    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
-        pushing.announce(checkpoints(run)[-1])
-        assert not (run / "hub").exists()
-    assert said == [f"warning: step {STEPS} is not on the Hub: `mmaudio-hf push {run} {NAME}` pushes it later"]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert f"`mmaudio-hf push {run} {NAME}` with --training-state pushes it later" in messages[-1]
+    assert any("waiting for up to" in line for line in messages)
 
-    def say(message: str) -> None:
-        said.append(message)
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_the_last_push(hub, run, quick, number):
+    """SIGTERM of a launcher, and Ctrl-C."""
+    messages: list[str] = []
+
+    def log(message: str) -> None:
+        messages.append(message)
         if "waiting for up to" in message:
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
 
+    hub.kill()
     began = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        with CheckpointSync(HubConfig(repo_id=f"{USER}/b", wait=60), run, say):
+        with CheckpointSync(HubConfig(repo_id=NAME, wait=60), run, log):
             pass
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - began < 10 and "pushes it later" in said[-1]
+    assert time.monotonic() - began < 10 and "pushes it later" in messages[-1]
+
+
+def test_in_offline_mode_nothing_is_pushed(hub, run, quick, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check_repository(HubConfig(repo_id=NAME), run, False, messages.append)
+    assert "HF_HUB_OFFLINE is set: training begins, and nothing is pushed during this run" in messages.pop()
+    with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+        assert not (run / "hub").exists()
+    assert messages == [f"warning: step {STEPS} is not on the Hub: `mmaudio-hf push {run} {NAME}` pushes it later"]
 
 
 def test_a_step_that_is_saved_again_is_pushed_again(hub, run, quick):
     """With the scores that came in between."""
-    said: list[str] = []
+    messages: list[str] = []
     settings = HubConfig(repo_id=NAME, every=EVERY, push=("training_state",))
-    check_repository(settings, run.with_name("new"), False, said.append)
-    with CheckpointSync(settings, run, said.append) as pushing:
+    check_repository(settings, run.with_name("new"), False, messages.append)
+    with CheckpointSync(settings, run, messages.append) as pushing:
         pushing.announce(checkpoints(run)[-1])
         until(lambda: pushing.pushed == STEPS)
         with open(run / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"step": STEPS, "eval/score": 1.0}) + "\n")
         pushing.announce(checkpoints(run)[-1])
-    assert steps_pushed(hub) == [STEPS, STEPS] and not [line for line in said if "warning" in line]
+    assert steps_pushed(hub) == [STEPS, STEPS] and not [line for line in messages if "warning" in line]
     assert hub.files(NAME)["training_state/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
 
 
 def test_files_that_somebody_removed_are_not_taken_for_pushed(hub, run, quick):
-    said: list[str] = []
+    messages: list[str] = []
     hub.kill()
-    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append) as pushing:
+    with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append) as pushing:
         pushing.announce(checkpoints(run)[-1])
         until(lambda: pushing.failures)
         shutil.rmtree(run / "hub")
         hub.start()
-        until(lambda: "somebody removed its files" in said[-1])
+        until(lambda: "somebody removed its files" in messages[-1])
         assert pushing.pushed is None
     assert steps_pushed(hub) == [STEPS] and "model.safetensors" in hub.files(NAME)
 
 
 def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
-    said: list[str] = []
-    check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, said.append)
+    messages: list[str] = []
+    check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, messages.append)
 
     def card(run_dir: Path, folder: Path, commit: str) -> None:
         assert run_dir == run
         (folder / "README.md").unlink()
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
 
-    with CheckpointSync(HubConfig(repo_id=NAME), run, said.append, card):
+    with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append, card):
         pass
     assert hub.files(NAME)["README.md"].endswith(b"# Mine\n")
     assert b"# Mine" not in (run / "last" / "pretrained_model" / "README.md").read_bytes()
@@ -493,15 +522,15 @@ def test_a_card_goes_along_and_cannot_hurt(hub, run, quick):
     def broken(*_) -> None:
         raise KeyError("nothing")
 
-    with CheckpointSync(HubConfig(repo_id=f"{USER}/b"), run, said.append, broken) as pushing:
-        check_repository(pushing.hub, run.with_name("new"), False, said.append)
+    with CheckpointSync(HubConfig(repo_id=f"{USER}/b"), run, messages.append, broken) as pushing:
+        check_repository(pushing.hub, run.with_name("new"), False, messages.append)
     assert "README.md" not in hub.files(f"{USER}/b") and "model.safetensors" in hub.files(f"{USER}/b")
-    assert any("cannot be written (KeyError" in line for line in said)
+    assert any("cannot be written (KeyError" in line for line in messages)
 
 
 def test_an_edit_of_the_card_during_a_push_is_kept(hub, run, quick):
-    """The owner writes into the card after it was read: the push begins anew, with what is there then."""
-    said: list[str] = []
+    """The owner writes into the card after it was read: the push is retried with what is there then."""
+    messages: list[str] = []
     assert main(["push", str(run), NAME]) == 0
     edited = hub.files(NAME)["README.md"] + b"\n## Notes\n\nTrained in the dark.\n"
 
@@ -511,9 +540,9 @@ def test_an_edit_of_the_card_during_a_push_is_kept(hub, run, quick):
             hub.repository(NAME).add({"README.md": edited})
 
     settings = HubConfig(repo_id=NAME, push=("pretrained_model", "training_state"))
-    with CheckpointSync(settings, run, said.append, card) as pushing:
+    with CheckpointSync(settings, run, messages.append, card) as pushing:
         pushing.announce(checkpoints(run)[-1])
-    assert any("another commit came first" in line for line in said), said
+    assert any("another commit came first" in line for line in messages), messages
     assert pushing.pushed == STEPS and b"Trained in the dark." in hub.files(NAME)["README.md"]
 
 
@@ -580,65 +609,73 @@ def stop_after(step: int, recipe: Path, process: subprocess.Popen) -> None:
     os.kill(second_process(recipe.parent), signal.SIGSTOP)
 
 
-def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undisturbed, tmp_path):
-    """Two processes; the server dies in the middle of an upload and comes back, the machine is lost, and another one
+@contextlib.contextmanager
+def launched(recipe: Path, *words: str, env: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Two training processes in the folder of `recipe`; the body ends with the loss of their machine."""
+    process = subprocess.Popen(
+        command(recipe, *words, processes=2), env=env, cwd=recipe.parent, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [second_process(recipe.parent)] if still_there(recipe.parent) else []:
+            os.kill(pid, signal.SIGKILL)
 
-    with nothing but the recipe and the stores goes on from the Hub.
+
+def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undisturbed, tmp_path):
+    """The server dies in the middle of an upload and comes back, the machine is lost, and another one with nothing but
+
+    the recipe and the stores resumes from the Hub.
     """
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
     settings = [f"hub.repo_id={NAME}", "hub.push=[pretrained_model, training_state]", f"resume=hub://{NAME}"]
-    recipes = []
-    for folder in (first, second):
+    recipes = [tmp_path / name / "run.yaml" for name in ("first", "second")]
+    for recipe in recipes:
+        recipe.parent.mkdir()
         tree = yaml.safe_load(undisturbed.read_text()) | {"name": "run", "output_dir": "output"}
-        recipes.append(folder / "run.yaml")
-        recipes[-1].write_text(yaml.safe_dump(tree))
+        recipe.write_text(yaml.safe_dump(tree))
     with Hub(tmp_path / "hub") as hub:
         variables = hub.environment(tmp_path / "home")
-        process = subprocess.Popen(
-            command(recipes[0], *settings, processes=2), env=variables, cwd=first, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
+        with launched(recipes[0], *settings, env=variables) as process:
             stop_after(EVERY, recipes[0], process)
             until(lambda: steps_pushed(hub))
             begun = steps_pushed(hub)[-1]
             hub.faults({"match": "PUT /storage", "bytes_per_second": 50_000})
-            os.kill(second_process(first), signal.SIGCONT)
+            os.kill(second_process(recipes[0].parent), signal.SIGCONT)
             stop_after(begun + 1, recipes[0], process)
             until(lambda: hub.uploading() > 0)
             hub.kill()
             time.sleep(0.5)
             hub.start()
             until(lambda: steps_pushed(hub)[-1] > begun, 60)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            for pid in [second_process(first)] if still_there(first) else []:
-                os.kill(pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert f"{NAME} holds no training state yet: output/run begins at step 0" in output
-        taken_up = steps_pushed(hub)[-1]
-        assert begun < taken_up < STEPS
-
-        done = run_together(2, "train", str(recipes[1]), *settings, cwd=second, env=variables)
+        step = steps_pushed(hub)[-1]
+        assert begun < step < STEPS
+        done = run_together(2, "train", str(recipes[1]), *settings, cwd=recipes[1].parent, env=variables)
         assert done.returncode == 0, done.stderr
-        assert f"resumes from step {taken_up} of {NAME}" in done.stderr and f"from step {taken_up} to" in done.stdout
-        shutil.copytree(run_dir(recipes[1]), run_dir(undisturbed).with_name("second"), symlinks=True)
-        same_bytes(undisturbed, undisturbed.with_name("second.yaml"))
-        for theirs in (run_dir(undisturbed) / "ema").iterdir():  # the order of their metadata is left to chance
-            ours, wanted = load_file(run_dir(recipes[1]) / "ema" / theirs.name), load_file(theirs)
-            assert ours.keys() == wanted.keys() and all(ours[name].equal(wanted[name]) for name in wanted)
-        assert steps_pushed(hub)[-1] == STEPS and steps_pushed(hub) == sorted(steps_pushed(hub))
-        there = hub.files(NAME)
-        for name in ("model", "optimizer", "ema", "window"):
-            file = f"training_state/{name}.safetensors"
-            assert there[file] == (run_dir(undisturbed) / "last" / file).read_bytes()
-        assert there["training_state/metrics.jsonl"] == (run_dir(undisturbed) / "metrics.jsonl").read_bytes()
-
-        # Nowhere is the token: not in what was said, logged, kept, or pushed.
+        assert f"resumes from step {step} of {NAME}" in done.stderr and f"from step {step} to" in done.stdout
+        check_same_end(undisturbed, recipes[1], hub)
+        # Nowhere is the token: not in what was printed, logged, kept, or pushed.
         kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "tokens.json"]
         assert len(kept) > 50 and not [p for p in kept if TOKEN.encode() in p.read_bytes()]
         assert TOKEN not in output + done.stdout + done.stderr
+
+
+def check_same_end(undisturbed: Path, resumed: Path, hub: Hub) -> None:
+    """The run folders of both recipes have the same bytes, and so has the repository."""
+    shutil.copytree(run_dir(resumed), run_dir(undisturbed).with_name("second"), symlinks=True)
+    same_bytes(undisturbed, undisturbed.with_name("second.yaml"))
+    for theirs in (run_dir(undisturbed) / "ema").iterdir():  # the order of their metadata is left to chance
+        ours, expected = load_file(run_dir(resumed) / "ema" / theirs.name), load_file(theirs)
+        assert ours.keys() == expected.keys() and all(ours[name].equal(expected[name]) for name in expected)
+    assert steps_pushed(hub)[-1] == STEPS and steps_pushed(hub) == sorted(steps_pushed(hub))
+    remote = hub.files(NAME)
+    for name in ("model", "optimizer", "ema", "window"):
+        file = f"training_state/{name}.safetensors"
+        assert remote[file] == (run_dir(undisturbed) / "last" / file).read_bytes()
+    assert remote["training_state/metrics.jsonl"] == (run_dir(undisturbed) / "metrics.jsonl").read_bytes()
 
 
 def still_there(folder: Path) -> bool:
@@ -689,11 +726,11 @@ def test_what_wins_when_both_have_something(hub, undisturbed, run, tmp_path, cap
     assert f"output/new resumes from step {STEPS}" in fetch("new", f"{NAME}@main")
     with pytest.raises(ValueError, match="no such revision"):
         fetch("other", f"{NAME}@v3")
-    # A launch holds the folder already; one that was killed had brought a part of the run.
-    for name, parts in (("held", ["lock"]), ("cut_short", ["config.yaml", "metrics.jsonl"])):
+    # A launch holds the folder already; one that was killed had fetched some files of the run.
+    for name, names in (("held", ["lock"]), ("cut_short", ["config.yaml", "metrics.jsonl"])):
         Path("output", name).mkdir()
-        for part in parts:
-            shutil.copy(run / part, Path("output", name))
+        for file in names:
+            shutil.copy(run / file, Path("output", name))
         assert f"output/{name} resumes from step {STEPS}" in fetch(name)
     hub.kill()
     assert f"Connection refused): output/run resumes from its own step {STEPS}" in fetch("run")
@@ -722,7 +759,7 @@ def test_a_network_alone_is_not_gone_on_from_at_step_0(hub, undisturbed, run, ca
     assert main(["push", str(run), NAME]) == 0
     words = ["name=alone", f"resume=hub://{NAME}", f"hub.repo_id={NAME}"]
     state = "hub.push=[pretrained_model, training_state]"
-    error = refused(capsys, "train", undisturbed, *words, state)
+    error = error_of(capsys, "train", undisturbed, *words, state)
     assert f"holds step {STEPS}" in error and f"finetune.init_from={NAME} starts from its weights" in error
     assert steps_pushed(hub) == [STEPS]
 
@@ -735,7 +772,7 @@ def test_another_run_in_the_folder_is_not_mixed_with_the_pulled_one(hub, run, tm
     same = log.read_text()
     log.write_text(same.replace('"train/loss": ', '"train/loss": 1', 1))
     before = files_of(run)
-    assert "holds another run" in refused(capsys, "pull", NAME, "--to", run)
+    assert "holds another run" in error_of(capsys, "pull", NAME, "--to", run)
     assert files_of(run) == before
     log.write_text(same)
     assert main(["pull", NAME, "--to", str(run)]) == 0

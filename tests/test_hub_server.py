@@ -54,7 +54,7 @@ def test_repositories_and_their_files(hub, tmp_path, kind):
     assert len([r for r in storage if r["method"] == "PUT"]) == 3  # parts
 
 
-def test_what_is_refused(hub, monkeypatch):
+def test_errors_have_the_codes_of_the_hub(hub, monkeypatch):
     api = HfApi()
     api.create_repo(NAME, private=True)
     sha = api.repo_info(NAME).sha

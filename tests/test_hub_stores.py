@@ -24,7 +24,7 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
 from mmaudio_hf.hub.stores import THREADS, plan_pull, pull_store
 
-PART = 2048  # bytes: a store of 50 rows has about twenty parts
+CHUNK = 2048  # bytes: a store of 50 rows has about twenty chunks
 LAYOUTS = ("reference", "compact")
 
 
@@ -49,7 +49,7 @@ def here(hub, monkeypatch, tmp_path) -> Path:
 
 
 def push(store: Path, name: str, *options: str) -> int:
-    return main(["store", "push", str(store), f"tester/{name}", "--part-size", str(PART / 2**20), *options])
+    return main(["store", "push", str(store), f"tester/{name}", "--part-size", str(CHUNK / 2**20), *options])
 
 
 def pull(name: str, target: Path, *options: str) -> int:
@@ -111,15 +111,15 @@ def test_shared_texts_of_some_rows_come_once(hub, here, tmp_path):
 
 def test_columns_and_only_what_they_need(hub, here, tmp_path, capsys):
     before = len(hub.requests())
-    assert pull("compact", tmp_path / "sound", "--columns", "text_features,std,mean", "--rows", "10:12") == 0
-    with FeatureStore.open(tmp_path / "sound") as some, FeatureStore.open(here / "compact") as whole:
+    assert pull("compact", tmp_path / "audio", "--columns", "text_features,std,mean", "--rows", "10:12") == 0
+    with FeatureStore.open(tmp_path / "audio") as some, FeatureStore.open(here / "compact") as whole:
         assert list(some.columns) == ["mean", "std", "text_features"] and some.ids == whole.ids[10:12]
         for name in some.columns:
             assert some.read([0, 1], [name])[name].equal(whole.read([10, 11], [name])[name])
         assert some.manifest["counts"] == {"chosen": 2, "of": 50}
-    assert verify(tmp_path / "sound").ok
-    asked = [line["path"] for line in hub.requests()[before:] if "/columns/" in line["path"]]
-    assert len(asked) == 4 and not [path for path in asked if "sync" in path or "clip" in path]
+    assert verify(tmp_path / "audio").ok
+    requests = [line["path"] for line in hub.requests()[before:] if "/columns/" in line["path"]]
+    assert len(requests) == 4 and not [path for path in requests if "sync" in path or "clip" in path]
     assert pull("compact", tmp_path / "all", "--columns", "mean,std") == 0
     with FeatureStore.open(tmp_path / "all") as some, FeatureStore.open(here / "compact") as whole:
         assert some.manifest["latent_statistics"] == whole.manifest["latent_statistics"]
@@ -128,7 +128,7 @@ def test_columns_and_only_what_they_need(hub, here, tmp_path, capsys):
     for options, message in (
         (["--columns", "text_features"], "a store needs the columns mean and std"),
         (["--columns", "mean,std,clip_features"], "clip_features and sync_features come together"),
-        (["--columns", "mean,std,sound"], "has no column sound; it has mean, std"),
+        (["--columns", "mean,std,audio"], "has no column audio; it has mean, std"),
         (["--rows", "50:"], "rows 0 to 49: none of them is chosen"),
     ):
         assert pull("compact", tmp_path / "none", *options) == 2
@@ -158,11 +158,11 @@ def test_a_new_version_replaces_the_old_one(hub, here, tmp_path):
     main(["store", "subset", str(store.path), str(tmp_path / "short"), "--rows", "0:30"])
     before = len(sent(hub))
     assert push(tmp_path / "short", "versions") == 0
-    assert len(sent(hub)) - before == 3  # the parts that end earlier
+    assert len(sent(hub)) - before == 3  # the chunks that end earlier
     assert pull("versions", tmp_path / "new") == 0 and pull(f"versions@{first}", tmp_path / "old") == 0
     assert content(tmp_path / "new") == content(tmp_path / "short") and content(tmp_path / "old") == content(store.path)
-    parts = [name for name in hub.files("tester/versions", "datasets") if name.endswith(".bin")]
-    assert len(parts) == 14
+    chunks = [name for name in hub.files("tester/versions", "datasets") if name.endswith(".bin")]
+    assert len(chunks) == 14
 
 
 # --- killed on the way -------------------------------------------------------------------------------------------
@@ -182,22 +182,22 @@ def test_a_killed_push_sends_nothing_twice(hub, here, tmp_path):
     store = make_store(tmp_path / "store", 50, seed=3)
     before = len(sent(hub))
     hub.faults({"match": "PUT /storage", "delay": 0.05})
-    words = ["push", str(store.path), "tester/killed", "--part-size", str(PART / 2**20)]
+    words = ["push", str(store.path), "tester/killed", "--part-size", str(CHUNK / 2**20)]
     killed(hub, tmp_path / "home", words, lambda: len(sent(hub)) >= before + 7)
     assert "store.json" not in hub.files("tester/killed", "datasets")
     assert pull("killed", tmp_path / "early") == 2
     hub.faults()
     assert push(store.path, "killed") == 0
     put = [line["path"] for line in sent(hub)[before:] if line["status"] == 200]
-    parts = [name for name in hub.files("tester/killed", "datasets") if name.endswith(".bin")]
-    assert len(put) == len(set(put)) == len(parts)
+    chunks = [name for name in hub.files("tester/killed", "datasets") if name.endswith(".bin")]
+    assert len(put) == len(set(put)) == len(chunks)
     assert pull("killed", tmp_path / "back") == 0 and content(tmp_path / "back") == content(store.path)
 
 
 def fetched(hub: Hub, before: int) -> tuple[int, int]:
-    """Blocks that were asked for since request `before`, and how many of these requests were for one known already."""
-    asked = [(line["path"], line["range"]) for line in hub.requests("GET /storage")[before:]]
-    return len(set(asked)), len(asked) - len(set(asked))
+    """Different blocks requested since request `before`, and requests for a block that was requested already."""
+    requests = [(line["path"], line["range"]) for line in hub.requests("GET /storage")[before:]]
+    return len(set(requests)), len(requests) - len(set(requests))
 
 
 def test_a_killed_pull_fetches_nothing_twice(hub, here, tmp_path):
@@ -255,27 +255,27 @@ def test_a_lost_connection_and_a_missing_token(hub, here, tmp_path, monkeypatch,
 
 def spoiled(index: dict, how: str) -> dict[str, bytes]:
     """Files that replace those of a good repository, by the name of the fault."""
-    part = index["columns"]["mean"]["parts"][0]
+    chunk = index["columns"]["mean"]["parts"][0]
     if how in ("../../../etc/x", "columns/mean/../../x.bin", "meta.json"):
-        part["file"] = how
+        chunk["file"] = how
     if how == "other column":
         index["columns"]["mean"]["parts"] = index["columns"]["std"]["parts"]
-    if how == "lost part":
-        part["file"] = part["file"].replace("00000", "00009")
+    if how == "lost chunk":
+        chunk["file"] = chunk["file"].replace("00000", "00009")
     if how == "huge":
-        part["records"] = 10**15
+        chunk["records"] = 10**15
     if how == "huge blocks":
         index["columns"]["mean"]["block_records"] = 10**12
         for p in index["columns"]["mean"]["parts"]:
             p["blocks"] = p["blocks"][:1]
     if how == "negative":
-        part["records"] = -1
+        chunk["records"] = -1
     if how == "words":
-        part["records"] = "50"
+        chunk["records"] = "50"
     if how == "version":
         index["version"] = 99
     if how == "no checksums":
-        part["blocks"] = [None]
+        chunk["blocks"] = [None]
     if how == "stranger":
         index["files"]["../evil"] = {"bytes": 1, "sha256": "0" * 64}
     if how == "more columns":
@@ -283,11 +283,11 @@ def spoiled(index: dict, how: str) -> dict[str, bytes]:
     if how == "no mapping":
         index["columns"] = []
     if how == "truncated":
-        return {part["file"]: b"short"}
+        return {chunk["file"]: b"short"}
     if how == "other content":
-        return {part["file"]: os.urandom(part["records"] * 80)}
+        return {chunk["file"]: os.urandom(chunk["records"] * 80)}
     if how == "wrong checksum":
-        part["sha256"] = "0" * 64
+        chunk["sha256"] = "0" * 64
     if how == "other table":
         return {"table.tsv": b"id\tlabel\n"}
     if how == "not json":
@@ -300,7 +300,7 @@ FAULTS = {
     "columns/mean/../../x.bin": r"malformed .*is no name of a chunk",
     "meta.json": r"malformed .*is no name of a chunk",
     "other column": "is not there, or misplaced",
-    "lost part": "is not there, or misplaced",
+    "lost chunk": "is not there, or misplaced",
     "huge": "the chunks of mean have 1000000000000025 records, not 50",
     "huge blocks": "too large to be held in memory",
     "negative": "has -1 records",
@@ -318,7 +318,7 @@ FAULTS = {
 }
 
 
-def test_spoiled_repositories_are_refused(hub, here, tmp_path, capsys):
+def test_spoiled_repositories_are_rejected(hub, here, tmp_path, capsys):
     files = hub.files("tester/reference", "datasets")
     repo = hub.repository("tester/spoiled", "datasets")
     repo.create(private=False)
@@ -329,7 +329,7 @@ def test_spoiled_repositories_are_refused(hub, here, tmp_path, capsys):
         assert pull("spoiled", tmp_path / "x") == 2, how
         assert re.search(message, capsys.readouterr().err), how
         assert not list(tmp_path.glob("x*")), how
-    # A block that is not what the index says, in a part that is: found when it arrives, and nothing of it is kept.
+    # A block that is not what the index says, in a chunk that is: found when it arrives, and nothing of it is kept.
     index = json.loads(files["store.json"])
     index["columns"]["std"]["parts"][1]["blocks"][0] = "0" * 64
     repo.add({**files, "store.json": json.dumps(index).encode()})
@@ -363,8 +363,8 @@ from mmaudio_hf.cli import main
 small = Path(sys.argv[1])
 def fill(free):
     filler = os.open(small / "filler", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    facts = os.statvfs(small)
-    os.posix_fallocate(filler, 0, facts.f_bavail * facts.f_frsize - free)
+    disk = os.statvfs(small)
+    os.posix_fallocate(filler, 0, disk.f_bavail * disk.f_frsize - free)
     os.close(filler)
 words = ["store", "pull", "tester/large", str(small / "x")]
 fill(160_000)
