@@ -316,7 +316,7 @@ def test_a_full_disk_is_an_error_and_a_pull_resumes_with_more_space(hub, run, tm
         ["unshare", "-rm", *words], env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=120
     )
     assert done.stdout.endswith("outcomes 1 new.hub 0 new\n"), done
-    assert "left" in done.stderr and "are needed: make room" in done.stderr and "Traceback" not in done.stderr
+    assert "left" in done.stderr and "are needed: free some space" in done.stderr and "Traceback" not in done.stderr
 
 
 # --- while it trains ------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def fetch(contents: RepoContents, names: Sequence[str], folder: Path) -> None:
     missing = [n for n in names if not (folder / n).is_file() or not is_same(folder / n, files[n])]
     size, free = sum(files[n].size for n in missing), shutil.disk_usage(folder).free
     if size > free:
-        raise OSError(f"{folder} has {readable(free)} left, {readable(size)} are needed: make room")
+        raise OSError(f"{folder} has {readable(free)} left, {readable(size)} are needed: free some space")
     for name in missing:
         (folder / name).unlink(missing_ok=True)  # huggingface_hub would take a damaged one for downloaded
     if not missing:
