@@ -457,8 +457,8 @@ def _check_space(plan: StorePull, store: Path) -> None:
     needed, free = sum(plan.sizes.values()) - present, shutil.disk_usage(store).free
     if needed > free:
         raise OSError(
-            f"{store.parent} needs {hub.readable(needed)} more, the disk has {hub.readable(free)}: free some space, or choose"
-            " columns or rows"
+            f"{store.parent} needs {hub.readable(needed)} more, the disk has {hub.readable(free)}: free some space,"
+            " or choose columns or rows"
         )
 
 
