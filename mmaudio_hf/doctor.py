@@ -400,6 +400,7 @@ def measure_reading(mixture: Mixture, threads: int, seed: int = 0, seconds: floa
             store, rows = mixture.stores[source], np.array([row])
             for name in store.columns:
                 store.drop_from_cache(name, rows)
+                store.prefetch(name, rows)
             store.read(rows)
             size += sum(column.row_bytes for column in store.columns.values())
             count += 1

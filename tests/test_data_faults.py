@@ -21,7 +21,7 @@ from mmaudio_hf.data.tools import convert, relative_difference, verify
 from mmaudio_hf.features.toy import text_features
 from mmaudio_hf.schema import RunError
 
-IDS, CAPTIONS = [f"id_{row}" for row in range(12)], [f"sound number {row % 5}" for row in range(12)]
+IDS, CAPTIONS = [f"id_{row}" for row in range(12)], [f"bark number {row % 5}" for row in range(12)]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -30,7 +30,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("layout", ["reference", "compact"])
-def test_every_flipped_bit_and_every_cut_is_found(layout, tmp_path):
+def test_every_flipped_bit_and_every_truncation_is_a_problem(layout, tmp_path):
     path = tmp_path / "s"
     make_store(path, 4, layout=layout)
     assert verify(path).ok
@@ -53,14 +53,14 @@ def test_every_flipped_bit_and_every_cut_is_found(layout, tmp_path):
     assert verify(path).ok
 
 
-def test_a_text_index_out_of_range_is_refused(tmp_path):
+def test_a_text_index_out_of_range_does_not_open(tmp_path):
     make_store(tmp_path / "s", 4, AUDIO_SHAPES, layout="compact")
     (tmp_path / "s" / "text_index.memmap").write_bytes(np.array([0, 1, 2, 4], "<i4").tobytes())
     with pytest.raises(ValueError, match=r"text_index\.memmap names text 0 to 4, there are 4"):
         FeatureStore.open(tmp_path / "s")
 
 
-def test_repeated_ids_are_noted(tmp_path):
+def test_repeated_ids_are_a_note(tmp_path):
     with StoreWriter(tmp_path / "s", AUDIO_SHAPES, 3, **FACTS) as writer:
         writer.write(0, ["a", "b", "a"], [""] * 3, random_values(3, AUDIO_SHAPES))
     report = verify(tmp_path / "s")
@@ -85,8 +85,8 @@ def encode(item_id: str, caption: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_captions_shifted_by_one_row_are_found(shift, captioned):
-    assert verify(captioned, sample=12, reencode=encode).notes[0].startswith("text_features: 12 rows made anew")
+def test_captions_shifted_by_one_row_are_a_problem(shift, captioned):
+    assert verify(captioned, sample=12, reencode=encode).notes[0].startswith("text_features: 12 rows encoded again")
     table = captioned.with_suffix(".tsv")
     header, *lines = table.read_text().splitlines()
     captions = [line.split("\t")[1] for line in lines]
@@ -102,13 +102,13 @@ def test_captions_shifted_by_one_row_are_found(shift, captioned):
     assert sum(any(text in problem for text in pointing) for problem in report.problems) >= 3
 
 
-def test_rows_that_cannot_be_made_anew_are_problems(captioned):
+def test_rows_that_cannot_be_encoded_again_are_problems(captioned):
     def gone(item_id, caption):
         raise RunError(f"{item_id}.mp4: no such file")
 
     report = verify(captioned, sample=2, reencode=gone)
-    assert len(report.problems) == 2 and "cannot be made anew: id_" in report.problems[0]
-    known = iter([encode("", "another sound")])
+    assert len(report.problems) == 2 and "cannot be encoded again: id_" in report.problems[0]
+    known = iter([encode("", "another bark")])
     report = verify(captioned, sample=1, reencode=lambda *row: next(known, None) or gone(*row))
     assert len(report.problems) == 1 and "are not those of its caption" in report.problems[0]  # neighbours are gone
     assert relative_difference(torch.ones(2, 3), torch.ones(3, 2)) == float("inf")
@@ -201,7 +201,7 @@ fill_and_run(Path({small!r}), Path({folder!r}))
 
 def fill_and_run(small: Path, folder: Path) -> None:
     """With less and less room on `small`, write, convert and merge: all of it or nothing. Runs beside the tests."""
-    before, steps, refused, made = content(folder), 0, 0, 0
+    before, steps, failed, written = content(folder), 0, 0, 0
     commands = [
         ["store", "convert", str(folder / "a"), str(small / "x"), "--layout", "compact"],
         ["store", "merge", str(folder / "b"), str(folder / "c"), "--out", str(small / "x")],
@@ -209,25 +209,25 @@ def fill_and_run(small: Path, folder: Path) -> None:
     ]
     for free in range(0, 96 * 1024, 8 * 1024):
         filler = os.open(small / "filler", os.O_CREAT | os.O_WRONLY)
-        facts = os.statvfs(small)
-        os.posix_fallocate(filler, 0, facts.f_bavail * facts.f_frsize - free or 1)
+        disk = os.statvfs(small)
+        os.posix_fallocate(filler, 0, disk.f_bavail * disk.f_frsize - free or 1)
         os.close(filler)
         for command in commands:
             steps += 1
             code = main(command)
             names = set(os.listdir(small)) - {"filler"}
             if code == 0:
-                made += 1
+                written += 1
                 assert names == {"x", "x.tsv", "x.manifest.json"} and verify(small / "x").ok
                 for name in ("x.tsv", "x.manifest.json"):
                     (small / name).unlink()
                 shutil.rmtree(small / "x")
             else:
-                refused += 1
+                failed += 1
                 assert code == 1 and names == set(), (command, code, names)
         (small / "filler").unlink()
     assert content(folder) == before
-    print("outcomes", steps, refused, made)
+    print("outcomes", steps, failed, written)
 
 
 def test_a_full_disk_leaves_nothing_half_done(tmp_path):
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path):
         pytest.skip("this machine lets nobody mount a small file system: unshare -m --map-root-user is refused")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    steps, refused, made = map(int, done.stdout.split("outcomes")[1].split())
-    assert steps == 36 and refused >= 6 and made >= 6
+    steps, failed, written = map(int, done.stdout.split("outcomes")[1].split())
+    assert steps == 36 and failed >= 6 and written >= 6
     for line in done.stderr.splitlines():
         assert ("No space left on device" in line and str(small / "x") in line) or "the store needs" in line, line

@@ -11,12 +11,18 @@ import pytest
 import torch
 from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 
-from mmaudio_hf.data import reads
-from mmaudio_hf.data.loader import BatchIndices, BatchLoader, sample_bytes, training_batches, validation_batches
+from mmaudio_hf.data.loader import (
+    BatchIndices,
+    BatchLoader,
+    sample_bytes,
+    training_batch_indices,
+    training_batches,
+    validation_batches,
+)
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.noise import sample_noise, sample_noise_for_ids
-from mmaudio_hf.data.reads import read_records
 from mmaudio_hf.data.sampler import dataset_indices, process_sample_indices
+from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
 
 SEED = 11
@@ -24,7 +30,7 @@ SEED = 11
 
 @pytest.fixture
 def mixture(tmp_path):
-    """13 rows with video (twice), 7 without, 4 of video without text."""
+    """13 rows with video (twice), 7 without, 4 with video and without text."""
     silent = {name: shape for name, shape in SHAPES.items() if name != "text_features"}
     stores = (
         make_store(tmp_path / "video", 13, seed=1),
@@ -43,43 +49,53 @@ def no_threads_left():
 
 def loader(mixture, global_batch=12, world_size=1, rank=0, accumulation=1, **changes) -> BatchLoader:
     settings = {"start_step": 0, "num_steps": 6, "threads": 3} | changes
-    slots = process_sample_indices(global_batch, world_size, rank, accumulation)
-    return training_batches(mixture, seed=SEED, global_batch=global_batch, sample_indices=slots, **settings)
+    samples = process_sample_indices(global_batch, world_size, rank, accumulation)
+    return training_batches(mixture, seed=SEED, global_batch=global_batch, sample_indices=samples, **settings)
 
 
-def check_against_store(batch, mixture, wanted: np.ndarray) -> None:
-    """Every value of the batch is what the stores hold at epoch positions `wanted`."""
-    source, rows = mixture.locate(wanted)
+def check_against_store(batch, mixture, indices: np.ndarray) -> None:
+    """Every value of the batch is what the stores hold at the dataset indices, grouped by store."""
+    source, rows = mixture.locate(indices)
+    order = np.argsort(source, kind="stable")
+    source, rows = source[order], rows[order]
     assert batch.source.tolist() == source.tolist()
-    videos = {sample: place for place, sample in enumerate(batch.video_rows.tolist())}
-    assert len(batch.clip_features) == len(batch.sync_features) == len(videos) == int(batch.has_video.sum())
+    video_row = {batch_row: row for row, batch_row in enumerate(batch.video_rows.tolist())}
+    assert len(batch.clip_features) == len(batch.sync_features) == len(video_row) == int(batch.has_video.sum())
     for i, (s, row) in enumerate(zip(source.tolist(), rows.tolist(), strict=True)):
         store = mixture.stores[s]
-        record = {name: value[0] for name, value in store.read([row]).items()}
+        values = {name: value[0] for name, value in store.read([row]).items()}
         assert batch.ids[i] == store.ids[row]
         assert (bool(batch.has_video[i]), bool(batch.has_text[i])) == (store.has_video, store.has_text)
-        assert (i in videos) == store.has_video
-        assert torch.equal(batch.mean[i], record["mean"]) and torch.equal(batch.std[i], record["std"])
-        assert torch.equal(batch.text_features[i], record.get("text_features", torch.zeros(7, 8)))
+        assert (i in video_row) == store.has_video
+        assert torch.equal(batch.mean[i], values["mean"]) and torch.equal(batch.std[i], values["std"])
+        assert torch.equal(batch.text_features[i], values.get("text_features", torch.zeros(7, 8)))
         if store.has_video:
-            assert torch.equal(batch.clip_features[videos[i]], record["clip_features"])
-            assert torch.equal(batch.sync_features[videos[i]], record["sync_features"])
+            assert torch.equal(batch.clip_features[video_row[i]], values["clip_features"])
+            assert torch.equal(batch.sync_features[video_row[i]], values["sync_features"])
+
+
+def check_training_batch(batch, mixture, step: int, samples: np.ndarray, global_batch: int) -> None:
+    """The batch holds these samples of the step, each with its own noise."""
+    assert batch.step == step and batch.valid.all() and sorted(batch.sample_indices) == samples.tolist()
+    check_against_store(batch, mixture, dataset_indices(SEED, step, samples, global_batch, len(mixture)))
+    own = dataset_indices(SEED, step, np.array(batch.sample_indices), global_batch, len(mixture))
+    assert mixture.locate(own)[0].tolist() == batch.source.tolist()
+    noise = sample_noise(SEED, "train", step, batch.sample_indices, (5, 4))
+    assert all(torch.equal(getattr(batch.noise, name), value) for name, value in vars(noise).items())
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_delivers_the_records_and_numbers_of_its_slots(mixture, world_size, accumulation):
+def test_delivers_the_rows_and_noise_of_its_samples(mixture, world_size, accumulation):
     for rank in range(world_size):
         shares = process_sample_indices(12, world_size, rank, accumulation)
         with loader(mixture, world_size=world_size, rank=rank, accumulation=accumulation, start_step=2) as batches:
-            steps = 0
-            for step, (micro_batches) in enumerate(batches, start=2):
+            steps = list(range(2, 8))
+            for micro_batches in batches:
+                step = steps.pop(0)
                 assert len(micro_batches) == accumulation
-                for batch, share in zip(micro_batches, shares, strict=True):
-                    assert batch.step == step and batch.valid.all()
-                    check_against_store(batch, mixture, dataset_indices(SEED, step, share, 12, len(mixture)))
-                    assert torch.equal(batch.noise.x0, sample_noise(SEED, "train", step, share, (5, 4)).x0)
-                steps += 1
-        assert steps == 6
+                for batch, samples in zip(micro_batches, shares, strict=True):
+                    check_training_batch(batch, mixture, step, samples, 12)
+        assert steps == []
 
 
 def test_a_resumed_run_sees_the_same_batches(mixture):
@@ -107,22 +123,24 @@ def test_reads_half_precision_as_it_is_stored(tmp_path):
 
 
 def test_rows_without_video_cost_no_video_bytes(mixture, monkeypatch):
-    read = {"bytes": 0}
+    read, read_into = [], FeatureStore.read_into
 
-    def counting(file, records, size, target, places):
-        read["bytes"] += len(records) * size
-        read_records(file, records, size, target, places)
+    def counting(self, name, rows, out):
+        read.append(out.nbytes)
+        read_into(self, name, rows, out)
 
-    monkeypatch.setattr("mmaudio_hf.data.store.read_records", counting)
-    with loader(mixture, num_steps=1, global_batch=24, threads=1) as batches:
+    monkeypatch.setattr(FeatureStore, "read_into", counting)
+    with loader(mixture, num_steps=1, global_batch=24) as batches:
         ((batch,),) = list(batches)
-        assert batches.bytes_read == read["bytes"]
+        assert batches.bytes_read == sum(read)
+    assert len(read) == 5 + 3 + 4  # one call for each column of each store
     sizes = {name: column.row_bytes for name, column in mixture.columns.items()}
-    wanted = sum(
+    expected = sum(
         sum(sizes[name] for name in (VIDEO_COLUMNS if video else AUDIO_COLUMNS) if text or name != "text_features")
         for video, text in zip(batch.has_video.tolist(), batch.has_text.tolist(), strict=True)
     )
-    assert read["bytes"] == wanted == sample_bytes(mixture, dataset_indices(SEED, 0, np.arange(24), 24, len(mixture)))
+    indices = dataset_indices(SEED, 0, np.arange(24), 24, len(mixture))
+    assert sum(read) == expected == sample_bytes(mixture, indices)
 
 
 def test_a_step_stays_valid_until_the_next_is_taken(mixture):
@@ -146,51 +164,73 @@ def test_batches_of_another_device_are_copies_there(mixture):
 
 
 @pytest.mark.parametrize(("threads", "prefetch", "accumulation"), [(1, 1, 1), (2, 4, 3), (6, 2, 2), (5, 1, 3)])
-def test_every_record_is_right_whatever_is_read_at_once(mixture, monkeypatch, threads, prefetch, accumulation):
-    monkeypatch.setattr("mmaudio_hf.data.loader._TASK_BYTES", 600)  # a few records: many tasks, in any order
-    monkeypatch.setattr("mmaudio_hf.data.loader._TASK_DRAWS", 3)
+def test_every_row_is_right_whatever_is_read_ahead(mixture, monkeypatch, threads, prefetch, accumulation):
+    monkeypatch.setattr("mmaudio_hf.data.loader._NOISE_ROWS", 3)  # many tasks, in any order
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(threads))
     shares = process_sample_indices(36, 1, 0, accumulation)
     memory = {}
     settings = {"threads": threads, "prefetch": prefetch, "accumulation": accumulation, "num_steps": 25}
     with loader(mixture, global_batch=36, **settings) as batches:
         for step, micro_batches in enumerate(batches):
-            for batch, share in zip(micro_batches, shares, strict=True):
-                check_against_store(batch, mixture, dataset_indices(SEED, step, share, 36, len(mixture)))
-                wanted = sample_noise(SEED, "train", step, share, (5, 4))
-                assert all(torch.equal(getattr(batch.noise, name), value) for name, value in vars(wanted).items())
+            for batch, samples in zip(micro_batches, shares, strict=True):
+                check_training_batch(batch, mixture, step, samples, 36)
                 for name, value in (*vars(batch).items(), *vars(batch.noise).items()):
                     if torch.is_tensor(value):
                         memory.setdefault(name, set()).add(value.data_ptr())
     ring = accumulation + max(prefetch, accumulation)
-    assert len(memory) == 17 and max(map(len, memory.values())) <= ring  # nothing is allocated anew
+    assert len(memory) == 17 and max(map(len, memory.values())) <= ring  # every buffer is used again
 
 
-def test_stores_that_exceed_memory_are_announced_to_the_system(mixture, monkeypatch):
-    advised, advise, sysconf = [], os.posix_fadvise, os.sysconf
+@pytest.mark.parametrize("exceeds", [False, True])
+def test_rows_are_requested_from_the_disk_before_they_are_needed(mixture, monkeypatch, exceeds):
+    """In the first epoch, or always when the stores exceed memory; the kernel is told that their order is random."""
+    requested, random, prefetch, sysconf = [], [], FeatureStore.prefetch, os.sysconf
 
-    def noting(file, offset, length, advice):
-        advised.append((length, advice))
-        advise(file, offset, length, advice)
+    def noting(self, name, rows):
+        requested.append(len(rows) * self.columns[name].row_bytes)
+        prefetch(self, name, rows)
 
-    monkeypatch.setattr(os, "posix_fadvise", noting)
-    with loader(mixture) as batches:
-        list(batches)
-    assert advised == []  # what is cached need not be asked for
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
-    with loader(mixture) as batches:
+    monkeypatch.setattr(FeatureStore, "prefetch", noting)
+    monkeypatch.setattr(FeatureStore, "advise_random", lambda self: random.append(self))
+    if exceeds:
+        monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
+    with loader(mixture, num_steps=12) as batches:
         for step, (batch,) in enumerate(batches):
-            check_against_store(batch, mixture, dataset_indices(SEED, step, np.arange(12), 12, len(mixture)))
-        soon = sum(length for length, advice in advised if advice == os.POSIX_FADV_WILLNEED)
-        assert soon == batches.bytes_read
-    files = sum(len(store.columns) for store in mixture.stores)
-    assert [advice for _, advice in advised].count(os.POSIX_FADV_RANDOM) == files
+            check_training_batch(batch, mixture, step, np.arange(12), 12)
+    first_epoch = range(12 if exceeds else 5)  # 5 steps of 12 are an epoch of 51
+    indices = [dataset_indices(SEED, step, np.arange(12), 12, len(mixture)) for step in first_epoch]
+    assert sum(requested) == sum(sample_bytes(mixture, part) for part in indices)
+    assert random == (list(mixture.stores) if exceeds else [])
+
+
+def test_readahead_can_be_turned_off(mixture, monkeypatch):
+    monkeypatch.setattr(FeatureStore, "prefetch", None)
+    batch_indices = training_batch_indices(len(mixture), SEED, 12, [np.arange(12)], range(2))
+    with BatchLoader(mixture, batch_indices, 12, 1, readahead=False) as batches:
+        assert len(list(batches)) == 2
+
+
+def test_the_reader_takes_its_threads_and_leaves_those_of_training(mixture, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(3))
+    seen, own, read_into = set(), torch.get_num_threads(), FeatureStore.read_into
+
+    def noting(*arguments):
+        seen.add(torch.get_num_threads())
+        read_into(*arguments)
+
+    monkeypatch.setattr(FeatureStore, "read_into", noting)
+    for threads, expected in ((2, 2), (8, 3)):  # more than the cores would wait for each other
+        with loader(mixture, num_steps=1, threads=threads) as batches:
+            list(batches)
+        assert seen == {expected} and torch.get_num_threads() == own
+        seen.clear()
 
 
 def test_waiting_is_counted(mixture):
     def slow():
         for step in range(3):
             time.sleep(0.05)
-            yield [BatchIndices(step, np.arange(2), np.ones(2, bool), lambda out, part, ids: None)]
+            yield [BatchIndices(step, np.arange(2), np.arange(2), np.ones(2, bool), lambda *_: None)]
 
     with BatchLoader(mixture, slow(), 2, 1) as batches:
         assert len(list(batches)) == 3
@@ -208,32 +248,30 @@ def test_waiting_is_counted(mixture):
 def test_a_file_that_shrinks_is_named_in_the_training_thread(mixture, tmp_path):
     with loader(mixture, num_steps=50) as batches:
         next(batches)
+        while batches._ready.qsize() < 2:  # then the reader waits for a buffer: nothing is read while the file shrinks
+            time.sleep(0.01)
         os.truncate(tmp_path / "video" / "sync_features.memmap", 0)
-        with pytest.raises(OSError, match=r"sync_features\.memmap ends before byte"):
+        with pytest.raises(OSError, match=r"sync_features\.memmap has 0 bytes, .* it became shorter"):
             list(batches)
         assert list(batches) == []
 
 
-def test_a_failing_disk_is_named_in_the_training_thread(mixture, monkeypatch):
-    def failing(*_):
-        raise OSError(5, "Input/output error")
+def test_an_error_while_reading_is_raised_in_the_training_thread(mixture, monkeypatch):
+    def failing(self, name, rows, out):
+        raise OSError(5, "Input/output error", f"{self.path}/{name}.memmap")
 
-    monkeypatch.setattr(reads, "_submit", lambda *_: False)  # what it says of a read that fails
-    monkeypatch.setattr(os, "preadv", failing)
+    monkeypatch.setattr(FeatureStore, "read_into", failing)
     with loader(mixture) as batches, pytest.raises(OSError, match=r"Input/output error: '.*\.memmap'"):
         next(batches)
 
 
-def test_a_read_that_delivers_less_is_continued(mixture, monkeypatch):
-    preadv = os.preadv
-    monkeypatch.setattr(reads, "_submit", lambda *_: False)
-    monkeypatch.setattr(
-        os, "preadv", lambda fd, parts, offset: preadv(fd, [parts[0][: max(1, len(parts[0]) // 3)]], offset)
-    )
-    with loader(mixture, num_steps=1) as batches:
-        (batch,) = next(batches)
-    monkeypatch.undo()
-    check_against_store(batch, mixture, dataset_indices(SEED, 0, np.arange(12), 12, len(mixture)))
+def test_an_error_while_drawing_noise_is_raised_in_the_training_thread(mixture, monkeypatch):
+    def failing(*_):
+        raise MemoryError("no noise")
+
+    monkeypatch.setattr("mmaudio_hf.data.loader.fill_noise", failing)
+    with loader(mixture) as batches, pytest.raises(MemoryError, match="no noise"):
+        next(batches)
 
 
 def test_closing_early_is_prompt_and_ends_the_iteration(mixture):
@@ -276,8 +314,8 @@ from mmaudio_hf.data.loader import training_batches
 from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.data.store import FeatureStore
 mixture = Mixture([(FeatureStore.open({str(tmp_path / "video")!r}), 1)])
-slots = process_sample_indices(4, 1, 0)
-batches = training_batches(mixture, seed=1, global_batch=4, sample_indices=slots, start_step=0, num_steps=10**9)
+samples = process_sample_indices(4, 1, 0)
+batches = training_batches(mixture, seed=1, global_batch=4, sample_indices=samples, start_step=0, num_steps=10**9)
 next(batches)
 assert not {{"av", "torchaudio", "transformers", "tensordict", "datasets"}} & set(sys.modules)
 """

@@ -102,7 +102,7 @@ def test_a_recipe_names_the_stores(tmp_path):
         ({"duration": 10.0}, "v has duration 8.0, .*w has 10.0"),
         ({"normalisation": "peak"}, "v has normalisation 'none', .*w has 'peak'"),
         ({"encoders": {"clip": {"id": "toy", "fingerprint": "c2"}}}, "v has encoder clip .*c1.*w has .*c2"),
-        ({"encoders": {"clip": {"id": "toy", "fingerprint": "tensors c1"}}}, "of files and not of tensors anew"),
+        ({"encoders": {"clip": {"id": "toy", "fingerprint": "tensors c1"}}}, "of files and not of tensors again"),
         ({"shapes": {**SHAPES, "clip_features": (6, 9)}}, r"v has clip_features as .*\(6, 8\).*w as .*\(6, 9\)"),
         ({"layout": "compact"}, "v has clip_features as float32 .*w as bfloat16 .*`mmaudio-hf store convert .*w .*"),
     ],

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -9,7 +10,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_stores import AUDIO_SHAPES, FACTS, SHAPES, make_store, random_values
@@ -148,9 +152,86 @@ def test_reading_refuses_rows_outside_the_store(tmp_path):
     assert store.read([])["mean"].shape == (0, 5, 4)
 
 
-def test_reads_more_consecutive_rows_than_one_system_call_takes(tmp_path):
-    store = make_store(tmp_path / "s", 2500, AUDIO_SHAPES)
-    assert torch.equal(store.read(range(2500))["mean"], random_values(2500, AUDIO_SHAPES)["mean"])
+# --- reading -----------------------------------------------------------------------------------------------------
+
+ORDERS = {
+    "one": [3],
+    "repeated": [5, 5, 0, 5],
+    "in order": list(range(700)),
+    "random": np.random.default_rng(1).permutation(700).tolist(),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """700 rows of columns with less, more and far more than 16,384 elements, the last without a small divisor."""
+    shapes = {"mean": (5, 4), "std": (5, 4), "clip_features": (9, 2048), "sync_features": (1, 17939)}
+    return make_store(tmp_path_factory.mktemp("wide") / "s", 700, shapes)
+
+
+@pytest.fixture(scope="module")
+def wide_columns(wide):
+    """What the files hold, by another way."""
+    names = wide.columns.items()
+    return {n: torch.from_numpy(np.fromfile(wide.path / f"{n}.memmap", "f4")).view(-1, *c.shape) for n, c in names}
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_reads_rows_in_any_order(wide, wide_columns, order):
+    rows = ORDERS[order]
+    for name, values in wide.read(rows).items():
+        assert torch.equal(values, wide_columns[name][rows]), name
+
+
+def test_reads_into_memory_that_is_there_and_no_further(wide, wide_columns):
+    out = torch.full((5, 9, 2048), 7.0)
+    wide.read_into("clip_features", np.array([6, 2]), out[1:3])
+    assert torch.equal(out[1:3], wide_columns["clip_features"][[6, 2]])
+    assert (out[[0, 3, 4]] == 7).all()
+    with pytest.raises(AssertionError):
+        wide.read_into("clip_features", np.array([6, 2]), out[1:4])
+
+
+def test_many_threads_read_at_once(wide, wide_columns):
+    with ThreadPoolExecutor(4) as pool:
+        for values in pool.map(lambda _: wide.read(ORDERS["random"], ["clip_features"]), range(8)):
+            assert torch.equal(values["clip_features"], wide_columns["clip_features"][ORDERS["random"]])
+
+
+def test_a_forked_process_reads_too(wide, wide_columns):
+    def read():
+        torch.set_num_threads(1)  # as a worker of a DataLoader
+        assert torch.equal(wide.read([3, 600])["mean"], wide_columns["mean"][[3, 600]])
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_nothing_can_be_written_through_an_open_store(tmp_path):
+    """The files may belong to somebody else, and may not be writable."""
+    store = make_store(tmp_path / "s", 4)
+    store.close()
+    for file in store.path.iterdir():
+        file.chmod(0o400)
+    store = FeatureStore.open(store.path)
+    assert store.read([2])["mean"].shape == (1, 5, 4)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(store.path) in line]
+    assert len(maps) == len(SHAPES) and all(mode == "r--s" for _, mode, *_ in maps)
+    store.close()
+    assert str(store.path) not in Path("/proc/self/maps").read_text()
+
+
+def test_rows_can_be_dropped_from_the_page_cache_and_requested(wide):
+    """The kernel is free to do otherwise; what is read stays right."""
+    rows = np.array([4, 600, 5])
+    before = wide.read(rows)
+    for name in wide.columns:
+        wide.drop_from_cache(name, rows)
+        wide.prefetch(name, rows)
+    wide.advise_random()
+    assert all(torch.equal(value, before[name]) for name, value in wide.read(rows).items())
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -289,7 +370,7 @@ def test_opening_refuses_broken_stores(tmp_path):
     spoiled(meta, edited(std={"shape": "4", "dtype": "torch.float32"}), "std has shape '4'")
     spoiled(meta, edited(std={"shape": [4, 5, 4], "dtype": "torch.int64"}), "std has dtype 'torch.int64'")
     spoiled(meta, edited(**{"../x": {"shape": [4, 5], "dtype": "torch.float32"}}), "not a plain name")
-    spoiled(table, lambda _: b"".join(lines[:-1]), "s.tsv has 3 rows, .* has 4 records")
+    spoiled(table, lambda _: b"".join(lines[:-1]), "s.tsv has 3 rows, .* has 4: they do not")
     spoiled(
         table, lambda _: b"".join([lines[0], lines[2], lines[1], *lines[3:]]), "does not list the ids of .* in their"
     )
@@ -340,5 +421,6 @@ def test_verify_reports_flipped_bits_and_values_that_are_not_finite(tmp_path):
 def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
     store = make_store(tmp_path / "s", 4)
     os.truncate(tmp_path / "s" / "std.memmap", 100)
-    with pytest.raises(OSError, match=r"std\.memmap ends before byte"):
-        store.read([0, 1, 2, 3])
+    for reading in (lambda: store.read([0]), lambda: list(store.blocks("std"))):
+        with pytest.raises(OSError, match=r"std\.memmap has 100 bytes, 320 are needed: it became shorter"):
+            reading()

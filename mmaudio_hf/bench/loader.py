@@ -136,10 +136,11 @@ def _timed(batches: Iterable) -> float:
 
 def _ours(mixture: Mixture, batch_size: int, steps: int, threads: int, noise: bool) -> float:
     """What `training_batches` is; without noise it draws no random numbers."""
-    plans = training_batch_indices(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
+    indices = training_batch_indices(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
     if not noise:
-        plans = ([replace(plan, draw=lambda *_: None) for plan in step] for step in plans)
-    with BatchLoader(mixture, plans, batch_size, 1, threads=threads) as batches:
+        indices = ([replace(batch, fill_noise=lambda *_: None) for batch in step] for step in indices)
+    # Without readahead, as after the first epoch: all rows are in the page cache.
+    with BatchLoader(mixture, indices, batch_size, 1, threads=threads, readahead=False) as batches:
         return _timed(batches)
 
 

@@ -2,9 +2,9 @@
 
 Two layouts, told apart by meta.json alone, so that a store opens without its manifest:
 
-    reference   every column in float32, one record per row: what the reference implementation reads and writes
-    compact     CLIP and text features in bfloat16, sync features too if wanted; each different text is kept once, in
-                text_features.memmap, and text_index.memmap (int32) names the text of every row
+    reference   every column in float32, rows one after the other: what the reference implementation reads and writes
+    compact     CLIP and text features in bfloat16, sync features too on request; text_features.memmap holds each
+                different text once, and text_index.memmap (int32) the row there of every row of the store
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -42,23 +42,23 @@ _PLAIN_ID = re.compile(r"[\w-]{1,50}", re.ASCII)  # passes schema.check_id, whic
 
 
 class Column(NamedTuple):
-    """Shape of one record and how its numbers are stored."""
+    """Shape of one row and how its numbers are stored."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one record."""
+        """Bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the folder of a store holds. `texts`: records of text_features when rows share them, else None."""
+    """What the folder of a store holds. `texts`: rows of text_features.memmap when rows share them, else None."""
 
     rows: int
-    columns: dict[str, Column]  # of a row
+    columns: dict[str, Column]  # of the store, in storage order
     texts: int | None = None
 
     @property
@@ -69,7 +69,7 @@ class Contents:
 
     @property
     def files(self) -> dict[str, tuple[Column, int]]:
-        """File -> what one of its records is, and their number."""
+        """Column file -> what one of its rows is, and their number."""
         files = {name: (column, self.rows) for name, column in self.columns.items()}
         if self.texts is not None:
             files[TEXT_FEATURES] = (self.columns[TEXT_FEATURES], self.texts)
@@ -79,13 +79,13 @@ class Contents:
     @property
     def size(self) -> int:
         """Bytes of all columns."""
-        return sum(column.row_bytes * records for column, records in self.files.values())
+        return sum(column.row_bytes * rows for column, rows in self.files.values())
 
 
 def layout_columns(
     shapes: Mapping[str, tuple[int, ...]], layout: str = "reference", sync_dtype: str = "float32"
 ) -> dict[str, Column]:
-    """Columns of a store in `layout` with records of `shapes`. ValueError for a setting nobody knows.
+    """Columns of a store in `layout` with rows of `shapes`. ValueError for an unknown setting.
 
     mean and std stay float32 in both: they make the regression target, which no autocast rounds, and are 3 % of a
     row with video.
@@ -140,15 +140,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 def meta_text(contents: Contents) -> str:
     """Content of meta.json as TensorDict writes it, key order included."""
     entries = {
-        name: {"device": "cpu", "shape": [records, *c.shape], "dtype": str(c.dtype), "is_nested": False}
-        for name, (c, records) in contents.files.items()
+        name: {"device": "cpu", "shape": [rows, *c.shape], "dtype": str(c.dtype), "is_nested": False}
+        for name, (c, rows) in contents.files.items()
     }
     kind = {"_type": "<class 'tensordict._td.TensorDict'>", "_format_version": 1, "_class": "tensordict:TensorDict"}
     return json.dumps({**entries, "shape": [], "device": "cpu", **kind})
 
 
 def read_meta(path: Path) -> Contents:
-    """What the folder `path` says that it holds; entries of both vintages of TensorDict. ValueError when unusable."""
+    """What meta.json of the folder `path` says, as older and newer TensorDict write it. ValueError when unusable."""
     file = path / "meta.json"
     if not path.is_dir():
         raise ValueError(
@@ -199,17 +199,17 @@ def check_contents(path: Path, contents: Contents) -> None:
 
 
 def check_sizes(path: Path, contents: Contents) -> None:
-    """ValueError add_path_to_oserror the first file that is missing or not as long as meta.json says."""
-    for name, (column, records) in contents.files.items():
-        file, size = column_file(path, name), records * column.row_bytes
+    """ValueError naming the first file that is missing or not as long as meta.json says."""
+    for name, (column, rows) in contents.files.items():
+        file, expected = column_file(path, name), rows * column.row_bytes
         if not file.is_file():
             raise ValueError(f"{file} is missing; copy it from where the store was made or {AGAIN}")
-        if (found := file.stat().st_size) != size:
-            raise ValueError(f"{file} has {found} bytes, meta.json says {size}; copy it again or {AGAIN}")
+        if (size := file.stat().st_size) != expected:
+            raise ValueError(f"{file} has {size} bytes, meta.json says {expected}; copy it again or {AGAIN}")
 
 
 def read_text_index(path: Path, contents: Contents) -> np.ndarray | None:
-    """Text record of every row (int64), or None when rows do not share texts."""
+    """Row of text_features.memmap for every row (int64), or None when rows do not share texts."""
     if contents.texts is None:
         return None
     file = column_file(path, TEXT_INDEX)
@@ -237,10 +237,10 @@ def _manifest_checksum(content: Mapping[str, Any]) -> str:
 def manifest_columns(path: Path, contents: Contents) -> dict[str, dict[str, Any]]:
     """Entries of the columns of a finished folder, with checksums of their files."""
     entries: dict[str, dict[str, Any]] = {}
-    for name, (column, records) in contents.files.items():
+    for name, (column, rows) in contents.files.items():
         entries[name] = {"dtype": dtype_name(column.dtype), "shape": list(column.shape)}
-        if records != contents.rows:
-            entries[name]["records"] = records
+        if rows != contents.rows:
+            entries[name]["records"] = rows
         with open(column_file(path, name), "rb") as file:
             entries[name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return entries
@@ -269,12 +269,14 @@ def read_manifest(path: Path, contents: Contents) -> dict[str, Any] | None:
         channels = {len(manifest["latent_statistics"][key]) for key in ("mean", "std")}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: columns or latent_statistics are malformed; {AGAIN}") from error
-    found = {name: (c.shape, dtype_name(c.dtype), records) for name, (c, records) in contents.files.items()}
-    told = manifest.get("layout", "reference")
-    if manifest["rows"] != rows or listed != found or channels != {contents.columns[MEAN].shape[-1]}:
-        raise ValueError(f"{file} describes {manifest['rows']} rows of {listed}, the folder holds {rows} of {found}")
-    if told != contents.layout or not isinstance(manifest["encoders"], dict) or not all(map(_is_hash, checksums)):
-        raise ValueError(f"{file}: layout {told!r} (the folder is {contents.layout}), encoders or checksums are wrong")
+    stored = {name: (c.shape, dtype_name(c.dtype), count) for name, (c, count) in contents.files.items()}
+    if manifest["rows"] != rows or listed != stored or channels != {contents.columns[MEAN].shape[-1]}:
+        raise ValueError(f"{file} describes {manifest['rows']} rows of {listed}, the folder holds {rows} of {stored}")
+    layout = manifest.get("layout", "reference")
+    if layout != contents.layout or not isinstance(manifest["encoders"], dict) or not all(map(_is_hash, checksums)):
+        raise ValueError(
+            f"{file}: layout {layout!r} (the folder is {contents.layout}), encoders or checksums are wrong"
+        )
     checksum = manifest.pop("checksum", None)
     if checksum is not None and checksum != _manifest_checksum(manifest):
         raise ValueError(f"{file} was changed after it was written (checksum differs); copy it again or {AGAIN}")
@@ -299,7 +301,7 @@ def captions_hash(captions: Sequence[str]) -> str:
 
 
 def read_table(file: Path) -> tuple[list[str], list[str]]:
-    """Ids and captions, all as text: "NA" stays a word and "00008" keeps its zeros (spec media, section 5.3)."""
+    """Ids and captions, all as text: "NA" stays a word and "00008" keeps its zeros."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as handle:
             lines = csv.reader(handle, delimiter="\t", strict=True)
@@ -310,13 +312,13 @@ def read_table(file: Path) -> tuple[list[str], list[str]]:
     text = next((name for name in ("label", "caption") if name in header), None)
     if "id" not in header or text is None:
         raise ValueError(f"{file} needs the columns `id` and `label` (or `caption`); its header is {header}")
-    id_place, text_place = header.index("id"), header.index(text)
+    id_field, text_field = header.index("id"), header.index(text)
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(f"{file}, line {line}: {len(row)} fields, the header has {len(header)}")
-        if not _PLAIN_ID.fullmatch(row[id_place]):
-            check_id(row[id_place], f"{file}, line {line}")
-    return [row[id_place] for _, row in rows], [row[text_place] for _, row in rows]
+        if not _PLAIN_ID.fullmatch(row[id_field]):
+            check_id(row[id_field], f"{file}, line {line}")
+    return [row[id_field] for _, row in rows], [row[text_field] for _, row in rows]
 
 
 def table_lines(ids: Sequence[str], captions: Sequence[str], text: str) -> Iterator[str]:
@@ -355,10 +357,10 @@ def write_text(file: Path, lines: Iterator[str] | Sequence[str]) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of any dtype, as writable bytes."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def write_all(file, data: memoryview, offset: int) -> None:
+def write_all(file: BinaryIO, data: memoryview, offset: int) -> None:
     """Write `data` at byte `offset` of an unbuffered file."""
     with add_path_to_oserror(file.name):
         while data:

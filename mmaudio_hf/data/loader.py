@@ -1,39 +1,38 @@
-"""Batches from a mixture, read ahead.
+"""Batches of a mixture, read ahead by one thread.
 
-Records are read with concurrent positional reads, many in one system call (`reads`), straight into a ring of reused
-buffers, and the random numbers of the samples are drawn by the same threads, so the training loop waits for neither.
-There are no worker processes: reading and drawing release the interpreter lock, and nothing is pickled or copied
-between processes. The threads go on to the next batch without waiting for the last piece of the one before.
+The thread copies rows from the memory-mapped columns of the stores straight into a ring of reused buffers, one
+`torch.index_select` for each store and column, and has the random inputs drawn; the training loop waits for neither.
+There are no worker processes: all of it releases the GIL, and nothing is pickled or copied between processes.
 """
 
-import mmap
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mmaudio_hf.data.layout import Column, bytes_of
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.noise import Draws, draw_for_ids_into, draw_into
+from mmaudio_hf.data.noise import Draws, fill_noise, fill_noise_for_ids
 from mmaudio_hf.data.sampler import dataset_indices, validation_indices
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
-_TASK_BYTES = 16 << 20  # what one thread reads at a time: about two milliseconds of copying from the page cache
-_TASK_DRAWS = 16  # samples whose random numbers one thread draws at a time: about two milliseconds
+_NOISE_ROWS = 16  # samples whose noise one thread draws at a time: about two milliseconds
+_READAHEAD = 2  # batches that are requested from the disk before they are read
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples; the Bv among them that have video are listed in `video_rows`. Rows without text hold zeros there."""
+    """B samples, grouped by store; the Bv that have video are listed in `video_rows`. Absent text is zeros."""
 
     step: int
     mean: torch.Tensor  # (B, N, C), of the latent before normalisation
@@ -41,30 +40,32 @@ class Batch:
     text_features: torch.Tensor  # (B, 77, 1024)
     clip_features: torch.Tensor  # (Bv, T, 1024)
     sync_features: torch.Tensor  # (Bv, S, 768)
-    video_rows: torch.Tensor  # (Bv,) int64, ascending: row i of the two above belongs to sample video_rows[i]
+    video_rows: torch.Tensor  # (Bv,) int64, ascending: row i of the two above belongs to batch row video_rows[i]
     has_video: torch.Tensor  # (B,) bool
     has_text: torch.Tensor  # (B,) bool
     source: torch.Tensor  # (B,) int64, index of the store in the mixture
     valid: torch.Tensor  # (B,) bool, False for the padding of a last validation batch
     ids: list[str]
     noise: Draws
+    sample_indices: Sequence[int] = ()  # (B,) which sample of the step each batch row is
 
-    def to(self, device, non_blocking: bool = False) -> "Batch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
-        return replace(self, **{name: v.to(device, non_blocking=non_blocking) for name, v in self._tensors().items()})
-
-    def _tensors(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("step", "ids")}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | Draws)}
+        copies: dict[str, Any] = {n: value.to(device, non_blocking=non_blocking) for n, value in tensors.items()}
+        return replace(self, **copies)
 
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """What one batch is made of: epoch positions (B,) of the mixture, which of them count, and their random numbers."""
+    """What one batch consists of, in any order; the loader groups it by store."""
 
     step: int
-    dataset_indices: np.ndarray
-    valid: np.ndarray
-    draw: Callable[[Draws, slice, list[str]], None]  # fills the numbers of the given samples, given the batch's ids
+    dataset_indices: np.ndarray  # (B,), for `Mixture.locate`
+    sample_indices: np.ndarray  # (B,) of the step
+    valid: np.ndarray  # (B,) bool, False for padding
+    fill_noise: Callable[[Draws, list[int], list[str]], None]  # given sample indices and ids of the rows to fill
 
 
 def training_batches(
@@ -84,33 +85,25 @@ def training_batches(
     sample_indices: those of each accumulation micro batch, from `sampler.process_sample_indices`. Iterating yields one
     list of batches per step, one batch per micro batch. `device` None leaves them on the CPU.
     """
-    steps = training_batch_indices(
-        len(mixture), seed, global_batch, sample_indices, range(start_step, start_step + num_steps)
-    )
-    return BatchLoader(
-        mixture,
-        steps,
-        max(map(len, sample_indices)),
-        len(sample_indices),
-        prefetch=prefetch,
-        threads=threads,
-        device=device,
-    )
+    steps = range(start_step, start_step + num_steps)
+    indices = training_batch_indices(len(mixture), seed, global_batch, sample_indices, steps)
+    size, count = max(map(len, sample_indices)), len(sample_indices)
+    return BatchLoader(mixture, indices, size, count, prefetch=prefetch, threads=threads, device=device)
 
 
 def training_batch_indices(
     epoch_length: int, seed: int, global_batch: int, sample_indices: Sequence[np.ndarray], steps: range
 ) -> Iterator[list[BatchIndices]]:
-    """Plans of the micro batches of each step."""
+    """Indices of the micro batches of each step."""
 
-    def plan(step: int, share: np.ndarray) -> BatchIndices:
-        def draw(out: Draws, samples: slice, ids: list[str]) -> None:
-            draw_into(out.part(samples), seed, "train", step, share[samples].tolist())
+    def micro_batch(step: int, samples: np.ndarray) -> BatchIndices:
+        def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
+            fill_noise(out, seed, "train", step, samples)
 
-        found = dataset_indices(seed, step, share, global_batch, epoch_length)
-        return BatchIndices(step, found, np.ones(len(share), dtype=bool), draw)
+        indices = dataset_indices(seed, step, samples, global_batch, epoch_length)
+        return BatchIndices(step, indices, samples, np.ones(len(samples), dtype=bool), fill)
 
-    return ([plan(step, share) for share in sample_indices] for step in steps)
+    return ([micro_batch(step, samples) for samples in sample_indices] for step in steps)
 
 
 def validation_batches(
@@ -125,19 +118,19 @@ def validation_batches(
     threads: int = 4,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """Batches of process `rank` over the whole mixture, or those `dataset_indices` of it, in order; as many everywhere.
+    """Batches of process `rank` over the whole mixture, or those `dataset_indices` of it; as many everywhere.
 
-    Random numbers depend on the seed and an item's id alone; rows with `valid` False are padding. A batch is valid
-    until the next one is taken.
+    The noise depends on the seed and an item's id alone; rows that are not `valid` are padding. A batch may be used
+    until the next one is requested.
     """
 
-    def draw(out: Draws, samples: slice, ids: list[str]) -> None:
-        draw_for_ids_into(out.part(samples), seed, ids[samples])
+    def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
+        fill_noise_for_ids(out, seed, ids)
 
-    chosen = np.arange(len(mixture)) if dataset_indices is None else dataset_indices
-    shares = validation_indices(len(chosen), batch_size, rank, world_size)
-    steps = ([BatchIndices(i, chosen[found], valid, draw)] for i, (found, valid) in enumerate(shares))
-    with BatchLoader(mixture, steps, batch_size, 1, prefetch=prefetch, threads=threads, device=device) as loader:
+    items = np.arange(len(mixture)) if dataset_indices is None else dataset_indices
+    batches = enumerate(validation_indices(len(items), batch_size, rank, world_size))
+    indices = ([BatchIndices(step, items[chosen], chosen, valid, fill)] for step, (chosen, valid) in batches)
+    with BatchLoader(mixture, indices, batch_size, 1, prefetch=prefetch, threads=threads, device=device) as loader:
         for (batch,) in loader:
             yield batch
 
@@ -145,13 +138,14 @@ def validation_batches(
 class BatchLoader:
     """Iterator over steps, each a list of batches, that are read ahead; close it, or use it as a context manager.
 
-    On the CPU the tensors of a step are views of reused buffers: they are valid until the next step is taken. On
-    another device they are copies that stay valid; for CUDA they are made from page-locked buffers without waiting.
+    On the CPU the tensors of a step are views of reused buffers: they may be used until the next step is requested. On
+    another device they are copies that stay; for CUDA they are copied from pinned buffers without waiting.
     `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
-    waited. What goes wrong while reading (OSError with the file name) is raised by the iterator.
+    waited. Errors while reading (OSError with the file name) are raised by the iterator.
 
-    hints: tell the system which records come next and to read nothing else. None does so when the stores do not fit
-    into memory; records that are cached cost a little more with it.
+    threads: of torch for reading, and of the pool that draws noise; no more than there are cores.
+    readahead: request the rows of coming batches from the disk, in the first epoch and always when the stores exceed
+    memory. Rows that are in the page cache cost about 10 % more with it.
     """
 
     def __init__(
@@ -164,245 +158,203 @@ class BatchLoader:
         prefetch: int = 2,
         threads: int = 4,
         device: torch.device | str | None = None,
-        hints: bool | None = None,
+        readahead: bool = True,
     ):
         self.wait_seconds = 0.0
-        self.bytes_read = 0  # of features; asked for, as soon as a batch is begun
+        self.bytes_read = 0  # of features
         self._mixture = mixture
         self._steps = steps
         self._micro_batches = micro_batches
         self._device = torch.device(device or "cpu")
         self._pinned = self._device.type == "cuda"
-        self._hints = exceeds_memory(mixture) if hints is None else hints
-        self._free: queue.SimpleQueue = queue.SimpleQueue()  # buffers to fill; None: stop
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()  # _Filling, in order, or what ends the iteration
-        self._held: list[_Buffers] = []
+        self._threads = min(threads, len(os.sched_getaffinity(0)))  # more would only wait for each other
+        self._readahead = readahead
+        self._free: queue.SimpleQueue[_Buffers | None] = queue.SimpleQueue()  # None: stop
+        self._ready: queue.SimpleQueue[tuple[Batch, _Buffers] | BaseException] = queue.SimpleQueue()
+        self._held: list[_Buffers] = []  # of the batches that the consumer has
         for _ in range(micro_batches + max(prefetch, micro_batches)):
             self._free.put(_Buffers(mixture, batch_size, self._pinned))
         self._stopped = False
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mmaudio-read")
-        self._thread = threading.Thread(target=self._produce, name="mmaudio-prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._read_all, name="mmaudio-prefetch", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
-        """Batches of the next step; the tensors of the step before are given up."""
+        """Batches of the next step; the buffers of the step before are used again."""
         if self._stopped:
             raise StopIteration
         for buffers in self._held:
             self._free.put(buffers)
         self._held = []
         try:
-            return [self._hand_over(self._take()) for _ in range(self._micro_batches)]
+            return [self._to_device(*self._wait_next()) for _ in range(self._micro_batches)]
         except BaseException as error:
-            stopped = self._stopped  # by another thread: what that broke is no error
+            stopped = self._stopped  # by another thread: the errors that it causes are none
             self.close()
             if stopped and isinstance(error, Exception):
                 raise StopIteration from None
             raise
 
-    def _take(self) -> "_Filling":
-        """The next batch, when it is complete."""
+    def _wait_next(self) -> "tuple[Batch, _Buffers]":
         start = time.perf_counter()
         try:
             item = self._ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            wait(item.tasks, return_when=FIRST_EXCEPTION)  # one waking up rather than one for each task
-            for task in item.tasks:
-                task.result()
-            return item
         finally:
             self.wait_seconds += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
-    def _hand_over(self, filled: "_Filling") -> Batch:
-        """The batch on its device; its buffers are free after the copy, or else when the next step is taken."""
+    def _to_device(self, batch: Batch, buffers: "_Buffers") -> Batch:
+        """The batch on its device; its buffers are free after the copy, or else when the next step is requested."""
         if self._device.type == "cpu":
-            self._held.append(filled.buffers)
-            return filled.batch
-        batch = filled.batch.to(self._device, non_blocking=self._pinned)
-        filled.buffers.mark_copied(self._device)
-        self._free.put(filled.buffers)
-        return batch
+            self._held.append(buffers)
+            return batch
+        copy = batch.to(self._device, non_blocking=self._pinned)
+        buffers.mark_copied(self._device)
+        self._free.put(buffers)
+        return copy
 
     def close(self) -> None:
-        """Stop reading and end all threads; waits at most for the reads under way."""
+        """Stop reading and end all threads; waits at most for the batch that is being read."""
         self._stopped = True
         self._free.put(None)
-        self._pool.shutdown(wait=True, cancel_futures=True)
         self._thread.join()
 
     def __enter__(self) -> "BatchLoader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _produce(self) -> None:
-        """Have all batches filled, each as soon as there is room for it."""
+    # --- the thread that reads -------------------------------------------------------------------------------------
+
+    def _read_all(self) -> None:
+        """Fill all batches, each as soon as a buffer is free."""
+        torch.set_num_threads(self._threads)  # of this thread alone, as in the pin_memory thread of torch's DataLoader
         end: BaseException = StopIteration()
         try:
-            if self._hints:
-                for store in self._mixture.stores:
-                    store.advise_random()
-            for plans in self._steps:
-                for plan in plans:
-                    samples = _Samples(self._mixture, plan.dataset_indices)
-                    if self._hints:
-                        samples.prefetch()
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="mmaudio-noise") as pool:
+                for samples in self._located():
                     buffers = self._free.get()
-                    if buffers is None:
+                    if buffers is None or self._stopped:
                         return
-                    buffers.wait_copied()
-                    self._ready.put(self._start(plan, samples, buffers))
+                    self._ready.put((buffers.fill(samples, pool), buffers))
+                    self.bytes_read += samples.bytes
         except BaseException as error:
             end = error
         finally:
             self._ready.put(end)
 
-    def _start(self, plan: BatchIndices, samples: "_Samples", buffers: "_Buffers") -> "_Filling":
-        """Give the threads all that fills one batch."""
-        batch = buffers.batch(plan, samples)
-        tasks = [self._pool.submit(buffers.read, pieces) for pieces in samples.tasks()]
-        for first in range(0, len(batch.ids), _TASK_DRAWS):
-            part = slice(first, first + _TASK_DRAWS)
-            tasks.append(self._pool.submit(plan.draw, batch.noise, part, batch.ids))
-        self.bytes_read += sum(piece.bytes for piece in samples.pieces)
-        return _Filling(batch, buffers, tasks)
+    def _located(self) -> "Iterator[_Samples]":
+        """Where the samples of all batches are, requested from the disk some batches before they are read."""
+        exceeds = self._readahead and exceeds_memory(self._mixture)
+        for store in self._mixture.stores if exceeds else ():
+            store.advise_random()
+        coming: deque[_Samples] = deque()
+        count = 0
+        for indices in chain.from_iterable(self._steps):
+            samples = _Samples(self._mixture, indices)
+            if exceeds or (self._readahead and count < len(self._mixture)):
+                samples.prefetch()
+            count += len(samples.ids)
+            coming.append(samples)
+            if len(coming) > _READAHEAD:
+                yield coming.popleft()
+        yield from coming
 
 
-def sample_bytes(mixture: Mixture, positions: np.ndarray) -> int:
+def sample_bytes(mixture: Mixture, indices: np.ndarray) -> int:
     """Bytes of the features of samples: what is read for them, once, and what goes to the device besides noise."""
-    return sum(piece.bytes for piece in _Samples(mixture, positions).pieces)
+    source, _ = mixture.locate(indices)
+    return int(mixture.row_bytes[source].sum())
 
 
 def exceeds_memory(mixture: Mixture) -> bool:
-    """Whether the features take more than half of this machine's memory, so that the page cache will not hold them."""
+    """Whether the features take more than half of this machine's memory, so that the page cache will not keep them."""
     size = sum(store.contents.size for store in mixture.stores)
     return 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Piece(NamedTuple):
-    """Records of one column of one store, and their places in the batch."""
+    """Rows of one column of one store, which follow each other in the batch from `start` on."""
 
     store: FeatureStore
     column: str
     rows: np.ndarray
-    places: np.ndarray
-
-    @property
-    def bytes(self) -> int:
-        return len(self.rows) * self.store.columns[self.column].row_bytes
+    start: int
 
 
 class _Samples:
-    """Where the samples at some positions of a mixture lie, and where in a batch their records go."""
+    """The samples of a batch, grouped by store so that each column of a store is one slice of the batch."""
 
-    def __init__(self, mixture: Mixture, positions: np.ndarray):
+    def __init__(self, mixture: Mixture, indices: BatchIndices):
         stores = mixture.stores
-        self.source, rows = mixture.locate(positions)
-        self.has_video = np.array([store.has_video for store in stores])[self.source]
-        self.has_text = np.array([store.has_text for store in stores])[self.source]
-        self.ids = [stores[s].ids[row] for s, row in zip(self.source.tolist(), rows.tolist(), strict=True)]
+        source, rows = mixture.locate(indices.dataset_indices)
+        order = np.argsort(source, kind="stable")
+        source, rows = source[order], rows[order]
+        self.step, self.fill_noise = indices.step, indices.fill_noise
+        self.sample_indices: list[int] = indices.sample_indices[order].tolist()
+        self.ids = [stores[s].ids[row] for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
+        self.bytes = int(mixture.row_bytes[source].sum())
+        has_video = np.array([store.has_video for store in stores])[source]
+        has_text = np.array([store.has_text for store in stores])[source]
+        self.flags = {"has_video": has_video, "has_text": has_text, "valid": indices.valid[order], "source": source}
+        self.flags["video_rows"] = np.flatnonzero(has_video)
         self.pieces: list[_Piece] = []
-        video_places = np.cumsum(self.has_video) - 1
         for index, store in enumerate(stores):
-            chosen = np.flatnonzero(self.source == index)
-            for name in store.columns.keys() & mixture.columns.keys() if len(chosen) else ():
-                places = video_places[chosen] if name in _VIDEO else chosen
-                count = max(1, _TASK_BYTES // store.columns[name].row_bytes)
-                for first in range(0, len(chosen), count):
-                    part = slice(first, first + count)
-                    self.pieces.append(_Piece(store, name, rows[chosen[part]], places[part]))
+            first, last = np.searchsorted(source, [index, index + 1]).tolist()
+            for name in mixture.columns.keys() & store.columns.keys() if first < last else ():
+                start = int(has_video[:first].sum()) if name in _VIDEO else first
+                self.pieces.append(_Piece(store, name, rows[first:last], start))
 
     def prefetch(self) -> None:
-        """Have the system fetch all records."""
+        """Request all rows from the disk."""
         for piece in self.pieces:
             piece.store.prefetch(piece.column, piece.rows)
 
-    def tasks(self) -> Iterator[list[_Piece]]:
-        """The pieces in portions of about `_TASK_BYTES`."""
-        portion, size = [], 0
-        for piece in self.pieces:
-            portion.append(piece)
-            size += piece.bytes
-            if size >= _TASK_BYTES:
-                yield portion
-                portion, size = [], 0
-        if portion:
-            yield portion
-
-
-@dataclass(frozen=True)
-class _Filling:
-    """A batch that is being filled: it is complete when all tasks are."""
-
-    batch: Batch
-    buffers: "_Buffers"
-    tasks: list[Future]
-
 
 class _Buffers:
-    """Room for one batch. Pages that no record is ever read into are never touched, unless they are page-locked."""
+    """The memory of one batch. Pages that no row is ever read into are never touched, unless they are pinned."""
 
     def __init__(self, mixture: Mixture, batch_size: int, pinned: bool):
-        any_video = any(store.has_video for store in mixture.stores)
-        self._features = {
-            name: _room(column, 0 if name in _VIDEO and not any_video else batch_size, pinned)
+        video_size = batch_size if any(store.has_video for store in mixture.stores) else 0
+        self._tensors = {
+            name: torch.empty(
+                (video_size if name in _VIDEO else batch_size, *column.shape), dtype=column.dtype, pin_memory=pinned
+            )
             for name, column in mixture.columns.items()
         }
-        self._bytes = {name: bytes_of(tensor) for name, tensor in self._features.items()}
-        flags = {"has_video": bool, "has_text": bool, "valid": bool, "source": np.int64, "video_rows": np.int64}
-        self._facts = {name: torch.from_numpy(np.zeros(batch_size, kind)) for name, kind in flags.items()}
-        if pinned:
-            self._facts = {name: tensor.pin_memory() for name, tensor in self._facts.items()}
-        self._draws = Draws.empty(batch_size, mixture.latent_shape, pinned)
+        flags = dict.fromkeys(("has_video", "has_text", "valid"), torch.bool) | dict.fromkeys(
+            ("source", "video_rows"), torch.int64
+        )
+        self._tensors |= {n: torch.empty(batch_size, dtype=dtype, pin_memory=pinned) for n, dtype in flags.items()}
+        self._noise = Draws.empty(batch_size, mixture.latent_shape, pinned)
         self._copied: torch.cuda.Event | None = None
 
-    def batch(self, plan: BatchIndices, samples: _Samples) -> Batch:
-        """The batch that these buffers will hold; what is not read or drawn is there already."""
-        size, video_rows = len(samples.ids), np.flatnonzero(samples.has_video)
-        facts = {
-            "has_video": samples.has_video,
-            "has_text": samples.has_text,
-            "valid": plan.valid,
-            "source": samples.source,
-            "video_rows": video_rows,
-        }
-        for name, value in facts.items():
-            self._facts[name][: len(value)] = torch.from_numpy(value)
-        tensors = {name: self._facts[name][: len(value)] for name, value in facts.items()}
-        for name, room in self._features.items():
-            tensors[name] = room[: len(video_rows) if name in _VIDEO else size]
-        if not samples.has_text.all():
-            tensors[TEXT_FEATURES][~tensors["has_text"]] = 0
-        return Batch(step=plan.step, ids=samples.ids, noise=self._draws.part(slice(0, size)), **tensors)
-
-    def read(self, pieces: Sequence[_Piece]) -> None:
-        """Read some of the records."""
-        for piece in pieces:
-            piece.store.read_into(piece.column, piece.rows, self._bytes[piece.column], piece.places)
-
-    def mark_copied(self, device: torch.device) -> None:
-        """Note that the copies queued so far are the last use of the buffers."""
-        if device.type == "cuda":
-            self._copied = torch.cuda.current_stream(device).record_event()
-
-    def wait_copied(self) -> None:
-        """Wait, outside the training loop, until those copies are done."""
+    def fill(self, samples: _Samples, pool: Executor) -> Batch:
+        """The batch of these samples, in these buffers."""
         if self._copied is not None:
             self._copied.synchronize()
-            self._copied = None
+        size, video_size = len(samples.ids), len(samples.flags["video_rows"])
+        tensors = {n: buffer[: video_size if n in _VIDEO else size] for n, buffer in self._tensors.items()}
+        for name, values in samples.flags.items():
+            tensors[name] = self._tensors[name][: len(values)].copy_(torch.from_numpy(values))
+        tensors[TEXT_FEATURES][~tensors["has_text"]] = 0
+        for store, name, rows, start in samples.pieces:
+            store.read_into(name, rows, tensors[name][start : start + len(rows)])
+        noise = self._noise[:size]
 
+        def draw(first: int) -> None:
+            rows = slice(first, first + _NOISE_ROWS)
+            samples.fill_noise(noise[rows], samples.sample_indices[rows], samples.ids[rows])
 
-def _room(column: Column, records: int, pinned: bool) -> torch.Tensor:
-    """Memory for records (records, *shape): page-locked, or in large pages where the system has them to give."""
-    shape = (records, *column.shape)
-    if pinned or not records * column.row_bytes:
-        return torch.empty(shape, dtype=column.dtype, pin_memory=pinned)
-    memory = mmap.mmap(-1, records * column.row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=column.dtype).view(shape)
+        list(pool.map(draw, range(0, size, _NOISE_ROWS)))  # raises what they raise
+        return Batch(step=samples.step, ids=samples.ids, noise=noise, sample_indices=samples.sample_indices, **tensors)
+
+    def mark_copied(self, device: torch.device) -> None:
+        """Record that the copies queued so far are the last use of the buffers."""
+        if device.type == "cuda":
+            self._copied = torch.cuda.current_stream(device).record_event()

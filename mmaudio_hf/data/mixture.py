@@ -1,9 +1,9 @@
 """A mixture of feature stores, seen as one long epoch, and whether stores fit together.
 
-A store of n rows with `repeats` r has round(r * n) places in every epoch. Its visits, counted over the whole run, go
-through all rows again and again, so after k epochs every row has been visited k * round(r * n) // n times or once more.
-A whole r visits every row r times an epoch; where an epoch ends inside a round through the rows (r = 0.5: after one
-half), the round has an order of its own, drawn from the seed, the store's place in the mixture and the round's number.
+A store of n rows with `repeats` r gives round(r * n) samples to every epoch. Over the whole run its samples go through
+all rows again and again, so after k epochs every row has been visited k * round(r * n) // n times or once more.
+A whole r visits every row r times an epoch. Where an epoch ends inside a round through the rows (r = 0.5: after one
+half), the round has an order of its own, drawn from the seed, the store's index in the mixture and the round's number.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from mmaudio_hf.schema import (
     TEXT_TOKENS,
 )
 
-_ROUND_STREAM = 0x0B5E_55ED_1D1C_E500  # second key word: keeps these orders apart from other uses of a seed
+_ROUND_STREAM = 0x0B5E_55ED_1D1C_E500  # second word of the key: keeps these orders apart from other uses of a seed
 
 
 class Mixture:
@@ -63,31 +63,34 @@ class Mixture:
         for key in ("mode", "duration", "normalisation"):
             check_agreement(self.stores, key)
         check_encoders(self.stores)
+        self.row_bytes = np.array([self._row_bytes(store) for store in self.stores])  # of one row of each store
         self._lengths = np.array([len(store) for store in self.stores], dtype=np.int64)
-        places = [samples_per_epoch(len(store), repeats) for store, repeats in stores_with_repeats]
-        self._places = np.array(places, dtype=np.int64)
-        self._ends = np.cumsum(self._places)
+        self._counts = np.array([samples_per_epoch(len(store), repeats) for store, repeats in stores_with_repeats])
+        self._ends = np.cumsum(self._counts)
 
     def __len__(self) -> int:
         """Length of an epoch: the sum of `samples_per_epoch` of all stores."""
         return int(self._ends[-1])
 
     @property
-    def latent_shape(self) -> tuple[int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """(N, C)."""
         return self.columns[MEAN].shape
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Store index and row (int64) of positions, where position p is place p % len(self) of epoch p // len(self)."""
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self))
-        source = np.searchsorted(self._ends, places, side="right")
-        visits = places - (self._ends - self._places)[source]  # of the store, in this epoch; below: in the whole run
-        first, after = epochs * self._places[source], (epochs + 1) * self._places[source]
-        rounds, rows = np.divmod(first + visits, self._lengths[source])
-        split = (rounds * self._lengths[source] < first) | ((rounds + 1) * self._lengths[source] > after)
+    def _row_bytes(self, store: FeatureStore) -> int:
+        return sum(column.row_bytes for name, column in store.columns.items() if name in self.columns)
+
+    def locate(self, dataset_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Store index and row (int64) of samples, where index d means sample d % len(self) of epoch d // len(self)."""
+        epochs, offsets = np.divmod(np.asarray(dataset_indices, dtype=np.int64), len(self))
+        source = np.searchsorted(self._ends, offsets, side="right")
+        counts, lengths = self._counts[source], self._lengths[source]
+        first, end = epochs * counts, (epochs + 1) * counts  # samples of the store before and with this epoch
+        rounds, rows = np.divmod(first + offsets - (self._ends[source] - counts), lengths)
+        split = (rounds * lengths < first) | ((rounds + 1) * lengths > end)  # the epoch ends inside the round
         for store, number in {*zip(source[split].tolist(), rounds[split].tolist(), strict=True)}:
-            chosen = split & (source == store) & (rounds == number)
-            rows[chosen] = _round_order(self.seed, store, number, len(self.stores[store]))[rows[chosen]]
+            in_round = split & (source == store) & (rounds == number)
+            rows[in_round] = _round_order(self.seed, store, number, len(self.stores[store]))[rows[in_round]]
         return source, rows
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,30 +146,31 @@ def _check_against_model(store: FeatureStore, model: ModelConfig) -> None:
         if name in store.columns and store.columns[name].shape != shape:
             raise ValueError(
                 f"{store.path}: {name} has shape {store.columns[name].shape}, model {model.variant} expects {shape};"
-                " use the variant the store was made for or export it anew"
+                " use the variant the store was made for or export it again"
             )
-    for key, wanted in (("mode", model.mode), ("duration", model.duration)):
-        found = known(store, key)
-        if found is not None and found != wanted:
-            raise ValueError(f"{store.path} has {key} {found!r}, model {model.variant} expects {wanted!r}")
+    for key, expected in (("mode", model.mode), ("duration", model.duration)):
+        value = manifest_value(store, key)
+        if value is not None and value != expected:
+            raise ValueError(f"{store.path} has {key} {value!r}, model {model.variant} expects {expected!r}")
 
 
 def _check_encoder_settings(store: FeatureStore, encoders: EncoderConfig) -> None:
     """Features of toy and released encoders have the same shapes; empty captions and generation use the recipe's."""
-    for name, facts in (store.manifest or {"encoders": {}})["encoders"].items():
-        if name not in ("clip", "sync", "text", "latent") or "id" not in facts:
+    for name, entry in (manifest_value(store, "encoders") or {}).items():
+        if name not in ("clip", "sync", "text", "latent") or "id" not in entry:
             continue
-        made = "toy" if str(facts["id"]).startswith("toy_") else "released"
-        precision = "bf16" if str(facts["id"]).endswith(" (bf16)") else "fp32"  # see features.encoders.fingerprints
-        if made != encoders.kind:
+        encoder = str(entry["id"])
+        kind = "toy" if encoder.startswith("toy_") else "released"
+        precision = "bf16" if encoder.endswith(" (bf16)") else "fp32"  # see features.encoders.fingerprints
+        if kind != encoders.kind:
             raise ValueError(
-                f"{store.path} was made with the {made} encoder {facts['id']}, the recipe has encoders.kind"
-                f" {encoders.kind}: use the recipe of the extraction, or extract anew"
+                f"{store.path} was made with the {kind} encoder {encoder}, the recipe has encoders.kind"
+                f" {encoders.kind}: use the recipe of the extraction, or extract again"
             )
-        if made == "released" and name != "latent" and precision != encoders.precision:
+        if kind == "released" and name != "latent" and precision != encoders.precision:
             raise ValueError(
-                f"{store.path} was made with the encoder {facts['id']} in {precision}, the recipe has"
-                f" encoders.precision {encoders.precision}: set encoders.precision={precision}, or extract anew"
+                f"{store.path} was made with the encoder {encoder} in {precision}, the recipe has"
+                f" encoders.precision {encoders.precision}: set encoders.precision={precision}, or extract again"
             )
 
 
@@ -174,13 +178,13 @@ def check_extraction(stores: Sequence[FeatureStore], extraction: ExtractionConfi
     """ValueError for a store of the recipe's own extraction that was made with other settings than it has now."""
     sources = {(Path(extraction.output_dir) / source.name).resolve(): source for source in extraction.videos}
     for store in stores:
-        source, settings = sources.get(store.path.resolve()), known(store, "preprocessing")
+        source, settings = sources.get(store.path.resolve()), manifest_value(store, "preprocessing")
         if source is None or not isinstance(settings, dict):
             continue
-        for name, wanted in (("alignment", extraction.alignment), ("normalize_audio", source.normalize_audio)):
-            if settings.get(name, wanted) != wanted:
+        for name, expected in (("alignment", extraction.alignment), ("normalize_audio", source.normalize_audio)):
+            if settings.get(name, expected) != expected:
                 raise ValueError(
-                    f"{store.path} was made with {name} {settings[name]!r}, the recipe's extraction has {wanted!r}:"
+                    f"{store.path} was made with {name} {settings[name]!r}, the recipe's extraction has {expected!r}:"
                     " run `mmaudio-hf extract-video` again, or change the recipe back"
                 )
 
@@ -190,64 +194,64 @@ def _common_columns(stores: Sequence[FeatureStore], model: ModelConfig | None) -
     absent = {CLIP_FEATURES: (0, CLIP_DIM), SYNC_FEATURES: (0, SYNC_DIM), TEXT_FEATURES: (TEXT_TOKENS, TEXT_DIM)}
     if model is not None:
         absent = _model_shapes(model)
-    found: dict[str, tuple[Column, FeatureStore]] = {}
+    columns: dict[str, tuple[Column, FeatureStore]] = {}
     for store in stores:
         for name, column in store.columns.items():
-            first, owner = found.setdefault(name, (column, store))
+            first, owner = columns.setdefault(name, (column, store))
             if first != column:
-                refuse_columns(owner, store, name)
-    dtype = found[MEAN][0].dtype
+                raise different_columns(owner, store, name)
+    dtype = columns[MEAN][0].dtype
     return {
-        name: found[name][0] if name in found else Column(absent[name], dtype)
+        name: columns[name][0] if name in columns else Column(absent[name], dtype)
         for name in (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
     }
 
 
-def refuse_columns(first: FeatureStore, second: FeatureStore, name: str) -> None:
-    """Raise ValueError for stores that hold column `name` differently, with what makes them alike."""
-    one, other = first.columns[name], second.columns[name]
-    told = (
-        f"{first.path} has {name} as {dtype_name(one.dtype)} {one.shape},"
+def different_columns(first: FeatureStore, second: FeatureStore, name: str) -> ValueError:
+    """The error for stores whose columns `name` differ, with the command that makes them equal."""
+    column, other = first.columns[name], second.columns[name]
+    difference = (
+        f"{first.path} has {name} as {dtype_name(column.dtype)} {column.shape},"
         f" {second.path} as {dtype_name(other.dtype)} {other.shape}"
     )
-    if one.shape != other.shape:
-        raise ValueError(f"{told}: they cannot be mixed, export one anew")
+    if column.shape != other.shape:
+        return ValueError(f"{difference}: they cannot be mixed, export one again")
     sync = first.columns.get(SYNC_FEATURES)
     option = f" --sync-dtype {dtype_name(sync.dtype)}" if first.layout == "compact" and sync is not None else ""
     command = f"mmaudio-hf store convert {second.path} {second.path}_{first.layout} --layout {first.layout}{option}"
-    raise ValueError(f"{told}: `{command}` makes a store that mixes with the first")
+    return ValueError(f"{difference}: `{command}` makes a store that mixes with the first")
 
 
-def known(store: FeatureStore, key: str) -> Any:
-    """What the manifest of a store says, or None when it has none or does not know."""
+def manifest_value(store: FeatureStore, key: str) -> Any:
+    """Entry of the manifest of a store; None when it has no manifest or does not know."""
     return None if store.manifest is None else store.manifest.get(key)
 
 
 def check_agreement(stores: Sequence[FeatureStore], key: str) -> None:
     """ValueError naming two stores whose manifests have different values of `key`."""
-    values = [(store, known(store, key)) for store in stores if known(store, key) is not None]
+    values = [(store, value) for store in stores if (value := manifest_value(store, key)) is not None]
     for store, value in values[1:]:
         if value != values[0][1]:
-            _refuse(key, values[0][0], values[0][1], store, value)
+            raise _disagreement(key, *values[0], store, value)
 
 
 def check_encoders(stores: Sequence[FeatureStore]) -> None:
-    """An encoder that made features of two stores must be the same one; a store names only those it used.
+    """An encoder that computed features of two stores must be the same one; a store names only those it used.
 
-    The fingerprint decides where there is one: the same weights may have been read from places of other names.
+    The fingerprint decides where there is one: the same weights may have been read from paths of other names.
     """
     seen: dict[str, tuple[FeatureStore, Any]] = {}
     for store in stores:
-        for name, facts in (store.manifest or {"encoders": {}})["encoders"].items():
-            owner, first = seen.setdefault(name, (store, facts))
-            if first.get("fingerprint", first) != facts.get("fingerprint", facts):
-                of_tensors = [str(made.get("fingerprint")).startswith("tensors ") for made in (first, facts)]
-                old = "extract the one whose fingerprint is of files and not of tensors anew"
-                remedy = {"remedy": old} if len(set(of_tensors)) == 2 else {}
-                _refuse(f"encoder {name}", owner, first, store, facts, **remedy)
+        for name, entry in (manifest_value(store, "encoders") or {}).items():
+            owner, first = seen.setdefault(name, (store, entry))
+            if first.get("fingerprint", first) != entry.get("fingerprint", entry):
+                of_tensors = {str(each.get("fingerprint")).startswith("tensors ") for each in (first, entry)}
+                old = "extract the one whose fingerprint is of files and not of tensors again"
+                remedy = {"remedy": old} if len(of_tensors) == 2 else {}
+                raise _disagreement(f"encoder {name}", owner, first, store, entry, **remedy)
 
 
-def _refuse(
-    what: str, first: FeatureStore, value: Any, second: FeatureStore, other: Any, remedy: str = "export one anew"
-) -> None:
-    raise ValueError(f"{first.path} has {what} {value!r}, {second.path} has {other!r}: they cannot be mixed, {remedy}")
+def _disagreement(
+    what: str, first: FeatureStore, value: Any, second: FeatureStore, other: Any, remedy: str = "export one again"
+) -> ValueError:
+    return ValueError(f"{first.path} has {what} {value!r}, {second.path} has {other!r}: they cannot be mixed, {remedy}")

@@ -1,11 +1,11 @@
-"""All random numbers of a training sample, as a pure function of (seed, stream, step, sample index).
+"""All random inputs of a training sample, as a pure function of (seed, stream, step, sample index).
 
 A counter-based generator (Philox 4x64, Salmon et al. 2011) needs no state: its key is (seed, stream) and its counter
-starts at (step, sample index), so any process can make the numbers of any sample in any order.
+starts at (sample index, step), so any process can draw the numbers of any sample in any order.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of B samples (spec networks, section 4), float32: normal, and uniform in [0, 1)."""
+    """Random inputs of B samples (docs/training.md), float32: standard normal, and uniform in [0, 1)."""
 
     latent_noise: torch.Tensor  # (B, N, C) normal: latent = mean + std * latent_noise
     z: torch.Tensor  # (B,) normal: t = sigmoid(scale * z + mean)
@@ -27,56 +27,56 @@ class Draws:
     drop_text: torch.Tensor  # (B,) uniform
 
     @classmethod
-    def empty(cls, batch: int, latent_shape: tuple[int, int], pin_memory: bool = False) -> "Draws":
-        """Room for the numbers of `batch` samples."""
+    def empty(cls, batch: int, latent_shape: tuple[int, ...], pin_memory: bool = False) -> "Draws":
+        """Uninitialised memory for `batch` samples."""
         shapes = {"latent_noise": (batch, *latent_shape), "x0": (batch, *latent_shape)}
         return cls(**{f.name: torch.empty(shapes.get(f.name, (batch,)), pin_memory=pin_memory) for f in fields(cls)})
 
-    def part(self, samples: slice) -> "Draws":
-        """The numbers of some samples, in the same memory."""
-        return Draws(**{f.name: getattr(self, f.name)[samples] for f in fields(self)})
+    def __getitem__(self, rows: slice) -> "Draws":
+        """Some samples, in the same memory."""
+        return Draws(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
-    def to(self, device, non_blocking: bool = False) -> "Draws":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Draws":
         """The same numbers on `device`."""
         return Draws(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
 
 
 def sample_noise(
-    seed: int, stream: str, step: int, sample_indices: Sequence[int], latent_shape: tuple[int, int]
+    seed: int, stream: str, step: int, sample_indices: Sequence[int], latent_shape: tuple[int, ...]
 ) -> Draws:
-    """Draws of the samples `sample_indices` of `step`; `stream` keeps independent uses apart ("train", ...)."""
+    """Random inputs of samples of `step`; `stream` keeps independent uses of a seed apart ("train", ...)."""
     out = Draws.empty(len(sample_indices), latent_shape)
-    draw_into(out, seed, stream, step, sample_indices)
+    fill_noise(out, seed, stream, step, sample_indices)
     return out
 
 
-def sample_noise_for_ids(seed: int, ids: Sequence[str], latent_shape: tuple[int, int]) -> Draws:
-    """Draws that depend on the seed and each item's id alone, whatever the batch, order or process count."""
+def sample_noise_for_ids(seed: int, ids: Sequence[str], latent_shape: tuple[int, ...]) -> Draws:
+    """Random inputs that depend on the seed and each item's id alone, whatever the batch, order or process count."""
     out = Draws.empty(len(ids), latent_shape)
-    draw_for_ids_into(out, seed, ids)
+    fill_noise_for_ids(out, seed, ids)
     return out
 
 
-def draw_into(out: Draws, seed: int, stream: str, step: int, sample_indices: Sequence[int]) -> None:
-    """As `sample_noise`, into CPU memory that is there; releases the interpreter lock for nearly all of its time."""
-    _fill(out, seed, stream, [(int(index), step) for index in sample_indices])
+def fill_noise(out: Draws, seed: int, stream: str, step: int, sample_indices: Sequence[int]) -> None:
+    """`sample_noise` into CPU memory; releases the GIL for nearly all of its time."""
+    _fill(out, seed, stream, ((int(index), step) for index in sample_indices))
 
 
-def draw_for_ids_into(out: Draws, seed: int, ids: Sequence[str]) -> None:
-    """As `sample_noise_for_ids`, into CPU memory that is there."""
-    _fill(out, seed, "validation", [(_hash64(item_id), 0) for item_id in ids])
+def fill_noise_for_ids(out: Draws, seed: int, ids: Sequence[str]) -> None:
+    """`sample_noise_for_ids` into CPU memory."""
+    _fill(out, seed, "validation", ((_hash64(item_id), 0) for item_id in ids))
 
 
-def _fill(out: Draws, seed: int, stream: str, counters: Sequence[tuple[int, int]]) -> None:
-    latent_noise, z, x0, *drops = (getattr(out, f.name).numpy() for f in fields(out))
+def _fill(out: Draws, seed: int, stream: str, counters: Iterable[tuple[int, int]]) -> None:
+    latent_noise, z, x0, *uniforms = (getattr(out, f.name).numpy() for f in fields(out))
     philox = np.random.Philox(key=np.array([seed & _MASK, _hash64(stream)], dtype=np.uint64), counter=0)
     generator, state = np.random.Generator(philox), philox.state
     for i, (low, high) in enumerate(counters):
         # The first two words count the numbers drawn within a sample; the others are the sample.
         state["state"]["counter"] = np.array([0, 0, low, high], dtype=np.uint64)
         philox.state = state  # six times faster than a new generator
-        for drop, value in zip(drops, generator.random(len(drops), dtype=np.float32), strict=True):
-            drop[i] = value
+        for uniform, value in zip(uniforms, generator.random(len(uniforms), dtype=np.float32), strict=True):
+            uniform[i] = value
         z[i] = generator.standard_normal(dtype=np.float32)
         generator.standard_normal(dtype=np.float32, out=latent_noise[i])
         generator.standard_normal(dtype=np.float32, out=x0[i])

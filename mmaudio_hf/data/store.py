@@ -1,20 +1,22 @@
-"""The feature store: fixed-size records of float features beside a table of ids and captions.
+"""The feature store: fixed-size rows of float features beside a table of ids and captions (docs/stores.md).
 
 A store called NAME is a folder `NAME/` with one headerless `COLUMN.memmap` per column and a `meta.json`
-(the memory-mapped layout of TensorDict), a table `NAME.tsv` whose row i belongs to record i, and
-`NAME.manifest.json` with what the numbers mean. Stores of the reference implementation have no manifest and open too.
-Record i of a column starts at byte i * row_bytes (spec media, section 5.2), so reading is one positional read.
-In the compact layout rows share text records (see `store_files`); reading gives every row its own all the same.
+(the memory-mapped layout of TensorDict), a table `NAME.tsv` whose line i describes row i, and `NAME.manifest.json` with
+what the numbers are. Stores of the reference implementation have no manifest and open too.
+In the compact layout rows share texts (see `layout`); reading returns every row with its own text all the same.
 """
 
 import errno
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -48,31 +50,39 @@ from mmaudio_hf.data.layout import (
     write_all,
     write_text,
 )
-from mmaudio_hf.data.reads import read_at, read_records, runs
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES, audio_mode, check_id
 
-_BLOCK_BYTES = 64 << 20  # what whole-column passes hold in memory
+_BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory
+_CHUNK = 1 << 14  # elements; see _MappedColumn
 
 
 class FeatureStore:
     """A feature store opened for reading; `FeatureStore.open(path)` checks it first. Safe to read from many threads."""
 
-    def __init__(self, path: Path, contents: Contents, ids: list[str], captions: list[str], manifest, text_index):
+    def __init__(
+        self,
+        path: Path,
+        contents: Contents,
+        ids: list[str],
+        captions: list[str],
+        manifest: dict[str, Any] | None,
+        text_index: np.ndarray | None,
+    ):
         self.path = path
         self.contents = contents
         self.columns = contents.columns
         self.ids = ids
         self.captions = captions
-        self.manifest: dict[str, Any] | None = manifest
-        self.text_index: np.ndarray | None = text_index  # (rows,) text record of every row; None: its own
+        self.manifest = manifest
+        self.text_index = text_index  # (rows,) row of text_features.memmap for every row; None: its own
         self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._files = {name: open(column_file(path, name), "rb", buffering=0) for name in self.columns}  # noqa: SIM115
+        self._maps = {name: _MappedColumn(column_file(path, name), *contents.files[name]) for name in self.columns}
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureStore":
         """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
 
-        Raises ValueError add_path_to_oserror the file that is wrong and what mends it.
+        Raises ValueError naming the file that is wrong and the way out.
         """
         path = Path(path)
         contents = read_meta(path)
@@ -80,16 +90,14 @@ class FeatureStore:
         table = table_file(path)
         ids, captions = read_table(table)
         if len(ids) != contents.rows:
-            raise ValueError(
-                f"{table} has {len(ids)} rows, {path} has {contents.rows} records: they do not belong together"
-            )
+            raise ValueError(f"{table} has {len(ids)} rows, {path} has {contents.rows}: they do not belong together")
         manifest = read_manifest(path, contents)
         if manifest is not None:
             if manifest["ids_sha256"] != ids_hash(ids):
                 raise ValueError(f"{table} does not list the ids of {manifest_file(path)} in their order; {AGAIN}")
             if manifest.get("captions_sha256", captions_hash(captions)) != captions_hash(captions):
                 raise ValueError(
-                    f"{table} does not hold the captions that the text features of {path} were made of, row by row"
+                    f"{table} does not hold the captions that the text features of {path} were encoded from, row by row"
                     f" (changed or shifted since); copy it again or {AGAIN}"
                 )
         return cls(path, contents, ids, captions, manifest, read_text_index(path, contents))
@@ -99,7 +107,7 @@ class FeatureStore:
 
     @property
     def layout(self) -> str:
-        """One of `store_files.LAYOUTS`."""
+        """One of `layout.LAYOUTS`."""
         return self.contents.layout
 
     @property
@@ -120,72 +128,64 @@ class FeatureStore:
         content = [self.manifest["ids_sha256"], sorted((k, v["sha256"]) for k, v in self.manifest["columns"].items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def read(self, indices, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Records `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
+    def read(self, indices: Any, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Rows `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
 
-        IndexError for an index outside the store; OSError add_path_to_oserror the file when it cannot be read.
+        IndexError for an index outside the store; OSError naming a file that was truncated since the store was opened.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
-        out = {}
+        values = {}
         for name in self.columns if columns is None else columns:
             column = self.columns[name]
-            out[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
-            self.read_into(name, rows, bytes_of(out[name]))
-        return out
+            values[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
+            self.read_into(name, rows, values[name])
+        return values
 
-    def read_into(self, name: str, rows: np.ndarray, target: memoryview, places: np.ndarray | None = None) -> None:
-        """Put record `rows[i]` of column `name` at record `places[i]` (default i) of `target`; errors as for `read`.
+    def read_into(self, name: str, rows: np.ndarray, out: torch.Tensor) -> None:
+        """Copy rows of column `name` into the contiguous `out` (len(rows), *shape); errors as for `read`.
 
-        Releases the interpreter lock.
+        Releases the GIL and uses the intra-op threads of the calling thread.
         """
         if len(rows):
-            places = np.arange(len(rows)) if places is None else places
-            read_records(self._files[name], self._records(name, rows), self.columns[name].row_bytes, target, places)
+            self._maps[name].index_select(self._file_rows(name, rows), out)
 
     def prefetch(self, name: str, rows: np.ndarray) -> None:
-        """Have the system fetch records of a column from the disk, without waiting for them."""
-        self._advise(name, rows, os.POSIX_FADV_WILLNEED)
+        """Ask the kernel to read rows of a column from the disk into the page cache, without waiting for them."""
+        self._maps[name].advise(self._file_rows(name, rows), os.POSIX_FADV_WILLNEED)
 
     def drop_from_cache(self, name: str, rows: np.ndarray) -> None:
-        """Have the system drop records of a column from memory, so that they are read from the disk next time."""
-        self._advise(name, rows, os.POSIX_FADV_DONTNEED)
-
-    def _advise(self, name: str, rows: np.ndarray, advice: int) -> None:
-        size = self.columns[name].row_bytes
-        for record, first, last in runs(self._records(name, rows)):
-            os.posix_fadvise(self._files[name].fileno(), record * size, (last - first) * size, advice)
+        """Drop rows of a column from the page cache, so that they are read from the disk next time."""
+        self._maps[name].advise(self._file_rows(name, rows), os.POSIX_FADV_DONTNEED)
 
     def advise_random(self) -> None:
-        """Have the system read no further than asked: for stores that do not fit into memory."""
-        for file in self._files.values():
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        """Turn the kernel's own readahead off: for stores larger than memory, whose next rows `prefetch` names."""
+        for column in self._maps.values():
+            column.memory.madvise(mmap.MADV_RANDOM)
 
-    def _records(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Where in a column's file the rows are."""
+    def _file_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a column's file that hold `rows` of the store."""
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
         return self.text_index[rows] if name == TEXT_FEATURES and self.text_index is not None else rows
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """The column in file order, as (first row, records); memory does not grow with the store."""
-        step = max(1, _BLOCK_BYTES // self.columns[name].row_bytes)
-        for first in range(0, len(self), step):
-            rows = np.arange(first, min(first + step, len(self)))
-            yield first, self.read(rows, [name])[name]
+        """The file of a column in order, each shared text once, as (first row of the file, rows).
 
-    def file_blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """What the file of a column holds, as (first record, records): each shared text once, else as `blocks`."""
-        column, records = self.contents.files[name]
+        Read and not mapped: a failing disk is then an OSError, and memory does not grow with the store.
+        """
+        column, rows = self.contents.files[name]
         step = max(1, _BLOCK_BYTES // column.row_bytes)
-        for first in range(0, records, step):
-            block = torch.empty((min(step, records - first), *column.shape), dtype=column.dtype)
-            read_at(self._files[name], first * column.row_bytes, [bytes_of(block)])
-            yield first, block
+        with open(column_file(self.path, name), "rb") as file:
+            for first in range(0, rows, step):
+                block = torch.empty((min(step, rows - first), *column.shape), dtype=column.dtype)
+                if file.readinto(bytes_of(block)) != block.nbytes:
+                    raise _truncated(file, rows * column.row_bytes)
+                yield first, block
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and unbiased std (C,) float32 of the stored latent means, over rows and time (spec networks, section 4).
+        """Mean and unbiased std (C,) float32 of the stored latent means, over rows and time.
 
-        From the manifest; a store without one is read through once.
+        The network sees (latent - mean) / std. From the manifest; a store without one is read through once.
         """
         if self._statistics is None and self.manifest is not None:
             stored = self.manifest["latent_statistics"]
@@ -199,14 +199,59 @@ class FeatureStore:
 
     def close(self) -> None:
         """Close the files; the store cannot be read afterwards."""
-        for file in self._files.values():
-            file.close()
+        for column in self._maps.values():
+            column.file.close()
+        self._maps = {}
 
     def __enter__(self) -> "FeatureStore":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _MappedColumn:
+    """The file of one column as a tensor over the page cache.
+
+    Mapped read-only, unlike TensorDict's MemoryMappedTensor: that maps a writable file for writing, and one that is not
+    writable privately, which Linux refuses beyond the size of memory. Importing tensordict takes seconds besides.
+
+    Wide rows are split into chunks of at most 16,384 elements: below its grain of 32,768 `index_select` uses memcpy
+    and shares rows among threads; above it copies element by element, 5 to 10 % slower.
+    """
+
+    def __init__(self, path: Path, column: Column, rows: int):
+        self.file = open(path, "rb")  # noqa: SIM115
+        self.memory = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._size, self._row_bytes = rows * column.row_bytes, column.row_bytes
+        elements = math.prod(column.shape)
+        chunks = next((n for n in range(1, 64) if elements % n == 0 and elements // n <= _CHUNK), 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
+            self._chunks = torch.frombuffer(self.memory, dtype=column.dtype).view(-1, elements // chunks)
+        self._chunk_of_row = torch.arange(chunks)
+
+    def index_select(self, rows: np.ndarray, out: torch.Tensor) -> None:
+        """Copy rows into `out` (len(rows), *shape)."""
+        assert out.is_contiguous() and len(out) == len(rows), (out.shape, rows.shape)
+        # Touching a page behind the end of the file would end the process with SIGBUS.
+        if os.fstat(self.file.fileno()).st_size < self._size:
+            raise _truncated(self.file, self._size)
+        chunks = torch.from_numpy(rows)[:, None] * len(self._chunk_of_row) + self._chunk_of_row
+        torch.index_select(self._chunks, 0, chunks.view(-1), out=out.view(-1, self._chunks.shape[1]))
+
+    def advise(self, rows: np.ndarray, advice: int) -> None:
+        """posix_fadvise for each row."""
+        for start in (rows * self._row_bytes).tolist():
+            if advice == os.POSIX_FADV_DONTNEED:  # pages that are mapped stay in the cache
+                first = start - start % mmap.PAGESIZE
+                self.memory.madvise(mmap.MADV_DONTNEED, first, start + self._row_bytes - first)
+            os.posix_fadvise(self.file.fileno(), start, self._row_bytes, advice)
+
+
+def _truncated(file: BinaryIO, size: int) -> OSError:
+    now = os.fstat(file.fileno()).st_size
+    return OSError(f"{file.name} has {now} bytes, {size} are needed: it became shorter since the store was opened")
 
 
 class Moments:
@@ -233,7 +278,7 @@ class Moments:
 
 
 class StoreWriter:
-    """Writes a store of `num_rows` rows by position; use as a context manager.
+    """Writes a store of `num_rows` rows, in any order; use as a context manager.
 
     Everything goes to `<name>.partial/`; leaving the context completes and renames it, an error removes it, and a kill
     leaves a `.partial` folder that does not open and that the next writer replaces. Memory does not grow with the rows.
@@ -241,12 +286,12 @@ class StoreWriter:
         with StoreWriter(path, column_shapes("16k"), num_rows, mode="16k", duration=8.0, encoders=..., ...) as writer:
             writer.write(first_row, ids, captions, {"mean": mean_BNC, ...})
 
-    shapes: column name -> shape of one record, in storage order. encoders: name -> {"id", "fingerprint"} of what made
-    the features. preprocessing: the settings that shaped the inputs. normalisation: how the audio level was set (any
-    JSON value; stores that are mixed must agree). Where mode, duration or normalisation is None, it is not known and
-    not compared. counts: extra numbers for the record (accepted, rejected).
-    made_of: a hash of everything that the rows depend on, for the manifest. layout, sync_dtype: see `layout_columns`.
-    Raises ValueError when the store exists, OSError when the disk has no room for it.
+    shapes: column -> shape of a row, in storage order. encoders: name -> {"id", "fingerprint"} of what computed the
+    features. preprocessing: the settings that shaped the inputs. normalisation: how the audio level was set (any JSON
+    value; stores that are mixed must agree). Where mode, duration or normalisation is None, it is not known and not
+    compared. counts: extra numbers for the manifest (accepted, rejected). made_of: a hash of everything that the rows
+    depend on, for the manifest. layout, sync_dtype: see `layout_columns`.
+    Raises ValueError when the store exists, OSError when the disk is too small for it.
     """
 
     def __init__(
@@ -268,40 +313,37 @@ class StoreWriter:
         self.path = Path(path)
         self.columns = layout_columns(shapes, layout, sync_dtype)
         self.num_rows = num_rows
-        self._facts = {
+        self._metadata = {
             "mode": mode if mode is None else audio_mode(mode).name,
             "duration": duration if duration is None else float(duration),
-            "encoders": {name: dict(facts) for name, facts in encoders.items()},
+            "encoders": {name: dict(entry) for name, entry in encoders.items()},
             "preprocessing": preprocessing,
             "normalisation": normalisation,
             "counts": dict(counts or {}),
             "made_of": made_of,
         }
-        json.dumps(self._facts)  # fail now rather than after the last row
+        json.dumps(self._metadata)  # fail now rather than after the last row
         check_contents(self.path, Contents(num_rows, self.columns))
-        self._check_free()
-        self._ids: list[str | None] = [None] * num_rows
+        self._check_path()
+        self._ids = [""] * num_rows  # "": not written yet
         self._captions = [""] * num_rows
         self._moments = Moments(self.columns[MEAN].shape[-1])
         self._rows_written, self._in_order = 0, True
         self._partial = self.path.with_name(self.path.name + PARTIAL)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
-        self._placed: list[Path] = []  # what has its own name before the folder has
-        self._files: dict[str, Any] = {}
+        self._renamed: list[Path] = []  # files that have their final name before the folder has
+        self._files: dict[str, BinaryIO] = {}
         self._texts: _SharedTexts | None = None
-        plain = dict(self.columns)
         try:
-            if layout == "compact" and TEXT_FEATURES in plain:
-                self._texts = _SharedTexts(self._partial, num_rows, plain.pop(TEXT_FEATURES))
-            _check_room(self._partial, num_rows * sum(column.row_bytes for column in plain.values()))
-            for name, column in plain.items():
-                self._files[name] = _preallocated(self._partial, name, num_rows, column)
+            if layout == "compact" and TEXT_FEATURES in self.columns:
+                self._texts = _SharedTexts(self._partial, num_rows, self.columns[TEXT_FEATURES])
+            self._preallocate({n: c for n, c in self.columns.items() if n != TEXT_FEATURES or self._texts is None})
         except BaseException:
             self.abort()
             raise
 
-    def _check_free(self) -> None:
+    def _check_path(self) -> None:
         if "." in self.path.name:
             raise ValueError(f"store name {self.path.name!r} has a dot: other readers would look for another .tsv")
         if self.path.exists():
@@ -310,22 +352,33 @@ class StoreWriter:
         if table.exists() and not manifest_file(self.path).exists():  # with one, it is left from a killed export
             raise ValueError(f"{table} exists and would be replaced: move it or give the new store another name")
 
+    def _preallocate(self, columns: Mapping[str, Column]) -> None:
+        """Allocate the files: a full disk shows now, not after hours of encoding."""
+        size = self.num_rows * sum(column.row_bytes for column in columns.values())
+        free = shutil.disk_usage(self._partial).free
+        if size > free:
+            message = f"the store needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
+            raise OSError(errno.ENOSPC, message, str(self._partial))
+        for name, column in columns.items():
+            self._files[name] = open(column_file(self._partial, name), "w+b", buffering=0)  # noqa: SIM115
+            with add_path_to_oserror(self._files[name].name):
+                os.posix_fallocate(self._files[name].fileno(), 0, self.num_rows * column.row_bytes)
+
     def write(self, first_row: int, ids: Sequence[str], captions: Sequence[str], values: Mapping[str, Any]) -> None:
         """Write rows `first_row` onwards: `values[column]` is (B, *shape), tensor or array, of any float dtype.
 
-        ValueError for a wrong column, shape, id or position, a row written twice, or a value that is not finite.
+        ValueError for a wrong column, shape, id or row, a row written twice, or a value that is not finite.
         """
         rows = range(first_row, first_row + len(ids))
         self._check_rows(rows, ids, captions, values)
-        tensors = {name: torch.as_tensor(values[name]).to("cpu", c.dtype) for name, c in self.columns.items()}
+        tensors = {n: torch.as_tensor(values[n]).to("cpu", c.dtype).contiguous() for n, c in self.columns.items()}
         for name, tensor in tensors.items():
             self._check_values(name, tensor, ids)
         for name, tensor in tensors.items():
             if name == TEXT_FEATURES and self._texts is not None:
-                self._texts.write(first_row, tensor.contiguous())
+                self._texts.write(first_row, tensor)
             else:
-                offset = first_row * self.columns[name].row_bytes
-                write_all(self._files[name], bytes_of(tensor.contiguous()), offset)
+                write_all(self._files[name], bytes_of(tensor), first_row * self.columns[name].row_bytes)
         for row in tensors[MEAN]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
             self._moments.add(row)
         self._in_order = self._in_order and first_row == self._rows_written
@@ -333,7 +386,7 @@ class StoreWriter:
         self._ids[rows.start : rows.stop] = ids
         self._captions[rows.start : rows.stop] = captions
 
-    def _check_rows(self, rows: range, ids, captions, values) -> None:
+    def _check_rows(self, rows: range, ids: Sequence[str], captions: Sequence[str], values: Mapping[str, Any]) -> None:
         if not ids or len(ids) != len(captions):
             raise ValueError(f"{self.path}: {len(ids)} ids and {len(captions)} captions given")
         if rows.start < 0 or rows.stop > self.num_rows:
@@ -342,67 +395,67 @@ class StoreWriter:
             raise ValueError(f"{self.path}: columns {sorted(values)} given, the store has {sorted(self.columns)}")
         for row, item_id in zip(rows, ids, strict=True):
             check_id(item_id, f"{self.path}, row {row}")
-            if self._ids[row] is not None:
+            if self._ids[row]:
                 raise ValueError(f"{self.path}: row {row} ({item_id!r}) is written a second time")
 
-    def _check_values(self, name: str, tensor: torch.Tensor, ids) -> None:
-        wanted = (len(ids), *self.columns[name].shape)
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, must be {wanted}")
+    def _check_values(self, name: str, tensor: torch.Tensor, ids: Sequence[str]) -> None:
+        expected = (len(ids), *self.columns[name].shape)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, must be {expected}")
         finite = tensor.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ValueError(f"{self.path}: {name} of id {ids[int(finite.int().argmin())]!r} has values not finite")
 
     def finish(self) -> None:
-        """Complete the store and give it its name. ValueError when rows are missing."""
-        missing = [row for row, item_id in enumerate(self._ids) if item_id is None]
+        """Complete the store and rename it to its name. ValueError when rows are missing."""
+        missing = [row for row, item_id in enumerate(self._ids) if not item_id]
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} of {self.num_rows} rows were never written, first {missing[0]}"
             )
         if not self._in_order:
-            self._moments = self._ordered_moments()
+            self._moments = self._moments_in_order()
         texts = None if self._texts is None else self._texts.finish()
         for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
         contents = Contents(self.num_rows, self.columns, texts)
         table, manifest = self._partial / "table.tsv", self._partial / "manifest.json"
-        described = manifest_of(self._partial, contents, self._facts, self._ids, self._captions, self._moments)
-        write_text(manifest, manifest_text(described))
+        entries = manifest_of(self._partial, contents, self._metadata, self._ids, self._captions, self._moments)
+        write_text(manifest, manifest_text(entries))
         text_name = "label" if CLIP_FEATURES in self.columns else "caption"
         write_text(table, table_lines(self._ids, self._captions, text_name))
         write_text(self._partial / "meta.json", [meta_text(contents)])
         # The folder comes last: without it nothing opens, so a kill between the renames leaves no half store.
-        for file, name in ((manifest, manifest_file(self.path)), (table, new_table_file(self.path))):
-            os.replace(file, name)
-            self._placed.append(name)
+        for partial, path in ((manifest, manifest_file(self.path)), (table, new_table_file(self.path))):
+            os.replace(partial, path)
+            self._renamed.append(path)
         fsync_path(self._partial)
         os.rename(self._partial, self.path)
-        self._placed = []
+        self._renamed = []
         fsync_path(self.path.parent)
 
-    def _ordered_moments(self) -> Moments:
-        """The sums as if rows had come in their order; the last digits depend on it."""
-        moments, column = Moments(self.columns[MEAN].shape[-1]), self.columns[MEAN]
-        record = torch.empty(column.shape, dtype=column.dtype)
+    def _moments_in_order(self) -> Moments:
+        """The sums as if rows had come in order; the last digits depend on it."""
+        column = self.columns[MEAN]
+        moments = Moments(column.shape[-1])
         for row in range(self.num_rows):
-            read_at(self._files[MEAN], row * column.row_bytes, [bytes_of(record)])
-            moments.add(record)
+            data = os.pread(self._files[MEAN].fileno(), column.row_bytes, row * column.row_bytes)
+            moments.add(torch.frombuffer(bytearray(data), dtype=column.dtype).view(column.shape))
         return moments
 
     def abort(self) -> None:
         """Remove what was written."""
         for file in (*self._files.values(), *([] if self._texts is None else [self._texts.file])):
             file.close()
-        for file in self._placed:
-            file.unlink(missing_ok=True)
+        for path in self._renamed:
+            path.unlink(missing_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.finish()
@@ -413,19 +466,19 @@ class StoreWriter:
 def manifest_of(
     folder: Path,
     contents: Contents,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     ids: Sequence[str],
     captions: Sequence[str],
     moments: Moments,
 ) -> dict[str, Any]:
-    """The manifest of a folder of columns. facts: mode, duration, encoders, preprocessing, normalisation, counts."""
+    """The manifest of a folder of columns. metadata: mode, duration, encoders, preprocessing, normalisation, counts."""
     keys = ("mode", "duration", "encoders", "preprocessing", "normalisation", "counts")
-    made_of = {"made_of": facts["made_of"]} if facts.get("made_of") else {}
+    made_of = {"made_of": metadata["made_of"]} if metadata.get("made_of") else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": contents.layout,
         "rows": contents.rows,
-        **{key: facts[key] for key in keys},
+        **{key: metadata[key] for key in keys},
         **made_of,
         "columns": manifest_columns(folder, contents),
         "ids_sha256": ids_hash(ids),
@@ -435,63 +488,48 @@ def manifest_of(
 
 
 class _SharedTexts:
-    """The texts of a compact store, each different record once, in the order of the first rows that have them.
+    """The text features of a compact store, each different row once, in the order of the first rows that have them.
 
-    Records are told apart by their bytes and not by the captions: nothing is lost when one caption has two kinds of
-    features, as in stores whose captions are shifted or whose encoder gives other digits in other batches.
+    They are compared by their bytes and not by the captions: nothing is lost when one caption has two kinds of
+    features, as in stores whose captions are shifted or whose encoder rounds differently in other batches.
     """
 
     def __init__(self, folder: Path, rows: int, column: Column):
-        self._folder, self._column = folder, column
+        self._folder, self._size = folder, column.row_bytes
         self._index = np.zeros(rows, dtype=np.int32)
-        self._known: dict[bytes, int] = {}  # digest of a record -> its place in the file
+        self._row_of_digest: dict[bytes, int] = {}
         self._written = 0
-        self.file = open(column_file(folder, TEXT_FEATURES), "w+b", buffering=0)  # noqa: SIM115
+        self.file: BinaryIO = open(column_file(folder, TEXT_FEATURES), "w+b", buffering=0)  # noqa: SIM115
 
-    def write(self, first_row: int, records: torch.Tensor) -> None:
-        """Note the texts (B, *shape) of rows `first_row` onwards, and write those that are new."""
-        for row, record in enumerate(records, start=first_row):
-            data = bytes_of(record)
-            place = self._known.setdefault(hashlib.sha256(data).digest(), len(self._known))
-            if place == self._written:
-                write_all(self.file, data, place * self._column.row_bytes)
+    def write(self, first_row: int, texts: torch.Tensor) -> None:
+        """Record the texts (B, *shape) of rows `first_row` onwards, and write those that are new."""
+        for row, text in enumerate(texts, start=first_row):
+            data = bytes_of(text)
+            text_row = self._row_of_digest.setdefault(hashlib.sha256(data).digest(), len(self._row_of_digest))
+            if text_row == self._written:
+                write_all(self.file, data, text_row * self._size)
                 self._written += 1
-            self._index[row] = place
+            self._index[row] = text_row
 
     def finish(self) -> int:
         """Complete both files; returns the number of texts."""
         _, first_rows = np.unique(self._index, return_index=True)
         order = np.argsort(first_rows)
-        if (order != np.arange(len(order))).any():  # rows came out of their order
+        if (order != np.arange(len(order))).any():  # rows were not written in order
             self._sort(order)
             self._index = np.argsort(order).astype(np.int32)[self._index]
         os.fsync(self.file.fileno())
         self.file.close()
         with open(column_file(self._folder, TEXT_INDEX), "wb", buffering=0) as file:
-            write_all(file, memoryview(self._index.astype("<i4")).cast("B"), 0)
+            write_all(file, bytes_of(torch.from_numpy(self._index.astype("<i4"))), 0)
             os.fsync(file.fileno())
         return len(order)
 
     def _sort(self, order: np.ndarray) -> None:
-        size, name = self._column.row_bytes, column_file(self._folder, TEXT_FEATURES)
+        name = column_file(self._folder, TEXT_FEATURES)
         with self.file as unsorted:
             os.unlink(name)
             self.file = open(name, "w+b", buffering=0)  # noqa: SIM115
-            for place, record in enumerate(order.tolist()):
-                data = torch.empty(size, dtype=torch.uint8)
-                read_at(unsorted, record * size, [bytes_of(data)])
-                write_all(self.file, bytes_of(data), place * size)
-
-
-def _check_room(folder: Path, size: int) -> None:
-    """A full disk shows now, not after hours of encoding."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(errno.ENOSPC, f"the store needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}", str(folder))
-
-
-def _preallocated(folder: Path, name: str, rows: int, column: Column):
-    file = open(column_file(folder, name), "w+b", buffering=0)  # noqa: SIM115
-    with add_path_to_oserror(file.name):
-        os.posix_fallocate(file.fileno(), 0, rows * column.row_bytes)
-    return file
+            for row, old_row in enumerate(order.tolist()):
+                data = os.pread(unsorted.fileno(), self._size, old_row * self._size)
+                write_all(self.file, memoryview(data), row * self._size)

@@ -1,9 +1,10 @@
-"""Whether a feature store is what was exported, and whether it belongs to its captions and media."""
+"""Verify, inspect and rewrite feature stores."""
 
 import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from mmaudio_hf.data.layout import (
     manifest_text,
     meta_text,
 )
-from mmaudio_hf.data.mixture import check_agreement, check_encoders, refuse_columns
+from mmaudio_hf.data.mixture import check_agreement, check_encoders, different_columns
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
 from mmaudio_hf.schema import SYNC_FEATURES, TEXT_FEATURES, RunError
 
 TOLERANCE = 0.05  # relative; rounding to bf16 alone is at most 0.004
+_BLOCK_BYTES = 32 << 20  # of the rows in memory while a store is rewritten
 
 Reencode = Callable[[str, str], Mapping[str, torch.Tensor]]
-"""(id, caption of a row) -> what the columns must hold, of as many columns as it can make; RunError if not at all"""
+"""(id, caption of a row) -> the features it should have, of as many columns as possible; RunError if of none"""
+
+
+# --- verify ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,16 @@ class Report:
 def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = None, seed: int = 0) -> Report:
     """Check the store at `path` completely: all that `open` checks, every checksum, and that every value is finite.
 
-    Reads every byte once. With `sample`, that many rows, drawn by `seed`, are made anew by `reencode` and compared;
-    a text that does not fit is looked for in the captions of the neighbouring rows. Never raises for a bad store: what
-    is wrong is in the report.
+    Reads every byte once. With `sample`, that many rows, chosen by `seed`, are encoded again by `reencode` and
+    compared; a text that differs is compared with the captions of the neighbouring rows too. A broken store raises
+    nothing: the report says what is wrong.
     """
     try:
         store = FeatureStore.open(path)
     except (ValueError, OSError) as error:
         return Report(Path(path), 0, (str(error),), ())
     with store:
-        problems, notes = _check_texts(store)
+        problems, notes = _check_small_files(store)
         for name in store.columns:
             try:
                 problems += _check_column(store, name)
@@ -71,14 +76,14 @@ def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = Non
             rows = ", ".join(str(row) for row, item_id in enumerate(store.ids) if item_id == repeated[0])
             extra = len(store) - len(set(store.ids))
             notes.append(f"{extra} rows repeat an id; the first is {repeated[0]!r} in rows {rows}")
-        if sample:
-            found = _check_sample(store, sample, reencode, seed)
-            problems, notes = problems + found[0], notes + found[1]
+        if sample and reencode is not None:
+            more_problems, more_notes = _compare_sample(store, sample, reencode, seed)
+            problems, notes = problems + more_problems, notes + more_notes
         return Report(store.path, len(store), tuple(problems), tuple(notes))
 
 
-def _check_texts(store: FeatureStore) -> tuple[list[str], list[str]]:
-    """meta.json, manifest and text index; `open` has read them and seen that they agree."""
+def _check_small_files(store: FeatureStore) -> tuple[list[str], list[str]]:
+    """Problems and notes of meta.json, manifest and text index; `open` has checked that they agree."""
     if store.manifest is None:
         return [], [f"{store.path} has no manifest: only sizes and finiteness could be checked"]
     problems = []
@@ -96,80 +101,77 @@ def _check_texts(store: FeatureStore) -> tuple[list[str], list[str]]:
 
 
 def _check_column(store: FeatureStore, name: str) -> list[str]:
-    digest, bad = hashlib.sha256(), []
-    for first, block in store.file_blocks(name):
+    digest, not_finite = hashlib.sha256(), []
+    for first, block in store.blocks(name):
         digest.update(bytes_of(block))
         finite = block.flatten(1).isfinite().all(1)
-        bad += (first + (~finite).nonzero().flatten()).tolist()
+        not_finite += (first + (~finite).nonzero().flatten()).tolist()
     problems = _compare_checksum(store, name, digest.hexdigest())
-    if bad:
+    if not_finite:
         if name == TEXT_FEATURES and store.text_index is not None:
-            bad = np.flatnonzero(np.isin(store.text_index, bad)).tolist()
-        shown = ", ".join(f"{row} ({store.ids[row]})" for row in bad[:5])
+            not_finite = np.flatnonzero(np.isin(store.text_index, not_finite)).tolist()
+        examples = ", ".join(f"{row} ({store.ids[row]})" for row in not_finite[:5])
         file = column_file(store.path, name)
-        problems.append(f"{file} has values that are not finite in {len(bad)} rows: {shown}")
+        problems.append(f"{file} has values that are not finite in {len(not_finite)} rows: {examples}")
     return problems
 
 
-def _compare_checksum(store: FeatureStore, name: str, found: str) -> list[str]:
-    if store.manifest is None or found == store.manifest["columns"][name]["sha256"]:
+def _compare_checksum(store: FeatureStore, name: str, checksum: str) -> list[str]:
+    if store.manifest is None or checksum == store.manifest["columns"][name]["sha256"]:
         return []
     file = column_file(store.path, name)
     return [f"{file} is not what was exported (checksum differs); copy it again or {AGAIN}"]
 
 
-# --- making rows anew --------------------------------------------------------------------------------------------
-
-
-def _check_sample(store: FeatureStore, count: int, reencode: Reencode, seed: int) -> tuple[list[str], list[str]]:
+def _compare_sample(store: FeatureStore, count: int, reencode: Reencode, seed: int) -> tuple[list[str], list[str]]:
+    """Problems and notes of some rows that are encoded again."""
     rows = np.sort(np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)).tolist()
-    problems, largest, compared = [], {}, Counter()
+    problems: list[str] = []
+    differences: dict[str, list[float]] = {}
     for row in rows:
         try:
-            wanted = reencode(store.ids[row], store.captions[row])
+            features = reencode(store.ids[row], store.captions[row])
         except (RunError, OSError) as error:
-            problems.append(f"{store.path}: row {row} ({store.ids[row]}) cannot be made anew: {error}")
+            problems.append(f"{store.path}: row {row} ({store.ids[row]}) cannot be encoded again: {error}")
             continue
-        for name in [name for name in store.columns if name in wanted]:
-            difference = relative_difference(store.read([row], [name])[name][0], wanted[name])
-            compared[name] += 1
-            largest[name] = max(largest.get(name, 0.0), difference)
+        for name in [name for name in store.columns if name in features]:
+            difference = relative_difference(store.read([row], [name])[name][0], features[name])
+            differences.setdefault(name, []).append(difference)
             if not difference <= TOLERANCE:
                 problems.append(_mismatch(store, row, name, difference, reencode))
     notes = [
-        f"{name}: {compared[name]} rows made anew, relative difference at most {largest[name]:.2g}" for name in largest
+        f"{name}: {len(values)} rows encoded again, relative difference at most {max(values):.2g}"
+        for name, values in differences.items()
     ]
     return problems, notes
 
 
-def relative_difference(stored: torch.Tensor, wanted: torch.Tensor) -> float:
-    """|stored - wanted| / |wanted|, Euclidean; infinite when the shapes differ."""
-    stored, wanted = stored.double().cpu(), wanted.double().cpu()
-    if stored.shape != wanted.shape:
+def relative_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
+    """|stored - expected| / |expected|, Euclidean; infinite when the shapes differ."""
+    stored, expected = stored.double().cpu(), expected.double().cpu()
+    if stored.shape != expected.shape:
         return float("inf")
-    return float((stored - wanted).norm() / wanted.norm().clamp_min(1e-12))
+    return float((stored - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _mismatch(store: FeatureStore, row: int, name: str, difference: float, reencode: Reencode) -> str:
+    source = "its caption" if name == TEXT_FEATURES else "its file"
     message = (
-        f"{store.path}: {name} of row {row} ({store.ids[row]}) are not those of"
-        f" {'its caption' if name == TEXT_FEATURES else 'its file'}: relative difference {difference:.2g}"
+        f"{store.path}: {name} of row {row} ({store.ids[row]}) are not those of {source}:"
+        f" relative difference {difference:.2g}"
     )
     if name != TEXT_FEATURES:
         return message
     stored = store.read([row], [name])[name][0]
     for other in {max(0, row - 1), min(len(store) - 1, row + 1)} - {row}:
-        with contextlib.suppress(RunError, OSError):  # its media may be gone
+        with contextlib.suppress(RunError, OSError):  # its media may be missing
             text = reencode(store.ids[other], store.captions[other])[name]
             if relative_difference(stored, text) <= TOLERANCE:
                 return f"{message}; they are those of the caption of row {other}: captions are shifted"
     return message
 
 
-# --- What a feature store holds --------------------------------------------------------------------------------------
-
-
-_FACTS = ("mode", "duration", "normalisation", "preprocessing", "encoders", "counts", "latent_statistics")
+# --- inspect -----------------------------------------------------------------------------------------------------
 
 
 def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
@@ -178,59 +180,61 @@ def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
     `reference_bytes` is the size of the same rows in the reference layout. Raises what `FeatureStore.open` raises.
     """
     with FeatureStore.open(path) as store:
-        contents = store.contents
-        shapes = {name: column.shape for name, column in store.columns.items()}
+        contents, manifest = store.contents, store.manifest or {}
         columns = {
             name: {
                 "dtype": dtype_name(column.dtype),
                 "shape": list(column.shape),
-                "records": records,
-                "bytes": records * column.row_bytes,
+                "records": rows,
+                "bytes": rows * column.row_bytes,
             }
-            for name, (column, records) in contents.files.items()
+            for name, (column, rows) in contents.files.items()
         }
-        reference_bytes = replace(contents, columns=layout_columns(shapes), texts=None).size
+        reference = replace(contents, columns=layout_columns(_shapes(store)), texts=None)
+        keys = ("mode", "duration", "normalisation", "preprocessing", "encoders", "counts", "latent_statistics")
         return {
             "path": str(store.path),
             "layout": store.layout,
             "rows": len(store),
             "bytes": contents.size,
-            "reference_bytes": reference_bytes,
+            "reference_bytes": reference.size,
             "columns": columns,
             "distinct_captions": len(set(store.captions)),
             "captions_with_several_texts": _ambiguous_captions(store),
             "repeated_ids": len(store) - len(set(store.ids)),
             "manifest": store.manifest is not None,
-            **{key: (store.manifest or {}).get(key) for key in _FACTS},
+            **{key: manifest.get(key) for key in keys},
             "first_rows": [list(row) for row in zip(store.ids[:shown], store.captions[:shown], strict=True)],
         }
 
 
+def _shapes(store: FeatureStore) -> dict[str, tuple[int, ...]]:
+    return {name: column.shape for name, column in store.columns.items()}
+
+
 def _ambiguous_captions(store: FeatureStore) -> int | None:
-    """Captions that stand for more than one text record: shifted, or encoded with other digits in another batch."""
+    """Captions with more than one stored text: shifted, or rounded differently in another batch of the encoder."""
     if store.text_index is None:
         return None
-    captions = dict.fromkeys(store.captions)
-    numbers = {caption: number for number, caption in enumerate(captions)}
-    pairs = np.stack([[numbers[caption] for caption in store.captions], store.text_index], axis=1)
-    return int((np.bincount(np.unique(pairs, axis=0)[:, 0]) > 1).sum())
+    texts = Counter(caption for caption, _ in {*zip(store.captions, store.text_index.tolist(), strict=True)})
+    return sum(count > 1 for count in texts.values())
 
 
-# --- New stores from stores ------------------------------------------------------------------------------------------
+# --- rewrite -----------------------------------------------------------------------------------------------------
 
-
-_BLOCK_BYTES = 32 << 20  # of a block of rows in memory
+Selection = Sequence[tuple[FeatureStore, np.ndarray]]
+"""Rows of stores, one store after the other"""
 
 
 def convert(source: str | Path, target: str | Path, layout: str, sync_dtype: str = "float32") -> FeatureStore:
     """Write the store `source` in another layout as `target`, and open it.
 
     To compact, CLIP and text features (and sync features if `sync_dtype` is "bfloat16") are rounded to nearest even;
-    the other way nothing changes but the types. ValueError when the target exists or a setting is not known.
+    the other way only the types change. ValueError when the target exists or a setting is not known.
     """
     with FeatureStore.open(source) as store:
-        facts = _facts([store]) | {"counts": (store.manifest or {}).get("counts", {})}
-        _write(target, [(store, np.arange(len(store)))], layout, sync_dtype, facts)
+        counts = (store.manifest or {}).get("counts", {})
+        _write(target, [(store, np.arange(len(store)))], layout, sync_dtype, counts)
     return FeatureStore.open(target)
 
 
@@ -242,32 +246,27 @@ def subset(source: str | Path, target: str | Path, rows: Sequence[int] | np.ndar
             raise ValueError(f"no row of {store.path} is chosen")
         if rows.min() < 0 or rows.max() >= len(store):
             raise ValueError(f"{store.path} has rows 0 to {len(store) - 1}, not {rows.min()} to {rows.max()}")
-        facts = _facts([store]) | {"counts": {"chosen": len(rows), "of": len(store)}}
-        _write(target, [(store, rows)], *layout_of(store), facts)
+        _write(target, [(store, rows)], *layout_of(store), {"chosen": len(rows), "of": len(store)})
     return FeatureStore.open(target)
 
 
 def merge(sources: Sequence[str | Path], target: str | Path, *, skip_duplicates: bool = False) -> FeatureStore:
     """Write the rows of all `sources`, one after the other, as the store `target`, and open it.
 
-    Sources must agree in columns, layout, mode, duration, encoders, preprocessing and normalisation. An id that
-    stands twice is refused, naming both places, or with `skip_duplicates` only its first row is taken.
-    ValueError otherwise, before anything is written.
+    Sources must agree in columns, layout, mode, duration, encoders, preprocessing and normalisation. With
+    `skip_duplicates` only the first row of an id is written, without it a repeated id is an error that names both
+    rows. ValueError before anything is written.
     """
-    stores: list[FeatureStore] = []
-    try:
-        for source in sources:
-            stores.append(FeatureStore.open(source))
+    with ExitStack() as stack:
+        stores = [stack.enter_context(FeatureStore.open(source)) for source in sources]
         _check_mergeable(stores)
-        parts = _without_duplicates(stores, skip_duplicates)
-        facts = _facts(stores) | {"counts": _summed_counts(stores)}
-        skipped = sum(map(len, stores)) - sum(len(rows) for _, rows in parts)
-        if skipped:
-            facts["counts"]["skipped_duplicates"] = skipped
-        _write(target, parts, *layout_of(stores[0]), facts)
-    finally:
+        selection = _without_duplicates(stores, skip_duplicates)
+        counts: Counter[str] = Counter()
         for store in stores:
-            store.close()
+            counts.update((store.manifest or {}).get("counts", {}))
+        if skipped := sum(map(len, stores)) - sum(len(rows) for _, rows in selection):
+            counts["skipped_duplicates"] = skipped
+        _write(target, selection, *layout_of(stores[0]), counts)
     return FeatureStore.open(target)
 
 
@@ -275,45 +274,40 @@ def layout_of(store: FeatureStore) -> tuple[str, str]:
     """Layout and sync dtype in which the rows of `store` keep all their digits."""
     sync = store.columns.get(SYNC_FEATURES)
     sync_dtype = "float32" if sync is None else dtype_name(sync.dtype)
-    shapes = {name: column.shape for name, column in store.columns.items()}
-    possible = store.layout == "compact" and sync_dtype in SYNC_DTYPES
-    if possible and layout_columns(shapes, "compact", sync_dtype) == store.columns:
+    known = store.layout == "compact" and sync_dtype in SYNC_DTYPES
+    if known and layout_columns(_shapes(store), "compact", sync_dtype) == store.columns:
         return "compact", sync_dtype
     return "reference", "float32"
 
 
-def _write(
-    target: str | Path,
-    parts: Sequence[tuple[FeatureStore, np.ndarray]],
-    layout: str,
-    sync_dtype: str,
-    facts: Mapping[str, Any],
-) -> None:
-    shapes = {name: column.shape for name, column in parts[0][0].columns.items()}
-    total = sum(len(rows) for _, rows in parts)
-    with StoreWriter(target, shapes, total, layout=layout, sync_dtype=sync_dtype, **facts) as writer:
-        done = 0
-        for store, rows in _blocks(parts):
+def _write(target: str | Path, selection: Selection, layout: str, sync_dtype: str, counts: Mapping[str, int]) -> None:
+    stores = [store for store, _ in selection]
+    total = sum(len(rows) for _, rows in selection)
+    settings = _common_metadata(stores) | {"layout": layout, "sync_dtype": sync_dtype, "counts": counts}
+    with StoreWriter(target, _shapes(stores[0]), total, **settings) as writer:
+        first = 0
+        for store, rows in _blocks(selection):
             ids, captions = [store.ids[row] for row in rows], [store.captions[row] for row in rows]
-            writer.write(done, ids, captions, store.read(rows))
-            done += len(rows)
+            writer.write(first, ids, captions, store.read(rows))
+            first += len(rows)
 
 
-def _blocks(parts: Sequence[tuple[FeatureStore, np.ndarray]]) -> Iterator[tuple[FeatureStore, np.ndarray]]:
-    for store, rows in parts:
+def _blocks(selection: Selection) -> Iterator[tuple[FeatureStore, np.ndarray]]:
+    for store, rows in selection:
         step = max(1, _BLOCK_BYTES // sum(column.row_bytes for column in store.columns.values()))
         for first in range(0, len(rows), step):
             yield store, rows[first : first + step]
 
 
-def _facts(stores: Sequence[FeatureStore]) -> dict[str, Any]:
-    """What the manifests say of the rows of all stores, which agree; nothing that only some of them know."""
+def _common_metadata(stores: Sequence[FeatureStore]) -> dict[str, Any]:
+    """What all manifests say, which agree; None for what one of them does not know."""
     manifests = [store.manifest or {} for store in stores]
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for key in ("mode", "duration", "normalisation", "preprocessing"):
-        facts[key] = manifests[0].get(key) if all(m.get(key) is not None for m in manifests) else None
+        metadata[key] = manifests[0].get(key) if all(m.get(key) is not None for m in manifests) else None
     encoders = [manifest.get("encoders", {}) for manifest in manifests]
-    return facts | {"encoders": {name: v for name, v in encoders[0].items() if all(name in each for each in encoders)}}
+    common = {name: entry for name, entry in encoders[0].items() if all(name in each for each in encoders)}
+    return metadata | {"encoders": common}
 
 
 def _check_mergeable(stores: Sequence[FeatureStore]) -> None:
@@ -326,19 +320,19 @@ def _check_mergeable(stores: Sequence[FeatureStore]) -> None:
             )
         for name in first.columns:
             if other.columns[name] != first.columns[name]:
-                refuse_columns(first, other, name)
+                raise different_columns(first, other, name)
     for key in ("mode", "duration", "normalisation", "preprocessing"):
         check_agreement(stores, key)
     check_encoders(stores)
 
 
-def _without_duplicates(stores: Sequence[FeatureStore], skip: bool) -> list[tuple[FeatureStore, np.ndarray]]:
-    seen: dict[str, tuple[FeatureStore, int]] = {}
-    parts = []
+def _without_duplicates(stores: Sequence[FeatureStore], skip: bool) -> Selection:
+    first_rows: dict[str, tuple[FeatureStore, int]] = {}
+    selection = []
     for store in stores:
         kept = []
         for row, item_id in enumerate(store.ids):
-            owner, first = seen.setdefault(item_id, (store, row))
+            owner, first = first_rows.setdefault(item_id, (store, row))
             if (owner, first) == (store, row):
                 kept.append(row)
             elif not skip:
@@ -346,13 +340,5 @@ def _without_duplicates(stores: Sequence[FeatureStore], skip: bool) -> list[tupl
                     f"id {item_id!r} is in row {first} of {owner.path} and in row {row} of {store.path}:"
                     " choose rows with `mmaudio-hf store subset`, or give --skip-duplicates to keep the first"
                 )
-        parts.append((store, np.array(kept, dtype=np.int64)))
-    return parts
-
-
-def _summed_counts(stores: Sequence[FeatureStore]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for store in stores:
-        for name, count in (store.manifest or {}).get("counts", {}).items():
-            counts[name] = counts.get(name, 0) + count
-    return counts
+        selection.append((store, np.array(kept, dtype=np.int64)))
+    return selection

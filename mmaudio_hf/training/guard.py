@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -144,15 +144,13 @@ class _AsyncFlags:
 MAX_FILES = 100  # per run: more of them say nothing new
 
 
-def diagnose_step(
-    model: nn.Module, trace: StepTrace, batches: Iterable[Batch], sample_indices: Sequence[int], learning_rate: float
-) -> dict[str, Any]:
+def diagnose_step(model: nn.Module, trace: StepTrace, batches: Iterable[Batch], learning_rate: float) -> dict[str, Any]:
     """Losses, features, gradients and weights of a step; called on every process, each with its share of the step.
 
-    `batches` are read once more, and `sample_indices` are those of their samples in the global batch. `suspects` are
-    the samples whose loss or features are not finite. Gradient norms are those before clipping, by block of the model.
+    `batches` are read once more. `suspects` are the samples whose loss or features are not finite. Gradient norms are
+    those before clipping, by block of the model.
     """
-    samples = sorted(gather_object(_diagnose_samples(trace, batches, sample_indices)), key=lambda s: s["slot"])
+    samples = sorted(gather_object(_diagnose_samples(trace, batches)), key=lambda s: s["slot"])
     # Each process checks the weights, or the shards of them, that it holds.
     nonfinite = set(gather_object([n for n, p in model.named_parameters() if not local_shard(p).isfinite().all()]))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -175,9 +173,7 @@ def diagnose_step(
     }
 
 
-def _diagnose_samples(
-    trace: StepTrace, batches: Iterable[Batch], sample_indices: Sequence[int]
-) -> list[dict[str, Any]]:
+def _diagnose_samples(trace: StepTrace, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """One entry per sample of this process; features that it lacks are left out."""
     losses, times, entries = trace.loss.tolist(), trace.t.tolist(), []
     for batch in batches:
@@ -190,7 +186,7 @@ def _diagnose_samples(
             if batch.has_text[i]:
                 columns[TEXT_FEATURES] = batch.text_features[i]
             n = len(entries)
-            entry = {"id": item_id, "slot": int(sample_indices[n]), "loss": losses[n], "t": times[n]}
+            entry = {"id": item_id, "slot": batch.sample_indices[i], "loss": losses[n], "t": times[n]}
             entries.append(entry | {"features": {name: _statistics(values) for name, values in columns.items()}})
     return entries
 

@@ -251,8 +251,7 @@ class Run:
         rate = learning_rate(trace.step, self.recipe.optim, self.recipe.training.steps)
         # On the host: a device that has memory for one batch may have none for two.
         with self.loader(trace.step + 1, start=trace.step, device=torch.device("cpu")) as loader:
-            indices = np.concatenate(self.sample_indices()).tolist()
-            return diagnose_step(self.unwrapped_model, trace, next(loader), indices, rate)
+            return diagnose_step(self.unwrapped_model, trace, next(loader), rate)
 
     # --- log, validate, evaluate, save ------------------------------------------------------------------------------
 
