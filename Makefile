@@ -12,7 +12,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	touch $@
 
 example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 for a trial of a few minutes
-	PATH="$(CURDIR)/$(BIN):$$PATH" SHORT="$(SHORT)" bash scripts/example.sh
+	$(BIN)/python -m mmaudio_hf.cli example $(if $(SHORT),--short)
 
 test: $(INSTALLED)  # one worker a core with one thread each; the files of a worker share their fixtures
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder

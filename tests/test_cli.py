@@ -9,8 +9,9 @@ from typing import NamedTuple
 import av
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mmaudio_hf.cli import main
+from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import load_recipe, model_config, to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -153,3 +154,18 @@ def test_mistakes_end_with_one_sentence(words, message, capsys, monkeypatch, tmp
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
+
+
+def test_paths_of_options_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    options = parse(["generate", "--run", "x", "--prompt", "p", "--out=~/a.wav", "--folder=$SCRATCH/b"])
+    assert (options.out, options.folder) == (Path("/home/me/a.wav"), Path("/scratch/b"))
+
+
+def test_torchrun_gets_the_sentence(monkeypatch, tmp_path, capsys):
+    """It shows the message of a process below its own traceback."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["train", "nowhere.yaml"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert "error: no recipe at nowhere.yaml" in ChildFailedError("train.py", {0: failure}).format_msg()

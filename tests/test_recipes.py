@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from mmaudio_hf.cli import parse
+from mmaudio_hf.cli import EXAMPLES, parse
 from mmaudio_hf.config import load_recipe, variant_config
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,20 @@ def check_arguments(words: list[str]) -> None:
     recipe = getattr(options, "recipe", None) or "$"
     if not recipe.startswith("$") and recipe != "RECIPE":
         load_recipe(ROOT / recipe, getattr(options, "overrides", ()))
+
+
+def test_every_help_ends_with_an_example(capsys):
+    """Each command has one, and it parses; those with a recipe load it."""
+    listing = subprocess.run(
+        [sys.executable, "-m", "mmaudio_hf.cli", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    names = set(re.findall(r"^    ([a-z][\w-]+)", listing.stdout, re.MULTILINE))
+    assert len(names) > 15 and names == {name.partition(" ")[0] for name in EXAMPLES}
+    for name, arguments in EXAMPLES.items():
+        with pytest.raises(SystemExit):
+            parse([*name.split(), "--help"])
+        assert f"example: mmaudio-hf {name} {arguments}" in capsys.readouterr().out.splitlines()[-1]
+        check_arguments([*name.split(), *shlex.split(arguments)])
 
 
 def commands_of_messages() -> dict[str, str]:

@@ -4,17 +4,64 @@ Recipes are read and checked before anything heavy is imported, so a typing erro
 """
 
 import argparse
+import contextlib
+import json
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 
 from mmaudio_hf.cli import generation, hub, media, store, training, weights
 from mmaudio_hf.schema import RunError
 
 COMMANDS = (  # in the order of --help
-    *(media.add_audit_commands, media.add_commands, store.add_commands, training.add_commands),
-    *(training.add_run_commands, hub.add_commands, generation.add_commands, generation.add_evaluation_commands),
-    *(weights.add_commands, training.add_bench_commands),
+    *(training.add_example_command, media.add_audit_commands, media.add_commands, store.add_commands),
+    *(training.add_commands, training.add_run_commands, hub.add_commands, generation.add_commands),
+    *(generation.add_evaluation_commands, weights.add_commands, training.add_bench_commands),
 )
+
+EXAMPLES = {  # command -> arguments, for its --help
+    "audit": "recipes/example.yaml",
+    "bench": "loader --rows 500",
+    "bench extract": "--rounds 1",
+    "bench generate": "--variant small_16k --batch-size 1 --sampling-only",
+    "bench loader": "--store output/example-features/video_train --batch-size 16",
+    "bench scaling": "--variant small_16k --batch-size 1",
+    "bench step": "--variant small_16k --batch-size 1 --precision fp32",
+    "demo": "output/example --port 7860",
+    "doctor": "recipes/small_16k.yaml --processes 2",
+    "ema": "output/example --sigma-rel 0.1 --out output/example-0.1",
+    "evaluate": "output/example output/other --split test",
+    "example": "--short",
+    "example-media": "output/example-media --small",
+    "export": "output/small_16k --out output/reference",
+    "extract-audio": "recipes/example.yaml",
+    "extract-video": "recipes/example.yaml extraction.num_proc=2",
+    "generate": "--run output/example --video in.mp4 --prompt 'a bouncing ball' --out out.mp4",
+    "import": "ckpt_last.pth --recipe recipes/small_16k.yaml --run output/imported",
+    "partition": "recipes/example.yaml",
+    "pull": "owner/name --to output/name",
+    "push": "output/example owner/name --dry-run",
+    "replay-step": "output/example 200",
+    "report": "--run output/example --events output/example-media/events.json",
+    "store": "inspect output/example-features/video_train",
+    "store convert": "output/example-features/video_train output/compact --layout compact",
+    "store inspect": "output/example-features/video_train",
+    "store merge": "output/a output/b --out output/both",
+    "store pull": "owner/name --to output/features/train",
+    "store push": "output/example-features/video_train owner/name --dry-run",
+    "store subset": "output/example-features/video_train output/balls --match ball",
+    "store verify": "output/example-features/video_train",
+    "train": "recipes/example.yaml training.steps=100",
+    "verify": "output/example-features/video_train --sample 20 --media output/example-media/videos",
+    "weights": "list",
+    "weights convert": "ext_weights/mmaudio_small_16k.pth output/small_16k",
+    "weights download": "--for recipes/small_16k.yaml",
+    "weights list": "--dir ext_weights",
+    "weights verify": "--dir ext_weights",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options) or 0
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except (OSError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}" if interrupt.args else "interrupted", file=sys.stderr)
@@ -42,20 +89,44 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     return main(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
+def _print_error(message: str) -> None:
+    """Print one sentence; torchrun repeats it below its own traceback, where a process leaves it a file."""
+    print(f"error: {message}", file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # As torch.distributed.elastic.multiprocessing.errors.record writes it, but without importing torch.
+        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": f"error: {message}", "extraInfo": extra}}))
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; overrides may stand before and after options, which argparse alone does not take."""
-    parser = _parser()
+    parser = _build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    for name, value in vars(options).items():  # a shell leaves --out=~/x as it is
+        if isinstance(value, Path):
+            setattr(options, name, Path(os.path.expandvars(value)).expanduser())
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmaudio-hf", description="Train MMAudio: from media to a published model.")
+class _Parser(argparse.ArgumentParser):
+    """A parser whose --help ends with the example of its command."""
+
+    def format_help(self) -> str:
+        """The usual help and the example, which is not wrapped: it is there to be copied."""
+        command = self.prog.removeprefix("mmaudio-hf").strip()
+        arguments = f"{command} {EXAMPLES[command]}" if command else "example --short"
+        return f"{super().format_help()}\nexample: mmaudio-hf {arguments}\n"
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mmaudio-hf", description="Train MMAudio: from media to a published model.")
+    parser.add_argument("--version", action="version", version=f"mmaudio-hf {version('mmaudio-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(

@@ -3,9 +3,12 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +55,42 @@ class _HelpSettings(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(settings_text())
         parser.exit()
+
+
+def add_example_command(add: Add) -> None:
+    """`example`."""
+    example = add("example", _example, "run the quick start in this folder: media, features, training, audio, report")
+    example.add_argument("--short", action="store_true", help="a few clips and training steps")
+    example.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+
+
+def _example(options: argparse.Namespace) -> int:
+    """The commands of the README, one after the other; each is printed. Recipes that are not here are copied here."""
+    started, name = time.time(), "example_short" if options.short else "example"
+    for folder in ("recipes", "accelerate_configs"):
+        for file in (Path(__file__).parent.parent / folder).iterdir():
+            if not (Path(folder) / file.name).exists():
+                Path(folder).mkdir(exist_ok=True)
+                shutil.copyfile(file, Path(folder) / file.name)
+    for words in _example_commands(name, options, started):
+        print("$", shlex.join(words), flush=True)
+        module = "mmaudio_hf.cli" if words[0] == "mmaudio-hf" else "accelerate.commands.launch"
+        arguments = words[1:] if words[0] == "mmaudio-hf" else ["--quiet", *words[2:]]
+        if code := subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+            return code
+    return 0
+
+
+def _example_commands(name: str, options: argparse.Namespace, started: float) -> Iterator[list[str]]:
+    recipe, media, run = f"recipes/{name}.yaml", f"output/{name}-media", f"output/{name}"
+    yield ["mmaudio-hf", "example-media", media, *(["--small"] if options.short else [])]
+    for command in ("extract-video", "partition", "extract-audio"):
+        yield ["mmaudio-hf", command, recipe]
+    launch = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "-m", "mmaudio_hf.train"]
+    yield [*launch, recipe, *options.overrides]
+    video = str(min(Path(media, "videos").glob("test_*.mp4")))
+    yield ["mmaudio-hf", "generate", "--run", run, "--video", video, "--out", f"{run}/samples/first.mp4"]
+    yield ["mmaudio-hf", "report", "--run", run, "--events", f"{media}/events.json", "--started", f"{started:.1f}"]
 
 
 def _train(options: argparse.Namespace) -> int:
