@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, plain_guided_velocity, state_dict, tensor
+from mmaudio_hf.models.model import MMAudio
 from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf.cli.training import write_encoder_files
@@ -24,7 +25,6 @@ from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
-from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import column_shapes
 
@@ -44,20 +44,20 @@ def config(media):
 
 
 @pytest.fixture
-def network():
+def model():
     torch.manual_seed(0)
-    network = MMAudio.from_variant("small_16k", **SIZES)
+    model = MMAudio.from_variant("small_16k", **SIZES)
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if not name.startswith("latent_"):  # an untrained network ignores its conditions
+        for name, parameter in model.named_parameters():
+            if not name.startswith("latent_"):  # an untrained model ignores its conditions
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    network.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
-    return network
+    model.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
+    return model
 
 
 @pytest.fixture
-def pipeline(network, config):
-    return MMAudioPipeline(network, config)
+def pipeline(model, config):
+    return MMAudioPipeline(model, config)
 
 
 @pytest.fixture
@@ -86,20 +86,20 @@ def test_video_and_prompt(pipeline, video):
         assert not torch.allclose(result.latent, other.latent, atol=1e-4), changed
 
 
-def test_latent_is_the_formula(pipeline, network, media, video):
+def test_latent_is_the_formula(pipeline, model, media, video):
     result = pipeline(video, "a red ball", "hum", duration=1.0, num_steps=3, guidance_scale=3.0, seed=5)
     encoders = load_encoders(EncoderConfig("toy", str(media)), "16k")
     frames = read_video(video, duration=1.0, video_only=True)
     with torch.inference_mode():
-        conditions = network.preprocess_conditions(
+        conditions = model.preprocess_conditions(
             encoders.encode_clip(frames.clip_frames[None]),
             encoders.encode_sync(frames.sync_frames[None]),
             encoders.encode_text(["a red ball"]),
         )
-        empty = network.empty_conditions(1, encoders.encode_text(["hum"]))
+        empty = model.empty_conditions(1, encoders.encode_text(["hum"]))
         x0 = starting_noise(5, "0", (32, 20))[None]
-        x1 = sample_euler(lambda x, t: plain_guided_velocity(network, x, t, conditions, empty, 3.0), x0, 3)
-        latent = network.unnormalize(x1)
+        x1 = sample_euler(lambda x, t: plain_guided_velocity(model, x, t, conditions, empty, 3.0), x0, 3)
+        latent = model.unnormalize(x1)
         assert torch.allclose(result.latent, latent[0], atol=2e-5)
     # The toy decoder magnifies rounding, so the waveform is compared for the very same latent.
     assert torch.equal(encoders.decode_latent(result.latent[None])[0], result.waveform)
@@ -107,29 +107,23 @@ def test_latent_is_the_formula(pipeline, network, media, video):
 
 
 @pytest.mark.slow
-def test_guidance_of_the_golden_network():
-    """Both sides as one batch against the recorded two steps with negative text."""
-    network, case = (
-        MMAudio.from_variant("small_16k").load_released(state_dict("flow_small_16k")),
-        "flow_sample_small_16k",
-    )
-    x = {
-        name: tensor(f"{case}/{name}", shape)
-        for name, shape in {
-            "latent": (1, 250, 20),
-            "clip_f": (1, 64, 1024),
-            "sync_f": (1, 192, 768),
-            "text_f": (1, 77, 1024),
-            "negative_text_f": (1, 77, 1024),
-        }.items()
+def test_guidance_of_the_golden_model():
+    """Both branches as one batch against the recorded two steps with negative text."""
+    model, case = MMAudio.from_variant("small_16k").load_released(state_dict("flow_small_16k")), "flow_sample_small_16k"
+    shapes = {
+        "latent": (1, 250, 20),
+        "clip_f": (1, 64, 1024),
+        "sync_f": (1, 192, 768),
+        "text_f": (1, 77, 1024),
+        "negative_text_f": (1, 77, 1024),
     }
+    x = {name: tensor(f"{case}/{name}", shape) for name, shape in shapes.items()}
     for name in ("clip_f", "text_f"):
         x[name] = x[name] + tensor(f"{case}/{name}_common", (1, 1, 1024))
     with torch.inference_mode():
-        conditions = network.preprocess_conditions(x["clip_f"], x["sync_f"], x["text_f"])
-        empty = network.empty_conditions(1, x["negative_text_f"])
-        velocity = GuidedVelocity(network, conditions, empty, 4.5)
-        with winograd_convolutions(network, "fp32"):
+        conditions = model.preprocess_conditions(x["clip_f"], x["sync_f"], x["text_f"])
+        velocity = GuidedVelocity(model, conditions, model.empty_conditions(1, x["negative_text_f"]), 4.5)
+        with winograd_convolutions(model, "fp32"):
             ours = sample_euler(velocity, x["latent"], 2).numpy()
     theirs = golden(case)["x1_2steps_negative"]
     assert np.linalg.norm(ours - theirs) < 2e-4 * np.linalg.norm(theirs)
@@ -169,33 +163,33 @@ def test_starting_noise():
         assert not torch.isclose(noise, other).any(1).all()
 
 
-def test_other_durations_leave_the_network_as_it_was(pipeline, network, video):
+def test_other_durations_leave_the_network_as_it_was(pipeline, model, video):
     requests = [Request(video=video), Request(prompt="a lamp")]
     results = pipeline.generate(requests, 1, duration=2.0, window=2.0, num_steps=1)
     assert next(results).waveform.shape == (63 * 512,)
-    assert (network.latent_length, network.clip_length, network.sync_length) == (32, 8, 16)  # between two results too
+    assert (model.latent_length, model.clip_length, model.sync_length) == (32, 8, 16)  # between two results too
     assert next(results).latent.shape == (63, 20)
-    # The tables made on the way must not be inference tensors: a network may be trained on.
+    # The tables made on the way must not be inference tensors: a model may be trained on.
     x = {name: value[None] for name, value in row(0).items()}
-    network.train()(torch.randn(1, 32, 20), *x.values(), torch.tensor([0.5])).sum().backward()
+    model.train()(torch.randn(1, 32, 20), *x.values(), torch.tensor([0.5])).sum().backward()
 
 
-def test_adaptive_solver_and_bf16(pipeline, network, config, monkeypatch):
+def test_adaptive_solver_and_bf16(pipeline, model, config, monkeypatch):
     rough_solver = partial(sample_adaptive, rtol=1e-3, atol=1e-3)  # 10 s less
     monkeypatch.setattr("mmaudio_hf.generation.pipeline.sample_adaptive", rough_solver)
     options = {"prompt": "a lamp", "guidance_scale": 0}
     exact, fine = pipeline(**options, solver="adaptive").latent, pipeline(**options, num_steps=40).latent
     assert torch.allclose(exact, fine, atol=0.05) and not torch.allclose(exact, pipeline(**options, num_steps=1).latent)
-    rough = MMAudioPipeline(network, config, precision="bf16")(**options, num_steps=40).latent
+    rough = MMAudioPipeline(model, config, precision="bf16")(**options, num_steps=40).latent
     assert rough.dtype == torch.float32 and not torch.equal(rough, fine) and torch.allclose(rough, fine, atol=0.1)
 
 
 @pytest.fixture
-def published(network, media, tmp_path):
+def published(model, media, tmp_path):
     """A run folder with one checkpoint, as the training loop leaves it."""
     folder = tmp_path / "run" / "checkpoints" / "step_7" / "pretrained_model"
     folder.mkdir(parents=True)
-    network.save_pretrained(folder)
+    model.save_pretrained(folder)
     elsewhere = EncoderConfig(kind="toy", weights_dir="/nowhere")
     (folder / "encoders.json").write_text(json.dumps(asdict(elsewhere)))
     (folder / "toy_codec_16k.safetensors").write_bytes((media / "toy_codec_16k.safetensors").read_bytes())
@@ -245,12 +239,12 @@ def test_paths_of_this_machine_are_not_published(tmp_path):
         assert saved == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
 
 
-def test_frames_are_aligned_as_for_training(published, network, config, tmp_path):
+def test_frames_are_aligned_as_for_training(published, model, config, tmp_path):
     """A rotated file is upright in one alignment and lies in the other, so its results differ."""
     odd = Odd(steady(1.5), audio_seconds=None, rotation=90)
     video = write_odd(tmp_path / "rotated.mp4", odd)
     latents = {
-        rule: MMAudioPipeline(network, config, alignment=rule)(video, duration=1.0, num_steps=1).latent
+        rule: MMAudioPipeline(model, config, alignment=rule)(video, duration=1.0, num_steps=1).latent
         for rule in ("timestamps", "reference")
     }
     assert not torch.allclose(*latents.values(), atol=1e-4)
@@ -296,38 +290,57 @@ def test_save_generated(pipeline, video, tmp_path):
         save_generated(result, tmp_path / "a.ogg")
 
 
-def test_errors_come_first(pipeline, network, config, published, tmp_path, video, monkeypatch):
-    monkeypatch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the network ran"))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"duration": 0.3}, "0.3 s is shorter"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"solver": "heun"}, "euler, adaptive"),
+    ],
+)
+def test_wrong_options_are_named(pipeline, options, words):
+    with pytest.raises(ValueError, match=words):
+        pipeline.generate([Request()], **options)  # before the first result is requested
+
+
+def test_wrong_requests_are_named_before_the_model_runs(pipeline, tmp_path, video, monkeypatch):
+    monkeypatch.setattr(GuidedVelocity, "__call__", lambda *_: pytest.fail("the model ran"))
     audio_file = next((video.parent.parent / "audios").glob("*.flac"))
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     wrong = row(0) | {"sync_features": torch.zeros(8, 768)}
-    for requests, options, words in (
-        ([Request(), Request(video=tmp_path / "none.mp4")], {}, "none.mp4: no such file"),
-        ([Request(video=tmp_path / "broken.mp4")], {}, "broken.mp4"),
-        ([Request(video=audio_file)], {}, "no video frames"),
-        ([Request(key="x", **wrong)], {}, r"sync_features of item x are \(8, 768\), this duration needs \(16, 768\)"),
-        ([Request()], {"duration": 0.3}, "0.3 s is shorter"),
-        ([Request()], {"num_steps": 0}, "num_steps"),
-        ([Request()], {"batch_size": 0}, "batch_size"),
-        ([Request()], {"guidance_scale": float("nan")}, "guidance_scale"),
-        ([Request()], {"solver": "heun"}, "euler, adaptive"),
+    for requests, words in (
+        ([Request(), Request(video=tmp_path / "none.mp4")], "none.mp4: no such file"),
+        ([Request(video=tmp_path / "broken.mp4")], "broken.mp4"),
+        ([Request(video=audio_file)], "no video frames"),
+        ([Request(image=audio_file)], "is not an image"),
+        ([Request(video=video, image=video)], "a video and an image"),
+        ([Request(key="x", **wrong)], r"sync_features of item x are \(8, 768\), this duration needs \(16, 768\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            pipeline.generate(requests, **options)  # before the first result is asked for
-    ready = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k", ("decode",))
+            pipeline.generate(requests)
+
+
+def test_encoders_that_are_missing_or_do_not_fit_are_named(model, config, tmp_path, video):
+    loaded = load_encoders(EncoderConfig("toy", str(config.weights_dir)), "16k", ("decode",))
     with pytest.raises(ValueError, match="not loaded: clip, sync, text"):
-        MMAudioPipeline(network, ready)(video, "a ball")
+        MMAudioPipeline(model, loaded)(video, "a ball")
     with pytest.raises(ValueError, match=r"toy_codec_16k\.safetensors is missing"):
-        MMAudioPipeline(network, EncoderConfig(kind="toy", weights_dir=str(tmp_path)))()
+        MMAudioPipeline(model, EncoderConfig(kind="toy", weights_dir=str(tmp_path)))()
     with pytest.raises(ValueError, match=r"v1-16\.pth is missing"):
-        MMAudioPipeline(network, EncoderConfig(weights_dir=str(tmp_path)))(video)
+        MMAudioPipeline(model, EncoderConfig(weights_dir=str(tmp_path)))(video)
     with pytest.raises(ValueError, match="no latent statistics"):
         MMAudioPipeline(MMAudio.from_variant("small_16k", **SIZES), config)
+    other = MMAudio.from_variant("small_44k", **SIZES)
+    other.set_latent_statistics(torch.zeros(40), torch.ones(40))
     with pytest.raises(ValueError, match="of mode 16k, the model of 44k"):
-        other = MMAudio.from_variant("small_44k", **SIZES)
-        other.set_latent_statistics(torch.zeros(40), torch.ones(40))
-        MMAudioPipeline(other, ready)
-    for source, words in ((tmp_path, "no trained network"), (tmp_path / "x", "neither"), ("nothing", "neither")):
+        MMAudioPipeline(other, loaded)
+
+
+def test_folders_without_a_model_are_named(published, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, words in ((tmp_path / "empty", "no trained network"), (tmp_path / "x", "neither"), ("x", "neither")):
         with pytest.raises(ValueError, match=words):
             MMAudioPipeline.from_pretrained(source)
     for text in ('{"kind": "own"}', '{"sort": "toy"}', '{"alignment": "left"}', "{"):
@@ -342,7 +355,7 @@ def scene(tmp_path_factory):
     return write_odd(tmp_path_factory.mktemp("scene") / "scene.mp4", Odd(steady(2.6), audio_seconds=None))
 
 
-def test_windows_of_a_long_video_are_blended(pipeline, network, config, scene):
+def test_windows_of_a_long_video_are_blended(pipeline, model, config, scene):
     """Against plain code: at every step the velocity of each window, faded linearly where they overlap."""
     result = pipeline(scene, "a red ball", num_steps=2, seed=3)
     length = math.ceil(2.6 * 31.25)
@@ -354,7 +367,7 @@ def test_windows_of_a_long_video_are_blended(pipeline, network, config, scene):
     for start in starts:
         frames = read_video(scene, duration=1.0, start=start * 512 / 16_000, video_only=True)
         features = (encoders.encode_clip(frames.clip_frames[None]), encoders.encode_sync(frames.sync_frames[None]))
-        conditions.append(network.preprocess_conditions(*features, encoders.encode_text(["a red ball"])))
+        conditions.append(model.preprocess_conditions(*features, encoders.encode_text(["a red ball"])))
     weights = [torch.ones(32, 1) for _ in starts]
     for before, after in itertools.pairwise(range(4)):
         overlap = 32 - (starts[after] - starts[before])
@@ -366,13 +379,13 @@ def test_windows_of_a_long_video_are_blended(pipeline, network, config, scene):
     def velocity(x, t):
         blended, total = torch.zeros_like(x), torch.zeros(length, 1)
         for start, condition, weight in zip(starts, conditions, weights, strict=True):
-            part = x[:, start : start + 32]
-            empty = network.empty_conditions(1)
-            blended[0, start : start + 32] += weight * plain_guided_velocity(network, part, t, condition, empty, 4.5)[0]
+            window = x[:, start : start + 32]
+            empty = model.empty_conditions(1)
+            blended[0, start : start + 32] += weight * plain_guided_velocity(model, window, t, condition, empty, 4.5)[0]
             total[start : start + 32] += weight
         return blended / total
 
-    expected = network.unnormalize(sample_euler(velocity, starting_noise(3, "0", (length, 20))[None], 2))[0]
+    expected = model.unnormalize(sample_euler(velocity, starting_noise(3, "0", (length, 20))[None], 2))[0]
     torch.testing.assert_close(result.latent, expected.detach(), atol=5e-5, rtol=0)
     for batch_size in (1, 3):
         request = Request(key="0", video=scene, prompt="a red ball", seed=3)

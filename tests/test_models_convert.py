@@ -56,7 +56,7 @@ def test_other_files_are_no_flow_networks():
         infer_config(odd, "odd.pth")
 
 
-def test_every_wrong_flow_network_is_refused(tmp_path, capsys):
+def test_every_wrong_flow_network_is_rejected(tmp_path, capsys):
     """As `mmaudio-hf weights convert` and `finetune.init_from` read it: by its names, its sizes inferred."""
     state = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1)).state_dict()
     numbers = itertools.count()

@@ -1,4 +1,4 @@
-"""The flow network against figures of the reference implementation, with name-seeded weights."""
+"""The flow model against figures of the reference implementation, with name-seeded weights."""
 
 import json
 
@@ -26,7 +26,7 @@ INIT_TABLE = GOLDEN / "init_small_16k.tsv"
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
 
 
-class Networks(dict):
+class Models(dict):
     """Name-seeded models, built at their first use: the small ones, and the last of the others (4 GB)."""
 
     def __missing__(self, variant: str) -> MMAudio:
@@ -38,8 +38,8 @@ class Networks(dict):
 
 
 @pytest.fixture(scope="module")
-def networks():
-    return Networks()
+def models():
+    return Models()
 
 
 def inputs(case: str, batch: int, lengths) -> dict[str, torch.Tensor]:
@@ -61,31 +61,31 @@ def default_lengths(variant: str):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_dict_has_the_released_names_and_shapes(variant):
     with torch.device("meta"):
-        network = MMAudio.from_variant(variant)
-    ours = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        model = MMAudio.from_variant(variant)
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert ours == listed_shapes(f"flow_{variant}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_velocity(variant, networks):
+def test_velocity(variant, models):
     case = f"flow_forward_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    network = networks[variant]
-    velocity = network(x["latent"], x["clip"], x["sync"], x["text"], torch.from_numpy(arrays["t"]))
+    model = models[variant]
+    velocity = model(x["latent"], x["clip"], x["sync"], x["text"], torch.from_numpy(arrays["t"]))
     assert relative_error(velocity, arrays, "flow") < (1e-3 if variant == "large_44k_v2" else 1e-4)
 
 
 @pytest.mark.parametrize("variant", ["small_16k", "small_44k", "large_44k_v2"])
 @torch.no_grad()
-def test_conditions(variant, networks):
+def test_conditions(variant, models):
     case = f"flow_conditions_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    network = networks[variant]
+    model = models[variant]
     groups = {
-        "cond": network.preprocess_conditions(x["clip"], x["sync"], x["text"]),
-        "empty": network.empty_conditions(2),
-        "empty_neg": network.empty_conditions(2, negative_text_features=x["negative"]),
+        "cond": model.preprocess_conditions(x["clip"], x["sync"], x["text"]),
+        "empty": model.empty_conditions(2),
+        "empty_neg": model.empty_conditions(2, negative_text_features=x["negative"]),
     }
     for group, conditions in groups.items():
         for name, ours in zip(("clip_f", "sync_f", "text_f", "clip_f_c", "text_f_c"), conditions, strict=True):
@@ -94,18 +94,18 @@ def test_conditions(variant, networks):
 
 @pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
 @torch.no_grad()
-def test_sampling(variant, networks):
+def test_sampling(variant, models):
     """As the pipeline samples: `test_models_sampling` compares its velocities with those of two plain passes."""
-    case, network = f"flow_sample_{variant}", networks[variant]
+    case, model = f"flow_sample_{variant}", models[variant]
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
-    conditions, empty = network.preprocess_conditions(x["clip"], x["sync"], x["text"]), network.empty_conditions(1)
-    velocity, entering = GuidedVelocity(network, conditions, empty, 4.5), []
+    conditions, empty = model.preprocess_conditions(x["clip"], x["sync"], x["text"]), model.empty_conditions(1)
+    velocity, entering = GuidedVelocity(model, conditions, empty, 4.5), []
 
     def guided(latent, t):
         entering.append(latent)
         return velocity(latent, t)
 
-    with winograd_convolutions(network, "fp32"):
+    with winograd_convolutions(model, "fp32"):
         result = sample_euler(guided, x["latent"], 25)
     for step in (1, 5, 13):
         assert relative_error(entering[step], arrays, f"x_step{step:02d}") < 2e-4
@@ -114,37 +114,37 @@ def test_sampling(variant, networks):
 
 @pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
 @torch.no_grad()
-def test_statistics_of_the_latents(variant, networks):
-    arrays, network = golden(f"flow_sample_{variant}"), networks[variant]
+def test_statistics_of_the_latents(variant, models):
+    arrays, model = golden(f"flow_sample_{variant}"), models[variant]
     result = torch.from_numpy(arrays["x1"])
     kept = result.clone()
-    assert relative_error(network.unnormalize(result), arrays, "x1_unnormalized") < 2e-4
+    assert relative_error(model.unnormalize(result), arrays, "x1_unnormalized") < 2e-4
     assert torch.equal(result, kept)  # not in place
-    assert torch.allclose(network.normalize(network.unnormalize(result)), result, atol=1e-5)
+    assert torch.allclose(model.normalize(model.unnormalize(result)), result, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
 @torch.no_grad()
-def test_sampling_without_guidance_and_with_a_negative_prompt(variant, networks):
-    case, network = f"flow_sample_{variant}", networks[variant]
+def test_sampling_without_guidance_and_with_a_negative_prompt(variant, models):
+    case, model = f"flow_sample_{variant}", models[variant]
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
-    conditions = network.preprocess_conditions(x["clip"], x["sync"], x["text"])
-    empty, negative = network.empty_conditions(1), network.empty_conditions(1, x["negative"])
-    plain = sample_euler(lambda y, t: plain_guided_velocity(network, y, t, conditions, empty, 0.5), x["latent"], 2)
+    conditions = model.preprocess_conditions(x["clip"], x["sync"], x["text"])
+    empty, negative = model.empty_conditions(1), model.empty_conditions(1, x["negative"])
+    plain = sample_euler(lambda y, t: plain_guided_velocity(model, y, t, conditions, empty, 0.5), x["latent"], 2)
     assert relative_error(plain, arrays, "x1_2steps_nocfg") < 2e-4
-    other = sample_euler(lambda y, t: plain_guided_velocity(network, y, t, conditions, negative, 4.5), x["latent"], 2)
+    other = sample_euler(lambda y, t: plain_guided_velocity(model, y, t, conditions, negative, 4.5), x["latent"], 2)
     assert relative_error(other, arrays, "x1_2steps_negative") < 2e-4
 
 
 @pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
 @torch.no_grad()
-def test_other_durations(variant, networks):
-    case, network, config = f"flow_seqlen_{variant}", networks[variant], variant_config(variant)
+def test_other_durations(variant, models):
+    case, model, config = f"flow_seqlen_{variant}", models[variant], variant_config(variant)
     arrays = golden(case)
     try:
         for seconds in (4.0, 10.0):
             lengths = sequence_lengths(config.mode, seconds)
-            network.set_lengths(lengths.latent, lengths.clip, lengths.sync)
+            model.set_lengths(lengths.latent, lengths.clip, lengths.sync)
             sizes = (lengths.latent, lengths.clip, lengths.sync, config.latent_channels)
             x = {}
             for name, shape in (
@@ -156,10 +156,10 @@ def test_other_durations(variant, networks):
                 x[name] = tensor(f"{case}/{seconds}/{name}", shape)
                 if name in ("clip_f", "text_f"):
                     x[name] = x[name] + tensor(f"{case}/{seconds}/{name}_common", (1, 1, 1024))
-            velocity = network(x["latent"], x["clip_f"], x["sync_f"], x["text_f"], torch.tensor([0.137]))
+            velocity = model(x["latent"], x["clip_f"], x["sync_f"], x["text_f"], torch.tensor([0.137]))
             assert relative_error(velocity, arrays, f"flow_{seconds}s") < 1e-4
     finally:
-        network.set_lengths(config.latent_length, config.clip_length, config.sync_length)
+        model.set_lengths(config.latent_length, config.clip_length, config.sync_length)
 
 
 def test_rotary_and_timestep_tables():
@@ -220,12 +220,12 @@ def test_initial_values_follow_the_published_laws():
 
 @torch.no_grad()
 def test_untrained_network_outputs_zero_and_adaptive_solver_keeps_the_noise():
-    network = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1))
+    model = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1))
     x = inputs("untrained", 2, (250, 64, 192, 20))
-    velocity = network(x["latent"], x["clip"], x["sync"], x["text"], torch.tensor([0.2, 0.9]))
+    velocity = model(x["latent"], x["clip"], x["sync"], x["text"], torch.tensor([0.2, 0.9]))
     assert not velocity.any()
-    conditions = network.preprocess_conditions(x["clip"], x["sync"], x["text"])
-    sampled = sample_adaptive(lambda y, t: network.predict_velocity(y, t, conditions), x["latent"])
+    conditions = model.preprocess_conditions(x["clip"], x["sync"], x["text"])
+    sampled = sample_adaptive(lambda y, t: model.predict_velocity(y, t, conditions), x["latent"])
     assert torch.allclose(sampled, x["latent"], atol=1e-6)
 
 
@@ -239,22 +239,22 @@ def test_adaptive_solver_agrees_with_many_euler_steps():
 @torch.no_grad()
 def test_save_and_load_keep_every_number(tmp_path):
     config = ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1, v2=True, duration=4.0)
-    network = MMAudio(config).eval()
-    for parameter in network.parameters():
+    model = MMAudio(config).eval()
+    for parameter in model.parameters():
         parameter.normal_(std=0.05)
-    network.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     loaded = MMAudio.from_pretrained(tmp_path)
     assert loaded.config == config
-    for name, value in network.state_dict().items():
+    for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     t, batch = torch.tensor([0.3]), inputs("saved", 1, (125, 32, 88, 20))
     arguments = (batch["latent"], batch["clip"], batch["sync"], batch["text"], t)
-    assert torch.equal(loaded(*arguments), network(*arguments))
+    assert torch.equal(loaded(*arguments), model(*arguments))
 
 
-def test_damaged_saved_networks_are_refused_by_name(tmp_path):
-    network = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1))
-    network.save_pretrained(tmp_path)
+def test_damaged_saved_models_are_rejected_by_name(tmp_path):
+    model = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1))
+    model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_dim": 128, "num_heads": 2}))
     with pytest.raises(ValueError, match="shape"):
@@ -270,32 +270,32 @@ def test_damaged_saved_networks_are_refused_by_name(tmp_path):
 @torch.no_grad()
 def test_derived_tensors_of_early_files_are_dropped():
     state = state_dict("flow_small_16k") | {"latent_rot": torch.zeros(1), "t_embed.freqs": torch.zeros(1)}
-    network = MMAudio.from_variant("small_16k").load_released(state)
-    assert torch.equal(network.t_embed.freqs, network.t_embed.frequencies())
+    model = MMAudio.from_variant("small_16k").load_released(state)
+    assert torch.equal(model.t_embed.freqs, model.t_embed.frequencies())
     with pytest.raises(ValueError, match="stranger"):
-        network.load_released(state | {"stranger": torch.zeros(1)})
+        model.load_released(state | {"stranger": torch.zeros(1)})
 
 
 @torch.no_grad()
 def test_bf16_module_stays_near_float32():
-    """The published network cast to bf16 is 2.7e-2 away from float32; rotary tables must stay float32."""
+    """The published model cast to bf16 is 2.7e-2 away from float32; rotary tables must stay float32."""
     torch.manual_seed(0)
-    network = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1, duration=1.0)).eval()
-    for parameter in network.parameters():
+    model = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1, duration=1.0)).eval()
+    for parameter in model.parameters():
         parameter.normal_(std=0.05)
     x = inputs("bf16", 2, (32, 8, 16, 20))
     arguments = [x["latent"], x["clip"], x["sync"], x["text"], torch.tensor([0.137, 0.804])]
-    exact = network(*arguments)
-    network = network.to(torch.bfloat16)
-    assert network._latent_table.dtype == torch.float32
-    assert network.t_embed.freqs.dtype == torch.bfloat16
-    ours = network(*(a.bfloat16() for a in arguments)).float()
+    exact = model(*arguments)
+    model = model.to(torch.bfloat16)
+    assert model._latent_table.dtype == torch.float32
+    assert model.t_embed.freqs.dtype == torch.bfloat16
+    ours = model(*(a.bfloat16() for a in arguments)).float()
     assert 1e-4 < ((ours - exact).norm() / exact.norm()) < 5e-2
 
 
-def test_wrong_shapes_are_named(networks):
-    network, x = networks["small_16k"], inputs("wrong", 1, (250, 64, 192, 20))
+def test_wrong_shapes_are_named(models):
+    model, x = models["small_16k"], inputs("wrong", 1, (250, 64, 192, 20))
     with pytest.raises(ValueError, match=r"clip_features.*64.*\(1, 63, 1024\)"):
-        network.preprocess_conditions(x["clip"][:, :63], x["sync"], x["text"])
+        model.preprocess_conditions(x["clip"][:, :63], x["sync"], x["text"])
     with pytest.raises(ValueError, match="multiple of 8"):
-        network.set_lengths(250, 64, 190)
+        model.set_lengths(250, 64, 190)

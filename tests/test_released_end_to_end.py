@@ -1,6 +1,6 @@
 """Released weights from files to one training step: files of released names and shapes, name-seeded values.
 
-The full size is slow: CLIP ViT-H/14 takes 65 TFLOP for the pictures of one video. The fast test goes the same way with
+The full size is slow: CLIP ViT-H/14 takes 65 TFLOP for the frames of one video. The fast test goes the same way with
 the released Synchformer and VAE on 0.64 s of each file, and with a CLIP model of the released widths of features and
 one layer. Media are those of the folder MMAUDIO_HF_EXAMPLES, if it is set, else synthesised.
 """
@@ -39,7 +39,7 @@ from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import column_shapes, sequence_lengths
 
 ROOT = Path(__file__).parent.parent
-VIDEOS = 2  # and as many recordings
+VIDEOS = 2  # and as many audio files
 
 
 def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **model) -> Path:
@@ -56,10 +56,10 @@ def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **
             "output_dir": str(features),
             "shard_size": 1,
             "videos": [{"name": "videos", "media_dir": str(media["videos"]), "list": str(media["video_list"])}],
-            "audios": [{"name": "sounds", "media_dir": str(media["audios"]), "list": str(media["audio_list"])}],
+            "audios": [{"name": "audios", "media_dir": str(media["audios"]), "list": str(media["audio_list"])}],
         },
         "data": {
-            "train": [{"path": str(features / name)} for name in ("videos", "sounds")],
+            "train": [{"path": str(features / name)} for name in ("videos", "audios")],
             "validation": [],
             "test": [],
         },
@@ -73,7 +73,7 @@ def write_recipe(folder: Path, mode: str, media: dict[str, Path], clip: Path, **
 
 
 def find_media(folder: Path, example: Path, rows: int) -> dict[str, Path]:
-    """So many videos and recordings of MMAUDIO_HF_EXAMPLES, or of the synthesised ones where it is not set."""
+    """So many videos and audio files of MMAUDIO_HF_EXAMPLES, or of the synthesised ones where it is not set."""
     names = {"videos": "videos", "audios": "audios", "video_list": "train.tsv", "audio_list": "audios.tsv"}
     if "MMAUDIO_HF_EXAMPLES" in os.environ:
         example = Path(os.environ["MMAUDIO_HF_EXAMPLES"]) / "training"
@@ -91,7 +91,7 @@ def find_media(folder: Path, example: Path, rows: int) -> dict[str, Path]:
 def check_stores(folder: Path, mode: str, rows: int, duration: float = 8.0) -> dict[str, FeatureStore]:
     """Both stores are whole, finite and of the published shapes; nothing was rejected."""
     stores = {}
-    for name in ("videos", "sounds"):
+    for name in ("videos", "audios"):
         path = folder / f"features_{mode}" / name
         assert verify(path).ok
         store = stores[name] = FeatureStore.open(path)
@@ -99,7 +99,7 @@ def check_stores(folder: Path, mode: str, rows: int, duration: float = 8.0) -> d
         shapes = column_shapes(mode, duration, video=name == "videos")
         assert {column: tuple(value.shape[1:]) for column, value in values.items()} == shapes
         assert all(value.isfinite().all() and value.std() > 0 for value in values.values())
-    assert len(stores["videos"]) == rows and len(stores["sounds"]) >= rows
+    assert len(stores["videos"]) == rows and len(stores["audios"]) >= rows
     assert (folder / f"features_{mode}" / "videos.rejects.jsonl").read_text() == ""
     return stores
 
@@ -121,7 +121,7 @@ SHORT = 0.64  # s, one segment of Synchformer
 
 @pytest.fixture(scope="module")
 def small(example_media, tmp_path_factory) -> Path:
-    """A folder in which a video and a recording have gone all the way, by the commands a user types."""
+    """A folder in which a video and an audio file have gone all the way, by the commands a user types."""
     folder = tmp_path_factory.mktemp("small")
     media = find_media(folder, example_media(), rows=1)
     config = clip_config(1, 1)
@@ -147,7 +147,7 @@ def load(folder: Path, components: tuple[str, ...], clip: str | Path = "", preci
 
 
 def test_files_to_one_step(small):
-    """The features are those of the networks by themselves, given what `read_video` says its pictures are."""
+    """The features are those of the networks by themselves, given the frames of `read_video`."""
     stores = check_stores(small, "16k", rows=1, duration=SHORT)
     check_step(small, "16k")
     store = stores["videos"]
@@ -174,14 +174,14 @@ def test_a_batch_gives_what_single_items_give(small):
     for tensor in (*shallow.parameters(), *shallow.buffers()):
         tensor.data.normal_(std=0.05, generator=draw)
     encoders = replace(encoders, networks={**encoders.networks, "sync": lambda frames: _sync_batch(shallow, frames)})
-    pictures = torch.randint(0, 256, (3, 16, 3, 384, 384), dtype=torch.uint8, generator=draw)
-    sound = 0.1 * torch.randn(3, sequence_lengths("16k", SHORT).audio_samples, generator=draw)
-    small_pictures = pictures[..., :224, :224]
+    frames = torch.randint(0, 256, (3, 16, 3, 384, 384), dtype=torch.uint8, generator=draw)
+    waveform = 0.1 * torch.randn(3, sequence_lengths("16k", SHORT).audio_samples, generator=draw)
+    small_frames = frames[..., :224, :224]
     for encode, inputs in (
-        (encoders.encode_clip, pictures[:, :7]),
-        (encoders.encode_sync, small_pictures),
+        (encoders.encode_clip, frames[:, :7]),
+        (encoders.encode_sync, small_frames),
         (encoders.encode_text, ["a dog", "do", "a cat at a dog"]),
-        (lambda waveform: torch.cat(encoders.encode_audio(waveform), dim=2), sound),
+        (lambda waveform: torch.cat(encoders.encode_audio(waveform), dim=2), waveform),
     ):
         batch, single = encode(inputs), torch.cat([encode(inputs[i : i + 1]) for i in range(3)])
         assert batch.shape == single.shape and not torch.allclose(batch[0], batch[1], atol=1e-3)
@@ -190,7 +190,7 @@ def test_a_batch_gives_what_single_items_give(small):
         assert difference < 1e-4
 
 
-def test_the_trained_network_makes_sound_of_a_text(small):
+def test_the_trained_model_generates_audio_from_text(small):
     words = ["--run", str(small / "output" / "small_16k"), "--prompt", "a dog", "--steps", "1", "--device", "cpu"]
     assert main(["generate", *words, "--out", str(small / "dog.wav")]) == 0
     waveform, rate = read_waveform(small / "dog.wav")
@@ -211,15 +211,15 @@ def test_every_form_of_the_clip_weights_is_the_same_model(small, monkeypatch):
     config = CLIPConfig.from_pretrained(small / "clip")
     monkeypatch.setattr("mmaudio_hf.features.clip.clip_config", lambda: config)  # else that of 32 and 24 layers
     frames = torch.randint(0, 256, (1, 5, 3, 384, 384), dtype=torch.uint8)
-    parts = ("clip", "text")
-    first = load(small, parts)
+    components = ("clip", "text")
+    first = load(small, components)
     assert first.fingerprints["clip"]["id"] == "clip"
     for clip in ("nobody/clip", small / "open_clip" / "open_clip_pytorch_model.bin"):
-        other = load(small, parts, clip)
+        other = load(small, components, clip)
         assert torch.equal(other.encode_clip(frames), first.encode_clip(frames))
         assert torch.equal(other.encode_text(["a dog"]), first.encode_text(["a dog"]))
         assert other.fingerprints["clip"]["fingerprint"] == first.fingerprints["clip"]["fingerprint"]
-    half = load(small, parts, precision="bf16")
+    half = load(small, components, precision="bf16")
     torch.testing.assert_close(half.encode_clip(frames), first.encode_clip(frames), atol=0.02, rtol=0)
     assert half.fingerprints["clip"]["fingerprint"] != first.fingerprints["clip"]["fingerprint"]
     state = load_file(small / "clip" / "model.safetensors")
@@ -232,7 +232,7 @@ def test_every_form_of_the_clip_weights_is_the_same_model(small, monkeypatch):
 # --- full size ---------------------------------------------------------------------------------------------------
 
 
-LAYERS = (32, 24)  # of pictures and of text
+LAYERS = (32, 24)  # of images and of text
 MEASURED = """
 import re, sys
 from mmaudio_hf.cli import main
@@ -292,7 +292,7 @@ def test_files_to_one_step_at_full_size(full, mode):
 
 @pytest.mark.slow
 def test_both_forms_of_the_clip_weights_give_the_same_features(full):
-    """Pictures and captions are the same in both modes, so only the form of the weights differs."""
+    """Frames and captions are the same in both modes, so only the form of the weights differs."""
     ours, theirs = (full(mode)["videos"].read(range(VIDEOS)) for mode in ("16k", "44k"))
     for column in ("clip_features", "text_features", "sync_features"):
         print(column, "largest difference", float((ours[column] - theirs[column]).abs().max()))
