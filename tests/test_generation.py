@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, plain_guided_velocity, state_dict, tensor
-from mmaudio_hf.models.model import MMAudio
+from mmaudio_hf.models.network import MMAudio
 from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf.cli.training import write_encoder_files
