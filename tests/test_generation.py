@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from golden_data import golden, plain_guided_velocity, state_dict, tensor
-from mmaudio_hf.models.network import MMAudio
 from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf.cli.training import write_encoder_files
@@ -25,6 +24,7 @@ from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
+from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import column_shapes
 
