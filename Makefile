@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: example test test-slow style quality clean
+.PHONY: example test test-slow rehearse style quality clean
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ test: $(INSTALLED)  # one worker a core with one thread each; the files of a wor
 
 test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
 	$(BIN)/python -m pytest -m slow
+
+rehearse: $(INSTALLED)  # the CUDA paths on fake tensors: kernels, bytes, memory, syncs against ceilings; needs g++
+	$(BIN)/python tests/rehearsal/rehearse.py
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,26 @@
+// A libcuda.so.1 without devices. A CUDA build of torch looks these up when it is loaded or when autograd starts; each
+// answers CUDA_ERROR_NO_DEVICE, except that the primary context exists nowhere.
+#define NO_DEVICE(name) extern "C" int name(...) { return 100; }
+NO_DEVICE(cuCtxGetCurrent)
+NO_DEVICE(cuCtxSetCurrent)
+NO_DEVICE(cuDeviceGet)
+NO_DEVICE(cuDeviceGetAttribute)
+NO_DEVICE(cuDevicePrimaryCtxRetain)
+NO_DEVICE(cuFuncGetAttribute)
+NO_DEVICE(cuFuncSetAttribute)
+NO_DEVICE(cuFuncSetCacheConfig)
+NO_DEVICE(cuGetErrorString)
+NO_DEVICE(cuLaunchCooperativeKernel)
+NO_DEVICE(cuLaunchKernel)
+NO_DEVICE(cuLinkAddData_v2)
+NO_DEVICE(cuLinkComplete)
+NO_DEVICE(cuLinkCreate_v2)
+NO_DEVICE(cuModuleGetFunction)
+NO_DEVICE(cuModuleLoad)
+NO_DEVICE(cuModuleLoadData)
+NO_DEVICE(cuModuleLoadDataEx)
+NO_DEVICE(cuModuleUnload)
+NO_DEVICE(cuOccupancyMaxActiveBlocksPerMultiprocessor)
+NO_DEVICE(cuPointerGetAttribute)
+NO_DEVICE(cuTensorMapEncodeTiled)
+extern "C" int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { return *flags = 0, *active = 0, 0; }
