@@ -70,6 +70,9 @@ def serve(
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "page")
         page = build_page(pipeline, run, Path(folder) / "results", max_upload_mb)
+        # gradio checks that inputs were uploaded only in pages that were launched, not in mounted ones: without this,
+        # a request may name any file of the machine and see its frames.
+        page.has_launched = True
         app = gr.mount_gradio_app(
             FastAPI(),
             page,
@@ -78,6 +81,7 @@ def serve(
             run_history=False,
             show_error=False,  # of our own bugs the page shows that there was one; the terminal has the traceback
             max_file_size=round(max_upload_mb * 2**20),
+            allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=_STYLE,
@@ -127,12 +131,13 @@ def build_page(
                 image_out = gr.HTML(label="Spectrogram", show_label=True, container=True, visible=False)
         if examples := _examples(run):
             gr.Examples(examples, [video, prompt], examples_per_page=MAX_EXAMPLES)
-        video.change(lambda path: _usable_seconds(path, longest), video, duration)
+        video.change(lambda path: _usable_seconds(path, longest), video, duration, api_name="check_video")
         button.click(
             lambda *values: _generate(pipeline, out_dir, *values),
             [video, prompt, negative, duration, steps, guidance, seed],
             [video_out, audio_out, image_out],
             concurrency_limit=1,
+            api_name="generate",
         )
     return page
 
@@ -223,7 +228,7 @@ def _examples(run: str | os.PathLike) -> list[list[str]]:
     for source in recipe.extraction.videos:
         if source.name in test_stores and Path(source.list).is_file():
             items = read_media_list(source.list)
-            examples += [[str(find_video(source.media_dir, item.id)), item.caption] for item in items]
+            examples += [[str(find_video(source.media_dir, item.id).absolute()), item.caption] for item in items]
     return [example for example in examples if Path(example[0]).is_file()][:MAX_EXAMPLES]
 
 
