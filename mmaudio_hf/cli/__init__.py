@@ -50,7 +50,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "store convert": "output/example-features/video_train output/compact --layout compact",
     "store inspect": "output/example-features/video_train",
     "store merge": "output/a output/b --out output/both",
-    "store pull": "owner/name --to output/features/train",
+    "store pull": "owner/name output/features/train",
     "store push": "output/example-features/video_train owner/name --dry-run",
     "store subset": "output/example-features/video_train output/balls --match ball",
     "store verify": "output/example-features/video_train",
