@@ -16,8 +16,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    TorchDynamoPlugin,
     broadcast_object_list,
     convert_outputs_to_fp32,
     gather_object,
@@ -98,12 +100,24 @@ def place_model(model: MMAudio, training: TrainingConfig, accelerator: Accelerat
 # --- Processes and machines: the launch, then collectives by which they agree ----------------------------------------
 
 
-def check_launch() -> None:
-    """ValueError when the launcher was asked for several processes and started one.
+# Ways to train that accelerate would set up by itself, from a configuration of its own or what is left in a shell.
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
 
-    accelerate does that silently for `distributed_type: MULTI_CPU`: it sets the address of the main process then, but
-    no WORLD_SIZE.
+
+def check_launch() -> None:
+    """ValueError when the launch asks for what is not supported, or for several processes and started one.
+
+    accelerate does the latter silently for `distributed_type: MULTI_CPU`: it sets the address of the main process then,
+    but no WORLD_SIZE.
     """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(f"{name} is not supported: launch with a file of accelerate_configs/, or unset {variable}")
+    fsdp_plugin()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -122,7 +136,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.training.trackers) or None,
         project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        # The loop accumulates and compiles as the recipe says. Without these two accelerate reads its environment: with
+        # 4 accumulation steps there it divides every loss by 4.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )
+    for note in launch_notes(recipe):
+        accelerator.print(f"note: {note}")
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
             f"the launch started {os.environ['WORLD_SIZE']} processes that do not find each other: on a machine with"
@@ -130,6 +150,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     micro_batch_size(recipe.training, accelerator.num_processes)  # an error before anything is allocated
     return accelerator
+
+
+def launch_notes(recipe: Recipe) -> list[str]:
+    """What the launch, or the environment, sets although the recipe decides it."""
+    notes = []
+    for variable, key, usual in (  # usual: what accelerate's launcher sets by itself
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation_steps", "1"),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", "no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "compile", "no"),
+    ):
+        given, value = os.environ.get(variable, usual).lower(), str(getattr(recipe.training, key))
+        if given not in (usual, value):
+            notes.append(f"{variable}={given} of the launch is not used: the recipe has training.{key}={value}")
+    return notes
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:
