@@ -6,7 +6,7 @@ from pathlib import Path
 from mmaudio_hf.config import AudioSource, EncoderConfig, ExtractionConfig, Recipe, VideoSource, variant_config
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.features.extract import ExtractionReport, extract_audio, extract_video
-from mmaudio_hf.features.shards import Share
+from mmaudio_hf.files import Share
 
 
 def toy_recipe(output_dir: Path, weights: Path, *, mode: str = "16k", duration: float = 2.0, **extraction) -> Recipe:

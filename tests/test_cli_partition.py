@@ -1,13 +1,21 @@
-"""`mmaudio-hf partition`: what it says of the recordings it cut, and of those that it could not use."""
+"""`mmaudio-hf partition`: clip lists of audio files and of long videos, by one process or several."""
 
 import json
+import os
 
+import pytest
 import torch
 import yaml
+from extraction import extract, toy_recipe
+from odd_media import Odd, steady, write_odd
 
 from mmaudio_hf.cli import main
+from mmaudio_hf.config import VideoSource
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.lists import read_clips
+from mmaudio_hf.media.clips import partition_video, read_clips, write_clips
+from mmaudio_hf.media.video import read_video
 
 
 def write_recipe(folder):
@@ -27,7 +35,7 @@ def test_partition_accounts_for_every_file(tmp_path, capsys):
     assert main(["partition", recipe]) == 0
     clips, rejects = tmp_path / "out" / "noises.clips.tsv", tmp_path / "out" / "noises.clips.rejects.jsonl"
     printed = capsys.readouterr()
-    assert f"{clips}: 2 clips, 2 audio files rejected, see {rejects}; 1 other files ignored" in printed.out
+    assert f"{clips}: 2 clips, 2 files rejected, see {rejects}; 1 other files ignored" in printed.out
     assert "3/3" in printed.err  # the bar
     assert [clip.id for clip in read_clips(clips)] == ["long_0", "long_1"]
     lines = [json.loads(line) for line in rejects.read_text().splitlines()]
@@ -46,6 +54,66 @@ def test_no_clip_at_all_is_an_error(tmp_path, capsys):
     write_audio(media / "short.flac", torch.rand(8000 * 8), 8000)
     assert main(["partition", recipe]) == 2
     error = capsys.readouterr().err
-    assert f"{media}: no audio file gives a clip" in error and "8.1 s" in error
+    assert f"{media}: no file gives a clip" in error and "8.1 s" in error
     assert not (tmp_path / "out" / "noises.clips.tsv").exists()
     assert "audio_too_short" in (tmp_path / "out" / "noises.clips.rejects.jsonl").read_text()
+
+
+def test_processes_divide_the_work_and_a_rerun_reads_only_what_changed(tmp_path, capsys, monkeypatch):
+    recipe, media = write_recipe(tmp_path), tmp_path / "media"
+    for i in range(5):
+        write_audio(media / f"n{i}.wav", torch.rand(8000 * 9), 8000)
+    command, clips = ["partition", recipe, "extraction.shard_size=2"], tmp_path / "out" / "noises.clips.tsv"
+    assert main([*command, "--shard-index", "0", "--num-shards", "2"]) == 0
+    assert "2 of 3 shards complete" in capsys.readouterr().out and not clips.exists()
+    assert main([*command, "--shard-index", "1", "--num-shards", "2"]) == 0
+    assert "5 clips, 0 files rejected" in capsys.readouterr().out
+    expected = clips.read_text()
+    read = []
+    monkeypatch.setattr(
+        "mmaudio_hf.media.clips.count_samples", lambda path: read.append(path.name) or (8000 * 17, 8000)
+    )
+    clips.unlink()
+    assert main(command) == 0 and clips.read_text() == expected and not read
+    os.utime(media / "n4.wav", ns=(1, 1))
+    assert main(command) == 0 and read == ["n4.wav"]
+    assert [clip.id for clip in read_clips(clips)][-2:] == ["n4_0", "n4_1"]
+
+
+def test_long_videos_give_several_rows(tmp_path):
+    """Each row is the clip from its start on; a short video and one that changed since have one, or are rejected."""
+    media = tmp_path / "videos"
+    media.mkdir()
+    times = steady(4.5)
+    write_odd(media / "long.mp4", Odd(frame_times=times, audio_seconds=4.5))
+    write_odd(media / "short.mp4", Odd(frame_times=steady(1.2), audio_seconds=1.2))
+    (media / "broken.mp4").write_text("no video")
+    (tmp_path / "list.tsv").write_text("id\tlabel\nlong\ta\nshort\tb\nbroken\tc\n")
+    source = VideoSource("s", str(media), str(tmp_path / "list.tsv"), max_clips=3)
+    recipe = toy_recipe(tmp_path / "out", tmp_path / "out", duration=1.0)
+    clips = recipe.extraction.clips_path(source)
+    with pytest.raises(ValueError, match=r"s\.clips\.tsv: no such clip list"):
+        extract(recipe, source)
+    (tmp_path / "out").mkdir()
+    report = write_clips(source, clips, duration=1.0)
+    assert clips.read_text().splitlines()[1:] == [
+        "long_0\tlong\t0.0", "long_1\tlong\t1.69", "long_2\tlong\t3.38", "short_0\tshort\t0.0",
+    ]  # fmt: skip
+    assert [(reject["file"], reject["reason"]) for reject in report.rejects] == [("broken.mp4", "unreadable")]
+    report = extract(recipe, source)
+    store = FeatureStore.open(report.store_path)
+    assert store.ids == ["long_0", "long_1", "long_2", "short_0"] and store.captions == ["a", "a", "a", "b"]
+    assert (report.listed, report.rejected) == (5, 1)
+    clip = read_video(media / "long.mp4", start=1.69, duration=1.0)
+    encoders = load_encoders(recipe.encoders, "16k", ("clip", "latent"), duration=1.0)
+    assert main(["verify", str(report.store_path), "--sample", "4", "--media", str(media)]) == 0
+    row = store.read([1])
+    torch.testing.assert_close(row["clip_features"], encoders.encode_clip(clip.clip_frames[None]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(row["mean"], encoders.encode_audio(clip.audio[None])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_starts_of_long_videos():
+    assert partition_video(7.0, 8.0, 5) == [0.0] and partition_video(16.0, 8.0, 5) == [0.0]
+    assert partition_video(16.1, 8.0, 5) == [0.0, 8.0]
+    starts = partition_video(3600.0, 8.0, 10)
+    assert len(starts) == 10 and starts[-1] == pytest.approx(3600 - 8.1) and starts == sorted(starts)

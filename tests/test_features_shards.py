@@ -29,7 +29,7 @@ from mmaudio_hf.config import AudioSource, EncoderConfig
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
 from mmaudio_hf.features import workers
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
-from mmaudio_hf.features.shards import RESUME_HINT, Share
+from mmaudio_hf.files import RESUME_HINT, Share
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.schema import RunError
 

@@ -8,22 +8,20 @@ import pytest
 import torch
 from golden_data import GOLDEN
 
+from mmaudio_hf.config import AudioSource
 from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.clips import Clip, partition, read_clips, write_clips
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import (
-    Clip,
-    MediaItem,
-    find_audio_file,
-    partition,
-    read_clips,
-    read_media_list,
-    write_clips,
-)
+from mmaudio_hf.media.lists import MediaItem, find_audio_file, read_media_list
 
 
 def write(path, text, encoding="utf-8"):
     path.write_bytes(text.encode(encoding))
     return path
+
+
+def audios(folder) -> AudioSource:
+    return AudioSource("s", str(folder), "captions.tsv")
 
 
 def test_partition():
@@ -51,17 +49,17 @@ def test_clip_list_of_a_folder(tmp_path):
     (folder / "broken.mp3").write_text("no audio")
     (folder / "notes.txt").write_text("not media")
     (folder / "sub").mkdir()
-    report = write_clips(folder, tmp_path / "clips.tsv", workers=2)
+    report = write_clips(audios(folder), tmp_path / "clips.tsv", workers=2)
     assert (tmp_path / "clips.tsv").read_text() == (
         "id\tname\tstart_sample\tend_sample\na 1_0\ta 1\t0\t64800\nb_0\tb\t0\t64800\nb_1\tb\t95200\t160000\n"
     )
-    assert [(r.file, r.reason) for r in report.rejects] == [
+    assert [(reject["file"], reject["reason"]) for reject in report.rejects] == [
         ("brief.wav", "audio_too_short"),
         ("broken.mp3", "unreadable"),
     ]
     assert report.ignored == ["b.wav", "notes.txt", "sub"]
-    assert read_clips(tmp_path / "clips.tsv") == report.clips
-    assert report.clips[0] == Clip("a 1_0", "a 1", 0, 64_800)
+    clips = read_clips(tmp_path / "clips.tsv")
+    assert (report.clips, clips[0]) == (len(clips), Clip("a 1_0", "a 1", 0, 64_800))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["audios", "clips.tsv"]
     assert find_audio_file(folder, "b").name == "b.flac" and find_audio_file(folder, "a 1").suffix == ".wav"
     with pytest.raises(MediaError) as caught:
@@ -73,9 +71,9 @@ def test_clip_list_of_a_folder(tmp_path):
 
 def test_folders_without_audio_files(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
-        write_clips(tmp_path / "nothing", tmp_path / "clips.tsv")
+        write_clips(audios(tmp_path / "nothing"), tmp_path / "clips.tsv")
     with pytest.raises(ValueError, match=r"\.flac"):
-        write_clips(tmp_path, tmp_path / "clips.tsv")
+        write_clips(audios(tmp_path), tmp_path / "clips.tsv")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,9 +16,10 @@ import torch
 from golden_data import GOLDEN, golden
 from odd_media import read_codes
 
+from mmaudio_hf.config import AudioSource
 from mmaudio_hf.media.audio import mono_samples, read_audio_clip
+from mmaudio_hf.media.clips import read_clips, write_clips
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import RgbConverter, read_video
 
 EXAMPLES = Path(os.environ.get("MMAUDIO_HF_EXAMPLES", ""))
@@ -147,7 +148,7 @@ def test_decoded_audio(video_id, arrays):
 
 def test_audio_files(tmp_path, arrays):
     folder = EXAMPLES / "training" / "example_audios"
-    report = write_clips(folder, tmp_path / "clips.tsv")
+    report = write_clips(AudioSource("a", str(folder), ""), tmp_path / "clips.tsv")
     assert (tmp_path / "clips.tsv").read_bytes() == (GOLDEN / "media_clips.tsv").read_bytes()
     assert not report.rejects and not report.ignored
     for clip in read_clips(tmp_path / "clips.tsv"):

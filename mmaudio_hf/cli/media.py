@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +16,19 @@ def add_commands(add) -> None:
     media.add_argument("directory", metavar="DIR", type=Path)
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
-    add("partition", _partition, "cut the audio files of a recipe into clips (writes clips.tsv)", recipe=True)
-    for kind, function, media_of in (("video", _extract_video, "videos"), ("audio", _extract_audio, "audio files")):
-        extract = add(f"extract-{kind}", function, f"make the feature stores of a recipe's {media_of}", recipe=True)
-        extract.add_argument(
+    partition = "cut the audio files and long videos of a recipe into clips (writes clips.tsv)"
+    for name, function, help_text in (
+        ("partition", _partition, partition),
+        ("extract-video", _extract_video, "make the feature stores of a recipe's videos"),
+        ("extract-audio", _extract_audio, "make the feature stores of a recipe's audio files"),
+    ):
+        command = add(name, function, help_text, recipe=True)
+        command.add_argument(
             "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
         )
-        extract.add_argument("--num-shards", type=int, metavar="N", help="number of shares the shards are dealt out in")
-        extract.add_argument("--clean", action="store_true", help="remove the shards of complete stores")
+        command.add_argument("--num-shards", type=int, metavar="N", help="number of processes that divide the shards")
+        if function is not _partition:
+            command.add_argument("--clean", action="store_true", help="remove the shards of complete stores")
 
 
 def _example_media(options) -> None:
@@ -34,27 +38,44 @@ def _example_media(options) -> None:
     print(f"example media: {options.directory}")
 
 
-def _partition(options) -> None:
-    from mmaudio_hf.media.lists import check_sources, write_clips
+def _partition(options: argparse.Namespace) -> None:
+    from mmaudio_hf.media.clips import check_sources, write_clips
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    sources = _sources(recipe, "audios")
-    check_sources(recipe.extraction, lists=False)
+    recipe, share = load_recipe(options.recipe, options.overrides), share_of_process(options)
+    extraction = recipe.extraction
+    sources = [*(source for source in extraction.videos if source.max_clips > 1), *extraction.audios]
+    if not sources:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.audios, and no video with max_clips > 1")
+    check_sources(extraction, lists=False)
     for source in sources:
-        path = recipe.extraction.clips_path(source)
-        rejects = path.with_suffix(".rejects.jsonl")
+        path = extraction.clips_path(source)
         path.parent.mkdir(parents=True, exist_ok=True)
-        report = write_clips(source.media_dir, path, workers=recipe.extraction.num_proc, progress=True)
-        rejects.write_text("".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in report.rejects))
+        report = write_clips(
+            source,
+            path,
+            duration=recipe.model.duration,
+            shards_dir=Path(extraction.shards_dir or extraction.output_dir) / f"{source.name}.shards",
+            shard_size=extraction.shard_size,
+            share=share,
+            workers=extraction.num_proc,
+            progress=True,
+        )
+        if report.pending_shards:
+            made = report.shards - report.pending_shards
+            print(f"{path}: {made} of {report.shards} shards complete; the process that finishes the last writes it")
+            continue
+        rejects = path.with_suffix(".rejects.jsonl")
+        rejects.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects))
         if not report.clips:
-            path.unlink()
+            path.unlink(missing_ok=True)
+            needed = "8.1 s of audio" if source in extraction.audios else "a track of frames"
             raise ValueError(
-                f"{source.media_dir}: no audio file gives a clip, each needs 8.1 s of audio at least;"
+                f"{source.media_dir}: no file gives a clip, each needs {needed} at least;"
                 f" {rejects} says what is wrong with each of {len(report.rejects)}"
             )
         see = f", see {rejects}" if report.rejects else ""
         print(
-            f"{path}: {len(report.clips)} clips, {len(report.rejects)} audio files rejected{see};"
+            f"{path}: {report.clips} clips, {len(report.rejects)} files rejected{see};"
             f" {len(report.ignored)} other files ignored"
         )
 
@@ -90,7 +111,7 @@ def _open_writer(recipe: Recipe):
 
 def share_of_process(options):
     """The share of the work that the options name, else the launcher's environment, else the whole."""
-    from mmaudio_hf.features.shards import Share
+    from mmaudio_hf.files import Share
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
@@ -109,20 +130,27 @@ def share_of_process(options):
 def _extract_video(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "videos")
+    _check_clip_lists(options, recipe, [source for source in sources if source.max_clips > 1])
     _extract(options, recipe, sources)
 
 
 def _extract_audio(options) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "audios")
-    for source in sources:
-        if not (clips := recipe.extraction.clips_path(source)).is_file():
-            raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
+    _check_clip_lists(options, recipe, sources)
     _extract(options, recipe, sources)
 
 
+def _check_clip_lists(
+    options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]
+) -> None:
+    for source in sources:
+        if not (clips := recipe.extraction.clips_path(source)).is_file():
+            raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
+
+
 def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]) -> None:
-    from mmaudio_hf.media.lists import check_sources
+    from mmaudio_hf.media.clips import check_sources
 
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]

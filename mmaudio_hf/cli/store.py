@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
+from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
 from mmaudio_hf.schema import split_hub_id
 
 
@@ -285,6 +285,7 @@ def _source(options, recipe: Recipe | None, kind: str):
 
 
 def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, duration: float) -> Callable:
+    from mmaudio_hf.media.clips import VideoStart, read_video_clips
     from mmaudio_hf.media.container import MediaError
     from mmaudio_hf.media.lists import find_video
     from mmaudio_hf.media.video import read_video
@@ -301,9 +302,14 @@ def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, dur
             f"{options.store} does not say how its videos were read: give --recipe with a source of its name"
         )
 
+    listed = _clip_list(options, recipe, source)
+    clips = {clip.id: clip for clip in read_video_clips(listed)} if listed.is_file() else {}  # of long videos
+
     def read(item_id: str) -> dict:
+        known = clips.get(item_id, VideoStart(item_id, item_id, 0.0))
         try:
-            clip = read_video(find_video(options.media, item_id), mode=mode, duration=duration, as_uint8=True, **chosen)
+            path = find_video(options.media, known.name)
+            clip = read_video(path, start=known.start, mode=mode, duration=duration, as_uint8=True, **chosen)
         except MediaError as error:
             raise RunError(str(error)) from error
         return {"audio": clip.audio, "clip_frames": clip.clip_frames, "sync_frames": clip.sync_frames}
@@ -311,16 +317,22 @@ def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, dur
     return read
 
 
+def _clip_list(options, recipe: Recipe | None, source: VideoSource | AudioSource | None) -> Path:
+    """The clips.tsv of the recipe, or the one beside the store."""
+    if recipe is not None and source is not None:
+        return recipe.extraction.clips_path(source)
+    return options.store.with_name(f"{options.store.name}.clips.tsv")
+
+
 def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float) -> Callable:
     from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
+    from mmaudio_hf.media.clips import read_clips
     from mmaudio_hf.media.container import MediaError
-    from mmaudio_hf.media.lists import find_audio_file, read_clips
+    from mmaudio_hf.media.lists import find_audio_file
     from mmaudio_hf.schema import RunError
 
     source = _source(options, recipe, "audios")
-    listed = options.store.with_name(f"{options.store.name}.clips.tsv")
-    if recipe is not None and source is not None:
-        listed = recipe.extraction.clips_path(source)
+    listed = _clip_list(options, recipe, source)
     if not listed.is_file():
         raise ValueError(f"{listed} is missing: it says which part of a recording a row is; give --recipe")
     clips = {clip.id: clip for clip in read_clips(listed)}

@@ -210,6 +210,8 @@ class VideoSource(Settings):
     media_dir: str = setting(MISSING, "folder of the videos, ID.mp4", path=True)
     list: str = setting(MISSING, "TSV of the videos to use: id, label", path=True)
     normalize_audio: bool = setting(True, "scale the audio to a peak of 0.95")
+    max_clips: int = setting(1, "clips of each video that `mmaudio-hf partition` lists; 1: its first seconds", least=1)
+    clips: str = setting("", "list of the clips of long videos; empty: beside the store", path=True)
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,8 @@ class ExtractionConfig(Settings):
     audit: str = setting("", "table that `mmaudio-hf audit` wrote; empty: nothing is left out by it", path=True)
     reject: tuple[AuditVerdict, ...] = setting(_REJECT, "verdicts of the audit that leave an item out")
 
-    def clips_path(self, source: AudioSource) -> Path:
-        """The clips.tsv of an audio source: named in the recipe, or beside its store."""
+    def clips_path(self, source: VideoSource | AudioSource) -> Path:
+        """The clip list of a source: named in the recipe, or beside its store."""
         return Path(source.clips or Path(self.output_dir) / f"{source.name}.clips.tsv")
 
     def check(self) -> None:
@@ -256,6 +258,10 @@ class ExtractionConfig(Settings):
         _require(
             self.layout == "compact" or self.sync_dtype == "float32",
             "extraction.sync_dtype bfloat16 needs extraction.layout compact",
+        )
+        _require(
+            self.alignment == "timestamps" or all(source.max_clips == 1 for source in self.videos),
+            "extraction.videos.max_clips needs extraction.alignment timestamps: the reference reads no later clips",
         )
         twice = _repeated([*(s.name for s in self.videos), *(s.name for s in self.audios)])
         _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")

@@ -28,21 +28,13 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
-from mmaudio_hf.features.shards import (
-    RESUME_HINT,
-    Item,
-    Job,
-    Shard,
-    Share,
-    add_path_to_oserror,
-    locked,
-    read_json,
-    write_text,
-)
+from mmaudio_hf.features.shards import Item, Job, Shard
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.features.workers import make_shards
+from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
+from mmaudio_hf.media.clips import VideoStart, read_clips, read_video_clips
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import find_audio_file, find_video, read_clips, read_media_list
+from mmaudio_hf.media.lists import find_audio_file, find_video, read_media_list
 from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id
 
@@ -119,8 +111,9 @@ def extract_video(
     recipe: gives `model.mode` and `model.duration`, `encoders` and `extraction`; the toy codec is fitted to these media
     if there is none. extraction.batch_size items go through the encoders together, fewer after out-of-memory;
     extraction.num_proc processes, process i on CUDA device i modulo their number, make shards of extraction.shard_size
-    rows of the list. share: the shards that this process makes. clean: remove the shards of a complete store. problems:
-    what an audit found; such a video is a reject of the stage "audit", and its file is not opened.
+    rows. With source.max_clips > 1 each clip in `extraction.clips_path(source)` is a row. share: the shards that this
+    process makes. clean: remove the shards of a complete store. problems: what an audit found; such a video is a reject
+    of the stage "audit", and its file is not opened.
 
     A file that cannot be used is rejected, never fatal. Raises ValueError for mistakes in settings, lists and folders
     before any work, when the disk is too small, and when every item was rejected (then there is no store); OSError
@@ -129,13 +122,17 @@ def extract_video(
     """
     job = Job(recipe, source, share)
     _check_settings(job)
-    items = []
+    items: list[Item] = []
+    starts = _video_starts(job) if source.max_clips > 1 else {}
     for row in read_media_list(source.list, "label"):
         path = find_video(source.media_dir, row.id)
         problem = _audit_problem(problems, row.id)
         if not path.is_file():
             problem = ("list", "not_found", f"{path}: no such file; check the folder and the id")
-        items.append(Item(row.id, row.caption, str(path), problem=problem))
+        elif source.max_clips > 1 and row.id not in starts:
+            problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
+        for clip in starts.get(row.id, [VideoStart(row.id, row.id, 0.0)]):
+            items.append(Item(clip.id, row.caption, str(path), problem=problem, start=clip.start))
     return _extract(job, items, open_writer, clean, progress)
 
 
@@ -201,6 +198,17 @@ def _check_settings(job: Job) -> None:
         raise ValueError(f"{job.source.media_dir}: no such folder; it must hold the media of {job.name!r}")
     if job.output_dir.exists() and not job.output_dir.is_dir():
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
+
+
+def _video_starts(job: Job) -> dict[str, list[VideoStart]]:
+    """Clips by the name of their video."""
+    path = job.recipe.extraction.clips_path(job.source)
+    starts: dict[str, list[VideoStart]] = {}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such clip list; make it with `mmaudio-hf partition`")
+    for clip in read_video_clips(path):
+        starts.setdefault(clip.name, []).append(clip)
+    return starts
 
 
 def _audit_problem(problems: Problems | None, name: str) -> Problem | None:

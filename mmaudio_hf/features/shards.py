@@ -9,10 +9,6 @@ features depend on.
 """
 
 import contextlib
-import errno
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,30 +23,10 @@ import pyarrow as pa
 
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import fingerprints
+from mmaudio_hf.files import Share, hash_of, locked, read_json, sha256_of
 from mmaudio_hf.schema import SCHEMA_VERSION, RunError, column_shapes
 
 VERSION = 1  # part of every key: raise it when the same inputs give other features
-RESUME_HINT = "complete shards are kept; run the same command again to resume"
-
-
-@dataclass(frozen=True)
-class Share:
-    """The shards of one process: those whose number is `index` modulo `count`.
-
-    local_rank, local_count: its rank among the processes of this machine, for the choice of the CUDA device and the
-    number of threads.
-    """
-
-    index: int = 0
-    count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"shard index {self.index} of {self.count}: it must be from 0 to the number of shares - 1")
-        if not 0 <= self.local_rank < self.local_count:
-            raise ValueError(f"local rank {self.local_rank} of {self.local_count}: the launcher's numbers do not fit")
 
 
 @dataclass(frozen=True)
@@ -65,6 +41,7 @@ class Item:
     path: str
     span: tuple[int, int] | None = None  # samples of the audio file; None for videos
     problem: tuple[str, str, str] | None = None
+    start: float = 0.0  # s into the video
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,8 @@ class Job:
             if item.path not in stats:
                 stats[item.path] = _size_and_time(item.path)
             reason = item.problem and item.problem[:2]
-            rows.append([item.id, item.caption, Path(item.path).name, item.span, reason, stats[item.path]])
+            span = ["start", item.start] if item.start else item.span
+            rows.append([item.id, item.caption, Path(item.path).name, span, reason, stats[item.path]])
         size = self.recipe.extraction.shard_size
         blocks = [slice(first, first + size) for first in range(0, len(items), size)]
         shards = [Shard(i, hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
@@ -221,81 +199,3 @@ def _size_and_time(path: str) -> list[int] | None:
         stat = os.stat(path)
         return [stat.st_size, stat.st_mtime_ns]
     return None
-
-
-# --- Files: locks, hashes, and writing that survives a kill ----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
-    """Acquire the lock file `path`; False, without it, when another process has it and `wait` is not set.
-
-    The system releases it when the process ends in any way. Lock files stay: were one removed, two processes could each
-    lock "it".
-    """
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            acquired = True
-        except BlockingIOError:
-            acquired = False
-        except OSError as error:
-            message = f"{error.strerror}: extraction needs a file system with working locks (flock)"
-            raise OSError(error.errno, message, str(path)) from error
-        yield acquired
-
-
-@contextlib.contextmanager
-def add_path_to_oserror(path: Path) -> Iterator[None]:
-    """Add `path` to OSErrors that name no file; of a full disk, with any name, the message says how to resume."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if error.filename is not None and not full:
-            raise
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        message = f"{reason}: {'free some space; ' if full else ''}{RESUME_HINT}"
-        raise OSError(error.errno or errno.EIO, message, error.filename or str(path)) from error
-
-
-def hash_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file of ours, {} if there is none or it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically; it is on the disk when this returns."""
-    partial = path.with_name(f"{path.name}.part")
-    try:
-        with add_path_to_oserror(path):
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

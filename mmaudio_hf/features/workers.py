@@ -31,18 +31,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
-from mmaudio_hf.features.shards import (
-    RESUME_HINT,
-    Item,
-    Job,
-    Shard,
-    add_path_to_oserror,
-    locked,
-    reject_of,
-    sha256_of,
-    sync,
-    write_text,
-)
+from mmaudio_hf.features.shards import Item, Job, Shard, reject_of
+from mmaudio_hf.files import RESUME_HINT, add_path_to_oserror, locked, sha256_of, sync, write_text
 from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import VideoClip, read_video
@@ -363,7 +353,8 @@ def read_ahead(
 
     A video of 8 s is 58 MB. Close the generator to stop the threads.
     """
-    groups = (list(group) for _, group in itertools.groupby(items, key=lambda item: item.path))
+    # The clips of an audio file share one reading; those of a video are 58 MB each and are read one by one.
+    groups = (list(group) for _, group in itertools.groupby(items, key=lambda item: (item.path, item.start)))
     waiting: deque[tuple[list[Item], Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -390,7 +381,7 @@ def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
     path = items[0].path
     try:
         if job.is_video:
-            return [_read_video(job, path) for _ in items]
+            return [_read_video(job, item) for item in items]
         waveform, rate = read_waveform(path)
     except MediaError as error:
         return [error] * len(items)
@@ -402,10 +393,11 @@ def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
     return [cuts[item.span] for item in items]
 
 
-def _read_video(job: Job, path: str) -> VideoClip:
+def _read_video(job: Job, item: Item) -> VideoClip:
     model, alignment = job.recipe.model, job.recipe.extraction.alignment
     return read_video(
-        path,
+        item.path,
+        start=item.start,
         mode=model.mode,
         duration=model.duration,
         alignment=alignment,

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mmaudio_hf.features.shards import Share, hash_of, read_json, write_text
+from mmaudio_hf.files import Share, hash_of, read_json, write_text
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request, save_with_note
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import VIDEO_ENDINGS, find_video, read_table

@@ -1,26 +1,18 @@
-"""Lists of media: clips of long audio files, and the tab-separated lists of ids and captions."""
+"""Lists of media: tab-separated ids and captions, and the files that belong to the ids."""
 
 import csv
 import difflib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
-from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import check_id
 
 AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
-CLIP_SECONDS = 8.1
-_MAX_CLIPS = 5
-_CLIP_COLUMNS = ("id", "name", "start_sample", "end_sample")
 _TEXT_COLUMNS = ("label", "caption")
 
 
@@ -31,73 +23,6 @@ class MediaItem:
     id: str
     caption: str
     row: int
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Samples `[start_sample, end_sample)` of the audio file called `name` (its stem), at the file's own rate."""
-
-    id: str
-    name: str
-    start_sample: int
-    end_sample: int
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A file left out of a clip list, and why (`MediaError.reason`)."""
-
-    file: str
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class ClipReport:
-    """What `write_clips` did: clips written, files rejected, and names of files that were not read."""
-
-    clips: list[Clip]
-    rejects: list[Reject]
-    ignored: list[str]
-
-
-def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
-    """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
-
-    Ends are exclusive; a file shorter than 8.1 s gives none. Float comparison and rounding are those of the published
-    clip lists.
-    """
-    if num_samples < sample_rate * CLIP_SECONDS:
-        return []
-    length = int(sample_rate * CLIP_SECONDS)
-    count = min(_MAX_CLIPS, num_samples // length)
-    step = (num_samples - length) // (count - 1) if count > 1 else 0
-    return [(i * step, i * step + length) for i in range(count)]
-
-
-def write_clips(
-    folder: str | os.PathLike, path: str | os.PathLike, *, workers: int = 1, progress: bool = False
-) -> ClipReport:
-    """Cut every audio file of `folder` by `partition` and write `path` (`id, name, start_sample, end_sample`).
-
-    Audio files are known by their ending (`AUDIO_ENDINGS`) and decoded once, so that damaged files are found here and
-    lengths are true; they, files that are too short and bad names come back as `rejects`. Other files, and a second
-    file with the same stem (flac before wav before the others), come back as `ignored`. The list is replaced as a
-    whole. progress: show a bar. ValueError if the folder has no audio file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds the audio files")
-    files, ignored = _audio_files(folder)
-    if not files:
-        raise ValueError(f"{folder}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
-    with ThreadPoolExecutor(workers) as pool:
-        bar = tqdm(pool.map(_clips_of, files), folder.name, len(files), unit="file", disable=not progress)
-        outcomes = list(bar)
-    clips = [clip for outcome in outcomes if not isinstance(outcome, Reject) for clip in outcome]
-    rows = [[clip.id, clip.name, clip.start_sample, clip.end_sample] for clip in clips]
-    _write_table(path, [_CLIP_COLUMNS, *rows])
-    return ClipReport(clips, [outcome for outcome in outcomes if isinstance(outcome, Reject)], ignored)
 
 
 def find_audio_file(folder: str | os.PathLike, name: str) -> Path:
@@ -116,48 +41,6 @@ def find_video(folder: str | os.PathLike, item_id: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:
-    """ValueError that names every folder, and with `lists` every list, of `extraction` that cannot be read.
-
-    Opens no media. Clip lists are read where they exist: `partition` writes them.
-    """
-    problems: list[str] = []
-    sources: list[VideoSource | AudioSource] = [*extraction.videos, *extraction.audios]
-    for source in sources:
-        if not Path(source.media_dir).is_dir():
-            problems.append(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
-        if not lists:
-            continue
-        try:
-            read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
-            if isinstance(source, AudioSource) and extraction.clips_path(source).is_file():
-                read_clips(extraction.clips_path(source))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def read_clips(path: str | os.PathLike) -> list[Clip]:
-    """Read a clip list; ValueError names the file and line of a bad or repeated row."""
-    rows = read_table(path, _CLIP_COLUMNS)
-    clips, lines = [], {}
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        clip_id, name = check_id(row["id"], where), check_id(row["name"], where)
-        if clip_id in lines:
-            raise ValueError(f"{where}: id {clip_id!r} is already on line {lines[clip_id]}; ids must differ")
-        try:
-            start, end = int(row["start_sample"]), int(row["end_sample"])
-        except ValueError:
-            raise ValueError(f"{where}: start_sample and end_sample must be whole numbers") from None
-        if not 0 <= start < end:
-            raise ValueError(f"{where}: samples [{start}, {end}) are not a clip; make the list again")
-        lines[clip_id] = line
-        clips.append(Clip(clip_id, name, start, end))
-    return clips
-
-
 def read_media_list(
     path: str | os.PathLike, text_column: str = "label", *, unique_ids: bool | None = None
 ) -> list[MediaItem]:
@@ -170,7 +53,8 @@ def read_media_list(
     """
     assert text_column in _TEXT_COLUMNS, text_column
     unique_ids = text_column == "label" if unique_ids is None else unique_ids
-    items, lines = [], {}
+    items: list[MediaItem] = []
+    lines: dict[str, int] = {}
     for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
         where = f"{path}, line {line}"
         item_id = check_id(row["id"], where)
@@ -181,7 +65,7 @@ def read_media_list(
     return items
 
 
-def _audio_files(folder: Path) -> tuple[list[Path], list[str]]:
+def audio_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Audio files of a folder in sorted order, one per stem, and the names of everything else."""
     chosen: dict[str, Path] = {}
     entries = sorted(folder.iterdir())
@@ -192,22 +76,8 @@ def _audio_files(folder: Path) -> tuple[list[Path], list[str]]:
     return files, [p.name for p in entries if p not in set(files)]
 
 
-def _clips_of(path: Path) -> list[Clip] | Reject:
-    try:
-        check_id(path.stem)
-        num_samples, rate = count_samples(path)
-    except MediaError as error:
-        return Reject(path.name, error.reason, str(error))
-    except ValueError as error:
-        return Reject(path.name, "bad_name", str(error))
-    spans = partition(num_samples, rate)
-    if not spans:
-        have = num_samples / rate if rate else 0.0
-        return Reject(path.name, "audio_too_short", f"{path}: {have:.3f} s of audio, {CLIP_SECONDS} s needed")
-    return [Clip(f"{path.stem}_{i}", path.stem, start, end) for i, (start, end) in enumerate(spans)]
-
-
-def _write_table(path: str | os.PathLike, rows: list[Sequence]) -> None:
+def write_table(path: str | os.PathLike, rows: Sequence[Sequence]) -> None:
+    """Replace a tab-separated file by `rows`, of which the first is the header."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
