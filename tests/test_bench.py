@@ -1,4 +1,4 @@
-"""What the benchmarks compare is the same work, and they tell what they are for."""
+"""What the benchmarks compare is the same work, and they measure what they say."""
 
 import multiprocessing
 import time
@@ -9,11 +9,10 @@ import torch
 from toy_stores import MODEL
 
 from mmaudio_hf.bench import extract, generate
-from mmaudio_hf.bench import training as scaling
 from mmaudio_hf.bench.extract import plain_read
-from mmaudio_hf.bench.training import loop_overhead, step
+from mmaudio_hf.bench.training import _receive, loop_overhead, scaling, step
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import model_config
+from mmaudio_hf.config import model_config, variant_config
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.ema import PostHocEMA
@@ -23,14 +22,14 @@ TINY = model_config(MODEL | {"hidden_dim": 32}, "test")
 
 def test_the_straightforward_reading_gives_the_same(example_media):
     video = sorted((example_media() / "videos").glob("*.mp4"))[0]
-    clip_frames, sync_frames, sound = plain_read(video, "16k")
+    clip_frames, sync_frames, audio = plain_read(video, "16k")
     clip = read_video(video, as_uint8=True, normalize_audio=False)
     assert torch.equal(clip_frames, clip.clip_frames)
     assert torch.equal(sync_frames, clip.sync_frames)
-    torch.testing.assert_close(sound[: len(clip.audio)], clip.audio, atol=1e-5, rtol=0)
+    torch.testing.assert_close(audio[: len(clip.audio)], clip.audio, atol=1e-5, rtol=0)
 
 
-def test_emulated_bf16_is_measured_at_a_small_size_that_is_told(monkeypatch):
+def test_emulated_bf16_is_measured_at_a_small_size(monkeypatch):
     monkeypatch.setattr(extract.synchformer, "DEPTH", 2)  # of fp32, to be quick
     monkeypatch.setattr(extract, "emulates_bf16", lambda _: True)
     figures = extract._encoder_rates("16k", rounds=1)
@@ -48,7 +47,7 @@ def test_the_overhead_of_the_loop_is_what_it_adds_to_a_step(monkeypatch):
 
 
 def test_two_processes_are_compared_with_one():
-    figures = scaling.scaling(TINY, 2, 1)
+    figures = scaling(TINY, 2, 1)
     ratio = figures["one_process_step_seconds"] / figures["two_processes_step_seconds"]
     assert figures["weak_scaling_efficiency"] == ratio > 0 and figures["machine_efficiency"] > 0
     assert not multiprocessing.active_children()
@@ -58,20 +57,20 @@ def test_a_process_that_ends_is_noticed():
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
     with pytest.raises(RunError, match="a process has ended too early"):
-        scaling._receive(ours)
+        _receive(ours)
 
 
 @pytest.mark.parametrize(
     "words", [["step", "--rounds", "0"], ["scaling", "--batch-size", "-1"], ["step", "--rounds=x"]]
 )
-def test_counts_that_measure_nothing_are_refused(words, capsys):
+def test_counts_that_measure_nothing_are_errors(words, capsys):
     with pytest.raises(SystemExit) as ending:
         main(["bench", *words])
     assert ending.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_both_ways_of_sampling_are_the_same_work():
-    network = generate._network("small_16k", {"hidden_dim": 64, "num_heads": 1, **generate.SMALL_BF16}, "cpu")
+    network = generate._random_model(variant_config("small_16k", hidden_dim=64, num_heads=1, **generate.SMALL_BF16))
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
         figures = generate._sampling(network, 2, precision, rounds=2)
         assert 0 < figures["relative_difference"] < tolerance, precision

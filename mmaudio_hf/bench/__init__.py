@@ -2,10 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.state import AcceleratorState
@@ -19,20 +20,27 @@ from mmaudio_hf.training.loop import Run
 MATMUL_SIZE, SMALL_MATMUL = 3072, 256
 SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, and a single sample is measured
 
-Timed = tuple[Callable[[], None], float]
+Timed = tuple[Callable[[], object], float]
 """Something to run, and its floating-point operations."""
 
 
-def median_rates(parts: list[Timed], rounds: int) -> list[float]:
-    """Operations per second of each part, run in turn `rounds` times after a warm-up (one round: without); medians."""
-    seconds: list[list[float]] = [[] for _ in parts]
-    for number in range(rounds + 1 if rounds > 1 else 1):
-        for (run, _), times in zip(parts, seconds, strict=True):
-            began = time.perf_counter()
-            run()
-            if number or rounds == 1:
-                times.append(time.perf_counter() - began)
-    return [flops / statistics.median(times) for (_, flops), times in zip(parts, seconds, strict=True)]
+def seconds(run: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def in_turn(measures: Sequence[Callable[[], float]], rounds: int, warm_up: int = 1) -> list[tuple[float, ...]]:
+    """What each of `measures` returns in `rounds` rounds, after `warm_up` more that are dropped."""
+    results = [[measure() for measure in measures] for _ in range(warm_up + rounds)]
+    return list(zip(*results[warm_up:], strict=True))
+
+
+def median_rates(timed: Sequence[Timed], rounds: int) -> list[float]:
+    """Median operations per second of each, run in turn; a single round has no warm-up, for what takes minutes."""
+    times = in_turn([partial(seconds, run) for run, _ in timed], rounds, warm_up=int(rounds > 1))
+    return [flops / statistics.median(each) for (_, flops), each in zip(timed, times, strict=True)]
 
 
 def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Timed:
@@ -42,7 +50,7 @@ def time_matmul(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
     def run() -> None:
         torch.mm(a, b)
-        wait_for(device)
+        synchronize(device)
 
     return run, 2.0 * size**3
 
@@ -55,21 +63,20 @@ def emulates_bf16(device: torch.device) -> bool:
     return bf16 < SLOW_BF16 * fp32
 
 
-def wait_for(device: torch.device) -> None:
-    """Until queued work is done."""
+def synchronize(device: torch.device) -> None:
+    """Wait for queued kernels; a processor has none."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-# --- Steps of the real training loop, one at a time, over stores that are made for it --------------------------------
-
+# --- Steps of the real training loop, one at a time, over generated stores -------------------------------------------
 
 STEPS = 1_000_000  # more than are measured
 ROWS = 64  # of the store: it stays in the page cache, as reading is measured by `bench loader`
 
 
-def bench_recipe(config: ModelConfig, batch_size: int, mixed_precision: str, folder: Path) -> Recipe:
-    """A recipe over random features, which are made in `folder` unless they are there."""
+def bench_recipe(config: ModelConfig, batch_size: int, mixed_precision: Literal["no", "bf16"], folder: Path) -> Recipe:
+    """A recipe over random features, which are written to `folder` unless they are there."""
     if not (folder / "features").exists():
         make_stores(folder / "features", ROWS, 0.0, config)
     training = TrainingConfig(steps=STEPS, batch_size=batch_size, mixed_precision=mixed_precision, trackers=())
@@ -81,18 +88,18 @@ def bench_recipe(config: ModelConfig, batch_size: int, mixed_precision: str, fol
 def training_loop(recipe: Recipe) -> Iterator[tuple[Run, Callable[[], None]]]:
     """A run that has begun, and a function for its next step, as `Run.train` takes it between two log lines."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of a run with another precision in this process
-    network = MMAudio(recipe.model)
+    model = MMAudio(recipe.model)
     channels = recipe.model.latent_channels
-    network.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
+    model.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
     mixture = open_mixture(recipe.data.train, recipe.model)
-    run = Run(recipe, network, mixture)
+    run = Run(recipe, model, mixture)
     run.prepare()
     with run.loader(STEPS) as loader:
 
         def step() -> None:
             run.update(next(loader))
             run.guard.poll()
-            wait_for(run.accelerator.device)
+            synchronize(run.accelerator.device)
 
         yield run, step
     mixture.close()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPModel
 
-from mmaudio_hf.bench import emulates_bf16, wait_for
+from mmaudio_hf.bench import emulates_bf16, synchronize
 from mmaudio_hf.bench.extract import make_clip, randomised
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
@@ -91,7 +91,7 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
         began = time.perf_counter()
         ours = GuidedVelocity(model, conditions, unconditional, GUIDANCE)
         with winograd_convolutions(model, precision):
-            wait_for(device)
+            synchronize(device)
             prepared = (time.perf_counter() - began) / batch_size
 
         def plain_step() -> None:
@@ -121,10 +121,10 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    wait_for(device)
+    synchronize(device)
     began = time.perf_counter()
     run()
-    wait_for(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

@@ -426,8 +426,8 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.training import scaling
     from mmaudio_hf.config import variant_config
 
-    precision = "bf16" if options.precision == "bf16" else "no"
-    return scaling(variant_config(options.variant), options.batch_size, options.rounds, precision)
+    config = variant_config(options.variant)
+    return scaling(config, options.batch_size, options.rounds, "bf16" if options.precision == "bf16" else "no")
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,151 +1,194 @@
-"""How much memory a recipe takes on a device, found without allocating it."""
+"""What a training step costs: bytes of memory and floating-point operations, counted on tensors without data.
 
-from collections.abc import Callable
+A step of the real model is traced on a CPU under `FakeTensorMode`, so that any size is counted on any machine in
+seconds, and as CUDA would run it.
+"""
 
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmaudio_hf.config import ModelConfig, Recipe
+from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.data.noise import Draws
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import column_shapes
 from mmaudio_hf.training.finetune import frozen_parameters
+from mmaudio_hf.training.step import flow_step
 
-_FLOAT = 4  # bytes
+FLOAT32 = 4  # bytes
+TRACED_BATCH = 1009  # a prime: a storage whose size is a multiple of it has the batch as a dimension
+
+
+def training_flops(config: ModelConfig) -> int:
+    """Floating-point operations of forward and backward of one sample: products, convolutions and attention.
+
+    The backward pass makes every product of the forward pass twice: for its inputs and for its weights.
+    """
+    with torch.device("meta"):
+        model, batch = MMAudio(config), empty_batch(config, 1)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(batch.mean, batch.clip_features, batch.sync_features, batch.text_features, batch.noise.z)
+    return 3 * counter.get_total_flops()
+
+
+def empty_batch(config: ModelConfig, size: int) -> Batch:
+    """A batch of `size` samples with video and text for a model of these sizes; its numbers are not initialised."""
+    latent_shape, present = (config.latent_length, config.latent_channels), torch.ones(size, dtype=torch.bool)
+    return Batch(
+        step=0,
+        mean=torch.empty(size, *latent_shape),
+        std=torch.empty(size, *latent_shape),
+        text_features=torch.empty(size, config.text_tokens, config.text_dim),
+        clip_features=torch.empty(size, config.clip_length, config.clip_dim),
+        sync_features=torch.empty(size, config.sync_length, config.sync_dim),
+        video_rows=torch.arange(size),
+        has_video=present,
+        has_text=present,
+        source=torch.zeros(size, dtype=torch.int64),
+        valid=present,
+        ids=[str(i) for i in range(size)],
+        noise=Draws.empty(size, latent_shape),
+    )
 
 
 class MemoryEstimate:
-    """Sizes of a network in training. `make_network` builds it as the run has it, with its frozen parts and adapters.
+    """Memory of a model in training. `make_model` builds it as the run has it, with frozen parameters and adapters."""
 
-    Activations are what backward needs of a pass over tensors without data, at two batch sizes, continued in a straight
-    line.
-    """
-
-    def __init__(self, recipe: Recipe, make_network: Callable[[], MMAudio]):
+    def __init__(self, recipe: Recipe, make_model: Callable[[], MMAudio]) -> None:
         self.recipe = recipe
         with FakeTensorMode():
-            network = make_network().train()
-            self.parameters = sum(p.numel() for p in network.parameters())
-            self.trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-            without = set(frozen_parameters(network))
-            self.averaged = sum(p.numel() for name, p in network.named_parameters() if name not in without)
-            one, two = (_activation_bytes(network, recipe, batch) for batch in (1, 2))
-        self._fixed, self._per_sample = 2 * one - two, two - one
+            model = make_model().train()
+            frozen, blocks = set(frozen_parameters(model)), [_count(block.parameters()) for block in model.blocks]
+            self.parameters = _count(model.parameters())
+            self.trained = _count(p for p in model.parameters() if p.requires_grad)
+            self.averaged = _count(p for name, p in model.named_parameters() if name not in frozen)
+            # FSDP gathers what is outside the blocks and two blocks, and has all gradients of one.
+            self._gathered = self.parameters - sum(blocks) + 3 * max(blocks)
+            self._trace = _trace_step(model, recipe)
 
     def on_device(self, processes: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
-        """Bytes on one device by what they hold, at the peak of a step; the context of a GPU comes on top.
+        """Bytes of the tensors on one device, by what they hold, at the peak of a step.
 
-        fsdp: weights, moments and averages are shared out over the processes, and two blocks are gathered at a time.
+        fsdp: parameters, gradients, moments and EMA weights are sharded over the processes.
         """
-        recipe = self.recipe
-        size = recipe.training.batch_size // processes // accumulation_steps
-        shapes = column_shapes(recipe.model.mode, recipe.model.duration)
-        numbers = sum(a * b for a, b in shapes.values()) + 2 * shapes["mean"][0] * shapes["mean"][1]  # and the noise
-        activations = self._fixed + self._per_sample * size
-        # Gradients are freed before a step, and made while activations go; DDP keeps buckets of them all the time.
-        kept = (processes > 1 and not fsdp) + (accumulation_steps > 1)
-        shares = processes if fsdp else 1
-        gathered = 2 * self.parameters // recipe.model.depth if fsdp else 0
+        recipe, shards = self.recipe, processes if fsdp else 1
+        config, size = recipe.model, recipe.training.batch_size // processes // accumulation_steps
+        # DDP keeps gradients in its buckets, and accumulation from pass to pass; else they come while activations go.
+        kept = (processes > 1 and not fsdp) or accumulation_steps > 1
+        fixed, per_sample, gradients = self._trace
+        activations = fixed + size * per_sample + (0 if kept else gradients // shards)
+        conditions = config.text_tokens * config.text_dim + config.clip_length * config.clip_dim
+        conditions += config.sync_length * config.sync_dim
+        numbers = conditions + 4 * config.latent_length * config.latent_channels  # mean, std, noise, x0
         return {
-            "parameters": _FLOAT * (self.parameters // shares + gathered),
-            "optimizer": 2 * _FLOAT * self.trained // shares,
-            "EMA": _FLOAT * self.averaged * len(recipe.ema.sigma_rels) // shares,
-            "kept gradients": _FLOAT * self.trained * kept,
-            "activations": max(activations, _FLOAT * self.trained // shares),
-            "batches": _FLOAT * numbers * size * (1 + accumulation_steps),
+            "parameters": FLOAT32 * (self.parameters // shards + self._gathered * fsdp),
+            "optimizer": 2 * FLOAT32 * self.trained // shards,
+            "EMA": FLOAT32 * self.averaged * len(recipe.ema.sigma_rels) // shards,
+            "gradients": FLOAT32 * self.trained * kept,
+            "activations": int(activations.max()),
+            # Those of all passes and one ahead; one is among the activations.
+            "batches": FLOAT32 * numbers * size * accumulation_steps,
         }
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint: weights, optimizer, averages, and the averages that are published."""
-        return _FLOAT * (2 * self.parameters + 2 * self.trained) + self.snapshot
+        """Bytes of one checkpoint: weights, moments, EMA weights, and the EMA weights that are published."""
+        return FLOAT32 * (2 * self.parameters + 2 * self.trained) + self.snapshot
 
     @property
     def snapshot(self) -> int:
         """Bytes of the EMA snapshots of one step."""
-        return _FLOAT * self.averaged * len(self.recipe.ema.sigma_rels)
+        return FLOAT32 * self.averaged * len(self.recipe.ema.sigma_rels)
 
 
-def _activation_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
-    network.activation_checkpointing = False
-    whole = _saved_bytes(network, recipe, batch)
-    if not recipe.training.activation_checkpointing:
-        return whole
-    network.activation_checkpointing = True
-    outside, blocks, model = _saved_bytes(network, recipe, batch), recipe.model.depth, recipe.model
-    tokens = model.latent_length + model.clip_length + model.text_tokens
-    # Of the blocks their inputs are left, and all of the one that is run again; a joint block may be two of the others.
-    inputs = _FLOAT * batch * tokens * model.hidden_dim * blocks
-    return min(whole, outside + inputs + 2 * (whole - outside) // blocks)
+def _count(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
-def _saved_bytes(network: MMAudio, recipe: Recipe, batch: int) -> int:
-    """Bytes that autograd keeps of a forward pass, parameters aside; every storage once."""
-    model = recipe.model
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    inputs = (
-        torch.empty(batch, model.latent_length, model.latent_channels),
-        torch.empty(batch, model.clip_length, model.clip_dim),
-        torch.empty(batch, model.sync_length, model.sync_dim),
-        torch.empty(batch, model.text_tokens, model.text_dim),
-        torch.empty(batch),
-    )
-    missing = torch.zeros(batch, dtype=torch.bool)
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.mixed_precision == "bf16")
-    with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        velocity = network(*inputs, clip_missing=missing, sync_missing=missing, text_missing=missing)
-        loss = velocity.float().square().sum()
-    kept_bytes = sum(kept.values())
-    del loss  # until here: a storage that is freed could give its number to the next one
-    return kept_bytes
+# --- The trace of a step ---------------------------------------------------------------------------------------------
 
 
-# --- Floating-point operations of the flow network -------------------------------------------------------------------
+def _trace_step(model: MMAudio, recipe: Recipe) -> np.ndarray:
+    """(3, T) bytes alive after each of T operators of forward and backward, parameters aside; see `_AllocationTrace`.
+
+    Only what has the batch as a dimension grows with it, and operators allocate in the same order at every batch size.
+    So each point is linear in the batch size, and the peak at any size is the maximum of `fixed + size * per_sample`.
+    """
+    model.activation_checkpointing = recipe.training.activation_checkpointing
+    trace = _AllocationTrace(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(trace.finish)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.mixed_precision == "bf16")
+    with trace, _cuda_operators():
+        batch = empty_batch(recipe.model, TRACED_BATCH)
+        result = flow_step(autocast(model), batch, recipe.flow, model.latent_mean, model.latent_std)
+        result.loss.sum().backward()
+    return np.array(trace.points).T
 
 
-def forward_flops(config: ModelConfig) -> int:
-    """Operations of one forward pass of one sample."""
-    dim, latent, clip, text = config.hidden_dim, config.latent_length, config.clip_length, config.text_tokens
-    embedded = dim if config.v2 else 256
-    total = _map(latent, config.latent_channels, dim, 7) + _gated(latent, dim, 7)
-    total += _map(config.sync_length, config.sync_dim, dim, 7) + _gated(config.sync_length, dim, 3)
-    total += _map(clip, config.clip_dim, dim) + _gated(clip, dim, 3)
-    total += _map(text, config.text_dim, dim) + _gated(text, dim)
-    total += _map(1, embedded, dim) + 3 * _map(1, dim, dim) + _gated(1, dim)  # time, and the global condition
-    for number in range(config.joint_depth):
-        ends = number == config.joint_depth - 1  # the last joint block reads the other streams and leaves them
-        total += _block(latent, latent, dim, 3) + _block(clip, 1, dim, 3, ends) + _block(text, 1, dim, 1, ends)
-        total += _attention(latent + clip + text, dim)
-    total += config.fused_depth * (_block(latent, latent, dim, 3) + _attention(latent, dim))
-    return total + _map(1, dim, 2 * dim) + _map(latent, dim, config.latent_channels, 7)
+class _AllocationTrace(TorchDispatchMode):
+    """Bytes alive after every operator: of fixed size, per sample of the batch, and of gradients that are finished."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.points: list[tuple[int, ...]] = []
+        self._alive = [0, 0, 0]
+        self._storages = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._storages:
+                storage = tensor.untyped_storage()
+                per_sample, fixed = divmod(storage.nbytes(), TRACED_BATCH)
+                kind, size = (0, storage.nbytes()) if fixed else (1, per_sample)
+                self._storages.add(key)
+                self._alive[kind] += size
+                weakref.finalize(storage, self._free, key, kind, size)
+        self.points.append(tuple(self._alive))
+        return outputs
+
+    def _free(self, key: int, kind: int, size: int) -> None:
+        self._storages.remove(key)
+        self._alive[kind] -= size
+
+    def finish(self, parameter: torch.Tensor) -> None:
+        """Count a gradient as finished; DDP and FSDP move it elsewhere at this point."""
+        assert parameter.grad is not None
+        self._alive[2] += parameter.grad.nbytes
+        parameter.grad = None
 
 
-def training_flops(config: ModelConfig) -> int:
-    """Operations of forward and backward of one sample: the backward pass makes every product twice over."""
-    return 3 * forward_flops(config)
+@contextmanager
+def _cuda_operators() -> Iterator[None]:
+    """Replace what a CPU computes otherwise than CUDA: attention and normalisation are one kernel there.
 
+    Its autocast has normalisations and `addcmul` in float32.
+    """
 
-def _map(tokens: int, inputs: int, outputs: int, kernel_size: int = 1) -> int:
-    return 2 * tokens * inputs * outputs * kernel_size
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            return torch.ops.aten._scaled_dot_product_flash_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 
+    def normalize(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, *_: Any) -> torch.Tensor:
+        return torch.native_layer_norm(x.float(), shape, weight, None, 1e-5)[0]
 
-def _gated(tokens: int, dim: int, kernel_size: int = 1) -> int:
-    hidden = -(-int(8 * dim / 3) // 256) * 256
-    return 3 * _map(tokens, dim, hidden, kernel_size)
+    def addcmul(*tensors: torch.Tensor, original: Callable[..., torch.Tensor] = torch.addcmul) -> torch.Tensor:
+        return original(*(t.float() for t in tensors) if torch.is_autocast_enabled("cpu") else tensors)
 
-
-def _attention(tokens: int, dim: int) -> int:
-    return 2 * _map(tokens, tokens, dim)
-
-
-def _block(tokens: int, conditions: int, dim: int, kernel_size: int, pre_only: bool = False) -> int:
-    """One stream's share: queries, keys, values and modulation, and unless `pre_only` output map and feed-forward."""
-    total = _map(tokens, dim, 3 * dim) + _map(conditions, dim, (2 if pre_only else 6) * dim)
-    return total if pre_only else total + _map(tokens, dim, dim, kernel_size) + _gated(tokens, dim, kernel_size)
+    replaced = patch.multiple(F, scaled_dot_product_attention=attention, layer_norm=normalize, rms_norm=normalize)
+    with replaced, patch.object(torch, "addcmul", addcmul):
+        yield
