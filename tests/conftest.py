@@ -9,16 +9,23 @@ import pytest
 from mmaudio_hf.media.example import write_example_media
 
 LONG_FILES = (
-    *("test_models_network.py", "test_features_shards.py", "test_training_checkpoint.py", "test_training_parallel.py"),
-    *("test_training_loop.py", "test_hub_runs.py", "test_evaluation_av_bench.py", "test_hub_stores.py"),
+    *("test_models_network.py", "test_features_shards.py", "test_training_resume.py", "test_training_distributed.py"),
+    *(
+        "test_training_checkpointer.py",
+        "test_training_guard.py",
+        "test_training_loop.py",
+        "test_hub_runs.py",
+        "test_evaluation_av_bench.py",
+        "test_hub_stores.py",
+    ),
     *("test_evaluation_run.py", "test_demo.py", "test_cli.py", "test_generation_files.py"),
 )
 
 
 def pytest_collection_modifyitems(items):
     """The files that take minutes come first, the longest before the others, so that all workers end together."""
-    places = {name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +33,23 @@ def example_media(tmp_path_factory) -> Callable[[], Path]:
     """Makes a folder of small example media of one's own; they are synthesised once and copied."""
     original = write_example_media(tmp_path_factory.mktemp("example") / "media", small=True)
     return lambda: Path(shutil.copytree(original, tmp_path_factory.mktemp("media") / "example"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """Recipe of a finished run of 12 steps in one process, for others to compare with: nobody changes its folder.
+
+    Recipes that are written beside it share its stores; `training_runs` reads what it left.
+    """
+    from toy_stores import write_recipe
+    from training_runs import finished
+
+    return finished(write_recipe(tmp_path_factory.mktemp("finished"), "finished"))
+
+
+@pytest.fixture(scope="session")
+def poisoned_run(tmp_path_factory) -> Path:
+    """The same of 40 steps of a smaller model on a store with a row whose values overflow; see `poisoned_recipe`."""
+    from training_runs import finished, poisoned_recipe
+
+    return finished(poisoned_recipe(tmp_path_factory.mktemp("poisoned"), "undisturbed"))

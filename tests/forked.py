@@ -46,21 +46,21 @@ class Command:
 
     def wait(self, timeout: float = 300) -> int:
         self._process.join(timeout)
-        assert self.poll() is not None, f"it still runs: {self.said()}"
+        assert self.poll() is not None, f"it still runs: {self.output()}"
         return self.poll()
 
-    def said(self) -> tuple[str, str]:
-        """What it has written to stdout and stderr so far."""
+    def output(self) -> tuple[str, str]:
+        """What it has printed to stdout and stderr so far."""
         return tuple(path.read_text() if path.exists() else "" for path in self._paths)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         self.wait(timeout)
-        return self.said()
+        return self.output()
 
     def result(self) -> CompletedProcess:
         """Wait for its end, however it ends."""
         with self:
-            return CompletedProcess(self.words, self.wait(), *self.said())
+            return CompletedProcess(self.words, self.wait(), *self.output())
 
     def __enter__(self):
         return self
@@ -86,8 +86,8 @@ def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str])
     """The same until they end; the code is the first that is not 0."""
     with together(processes, *words, cwd=cwd, env=env) as group:
         codes = [process.wait() for process in group]
-        said = ["".join(texts) for texts in zip(*(process.said() for process in group), strict=True)]
-    return CompletedProcess(words, next(filter(None, codes), 0), *said)
+        texts = ["".join(parts) for parts in zip(*(process.output() for process in group), strict=True)]
+    return CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
 def _run(words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:

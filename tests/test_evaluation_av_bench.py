@@ -152,7 +152,7 @@ def test_extraction_ends_with_its_parent_process(fake, recipe, tmp_path):
         while not (fake.pid_file.exists() and fake.pid_file.read_text()) and process.poll() is None:
             threading.Event().wait(0.01)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, process.said()
+        assert process.wait() == -signal.SIGKILL, process.output()
     extractor = Path("/proc") / fake.pid_file.read_text()
     for _ in range(1000):
         if not extractor.exists() or (extractor / "stat").read_text().split()[2] == "Z":

@@ -245,7 +245,7 @@ def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):
     with Command(*words) as process:
         deadline = time.monotonic() + 300
         while not (tmp_path / "out" / "item_001.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.said()
+            assert process.poll() is None and time.monotonic() < deadline, process.output()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

@@ -694,8 +694,8 @@ def test_a_signal_leaves_all_processes_waiting_for_the_last_push(hub, undisturbe
     with together(2, *words, cwd=recipe.parent, env=env) as group:
         until(lambda: (run_dir(recipe) / "last").exists() or any(p.poll() is not None for p in group), 60)
         group[1].send_signal(signal.SIGTERM)
-        until(lambda: "is being pushed to" in group[0].said()[1] or group[0].poll() is not None)
-        assert [process.poll() for process in group] == [None, None], [process.said() for process in group]
+        until(lambda: "is being pushed to" in group[0].output()[1] or group[0].poll() is not None)
+        assert [process.poll() for process in group] == [None, None], [process.output() for process in group]
         assert [process.wait() for process in group] == [143, 143]
     assert steps_pushed(hub)[-1] == local_step(run_dir(recipe)) and not (run_dir(recipe) / "hub").exists()
 

@@ -173,7 +173,7 @@ def killed(hub: Hub, home: Path, words: list[str], reached) -> None:
     with Command("store", *words, env=hub.environment(home)) as process:
         while not reached() and process.poll() is None:
             threading.Event().wait(0.005)
-        assert process.poll() is None, process.said()
+        assert process.poll() is None, process.output()
         process.kill()
         assert process.wait() == -signal.SIGKILL
 

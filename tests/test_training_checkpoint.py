@@ -1,367 +1,321 @@
-"""Runs that are killed, interrupted, short of disk space and poisoned still end as an undisturbed one."""
+"""Files of a checkpoint: full and sharded ones are read alike, damage is named, and a kill leaves one of the two."""
 
 import json
-import math
-import os
-import random
 import shutil
-import signal
-import subprocess
+import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from forked import Command
-from safetensors.torch import load_file
-from toy_stores import MODEL, recipe_tree
-from training_runs import (
-    ROOT,
-    SCRIPTS,
-    assert_close,
-    command,
-    environment,
-    metrics,
-    run_dir,
-    same_bytes,
-    start,
-    tensors,
-    train,
-)
+from sharded import begin, finish, local_tensors, save_sharded
 
-from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
-from mmaudio_hf.cli import main
-from mmaudio_hf.config import TrainingConfig, model_config
-from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.training.actions import BestScore, check_metrics
-from mmaudio_hf.training.checkpoint import TENSOR_FILES, TrainingState, latest_training_state, save_checkpoint
+from mmaudio_hf.training import checkpoint
+from mmaudio_hf.training.checkpoint import (
+    TENSOR_FILES,
+    RankShards,
+    TrainingState,
+    latest_training_state,
+    load_training_state,
+    save_checkpoint,
+    save_local_shards,
+    wait_for_shards,
+)
 from mmaudio_hf.training.resume import drop_later
 
-STEPS, EVERY = 40, 4
-POISONED = "videos_0000"
-SIZES = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
+METADATA = {"ema_step": 3, "recipe": {"name": "run"}}
 
 
-def small_recipe(folder: Path, name: str) -> Path:
-    """A tiny network; one row of its videos has values that overflow, so about every tenth step is refused."""
-    tree = recipe_tree(folder, steps=STEPS, checkpoint_every=EVERY, log_every=1, validate_every=6) | {"name": name}
-    tree["model"] = MODEL | SIZES
-    tree["training"] |= {"keep_checkpoints": 2, "keep_every": 16, "best_metric": "val_ema/loss"}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    means = np.memmap(folder / "videos" / "mean.memmap", dtype=np.float32, mode="r+")
-    means[: means.size // 24] = 1e30
-    means.flush()
-    return path
+def tensors(seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Groups as a run has them: with first dimensions that divide, that do not, and of fewer rows than processes."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"even": (6, 2), "uneven": (5, 3), "chunks": (4,), "row": (1, 3), "kernel": (3, 2, 2)}
+
+    def random(prefix: str) -> dict[str, torch.Tensor]:
+        return {prefix + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    buffers = {"buffer": torch.randn(2, generator=generator), "half": torch.randn(7, generator=generator).bfloat16()}
+    return {
+        "model": random("") | buffers,
+        "optimizer": random("exp_avg.") | {f"step.{name}": torch.tensor(4.0) for name in shapes},
+        "ema": random("0.") | random("1."),
+        "window": {"sums": torch.randn(7, generator=generator)},
+    }
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    recipe = small_recipe(tmp_path_factory.mktemp("checkpoints"), "undisturbed")
-    result = train(recipe)
-    assert result.returncode == 0, result.stderr
-    return recipe
+def sharded_names(groups: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[str]]:
+    """All but a buffer, counters and running metrics."""
+    full = ("buffer", "step.", "sums")
+    return {g: [n for n in names if not n.startswith(full)] for g, names in groups.items() if g != "window"}
 
 
-def lines(recipe: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (run_dir(recipe) / name).read_text().splitlines()]
+def write_network(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
 
 
-def same_run(a: Path, b: Path) -> None:
-    same_bytes(a, b)
-    assert (run_dir(a) / "skipped.jsonl").read_bytes() == (run_dir(b) / "skipped.jsonl").read_bytes()
-    assert (run_dir(a) / "best").resolve().name == (run_dir(b) / "best").resolve().name
-    folders = [sorted(p.name for p in (run_dir(r) / "checkpoints").iterdir()) for r in (a, b)]
-    assert folders[0] == folders[1]
+def save(run: Path, step: int, world_size: int) -> Path:
+    """A checkpoint by so many processes; 0: not sharded."""
+    state = TrainingState(step, tensors(step), METADATA)
+    if world_size:
+        return save_sharded(run, state, sharded_names(state.tensors), world_size, write_network)
+    return save_checkpoint(run, state, write_network)
 
 
-# --- which checkpoints stay ----------------------------------------------------------------------------------------
+def assert_holds(state: TrainingState | None, step: int) -> None:
+    expected = tensors(step)
+    assert (state.step, dict(state.metadata)) == (step, METADATA) and state.tensors.keys() == expected.keys()
+    for group, values in expected.items():
+        stored = state.tensors[group]
+        assert set(stored) == set(values) and len(stored) == len(values)
+        for name, value in values.items():
+            assert stored[name].dtype == value.dtype and torch.equal(stored[name], value), (group, name)
+        assert "other" not in stored and stored.get("other") is None
 
 
-def test_the_newest_the_kept_and_the_best_stay(undisturbed):
-    scores = {line["step"]: line["val_ema/loss"] for line in metrics(undisturbed) if "val_ema/loss" in line}
-    best = min(scores, key=scores.get)
-    assert (run_dir(undisturbed) / "best").resolve().name == f"step_{best}"
-    names = {path.name for path in (run_dir(undisturbed) / "checkpoints").iterdir()}
-    # A best one is saved when it is found, and between two of the rhythm where it is found there.
-    saved = sorted({*range(EVERY, STEPS + 1, EVERY), best})
-    assert names == {f"step_{step}" for step in (*saved[-2:], 16, 32, best)}
-    published = find_pretrained(run_dir(undisturbed) / "best")
-    assert json.loads((published / "weights.json").read_text())["step"] == best
-    stalls = [line["speed/checkpoint_stall_seconds"] for line in lines(undisturbed, "speed.jsonl")]
-    assert all(stalls[step - 1] > 0 for step in range(EVERY, STEPS + 1, EVERY))
-    assert stalls[0] == stalls[1] == 0
+@pytest.mark.parametrize("world_size", [0, 1, 2, 3, 7])
+def test_the_same_tensors_are_read_of_any_number_of_processes(tmp_path, world_size):
+    folder = save(tmp_path, 4, world_size)
+    assert_holds(load_training_state(folder), 4)
+    record = json.loads((folder / "training_state" / "state.json").read_text())
+    assert record["version"] == (2 if world_size else 1) and ("shards" in record) == bool(world_size)
+    files = {path.name for path in (folder / "training_state").iterdir()}
+    assert files == {*record["sha256"], "state.json"} and len(files) == 5 + 3 * world_size
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_4"]
 
 
-def test_best_score_follows_its_metric():
-    best = BestScore(TrainingConfig(best_metric="onsets/f1", best_mode="max"), ["val", "onsets"])
-    assert [best.update({"onsets/f1": value}, i) for i, value in enumerate([0.1, 0.3, math.nan, 0.2, 0.4])] == [
-        True, True, False, False, True,
-    ]  # fmt: skip
-    assert best.record == {"metric": "onsets/f1", "value": 0.4, "step": 4}
-    with pytest.raises(ValueError, match="begins with val/ or onsets/"):
-        BestScore(TrainingConfig(best_metric="loss"), ["val", "onsets"])
-    with pytest.raises(ValueError, match="use one of val/loss"):
-        check_metrics(TrainingConfig(best_metric="val_ema/lossy"), {"val/loss": 1.0})
+@pytest.mark.parametrize("world_size", [0, 3])
+def test_tensors_are_copies_of_files_that_may_be_removed(tmp_path, world_size):
+    folder = save(tmp_path, 4, world_size)
+    state = load_training_state(folder)
+    value = state.tensors["model"]["uneven"].zero_()
+    assert not torch.equal(value, state.tensors["model"]["uneven"])
+    shutil.rmtree(folder)
+    assert torch.equal(state.tensors["ema"]["1.uneven"], tensors(4)["ema"]["1.uneven"])
 
 
-def test_averages_of_other_widths_are_made_afterwards(undisturbed, tmp_path, capsys):
-    averages, out = tensors(undisturbed, "ema"), tmp_path / "wide"
-    assert main(["ema", str(run_dir(undisturbed)), "--sigma-rel", "0.1", "--out", str(out)]) == 0
-    assert f"as of step {STEPS}" in capsys.readouterr().out
-    made = load_file(find_pretrained(out) / "model.safetensors")
-    for name in ("final_layer.conv.weight", "latent_mean"):
-        torch.testing.assert_close(made[name], averages[f"1.{name}"], rtol=1e-4, atol=1e-6)
-    assert json.loads((out / "pretrained_model" / "weights.json").read_text())["sigma_rel"] == 0.1
-    # As of an earlier step it is near what the run held then.
-    assert main(["ema", str(run_dir(undisturbed)), "--sigma-rel", "0.1", "--step", "32", "--out", f"{out}_32"]) == 0
-    then = run_dir(undisturbed) / "checkpoints" / "step_32" / "training_state" / "ema.safetensors"
-    made = load_file(find_pretrained(f"{out}_32") / "model.safetensors")["final_layer.conv.weight"]
-    torch.testing.assert_close(made, load_file(then)["1.final_layer.conv.weight"], rtol=1e-4, atol=1e-6)
-    for arguments, message in (
-        (["--sigma-rel", "0.3"], "between 0 and 0.28"),
-        (["--sigma-rel", "0.1", "--step", "41"], "EMA weights of the steps 1 to 40, not of 41"),
-    ):
-        assert main(["ema", str(run_dir(undisturbed)), *arguments, "--out", f"{out}_no"]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["ema", str(run_dir(undisturbed)), "--sigma-rel", "0.1", "--out", str(out)]) == 2
+# --- damage --------------------------------------------------------------------------------------------------------
 
 
-# --- killed, interrupted, full -------------------------------------------------------------------------------------
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
 
 
-def kill_moments(seed: int) -> list[tuple[str, int, float]]:
-    """Five moments of a run: awaited (a logged step, or a checkpoint being written after it), and a delay in s."""
-    choose = random.Random(seed)
-    steps = sorted(choose.sample(range(1, STEPS - EVERY), 4))
-    kinds = ["step", "writing", "step", "writing"]
-    return [("step", 0, 0.0), *((kind, step, choose.uniform(0, 0.05)) for kind, step in zip(kinds, steps, strict=True))]
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
 
 
-def has_come(folder: Path, kind: str, step: int) -> bool:
-    log = folder / "metrics.jsonl"
-    if not log.exists() or log.read_bytes().count(b'"train/loss"') < step:
-        return False
-    return kind == "step" or any((folder / "checkpoints").glob("step_*.partial"))
+DAMAGES = pytest.mark.parametrize("damage", [Path.unlink, flip, truncate], ids=["missing", "flipped", "truncated"])
+FILES = pytest.mark.parametrize("file", ["optimizer.rank_2_of_3", "model.rank_0_of_3", "window"])
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(undisturbed, seed):
-    """SIGKILL at five random moments, some of them while a checkpoint is being written."""
-    recipe = small_recipe(undisturbed.parent, f"killed_{seed}")
-    while_writing = 0
-    for kind, step, delay in kill_moments(seed):
-        with start(recipe) as process:
-            while not has_come(run_dir(recipe), kind, step):
-                assert process.poll() is None, "the run ended before it could be killed"
-                time.sleep(0.002)
-            time.sleep(delay if kind == "step" else 0)
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
-        while_writing += any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
-    assert while_writing
-    result = train(recipe)
-    assert result.returncode == 0, result.stderr
-    same_run(recipe, undisturbed)
+@pytest.fixture
+def two_checkpoints(tmp_path) -> Path:
+    """A run with checkpoints of step 4, by two processes, and step 8, by three."""
+    save(tmp_path, 4, 2), save(tmp_path, 8, 3)
+    return tmp_path
+
+
+@DAMAGES
+@FILES
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(two_checkpoints, damage, file):
+    path = two_checkpoints / "checkpoints" / "step_8" / "training_state" / f"{file}.safetensors"
+    damage(path)
+    warnings = []
+    assert_holds(latest_training_state(two_checkpoints, warnings.append), 4)
+    assert warnings == [f"{path} is missing or damaged (its checksum differs): resume from another checkpoint"]
+
+
+@DAMAGES
+@FILES
+def test_of_several_processes_each_verifies_a_share_and_all_go_back(two_checkpoints, damage, file):
+    folder = two_checkpoints / "checkpoints" / "step_8"
+    path = folder / "training_state" / f"{file}.safetensors"
+    damage(path)
+    problems = [problem_of(folder, (rank, 3)) for rank in range(3)]
+    assert all(str(path) in problem for problem in problems if problem)
+    assert damage is not flip or sum(problem is not None for problem in problems) == 1
+    first = next(problem for problem in problems if problem)
+    for rank in range(3):
+        warnings, answers = [], iter([first, None])
+        state = latest_training_state(two_checkpoints, warnings.append, None, (rank, 3), lambda own, a=answers: next(a))
+        assert_holds(state, 4)
+        assert warnings == [first]
+
+
+def problem_of(folder: Path, share: tuple[int, int]) -> str | None:
+    try:
+        load_training_state(folder, share)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 3}, "has version 3, this program reads 1 and 2"),
+        ({"shards": None}, "state.json cannot be read"),
+        ({"shards": {"count": 2, "shapes": {"model": {"uneven": 5}}}}, "state.json cannot be read"),
+        ({"shards": {"count": 10**15, "shapes": ...}}, "state.json cannot be read .*cannot have written 10 files"),
+        ({"sha256": ["model.safetensors"]}, "state.json cannot be read"),
+        ({"shards": {"count": 3, "shapes": ...}}, "model.rank_0_of_3.safetensors is missing or damaged"),
+        ({"shards": {"count": 2, "shapes": {"model": {"uneven": []}}}}, "of uneven do not make"),
+        ({"shards": {"count": 2, "shapes": {"model": {"uneven": [6, 3]}}}}, "of uneven do not make"),
+        ({"shards": {"count": 2, "shapes": {"model": {"strange": [6, 3]}}}}, "lacks a shard of strange"),
+    ],
+)
+def test_state_json_must_fit_the_files(tmp_path, change, message):
+    path = save(tmp_path, 4, 2) / "training_state" / "state.json"
+    record = json.loads(path.read_text())
+    if change.get("shards"):
+        shapes = change["shards"]["shapes"]
+        shapes = record["shards"]["shapes"] | ({} if shapes is ... else shapes)
+        change = {"shards": change["shards"] | {"shapes": shapes}}
+    path.write_text(json.dumps(record | change))
+    with pytest.raises(ValueError, match=message):
+        load_training_state(path.parents[1])
+
+
+# --- kills ---------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """The end of a process: nothing that looks after errors takes it for one."""
+    """The end of a process: nothing that handles errors catches it."""
 
 
-def test_one_of_the_two_is_there_whenever_a_second_save_of_a_step_is_killed(tmp_path, monkeypatch):
-    """Before or after each thing that is done to a folder, from the first save to the clearing at the next start."""
-    left = 0  # things that are still done before the kill
+class Countdown:
+    """Lets so many operations on folders happen before it kills; `after`: the next one is done too."""
 
-    def fatal(real, after):
-        def deadly(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left >= 0 or (after and left == -1):
-                real(*args, **kwargs)
-            if left < 0:
+    def __init__(self, operations: int, after: bool):
+        self.left, self.after = operations, after
+
+    def deadly(self, operation: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            self.left -= 1
+            if self.left >= 0 or (self.after and self.left == -1):
+                operation(*args, **kwargs)
+            if self.left < 0:
                 raise Killed
             return Path(args[-1])
 
-        return deadly
-
-    def write(step, value):
-        tensors = {name: {"t": torch.full((4,), value)} for name in TENSOR_FILES}
-        save_checkpoint(run, TrainingState(step, tensors, {}), lambda folder: None)
-
-    found = set()
-    for after in (False, True):
-        for moment in range(20):
-            run, killed = tmp_path / f"{after}_{moment}", False
-            left = math.inf
-            write(4, 1.0)
-            with monkeypatch.context() as patch:
-                for owner, name in ((Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
-                    patch.setattr(owner, name, fatal(getattr(owner, name), after))
-                left = moment
-                try:
-                    write(4, 2.0)
-                    drop_later(run, 4, 0, None)
-                except Killed:
-                    killed = True
-            found.add(latest_training_state(run, pytest.fail).tensors["model"]["t"][0].item())
-            drop_later(run, 4, 0, None)
-            assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
-            assert (run / "last" / "training_state" / "state.json").is_file()
-            if not killed:
-                break
-        assert not killed and moment > 4
-    assert found == {1.0, 2.0}
+        return wrapped
 
 
-LATE = """
-import os, sys, time
-from pathlib import Path
-from mmaudio_hf.cli import train_main
-from mmaudio_hf.training import checkpointer
+@pytest.mark.parametrize("after", [False, True])
+def test_one_of_the_two_is_there_whenever_a_second_save_of_a_step_is_killed(tmp_path, monkeypatch, after):
+    """Before or after each operation on a folder, from the save to what the next start removes."""
 
-exists, glob, find, rank = Path.exists, Path.glob, checkpointer.find_snapshots, os.environ["RANK"]
+    def write(run: Path, value: float) -> None:
+        groups = {name: {"t": torch.full((4,), value)} for name in TENSOR_FILES}
+        save_checkpoint(run, TrainingState(4, groups, {}), lambda folder: None)
 
-def seen(path):  # by a second machine, whose file system remembers for a while what was in a folder
-    return rank == "0" or path.parent.name != "ema" or time.time() - path.stat().st_mtime > 2
-
-Path.exists = lambda path: exists(path) and seen(path)
-Path.glob = lambda path, pattern: (found for found in glob(path, pattern) if seen(found))
-
-def counted(folder):
-    print(f"process {rank} has {len(snapshots := find(folder))} snapshots")
-    return snapshots
-
-checkpointer.find_snapshots = counted
-sys.exit(train_main())
-"""
-
-
-def test_the_last_snapshots_are_awaited_where_they_are_seen_later(tmp_path):
-    recipe, program = small_recipe(tmp_path, "late"), tmp_path / "program.py"
-    program.write_text(LATE)
-    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    words += ["--num_processes", "2", "--main_process_port", "0", str(program), str(recipe), "training.steps=2"]
-    variables = environment() | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*words, "ema.sigma_rel=0.07", "training.best_metric=val/loss"], env=variables, cwd=recipe.parent,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert all(f"process {rank} has 2 snapshots" in result.stdout for rank in (0, 1)), result.stdout
+    values = set()
+    for moment in range(20):
+        run, killed, countdown = tmp_path / str(moment), False, Countdown(moment, after)
+        write(run, 1.0)
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
+                patch.setattr(owner, name, countdown.deadly(getattr(owner, name)))
+            try:
+                write(run, 2.0)
+                drop_later(run, 4, 0, None)
+            except Killed:
+                killed = True
+        values.add(latest_training_state(run, pytest.fail).tensors["model"]["t"][0].item())
+        drop_later(run, 4, 0, None)
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
+        assert (run / "last" / "training_state" / "state.json").is_file()
+        if not killed:
+            break
+    assert not killed and moment > 4
+    assert values == {1.0, 2.0}
 
 
-def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(undisturbed):
-    """Two processes are interrupted as a terminal does it; four finish the run: same data, same noise, same model."""
-    recipe = small_recipe(undisturbed.parent, "elastic")
-    process = subprocess.Popen(
-        command(recipe, processes=2), env=environment(), cwd=recipe.parent, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    while not has_come(run_dir(recipe), "step", 14):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "SIGINT: saving a checkpoint after this step" in output and "goes on from there" in output, output
-    step = int((run_dir(recipe) / "last").resolve().name.removeprefix("step_"))
-    assert step >= 14 and not list((run_dir(recipe) / "checkpoints").glob("*.partial"))
-    result = train(recipe, processes=4)
-    assert result.returncode == 0, result.stderr
-    assert "4 processes on cpu, batch 4 = 4 x 1 x 1, precision no" in result.stdout
-    assert f"from step {step} to {STEPS}" in result.stdout
-    assert_close(recipe, undisturbed, 1e-5)
-    for ours, theirs in zip(metrics(recipe), metrics(undisturbed), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
-    ids = [[(line["step"], set(line["ids"])) for line in lines(r, "skipped.jsonl")] for r in (recipe, undisturbed)]
-    assert ids[0] == ids[1]
-    figures = json.loads((run_dir(recipe) / "autopsy" / f"step_{ids[0][-1][0]}.json").read_text())
-    assert figures["suspects"] == [POISONED] and [sample["slot"] for sample in figures["samples"]] == [0, 1, 2, 3]
+# --- processes that wait for each other ----------------------------------------------------------------------------
 
 
-FULL_DISK = """
-set -e
-mount -t tmpfs -o size=$SIZE tmpfs $DISK
-head -c $BALLAST /dev/zero > $DISK/ballast
-set +e
-$TRAIN > $LOGS/full.txt 2>&1
-echo $? > $LOGS/full.code
-readlink $DISK/full_disk/last > $LOGS/last
-ls $DISK/full_disk/checkpoints > $LOGS/checkpoints
-$TRAIN > $LOGS/freed.txt 2>&1 &
-training=$!
-until grep -q "could not be written" $LOGS/freed.txt || ! kill -0 $training; do sleep 0.02; done
-rm $DISK/ballast
-wait $training
-echo $? > $LOGS/freed.code
-cp -a $DISK/full_disk $KEPT
-"""
+@pytest.fixture
+def begun(tmp_path) -> tuple[Path, TrainingState, list[RankShards]]:
+    """A run with a good checkpoint of step 4, and the shards of three processes of the one of step 8."""
+    save(tmp_path, 4, 3)
+    state = TrainingState(8, tensors(8), METADATA)
+    return tmp_path, state, begin(tmp_path, state, sharded_names(state.tensors), 3)
 
 
-def test_a_full_disk_costs_checkpoints_and_nothing_else(undisturbed, tmp_path):
-    """In a file system of its own: room for one checkpoint, none at all for the last one, then room again."""
-    recipe = small_recipe(undisturbed.parent, "full_disk")
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
-    disk, logs = tmp_path / "disk", tmp_path / "logs"
-    disk.mkdir(), logs.mkdir()
-    first = run_dir(undisturbed) / "checkpoints" / "step_16"
-    checkpoint = sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
-    snapshots = sum(path.stat().st_size for path in (run_dir(undisturbed) / "ema").glob("*_step_000000016.*"))
-    count = len(list((run_dir(undisturbed) / "ema").iterdir())) // 2
-    room = 5 * checkpoint + count * snapshots  # for everything that stays, and one that is being written
-    train = [*command(recipe, processes=0), f"output_dir={disk}"]
-    variables = {
-        "SIZE": str(room + (1 << 20)),
-        "BALLAST": str(room - int(1.5 * checkpoint) - snapshots),
-        "DISK": str(disk),
-        "LOGS": str(logs),
-        "KEPT": str(run_dir(recipe)),
-        "TRAIN": " ".join(train),
-    }
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", FULL_DISK], env=environment() | variables, cwd=recipe.parent,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    said = {path.stem: path.read_text() for path in logs.glob("*.txt")}
-    assert done.returncode == 0, (done.stderr, said)
-    assert (logs / "full.code").read_text() == "1\n", said["full"]
-    assert said["full"].count("could not be written") > 2 and "step_4; training continues" in said["full"], said["full"]
-    assert "error:" in said["full"] and "free disk space and start again" in said["full"].splitlines()[-1]
-    assert (logs / "last").read_text() == "checkpoints/step_4\n" and (logs / "checkpoints").read_text() == "step_4\n"
-    assert (logs / "freed.code").read_text() == "0\n", said["freed"]
-    assert f"from step 4 to {STEPS}" in said["freed"] and "could not be written" in said["freed"]
-    same_bytes(recipe, undisturbed)
+def assert_step_4_is_kept(run: Path, error: OSError, reason: str) -> None:
+    assert str(error) == f"{run}/checkpoints/step_8 could not be written ({reason}); the last good one is step_4"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
+    assert (run / "last").resolve().name == "step_4"
+    assert_holds(latest_training_state(run, pytest.fail), 4)
 
 
-# --- a step that is not finite -------------------------------------------------------------------------------------
+def test_the_first_process_waits_for_the_others(begun):
+    run, state, (first, *others) = begun
+    thread = threading.Thread(target=finish, args=(run, state, first, write_network))
+    thread.start()
+    for shards in others:
+        time.sleep(0.2)
+        assert thread.is_alive() and not (run / "checkpoints" / "step_8").exists()
+        save_local_shards(shards, local_tensors(state, shards))
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert_holds(latest_training_state(run, pytest.fail), 8)
 
 
-def test_a_refused_step_is_explained_and_can_be_replayed(undisturbed):
-    skipped = lines(undisturbed, "skipped.jsonl")
-    assert len(skipped) >= 3 and all(POISONED in line["ids"] for line in skipped)
-    assert all(math.isfinite(value) for line in metrics(undisturbed) for value in line.values())
-    step = next(line["step"] for line in skipped if line["step"] >= 32 and line["step"] % EVERY)
-    autopsy = json.loads((run_dir(undisturbed) / "autopsy" / f"step_{step}.json").read_text())
-    assert autopsy["suspects"] == [POISONED] and autopsy["loss"] == "nan" and autopsy["nonfinite_parameters"] == []
-    assert autopsy["gradient_norms"]["final_layer"] == "nan" and "sync_pos_emb" in autopsy["nonfinite_gradients"]
-    sample = next(s for s in autopsy["samples"] if s["id"] == POISONED)
-    assert sample["features"]["mean"]["max"] == pytest.approx(1e30) and sample["features"]["mean"]["nonfinite"] == 0
-    before = (run_dir(undisturbed) / "skipped.jsonl").stat().st_mtime_ns
-    result = Command("replay-step", str(run_dir(undisturbed)), str(step), "--json", "--advance").result()
-    assert result.returncode == 0, result.stderr
-    again = json.loads(result.stdout)
-    assert f"to {step}" in result.stderr and "training from step " in result.stderr
-    assert again.pop("weights_of_step") == step
-    assert again == autopsy  # the same weights, data and noise: the same figures, to the last bit
-    assert (run_dir(undisturbed) / "skipped.jsonl").stat().st_mtime_ns == before
+def test_a_process_that_fails_signals_its_reason_and_leaves_no_file(begun, monkeypatch):
+    run, state, (first, second, third) = begun
+    save_local_shards(third, local_tensors(state, third))
+    monkeypatch.setattr(checkpoint, "fsync_path", lambda path: full(path.name == "ema.rank_1_of_3.safetensors"))
+    save_local_shards(second, local_tensors(state, second))
+    assert not list(first.folder.glob("*.rank_1_of_3.*"))
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="step_8") as caught:
+        finish(run, state, first, write_network)
+    assert_step_4_is_kept(run, caught.value, "process 1 failed: [Errno 28] No space left on device")
+    # The others, if they are late, find nothing to write to and need not signal.
+    save_local_shards(third, local_tensors(state, third))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_4"]
 
 
-def test_bench_measures_checkpoints(tmp_path):
-    fields = MODEL | SIZES
-    figures = bench_checkpoint(model_config(fields, "test"), rounds=1, folder=tmp_path)
-    assert 0 < figures["checkpoint_stall_seconds"] < figures["checkpoint_write_seconds"]
-    assert figures["checkpoint_gb"] > 0.005 and not list(tmp_path.iterdir())
+def full(is_full: bool) -> None:
+    if is_full:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_bug_is_signalled_and_raised(begun):
+    _, state, (first, second, third) = begun
+    save_local_shards(third, local_tensors(state, third))
+    with pytest.raises(KeyError):
+        save_local_shards(second, {})
+    with pytest.raises(OSError, match="process 1 failed: 'model'"):
+        wait_for_shards(first)
+
+
+def test_a_process_that_never_signals_is_given_up(begun, monkeypatch):
+    run, state, (first, second, _) = begun
+    save_local_shards(second, local_tensors(state, second))
+    monkeypatch.setattr(checkpoint, "WAIT_SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="step_8") as caught:
+        finish(run, state, first, write_network)
+    assert 0.3 < time.monotonic() - began < 20
+    assert_step_4_is_kept(run, caught.value, "process 2 has not written its shards in 0.3 s")
+
+
+def test_files_of_an_earlier_attempt_do_not_count(begun, monkeypatch):
+    run, state, (_, *others) = begun
+    for shards in others:
+        save_local_shards(shards, local_tensors(state, shards))  # and the first process is killed
+    (run / "checkpoints" / "step_80.0.partial").mkdir()
+    (run / "checkpoints" / "step_8.partial").mkdir()
+    first, *_ = begin(run, state, sharded_names(state.tensors), 3)
+    assert first.folder != others[0].folder and not others[0].folder.exists() and not list(first.folder.iterdir())
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step_4", "step_80.0.partial", first.folder.parent.name,
+    }  # fmt: skip
+    monkeypatch.setattr(checkpoint, "WAIT_SECONDS", 0.0)
+    with pytest.raises(OSError, match="process 1 has not written"):
+        finish(run, state, first, write_network)

@@ -13,9 +13,8 @@ from toy_stores import MODEL, recipe_tree, write_store
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import EarlyStoppingConfig, LoraConfig, load_recipe, variant_config
+from mmaudio_hf.config import LoraConfig, load_recipe, variant_config
 from mmaudio_hf.interop import export_run
-from mmaudio_hf.training.actions import find_plateau
 from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_pretrained
 
 
@@ -248,28 +247,6 @@ def test_a_shorter_duration_is_trained_from_a_longer_checkpoint(base, capsys):
 
 
 # --- Early stopping --------------------------------------------------------------------------------------------------
-
-
-def lines(*scores: float) -> list[dict]:
-    return [{"step": 10 * i, "val/loss": score} for i, score in enumerate(scores)]
-
-
-@pytest.mark.parametrize(
-    ("scores", "patience", "min_delta", "stop", "best_step"),
-    [
-        ((3, 2, 1, 2), 2, 0, False, 20),
-        ((3, 2, 1, 2, 1), 2, 0, True, 20),
-        ((3, 2, 1.95, 1.9), 2, 0.2, True, 10),
-        ((3, 2, 1.95, 1.9), 2, 0.05, False, 30),
-        ((3, math.nan, math.inf), 2, 0, True, 0),
-        ((3, 3, 3, 3, 3), 0, 0, False, 0),
-        ((), 1, 0, False, -1),
-    ],
-)
-def test_early_stopping_judges_by_the_history(scores, patience, min_delta, stop, best_step):
-    history = [{"step": 5, "train/loss": 0.0}, *lines(*scores)]
-    verdict = find_plateau(history, EarlyStoppingConfig(metric="val/loss", patience=patience, min_delta=min_delta))
-    assert (verdict.stop, verdict.best_step) == (stop, best_step)
 
 
 def test_a_run_that_no_longer_improves_ends_and_stays_ended(base, capsys):

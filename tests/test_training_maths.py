@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden_data import golden, normal, relative_error, state_dict, tensor
 
+from mmaudio_hf.bench.training import random_batch
 from mmaudio_hf.config import FlowConfig, ModelConfig, OptimConfig
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import Draws
@@ -251,3 +252,17 @@ def test_snapshots_on_disk_synthesise_as_in_memory(tmp_path):
     assert not torch.allclose(ema.synthesize(found, 0.15)["c"], module.c, rtol=1e-3)
     with pytest.raises(ValueError, match="no EMA snapshot"):
         ema.synthesize([], 0.05)
+
+
+@pytest.mark.parametrize(("independent", "both"), [(True, 0.04), (False, 0.2)])
+def test_clip_and_sync_are_dropped_on_their_own(independent, both):
+    """Marginal probabilities are those of the recipe, and the joint one is their product only when independent."""
+    size = 4000
+    batch = random_batch(ModelConfig(duration=0.64, text_tokens=1, text_dim=1, clip_dim=1, sync_dim=1), size)
+    flow = FlowConfig(condition_dropout=0.2, independent_video_dropout=independent)
+    objective = make_objective(batch, flow, torch.zeros(1, 1, 20), torch.ones(1, 1, 20))
+    tolerance = 4 * (0.2 * 0.8 / size) ** 0.5
+    for missing in (objective.clip_missing, objective.sync_missing, objective.text_missing):
+        assert missing.float().mean().item() == pytest.approx(0.2, abs=tolerance)
+    joint = (objective.clip_missing & objective.sync_missing).float().mean().item()
+    assert joint == pytest.approx(both, abs=tolerance)

@@ -1,18 +1,176 @@
-"""Whether a recipe is that of a checkpoint: stores are known by what they hold, wherever they lie."""
+"""Resuming: killed runs end as undisturbed ones, changed recipes are shown, and one launch at a time trains a run."""
 
+import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from toy_stores import recipe_tree, write_store
+from safetensors.torch import save_file
+from toy_stores import recipe_tree, write_recipe, write_store
+from training_runs import (
+    EVERY,
+    POISONED,
+    STEPS,
+    assert_close,
+    assert_same_metrics,
+    checkpoint_names,
+    command,
+    environment,
+    last_step,
+    lines,
+    poisoned_recipe,
+    run_dir,
+    same_run,
+    start,
+    train,
+    wait_until,
+)
 
+from mmaudio_hf.cli import main
 from mmaudio_hf.config import Recipe, load_recipe, to_dict
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.training import resume
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.resume import check_same_run
+
+# --- killed and interrupted runs -------------------------------------------------------------------------------------
+
+
+def kill_moments(seed: int) -> list[tuple[str, int, float]]:
+    """Five moments of a run: awaited (a logged step, or a checkpoint being written after it), and a delay in s."""
+    choose = random.Random(seed)
+    steps = sorted(choose.sample(range(1, STEPS - EVERY), 4))
+    kinds = ["step", "writing", "step", "writing"]
+    return [("step", 0, 0.0), *((kind, step, choose.uniform(0, 0.05)) for kind, step in zip(kinds, steps, strict=True))]
+
+
+def is_at(recipe: Path, kind: str, step: int) -> bool:
+    log = run_dir(recipe) / "metrics.jsonl"
+    if not log.exists() or log.read_bytes().count(b'"train/loss"') < step:
+        return False
+    return kind == "step" or any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(poisoned_run, seed):
+    """SIGKILL at five random moments, some of them while a checkpoint is being written."""
+    recipe = poisoned_recipe(poisoned_run.parent, f"killed_{seed}")
+    while_writing = 0
+    for kind, step, delay in kill_moments(seed):
+        with start(recipe) as process:
+            wait_until(lambda kind=kind, step=step: is_at(recipe, kind, step), process)
+            time.sleep(delay if kind == "step" else 0)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        while_writing += any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
+    assert while_writing
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    same_run(recipe, poisoned_run)
+
+
+def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(poisoned_run):
+    """Two processes are interrupted as a terminal does it; four finish the run: same data, same noise, same model."""
+    recipe = poisoned_recipe(poisoned_run.parent, "elastic")
+    process = subprocess.Popen(
+        command(recipe, processes=2), env=environment(), cwd=recipe.parent, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_until(lambda: is_at(recipe, "step", 14), process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = last_step(recipe)
+    assert "SIGINT: saving a checkpoint after this step" in output and f"stopped at step {step}" in output, output
+    assert step >= 14 and not list((run_dir(recipe) / "checkpoints").glob("*.partial"))
+    result = train(recipe, processes=4)
+    assert result.returncode == 0, result.stderr
+    assert "4 processes on cpu, batch 4 = 4 x 1 x 1, precision no" in result.stdout
+    assert f"from step {step} to {STEPS}" in result.stdout
+    assert_close(recipe, poisoned_run, 1e-5)
+    assert_same_metrics(recipe, poisoned_run)
+    ours, theirs = ([(e["step"], set(e["ids"])) for e in lines(r, "skipped.jsonl")] for r in (recipe, poisoned_run))
+    assert ours == theirs
+    figures = json.loads((run_dir(recipe) / f"autopsy/step_{ours[-1][0]}.json").read_text())
+    assert figures["suspects"] == [POISONED] and [sample["slot"] for sample in figures["samples"]] == [0, 1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished_run):
+    recipe = write_recipe(finished_run.parent, "damaged")
+    assert train(recipe, "training.steps=8", "training.log_every=4").returncode == 0
+    file = run_dir(recipe) / "checkpoints" / "step_8" / "training_state" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    result = train(recipe, "training.steps=9")
+    assert result.returncode == 0, result.stderr
+    assert "damaged" in result.stdout and "from step 4 to 9" in result.stdout
+    assert checkpoint_names(recipe) == {"step_4", "step_8", "step_8.damaged", "step_9"}
+
+
+# --- changed recipes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["model.hidden_dim=128"], ["depend on: put model.hidden_dim back", "- model.hidden_dim: 64"]),
+        (["ema.sigma_rels=[0.03, 0.2]", "--allow-changes"], ["depend on", "+ ema.sigma_rels: [0.03, 0.2]"]),
+        (
+            ["seed=8", "flow.condition_dropout=0.2", "training.log_every=1"],
+            [
+                "--allow-changes\n  - seed: 7\n  + seed: 8\n",
+                "- flow.condition_dropout: 0.1\n  + flow.condition_dropout: 0.2\n",
+            ],
+        ),
+        (["training.steps=6"], ["has trained 12 steps"]),
+        (["training.best_metric=score/f1"], ["name a score that begins with val/ or val_ema/"]),
+        (["resume=never"], ["holds checkpoints"]),
+    ],
+    ids=["model", "profiles", "harmful", "steps", "metric", "never"],
+)
+def test_a_recipe_that_does_not_fit_the_run_is_an_error(finished_run, overrides, messages):
+    kept = (run_dir(finished_run) / "config.yaml").read_bytes()
+    result = train(finished_run, *overrides)
+    assert result.returncode == 2 and "log_every" not in result.stderr, result.stderr
+    assert all(message in result.stderr for message in messages), result.stderr
+    assert (run_dir(finished_run) / "config.yaml").read_bytes() == kept
+
+
+def test_other_stores_may_follow_and_leftovers_are_removed(finished_run):
+    recipe = write_recipe(finished_run.parent, "moved_on")
+    assert train(recipe, "training.steps=4", "training.log_every=3").returncode == 0
+    leftover = run_dir(recipe) / "checkpoints" / "step_9.partial"
+    leftover.mkdir()
+    stale = run_dir(recipe) / "ema" / "sigma_0.05_step_000000099.safetensors"
+    save_file({"w": torch.zeros(1)}, stale, metadata={"sigma_rel": "0.05", "step": "99"})
+    changes = ("data.train=[{path: videos}]", "seed=8", "training.steps=5")
+    result = train(recipe, *changes, "--allow-changes")
+    assert result.returncode == 0, result.stderr
+    assert "- seed: 7\n  + seed: 8" in result.stdout and "+ data.train: [{'path': 'videos'" in result.stdout
+    assert "- training.steps: 4\n  + training.steps: 5" in result.stdout
+    assert not leftover.exists() and not stale.exists()
+
+
+# --- stores are identified by what they hold, wherever they lie -----------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Recipe, TrainingState]:
+    """A recipe with its stores in `here`, copies of them in `there`, and a state that was saved with it."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(tmp_path / "here")))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    return recipe, TrainingState(4, {}, {"recipe": to_dict(recipe), "stores": hashes(recipe)})
 
 
 def with_stores(recipe: Recipe, folder: Path) -> Recipe:
@@ -23,40 +181,64 @@ def with_stores(recipe: Recipe, folder: Path) -> Recipe:
 
 def hashes(recipe: Recipe) -> list[str | None]:
     mixture = open_mixture(recipe.data.train, recipe.model)
-    found = [store.content_hash for store in mixture.stores]
+    content_hashes = [store.content_hash for store in mixture.stores]
     mixture.close()
-    return found
+    return content_hashes
 
 
-def test_stores_may_move_and_not_change(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(tmp_path / "here")))
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    state = TrainingState(4, {}, {"recipe": to_dict(recipe), "stores": hashes(recipe)})
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    moved, said = with_stores(recipe, tmp_path / "there"), []
-    check_same_run(moved, hashes(moved), state, False, said.append)
-    assert said == []
+def test_stores_may_move(saved, tmp_path):
+    recipe, state = saved
+    moved = with_stores(recipe, tmp_path / "there")
+    check_same_run(moved, hashes(moved), state, False, pytest.fail)
     other = replace(moved, seed=8)
     with pytest.raises(ValueError, match=r"- seed: 7\n  \+ seed: 8$"):
-        check_same_run(other, hashes(other), state, False, said.append)
+        check_same_run(other, hashes(other), state, False, pytest.fail)
     repeats = tuple(replace(store, repeats=3.0) for store in moved.data.train)
     other = replace(moved, data=replace(moved.data, train=repeats))
     with pytest.raises(ValueError, match=r"\+ data\.train: .*'repeats': 3\.0"):
-        check_same_run(other, hashes(other), state, False, said.append)
+        check_same_run(other, hashes(other), state, False, pytest.fail)
 
+
+def test_stores_may_not_change(saved, tmp_path):
+    recipe, state = saved
+    moved = with_stores(recipe, tmp_path / "there")
     for path in (tmp_path / "there").glob("audios*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_store(tmp_path / "there" / "audios", 8, video=False, seed=5)
     with pytest.raises(ValueError, match=r"put them back.*\n  - data\.train: .*here.*\n  \+ data\.train: .*there"):
-        check_same_run(moved, hashes(moved), state, False, said.append)
-    before = TrainingState(4, {}, {"recipe": to_dict(recipe)})  # of a checkpoint that does not know its stores
-    moved = with_stores(recipe, tmp_path / "other")
+        check_same_run(moved, hashes(moved), state, False, pytest.fail)
+
+
+def test_stores_of_a_state_without_their_hashes_may_not_move(saved, tmp_path):
+    recipe, _ = saved
+    state = TrainingState(4, {}, {"recipe": to_dict(recipe)})
     with pytest.raises(ValueError, match=r"\+ data\.train"):
-        check_same_run(moved, hashes(recipe), before, False, said.append)
+        check_same_run(with_stores(recipe, tmp_path / "other"), hashes(recipe), state, False, pytest.fail)
 
 
-def test_a_store_without_a_manifest_is_known_by_its_path_alone(tmp_path):
+def test_a_store_without_a_manifest_is_identified_by_its_path_alone(tmp_path):
     write_store(tmp_path / "a", 3)
     assert len(FeatureStore.open(tmp_path / "a").content_hash) == 64
     (tmp_path / "a.manifest.json").unlink()
     assert FeatureStore.open(tmp_path / "a").content_hash is None
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+
+def test_two_launches_do_not_train_one_run(finished_run, monkeypatch, capsys):
+    recipe = write_recipe(finished_run.parent, "locked", steps=100_000, log_every=1, checkpoint_every=100_000)
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setattr(resume, "LOCK_TIMEOUT", 0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    staged, log = run_dir(recipe) / "hub" / "step_1_1", run_dir(recipe) / "metrics.jsonl"
+    with start(recipe) as first:
+        wait_until(lambda: log.exists() and "train/loss" in log.read_text(), first)
+        before = log.read_bytes()
+        staged.mkdir(parents=True)  # as a launch that pushes has it
+        for words in ([], ["hub.repo_id=me/locked"], ["resume=hub://me/other"]):
+            assert main(["train", str(recipe), *words]) == 2
+            assert "locked is being trained by another launch" in capsys.readouterr().err
+        assert staged.exists()
+        assert log.read_bytes().startswith(before) and log.stat().st_size > len(before)  # it was not disturbed
+    assert main(["train", str(recipe), "training.steps=1"]) == 0  # the system releases the lock of a killed process

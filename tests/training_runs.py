@@ -1,43 +1,59 @@
-"""Running `train.py` as its users do, and reading what it left."""
+"""Running `train.py` as its users do, and reading what a run left. Finished runs to compare with are in conftest."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+import yaml
 from forked import Command, run_together
 from safetensors.torch import load_file
+from toy_stores import MODEL, recipe_tree
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
+TENSOR_FILES = ("model", "optimizer", "ema", "window")
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Variables for a process of its own: none of a launcher, one thread, no Hub."""
     hidden = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def accelerate_command(*script: str, processes: int, hardware: str = "cpu.yaml") -> list[str]:
+    """`accelerate launch` of a script with one of our configurations."""
+    config = str(ROOT / "accelerate_configs" / hardware)
+    words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", config, "--num_processes", str(processes)]
+    return [*words, "--main_process_port", "0", *script]
+
+
+def command(recipe: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """Words that run train.py, through accelerate as the README says; processes=0 leaves out the launcher."""
+    script = [str(ROOT / "train.py"), str(recipe), *overrides]
+    return accelerate_command(*script, processes=processes) if processes else [sys.executable, *script]
 
 
 def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run train.py through accelerate, as the README says."""
-    return subprocess.run(
-        command(recipe, *overrides, processes=processes),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        cwd=recipe.parent,
-    )
+    """Run it."""
+    words = command(recipe, *overrides, processes=processes)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
 
 
-def train(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+def train(recipe: Path, *overrides: str, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     """The same without the time that launchers and imports take: in processes of their own all the same."""
     if processes == 1:
         return start(recipe, *overrides).result()
-    return run_together(processes, "train", str(recipe), *overrides, cwd=recipe.parent, env=environment())
+    words = ["train", str(recipe), *overrides]
+    return run_together(processes, *words, cwd=recipe.parent, env=environment(**variables))
 
 
 def start(recipe: Path, *overrides: str) -> Command:
@@ -45,14 +61,47 @@ def start(recipe: Path, *overrides: str) -> Command:
     return Command("train", str(recipe), *overrides, cwd=recipe.parent, env=environment())
 
 
-def command(recipe: Path, *overrides: str, processes: int = 1) -> list[str]:
-    """The words that `launch` runs; processes=0 leaves out the launcher."""
-    words = [sys.executable, str(ROOT / "train.py")]
-    if processes:
-        config = ROOT / "accelerate_configs" / "cpu.yaml"
-        words = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(config)]
-        words += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py")]
-    return [*words, str(recipe), *overrides]
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen | Command) -> None:
+    """Wait for a moment in the life of a process, which must not end before."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+# --- finished runs -------------------------------------------------------------------------------------------------
+
+STEPS, EVERY = 40, 4  # of the runs with a poisoned row, and their checkpoint_every
+POISONED = "videos_0000"
+TINY = {"hidden_dim": 16, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
+
+
+def finished(recipe: Path) -> Path:
+    """The recipe of a run, once it is finished in one process."""
+    result = train(recipe)
+    assert result.returncode == 0, result.stderr
+    return recipe
+
+
+def poisoned_recipe(folder: Path, name: str) -> Path:
+    """A tiny model; one row of its videos has values that overflow, so about every tenth step is skipped."""
+    tree = recipe_tree(folder, steps=STEPS, checkpoint_every=EVERY, log_every=1, validate_every=6) | {"name": name}
+    tree["model"] = MODEL | TINY
+    tree["training"] |= {"keep_checkpoints": 2, "keep_every": 16, "best_metric": "val_ema/loss"}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    means = np.memmap(folder / "videos" / "mean.memmap", dtype=np.float32, mode="r+")
+    means[: means.size // 24] = 1e30  # the first of 24 rows
+    means.flush()
+    return path
+
+
+def copy_run(recipe: Path, copy: Path) -> Path:
+    """The run folder of `recipe` as that of the recipe `copy`, which is returned."""
+    shutil.copytree(run_dir(recipe), run_dir(copy), symlinks=True)
+    return copy
+
+
+# --- what a run left -----------------------------------------------------------------------------------------------
 
 
 def run_dir(recipe: Path) -> Path:
@@ -60,17 +109,45 @@ def run_dir(recipe: Path) -> Path:
     return recipe.parent / "output" / recipe.stem
 
 
+def last_step(recipe: Path) -> int:
+    """Step of the newest checkpoint; 0 without any."""
+    link = run_dir(recipe) / "last"
+    return int(link.resolve().name.removeprefix("step_")) if link.exists() else 0
+
+
+def checkpoint_names(recipe: Path) -> set[str]:
+    """Names of everything in the folder of checkpoints."""
+    return {path.name for path in (run_dir(recipe) / "checkpoints").iterdir()}
+
+
 def tensors(recipe: Path, name: str = "model") -> dict[str, torch.Tensor]:
     """One group of tensors in the newest checkpoint."""
     return load_file(run_dir(recipe) / "last" / "training_state" / f"{name}.safetensors")
 
 
+def lines(recipe: Path, name: str) -> list[dict]:
+    """Entries of a log of JSON lines."""
+    return [json.loads(line) for line in (run_dir(recipe) / name).read_text().splitlines()]
+
+
+def metrics(recipe: Path) -> list[dict]:
+    """Lines of metrics.jsonl."""
+    return lines(recipe, "metrics.jsonl")
+
+
 def same_bytes(a: Path, b: Path) -> None:
     """Both runs ended with the same tensors and logged the same."""
-    names = ("model", "optimizer", "ema", "window")
-    files = [f"last/training_state/{n}.safetensors" for n in names]
+    files = [f"last/training_state/{name}.safetensors" for name in TENSOR_FILES]
     for file in (*files, "last/pretrained_model/model.safetensors", "metrics.jsonl"):
         assert (run_dir(a) / file).read_bytes() == (run_dir(b) / file).read_bytes(), file
+
+
+def same_run(a: Path, b: Path) -> None:
+    """The same, and they skipped the same steps and kept the same checkpoints."""
+    same_bytes(a, b)
+    assert (run_dir(a) / "skipped.jsonl").read_bytes() == (run_dir(b) / "skipped.jsonl").read_bytes()
+    assert (run_dir(a) / "best").resolve().name == (run_dir(b) / "best").resolve().name
+    assert checkpoint_names(a) == checkpoint_names(b)
 
 
 def assert_close(a: Path, b: Path, tolerance: float) -> None:
@@ -81,6 +158,7 @@ def assert_close(a: Path, b: Path, tolerance: float) -> None:
     assert distance / size < tolerance
 
 
-def metrics(recipe: Path) -> list[dict]:
-    """Lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir(recipe) / "metrics.jsonl").read_text().splitlines()]
+def assert_same_metrics(a: Path, b: Path, tolerance: float = 1e-3) -> None:
+    """Both runs logged the same up to summation order."""
+    for ours, theirs in zip(metrics(a), metrics(b), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance)

@@ -1,0 +1,235 @@
+"""Which checkpoints are kept, EMA weights made afterwards, full disks, and the copies that the thread writes."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_stores import MODEL
+from training_runs import (
+    EVERY,
+    ROOT,
+    STEPS,
+    TINY,
+    accelerate_command,
+    checkpoint_names,
+    command,
+    environment,
+    lines,
+    metrics,
+    poisoned_recipe,
+    run_dir,
+    same_bytes,
+    tensors,
+)
+
+from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import model_config
+from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.training.checkpointer import BackgroundWriter, HostCopy
+
+
+def test_the_newest_every_16th_and_the_best_checkpoint_are_kept(poisoned_run):
+    scores = {line["step"]: line["val_ema/loss"] for line in metrics(poisoned_run) if "val_ema/loss" in line}
+    best = min(scores, key=scores.get)
+    assert (run_dir(poisoned_run) / "best").resolve().name == f"step_{best}"
+    # A new best is saved when it is found, also at a step that checkpoint_every does not divide.
+    saved = sorted({*range(EVERY, STEPS + 1, EVERY), best})
+    assert checkpoint_names(poisoned_run) == {f"step_{step}" for step in (*saved[-2:], 16, 32, best)}
+    published = find_pretrained(run_dir(poisoned_run) / "best")
+    assert json.loads((published / "weights.json").read_text())["step"] == best
+
+
+def test_the_stall_of_a_checkpoint_is_logged(poisoned_run):
+    stalls = [line["speed/checkpoint_stall_seconds"] for line in lines(poisoned_run, "speed.jsonl")]
+    assert all(stalls[step - 1] > 0 for step in range(EVERY, STEPS + 1, EVERY))
+    assert stalls[0] == stalls[1] == 0
+
+
+# --- EMA weights of other widths ---------------------------------------------------------------------------------
+
+
+def make_ema(run: Path, out: Path, *options: str, sigma_rel: str = "0.1") -> int:
+    return main(["ema", str(run), "--sigma-rel", sigma_rel, "--out", str(out), *options])
+
+
+def test_ema_weights_of_a_stored_width_are_those_of_the_run(poisoned_run, tmp_path, capsys):
+    out = tmp_path / "wide"
+    assert make_ema(run_dir(poisoned_run), out) == 0
+    assert f"step {STEPS}" in capsys.readouterr().out
+    published, stored = load_file(find_pretrained(out) / "model.safetensors"), tensors(poisoned_run, "ema")
+    for name in ("final_layer.conv.weight", "latent_mean"):
+        torch.testing.assert_close(published[name], stored[f"1.{name}"], rtol=1e-4, atol=1e-6)
+    assert json.loads((out / "pretrained_model" / "weights.json").read_text())["sigma_rel"] == 0.1
+    assert make_ema(run_dir(poisoned_run), out) == 2  # the folder exists
+
+
+def test_ema_weights_of_an_earlier_step_are_near_those_that_the_run_had(poisoned_run, tmp_path):
+    name, out = "final_layer.conv.weight", tmp_path / "early"
+    assert make_ema(run_dir(poisoned_run), out, "--step", "32") == 0
+    stored = run_dir(poisoned_run) / "checkpoints" / "step_32" / "training_state" / "ema.safetensors"
+    published = load_file(find_pretrained(out) / "model.safetensors")[name]
+    torch.testing.assert_close(published, load_file(stored)[f"1.{name}"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sigma_rel", "options", "message"),
+    [
+        ("0.3", [], "between 0 and 0.28"),
+        ("0.1", ["--step", "41"], "EMA weights of the steps 1 to 40, not of 41"),
+    ],
+)
+def test_ema_weights_that_do_not_exist(poisoned_run, tmp_path, capsys, sigma_rel, options, message):
+    assert make_ema(run_dir(poisoned_run), tmp_path / "none", *options, sigma_rel=sigma_rel) == 2
+    assert message in capsys.readouterr().err
+
+
+LATE = """
+import os, sys, time
+from pathlib import Path
+from mmaudio_hf.cli import train_main
+from mmaudio_hf.training import checkpointer
+
+exists, glob, find, rank = Path.exists, Path.glob, checkpointer.find_snapshots, os.environ["RANK"]
+
+def visible(path):  # on a second machine, whose file system caches for a while what was in a folder
+    return rank == "0" or path.parent.name != "ema" or time.time() - path.stat().st_mtime > 2
+
+def count(folder):
+    print(f"process {rank} has {len(snapshots := find(folder))} snapshots")
+    return snapshots
+
+Path.exists = lambda path: exists(path) and visible(path)
+Path.glob = lambda path, pattern: (match for match in glob(path, pattern) if visible(match))
+checkpointer.find_snapshots = count
+sys.exit(train_main())
+"""
+
+
+def test_the_last_snapshots_are_awaited_where_they_are_visible_later(tmp_path):
+    recipe, program = poisoned_recipe(tmp_path, "late"), tmp_path / "program.py"
+    program.write_text(LATE)
+    changes = ["training.steps=2", "ema.sigma_rel=0.07", "training.best_metric=val/loss"]
+    result = subprocess.run(
+        accelerate_command(str(program), str(recipe), *changes, processes=2),
+        env=environment(PYTHONPATH=str(ROOT)), cwd=recipe.parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert all(f"process {rank} has 2 snapshots" in result.stdout for rank in (0, 1)), result.stdout
+
+
+# --- a full disk -------------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+set -e
+mount -t tmpfs -o size=$SIZE tmpfs $DISK
+head -c $BALLAST /dev/zero > $DISK/ballast
+set +e
+$TRAIN > $LOGS/full.txt 2>&1
+echo $? > $LOGS/full.code
+readlink $DISK/full_disk/last > $LOGS/last
+ls $DISK/full_disk/checkpoints > $LOGS/checkpoints
+$TRAIN > $LOGS/freed.txt 2>&1 &
+training=$!
+until grep -q "could not be written" $LOGS/freed.txt || ! kill -0 $training; do sleep 0.02; done
+rm $DISK/ballast
+wait $training
+echo $? > $LOGS/freed.code
+cp -a $DISK/full_disk $KEPT
+"""
+
+
+def disk_sizes(recipe: Path) -> tuple[int, int]:
+    """Bytes of a disk for the run, and of a file on it that leaves space for one checkpoint only."""
+    first = run_dir(recipe) / "checkpoints" / "step_16"
+    checkpoint = sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
+    snapshots = sum(path.stat().st_size for path in (run_dir(recipe) / "ema").glob("*_step_000000016.*"))
+    count = len(list((run_dir(recipe) / "ema").iterdir())) // 2
+    size = 5 * checkpoint + count * snapshots  # for everything that is kept, and one that is being written
+    return size + (1 << 20), size - int(1.5 * checkpoint) - snapshots
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(poisoned_run, tmp_path):
+    """In a file system of its own: space for one checkpoint, none at all for the last one, then space again."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
+    recipe = poisoned_recipe(poisoned_run.parent, "full_disk")
+    disk, logs = tmp_path / "disk", tmp_path / "logs"
+    disk.mkdir(), logs.mkdir()
+    size, ballast = disk_sizes(poisoned_run)
+    variables = {"SIZE": str(size), "BALLAST": str(ballast), "DISK": str(disk), "LOGS": str(logs)}
+    variables |= {"KEPT": str(run_dir(recipe))}
+    variables |= {"TRAIN": " ".join([*command(recipe, processes=0), f"output_dir={disk}"])}
+    result = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", FULL_DISK], env=environment(**variables), cwd=recipe.parent,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    output = {path.name: path.read_text() for path in logs.iterdir()}
+    assert result.returncode == 0, (result.stderr, output)
+    assert output["full.code"] == "1\n", output
+    assert output["full.txt"].count("could not be written") > 2 and "step_4; training continues" in output["full.txt"]
+    assert "error:" in output["full.txt"] and "free disk space and start again" in output["full.txt"].splitlines()[-1]
+    assert output["last"] == "checkpoints/step_4\n" and output["checkpoints"] == "step_4\n"
+    assert output["freed.code"] == "0\n", output
+    assert f"from step 4 to {STEPS}" in output["freed.txt"] and "could not be written" in output["freed.txt"]
+    same_bytes(recipe, poisoned_run)
+
+
+# --- copies, and the thread --------------------------------------------------------------------------------------
+
+
+def test_copies_of_any_tensor_are_valid_until_the_next():
+    """Every kind of tensor, one copy of what occurs twice, and the same memory each time."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 5, generator=generator)
+    group = {
+        "matrix": matrix,
+        "transposed": torch.randn(4, 3, generator=generator).T,  # its memory has another order
+        "half": torch.randn(7, generator=generator).bfloat16(),
+        "flags": torch.tensor([True, False]),
+        "step": torch.tensor(3),
+        "none": torch.empty(0),
+        "trained": torch.nn.Parameter(torch.randn(3, generator=generator)),
+    }
+    host, pointers = HostCopy(), None
+    host.reserve({"model": group, "ema": {"same": matrix}})
+    for _ in range(2):
+        copies, event = host.copy({"model": group, "ema": {"same": matrix}})
+        assert event is None and copies["ema"]["same"] is copies["model"]["matrix"]
+        expected = {name: tensor.detach().clone() for name, tensor in group.items()}
+        with torch.no_grad():
+            for tensor in group.values():
+                tensor.zero_()
+        for name, tensor in expected.items():
+            assert torch.equal(copies["model"][name], tensor) and copies["model"][name].dtype == tensor.dtype
+        assert pointers in (None, [tensor.data_ptr() for tensor in copies["model"].values()])
+        pointers = [tensor.data_ptr() for tensor in copies["model"].values()]
+        matrix.add_(1)
+
+
+def test_a_failing_disk_is_a_warning_and_a_bug_is_raised():
+    warnings: list[str] = []
+    writer = BackgroundWriter(warnings.append)
+
+    def fail(error: Exception):
+        def write(groups):
+            raise error
+
+        return write
+
+    writer.save({}, fail(OSError("the disk is full")))
+    assert writer.finish() == "the disk is full" and warnings == ["the disk is full"]
+    writer.save({}, lambda groups: None)
+    assert writer.finish() is None
+    writer.save({}, fail(KeyError("a bug")))
+    with pytest.raises(KeyError, match="a bug"):
+        writer.wait()
+
+
+def test_bench_measures_checkpoints(tmp_path):
+    figures = bench_checkpoint(model_config(MODEL | TINY, "test"), rounds=1, folder=tmp_path)
+    assert 0 < figures["checkpoint_stall_seconds"] < figures["checkpoint_write_seconds"]
+    assert figures["checkpoint_gb"] > 0.005 and not list(tmp_path.iterdir())

@@ -1,0 +1,60 @@
+"""Running metrics, log files that outlive a full disk and a killed run, and the peak of a device."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmaudio_hf.training.logs import JsonLines, RunningMetrics, device_peak, truncate_lines
+
+
+def test_running_metrics_are_means_over_steps_and_over_samples_of_a_store():
+    running = RunningMetrics(["videos", "audios", "unused"], 4, Accelerator(cpu=True))
+    no, yes = torch.tensor(False), torch.tensor(True)
+    source = torch.tensor([0, 0, 1, 0])
+    running.add(torch.tensor([1.0, 2.0, 3.0, 6.0]), source, torch.tensor(0.5), no)
+    running.add(torch.tensor([3.0, 2.0, 5.0, 2.0]), source, torch.tensor(1.5), no)
+    running.add(torch.full((4,), math.nan), source, torch.tensor(math.inf), yes)  # skipped
+    saved = running.gather()
+    means = running.means()
+    assert means == {
+        "train/loss": 3.0, "train/grad_norm": 1.0, "train/loss_videos": pytest.approx(16 / 6), "train/loss_audios": 4.0,
+    }  # fmt: skip
+    assert running.means() == {"train/loss": 0.0, "train/grad_norm": 0.0}
+    running.restore(saved)
+    assert running.means() == means
+    running.restore(saved[:-2])  # of other stores
+    assert running.means()["train/loss"] == 0
+
+
+def test_lines_wait_in_memory_while_they_cannot_be_written(tmp_path):
+    warnings: list[str] = []
+    log = JsonLines(tmp_path / "folder" / "log.jsonl", warnings.append)
+    log.append({"step": 1})
+    log.append({"step": 2})
+    assert log.waiting and len(warnings) == 1 and "its lines wait in memory" in warnings[0]
+    (tmp_path / "folder").mkdir()
+    log.append({"step": 3})
+    assert not log.waiting
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_with_later_ones(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert truncate_lines(path, lambda line: True) == []
+    path.write_text('{"step": 1}\n{"step": 5}\n{"step": 2}\n{"st')
+    assert truncate_lines(path, lambda line: line["step"] < 5) == [{"step": 1}, {"step": 2}]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_peak_of_an_unknown_device_is_measured():
+    peak = device_peak(torch.device("cpu"), "no")
+    assert peak.measured and 1e8 < peak.flops_per_second < 1e14
+
+
+def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
+    for name, rate in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert device_peak(torch.device("cuda"), "bf16") == (rate, False)
