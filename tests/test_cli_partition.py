@@ -14,7 +14,7 @@ from mmaudio_hf.config import VideoSource
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import partition_video, read_clips, write_clips
+from mmaudio_hf.media.lists import partition_video, read_clips, write_clips
 from mmaudio_hf.media.video import read_video
 
 
@@ -71,7 +71,7 @@ def test_processes_divide_the_work_and_a_rerun_reads_only_what_changed(tmp_path,
     expected = clips.read_text()
     read = []
     monkeypatch.setattr(
-        "mmaudio_hf.media.clips.count_samples", lambda path: read.append(path.name) or (8000 * 17, 8000)
+        "mmaudio_hf.media.lists.count_samples", lambda path: read.append(path.name) or (8000 * 17, 8000)
     )
     clips.unlink()
     assert main(command) == 0 and clips.read_text() == expected and not read

@@ -20,7 +20,7 @@ from mmaudio_hf.data.tools import verify
 from mmaudio_hf.features import workers
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import read_clips, write_clips
+from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import read_video
 
 DURATION = 2.0  # s; short, so that the tests are

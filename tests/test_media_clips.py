@@ -10,9 +10,8 @@ from golden_data import GOLDEN
 
 from mmaudio_hf.config import AudioSource
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.clips import Clip, partition, read_clips, write_clips
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import MediaItem, find_audio_file, read_media_list
+from mmaudio_hf.media.lists import Clip, MediaItem, find_audio_file, partition, read_clips, read_media_list, write_clips
 
 
 def write(path, text, encoding="utf-8"):

@@ -9,10 +9,9 @@ import torch
 
 from mmaudio_hf.media import example
 from mmaudio_hf.media.audio import read_waveform
-from mmaudio_hf.media.clips import partition
 from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.example import SMALL_AUDIO_FILES, SMALL_SPLITS, read_events, write_example_media
-from mmaudio_hf.media.lists import read_media_list
+from mmaudio_hf.media.lists import partition, read_media_list
 from mmaudio_hf.media.video import read_video
 
 

@@ -18,8 +18,8 @@ from odd_media import read_codes
 
 from mmaudio_hf.config import AudioSource
 from mmaudio_hf.media.audio import mono_samples, read_audio_clip
-from mmaudio_hf.media.clips import read_clips, write_clips
 from mmaudio_hf.media.container import MediaError
+from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import RgbConverter, read_video
 
 EXAMPLES = Path(os.environ.get("MMAUDIO_HF_EXAMPLES", ""))

@@ -39,7 +39,7 @@ def _example_media(options) -> None:
 
 
 def _partition(options: argparse.Namespace) -> None:
-    from mmaudio_hf.media.clips import check_sources, write_clips
+    from mmaudio_hf.media.lists import check_sources, write_clips
 
     recipe, share = load_recipe(options.recipe, options.overrides), share_of_process(options)
     extraction = recipe.extraction
@@ -150,7 +150,7 @@ def _check_clip_lists(
 
 
 def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]) -> None:
-    from mmaudio_hf.media.clips import check_sources
+    from mmaudio_hf.media.lists import check_sources
 
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]

@@ -285,9 +285,8 @@ def _source(options, recipe: Recipe | None, kind: str):
 
 
 def _video_reader(options, recipe: Recipe | None, manifest: dict, mode: str, duration: float) -> Callable:
-    from mmaudio_hf.media.clips import VideoStart, read_video_clips
     from mmaudio_hf.media.container import MediaError
-    from mmaudio_hf.media.lists import find_video
+    from mmaudio_hf.media.lists import VideoStart, find_video, read_video_clips
     from mmaudio_hf.media.video import read_video
     from mmaudio_hf.schema import RunError
 
@@ -326,9 +325,8 @@ def _clip_list(options, recipe: Recipe | None, source: VideoSource | AudioSource
 
 def _recording_reader(options, recipe: Recipe | None, mode: str, duration: float) -> Callable:
     from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
-    from mmaudio_hf.media.clips import read_clips
     from mmaudio_hf.media.container import MediaError
-    from mmaudio_hf.media.lists import find_audio_file
+    from mmaudio_hf.media.lists import find_audio_file, read_clips
     from mmaudio_hf.schema import RunError
 
     source = _source(options, recipe, "audios")

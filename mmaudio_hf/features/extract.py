@@ -32,9 +32,15 @@ from mmaudio_hf.features.shards import Item, Job, Shard
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.features.workers import make_shards
 from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
-from mmaudio_hf.media.clips import VideoStart, read_clips, read_video_clips
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import find_audio_file, find_video, read_media_list
+from mmaudio_hf.media.lists import (
+    VideoStart,
+    find_audio_file,
+    find_video,
+    read_clips,
+    read_media_list,
+    read_video_clips,
+)
 from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id
 
@@ -258,7 +264,7 @@ def _check_disk_space(job: Job, pending_rows: int, store_rows: int) -> None:
 def _extract(job: Job, items: list[Item], open_writer: OpenWriter, clean: bool, progress: bool) -> ExtractionReport:
     started = time.monotonic()
     store = job.output_dir / job.name
-    if store.exists() and not _made_of(job) and not (job.folder / "store.json").is_file():  # of earlier versions
+    if store.exists() and not _key_of_store(job) and not (job.folder / "store.json").is_file():  # of earlier versions
         raise ValueError(f"{store} exists and was not made by extraction: move it or give the store another name")
     try:
         _prepare_encoders(job, items)
@@ -288,7 +294,7 @@ def _manifest(job: Job) -> dict[str, Any]:
     return read_json(job.output_dir / f"{job.name}.manifest.json")
 
 
-def _made_of(job: Job) -> str:
+def _key_of_store(job: Job) -> str:
     """Key of the complete store that is there; empty without one."""
     return _manifest(job).get("made_of", "") if (job.output_dir / job.name).exists() else ""
 
@@ -296,7 +302,7 @@ def _made_of(job: Job) -> str:
 def _finished(job: Job, key: str, shards: int) -> ExtractionReport | None:
     """The report of a store that is there and of these inputs; it needs no shards."""
     rejects_path = job.output_dir / f"{job.name}.rejects.jsonl"
-    if _made_of(job) != key or not rejects_path.is_file():
+    if _key_of_store(job) != key or not rejects_path.is_file():
         return None
     counts = _manifest(job)["counts"]
     rejects = [json.loads(line) for line in rejects_path.read_text(encoding="utf-8").splitlines()]
@@ -326,7 +332,7 @@ def _finish(job: Job, key: str, shards: Sequence[Shard], open_writer: OpenWriter
     with locked(job.folder / "store.lock"):
         if _finished(job, key, len(shards)) is None:
             _write_rejects(job, report, metadata)
-            if _made_of(job) != key:
+            if _key_of_store(job) != key:
                 _remove_store(job, report.store_path)
                 _export(job, key, report, shards, open_writer, progress)
     return report

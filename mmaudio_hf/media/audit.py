@@ -31,9 +31,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from mmaudio_hf.media import measure
-from mmaudio_hf.media.clips import CLIP_SECONDS
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import find_audio_file, find_video, read_media_list
+from mmaudio_hf.media.lists import CLIP_SECONDS, find_audio_file, find_video, read_media_list
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)

@@ -1,19 +1,45 @@
-"""Lists of media: tab-separated ids and captions, and the files that belong to the ids."""
+"""Lists of media: ids and captions, the files that belong to the ids, and the clips cut from long files.
 
+Clip lists say which parts of audio files and long videos become rows of a feature store:
+
+    audio files   id, name, start_sample, end_sample   at most 5 clips of 8.1 s, as in the published lists
+    videos        id, name, start                      at most `max_clips` clips from `start` seconds on
+"""
+
+import contextlib
 import csv
 import difflib
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from tqdm.auto import tqdm
+
+from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
+from mmaudio_hf.files import Share, hash_of, locked, read_json, write_text
+from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
+from mmaudio_hf.media.video import video_seconds
 from mmaudio_hf.schema import check_id
 
 AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
 VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 
 _TEXT_COLUMNS = ("label", "caption")
+
+CLIP_SECONDS = 8.1
+_MAX_CLIPS = 5
+_VIDEO_MARGIN = 0.1  # s that a clip of a video may end before the track: the audio is often that much shorter
+_AUDIO_COLUMNS = ("id", "name", "start_sample", "end_sample")
+_VIDEO_COLUMNS = ("id", "name", "start")
+_VERSION = 1  # part of the key of a shard
+_ALL_SHARDS = Share()
 
 
 @dataclass(frozen=True)
@@ -148,3 +174,248 @@ def _optional_indices(path: str | os.PathLike, header: list[str], optional: Sequ
         if name in optional and header.count(name) > 1:
             raise ValueError(f"{path}: column {name!r} is there more than once")
     return {name: header.index(name) for name in optional if name in header}
+
+
+# --- Clips -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Samples `[start_sample, end_sample)` of the audio file called `name` (its stem), at the file's own rate."""
+
+    id: str
+    name: str
+    start_sample: int
+    end_sample: int
+
+
+@dataclass(frozen=True)
+class VideoStart:
+    """A clip of the video called `name`, from `start` seconds on."""
+
+    id: str
+    name: str
+    start: float
+
+
+@dataclass(frozen=True)
+class ClipReport:
+    """What `write_clips` did: clips written, files rejected, and names of files that were not read.
+
+    rejects: file, reason (`MediaError.reason`) and message of each. With `pending_shards`, those that other processes
+    have still to make, there is no list yet.
+    """
+
+    clips: int
+    rejects: list[dict[str, str]]
+    ignored: list[str]
+    shards: int
+    pending_shards: int
+
+
+def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
+    """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
+
+    Ends are exclusive; a file shorter than 8.1 s gives none. Float comparison and rounding are those of the published
+    clip lists.
+    """
+    if num_samples < sample_rate * CLIP_SECONDS:
+        return []
+    length = int(sample_rate * CLIP_SECONDS)
+    count = min(_MAX_CLIPS, num_samples // length)
+    step = (num_samples - length) // (count - 1) if count > 1 else 0
+    return [(i * step, i * step + length) for i in range(count)]
+
+
+def partition_video(seconds: float, duration: float, max_clips: int) -> list[float]:
+    """Starts (s) of at most `max_clips` clips, evenly spread and not overlapping; [0] of a short video."""
+    usable = seconds - _VIDEO_MARGIN
+    count = max(1, min(max_clips, int(usable / duration)))
+    return [round(i * (usable - duration) / (count - 1), 3) if i else 0.0 for i in range(count)]
+
+
+def write_clips(
+    source: VideoSource | AudioSource,
+    path: str | os.PathLike,
+    *,
+    duration: float = 8.0,
+    shards_dir: str | os.PathLike | None = None,
+    shard_size: int = 512,
+    share: Share = _ALL_SHARDS,
+    workers: int = 1,
+    progress: bool = False,
+) -> ClipReport:
+    """Write the clip list `path` of a source; `rejects` beside it is for the caller to write.
+
+    Audio files are those of the folder that have a known ending (`AUDIO_ENDINGS`); they are decoded once, so that
+    damaged files are found here and lengths are true. Videos are those of the list; all their packets are read. Files
+    that are damaged or too short, and bad names, are rejects. Other files of the folder, and a second audio file with
+    the same stem (flac before wav before the others), are `ignored`.
+
+    The work is divided in shards of `shard_size` files. A process makes those of its `share` whose lock it gets, each a
+    JSON in `shards_dir` (None: nothing is kept), so a later run makes only what is missing or has changed. The process
+    that finds all of them complete replaces the list. ValueError if there is no file to read.
+    """
+    files, ignored, rows_of = _files_of(source, duration)
+    settings = [_VERSION, *([] if isinstance(source, AudioSource) else [duration, source.max_clips])]
+    with contextlib.ExitStack() as stack:
+        folder = Path(shards_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        blocks = [files[first : first + shard_size] for first in range(0, len(files), shard_size)]
+        shards = [_Shard(folder / f"clips_{i:05d}.json", block, settings) for i, block in enumerate(blocks)]
+        ours = shards[share.index :: share.count]
+        total = sum(len(shard.files) for shard in ours)
+        bar = stack.enter_context(tqdm(desc=source.name, total=total, unit="file", disable=not progress))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        outcomes_of = partial(pool.map, rows_of)
+        busy = [shard for shard in ours if not shard.make(outcomes_of, bar.update, wait=False)]
+        for shard in busy:  # those that other processes are making are waited for, in case they do not finish them
+            shard.make(outcomes_of, bar.update, wait=True)
+        outcomes = [shard.outcomes() for shard in shards]
+    rows = [row for shard in outcomes for outcome in shard or () for row in outcome["rows"]]
+    rejects = [outcome["reject"] for shard in outcomes for outcome in shard or () if outcome["reject"]]
+    pending = outcomes.count(None)
+    if rows and not pending:
+        write_table(path, [_AUDIO_COLUMNS if isinstance(source, AudioSource) else _VIDEO_COLUMNS, *rows])
+    return ClipReport(len(rows), rejects, ignored, len(shards), pending)
+
+
+def _files_of(
+    source: VideoSource | AudioSource, duration: float
+) -> tuple[list[Path], list[str], Callable[[Path], dict[str, Any]]]:
+    """Files to read, names of the others in the folder, and the function that reads one."""
+    folder = Path(source.media_dir)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give the folder that holds the media of {source.name!r}")
+    if isinstance(source, VideoSource):
+        files = [find_video(folder, item.id) for item in read_media_list(source.list, "label")]
+        cut = partial(_video_rows, duration=duration, max_clips=source.max_clips)
+        return files, [], partial(_outcome, cut)
+    files, ignored = audio_files(folder)
+    if not files:
+        raise ValueError(f"{folder}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
+    return files, ignored, partial(_outcome, _audio_rows)
+
+
+class _Shard:
+    """The outcomes of a block of files, in a JSON that is complete when its key is that of the files."""
+
+    def __init__(self, path: Path, files: Sequence[Path], settings: list):
+        self.path, self.files = path, files
+        stats = [file.stat() if file.is_file() else None for file in files]
+        known = [[f.name, s and [s.st_size, s.st_mtime_ns]] for f, s in zip(files, stats, strict=True)]
+        self.key = hash_of([settings, known])
+
+    def outcomes(self) -> list[dict[str, Any]] | None:
+        """None when it is not complete."""
+        content = read_json(self.path)
+        return content["outcomes"] if content.get("key") == self.key else None
+
+    def make(self, outcomes_of: Callable, advance: Callable[[int], Any], wait: bool) -> bool:
+        """Make it unless it is complete; False when another process has its lock, and `wait` is not set."""
+        with locked(self.path.with_suffix(".lock"), wait=wait) as acquired:
+            if acquired and self.outcomes() is None:
+                outcomes = []
+                for outcome in outcomes_of(self.files):
+                    outcomes.append(outcome)
+                    advance(1)
+                write_text(self.path, json.dumps({"key": self.key, "outcomes": outcomes}) + "\n")
+            elif acquired:
+                advance(len(self.files))
+            return acquired
+
+
+def _outcome(rows_of: Callable[[Path], list[list]], path: Path) -> dict[str, Any]:
+    """The clips of a file, or why it has none."""
+    try:
+        check_id(path.stem)
+        return {"rows": rows_of(path), "reject": None}
+    except MediaError as error:
+        reason, message = error.reason, str(error)
+    except ValueError as error:
+        reason, message = "bad_name", str(error)
+    return {"rows": [], "reject": {"file": path.name, "reason": reason, "message": message}}
+
+
+def _audio_rows(path: Path) -> list[list]:
+    num_samples, rate = count_samples(path)
+    spans = partition(num_samples, rate)
+    if not spans:
+        have = num_samples / rate if rate else 0.0
+        raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {CLIP_SECONDS} s needed")
+    return [[f"{path.stem}_{i}", path.stem, start, end] for i, (start, end) in enumerate(spans)]
+
+
+def _video_rows(path: Path, duration: float, max_clips: int) -> list[list]:
+    if not path.is_file():
+        raise MediaError("not_found", f"{path}: no such file; check the folder and the id")
+    starts = partition_video(video_seconds(path), duration, max_clips)
+    return [[f"{path.stem}_{i}", path.stem, start] for i, start in enumerate(starts)]
+
+
+def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:
+    """ValueError that names every folder, and with `lists` every list, of `extraction` that cannot be read.
+
+    Opens no media. Clip lists are read where they exist: `partition` writes them.
+    """
+    problems: list[str] = []
+    sources: list[VideoSource | AudioSource] = [*extraction.videos, *extraction.audios]
+    for source in sources:
+        if not Path(source.media_dir).is_dir():
+            problems.append(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
+        if not lists:
+            continue
+        clips = extraction.clips_path(source)
+        try:
+            read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
+            if clips.is_file() and isinstance(source, AudioSource):
+                read_clips(clips)
+            elif clips.is_file() and isinstance(source, VideoSource) and source.max_clips > 1:
+                read_video_clips(clips)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def read_clips(path: str | os.PathLike) -> list[Clip]:
+    """Read a clip list of audio files; ValueError names the file and line of a bad or repeated row."""
+    return [Clip(*row) for row in _read_rows(path, _AUDIO_COLUMNS, _samples)]
+
+
+def read_video_clips(path: str | os.PathLike) -> list[VideoStart]:
+    """Read a clip list of videos; ValueError names the file and line of a bad or repeated row."""
+    return [VideoStart(*row) for row in _read_rows(path, _VIDEO_COLUMNS, _seconds)]
+
+
+def _read_rows(path: str | os.PathLike, columns: Sequence[str], values_of: Callable) -> list[tuple]:
+    rows: list[tuple] = []
+    lines: dict[str, int] = {}
+    for line, row in read_table(path, columns):
+        where = f"{path}, line {line}"
+        clip_id, name = check_id(row["id"], where), check_id(row["name"], where)
+        if clip_id in lines:
+            raise ValueError(f"{where}: id {clip_id!r} is already on line {lines[clip_id]}; ids must differ")
+        lines[clip_id] = line
+        rows.append((clip_id, name, *values_of(row, where)))
+    return rows
+
+
+def _samples(row: dict[str, str], where: str) -> tuple[int, int]:
+    try:
+        start, end = int(row["start_sample"]), int(row["end_sample"])
+    except ValueError:
+        raise ValueError(f"{where}: start_sample and end_sample must be whole numbers") from None
+    if not 0 <= start < end:
+        raise ValueError(f"{where}: samples [{start}, {end}) are not a clip; make the list again")
+    return start, end
+
+
+def _seconds(row: dict[str, str], where: str) -> tuple[float]:
+    try:
+        start = float(row["start"])
+    except ValueError:
+        start = -1.0
+    if not 0 <= start < float("inf"):
+        raise ValueError(f"{where}: start {row['start']!r} must be a number of seconds, 0 or more")
+    return (start,)
