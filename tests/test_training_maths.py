@@ -1,11 +1,14 @@
-"""Objective, optimisation steps, schedule and EMA against figures of the reference implementation."""
+"""Objective, optimizer steps, learning rates and EMA against figures of the reference implementation."""
 
 import numpy as np
 import pytest
 import torch
 from golden_data import golden, normal, relative_error, state_dict, tensor
+from safetensors.torch import load_file
+from toy_stores import write_recipe
 
 from mmaudio_hf.bench.training import random_batch
+from mmaudio_hf.cli import main
 from mmaudio_hf.config import FlowConfig, ModelConfig, OptimConfig
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import Draws
@@ -32,7 +35,7 @@ SMALL_DIMS = ModelConfig(
 FULL_DIMS = ModelConfig(hidden_dim=128, num_heads=2, depth=4, fused_depth=2)
 
 
-def batch_of(features: dict[str, torch.Tensor], draws: Draws, has_video=None, has_text=None) -> Batch:
+def batch_of(features: dict[str, torch.Tensor], noise: Draws, has_video=None, has_text=None) -> Batch:
     size = len(features["mean"])
     has_video = torch.ones(size, dtype=torch.bool) if has_video is None else has_video
     rows = has_video.nonzero()[:, 0]
@@ -49,11 +52,11 @@ def batch_of(features: dict[str, torch.Tensor], draws: Draws, has_video=None, ha
         source=torch.zeros(size, dtype=torch.int64),
         valid=torch.ones(size, dtype=torch.bool),
         ids=[str(i) for i in range(size)],
-        noise=draws,
+        noise=noise,
     )
 
 
-def draws_from(latent, z, x0, video, text) -> Draws:
+def noise_of(latent, z, x0, video, text) -> Draws:
     unused = torch.full_like(z, float("nan"))
     return Draws(latent_noise=latent, z=z, x0=x0, drop_video=video, drop_clip=unused, drop_sync=unused, drop_text=text)
 
@@ -79,7 +82,7 @@ def test_objective(group, dropout, mean, scale):
         "text": tensor(f"{case}/text_f", (8, 12, 40)),
     }
     stored = {n: torch.from_numpy(arrays[f"{group}.draw_{n}"]) for n in ("latent", "t", "x0", "video", "text")}
-    batch = batch_of(features, draws_from(stored["latent"], stored["t"], stored["x0"], stored["video"], stored["text"]))
+    batch = batch_of(features, noise_of(stored["latent"], stored["t"], stored["x0"], stored["video"], stored["text"]))
     flow = FlowConfig(condition_dropout=dropout, time_mean=mean, time_scale=scale)
     objective = make_objective(batch, flow, network.latent_mean, network.latent_std)
     loss = flow_loss(tensor(f"{case}/predicted_v", (8, 50, 20)), objective.target)
@@ -117,13 +120,13 @@ def test_whole_optimisation_steps():
             "sync": tensor(f"{case}/step{k}/sync_f", (6, 192, 768)),
             "text": tensor(f"{case}/step{k}/text_f", (6, 77, 1024)),
         }
-        # The draw order of the published training: latent noise, z, x0, video, text.
+        # In the order of the reference: latent noise, z, x0, video, text.
         latent = torch.randn(6, 250, 20, generator=generator)
         z = torch.randn(6, generator=generator)
         x0 = torch.randn(6, 250, 20, generator=generator)
         video, text = torch.rand(6, generator=generator), torch.rand(6, generator=generator)
         assert relative_error(video, {"v": arrays["draw_video"][k]}, "v") < 1e-6
-        batch = batch_of(features, draws_from(latent, z, x0, video, text), has_video, has_text)
+        batch = batch_of(features, noise_of(latent, z, x0, video, text), has_video, has_text)
         result = flow_step(network, batch, flow, network.latent_mean, network.latent_std)
         optimizer.zero_grad(set_to_none=True)
         result.loss.mean().backward()
@@ -140,14 +143,14 @@ def test_whole_optimisation_steps():
         assert relative_error(network.state_dict()[name] - before[name], arrays, f"delta3.{name}") < 1e-2, name
 
 
-def test_a_refused_step_changes_nothing():
+def test_a_skipped_step_changes_nothing():
     torch.manual_seed(0)
     network = torch.nn.Linear(4, 4)
     optimizer = build_optimizer(network, OptimConfig(learning_rate=0.1))
 
-    def step(scale, refuse):
+    def step(scale, found_inf):
         network(torch.ones(2, 4) * scale).square().sum().backward()
-        step_unless_nonfinite(optimizer, torch.tensor(refuse))
+        step_unless_nonfinite(optimizer, torch.tensor(found_inf))
         optimizer.zero_grad(set_to_none=True)
 
     step(1.0, False)
@@ -185,8 +188,8 @@ class ToyModule(torch.nn.Module):
     def set_weights(self, k: int, total: int) -> None:
         for name in ("w", "b"):
             parameter = getattr(self, name)
-            part = {s: normal(f"ema_posthoc/{name}_{s}", parameter.shape) for s in ("a", "b", f"n{k}")}
-            value = part["a"] + np.float32(k / total) * part["b"] + np.float32(0.1) * part[f"n{k}"]
+            a, b, noise = (normal(f"ema_posthoc/{name}_{s}", parameter.shape) for s in ("a", "b", f"n{k}"))
+            value = a + np.float32(k / total) * b + np.float32(0.1) * noise
             parameter.data.copy_(torch.from_numpy(value))
 
 
@@ -196,20 +199,20 @@ class ToyModule(torch.nn.Module):
 def test_ema_updates_and_synthesis(prefix, update_every, corrected):
     arrays, sigmas = golden("ema_posthoc"), (0.05, 0.1)
     module, gammas = ToyModule(), [ema.exponent(s) for s in (0.05, 0.1)]
-    averages = [{n: p.detach().clone() for n, p in module.named_parameters()} for _ in sigmas]
+    profiles = [{n: p.detach().clone() for n, p in module.named_parameters()} for _ in sigmas]
     snapshots, checked = [], 0
     for k in range(1, 61):
         module.set_weights(k, 60)
         weights = [p.detach() for p in module.parameters()]
         for i, gamma in enumerate(gammas):
-            ema.update(list(averages[i].values()), weights, k, gamma, update_every, corrected)
+            ema.update(list(profiles[i].values()), weights, k, gamma, update_every, corrected)
             for name in ("w", "b"):
                 if f"{prefix}ema{i}_step{k}.{name}" in arrays:
                     checked += 1
-                    assert relative_error(averages[i][name], arrays, f"{prefix}ema{i}_step{k}.{name}") < 2e-6
+                    assert relative_error(profiles[i][name], arrays, f"{prefix}ema{i}_step{k}.{name}") < 2e-6
         if k % 10 == 0:
-            frozen_copies = [{n: v.clone() for n, v in a.items()} for a in averages]
-            snapshots += [ema.Snapshot(s, k, a) for s, a in zip(sigmas, frozen_copies, strict=True)]
+            copies = [{n: v.clone() for n, v in profile.items()} for profile in profiles]
+            snapshots += [ema.Snapshot(s, k, copy) for s, copy in zip(sigmas, copies, strict=True)]
     snapshots.sort(key=lambda s: (s.sigma_rel, s.step))
     for key in arrays:
         if key.startswith(f"{prefix}synth_s") and not key.endswith(".stats"):
@@ -219,6 +222,36 @@ def test_ema_updates_and_synthesis(prefix, update_every, corrected):
             assert relative_error(ours, arrays, key) < 1e-5, key
             checked += 1
     assert checked >= 14
+
+
+def test_tracked_profiles_are_updated_every_so_often():
+    """`PostHocEMA` with `update_every` 2 against the reference: calls 2, 4, ... change nothing."""
+    arrays, module, checked = golden("ema_posthoc"), ToyModule(), 0
+    tracked = ema.PostHocEMA(module, (0.05, 0.1), update_every=2)
+    for k in range(1, 61):
+        module.set_weights(k, 60)
+        tracked.update()
+        for i, profile in enumerate(tracked.profiles.values()):
+            for name in ("w", "b"):
+                if f"every2.ema{i}_step{k}.{name}" in arrays:
+                    checked += 1
+                    assert relative_error(profile[name], arrays, f"every2.ema{i}_step{k}.{name}") < 2e-6
+    assert checked >= 4 and tracked.step == 60
+
+
+def test_a_recipe_sets_how_often_the_ema_is_updated(tmp_path):
+    """EMA weights in the checkpoints of a run: steps 2 and 4 change nothing, step 3 follows the formula for q = 2."""
+    recipe = write_recipe(tmp_path, steps=4, checkpoint_every=1, keep_checkpoints=9)
+    assert main(["train", str(recipe), "ema.update_every=2"]) == 0
+    states = [tmp_path / "output" / "run" / "checkpoints" / f"step_{k}" / "training_state" for k in range(1, 5)]
+    weights, profiles = ([load_file(state / f"{name}.safetensors") for state in states] for name in ("model", "ema"))
+    name = "final_layer.conv.weight"
+    for i, gamma in enumerate((16.97219857, 6.93720394)):
+        first, second, third, fourth = (profile[f"{i}.{name}"] for profile in profiles)
+        assert torch.equal(first, weights[0][name]) and torch.equal(second, first) and torch.equal(fourth, third)
+        beta = ((1 - 1 / 4) * (1 - 1 / 6)) ** (1 + gamma)  # the square of the geometric mean of steps 3 and 5
+        torch.testing.assert_close(third, first + (1 - beta) * (weights[2][name] - first), rtol=1e-5, atol=1e-8)
+        assert not torch.equal(third, first)
 
 
 def test_ema_exponents_decays_and_weights():
@@ -237,19 +270,19 @@ def test_ema_exponents_decays_and_weights():
 
 def test_snapshots_on_disk_synthesise_as_in_memory(tmp_path):
     module = ToyModule()
-    averager = ema.PostHocEMA(module, (0.05, 0.1))
+    tracked = ema.PostHocEMA(module, (0.05, 0.1))
     for k in range(1, 21):
         module.set_weights(k, 60)
-        averager.update()
+        tracked.update()
         if k % 10 == 0:
-            averager.save_snapshots(tmp_path)
-    found = ema.find_snapshots(tmp_path)
-    assert [(s.sigma_rel, s.step) for s in found] == [(0.05, 10), (0.05, 20), (0.1, 10), (0.1, 20)]
-    exact = ema.synthesize(found, 0.05)
-    assert all(torch.allclose(exact[n], t, atol=1e-6) for n, t in averager.profiles[0.05].items())
-    other = ema.synthesize(found, 0.15, frozen={"c": module.c})
+            tracked.save_snapshots(tmp_path)
+    snapshots = ema.find_snapshots(tmp_path)
+    assert [(s.sigma_rel, s.step) for s in snapshots] == [(0.05, 10), (0.05, 20), (0.1, 10), (0.1, 20)]
+    exact = ema.synthesize(snapshots, 0.05)
+    assert all(torch.allclose(exact[n], t, atol=1e-6) for n, t in tracked.profiles[0.05].items())
+    other = ema.synthesize(snapshots, 0.15, frozen={"c": module.c})
     assert torch.equal(other["c"], module.c)
-    assert not torch.allclose(ema.synthesize(found, 0.15)["c"], module.c, rtol=1e-3)
+    assert not torch.allclose(ema.synthesize(snapshots, 0.15)["c"], module.c, rtol=1e-3)
     with pytest.raises(ValueError, match="no EMA snapshot"):
         ema.synthesize([], 0.05)
 

@@ -21,7 +21,7 @@ from mmaudio_hf.training.validation import Validator, hash_order, stratified_nor
 
 
 def network_of(recipe: Recipe) -> MMAudio:
-    """A network that answers to everything it is given: an untrained one says zero."""
+    """A model whose output depends on every input: that of an untrained one is zero."""
     network = MMAudio(recipe.model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def network_of(recipe: Recipe) -> MMAudio:
 
 
 def scores_of(recipe_path: str | Path) -> dict[str, float]:
-    """What `Validator` says of `network_of`; run by every process."""
+    """What `Validator` computes for `network_of`; run by every process."""
     recipe = load_recipe(recipe_path)
     network = network_of(recipe)
     validator = Validator(open_mixture(recipe.data.validation, recipe.model), recipe, Accelerator(cpu=True))
@@ -44,8 +44,8 @@ def recipe_file(tmp_path_factory) -> Path:
     """Five items with video and three without are held out, three of all are scored under each combination."""
     folder = tmp_path_factory.mktemp("validation")
     tree = recipe_tree(folder, validation_items=6)
-    write_store(folder / "heard", 3, video=False, seed=5)
-    tree["data"]["validation"].append({"path": str(folder / "heard")})
+    write_store(folder / "audio_only", 3, video=False, seed=5)
+    tree["data"]["validation"].append({"path": str(folder / "audio_only")})
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -79,12 +79,12 @@ def test_each_combination_is_what_its_name_says(recipe_file):
                         t,
                     )
                 losses.setdefault(name, []).append(flow_loss(velocity, velocity_target(noise.x0, x1, 0.0)).item())
-    wanted = {f"loss_{name}": np.mean(values) for name, values in losses.items()}
+    expected = {f"loss_{name}": np.mean(values) for name, values in losses.items()}
     assert len(losses["none"]) == 6 and len(losses["video"]) < 6
-    assert {name: scores[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
-    assert len({round(value, 6) for value in wanted.values()}) == 4
-    assert {"loss", "loss_held_out", "loss_heard"} < scores.keys()
-    assert scores["loss"] == pytest.approx((5 * scores["loss_held_out"] + 3 * scores["loss_heard"]) / 8)
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert len({round(value, 6) for value in expected.values()}) == 4
+    assert {"loss", "loss_held_out", "loss_audio_only"} < scores.keys()
+    assert scores["loss"] == pytest.approx((5 * scores["loss_held_out"] + 3 * scores["loss_audio_only"]) / 8)
 
 
 def test_two_processes_find_the_same_scores(recipe_file, tmp_path):
@@ -93,8 +93,8 @@ def test_two_processes_find_the_same_scores(recipe_file, tmp_path):
         "import json, os, sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_training_validation import scores_of\n"
-        "found = scores_of(sys.argv[1])\n"
-        "open(f'{sys.argv[2]}/{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(found))\n"
+        "scores = scores_of(sys.argv[1])\n"
+        "open(f'{sys.argv[2]}/{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(scores))\n"
         "import torch; torch.distributed.destroy_process_group()\n"  # its threads do not outlive the interpreter
     )
     command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
@@ -103,9 +103,9 @@ def test_two_processes_find_the_same_scores(recipe_file, tmp_path):
     assert result.returncode == 0, result.stderr
     alone = scores_of(recipe_file)
     for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found.keys() == alone.keys()
-        assert list(found.values()) == pytest.approx(list(alone.values()), rel=1e-6)
+        scores = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert scores.keys() == alone.keys()
+        assert list(scores.values()) == pytest.approx(list(alone.values()), rel=1e-6)
 
 
 def test_times_cover_the_distribution_evenly_and_belong_to_the_ids():
@@ -116,7 +116,7 @@ def test_times_cover_the_distribution_evenly_and_belong_to_the_ids():
     assert (uniform * 40).long().tolist() == list(range(40))
 
 
-def test_two_scores_of_one_name_are_refused(recipe_file):
+def test_two_scores_of_one_name_are_an_error(recipe_file):
     recipe = load_recipe(recipe_file)
     write_store(recipe_file.parent / "text", 2)
     path = recipe_file.parent / "twice.yaml"

@@ -72,7 +72,7 @@ class MemoryEstimate:
             frozen, blocks = set(frozen_parameters(model)), [_count(block.parameters()) for block in model.blocks]
             self.parameters = _count(model.parameters())
             self.trained = _count(p for p in model.parameters() if p.requires_grad)
-            self.averaged = _count(p for name, p in model.named_parameters() if name not in frozen)
+            self.in_ema = _count(p for name, p in model.named_parameters() if name not in frozen)
             # FSDP gathers what is outside the blocks and two blocks, and has all gradients of one.
             self._gathered = self.parameters - sum(blocks) + 3 * max(blocks)
             self._trace = _trace_step(model, recipe)
@@ -94,7 +94,7 @@ class MemoryEstimate:
         return {
             "parameters": FLOAT32 * (self.parameters // shards + self._gathered * fsdp),
             "optimizer": 2 * FLOAT32 * self.trained // shards,
-            "EMA": FLOAT32 * self.averaged * len(recipe.ema.sigma_rels) // shards,
+            "EMA": FLOAT32 * self.in_ema * len(recipe.ema.sigma_rels) // shards,
             "gradients": FLOAT32 * self.trained * kept,
             "activations": int(activations.max()),
             # Those of all passes and one ahead; one is among the activations.
@@ -109,7 +109,7 @@ class MemoryEstimate:
     @property
     def snapshot(self) -> int:
         """Bytes of the EMA snapshots of one step."""
-        return FLOAT32 * self.averaged * len(self.recipe.ema.sigma_rels)
+        return FLOAT32 * self.in_ema * len(self.recipe.ema.sigma_rels)
 
 
 def _count(tensors: Iterable[torch.Tensor]) -> int:
