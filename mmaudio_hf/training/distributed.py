@@ -85,7 +85,7 @@ def probe_compile(model: MMAudio) -> str | None:
     return None
 
 
-def place_model(model: MMAudio, training: TrainingConfig, accelerator: Accelerator) -> MMAudio:
+def configure_model(model: MMAudio, training: TrainingConfig, accelerator: Accelerator) -> MMAudio:
     """Move the model to the device of this process, compile its blocks and shard it, as the recipe and launch say."""
     model.to(accelerator.device).train()
     model.activation_checkpointing = training.activation_checkpointing

@@ -31,7 +31,7 @@ from mmaudio_hf.training.actions import (
 )
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.checkpointer import Checkpointer
-from mmaudio_hf.training.distributed import make_accelerator, no_sync, place_model, swap_weights
+from mmaudio_hf.training.distributed import make_accelerator, no_sync, configure_model, swap_weights
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, diagnose_step
@@ -115,7 +115,7 @@ class Run:
         self.latent_statistics = tuple(
             s.to(accelerator.device, copy=True) for s in (model.latent_mean, model.latent_std)
         )
-        self.unwrapped_model = place_model(model, recipe.training, accelerator)
+        self.unwrapped_model = configure_model(model, recipe.training, accelerator)
         self.ema = PostHocEMA(model, recipe.ema.sigma_rels, recipe.ema.update_every, frozen_parameters(model))
         self.optimizer = build_optimizer(model, recipe.optim)
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self._on_skip)
