@@ -31,7 +31,7 @@ from mmaudio_hf.training.actions import (
 )
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.checkpointer import Checkpointer
-from mmaudio_hf.training.distributed import make_accelerator, no_sync, configure_model, swap_weights
+from mmaudio_hf.training.distributed import configure_model, make_accelerator, no_sync, swap_weights
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, diagnose_step
