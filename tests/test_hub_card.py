@@ -175,7 +175,7 @@ def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):
     content = json.loads(file.read_text())
     content[0]["caption"] = hostile
     file.write_text(json.dumps(content))
-    text = model_card(copy)
+    text = model_card(copy, samples=True)
     table = rows(section(text, "Samples"))
     assert [row[1:] for row in table] == [
         [f"[listen](samples/{i}.wav)", f"[listen](samples/reference/{i}.wav)"] for i in ids
@@ -186,7 +186,8 @@ def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):
     content[0]["id"] = "../../etc"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"'\.\./\.\./etc' is not a plain name.*samples\.json"):
-        model_card(copy)
+        model_card(copy, samples=True)
+    assert "## Samples" not in model_card(copy)
 
 
 def test_scores_of_the_very_weights_are_among_the_results(run, tmp_path):
@@ -300,16 +301,16 @@ def test_pushes_carry_the_card_and_its_samples(run, hub, monkeypatch, tmp_path):
     """By the command, by `MMAudio.push_to_hub`, and with a card that was edited in between; the server validates it."""
     hub.use_here(monkeypatch, tmp_path / "home")
     before = (run / "last/pretrained_model/README.md").read_bytes()
-    assert main(["push", str(run), "tester/run"]) == 0
+    assert main(["push", str(run), "tester/run", "--samples"]) == 0
     files = hub.files("tester/run")
     text = files["README.md"].decode()
-    assert text == model_card(run, repo_id="tester/run")
+    assert text == model_card(run, repo_id="tester/run", samples=True)
     ModelCard(text).validate()
     for path in re.findall(r"\[listen\]\((.*?)\)", text):
         assert files[path] == (run / path.replace("samples/held", "samples/step_4/held")).read_bytes()
     assert len([path for path in files if path.startswith("samples/")]) == 6
     assert (run / "last/pretrained_model/README.md").read_bytes() == before
-    assert main(["push", str(run), "tester/run"]) == 0
+    assert main(["push", str(run), "tester/run", "--samples"]) == 0
     assert len(hub.messages("tester/run")) == 2  # nothing new
     edited = text.replace(CARD_END, f"{CARD_END}\n\nBelow, by hand.").replace("step 4 of 4", "step 1 of 4")
     hub.repository("tester/run").add({"README.md": edited.encode()})
@@ -329,6 +330,22 @@ def test_pushes_carry_the_card_and_its_samples(run, hub, monkeypatch, tmp_path):
     shutil.copytree(run / "last" / "pretrained_model", tmp_path / "alone")
     assert main(["push", str(tmp_path / "alone"), "tester/alone"]) == 0
     assert 'from_pretrained("tester/alone")' in hub.files("tester/alone")["README.md"].decode()
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_audio_and_captions_stay_here_unless_they_are_asked_for(run, hub, monkeypatch, tmp_path, capsys, option):
+    hub.use_here(monkeypatch, tmp_path / "home")
+    assert main(["push", str(run), "tester/quiet", *option]) == 0
+    assert "captions are not pushed: --samples or hub.samples=true pushes them" in capsys.readouterr().out
+    captions = [row["caption"] for row in json.loads((run / "samples/step_4/samples.json").read_text())]
+    files = hub.files("tester/quiet") if not option else {}
+    assert not [path for path in files if path.startswith("samples/")] and len(captions) == 3
+    assert not [path for path, content in files.items() if any(plain(c).encode() in content for c in captions)]
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    recipe = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(recipe | {"hub": recipe["hub"] | {"samples": True}}))
+    assert main(["push", str(copy), "tester/quiet", "--dry-run"]) == 0
+    assert "samples/reference/held_out_0000.wav" in capsys.readouterr().out
 
 
 def test_a_card_that_cannot_be_read_is_not_replaced(hub, monkeypatch, tmp_path):

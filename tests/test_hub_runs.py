@@ -26,7 +26,7 @@ from training_runs import command, environment, run_dir, same_bytes, train
 
 from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
-from mmaudio_hf.cli.hub import fetch_run
+from mmaudio_hf.cli.hub import fetch_run, find_for_push
 from mmaudio_hf.config import HubConfig, load_recipe
 from mmaudio_hf.hub import sync
 from mmaudio_hf.hub.cards import add_card
@@ -95,10 +95,11 @@ def error_of(capsys, *words: object, code: int = 2) -> str:
 def test_a_push_sends_what_the_repository_lacks(hub, run, capsys):
     assert main(["push", str(run), NAME, "--training-state", "--dry-run"]) == 0
     output = capsys.readouterr().out
-    assert "it would be created" in output and "optimizer.safetensors" in output and "dry run" in output
+    assert "a push creates it" in output and "optimizer.safetensors" in output and "dry run" in output
     assert not hub.repository(NAME).exists
     assert main(["push", str(run), NAME]) == 0
     assert set(hub.files(NAME)) == PUBLISHED and hub.repository(NAME).private
+    assert f"{hub.url}/{NAME}: commit " in capsys.readouterr().out
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     assert hub.messages(NAME) == [
         f"Step {STEPS}: weights and training state",
@@ -165,6 +166,40 @@ def test_a_pull_leaves_a_folder_in_use_or_with_other_content_alone(hub, pulled, 
     Path("network").mkdir()
     Path("network/mine").touch()
     assert "is not empty" in error_of(capsys, "pull", NAME, "--to", "network")
+
+
+def test_links_of_a_hub_cache_are_pushed_as_the_files_they_point_at(hub, run, tmp_path, capsys):
+    """A snapshot of the cache holds relative links into blobs/ beside it."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (run / "last" / "pretrained_model").iterdir():
+        shutil.copy(file, blobs / f"blob_{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob_{file.name}")
+    assert main(["push", str(snapshot), NAME]) == 0
+    assert set(hub.files(NAME)) == PUBLISHED
+    assert hub.files(NAME)["model.safetensors"] == (blobs / "blob_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("broken", [Path.unlink, lambda file: (file.unlink(), file.symlink_to("gone"))])
+def test_a_push_without_configuration_or_weights_is_an_error(hub, run, capsys, name, broken):
+    (run / "last/pretrained_model/README.md").unlink()
+    broken(run / "last/pretrained_model" / name)
+    assert f"has no {name}: nothing can be pushed" in error_of(capsys, "push", run, NAME)
+    assert error_of(capsys, "push", run / "last/pretrained_model", NAME)
+    assert not hub.repository(NAME).exists
+
+
+def test_a_dry_run_needs_no_hub(hub, run, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("HF_TOKEN")
+    assert main(["push", str(run), NAME, "--training-state", "--dry-run"]) == 0
+    output = capsys.readouterr()
+    assert "HF_HUB_OFFLINE is set: the files are shown as for an empty repository" in output.err
+    assert f"step {STEPS} to {NAME}: " in output.out and "model.safetensors" in output.out
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        find_for_push(NAME, dry_run=False)
 
 
 def test_older_never_replaces_newer(hub, run, capsys):
@@ -443,6 +478,20 @@ def test_the_end_waits_no_longer_than_hub_wait(hub, run, quick):
     assert 2.5 < time.monotonic() - began < 6
     assert f"`mmaudio-hf push {run} {NAME}` with --training-state pushes it later" in messages[-1]
     assert any("waiting for up to" in line for line in messages)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_the_end_does_not_wait_for_a_token_that_may_not_write(hub, run, quick, status):
+    messages: list[str] = []
+    check_repository(HubConfig(repo_id=NAME), run.with_name("new"), False, messages.append)
+    hub.faults({"match": "POST .*/(preupload|commit)/", "status": status, "times": 10_000})
+    began = time.monotonic()
+    with CheckpointSync(HubConfig(repo_id=NAME, wait=60), run, messages.append) as pushing:
+        pushing.announce(checkpoints(run)[-1])
+        until(lambda: pushing.failures >= 2)  # while training a new token may come
+    assert time.monotonic() - began < 20 and f"`mmaudio-hf push {run} {NAME}` pushes it later" in messages[-1]
+    assert any("hf auth login" in line for line in messages) and not any("waiting" in line for line in messages)
+    hub.faults()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -136,14 +136,18 @@ def test_columns_and_only_what_they_need(hub, here, tmp_path, capsys):
     assert not list(tmp_path.glob("none*"))
 
 
-def test_dry_runs_move_nothing(hub, here, tmp_path, capsys):
+def test_dry_runs_move_nothing(hub, here, tmp_path, capsys, monkeypatch):
     before, refs = len(sent(hub)), hub.messages("tester/compact", "datasets")
     store = make_store(tmp_path / "other", 50, layout="compact", seed=7)
     assert push(store.path, "compact", "--dry-run") == 0
     assert push(store.path, "nowhere", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert "28.2 kB in 16 chunks to tester/nowhere, dry run" in text and "it would be created" in text
+    assert "28.2 kB in 16 chunks to tester/nowhere, dry run" in text and "a push creates it" in text
     assert not hub.repository("tester/nowhere", "datasets").exists
+    with monkeypatch.context() as patch:  # nor does one of a push need the Hub
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert push(store.path, "compact", "--dry-run") == 0
+        assert "28.2 kB in 16 chunks to tester/compact, dry run" in capsys.readouterr().out
     assert pull("compact", tmp_path / "dry", "--rows", "0:25", "--dry-run") == 0
     assert "rows 0 to 24 of 50, 14.1 kB to" in capsys.readouterr().out
     assert not list(tmp_path.glob("dry*"))

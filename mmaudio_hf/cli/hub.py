@@ -14,6 +14,7 @@ from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, 
 if TYPE_CHECKING:  # these load torch, which --help does without
     from accelerate import PartialState
 
+    from mmaudio_hf.hub.repository import RepoContents
     from mmaudio_hf.training.resume import RunLock
 
 
@@ -23,6 +24,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     push.add_argument("run", type=Path, metavar="RUN", help="run folder, checkpoint or pretrained_model folder")
     push.add_argument("repo", nargs="?", metavar="REPO", help="owner/name (default: hub.repo_id of the run's recipe)")
     push.add_argument("--training-state", action="store_true", help="also push what resuming needs")
+    push.add_argument("--samples", action="store_true", help="also push audio samples, true audio and their captions")
     push.add_argument("--public", action="store_true", help="a repository that is created is public (default: private)")
     push.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
 
@@ -47,21 +49,21 @@ def _push(options: argparse.Namespace) -> None:
     repo, revision = split_hub_id(options.repo or hub.repo_id)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
-    from mmaudio_hf.hub.cards import add_card
-    from mmaudio_hf.hub.repository import RepoContents, ensure_repository, find_contents, read_contents, readable
+    from mmaudio_hf.hub.cards import add_card, run_samples
+    from mmaudio_hf.hub.repository import RepoContents, ensure_repository, read_contents, readable
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
     with staged(options.run, what) as (folder, step):
         if options.dry_run:
-            contents = find_contents(repo)
-            if contents is None:
-                print(f"{repo} does not exist, or is hidden from this token: it would be created")
-                contents = RepoContents(repo, "", {})
+            contents = find_for_push(repo, dry_run=True) or RepoContents(repo, "", {})
         else:
             ensure_repository(repo, private=hub.private and not options.public)
             contents = read_contents(repo)
-        add_card(folder, find_source(options.run)[1], repo, contents.commit or None)
+        run_dir, samples = find_source(options.run)[1], options.samples or hub.samples
+        add_card(folder, run_dir, repo, contents.commit or None, samples)
+        if run_dir is not None and not samples and (folder / "config.json").is_file() and run_samples(run_dir, folder):
+            print("samples of the run and their captions are not pushed: --samples or hub.samples=true pushes them")
         plan = plan_push(folder, repo, step, contents)
         changed = {upload.name for upload in plan.changed}
         notes = {u.name: "to send" if u.name in changed else "already there" for u in plan.files}
@@ -73,7 +75,23 @@ def _push(options: argparse.Namespace) -> None:
         size = readable(sum(u.size for u in plan.changed))
         print(f"step {step} to {repo}: {size} in {len(changed)} files{', dry run' if options.dry_run else ''}")
         if not options.dry_run:
-            print(f"{repo}: commit {push(plan)}")
+            print(f"{contents.url}: commit {push(plan)}")
+
+
+def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContents | None":
+    """What a repository holds. None, with a message: it does not exist, or the Hub cannot be reached by a dry run."""
+    from mmaudio_hf.hub.repository import find_contents
+
+    try:
+        contents = find_contents(repo, kind=kind)
+    except ConnectionError as error:
+        if not dry_run:
+            raise
+        _warn(f"{error}: the files are shown as for an empty repository")
+        return None
+    if contents is None:
+        print(f"{repo} does not exist, or is hidden from this token: a push creates it")
+    return contents
 
 
 def _hub_settings(run: Path) -> HubConfig:
@@ -149,7 +167,10 @@ def hub_session(recipe: Recipe, lock: "RunLock") -> Iterator[Callable[[Path], No
     from mmaudio_hf.hub.sync import CheckpointSync
 
     log = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
-    card = lambda run_dir, folder, commit: add_card(folder, run_dir, recipe.hub.repo_id, commit)  # noqa: E731
+
+    def card(run_dir: Path, folder: Path, commit: str) -> None:
+        add_card(folder, run_dir, recipe.hub.repo_id, commit, recipe.hub.samples)
+
     with CheckpointSync(recipe.hub, recipe.run_dir, log, card) as sync:
         yield sync.announce
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mmaudio_hf.cli.hub import find_for_push
 from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
 from mmaudio_hf.schema import split_hub_id
 
@@ -154,17 +155,14 @@ def _push(options) -> None:
     repo, revision = split_hub_id(options.repo)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
-    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub.repository import RepoContents, readable
     from mmaudio_hf.hub.stores import plan_push, push_store
 
+    contents = find_for_push(repo, options.dry_run, "dataset")
     size = sum(file.stat().st_size for file in options.store.glob("*.memmap"))
     with _bar("reading", size) as bar:
         chunk_bytes, card = int(options.part_size * 2**20), {"license": options.license, "source": options.source}
-        plan = plan_push(options.store, repo, chunk_bytes=chunk_bytes, progress=bar.update, **card)
-    if plan.contents is None:
-        print(
-            f"{repo} does not exist, or is hidden from this token: it {'would be' if options.dry_run else 'is'} created"
-        )
+        plan = plan_push(options.store, repo, contents, chunk_bytes=chunk_bytes, progress=bar.update, **card)
     for name, stored in plan.columns.items():
         size = readable(stored.records * stored.column.row_bytes)
         new = sum(chunk.file in plan.missing for chunk in stored.chunks)
@@ -173,7 +171,7 @@ def _push(options) -> None:
     if not options.dry_run:
         with _bar("sending", plan.size) as bar:
             commit = push_store(plan, repo, private=not options.public, progress=bar.update)
-        print(f"{repo}: commit {commit}")
+        print(f"{RepoContents(repo, commit, {}, 'dataset').url}: commit {commit}")
 
 
 def _pull(options) -> None:

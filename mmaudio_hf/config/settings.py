@@ -480,6 +480,7 @@ class HubConfig(Settings):
     private: bool = setting(True, "visibility of a repository that is created; an existing one keeps its own")
     every: int = setting(0, "least steps between pushes; 0: every checkpoint; the last is always pushed", least=0)
     push: tuple[Pushed, ...] = setting(("pretrained_model",), "folders of a checkpoint", unique=True, nonempty=True)
+    samples: bool = setting(False, "push the newest audio samples, the true audio and their captions, too")
     wait: int = setting(1800, "seconds to wait at the end of a run for the last push, at most", least=0)
 
     def check(self) -> None:

@@ -115,19 +115,21 @@ def model_card(
     pretrained: str | Path | None = None,
     repo_id: str = PLACEHOLDER,
     existing: str | None = None,
+    samples: bool = False,
 ) -> str:
     """The card of the newest checkpoint of a run, for the repository `repo_id`.
 
     pretrained: the `pretrained_model` folder of another checkpoint of the run. existing: the card that is there; what
-    others wrote is kept (`merge_cards`). ValueError for a folder that is no run, or has no checkpoint, and for an
-    existing card whose metadata cannot be read.
+    others wrote is kept (`merge_cards`). samples: with captions of the user's data and links to audio, see
+    `run_samples`. ValueError for a folder that is no run, or has no checkpoint, and for an existing card whose metadata
+    cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml")
     recipe, folder = load_recipe(run_dir / "config.yaml"), find_pretrained(pretrained or run_dir)
-    known, samples = card_metadata(folder / CARD_FILE), run_samples(run_dir, folder)
-    return merge_cards(existing, _card(recipe, run_dir, folder, known, known.get("mmaudio_hf"), repo_id, samples))
+    known, shown = card_metadata(folder / CARD_FILE), run_samples(run_dir, folder) if samples else []
+    return merge_cards(existing, _card(recipe, run_dir, folder, known, known.get("mmaudio_hf"), repo_id, shown))
 
 
 def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
@@ -142,21 +144,23 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | None = None) -> None:
-    """Write the card of the model in `folder`, and the samples it links, before these files go to `repo_id`.
+def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | None, samples: bool = False) -> None:
+    """Write the card of the model in `folder`, before these files go to `repo_id`; with `samples` also what it links.
 
-    What people wrote into the card that is there at `commit` (None: now) is kept. run_dir: the run of the model; None:
-    its own card is used. Without weights in `folder` nothing happens. ConnectionError or ValueError from `hub_errors`
-    and `model_card`.
+    What people wrote into the card that is there at `commit` is kept; None: there is no repository yet. run_dir: the
+    run of the model; None: its own card is used. Without weights in `folder` nothing happens. ConnectionError or
+    ValueError from `hub_errors` and `model_card`.
     """
     card = folder / CARD_FILE
     if not (folder / WEIGHTS_FILE).is_file():
         return
-    with hub_errors(repo_id):
-        existing = download_card(repo_id, revision=commit)
+    existing = None
+    if commit is not None:
+        with hub_errors(repo_id):
+            existing = download_card(repo_id, revision=commit)
     if run_dir is not None:
-        text = model_card(run_dir, pretrained=folder, repo_id=repo_id, existing=existing)
-        for sample in run_samples(run_dir, folder):
+        text = model_card(run_dir, pretrained=folder, repo_id=repo_id, existing=existing, samples=samples)
+        for sample in run_samples(run_dir, folder) if samples else ():
             for name, file in sample.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, folder / name)

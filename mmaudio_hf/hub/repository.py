@@ -45,6 +45,11 @@ class RepoContents:
         """What messages call it."""
         return f"Hub {'repository' if self.kind == 'model' else self.kind} {self.repo}"
 
+    @property
+    def url(self) -> str:
+        """Address of its page."""
+        return f"{api().endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo}"
+
 
 @dataclass(frozen=True)
 class Upload:

@@ -83,6 +83,7 @@ def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path)
 
     They are hard links where the file system can, since checkpoints never change but old ones are removed; logs end
     with the checkpoint. `source` is a checkpoint folder of `run_dir`; without `run_dir`, a pretrained_model folder.
+    ValueError when the model or the training state is not complete: a push of nothing must not look like a success.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +97,10 @@ def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path)
         _link_known(source / STATE, partial, f"{STATE}/")
         _link_known(run_dir / "ema", partial, f"{STATE}/ema/")
         _copy_logs(run_dir, source_step(source), partial / STATE)
+    needed = [CONFIG_FILE, WEIGHTS_FILE] if run_dir is None or "pretrained_model" in what else []
+    needed += [f"{STATE}/state.json"] if run_dir is not None and STATE in what else []
+    if missing := [name for name in needed if not (partial / name).is_file()]:
+        raise ValueError(f"{source} has no {', '.join(missing)}: nothing can be pushed")
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
 
@@ -106,8 +111,8 @@ def _link_known(source: Path, target: Path, prefix: str) -> None:
             staged_file = target / prefix / path.name
             staged_file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(path, staged_file)
-            except OSError:  # a file system without hard links
+                os.link(path.resolve(), staged_file)  # the cache of the Hub holds relative links, which end elsewhere
+            except OSError:  # a file system without hard links, or another one
                 shutil.copy2(path, staged_file)
 
 

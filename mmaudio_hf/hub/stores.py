@@ -112,13 +112,14 @@ class StorePush:
 def plan_push(
     path: str | Path,
     repo: str,
+    contents: hub.RepoContents | None,
     *,
     license: str = "",
     source: str = "",
     chunk_bytes: int = CHUNK_BYTES,
     progress: Progress = lambda count: None,
 ) -> StorePush:
-    """Read the store at `path` once, and look up what `repo` lacks of it.
+    """Read the store at `path` once, and compare it with the `contents` of `repo` (None: it does not exist yet).
 
     license, source: of the media, for the card; empty: what the card on the Hub states. ValueError for a store that is
     damaged, or does not open.
@@ -137,11 +138,10 @@ def plan_push(
         if manifest:
             small[MANIFEST] = manifest_file(store.path).read_bytes()
     small[INDEX] = _index_text(columns, small).encode()
-    contents = hub.find_contents(repo, kind="dataset")
-    remote = contents.files if contents else {}
-    with hub_errors(repo, "dataset"):
-        commit = contents.commit if contents else None
-        existing = download_card(repo, "dataset", revision=commit) if CARD_FILE in remote else None
+    existing, remote = None, contents.files if contents else {}
+    if contents and CARD_FILE in remote:
+        with hub_errors(repo, "dataset"):
+            existing = download_card(repo, "dataset", revision=contents.commit)
     origin = stated_origin(existing) | {k: v for k, v in (("license", license), ("source", source)) if v}
     small[CARD_FILE] = merge_cards(existing, store_card(path, repo, **origin)).encode()
     chunks = [chunk for stored in columns.values() for chunk in stored.chunks]

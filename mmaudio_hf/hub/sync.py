@@ -72,9 +72,10 @@ class CheckpointSync:
     `announce` takes a finished checkpoint and returns at once: its files are linked into RUN/hub/, so that they outlive
     the removal of old checkpoints. A push that fails is reported once and retried, with pauses that double up to five
     minutes, until it succeeds or a newer checkpoint replaces it. What is pushed is never older than what is there.
-    Leaving `with` waits for the last checkpoint, at most `hub.wait` seconds. `write_card` may add a README.md to the
-    files of a push (arguments: the run folder, the folder of the files, and the parent commit of the push, so that no
-    edit is lost); a card that fails does not stop the push.
+    Leaving `with` waits for the last checkpoint, at most `hub.wait` seconds, and not at all when only the user can
+    correct what is wrong (a token without access). `write_card` may add a README.md to the files of a push (arguments:
+    the run folder, the folder of the files, and the parent commit of the push, so that no edit is lost); a card that
+    fails does not stop the push.
     """
 
     def __init__(self, hub: HubConfig, run_dir: Path, log: Log, write_card: WriteCard | None = None) -> None:
@@ -188,10 +189,11 @@ class CheckpointSync:
         self._warn(f"pushing failed: {error if known else f'{type(error).__name__}: {error}'}; it is retried")
         self.failures += 1
         with self._changed:
-            newer = self._pending is not None
+            newer, ending = self._pending is not None, self._ending
+            if ending and not newer and isinstance(error, ValueError):
+                return  # a token or repository that only the user can correct: waiting does not help
             if not newer:
                 self._pending = folder
-            ending = self._ending
             # A new checkpoint does not cut it short: that does not end an outage. The end of the run does.
             pause = min(MIN_PAUSE * 2 ** (self.failures - 1), MAX_PAUSE)
             self._changed.wait_for(lambda: self._ending != ending, timeout=pause)
