@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from mmaudio_hf import weights
-from mmaudio_hf.config import Recipe, micro_batch_size
-from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture
+from mmaudio_hf.config import Recipe, StoreConfig, micro_batch_size
+from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture, samples_per_epoch
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
@@ -43,6 +43,7 @@ GPU_CONTEXT = 1.2e9  # bytes that CUDA and its libraries take besides
 TIGHT = 0.9  # of the memory: more than this may not fit after all
 SAMPLED_ROWS = 64  # of a store, to look for values that are not finite
 READ_SECONDS = 1.5
+LONGEST = 90 * 86400  # s; a run that would take longer is hardly what somebody wants
 
 
 class Finding(NamedTuple):
@@ -155,6 +156,22 @@ def _run_folder(launch: Launch) -> Iterator[tuple[str, str]]:
         yield "ok", f"{folder}: {f'resumes from {checkpoints[-1].name}' if checkpoints else 'a new run'}"
 
 
+def _media(launch: Launch) -> Iterator[tuple[str, str]]:
+    """Folders and lists of the sources whose stores are still to be extracted."""
+    extraction = launch.recipe.extraction
+    for kind, sources in (("videos", extraction.videos), ("audios", extraction.audios)):
+        for source in sources:
+            if (Path(extraction.output_dir) / source.name).exists():
+                continue
+            key = f"extraction.{kind} {source.name}"
+            if not Path(source.media_dir).is_dir():
+                yield "warn", f"{key}: media_dir {source.media_dir} is not a folder"
+            elif not Path(source.list).is_file():
+                yield "warn", f"{key}: list {source.list} is missing"
+            else:
+                yield "ok", f"{key}: media and list are present, `mmaudio-hf extract-{kind[:-1]}` makes the store"
+
+
 def _trackers(launch: Launch) -> Iterator[tuple[str, str]]:
     for name in launch.recipe.training.trackers:
         try:
@@ -231,17 +248,33 @@ def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
     if not sources:
         yield NO_STORE[split]
         return
+    level = "FAIL" if split != "test" or split in recipe.generated_splits else "warn"
+    expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
+    problems = [problem for source in sources if (problem := _store_problem(source, expected))]
+    yield from ((level, problem) for problem in problems)
+    if problems:
+        return
     try:
-        mixture = open_mixture(sources, recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
-        for store in mixture.stores:
-            _check_sampled_rows(store)
+        mixture = open_mixture(sources, *expected)
         launch.mixtures[split] = mixture
         check_encoders([store for each in launch.mixtures.values() for store in each.stores])
-    except (ValueError, OSError) as error:
-        yield "FAIL" if split != "test" or split in recipe.generated_splits else "warn", str(error)
+    except ValueError as error:
+        yield level, str(error)
         return
-    rows = ", ".join(f"{store.path.name} {len(store):,}" for store in mixture.stores)
-    yield "ok", f"{rows} rows; {len(mixture):,} an epoch"
+    shares = [samples_per_epoch(len(s), r) / len(mixture) for s, r in zip(mixture.stores, mixture.repeats, strict=True)]
+    rows = [f"{s.path.name} {len(s):,} rows ({share:.0%})" for s, share in zip(mixture.stores, shares, strict=True)]
+    yield "ok", f"{', '.join(rows)}; {len(mixture):,} an epoch"
+
+
+def _store_problem(source: StoreConfig, expected: tuple) -> str | None:
+    """What is wrong with one store by itself: every one that is missing is named, not the first alone."""
+    try:
+        mixture = open_mixture([source], *expected)
+        _check_sampled_rows(mixture.stores[0])
+        mixture.close()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _check_sampled_rows(store: FeatureStore) -> None:
@@ -265,19 +298,25 @@ def _weights(launch: Launch) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             yield "FAIL" if recipe.generated_splits and launch.has_stores else "warn", str(error)
         return
+    missing: list[str] = []
     decoders = {"v1-16.pth", "best_netG.pt", "v1-44.pth", f"{weights.BIGVGAN}/bigvgan_generator.pt"}
     for weight in weights.needed(recipe):
         if weight.path == weights.CLAP_FILE:
             continue  # checked with av-benchmark, which reads it
         initial = weight.path in ("empty_string.pth", Path(recipe.finetune.init_from).name)
         needed = not launch.has_stores or initial or (recipe.generated_splits and weight.path in decoders)
-        if launch.quick and weights.locate(weight, folder) is not None:
-            yield "ok", f"{weight.path}: there"
+        later = "" if needed else " (training does without; generation from files does not)"
+        if weights.locate(weight, folder) is None:
+            missing.append(weight.path)
+            yield "FAIL" if needed else "warn", f"{weight.path} is missing{later}"
+        elif launch.quick:
+            yield "ok", f"{weight.path}: present"
         elif problem := weights.problem_of(weight, folder, launch.weight_checks):
-            later = "" if needed else " (training does without; generation from files does not)"
             yield "FAIL" if needed else "warn", problem + later
         else:
             yield "ok", f"{weight.path}: verified"
+    if missing:
+        yield "warn", f"download what is missing with `mmaudio-hf weights download {' '.join(missing)} --dir {folder}`"
 
 
 # --- Memory, disk space and speed ------------------------------------------------------------------------------------
@@ -361,7 +400,11 @@ def _speed(launch: Launch) -> Iterator[tuple[str, str]]:
     seconds = training.steps * training.batch_size / rate
     duration = f"{seconds:.3g} s" if seconds < 7200 else f"{seconds / 3600:.3g} h"
     per_step = f"{rate / training.batch_size:.3g} steps/s"
-    yield "ok", f"{rate:.3g} samples/s, {per_step}, {duration} for {training.steps:,} steps, {source}"
+    message = f"{rate:.3g} samples/s, {per_step}, {duration} for {training.steps:,} steps, {source}"
+    if seconds < LONGEST:
+        yield "ok", message
+    else:
+        yield "warn", f"{message}: lower training.steps, or take a smaller model, more devices or faster ones"
 
 
 def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -429,6 +472,7 @@ CHECKS: dict[str, Check] = {
     "device": _device,
     "batch": _batch,
     "run folder": _run_folder,
+    "media": _media,
     **{f"data.{split}": partial(_stores, split) for split in NO_STORE},
     "weights": _weights,
     "tracker": _trackers,

@@ -99,6 +99,18 @@ def test_dry_run_knows_the_rows(project):
     assert derived["lengths"] == {"latent": 250, "clip": 64, "sync": 192, "sync_frames": 200, "audio_samples": 128000}
 
 
+def test_dry_run_compares_stores_with_the_recipe(project):
+    result = run("train", "short.yaml", "--dry-run", "model.variant=small_44k", cwd=project, code=2)
+    assert "mean" in result.stderr and "small_44k" in result.stderr
+
+
+def test_a_run_says_what_it_trains_and_where_it_is(project):
+    lines = run("train", "short.yaml", "name=words", cwd=project).stdout.splitlines()
+    assert lines[0].startswith("words: all weights, initially random, on video_train ")
+    assert lines[-4].startswith("finished at step 2: weights are in output/words/last/pretrained_model")
+    assert lines[-2].strip() == "look:    mmaudio-hf report --run output/words"
+
+
 def test_generate_writes_audio_and_video(project):
     video = sorted((project / "output/example_short-media/videos").glob("*.mp4"))[0]
     options = ("--run", "output/short", "--video", str(video), "--steps", "2")

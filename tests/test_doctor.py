@@ -48,7 +48,7 @@ def test_a_good_recipe_has_no_faults(folder, capsys):
     assert code == 0 and {level for subject, level in levels.items() if subject != "reading"} == {"ok"}, text
     subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
     assert list(levels) == [*subjects, "tracker", "memory", "disk space", "speed", "reading"]
-    assert "videos 24, audios 8 rows; 40 an epoch" in text and text.endswith("good: ready to train")
+    assert "videos 24 rows (60%), audios 8 rows (40%); 40 an epoch" in text and text.endswith("good: ready to train")
     assert not (folder / "output").exists()
 
 
@@ -101,6 +101,17 @@ def test_a_wrong_launch(folder, capsys, monkeypatch):
     assert levels["run folder"] == "FAIL" and "or resume=auto" in text
 
 
+def test_every_missing_store_and_folder_is_named(folder, capsys):
+    recipe = write_recipe(folder, "missing", batch_size=4)
+    changes = ["data.train=[{path: nowhere}, {path: elsewhere}]", "training.steps=1000000000"]
+    changes += ["extraction.videos=[{name: nowhere, media_dir: no_media, list: no.tsv}]", "training.batch_size=64"]
+    code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "1")
+    assert code == 1 and levels["data.train"] == "FAIL" and levels["media"] == "warn"
+    assert "no feature store at nowhere" in text and "no feature store at elsewhere" in text
+    assert "extraction.videos nowhere: media_dir no_media is not a folder" in text
+    assert levels["speed"] == "warn" and "lower training.steps" in text
+
+
 def test_released_weights_that_training_needs_are_checked(folder, capsys):
     recipe = write_recipe(folder, "released", batch_size=4)
     words = ("encoders.kind=released", f"encoders.weights_dir={folder}", "--quick", "--processes", "3")
@@ -108,7 +119,7 @@ def test_released_weights_that_training_needs_are_checked(folder, capsys):
     assert levels["data.train"] == "ok" and levels["weights"] == "FAIL"  # of toy encoders that have no names
     lines = {name: f"{name} is missing" in text for name in ("empty_string.pth", "v1-16.pth", "clip")}
     assert all(lines.values())
-    assert text.count("(training does without") == 4 and "weights download empty_string.pth --dir" in text
+    assert text.count("(training does without") == 4 and text.count("mmaudio-hf weights download") == 1
 
 
 def test_reading_is_measured(folder):

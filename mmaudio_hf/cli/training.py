@@ -20,6 +20,8 @@ from mmaudio_hf.config.reading import settings_text
 if TYPE_CHECKING:
     import torch
 
+    from mmaudio_hf.data.mixture import Mixture
+    from mmaudio_hf.training.loop import RunResult
     from mmaudio_hf.training.resume import RunLock
 
 
@@ -138,14 +140,9 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     from mmaudio_hf.training.loop import train
 
     code_version()  # now, and cached: the first checkpoint is written hours later, the code that trains is this one
-    expected: dict[str, Any] = {
-        "model": recipe.model,
-        "encoders": recipe.encoders,
-        "seed": recipe.seed,
-        "extraction": recipe.extraction,
-    }
-    mixture = open_mixture(recipe.data.train, **expected)
-    validation = open_mixture(recipe.data.validation, **expected) if recipe.data.validation else None
+    expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
+    mixture = open_mixture(recipe.data.train, *expected)
+    validation = open_mixture(recipe.data.validation, *expected) if recipe.data.validation else None
     check_encoders([*mixture.stores, *(validation.stores if validation else ())])
     evaluators: list[Any] = []
     if recipe.samples.every:
@@ -158,6 +155,9 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         evaluators += evaluators_of(recipe, warn)
     torch.manual_seed(recipe.seed)
     network = initial_model(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if is_main:
+        print(_start_text(recipe, mixture))
     result = train(
         recipe,
         network,
@@ -172,7 +172,33 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     if result.stopped_by is not None:
         log(f"stopped at step {result.step}; the same command resumes from there")
         return 128 + result.stopped_by
+    if is_main:
+        print(_end_text(recipe, result))
     return 0
+
+
+def _start_text(recipe: Recipe, mixture: "Mixture") -> str:
+    """What is trained, from which weights, and on what share of each store."""
+    from mmaudio_hf.data.mixture import samples_per_epoch
+
+    finetune = recipe.finetune
+    trained = f"LoRA adapters of rank {finetune.lora.rank}" if finetune.lora.rank else "all weights"
+    trained += f" except {', '.join(finetune.freeze)}" if finetune.freeze else ""
+    pairs = zip(mixture.stores, mixture.repeats, strict=True)
+    shares = [f"{s.path.name} {samples_per_epoch(len(s), repeats) / len(mixture):.0%}" for s, repeats in pairs]
+    return f"{recipe.name}: {trained}, initially {finetune.init_from or 'random'}, on {', '.join(shares)}"
+
+
+def _end_text(recipe: Recipe, result: "RunResult") -> str:
+    """Where the weights are, and what to do with them."""
+    run = shlex.quote(str(recipe.run_dir))
+    early = " (validation no longer improved)" if result.stopped_early else ""
+    return (
+        f"finished at step {result.step}{early}: weights are in {run}/last/pretrained_model\n"
+        f"  listen:  mmaudio-hf generate --run {run} --prompt 'a dog barks' --out dog.wav\n"
+        f"  look:    mmaudio-hf report --run {run}\n"
+        f"  publish: mmaudio-hf push {run} owner/name"
+    )
 
 
 def empty_text_features(recipe: Recipe) -> "torch.Tensor":
@@ -227,7 +253,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     import yaml
 
     from mmaudio_hf.config import to_dict
-    from mmaudio_hf.data.mixture import samples_per_epoch
+    from mmaudio_hf.data.mixture import open_mixture
     from mmaudio_hf.models.network import MMAudio
     from mmaudio_hf.schema import audio_mode, sequence_lengths
     from mmaudio_hf.training.finetune import set_trainable
@@ -249,23 +275,20 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
         },
         "rows_per_epoch": "unknown: a store of data.train is missing",
     }
-    rows = [_store_rows(store.path) for store in recipe.data.train]
-    if rows and all(rows):
-        per_epoch = sum(samples_per_epoch(n, s.repeats) for n, s in zip(rows, recipe.data.train, strict=True))
+    per_epoch = 0
+    for split in (recipe.data.test, recipe.data.validation, recipe.data.train):
+        # Stores that are there must fit the recipe, whether or not the others are.
+        per_epoch, present = 0, [store for store in split if Path(store.path).exists()]
+        if present:
+            mixture = open_mixture(present, recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
+            per_epoch = len(mixture) if len(present) == len(split) else 0
+            mixture.close()
+    if per_epoch:
         derived["rows_per_epoch"] = per_epoch
         derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
         derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
     plain = {"recipe": to_dict(recipe), "derived": derived}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()
-
-
-def _store_rows(path: str) -> int:
-    from mmaudio_hf.data.store import FeatureStore
-
-    if not Path(path).exists():
-        return 0
-    with FeatureStore.open(path) as store:
-        return len(store)
 
 
 def weight_checks() -> dict[str, Callable[[Path], None]]:
