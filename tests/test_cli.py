@@ -71,7 +71,8 @@ def test_rows_encoded_again_are_those_of_their_files(project, tmp_path):
     for name, kind, columns in (("video_test", "videos", 5), ("audio_train", "audios", 3)):
         arguments = ("verify", f"{features}/{name}", "--sample", "2", "--media", str(media / kind))
         lines = run(*arguments, cwd=project).stdout.splitlines()
-        encoded_again[name] = [line for line in lines if ": 2 rows encoded again, relative difference at most 0" in line]
+        expected = ": 2 rows encoded again, relative difference at most 0"
+        encoded_again[name] = [line for line in lines if expected in line]
         assert len(encoded_again[name]) == columns and lines[-1].endswith("ok")
     manifest = json.loads((project / features / "video_test.manifest.json").read_text())
     assert manifest["preprocessing"]["alignment"] == "timestamps" and manifest["preprocessing"]["normalize_audio"]
