@@ -7,7 +7,7 @@ import torch
 from mmaudio_hf.config import ModelConfig
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
 
-FACTS = {"mode": "16k", "duration": 8.0, "encoders": {"clip": {"id": "toy", "fingerprint": "c1"}}}
+METADATA = {"mode": "16k", "duration": 8.0, "encoders": {"clip": {"id": "toy", "fingerprint": "c1"}}}
 SHAPES = {
     "mean": (5, 4),
     "std": (5, 4),
@@ -30,14 +30,14 @@ MODEL = ModelConfig(
 
 
 def random_values(rows: int, shapes=SHAPES, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random records of every column."""
+    """Random rows of every column."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(rows, *shape, generator=generator) for name, shape in shapes.items()}
 
 
-def make_store(path: Path, rows: int, shapes=SHAPES, seed: int = 0, **facts) -> FeatureStore:
-    """A store of random records with ids `<name>_<row>`."""
-    with StoreWriter(path, shapes, rows, **{**FACTS, **facts}) as writer:
+def make_store(path: Path, rows: int, shapes=SHAPES, seed: int = 0, **metadata) -> FeatureStore:
+    """A store of random rows with ids `<name>_<row>`."""
+    with StoreWriter(path, shapes, rows, **{**METADATA, **metadata}) as writer:
         ids = [f"{path.name}_{row:03d}" for row in range(rows)]
         writer.write(0, ids, [f"caption {row}" for row in range(rows)], random_values(rows, shapes, seed))
     return FeatureStore.open(path)

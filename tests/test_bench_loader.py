@@ -38,8 +38,8 @@ def test_the_published_mix_moves_less_than_two_fifths_of_the_bytes(tmp_path):
     figures = bench.mix_bytes(tmp_path)
     with_video, without = 4 * (2 * 250 * 20 + (64 + 77) * 1024 + 192 * 768), 4 * (2 * 250 * 20 + 77 * 1024)
     assert figures["mix_dataloader_bytes"] == 3 * 512 * with_video
-    wanted = 2 * 512 * (900 * with_video + 380 * without) / 1280
-    assert figures["mix_reference_bytes"] == pytest.approx(wanted, rel=1e-12)
+    expected = 2 * 512 * (900 * with_video + 380 * without) / 1280
+    assert figures["mix_reference_bytes"] == pytest.approx(expected, rel=1e-12)
     assert figures["mix_compact_of_dataloader"] <= 0.4
     assert figures["mix_compact_bf16_sync_of_dataloader"] <= 0.3
 

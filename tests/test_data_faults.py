@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_stores import AUDIO_SHAPES, FACTS, SHAPES, make_store, random_values
+from data_stores import AUDIO_SHAPES, METADATA, SHAPES, make_store, random_values
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
@@ -38,10 +38,10 @@ def test_every_flipped_bit_and_every_truncation_is_a_problem(layout, tmp_path):
     for file in sorted((*path.iterdir(), tmp_path / "s.tsv", tmp_path / "s.manifest.json")):
         whole = file.read_bytes()
         for _ in range(12):
-            place, bit = numbers.randrange(len(whole)), 1 << numbers.randrange(8)
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            offset, bit = numbers.randrange(len(whole)), 1 << numbers.randrange(8)
+            file.write_bytes(whole[:offset] + bytes([whole[offset] ^ bit]) + whole[offset + 1 :])
             report = verify(path)
-            assert not report.ok, f"{file.name}: bit {bit} of byte {place} ({whole[place : place + 20]})"
+            assert not report.ok, f"{file.name}: bit {bit} of byte {offset} ({whole[offset : offset + 20]})"
             assert any(str(tmp_path) in problem for problem in report.problems)
         for name in ("checksum", "captions_sha256") if file.suffix == ".json" and file.parent == tmp_path else ():
             file.write_bytes(whole.replace(name.encode(), b"x" + name.encode()[1:]))
@@ -61,7 +61,7 @@ def test_a_text_index_out_of_range_does_not_open(tmp_path):
 
 
 def test_repeated_ids_are_a_note(tmp_path):
-    with StoreWriter(tmp_path / "s", AUDIO_SHAPES, 3, **FACTS) as writer:
+    with StoreWriter(tmp_path / "s", AUDIO_SHAPES, 3, **METADATA) as writer:
         writer.write(0, ["a", "b", "a"], [""] * 3, random_values(3, AUDIO_SHAPES))
     report = verify(tmp_path / "s")
     assert report.ok and report.notes == ("1 rows repeat an id; the first is 'a' in rows 0, 2",)
@@ -75,7 +75,7 @@ def captioned(tmp_path) -> Path:
     """A store of 12 rows whose text features are those of its captions, by the toy encoder."""
     shapes = {**AUDIO_SHAPES, "text_features": (77, 1024)}
     values = random_values(12, shapes) | {"text_features": text_features(CAPTIONS)}
-    with StoreWriter(tmp_path / "s", shapes, 12, **FACTS) as writer:
+    with StoreWriter(tmp_path / "s", shapes, 12, **METADATA) as writer:
         writer.write(0, IDS, CAPTIONS, values)
     return tmp_path / "s"
 
@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_encoded_again_are_problems(captioned):
 
 def write_slowly(path: Path, ticks) -> None:
     values = random_values(12)
-    with StoreWriter(path, SHAPES, 12, **FACTS, layout="compact") as writer:
+    with StoreWriter(path, SHAPES, 12, **METADATA, layout="compact") as writer:
         for row in range(12):
             writer.write(
                 row, IDS[row : row + 1], CAPTIONS[row : row + 1], {n: v[row : row + 1] for n, v in values.items()}

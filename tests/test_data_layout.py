@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_stores import AUDIO_SHAPES, FACTS, SHAPES, make_store, random_values
+from data_stores import AUDIO_SHAPES, METADATA, SHAPES, make_store, random_values
 from toy_stores import MODEL
 
 from mmaudio_hf.config import FlowConfig, variant_config
@@ -28,7 +28,7 @@ def write(path: Path, order=((0, 9),), shapes=SHAPES, **settings) -> dict[str, t
     values = random_values(9, shapes)
     values["text_features"] = values["text_features"][TEXT_OF_ROW]
     ids, captions = [f"id_{row}" for row in range(9)], [f"caption {text}" for text in TEXT_OF_ROW]
-    with StoreWriter(path, shapes, 9, **FACTS, **settings) as writer:
+    with StoreWriter(path, shapes, 9, **METADATA, **settings) as writer:
         for first, last in order:
             block = {name: value[first:last] for name, value in values.items()}
             writer.write(first, ids[first:last], captions[first:last], block)
@@ -85,7 +85,7 @@ def test_conversion_both_ways(tmp_path):
 
 def test_a_caption_with_two_kinds_of_text_loses_nothing(tmp_path):
     values = random_values(3, AUDIO_SHAPES)
-    with StoreWriter(tmp_path / "s", AUDIO_SHAPES, 3, **FACTS) as writer:
+    with StoreWriter(tmp_path / "s", AUDIO_SHAPES, 3, **METADATA) as writer:
         writer.write(0, ["a", "b", "c"], ["same"] * 3, values)
     compact = convert(tmp_path / "s", tmp_path / "c", "compact")
     assert compact.contents.texts == 3
@@ -96,7 +96,7 @@ def test_size_of_the_published_mix():
     """VGGSound (180,000 rows, 310 labels) and the five audio sets (379,543 rows), 16 kHz; docs/stores.md has the table.
 
     With bf16 sync features 45.1 % if no two rows of the audio sets share a caption; every shared one saves 158 kB.
-    Their clips do: up to five of one recording have its caption. At 44.1 kHz 63 % may differ for less than 45 %.
+    Their clips do: up to five of one audio file have its caption. At 44.1 kHz 63 % may differ for less than 45 %.
     """
     video, audio = 180_000, 379_543
 
@@ -132,8 +132,8 @@ def copies(tmp_path_factory) -> Path:
         shapes = column_shapes("16k", 1.0, video=video)
         values = random_values(4, shapes)
         values["text_features"][3] = values["text_features"][1]
-        facts = {"mode": "16k", "duration": 1.0, "encoders": {}}
-        with StoreWriter(folder / name, shapes, 4, **facts) as writer:
+        metadata = {"mode": "16k", "duration": 1.0, "encoders": {}}
+        with StoreWriter(folder / name, shapes, 4, **metadata) as writer:
             writer.write(0, [f"{name}_{row}" for row in range(4)], ["a", "b", "c", "b"], values)
         for sync in ("float32", "bfloat16"):
             convert(folder / name, folder / f"{name}_{sync}", "compact", sync).close()
@@ -152,7 +152,7 @@ def losses_and_gradients(folder: Path, ending: str, v2: bool, autocast: bool) ->
             parameter.normal_(std=0.05)
     network.latent_mean.data.fill_(0.0), network.latent_std.data.fill_(1.0)
     mixture = Mixture([(FeatureStore.open(folder / f"{name}{ending}"), 1) for name in ("video", "audio")], config)
-    flow, found = FlowConfig(condition_dropout=0.4, independent_video_dropout=v2), []
+    flow, losses = FlowConfig(condition_dropout=0.4, independent_video_dropout=v2), []
     settings = {
         "seed": 5,
         "global_batch": 4,
@@ -167,19 +167,19 @@ def losses_and_gradients(folder: Path, ending: str, v2: bool, autocast: bool) ->
         for (batch,) in loader:
             loss = flow_step(network, batch, flow, network.latent_mean, network.latent_std).loss
             loss.mean().backward()
-            found.append(loss.detach())
+            losses.append(loss.detach())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for batch in validation_batches(mixture, seed=5, batch_size=8, threads=1):
-            found.append(flow_step(network, batch, flow, network.latent_mean, network.latent_std).loss)
+            losses.append(flow_step(network, batch, flow, network.latent_mean, network.latent_std).loss)
     mixture.close()
     gradients = [p.grad for p in network.parameters() if p.requires_grad]
     assert all(gradient is not None for gradient in gradients)
     assert network.empty_clip_feat.grad.abs().sum() > 0
-    return found + gradients
+    return losses + gradients
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_training_under_bf16_autocast_cannot_tell_the_layouts_apart(copies, v2):
+def test_training_under_bf16_autocast_cannot_distinguish_the_layouts(copies, v2):
     reference = losses_and_gradients(copies, "", v2, autocast=True)
     compact = losses_and_gradients(copies, "_float32", v2, autocast=True)
     assert all(torch.equal(one, other) for one, other in zip(reference, compact, strict=True))
@@ -223,8 +223,8 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path):
         "d": ({"layout": "compact"}, "a has clip_features as float32.*d as bfloat16.*store convert"),
         "e": ({"shapes": AUDIO_SHAPES}, "a has the columns .*e has mean, std, text_features"),
     }
-    for name, (facts, message) in other.items():
-        make_store(tmp_path / name, 2, **facts)
+    for name, (metadata, message) in other.items():
+        make_store(tmp_path / name, 2, **metadata)
         with pytest.raises(ValueError, match=message):
             merge([tmp_path / "a", tmp_path / name], tmp_path / "out")
     subset(tmp_path / "a", tmp_path / "f", [2, 1])
@@ -242,18 +242,18 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path):
 def test_fractional_repeats_visit_every_row_equally_often(repeats, tmp_path):
     stores = [make_store(tmp_path / "v", 10), make_store(tmp_path / "a", 7, AUDIO_SHAPES)]
     mixture, epochs = Mixture(list(zip(stores, (repeats, 1), strict=True)), seed=3), 12
-    places = samples_per_epoch(10, repeats)
-    assert len(mixture) == places + 7
+    samples = samples_per_epoch(10, repeats)
+    assert len(mixture) == samples + 7
     seen = dataset_indices(3, 0, np.arange(len(mixture) * epochs), len(mixture) * epochs, len(mixture))
     source, rows = mixture.locate(seen)
     for epoch in range(epochs):
         chosen = slice(epoch * len(mixture), (epoch + 1) * len(mixture))
-        assert Counter(source[chosen].tolist()) == {0: places, 1: 7}
+        assert Counter(source[chosen].tolist()) == {0: samples, 1: 7}
         visits = np.bincount(rows[chosen][source[chosen] == 0], minlength=10)
         assert repeats == 2.5 or visits.max() <= 1
         visits = np.bincount(rows[: chosen.stop][source[: chosen.stop] == 0], minlength=10)
         assert visits.max() - visits.min() <= 1  # counted from the start, at the end of every epoch
-    if repeats == 0.5:  # two epochs are a whole; halves are drawn anew
+    if repeats == 0.5:  # two epochs are a whole; halves are drawn again
         halves = [frozenset(rows[e * 12 : e * 12 + 12][source[e * 12 : e * 12 + 12] == 0].tolist()) for e in range(12)]
         assert len(set(halves)) > 2
     again = mixture.locate(seen[40:50])

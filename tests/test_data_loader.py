@@ -199,7 +199,7 @@ def test_rows_are_requested_from_the_disk_before_they_are_needed(mixture, monkey
             check_training_batch(batch, mixture, step, np.arange(12), 12)
     first_epoch = range(12 if exceeds else 5)  # 5 steps of 12 are an epoch of 51
     indices = [dataset_indices(SEED, step, np.arange(12), 12, len(mixture)) for step in first_epoch]
-    assert sum(requested) == sum(sample_bytes(mixture, part) for part in indices)
+    assert sum(requested) == sum(sample_bytes(mixture, batch) for batch in indices)
     assert random == (list(mixture.stores) if exceeds else [])
 
 
@@ -226,7 +226,7 @@ def test_the_reader_takes_its_threads_and_leaves_those_of_training(mixture, monk
         seen.clear()
 
 
-def test_waiting_is_counted(mixture):
+def test_waiting_time_is_measured(mixture):
     def slow():
         for step in range(3):
             time.sleep(0.05)

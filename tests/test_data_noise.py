@@ -16,8 +16,8 @@ def same(ours: Draws, theirs: Draws, rows=slice(None)) -> bool:
 
 
 def test_the_first_values_never_change():
-    found = sample_noise(14159265, "train", 7, [3], SHAPE)
-    values = {name: getattr(found, name).flatten()[:3].tolist() for name in NAMES}
+    noise = sample_noise(14159265, "train", 7, [3], SHAPE)
+    values = {name: getattr(noise, name).flatten()[:3].tolist() for name in NAMES}
     expected = {
         "latent_noise": [-0.734573, -0.988523, -1.649372],
         "z": [0.703047],
@@ -28,14 +28,14 @@ def test_the_first_values_never_change():
         "drop_text": [0.502922],
     }
     assert values == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
-    found = sample_noise_for_ids(14159265, ["0B4dYTMsgHA_000130"], SHAPE)
-    assert [found.z.item(), found.x0[0, 0, 0].item()] == pytest.approx([-0.496345, 0.459591], abs=1e-6)
+    noise = sample_noise_for_ids(14159265, ["0B4dYTMsgHA_000130"], SHAPE)
+    assert [noise.z.item(), noise.x0[0, 0, 0].item()] == pytest.approx([-0.496345, 0.459591], abs=1e-6)
 
 
 def test_shapes_types_and_memory():
-    found = sample_noise(1, "train", 0, range(3), SHAPE)
+    noise = sample_noise(1, "train", 0, range(3), SHAPE)
     for name in NAMES:
-        value = getattr(found, name)
+        value = getattr(noise, name)
         assert value.dtype == torch.float32 and value.is_contiguous(), name
         assert value.shape == ((3, *SHAPE) if name in ("latent_noise", "x0") else (3,)), name
     assert sample_noise(1, "train", 0, [], SHAPE).x0.shape == (0, *SHAPE)
@@ -56,7 +56,7 @@ def test_every_argument_changes_every_number(changes):
     assert not any((getattr(ours, name) == getattr(theirs, name)).any() for name in NAMES)
 
 
-def test_step_and_slot_do_not_stand_for_each_other():
+def test_step_and_sample_index_are_not_interchangeable():
     assert not torch.equal(sample_noise(5, "train", 1, [2], SHAPE).z, sample_noise(5, "train", 2, [1], SHAPE).z)
 
 
@@ -66,9 +66,9 @@ def test_times_and_drops_do_not_depend_on_the_latent_length():
 
 
 def test_distributions_and_independence():
-    found = sample_noise(3, "train", 0, range(4000), (10, 4))
-    columns = {name: getattr(found, name).flatten(1).double() for name in ("latent_noise", "x0")}
-    columns |= {name: getattr(found, name).double()[:, None] for name in ["z", *UNIFORM]}
+    noise = sample_noise(3, "train", 0, range(4000), (10, 4))
+    columns = {name: getattr(noise, name).flatten(1).double() for name in ("latent_noise", "x0")}
+    columns |= {name: getattr(noise, name).double()[:, None] for name in ["z", *UNIFORM]}
     for name, values in columns.items():
         mean, var = (0.5, 1 / 12) if name in UNIFORM else (0.0, 1.0)
         allowed = 5 / values.numel() ** 0.5

@@ -42,17 +42,17 @@ def test_steps_run_through_the_epochs_without_gap():
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2), (4, 2)])
 def test_processes_and_accumulation_divide_a_step_without_changing_it(world, accumulation):
     whole = dataset_indices(4, 3, np.arange(16), 16, 50)
-    found = np.full(16, -1)
+    indices = np.full(16, -1)
     for rank in range(world):
         shares = process_sample_indices(16, world, rank, accumulation)
         assert [len(share) for share in shares] == [16 // world // accumulation] * accumulation
         for share in shares:
-            assert (found[share] == -1).all()
-            found[share] = dataset_indices(4, 3, share, 16, 50)
-    assert found.tolist() == whole.tolist()
+            assert (indices[share] == -1).all()
+            indices[share] = dataset_indices(4, 3, share, 16, 50)
+    assert indices.tolist() == whole.tolist()
 
 
-def test_a_batch_that_does_not_split_is_refused():
+def test_a_batch_that_does_not_split_is_an_error():
     with pytest.raises(ValueError, match="batch size 10 does not split over 2 processes x 2 accumulation steps"):
         process_sample_indices(10, 2, 0, 2)
 
@@ -61,21 +61,21 @@ def test_a_batch_that_does_not_split_is_refused():
 def test_validation_counts_every_row_once_and_keeps_processes_in_step(world):
     shares = [list(validation_indices(11, 2, rank, world)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
-    counted = [p for share in shares for found, counts in share for p in found[counts].tolist()]
-    assert sorted(counted) == list(range(11))
-    assert all(len(found) == 2 and found.max() < 11 for share in shares for found, _ in share)
-    assert [found.tolist() for found, _ in shares[0]][:2] == [[0, 1], [2 * world, 2 * world + 1]]
+    seen = [index for share in shares for indices, valid in share for index in indices[valid].tolist()]
+    assert sorted(seen) == list(range(11))
+    assert all(len(indices) == 2 and indices.max() < 11 for share in shares for indices, _ in share)
+    assert [indices.tolist() for indices, _ in shares[0]][:2] == [[0, 1], [2 * world, 2 * world + 1]]
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------------
 
 
-def test_each_row_is_visited_as_often_as_asked(tmp_path):
+def test_each_row_is_visited_as_often_as_its_store_repeats(tmp_path):
     video, audio = make_store(tmp_path / "v", 5), make_store(tmp_path / "a", 3, AUDIO_SHAPES)
     mixture = Mixture([(video, 2), (audio, 4)], MODEL)
     assert len(mixture) == 2 * 5 + 4 * 3 and mixture.latent_shape == (5, 4)
     seen = np.concatenate([dataset_indices(0, step, np.arange(11), 11, 22) for step in range(2)])
-    visits = Counter(zip(*(part.tolist() for part in mixture.locate(seen)), strict=True))
+    visits = Counter(zip(*(array.tolist() for array in mixture.locate(seen)), strict=True))
     assert visits == {**{(0, row): 2 for row in range(5)}, **{(1, row): 4 for row in range(3)}}
 
 
@@ -96,7 +96,7 @@ def test_a_recipe_names_the_stores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("metadata", "message"),
     [
         ({"mode": "44k"}, "v has mode '16k', .*w has '44k'"),
         ({"duration": 10.0}, "v has duration 8.0, .*w has 10.0"),
@@ -107,29 +107,29 @@ def test_a_recipe_names_the_stores(tmp_path):
         ({"layout": "compact"}, "v has clip_features as float32 .*w as bfloat16 .*`mmaudio-hf store convert .*w .*"),
     ],
 )
-def test_stores_that_disagree_are_refused_by_name(facts, message, tmp_path):
+def test_stores_that_disagree_are_named(metadata, message, tmp_path):
     first = make_store(tmp_path / "v", 2, normalisation="none")
-    second = make_store(tmp_path / "w", 2, **{"normalisation": "none"} | facts)
+    second = make_store(tmp_path / "w", 2, **{"normalisation": "none"} | metadata)
     with pytest.raises(ValueError, match=message):
         Mixture([(first, 1), (second, 1)])
 
 
 @pytest.mark.parametrize("encoders", [{"vae": {}}, {"clip": {"id": "the same elsewhere", "fingerprint": "c1"}}])
-def test_stores_of_other_parts_or_of_the_same_weights_agree(encoders, tmp_path):
+def test_stores_of_other_encoders_or_of_the_same_weights_agree(encoders, tmp_path):
     first, second = make_store(tmp_path / "v", 2), make_store(tmp_path / "w", 2, AUDIO_SHAPES, encoders=encoders)
     assert len(Mixture([(first, 1), (second, 1)], MODEL)) == 4
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("metadata", "message"),
     [
         ({"shapes": {**SHAPES, "sync_features": (8, 3)}}, r"sync_features has shape \(8, 3\), .* expects \(16, 3\)"),
         ({"mode": "44k"}, "v has mode '44k', model small_16k expects '16k'"),
         ({"duration": 9.0}, "v has duration 9.0, model small_16k expects 8.0"),
     ],
 )
-def test_stores_that_do_not_fit_the_model_are_refused(facts, message, tmp_path):
-    store = make_store(tmp_path / "v", 2, **facts)
+def test_stores_that_do_not_fit_the_model_are_an_error(metadata, message, tmp_path):
+    store = make_store(tmp_path / "v", 2, **metadata)
     with pytest.raises(ValueError, match=message):
         Mixture([(store, 1)], MODEL)
 
@@ -141,7 +141,7 @@ def test_stores_that_do_not_fit_the_model_are_refused(facts, message, tmp_path):
         ({"precision": "bf16"}, "v was made with the encoder net in fp32, .*set encoders.precision=fp32"),
     ],
 )
-def test_stores_of_other_encoders_than_the_recipes_are_refused(changes, message, tmp_path):
+def test_stores_of_other_encoders_than_the_recipes_are_an_error(changes, message, tmp_path):
     store = make_store(tmp_path / "v", 2, encoders={"clip": {"id": "net", "fingerprint": "c1"}})
     assert len(Mixture([(store, 1)], encoders=EncoderConfig())) == 2
     with pytest.raises(ValueError, match=message):
@@ -152,7 +152,7 @@ def test_stores_of_other_encoders_than_the_recipes_are_refused(changes, message,
         Mixture([(half, 1)], encoders=EncoderConfig())
 
 
-def test_a_store_made_with_other_settings_of_the_same_recipe_is_refused(tmp_path):
+def test_a_store_extracted_with_other_settings_of_the_same_recipe_is_an_error(tmp_path):
     """Where the recipe extracts the store itself; other stores only have to agree with each other."""
     settings = {"version": 1, "alignment": "timestamps", "normalize_audio": True}
     make_store(tmp_path / "v", 2, preprocessing=settings)

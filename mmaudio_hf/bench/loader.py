@@ -1,6 +1,6 @@
 """`mmaudio-hf bench loader`: batches as training reads them, against a DataLoader over memory maps and against memcpy.
 
-GB/s counts the bytes of features that are delivered, once: zeros that stand for absent video count as time only.
+GB/s counts the bytes of features that are delivered, once: zeros in place of absent video count as time only.
 """
 
 import json
@@ -9,13 +9,14 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Fi
         figures |= {f"{name}_gb_s": size / taken / 1e9, f"{name}_samples_s": batch_size / taken}
     copies = {name: seconds[name] for name in seconds if name.startswith("memcpy")}
     loaders = {name: seconds[name] for name in seconds if name.startswith("dataloader")}
-    memcpy, best = min(copies, key=copies.get), min(loaders, key=loaders.get)
+    memcpy, best = min(copies, key=lambda name: copies[name]), min(loaders, key=lambda name: loaders[name])
     figures |= {
         "memcpy_gb_s": size / copies[memcpy] / 1e9,
         "memcpy_limit": memcpy,
@@ -111,17 +112,17 @@ def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Fi
     return figures
 
 
-def _interleaved(runs: dict, rounds: int) -> dict:
+def _interleaved(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
     """Median of what each run returns, after a round to warm up. All run in turn, quick ones three times a round."""
-    found: dict = {name: [] for name in runs}
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
     slow = [name for name in runs if str(name).startswith("dataloader")]
     schedule = slow + 3 * [name for name in runs if name not in slow]
     for number in range(rounds + 1):
         for name in schedule:
             value = runs[name]()
             if number:
-                found[name].append(value)
-    return {name: statistics.median(values) for name, values in found.items()}
+                seconds[name].append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _timed(batches: Iterable) -> float:
@@ -145,19 +146,18 @@ def _ours(mixture: Mixture, batch_size: int, steps: int, threads: int, noise: bo
 
 
 class _MemoryMaps(Dataset):
-    """One sample of a mixture at a time, as TensorDict maps its records; what a row has not is zeros, to collate."""
+    """One sample of a mixture at a time, as TensorDict maps its row; absent features are zeros, to collate."""
 
     def __init__(self, mixture: Mixture):
         self.columns = [dict(TensorDict.load_memmap(store.path).items()) for store in mixture.stores]
         self.absent = {name: torch.zeros(c.shape, dtype=c.dtype) for name, c in mixture.columns.items()}
-        self.places = [part.tolist() for part in mixture.locate(np.arange(len(mixture)))]
+        self.source, self.rows = (array.tolist() for array in mixture.locate(np.arange(len(mixture))))
 
     def __len__(self) -> int:
-        return len(self.places[0])
+        return len(self.rows)
 
-    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        source, row = (part[position] for part in self.places)
-        columns = self.columns[source]
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row, columns = self.rows[index], self.columns[self.source[index]]
         return {name: columns[name][row] if name in columns else zeros for name, zeros in self.absent.items()}
 
 
@@ -179,7 +179,7 @@ class _Memory:
         self._targets = [np.ones(size, dtype=np.uint8) for _ in range(3)]
 
     def copy(self, steps: int, threads: int) -> float:
-        """Seconds of copying one step's bytes by memcpy, shared among `threads`."""
+        """Seconds of copying one step's bytes by memcpy, divided among `threads`."""
         size = len(self._targets[0])
         bounds = np.linspace(0, size, threads + 1).astype(int).tolist()
         with ThreadPoolExecutor(threads) as pool:
@@ -187,8 +187,8 @@ class _Memory:
             for step in range(steps):
                 source = self._source[step * size % (len(self._source) - size) :]
                 target = self._targets[step % 3]
-                parts = [slice(*ends) for ends in pairwise(bounds)]
-                list(pool.map(lambda part, to=target, of=source: np.copyto(to[part], of[part]), parts))
+                slices = [slice(*ends) for ends in pairwise(bounds)]
+                list(pool.map(np.copyto, [target[s] for s in slices], [source[s] for s in slices]))
             return (time.perf_counter() - began) / steps
 
 
@@ -198,9 +198,9 @@ class _Memory:
 def mix_bytes(folder: Path, variant: str = "small_16k") -> Figures:
     """Bytes that one global batch of the published mix moves, by the loader's own accounting, and its share of theirs.
 
-    A byte is moved by every copy on its way to the device: two here (from the page cache into page-locked memory, and
-    to the device), three in a DataLoader with worker processes (collated into shared memory, into page-locked memory,
-    to the device). There every row is float32 and has the size of one with video. Computed for the layouts of stores.
+    A byte is moved by every copy on its way to the device: two here (from the page cache into pinned memory, and to the
+    device), three in a DataLoader with worker processes (collated into shared memory, into pinned memory, to the
+    device). There every row is float32 and has the size of one with video. Computed for the layouts of stores.
     """
     model = variant_config(variant)
     shapes = column_shapes(model.mode, model.duration)
@@ -221,7 +221,7 @@ def mix_bytes(folder: Path, variant: str = "small_16k") -> Figures:
 
 
 def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threads: int, model: ModelConfig) -> Figures:
-    """Time per sample over stores of holes, from a thousand to a million rows.
+    """Time per sample over stores of sparse files, from a thousand to a million rows.
 
     Every size reads as many rows, all of them cached by the round that warms up, so only their number differs.
     """
@@ -254,7 +254,7 @@ def make_stores(folder: Path, rows: int, audio_share: float, model: ModelConfig,
 
 
 def _make_store(path: Path, rows: int, columns: dict[str, Column], filled: bool = False) -> Path:
-    """A store in the layout of TensorDict without a manifest; unless `filled`, its records are holes in the files."""
+    """A store in the layout of TensorDict without a manifest; unless `filled`, its files are sparse."""
     path.mkdir(parents=True)
     block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32).tobytes() if filled else b""
     meta: dict = {"shape": [], "device": "cpu", "_type": "<class 'tensordict._td.TensorDict'>"}

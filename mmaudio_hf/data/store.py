@@ -289,8 +289,8 @@ class StoreWriter:
     shapes: column -> shape of a row, in storage order. encoders: name -> {"id", "fingerprint"} of what computed the
     features. preprocessing: the settings that shaped the inputs. normalisation: how the audio level was set (any JSON
     value; stores that are mixed must agree). Where mode, duration or normalisation is None, it is not known and not
-    compared. counts: extra numbers for the manifest (accepted, rejected). made_of: a hash of everything that the rows
-    depend on, for the manifest. layout, sync_dtype: see `layout_columns`.
+    compared. counts: extra numbers for the manifest (accepted, rejected). inputs_hash: of everything that the
+    rows depend on, for the manifest. layout, sync_dtype: see `layout_columns`.
     Raises ValueError when the store exists, OSError when the disk is too small for it.
     """
 
@@ -306,7 +306,7 @@ class StoreWriter:
         preprocessing: Any = None,
         normalisation: Any = None,
         counts: Mapping[str, int] | None = None,
-        made_of: str = "",
+        inputs_hash: str = "",
         layout: str = "reference",
         sync_dtype: str = "float32",
     ):
@@ -320,7 +320,7 @@ class StoreWriter:
             "preprocessing": preprocessing,
             "normalisation": normalisation,
             "counts": dict(counts or {}),
-            "made_of": made_of,
+            "made_of": inputs_hash,
         }
         json.dumps(self._metadata)  # fail now rather than after the last row
         check_contents(self.path, Contents(num_rows, self.columns))
@@ -473,13 +473,12 @@ def manifest_of(
 ) -> dict[str, Any]:
     """The manifest of a folder of columns. metadata: mode, duration, encoders, preprocessing, normalisation, counts."""
     keys = ("mode", "duration", "encoders", "preprocessing", "normalisation", "counts")
-    made_of = {"made_of": metadata["made_of"]} if metadata.get("made_of") else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": contents.layout,
         "rows": contents.rows,
         **{key: metadata[key] for key in keys},
-        **made_of,
+        **({"made_of": metadata["made_of"]} if metadata.get("made_of") else {}),
         "columns": manifest_columns(folder, contents),
         "ids_sha256": ids_hash(ids),
         "captions_sha256": captions_hash(captions),

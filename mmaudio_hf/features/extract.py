@@ -399,7 +399,7 @@ def _export(
             preprocessing=job.preprocessing,
             normalisation={"audio_peak": _AUDIO_PEAK if job.normalize_audio else None},
             counts={"listed": report.listed, "accepted": report.accepted, "rejected": report.rejected},
-            made_of=key,
+            inputs_hash=key,
         ) as writer,
         tqdm(total=report.accepted, desc=f"{job.name}: store", unit="row", disable=not progress) as bar,
     ):
