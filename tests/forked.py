@@ -86,7 +86,7 @@ def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str])
     """The same until they end; the code is the first that is not 0."""
     with together(processes, *words, cwd=cwd, env=env) as group:
         codes = [process.wait() for process in group]
-        texts = ["".join(parts) for parts in zip(*(process.output() for process in group), strict=True)]
+        texts = ["".join(stream) for stream in zip(*(process.output() for process in group), strict=True)]
     return CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 

@@ -99,19 +99,12 @@ def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
     fsync_path(run_dir)
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints are kept: the newest `newest`, those of steps that `every` divides, and the best."""
-
-    newest: int
-    every: int = 0  # 0: none
-
-    def prune(self, run_dir: Path) -> None:
-        """Remove the others; the best is what the link `best` points at."""
-        best = (run_dir / "best").resolve().name
-        for folder in list_checkpoints(run_dir)[: -self.newest]:
-            if folder.name != best and not (self.every and checkpoint_step(folder) % self.every == 0):
-                _remove(folder)
+def prune(run_dir: Path, newest: int, every: int) -> None:
+    """Remove all checkpoints except the `newest` ones, those of steps that `every` divides (0: none), and the best."""
+    best = (run_dir / "best").resolve().name
+    for folder in list_checkpoints(run_dir)[:-newest]:
+        if folder.name != best and not (every and checkpoint_step(folder) % every == 0):
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -184,7 +177,7 @@ def _write(
     training = partial / "training_state"
     training.mkdir(parents=True, exist_ok=shards is not None)
     sharded: Shapes = {} if shards is None else shards.full_shapes
-    checksums = {}
+    checksums: dict[str, str] = {}
     for group in TENSOR_FILES:
         names = state.tensors[group].keys() - sharded.get(group, {}).keys()
         checksums |= _save_tensors(training / f"{group}.safetensors", state.tensors[group], names)
@@ -222,7 +215,7 @@ def shard_file(group: str, rank: int, world_size: int) -> str:
 
 def write_local_shards(shards: RankShards, tensors: TensorGroups) -> dict[str, str]:
     """Write the shards of this process, until they are on the disk; checksums by the name of the file."""
-    checksums = {}
+    checksums: dict[str, str] = {}
     for group, shapes in shards.full_shapes.items():
         checksums |= _save_tensors(shards.file(group), tensors[group], shapes.keys())
         fsync_path(shards.file(group))
@@ -259,7 +252,8 @@ def wait_for_shards(shards: RankShards) -> dict[str, str]:
 
     OSError naming a process that failed, with its reason, or that is not done after `WAIT_SECONDS`.
     """
-    deadline, checksums = time.monotonic() + WAIT_SECONDS, {}
+    deadline = time.monotonic() + WAIT_SECONDS
+    checksums: dict[str, str] = {}
     missing = set(range(1, shards.world_size))
     while missing:
         for rank in [rank for rank in missing if shards.signal_file(rank).exists()]:

@@ -23,12 +23,12 @@ from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.actions import Save
 from mmaudio_hf.training.checkpoint import (
     RankShards,
-    Retention,
     TrainingState,
     begin_sharded,
     discard,
     latest_training_state,
     point_at,
+    prune,
     save_checkpoint,
     save_local_shards,
 )
@@ -171,7 +171,7 @@ class Checkpointer:
         if job.best:
             point_at(recipe.run_dir, "best", folder)
         self.on_checkpoint(folder)
-        Retention(recipe.training.keep_checkpoints, recipe.training.keep_every).prune(recipe.run_dir)
+        prune(recipe.run_dir, recipe.training.keep_checkpoints, recipe.training.keep_every)
 
     def _wait_for_snapshots(self) -> None:
         """Until every process sees the last snapshots."""
@@ -191,11 +191,11 @@ class Checkpointer:
         raw = self.model.state_dict()
         if self.ema.step == 0:
             return raw, {"weights": "raw", "sigma_rel": None, "step": step}
-        wanted = self.recipe.ema.sigma_rel
-        sigma, ema_weights = self.ema.nearest(wanted)
-        if finished and sigma != wanted and (snapshots := find_snapshots(self.recipe.run_dir / "ema")):
+        published = self.recipe.ema.sigma_rel
+        sigma, ema_weights = self.ema.nearest(published)
+        if finished and sigma != published and (snapshots := find_snapshots(self.recipe.run_dir / "ema")):
             frozen = {name: getattr(self.model, name) for name in FROZEN_TENSORS}
-            sigma, ema_weights = wanted, synthesize(snapshots, wanted, self.ema.step, frozen)
+            sigma, ema_weights = published, synthesize(snapshots, published, self.ema.step, frozen)
         return raw | ema_weights, {"weights": "ema", "sigma_rel": sigma, "step": step}
 
     def model_to_publish(self, step: int, finished: bool) -> tuple[MMAudio, dict[str, Any]]:

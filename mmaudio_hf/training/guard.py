@@ -83,7 +83,7 @@ class Guard:
         self.skipped = 0  # over all sessions of the run
         self.stopped_by: int | None = None  # number of the signal that a process has had, the same on all of them
         self._in_a_row = 0
-        self._pending: deque[tuple[StepTrace, _AsyncFlags]] = deque()
+        self._pending: deque[tuple[StepTrace, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def check_finite(self, trace: StepTrace) -> torch.Tensor:
         """`found_inf`: True, (), on the device of every process, where this step must not reach the optimizer."""
@@ -92,7 +92,9 @@ class Guard:
         flags = torch.stack([found_inf, torch.full_like(found_inf, self.signals.number or 0)])
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self._pending.append((trace, _AsyncFlags(flags)))
+        on_host = flags.to("cpu", non_blocking=True)  # from CUDA: pinned, and valid once the event has been recorded
+        event = torch.cuda.current_stream(flags.device).record_event() if flags.is_cuda else None
+        self._pending.append((trace, on_host, event))
         return flags[0] > 0
 
     def poll(self) -> int | None:
@@ -106,8 +108,10 @@ class Guard:
 
     def _read(self, keep: int) -> None:
         while len(self._pending) > keep:
-            trace, flags = self._pending.popleft()
-            found_inf, number = flags.read()
+            trace, flags, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()  # waits for the copy alone, not for work queued after it
+            found_inf, number = flags.tolist()
             self.stopped_by = self.stopped_by or number or None
             self._in_a_row = self._in_a_row + 1 if found_inf else 0
             if found_inf:
@@ -119,23 +123,6 @@ class Guard:
                     " of the run; the last checkpoint is intact, lower optim.learning_rate or check the data and start"
                     " again"
                 )
-
-
-class _AsyncFlags:
-    """A small tensor in flight to the host; reading it waits for the copy alone, not for work queued after it."""
-
-    def __init__(self, values: torch.Tensor):
-        self.values, self.event = values, None
-        if values.device.type == "cuda":
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.event = torch.cuda.current_stream(values.device).record_event()
-
-    def read(self) -> list[int]:
-        """The values, as soon as they have arrived."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.values.tolist()
 
 
 # --- Diagnostics of a step that was not finite -----------------------------------------------------------------------
@@ -175,7 +162,8 @@ def diagnose_step(model: nn.Module, trace: StepTrace, batches: Iterable[Batch], 
 
 def _diagnose_samples(trace: StepTrace, batches: Iterable[Batch]) -> list[dict[str, Any]]:
     """One entry per sample of this process; features that it lacks are left out."""
-    losses, times, entries = trace.loss.tolist(), trace.t.tolist(), []
+    losses, times = trace.loss.tolist(), trace.t.tolist()
+    entries: list[dict[str, Any]] = []
     for batch in batches:
         video_row = {batch_row: row for row, batch_row in enumerate(batch.video_rows.tolist())}
         for i, item_id in enumerate(batch.ids):
@@ -249,20 +237,14 @@ def _has_finite_gradient(run: "Run", sample_index: int) -> bool:
 
 def to_json(figures: Any) -> str:
     """Figures as JSON, where numbers that are not finite are the strings "nan", "inf" and "-inf"."""
-    return json.dumps(_plain(figures), indent=1) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    strings = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}  # JSON has no such numbers, Python writes them
+    plain = json.loads(json.dumps(figures), parse_constant=strings.__getitem__)
+    return json.dumps(plain, indent=1) + "\n"
 
 
 def write_diagnostics(run_dir: Path, figures: Mapping[str, Any]) -> None:
     """Write `autopsy/step_N.json`, unless the run has `MAX_FILES` of them."""
-    path = run_dir / "autopsy" / f"step_{figures['step']}.json"
+    path = run_dir / f"autopsy/step_{figures['step']}.json"
     path.parent.mkdir(exist_ok=True)
     if path.exists() or len(list(path.parent.glob("step_*.json"))) < MAX_FILES:
         path.write_text(to_json(figures))

@@ -102,8 +102,7 @@ class RunningMetrics:
         step = torch.zeros_like(self.sums)
         step[0] = loss.sum() / self._batch_size
         step[1] = gradient_norm / self._accelerator.num_processes  # the same on every process, which are summed
-        if self._accelerator.is_main_process:
-            step[2] = 1
+        step[2].fill_(float(self._accelerator.is_main_process))  # `step[2] = 1` would be a copy from the host
         losses, counts = step[3:].view(2, -1)
         losses.index_add_(0, source, loss)
         counts.index_add_(0, source, torch.ones_like(loss))

@@ -299,7 +299,8 @@ class Run:
         weights: dict[str, Any] = {"val": None}
         if self.ema.step:
             weights["val_ema"] = self.ema.nearest(self.recipe.ema.sigma_rel)[1]
-        scores, model = {}, self.unwrapped_model.eval()
+        scores: dict[str, float] = {}
+        model = self.unwrapped_model.eval()
         for kind, values in weights.items():
             with swap_weights(model, values):
                 losses = self.validator.scores(self.accelerator.autocast()(model.__call__), *self.latent_statistics)

@@ -145,7 +145,7 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of a recipe's plain dict by `section.key`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
@@ -173,6 +173,7 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
         partial.unlink()
     for snapshot in find_snapshots(run_dir / "ema"):
         if snapshot.step > ema_step:
+            assert isinstance(snapshot.tensors, Path)
             snapshot.tensors.unlink()
     for folder in run_dir.glob("samples/step_*"):
         number = re.fullmatch(r"step_(\d+)(\.partial)?", folder.name)
