@@ -38,7 +38,7 @@ from mmaudio_hf.training.memory import MemoryEstimate
 ROOT = Path(__file__).parents[2]
 
 # Where the host may wait in a step: the guard reads the flag of the step before, which has long been copied.
-ALLOWED_SYNCS = ("event.synchronize in training/guard.py:read",)
+ALLOWED_SYNCS = ("event.synchronize in training/guard.py:_read",)
 
 
 class StubStore:
