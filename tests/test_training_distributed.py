@@ -407,3 +407,57 @@ def test_a_folder_that_one_process_cannot_create_or_see_is_an_error_for_all(tmp_
     monkeypatch.setattr(distributed, "SHARED_SECONDS", 0.1)
     problem = f"process 0 does not see {tmp_path / 'no'}"
     assert distributed.make_shared_folder(lambda: tmp_path / "no") == (None, problem)
+
+
+# --- what a process waits for ----------------------------------------------------------------------------------------
+
+LATE = """
+import sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from mmaudio_hf.training import distributed
+
+rank, distributed.STEP_TIMEOUT = PartialState(cpu=True).process_index, timedelta(seconds=1)
+def reduce_late():
+    if rank:
+        time.sleep(3)
+    dist.all_reduce(torch.ones(1))
+with distributed.step_timeout():
+    dist.all_reduce(torch.ones(1))
+reduce_late()  # as where one process evaluates or saves alone
+sys.stdout.write(f"process {rank} waited\\n")
+try:
+    with distributed.step_timeout():
+        reduce_late()
+except RuntimeError as error:
+    sys.stdout.write(f"process {rank}: {str(error).splitlines()[0]}\\n")
+"""
+
+
+def test_a_step_does_not_wait_for_long_and_evaluation_does(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LATE)
+    command = accelerate_command(str(program), processes=2)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(PYTHONPATH=str(ROOT)))
+    assert "process 0 waited" in result.stdout and "process 1 waited" in result.stdout, result.stderr
+    assert re.search(r"process 0: .*[Tt]imed out", result.stdout), result.stdout + result.stderr
+
+
+def test_ddp_neither_copies_gradients_nor_broadcasts_buffers(tmp_path):
+    recipe, program = write(tmp_path, "ddp"), tmp_path / "program.py"
+    program.write_text(
+        "import sys, torch.nn.parallel as parallel\n"
+        "from mmaudio_hf.cli import train_main\n"
+        "made = parallel.DistributedDataParallel.__init__\n"
+        "def init(self, *args, **options):\n"
+        "    made(self, *args, **options)\n"
+        "    sys.stdout.write(f'{self.gradient_as_bucket_view} {self.broadcast_buffers}\\n')\n"
+        "parallel.DistributedDataParallel.__init__ = init\n"
+        "assert train_main([sys.argv[1], 'training.steps=1']) == 0\n"
+    )
+    command = accelerate_command(str(program), str(recipe), processes=2)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(PYTHONPATH=str(ROOT)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("True False") == 2, result.stdout

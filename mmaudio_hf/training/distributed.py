@@ -9,12 +9,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -34,6 +37,8 @@ from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import PROCESS_TIMEOUT, RunError
 
 SHARED_SECONDS = 30.0  # until one machine sees a file that another has written: network file systems cache listings
+
+STEP_TIMEOUT = timedelta(minutes=10)  # as torch has it for NCCL; compiling the first step takes a few
 
 TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
 """Named tensors by group, as checkpoints have them: model, optimizer, ema, ..."""
@@ -135,7 +140,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.training.mixed_precision,
         log_with=list(recipe.training.trackers) or None,
         project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT), ddp_settings()],
         # The loop accumulates and compiles as the recipe says. Without these two accelerate reads its environment: with
         # 4 accumulation steps there it divides every loss by 4.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -150,6 +155,31 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     micro_batch_size(recipe.training, accelerator.num_processes)  # an error before anything is allocated
     return accelerator
+
+
+def ddp_settings() -> DistributedDataParallelKwargs:
+    """Gradients are views of DDP's buckets: without that it has them twice (4.1 GB for large) and copies them.
+
+    Buffers are tables that every process computes alike, so nothing is broadcast before a forward pass. Unused
+    parameters need no search: missing conditions are replaced by `where`, so that every parameter has a gradient.
+    """
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@contextmanager
+def step_timeout() -> Iterator[None]:
+    """Collectives inside time out in minutes, so that a run whose process hangs or is lost soon ends.
+
+    Outside they have PROCESS_TIMEOUT: processes wait there while one evaluates or saves alone.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    dist.set_timeout(STEP_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.set_timeout(PROCESS_TIMEOUT)
 
 
 def launch_notes(recipe: Recipe) -> list[str]:

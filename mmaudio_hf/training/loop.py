@@ -31,7 +31,7 @@ from mmaudio_hf.training.actions import (
 )
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.checkpointer import Checkpointer
-from mmaudio_hf.training.distributed import configure_model, make_accelerator, no_sync, swap_weights
+from mmaudio_hf.training.distributed import configure_model, make_accelerator, no_sync, step_timeout, swap_weights
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, diagnose_step
@@ -146,8 +146,9 @@ class Run:
                 self._resume_evaluation(state.metadata.get("to_evaluate", []), finished)
             progress.start_step()
             for batches in loader:
-                self.update(batches)
-                signal = self.guard.poll()
+                with step_timeout():
+                    self.update(batches)
+                    signal = self.guard.poll()
                 progress.end_step()
                 finished, stop = self._after_step(signal, progress, loader)
                 if stop:
@@ -359,3 +360,4 @@ class Run:
         problem = f"lines of {self.log.metrics.path} wait for disk space" if self.log.metrics.waiting else None
         best = self.best.step == self.step
         self.checkpointer.save(what, self.step, metadata, sums, finished=finished, best=best, problem=problem)
+        self.accelerator.wait_for_everyone()  # for a process that waited for its disk: a step would time out
