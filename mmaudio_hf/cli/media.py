@@ -16,6 +16,17 @@ def add_commands(add) -> None:
     media.add_argument("directory", metavar="DIR", type=Path)
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
+    prepare = add("prepare", _prepare, "make media lists of official annotations, captioned folders and tables")
+    prepare.add_argument("kind", choices=("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table"))
+    prepare.add_argument("source", metavar="SOURCE", type=Path, help="the annotation file, or the folder")
+    prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the lists")
+    prepare.add_argument("--name", default="", help="of the list (default: that of the data set, folder or table)")
+    prepare.add_argument("--media", metavar="DIR", type=Path, help="folder of the media: count what is missing")
+    prepare.add_argument(
+        "--share", metavar="SPLIT=X", action="append", default=[], help="as val=0.05: of the train ids"
+    )
+    prepare.add_argument("--id-column", default="", help="of a table: file names")
+    prepare.add_argument("--text-column", default="", help="of a table: captions")
     partition = "cut the audio files and long videos of a recipe into clips (writes clips.tsv)"
     for name, function, help_text in (
         ("partition", _partition, partition),
@@ -36,6 +47,25 @@ def _example_media(options) -> None:
 
     write_example_media(options.directory, seed=options.seed, small=options.small)
     print(f"example media: {options.directory}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    try:
+        shares = {split: float(share) for split, share in (text.split("=") for text in options.share)}
+    except ValueError:
+        raise ValueError(f"--share {' '.join(options.share)}: write SPLIT=X, as val=0.05") from None
+    from mmaudio_hf.sources import prepare
+
+    media = options.media or (options.source if options.kind == "folder" else None)
+    columns = (options.id_column, options.text_column)
+    lists, left_out = prepare(
+        options.kind, options.source, options.out, name=options.name, media=media, shares=shares, columns=columns
+    )
+    for prepared in lists:
+        missing = "" if prepared.missing is None else f", {prepared.missing} of its files are not in {media}"
+        print(f"{prepared.path}: {prepared.rows} rows{missing}")
+    for reason, count in left_out.items():
+        print(f"left out: {count} {reason}")
 
 
 def _partition(options: argparse.Namespace) -> None:
@@ -61,8 +91,8 @@ def _partition(options: argparse.Namespace) -> None:
             progress=True,
         )
         if report.pending_shards:
-            made = report.shards - report.pending_shards
-            print(f"{path}: {made} of {report.shards} shards complete; the process that finishes the last writes it")
+            complete = report.shards - report.pending_shards
+            print(f"{path}: {complete} of {report.shards} shards complete; the process that finishes the last writes it")
             continue
         rejects = path.with_suffix(".rejects.jsonl")
         rejects.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects))

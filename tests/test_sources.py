@@ -1,0 +1,91 @@
+"""Official annotation files, folders and tables become media lists, and what is left out is counted."""
+
+import json
+
+import pytest
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.media.lists import read_media_list
+
+
+def prepare(tmp_path, *words) -> dict[str, list[tuple[str, str]]]:
+    """`mmaudio-hf prepare`: the rows of every list, by its name."""
+    out = tmp_path / "lists"
+    assert main(["prepare", *map(str, words), "--out", str(out)]) == 0
+    lists = {path.stem: read_media_list(path, "caption") for path in sorted(out.glob("*.tsv"))}
+    return {name: [(item.id, item.caption) for item in items] for name, items in lists.items()}
+
+
+def test_vggsound(tmp_path, capsys):
+    file = tmp_path / "vggsound.csv"
+    file.write_text('---g-f_I2yQ,1,people marching,train\nNA,30,"tennis, with comma",train\n--x,185,waterfall,test\n')
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "---g-f_I2yQ_000001.MP4").touch()
+    lists = prepare(tmp_path, "vggsound", file, "--media", tmp_path / "videos")
+    assert lists == {
+        "vgg-test": [("--x_000185", "waterfall")],
+        "vgg-train": [("---g-f_I2yQ_000001", "people marching"), ("NA_000030", "tennis, with comma")],
+    }
+    printed = capsys.readouterr().out
+    assert "vgg-train.tsv: 2 rows, 1 of its files are not in" in printed
+
+
+def test_audiocaps_and_clotho(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("audiocap_id,youtube_id,start_time,caption\n1,r1nicOVtvkQ,130,A woman talks\n")
+    lists = prepare(tmp_path, "audiocaps", tmp_path / "a.csv")
+    assert lists == {"audiocaps": [("r1nicOVtvkQ_000130", "A woman talks")]}
+    names = ",".join(f"caption_{i}" for i in range(1, 6))
+    (tmp_path / "c.csv").write_text(f'file_name,{names}\nA B.wav,a,b,c,d,\n" bad.wav",a,b,c,d,e\n')
+    lists = prepare(tmp_path, "clotho", tmp_path / "c.csv", "--name", "own")
+    assert lists["own"] == [("A B", text) for text in "abcd"]
+    printed = capsys.readouterr().out
+    assert "left out: 1 without a caption" in printed and "left out: 5 with a name that cannot be an id" in printed
+    assert main(["prepare", "clotho", str(tmp_path / "a.csv"), "--out", str(tmp_path)]) == 2
+    assert "no column file_name, caption_1; it has audiocap_id" in capsys.readouterr().err
+
+
+def test_wavcaps(tmp_path):
+    """Every set is a list of its own, SoundBible none."""
+    for name, item in (("as_final", "Y--1.wav"), ("bbc_final", "7"), ("fsd_final", "180913"), ("sb_final", "3")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": [{"id": item, "caption": f"of {name}"}]}))
+    assert prepare(tmp_path, "wavcaps", tmp_path) == {
+        "audioset_sl": [("Y--1", "of as_final")],
+        "bbcsound": [("7", "of bbc_final")],
+        "freesound": [("180913", "of fsd_final")],
+    }
+
+
+def test_a_folder_is_split_by_shares_that_do_not_move(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    lines = [json.dumps({"file_name": f"c{i:02d}.mp4", "text": f"clip {i}"}) for i in range(40)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    lists = prepare(tmp_path, "folder", folder, "--share", "val=0.2", "--share", "test=0.2")
+    assert sorted(lists) == ["clips-test", "clips-train", "clips-val"]
+    assert sum(map(len, lists.values())) == 40 and 3 <= len(lists["clips-val"]) <= 14
+    (folder / "metadata.jsonl").write_text("\n".join(lines[::-1][:20]))
+    fewer = prepare(tmp_path, "folder", folder, "--share", "val=0.2", "--share", "test=0.2")
+    assert all(set(fewer[name]) <= set(lists[name]) for name in lists)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("clip,words\na.mp4,hello\n", [], "no column file_name or id or path"),
+        ("file_name,caption\na.mp4\n", [], "line 2: not as many fields as columns"),
+        ("file_name,caption\n../a/..,x\n", [], "no row can be used"),
+        ("file_name,caption\na,x\n", ["--share", "val=2"], "must each be above 0"),
+        ("file_name,caption\na,x\n", ["--share", "val"], "write SPLIT=X"),
+        ("file_name,caption\na,x\n", ["--media", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_mistakes_in_tables_are_named(tmp_path, capsys, text, words, message):
+    (tmp_path / "t.csv").write_text(text)
+    assert main(["prepare", "table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "lists"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_columns_of_a_table_may_be_named(tmp_path):
+    (tmp_path / "t.tsv").write_text("clip\twords\tsplit\na.b.mp4\thello\ttrain\nNA\tyes\tval\n")
+    lists = prepare(tmp_path, "table", tmp_path / "t.tsv", "--id-column", "clip", "--text-column", "words")
+    assert lists == {"t-train": [("a.b", "hello")], "t-val": [("NA", "yes")]}
