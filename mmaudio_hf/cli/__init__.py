@@ -41,6 +41,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "extract-video": "recipes/example.yaml extraction.num_proc=2",
     "generate": "--run output/example --video in.mp4 --prompt 'a bouncing ball' --out out.mp4",
     "import": "ckpt_last.pth --recipe recipes/small_16k.yaml --run output/imported",
+    "prepare": "folder my_clips --out data/sets --share val=0.1",
     "partition": "recipes/example.yaml",
     "pull": "owner/name --to output/name",
     "push": "output/example owner/name --dry-run",

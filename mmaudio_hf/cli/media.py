@@ -92,7 +92,7 @@ def _partition(options: argparse.Namespace) -> None:
         )
         if report.pending_shards:
             complete = report.shards - report.pending_shards
-            print(f"{path}: {complete} of {report.shards} shards complete; the process that finishes the last writes it")
+            print(f"{path}: {complete} of {report.shards} shards complete; the last one to finish writes it")
             continue
         rejects = path.with_suffix(".rejects.jsonl")
         rejects.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects))
