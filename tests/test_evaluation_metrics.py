@@ -19,7 +19,7 @@ from mmaudio_hf.evaluation import (
     mean_cosine,
     score_caches,
 )
-from mmaudio_hf.evaluation.desync import OffsetHead
+from mmaudio_hf.evaluation.metrics import OffsetHead
 
 RECORDED = json.loads((GOLDEN / "media_metrics.json").read_text())
 DIRECT, CACHES = RECORDED["direct"], RECORDED["evaluate"]

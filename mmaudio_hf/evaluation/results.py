@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from mmaudio_hf.files import write_text
 from mmaudio_hf.schema import RunError
 
 FORMAT = 1
@@ -32,13 +33,6 @@ def scores_file(folder: Path, split: str, step: int | None, variant: str = "") -
     """File of the scores of a split; `step` None for weights that do not say how long they were trained."""
     name = split if step is None else f"{split}_step_{step}"
     return folder / (f"{name}_{variant}.json" if variant else f"{name}.json")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of which a reader sees all or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def read_key(folder: Path) -> str | None:

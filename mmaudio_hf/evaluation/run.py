@@ -38,10 +38,10 @@ from mmaudio_hf.evaluation.results import (
     scores_file,
     write_key,
     write_scores,
-    write_text,
 )
 from mmaudio_hf.evaluation.samples import HeldOutItems, decoding_pipeline, generate_items
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint
+from mmaudio_hf.files import write_text
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.media.container import MediaError
