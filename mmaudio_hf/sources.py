@@ -1,4 +1,4 @@
-"""How data comes in: official annotation files, captioned folders and tables become our media lists.
+"""How data comes in: official annotation files, captioned folders, tables and data sets become our media lists.
 
     vggsound   vggsound.csv: YouTube id, start, label, split; no header
     audiocaps  train.csv ...: audiocap_id, youtube_id, start_time, caption
@@ -6,6 +6,7 @@
     clotho     clotho_captions_*.csv: file_name, caption_1 ... caption_5
     folder     a folder with metadata.csv, captions.csv, metadata.jsonl or captions.jsonl: file_name, caption or text
     table      any .csv, .tsv or .jsonl, with the names of its columns
+    dataset    what `datasets.load_dataset` reads: a Hub data set, a folder, or BUILDER:FILES, as webdataset:clips/*.tar
 
 Ids are the names of the files without their ending. Those of YouTube clips are the video's and the start in seconds
 with six digits, as in the lists of the reference implementation: `r1nicOVtvkQ_000130`.
@@ -23,8 +24,10 @@ from typing import Any
 from mmaudio_hf.media.lists import AUDIO_ENDINGS, VIDEO_ENDINGS, write_table
 from mmaudio_hf.schema import check_id
 
-KINDS = ("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table")
+KINDS = ("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table", "dataset")
 WAVCAPS_NAMES = {"as_final": "audioset_sl", "bbc_final": "bbcsound", "fsd_final": "freesound", "sb_final": "soundbible"}
+_ENDINGS = {*AUDIO_ENDINGS, *VIDEO_ENDINGS}
+_MEDIA = ("video", "audio")
 _FOLDER_FILES = ("metadata.csv", "captions.csv", "metadata.jsonl", "captions.jsonl")
 _ID_COLUMNS, _TEXT_COLUMNS = ("file_name", "id", "path", "audio", "video"), ("caption", "text", "label", "description")
 
@@ -49,19 +52,23 @@ class Prepared:
 
 def prepare(
     kind: str,
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     name: str = "",
     media: Path | None = None,
     shares: Mapping[str, float] | None = None,
     columns: tuple[str, str] = ("", ""),
+    split: str = "train",
+    media_column: str = "",
 ) -> tuple[list[Prepared], Counter[str]]:
     """Write `NAME.tsv`, or `NAME-SPLIT.tsv` for each split, to `out`; returns the lists, and counts of left-out rows.
 
     shares: split -> share of the ids that is taken from those without a split, or from "train", as {"val": 0.05}; drawn
     by a hash of the id, so a longer list keeps the split of every id. media: the folder whose files are looked for.
-    columns: of the file names and captions of a "table". ValueError names the file and line that cannot be read.
+    columns: of the file names and captions of a "table" or "dataset". A "dataset" is streamed, its `split`, and the
+    media in `media_column` are written to `media` as they are, so features are the same as from files. ValueError names
+    the file and line that cannot be read.
     """
     shares = dict(shares or {})
     if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
@@ -69,7 +76,10 @@ def prepare(
     lists: dict[str, list[Row]] = {}
     left_out: Counter[str] = Counter()
     example = ""
-    for group, row in _read(kind, source, columns):
+    if kind == "dataset" and media is None:
+        raise ValueError("give the folder that the media of the data set are written to")
+    dataset = str(source), media or Path(), split, columns, media_column
+    for group, row in _dataset(*dataset) if kind == "dataset" else _read(kind, Path(source), columns):
         try:
             check_id(row.id)
         except ValueError as error:
@@ -109,8 +119,7 @@ def _stems(media: Path) -> set[str]:
     """Names of the media files of a folder and its subfolders, without their endings."""
     if not media.is_dir():
         raise ValueError(f"{media}: no such folder; give the folder that holds the media")
-    endings = {*AUDIO_ENDINGS, *VIDEO_ENDINGS}
-    return {path.stem for path in media.rglob("*") if path.suffix.lower() in endings}
+    return {path.stem for path in media.rglob("*") if path.suffix.lower() in _ENDINGS}
 
 
 # --- Reading: (name of the list, row) of every annotation ------------------------------------------------------------
@@ -199,12 +208,47 @@ def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     for row in rows:
         names, text = _column(path, row, columns[0], _ID_COLUMNS), _column(path, row, columns[1], _TEXT_COLUMNS)
         file = str(row[names])
-        endings = (*AUDIO_ENDINGS, *VIDEO_ENDINGS)
-        item_id = Path(file).stem if file.lower().endswith(endings) else file
+        item_id = Path(file).stem if Path(file).suffix.lower() in _ENDINGS else file
         yield Row(item_id, str(row[text]), str(row.get("split", "")))
 
 
-def _column(path: Path, row: Mapping[str, Any], given: str, usual: tuple[str, ...]) -> str:
+def _dataset(
+    source: str, media: Path, split: str, columns: tuple[str, str], media_column: str
+) -> Iterator[tuple[str, Row]]:
+    """Stream a data set and write its media, bytes or files, without decoding them."""
+    import datasets  # here: it takes a second, and annotation files do not need it
+
+    builder, _, files = source.partition(":")
+    try:
+        if files:
+            data = datasets.load_dataset(builder, data_files=files, split=split, streaming=True)
+        else:
+            data = datasets.load_dataset(source, split=split, streaming=True)
+    except Exception as error:  # of many kinds, by where it is
+        raise ValueError(f"data set {source!r}, split {split!r}, cannot be read: {error}") from error
+    names = list(data.features or next(iter(data)))
+    media_column = media_column or next((name for name in names if f".{name}" in _ENDINGS or name in _MEDIA), "")
+    if media_column not in names:
+        raise ValueError(f"data set {source!r} has no column of media {media_column}: it has {', '.join(names)}")
+    media.mkdir(parents=True, exist_ok=True)
+    # As Video even where it is audio: the feature of audio imports torchcodec before it knows that nothing is decoded.
+    for number, row in enumerate(data.cast_column(media_column, datasets.Video(decode=False))):
+        file = Path(row[media_column]["path"] or f"{number:06d}.{media_column}")
+        given = columns[0] or ("__key__" if "__key__" in row else "")
+        item_id = check_id(str(row[given]) if given else file.stem, f"data set {source!r}, row {number}")
+        flat = row | (row["json"] if isinstance(row.get("json"), dict) else {})  # of a WebDataset
+        caption = str(flat[_column(source, flat, columns[1], _TEXT_COLUMNS)])
+        content = row[media_column]["bytes"]
+        target = media / f"{item_id}{file.suffix.lower()}"
+        content = file.read_bytes() if content is None else content
+        if not (target.is_file() and target.stat().st_size == len(content)):
+            partial = target.with_name(f".{target.name}.part")
+            partial.write_bytes(content)
+            partial.replace(target)
+        yield Path(source.partition(":")[2] or source).stem, Row(item_id, caption)
+
+
+def _column(path: Path | str, row: Mapping[str, Any], given: str, usual: tuple[str, ...]) -> str:
     name = given or next((name for name in usual if name in row), "")
     if name not in row:
         raise ValueError(f"{path}: no column {given or ' or '.join(usual)}; it has {', '.join(row)}")

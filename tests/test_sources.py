@@ -1,10 +1,14 @@
 """Official annotation files, folders and tables become media lists, and what is left out is counted."""
 
 import json
+import tarfile
 
+import datasets
 import pytest
+import torch
 
 from mmaudio_hf.cli import main
+from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_media_list
 
 
@@ -89,3 +93,41 @@ def test_columns_of_a_table_may_be_named(tmp_path):
     (tmp_path / "t.tsv").write_text("clip\twords\tsplit\na.b.mp4\thello\ttrain\nNA\tyes\tval\n")
     lists = prepare(tmp_path, "table", tmp_path / "t.tsv", "--id-column", "clip", "--text-column", "words")
     assert lists == {"t-train": [("a.b", "hello")], "t-val": [("NA", "yes")]}
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet", "webdataset"])
+def test_a_data_set_gives_the_same_files(tmp_path, form):
+    """Whatever `load_dataset` reads; so features are those of the files."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_audio(folder / f"{name}.wav", torch.rand(1000), 8000)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    source = str(folder)
+    if form == "folder":
+        (folder / "metadata.csv").write_text("file_name,caption\na.wav,of a\nb.wav,of b\n")
+    elif form == "parquet":
+        raw = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        rows = {"audio": [{"bytes": content, "path": name} for name, content in contents.items()]}
+        rows["caption"] = [f"of {name[0]}" for name in contents]
+        features = datasets.Features({"audio": raw, "caption": datasets.Value("string")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "clips.parquet")
+        source = f"parquet:{tmp_path / 'clips.parquet'}"
+    else:
+        with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+            for name in sorted(contents):
+                (folder / f"{name[0]}.json").write_text(json.dumps({"caption": f"of {name[0]}"}))
+                tar.add(folder / name, name)
+                tar.add(folder / f"{name[0]}.json", f"{name[0]}.json")
+        source = f"webdataset:{tmp_path / 'clips.tar'}"
+    for _ in range(2):
+        lists = prepare(tmp_path, "dataset", source, "--media", tmp_path / "media")
+        assert {name: sorted(rows) for name, rows in lists.items()} == {"clips": [("a", "of a"), ("b", "of b")]}
+        assert {path.name: path.read_bytes() for path in (tmp_path / "media").iterdir()} == contents
+
+
+def test_a_data_set_that_cannot_be_read_is_named(tmp_path, capsys):
+    words = ["prepare", "dataset", f"parquet:{tmp_path / 'none.parquet'}", "--out", str(tmp_path)]
+    assert main(words) == 2 and "give the folder" in capsys.readouterr().err
+    assert main([*words, "--media", str(tmp_path / "media")]) == 2
+    assert "none.parquet', split 'train', cannot be read" in capsys.readouterr().err

@@ -17,16 +17,18 @@ def add_commands(add) -> None:
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
     prepare = add("prepare", _prepare, "make media lists of official annotations, captioned folders and tables")
-    prepare.add_argument("kind", choices=("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table"))
-    prepare.add_argument("source", metavar="SOURCE", type=Path, help="the annotation file, or the folder")
+    prepare.add_argument("kind", choices=("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table", "dataset"))
+    prepare.add_argument("source", metavar="SOURCE", help="annotation file, folder, or what load_dataset reads")
     prepare.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the lists")
     prepare.add_argument("--name", default="", help="of the list (default: that of the data set, folder or table)")
     prepare.add_argument("--media", metavar="DIR", type=Path, help="folder of the media: count what is missing")
+    prepare.add_argument("--split", default="train", help="of a data set")
+    prepare.add_argument("--media-column", default="", help="of a data set, whose media are written to --media")
     prepare.add_argument(
         "--share", metavar="SPLIT=X", action="append", default=[], help="as val=0.05: of the train ids"
     )
-    prepare.add_argument("--id-column", default="", help="of a table: file names")
-    prepare.add_argument("--text-column", default="", help="of a table: captions")
+    prepare.add_argument("--id-column", default="", help="of a table or data set: file names")
+    prepare.add_argument("--text-column", default="", help="of a table or data set: captions")
     partition = "cut the audio files and long videos of a recipe into clips (writes clips.tsv)"
     for name, function, help_text in (
         ("partition", _partition, partition),
@@ -56,10 +58,18 @@ def _prepare(options: argparse.Namespace) -> None:
         raise ValueError(f"--share {' '.join(options.share)}: write SPLIT=X, as val=0.05") from None
     from mmaudio_hf.sources import prepare
 
-    media = options.media or (options.source if options.kind == "folder" else None)
+    media = options.media or (Path(options.source) if options.kind == "folder" else None)
     columns = (options.id_column, options.text_column)
     lists, left_out = prepare(
-        options.kind, options.source, options.out, name=options.name, media=media, shares=shares, columns=columns
+        options.kind,
+        options.source,
+        options.out,
+        name=options.name,
+        media=media,
+        shares=shares,
+        columns=columns,
+        split=options.split,
+        media_column=options.media_column,
     )
     for prepared in lists:
         missing = "" if prepared.missing is None else f", {prepared.missing} of its files are not in {media}"
