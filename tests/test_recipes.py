@@ -151,3 +151,18 @@ def test_scripts_are_thin_doors(path):
     assert len(path.read_text().splitlines()) <= 40
     result = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage: mmaudio-hf" in result.stdout
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
+    """The longest literal piece of each quoted message stands in the source; others come from pip."""
+    source = "".join(path.read_text() for path in (ROOT / "mmaudio_hf").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that continue on the next line
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(
+        r"`([^`]+)`", "".join(line.split(" | ")[0] for line in page.splitlines() if line[:3] == "| `")
+    )
+    assert len(messages) > 20
+    changing = r"\.\.\.|\d+|'[^']*'|ACCELERATE_\w+=\S+|\bN\b|(?:finetune|optim|training|data)\.[.\w]+|DeepSpeed|wandb"
+    for message in messages:
+        piece = max((piece.strip(" .:") for piece in re.split(changing, message)), key=len)
+        assert piece in source or "distribution" in message, f"{message}: {piece!r} is not in the package"
