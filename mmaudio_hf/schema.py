@@ -59,8 +59,14 @@ AuditVerdict = Literal[
     "too_long",
     "odd_duration",
     "start_gap",
+    "audio_drift",
     "clipped",
     "variable_frame_rate",
+    "audio_tracks",
+    "hdr",
+    "interlaced",
+    "non_square_pixels",
+    "empty_caption",
     "duplicate_caption",
 ]
 

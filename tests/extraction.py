@@ -27,6 +27,8 @@ def extract(
     share: Share | None = None,
     **options,
 ) -> ExtractionReport:
-    """Either kind of extraction, without progress bars."""
+    """Either kind of extraction, by default without progress bars."""
     run = extract_video if isinstance(source, VideoSource) else extract_audio
-    return run(recipe, source, open_writer, problems=problems, share=share or Share(), progress=False, **options)
+    return run(
+        recipe, source, open_writer, problems=problems, share=share or Share(), **({"progress": False} | options)
+    )

@@ -4,7 +4,8 @@ Every frame carries its own number as a 16-bit code, every audio track a 6 ms bu
 presentation time, so a test can tell which frame and which moment it was given.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -75,6 +76,9 @@ class Odd:
     frame_rate: Fraction = Fraction(25)
     colorspace: int | None = None
     rotation: int = 0
+    hdr: bool = False  # tagged as PQ
+    pixel_aspect: Fraction | None = None
+    audio_tracks: int = 1  # the first is the one with the bursts, others are silent
     options: tuple[tuple[str, str], ...] = ()
 
 
@@ -95,12 +99,17 @@ def write_odd(path: Path, odd: Odd, container_options: dict | None = None) -> Pa
             video.options = {"preset": "veryfast", "crf": "20", **video.options}
         if odd.colorspace is not None:
             video.codec_context.colorspace = odd.colorspace
+        if odd.hdr:
+            video.codec_context.color_trc = 16
+        if odd.pixel_aspect:
+            video.codec_context.sample_aspect_ratio = odd.pixel_aspect
         if odd.rotation:
             video.set_display_rotation(odd.rotation)
         unit = video.codec_context.time_base
         audio = None
         if odd.audio_seconds is not None:
             audio = container.add_stream("aac", rate=odd.rate, layout=odd.layout)
+            others = [container.add_stream("aac", rate=odd.rate, layout=odd.layout) for _ in range(1, odd.audio_tracks)]
         packets = []
         for number, time in enumerate(odd.frame_times):
             frame = av.VideoFrame.from_ndarray(code_image(0 if odd.still else number, width, height), format="rgb24")
@@ -109,6 +118,7 @@ def write_odd(path: Path, odd: Odd, container_options: dict | None = None) -> Pa
         packets += video.encode(None)
         if audio is not None:
             packets += audio_packets(audio, odd)
+            packets += [packet for other in others for packet in audio_packets(other, replace(odd, silent=True))]
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):  # interleaved as recorders do
             container.mux(packet)
     return path
@@ -142,9 +152,9 @@ def cut_without_encoding(source: Path, path: Path, start: float) -> Path:
     return path
 
 
-def remux(source: Path, path: Path) -> Path:
+def remux(source: Path, path: Path, **options: str) -> Path:
     """The same packets in another container, by the ending."""
-    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
         streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
         for packet in old.demux():
             if packet.size:
@@ -168,4 +178,53 @@ def overwrite_packet(source: Path, path: Path, kind: str, seconds: float) -> Pat
     data = bytearray(source.read_bytes())
     data[position : position + size] = bytes([0xFF]) * size
     path.write_bytes(data)
+    return path
+
+
+def retime_audio(source: Path, path: Path, time_of: Callable[[int, Fraction], Fraction | None]) -> Path:
+    """Copy a file packet by packet; `time_of(number, time)` of an audio packet is its new time in s, None drops it."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        streams = {stream.index: new.add_stream_from_template(stream) for stream in old.streams}
+        number, packets = 0, []
+        for packet in old.demux():
+            if not packet.size:
+                continue
+            if packet.stream.type == "audio":
+                time = time_of(number, packet.pts * packet.time_base)
+                number += 1
+                if time is None:
+                    continue
+                packet.pts = packet.dts = round(time / packet.time_base)
+            packets.append((packet.dts * packet.time_base, packet))
+        for _, packet in sorted(packets, key=lambda pair: pair[0]):
+            packet.stream = streams[packet.stream.index]
+            new.mux(packet)
+    return path
+
+
+def joined_audio(path: Path, seconds: float, part: float, rate: int = 48_000) -> Path:
+    """Video with AAC audio of parts that were encoded one by one and joined without encoding, as editors do.
+
+    Each part has 1024 samples of priming and its padding, so the parts overlap by their timestamps.
+    """
+    plain = Odd(steady(seconds), audio_seconds=None)
+    with av.open(str(write_odd(path.with_suffix(".plain.mp4"), plain))) as old, av.open(str(path), "w") as new:
+        video = new.add_stream_from_template(old.streams.video[0])
+        audio = new.add_stream("aac", rate=rate, layout="mono")
+        packets = [packet for packet in old.demux() if packet.size]
+        for packet in packets:
+            packet.stream = video
+        for number in range(round(seconds / part)):
+            encoder = av.CodecContext.create("aac", "w")
+            encoder.sample_rate, encoder.layout, encoder.format = rate, "mono", "fltp"
+            track = burst_track(part, rate, number * part)
+            frame = av.AudioFrame.from_ndarray(track, format="fltp", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+            begin = round(number * part * rate)
+            for packet in [*encoder.encode(frame), *encoder.encode(None)]:
+                packet.pts = packet.dts = packet.pts + begin
+                packet.time_base, packet.stream = Fraction(1, rate), audio
+                packets.append(packet)
+        for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
+            new.mux(packet)
     return path

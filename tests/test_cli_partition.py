@@ -35,15 +35,17 @@ def test_partition_accounts_for_every_file(tmp_path, capsys):
     assert main(["partition", recipe]) == 0
     clips, rejects = tmp_path / "out" / "noises.clips.tsv", tmp_path / "out" / "noises.clips.rejects.jsonl"
     printed = capsys.readouterr()
-    assert f"{clips}: 2 clips, 2 files rejected, see {rejects}; 1 other files ignored" in printed.out
+    assert f"{clips}: 2 clips, 2 files rejected, 1 other files ignored, see {rejects}" in printed.out
     assert "3/3" in printed.err  # the bar
     assert [clip.id for clip in read_clips(clips)] == ["long_0", "long_1"]
     lines = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert [(line["file"], line["reason"]) for line in lines] == [
         ("broken.wav", "unreadable"),
         ("short.flac", "audio_too_short"),
+        ("notes.txt", "ignored"),
     ]
     (media / "broken.wav").unlink()
+    (media / "notes.txt").unlink()
     (media / "short.flac").unlink()
     assert main(["partition", recipe]) == 0
     assert rejects.read_text() == "" and "rejects.jsonl" not in capsys.readouterr().out

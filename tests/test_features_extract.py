@@ -63,8 +63,10 @@ def shard_times(folder, name) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (folder / f"{name}.shards").glob("shard_*.json")}
 
 
-def rejects_of(report) -> list[dict]:
-    return [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
+def rejects_of(report, of_folder: bool = False) -> list[dict]:
+    """Rejects of the list; of_folder: those behind them, files of the folder that are in no list."""
+    lines = [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
+    return [line for line in lines if (line["stage"] == "folder") == of_folder]
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +242,43 @@ def test_audio_files_give_a_row_for_each_clip_and_caption(example, weights, tmp_
     reasons = Counter(reject["reason"] for reject in rejects_of(report))
     assert reasons == {"silent": 1, "no_caption": 2, "not_found": 1, "clip_out_of_range": 2, "no_clip": 2}
     assert report.listed == report.accepted + report.rejected == 14
+
+
+@pytest.mark.parametrize(("captions", "expected"), [("all", "abc"), ("first", "ac"), ("last", "bc")])
+def test_captions_of_a_file_with_several(captions, expected, example, weights, tmp_path, capsys):
+    media = tmp_path / "audios"
+    media.mkdir()
+    for name, path in zip(("x", "y"), sorted((example / "audios").glob("*.flac")), strict=False):
+        shutil.copy(path, media / f"{name}.flac")
+    table = write_list(tmp_path / "captions.tsv", [("x", "a"), ("x.flac", "b"), (" y", "c")], "caption")
+    source = AudioSource("audio", str(media), str(table), str(tmp_path / "clips.tsv"), captions)
+    write_clips(source, tmp_path / "clips.tsv")
+    report = extract(toy_recipe(tmp_path / "out", weights), source, progress=True)
+    clips = [clip.id for clip in read_clips(tmp_path / "clips.tsv")]
+    store = FeatureStore.open(report.store_path)
+    assert sorted(set(store.captions)) == list(expected) and (store.ids == clips) == (captions != "all")
+    said = f"audio: {len(store.ids)} rows of {len(clips)} clips" in capsys.readouterr().out
+    assert said == (captions == "all"), "one line says why there are more rows than clips"
+
+
+def test_files_of_a_folder_that_no_list_names(example, weights, tmp_path):
+    media = tmp_path / "videos"
+    (media / "more").mkdir(parents=True)
+    good, other = sorted((example / "videos").glob("train*.mp4"))[:2]
+    for name in ("A.MP4", "cafe\u0301.mp4", "more/b.mp4", "of_val.mp4"):
+        shutil.copy(good, media / name)
+    (media / "notes.txt").write_text("x")
+    table = write_list(media / "list.tsv", [("A", "a"), ("caf\u00e9", "e"), ("b.mp4", "c")])
+    source = VideoSource("own", str(media), str(table))
+    val = VideoSource("val", str(media), str(write_list(tmp_path / "val.tsv", [("of_val", "v")])))
+    recipe = toy_recipe(media / "out", weights, videos=(source, val))
+    shutil.copy(other, media / "more" / "new.mp4")
+    report = extract(recipe, source)
+    assert (report.accepted, report.rejected) == (3, 0) and rejects_of(report) == []
+    assert FeatureStore.open(report.store_path).ids == ["A", "caf\u00e9", "b.mp4"]
+    assert [(line["id"], line["reason"]) for line in rejects_of(report, of_folder=True)] == [
+        *(("new", "unlisted"), ("notes", "ignored")),
+    ]
 
 
 def test_the_users_mistakes_are_named_before_any_work(example, weights, tmp_path):

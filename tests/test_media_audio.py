@@ -1,6 +1,8 @@
 """Recordings: scales of sample formats, resampling, clips of loud files, writing."""
 
 import math
+import re
+import tracemalloc
 from fractions import Fraction
 
 import av
@@ -9,9 +11,18 @@ import pytest
 import scipy.io.wavfile
 import scipy.signal
 import torch
+from odd_media import remux
 
 from mmaudio_hf.media import audio
-from mmaudio_hf.media.audio import count_samples, read_audio_clip, read_waveform, resample, write_audio
+from mmaudio_hf.media.audio import (
+    AudioPlacement,
+    count_samples,
+    read_audio_clip,
+    read_audio_clips,
+    read_waveform,
+    resample,
+    write_audio,
+)
 from mmaudio_hf.media.container import MediaError
 
 RNG = np.random.default_rng(0)
@@ -149,6 +160,152 @@ def test_damaged_audio_file(tmp_path):
     with pytest.raises(MediaError) as caught:
         read_waveform(tmp_path / "a.flac")
     assert caught.value.reason == "decode_error"
+
+
+def tone(seconds: float, rate: int) -> np.ndarray:
+    """(1, samples) float32, no two frames alike."""
+    times = np.arange(round(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * (300 + 20 * times) * times))[None].astype(np.float32)
+
+
+RATE = 48_000
+SECONDS = 4.0
+WRITERS = {
+    "mp3": ("libmp3lame", "fltp"),
+    "opus": ("libopus", "flt"),
+    "webm": ("libopus", "flt"),
+    "mka": ("aac", "fltp"),
+    "mp4": ("aac", "fltp"),
+    "aiff": ("pcm_s16be", "s16"),
+    "wav": ("pcm_s16le", "s16"),
+    "flac": ("flac", "s16"),
+}
+
+
+def write_tone(path):
+    """A tone of SECONDS in the format of the ending."""
+    codec, sample_format = WRITERS[path.suffix[1:]]
+    data = tone(SECONDS, RATE)
+    data = np.round(data * 32767).astype(np.int16) if sample_format == "s16" else data
+    write_frames(path, codec, RATE, data, sample_format, "mono")
+    return path
+
+
+def damage_of(path) -> str | None:
+    """What is wrong with the file, the same for every way to read it."""
+    messages = set()
+    for read in (count_samples, read_waveform, lambda path: read_audio_clip(path, duration=1.0)):
+        try:
+            read(path)
+            messages.add(None)
+        except MediaError as error:
+            assert error.reason == "decode_error" and str(path) in str(error)
+            messages.add(str(error))
+    assert len(messages) == 1
+    return messages.pop()
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_file_that_ends_early_is_damaged(ending, tmp_path):
+    """Whatever states the length: the header, the index, the size of the last chunk or page."""
+    path = write_tone(tmp_path / f"a.{ending}")
+    if ending == "mp4":  # with the index at the end nothing would be left to open
+        path = remux(path, tmp_path / "b.mp4", movflags="faststart")
+    assert damage_of(path) is None
+    assert count_samples(path)[0] / RATE == pytest.approx(SECONDS, abs=0.03)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(0.7 * len(data))])
+    assert damage_of(path) is not None
+
+
+def test_a_lost_page_is_damage_though_the_rest_decodes(tmp_path):
+    path = write_tone(tmp_path / "a.opus")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 100] = bytes(100)
+    path.write_bytes(data)
+    assert re.search(r"\d+ of 19\d{4} samples can be decoded", damage_of(path))
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("junk", [bytes(5000), b"\0" + b"\xff" * 3000, b"TAG" + bytes(125)])
+def test_junk_after_the_last_frame_of_an_mp3_file(header, junk, tmp_path):
+    path = write_tone(tmp_path / "a.mp3")
+    data = path.read_bytes()
+    assert b"Info" in data
+    data = data if header else data.replace(b"Info", bytes(4))  # without it, nothing states the length
+    path.write_bytes(data)
+    whole = read_waveform(path)[0]
+    path.write_bytes(data + junk)
+    assert damage_of(path) is None
+    again = read_waveform(path)[0]  # with much junk FFmpeg no longer cuts the padding of the last frame
+    assert torch.equal(again[: len(whole)], whole) and len(again) - len(whole) < 1152
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes(3000) + data[middle:])
+    assert damage_of(path) is not None, "between frames it is damage"
+
+
+def test_joined_mp3_files_are_read_to_the_end(tmp_path):
+    path = write_tone(tmp_path / "a.mp3")
+    path.write_bytes(path.read_bytes() * 2)
+    assert count_samples(path)[0] / RATE == pytest.approx(2 * SECONDS, abs=0.1)
+
+
+def test_wav_files_of_unknown_length(tmp_path):
+    """As programs write them into pipes: the sizes in the header are 0 or the largest number."""
+    path = write_tone(tmp_path / "a.wav")
+    data, whole = bytearray(path.read_bytes()), read_waveform(path)[0]
+    header = data.index(b"data") + 4
+    for size in (0, 0xFFFFFFFF):
+        data[header : header + 4] = size.to_bytes(4, "little")
+        path.write_bytes(data)
+        assert torch.equal(read_waveform(path)[0], whole)
+
+
+def test_memory_of_a_long_file_is_bounded_by_its_clips(tmp_path):
+    """Ten minutes of 8 kHz are 19 MB as float; two clips of a second need less than 2 MB at any moment."""
+    path = tmp_path / "a.flac"
+    write_audio(path, torch.from_numpy(np.tile(tone(60, 8000)[0], 10)), 8000)
+    tracemalloc.start()
+    clips = read_audio_clips(path, [(0, 9600), (4_000_000, 4_009_600)], duration=1.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [clip.shape for clip in clips] == [(16_384,)] * 2 and peak < 2_000_000
+    alone = [read_audio_clip(path, start_sample=s, end_sample=s + 9600, duration=1.0) for s in (0, 4_000_000)]
+    assert all(torch.equal(a, b) for a, b in zip(clips, alone, strict=True))
+    waveform, _ = read_waveform(path)
+    expected = resample(waveform[:9600] / waveform.abs().max() * 0.95, 8000, 16_000)[:16_384]
+    assert torch.equal(clips[0], expected)
+
+
+# (name, frames as (time in ms, samples), expected (zeros, samples) at 1000 Hz with codec frames of 20 samples)
+STEADY = [(20 * n, 20) for n in range(6)]
+PLACED = [
+    ("steady", STEADY, [(0, 20)] * 6),
+    ("jitter", [(t + 5 * (n % 2), s) for n, (t, s) in enumerate(STEADY)], [(0, 20)] * 6),
+    ("one wrong timestamp", [(t + 35 * (n == 2), s) for n, (t, s) in enumerate(STEADY)], [(0, 20)] * 6),
+    ("no timestamps", [(None, s) for _, s in STEADY], [(0, 20)] * 6),
+    ("a lost frame", STEADY[:2] + STEADY[3:], [(0, 20), (0, 20), (20, 20), (0, 20), (0, 20)]),
+    ("a hole", [(t + 60 * (n > 2), s) for n, (t, s) in enumerate(STEADY)], [*[(0, 20)] * 3, (60, 20), *[(0, 20)] * 2]),
+    (
+        "an overlap",
+        [(t - 18 * (n > 2), s) for n, (t, s) in enumerate(STEADY)],
+        [*[(0, 20)] * 2, (0, 2), *[(0, 20)] * 3],
+    ),
+    ("a repeat", [(t - 40 * (n > 3), s) for n, (t, s) in enumerate(STEADY)], [*[(0, 20)] * 3, (0, 0), (0, 0), (0, 20)]),
+    ("the last frame late", [*STEADY[:5], (130, 20)], [*[(0, 20)] * 5, (30, 20)]),
+]
+
+
+@pytest.mark.parametrize(("name", "frames", "expected"), PLACED, ids=[case[0] for case in PLACED])
+def test_frames_are_placed_by_their_timestamps(name, frames, expected):
+    placement, placed = AudioPlacement(1000, 20), []
+    for time, size in frames:
+        placed += placement.place(np.zeros(size, np.float32), None if time is None else Fraction(time, 1000))
+    placed += placement.flush()
+    assert [(silence, samples.size) for silence, samples in placed[1:]] == expected  # the first is what came before
+    assert placement.count == sum(map(sum, expected)) and placement.holes == sum(silence for silence, _ in expected)
+    drift = {"a lost frame": 20, "a hole": 60, "an overlap": 18, "a repeat": 40, "jitter": 0}
+    assert placement.drift == drift.get(name, 0)
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac"])

@@ -1,6 +1,8 @@
 """Audits of real files: every verdict on the file it is for and on no other, the same table however it came about."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import av
 import numpy as np
@@ -18,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from odd_media import Odd, overwrite_packet, remux, steady, truncate, write_odd
+from odd_media import Odd, overwrite_packet, read_codes, remux, retime_audio, steady, truncate, write_odd
+from PIL import Image
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.cli import media as command
@@ -57,6 +61,11 @@ VIDEOS = {
     "late_audio": odd(audio_start=0.3),
     "late_frames": odd(frame_times=steady(2.2, start=Fraction(1, 4))),
     "uneven": odd(frame_times=UNEVEN),
+    "dubbed": odd(audio_tracks=2),
+    "pq": odd(hdr=True),
+    "fields": odd(options=(("flags", "+ildct+ilme"),)),
+    "anamorphic": odd(pixel_aspect=Fraction(4, 3)),
+    "uncaptioned": odd(),
 }
 EXPECTED = {
     "good": set(),
@@ -72,6 +81,14 @@ EXPECTED = {
     "late_audio": {"start_gap"},
     "late_frames": {"start_gap"},
     "uneven": {"variable_frame_rate"},
+    "dubbed": {"audio_tracks"},
+    "pq": {"hdr"},
+    "fields": {"interlaced"},
+    "anamorphic": {"non_square_pixels"},
+    "uncaptioned": {"empty_caption"},
+    "drifting": {"audio_drift"},
+    "image": {"unreadable"},
+    "LOUD": set(),
     "copy": {"duplicate_content"},
     "remuxed": {"duplicate_content"},
     "held_remuxed": {"leakage"},
@@ -93,6 +110,8 @@ AUDIO_FILES = {
     "quiet": {"silent"},
     "brief": {"too_short"},
     "loud": {"clipped"},
+    "truncated": {"damaged"},
+    "UPPER": set(),
     "of_good": {"duplicate_content", "too_short"},  # the audio track of a video
     "gone": {"not_found"},
 }
@@ -131,6 +150,10 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     (videos / "empty.mp4").write_bytes(b"")
     truncate(write_odd(folder / "whole.mp4", odd(), options), videos / "cut.mp4", 0.6)
     overwrite_packet(write_odd(folder / "audio.mp4", odd(), options), videos / "spoiled.mp4", "audio", 1.0)
+    slower = lambda number, time: time * Fraction(102, 100)  # noqa: E731
+    retime_audio(write_odd(folder / "steady.mp4", odd()), videos / "drifting.mp4", slower)
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(videos / "image.mp4", "JPEG")
+    write_odd(folder / "loud.mp4", odd()).rename(videos / "LOUD.MP4")
     write_audio(videos / "audio_only.wav", noise(3, 0), 16_000)
     os.rename(videos / "audio_only.wav", videos / "audio_only.mp4")
 
@@ -139,9 +162,12 @@ def sources(tmp_path_factory) -> list[AuditSource]:
     write_audio(audios / "quiet.wav", torch.zeros(9 * 16_000), 16_000)
     write_audio(audios / "brief.flac", noise(8, 3), 16_000)
     write_audio(audios / "loud.flac", noise(9, 4, level=10.0), 16_000)
+    truncate(write_audio_file(folder / "all.wav", noise(14, 5)), audios / "truncated.wav", 0.7)
+    write_audio_file(folder / "upper.wav", noise(9, 6)).rename(audios / "UPPER.WAV")
     _audio_of(good, audios / "of_good.m4a")
 
-    rows = [(name, f"a talk of {name[:4]}" if "talk" in name else name) for name in EXPECTED if name != "twice"]
+    caption = {"talk_1": "a talk", "talk_2": "a talk", "uncaptioned": " "}
+    rows = [(name, caption.get(name, name)) for name in EXPECTED if name != "twice"]
     captions = [("tone", "a tone"), ("captioned_twice", "a"), *((name, name) for name in list(AUDIO_FILES)[2:])]
     return [
         AuditSource("v", "video", videos, write_rows(folder / "v.tsv", [*rows, ("twice", "1"), ("twice", "2")])),
@@ -152,6 +178,11 @@ def sources(tmp_path_factory) -> list[AuditSource]:
             "h", "video", held, write_rows(folder / "h.tsv", [("elsewhere", "e"), ("held_id", "h")]), False, True
         ),
     ]
+
+
+def write_audio_file(path: Path, waveform: torch.Tensor) -> Path:
+    write_audio(path, waveform, 16_000)
+    return path
 
 
 def _audio_of(source: Path, path: Path) -> None:
@@ -256,7 +287,7 @@ def test_killed_and_run_again_gives_the_same_table(table, sources, tmp_path):
     assert 0 < report.measured <= files - 11
     assert path.read_bytes() == table.read_bytes()
     # What does not open is tried once more, the rest is known; a file that changes is measured, and told from the old.
-    assert run(sources, path, workers=1).measured == 2
+    assert run(sources, path, workers=1).measured == 3
     assert path.read_bytes() == table.read_bytes()
 
 
@@ -278,7 +309,7 @@ def test_a_file_that_crashes_the_decoder_takes_no_other_along(table, sources, tm
         else:
             assert new == old
     monkeypatch.undo()
-    assert run(sources, tmp_path / "audit.parquet").measured == 3
+    assert run(sources, tmp_path / "audit.parquet").measured == 4
     assert (tmp_path / "audit.parquet").read_bytes() == table.read_bytes()
 
 
@@ -307,15 +338,48 @@ def test_the_page_shows_hostile_names_as_text(tmp_path, table):
     source.list.write_text(text)
     run([source], tmp_path / "audit.parquet", workers=1)
     page = Page(write_page(tmp_path / "audit.parquet", tmp_path / "audit.html"))
-    assert {evil, caption, "<i>"} <= set(page.texts)
-    assert not {"script", "img", "i", "link", "iframe"} & set(page.tags)
-    assert all(address.startswith("#") for address in page.addresses)
+    items = Page(tmp_path / "audit_items" / "1.html")
+    for shown in (page, items):
+        assert {evil, caption, "<i>"} <= set(shown.texts)
+        assert not {"script", "img", "i", "link", "iframe"} & set(shown.tags)
+    name = quote(f"{evil}.mp4")
+    assert page.addresses == [
+        *("audit_items/1.html", "#not_found", "#unreadable"),
+        *(f"media/{name}", f"media/{name}"),
+    ]
+    assert {address for address in items.addresses if "media" in address} == {f"../media/{name}"}
     write_rows(source.list, [("../../x", "c")])
     with pytest.raises(ValueError, match=r"not a plain name.*l\.tsv, line 2"):
         run([source], tmp_path / "other.parquet")
     assert not (tmp_path / "other.parquet").exists()
-    whole = Page(write_page(table, tmp_path / "whole.html"))
-    assert set(VERDICTS) <= set(whole.texts) and whole.tags.count("svg") == 8
+
+
+def test_the_pages_show_and_play_every_item(table, tmp_path):
+    """Frames as one image and a player with a link relative to the page; copies beside what they are copies of."""
+    rows = rows_of(table)
+    page = Page(write_page(table, tmp_path / "whole.html"))
+    items = Page(tmp_path / "whole_items" / "1.html")
+    assert set(VERDICTS) <= set(page.texts) and page.tags.count("svg") == 9 and page.tags.count("details") == 1
+    assert {"seconds", "share", "dBFS", "frames per second"} <= set(page.texts), "units"
+    kinds = {"video": "video", "audio": "audio"}
+    for kind, tag in kinds.items():
+        assert items.tags.count(tag) == sum(row["kind"] == kind and row["bytes"] is not None for row in rows)
+    assert items.tags.count("img") == sum(bool(row["thumbnails"]) for row in rows) > 20
+    for address in (a for a in items.addresses if a.startswith("..") and not a.endswith(".html")):
+        assert (tmp_path / "whole_items" / unquote(address)).is_file()
+    copies = [row for row in rows if row["copy_of"] is not None]
+    assert {(row["id"], rows[row["copy_of"]]["id"]) for row in copies} == {
+        *(("copy", "good"), ("remuxed", "good"), ("of_good", "good"), ("held_remuxed", "elsewhere")),
+    }
+    text = (tmp_path / "whole.html").read_text()
+    assert text.count('class="pair"') == len(copies)
+    thumbnails = {row["id"]: row["thumbnails"] for row in rows}
+    strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(thumbnails["good"]))))
+    assert strip.shape == (80, 4 * 80, 3)
+    codes = [
+        read_codes(torch.from_numpy(part.copy()).permute(2, 0, 1)[None] / 255)[0] for part in np.split(strip, 4, 1)
+    ]
+    assert codes[0] == 0 and codes == sorted(codes) and 12 <= codes[1] <= 18, "the first frame of each quarter"
 
 
 def test_extraction_leaves_out_what_the_audit_rejects(tmp_path, example_media, capsys):
@@ -344,9 +408,11 @@ def test_extraction_leaves_out_what_the_audit_rejects(tmp_path, example_media, c
     assert "1 leakage" in output and "3 of 5 items are ok" in output and (out / "audit.html").is_file()
     assert main(["extract-video", str(recipe), use]) == 0
     rejects = [json.loads(line) for line in (out / "few.rejects.jsonl").read_text().splitlines()]
+    others = {path.stem for path in (media / "videos").iterdir()} - {*good, "frozen", "held"}
     assert {(r["id"], r["stage"], r["reason"]) for r in rejects} == {
         (good[2], "audit", "leakage"),
         ("frozen", "audit", "still"),
+        *((name, "folder", "unlisted") for name in others),  # and not what the other list of the folder names
     }
     counts = FeatureStore.open(out / "few").manifest["counts"]
     assert counts == {"listed": 4, "accepted": 2, "rejected": 2}

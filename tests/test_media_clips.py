@@ -11,7 +11,17 @@ from golden_data import GOLDEN
 from mmaudio_hf.config import AudioSource
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import Clip, MediaItem, find_audio_file, partition, read_clips, read_media_list, write_clips
+from mmaudio_hf.media.lists import (
+    Clip,
+    MediaFolder,
+    MediaItem,
+    find_audio_file,
+    find_video,
+    partition,
+    read_clips,
+    read_media_list,
+    write_clips,
+)
 
 
 def write(path, text, encoding="utf-8"):
@@ -56,7 +66,9 @@ def test_clip_list_of_a_folder(tmp_path):
         ("brief.wav", "audio_too_short"),
         ("broken.mp3", "unreadable"),
     ]
-    assert report.ignored == ["b.wav", "notes.txt", "sub"]
+    assert [(file["file"], file["reason"]) for file in report.ignored] == [
+        *(("b.wav", "ignored"), ("notes.txt", "ignored")),
+    ]
     clips = read_clips(tmp_path / "clips.tsv")
     assert (report.clips, clips[0]) == (len(clips), Clip("a 1_0", "a 1", 0, 64_800))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["audios", "clips.tsv"]
@@ -66,6 +78,73 @@ def test_clip_list_of_a_folder(tmp_path):
     assert caught.value.reason == "not_found"
     with pytest.raises(ValueError, match="plain name"):
         find_audio_file(folder, "../b")
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"media")
+    return folder
+
+
+# (files, kind, id, the file it is or a part of the message)
+FOUND = [
+    (["A.MP4"], "video", "A", "A.MP4"),
+    (["a.ts", "a.WMV"], "video", "a", "a.ts"),
+    *[([f"a.{ending}"], "video", "a", f"a.{ending}") for ending in ("ts", "flv", "3gp", "mpg", "wmv")],
+    *[([f"a.{ending}"], "audio", "a", f"a.{ending}") for ending in ("webm", "mka", "mp4", "WAV")],
+    (["a.wav", "a.FLAC", "a.mp3"], "audio", "a", "a.FLAC"),
+    (["cafe\u0301.mp4"], "video", "caf\u00e9", "cafe\u0301.mp4"),
+    (["caf\u00e9.mp4"], "video", "cafe\u0301", "caf\u00e9.mp4"),
+    (["caf\u00e9.mp4", "cafe\u0301.mp4"], "video", "cafe\u0301", "cafe\u0301.mp4"),
+    ([" day in Porto.mp3"], "audio", "day in Porto", " day in Porto.mp3"),
+    (["x/y/a.mp4"], "video", "a", "x/y/a.mp4"),
+    (["a.mkv", "x/a.mp4"], "video", "a", "a.mkv"),
+    (["a.mp4", "a.mkv"], "video", "a.mkv", "a.mkv"),
+    (["a.mp4.mp4", "a.mp4"], "video", "a.mp4", "a.mp4.mp4"),
+    ([".a.mp4", ".x/a.mp4"], "video", "a", "no file 'a' with an ending of .mp4 .mkv"),
+    (["x/a.mp4", "y/a.mp4"], "video", "a", "'a' may be x/a.mp4 and y/a.mp4; rename one of them"),
+    (["Abc.mp4"], "video", "abc", "there is 'Abc.mp4': rename it or the id"),
+    (["YTID_30.mp4"], "video", "YTID_000030", "there is 'YTID_30.mp4'"),
+    (["a.mp3"], "audio", "a.wav", "there is 'a.mp3'"),
+    (["a.txt"], "video", "a", "there is 'a.txt'"),
+]
+
+
+@pytest.mark.parametrize(("files", "kind", "item_id", "expected"), FOUND)
+def test_the_file_of_an_id(files, kind, item_id, expected, tmp_path):
+    folder = touch(tmp_path, *files)
+    try:
+        result = str(MediaFolder(folder, kind).find(item_id).relative_to(folder))
+    except MediaError as error:
+        assert error.reason == "not_found" and expected in str(error)
+    else:
+        assert result == expected
+        assert str((find_video if kind == "video" else find_audio_file)(folder, item_id)) == str(folder / expected)
+
+
+def test_a_folder_names_what_is_not_listed(tmp_path):
+    folder = touch(tmp_path, "a.mp4", "cafe\u0301.mp4", "x/c.MKV", "c.txt", "d.mp4", ".hidden.mp4")
+    (folder / "loop").symlink_to(folder)
+    media = MediaFolder(folder, "video")
+    assert [path.name for path in media.unlisted(["a", "caf\u00e9", "c.mkv"])] == ["d.mp4"]
+    assert [path.name for path in media.others] == ["c.txt"]
+    with pytest.raises(ValueError, match="no such folder"):
+        MediaFolder(folder / "nothing", "video")
+
+
+def test_clips_of_files_in_subfolders(tmp_path):
+    folder = tmp_path / "audios"
+    for name in ("x/a.WAV", "y/b.wav", "z/b.wav", " c .flac"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_audio((folder / name).with_suffix(".part.wav"), torch.rand(8000 * 9), 8000)
+        (folder / name).with_suffix(".part.wav").rename(folder / name)
+    report = write_clips(audios(folder), tmp_path / "clips.tsv")
+    assert [clip.name for clip in read_clips(tmp_path / "clips.tsv")] == ["c", "a"]
+    assert [(reject["file"], reject["reason"]) for reject in report.rejects] == [
+        *(("y/b.wav", "not_found"), ("z/b.wav", "not_found")),
+    ]
+    assert all("may be y/b.wav and z/b.wav" in reject["message"] for reject in report.rejects)
 
 
 def test_folders_without_audio_files(tmp_path):
@@ -93,6 +172,21 @@ def test_bad_rows_of_a_clip_list(row, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         read_clips(path)
     assert f"{path}, line 3" in str(caught.value)
+
+
+def test_an_unclosed_quote_names_its_own_line(tmp_path):
+    """The reader notices it 131,072 characters later."""
+    rows = [f"id{n}\t{'word ' * 5}\n" for n in range(6000)]
+    rows[499] = 'id499\t"word\n'
+    with pytest.raises(ValueError, match=r"a\.tsv, line 501: a field begins with a quote here that nothing ends"):
+        read_media_list(write(tmp_path / "a.tsv", "id\tlabel\n" + "".join(rows)))
+
+
+def test_columns_in_any_case_and_ids_without_outer_white_space(tmp_path):
+    path = write(tmp_path / "a.tsv", "ID\tLabel\n typical day \t b \n")
+    assert read_media_list(path) == [MediaItem("typical day", " b ", 2)]
+    with pytest.raises(ValueError, match="line 3: id 'a' is already on line 2"):
+        read_media_list(write(path, "id\tlabel\na\tb\na \tc\n"))
 
 
 def test_everything_stays_text(tmp_path):
@@ -149,11 +243,13 @@ def test_repeated_ids(tmp_path):
         ("id\tlabel\tlabel\na\tb\tc\n", "more than once"),
         ("id\tlabel\na\tb\tc\n", "line 2: 3 fields, the header has 2"),
         ("id\tlabel\na\n", "line 2: 1 fields"),
-        ('id\tlabel\na\t"open\nb\tc\n', "unexpected end of data"),
+        ('id\tlabel\na\t"open\nb\tc\n', "line 2: a field begins with a quote here that nothing ends"),
+        ('id\tlabel\nz\ty\na\t"b\nc\td\ne\tf"\ng\th\n', r"line 3: a field .* ends on line 5, with 2 rows in it"),
+        ('id\tlabel\na\t"b\nc\td"\n', "line 2: a field begins with a quote here and ends on line 3"),
+        ('id\tlabel\na\t"b\nc\t5" pipe\n', "line 2"),
         ('id\tlabel\na\t"x" y\n', "line 2"),
         ("id\tlabel\n../a\tb\n", "line 2"),
         ("id\tlabel\n\tb\n", "line 2"),
-        ("id\tlabel\na \tb\n", "line 2"),
     ],
 )
 def test_bad_lists(text, message, tmp_path):

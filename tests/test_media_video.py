@@ -13,9 +13,21 @@ import numpy as np
 import odd_media
 import pytest
 import torch
-from odd_media import Odd, burst_times, cut_without_encoding, overwrite_packet, read_codes, steady, truncate, write_odd
+from odd_media import (
+    Odd,
+    burst_times,
+    cut_without_encoding,
+    joined_audio,
+    overwrite_packet,
+    read_codes,
+    retime_audio,
+    steady,
+    truncate,
+    write_odd,
+)
 
 from mmaudio_hf.media import video
+from mmaudio_hf.media.audio import mono_samples, resample
 from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.video import RgbConverter, apply_display_matrix, normalize_frames, read_video
 
@@ -347,6 +359,51 @@ def test_hole_in_the_audio_keeps_the_rest_in_time(tmp_path):
     for alignment, expected in (("timestamps", [0, 0.5, 1.0]), ("reference", [0, 0.5, 0.8])):
         times = burst_times(read(path, alignment=alignment).audio, 16_000)
         assert np.abs(np.array(times) - expected).max() < 0.002
+
+
+def lose(*numbers):
+    return lambda number, time: None if number in numbers else time
+
+
+# (how the audio packets of a plain file, 1024 samples each, are changed; bursts by their timestamps in s)
+RETIMED = {
+    "packets lost": (lose(60, 61, 62, 63), [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
+    "single packets lost": (lose(50, 90, 130, 160), [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
+    "a hole at the start": (lambda n, time: time + (n > 1) * Fraction(6, 100), [0, *np.arange(0.56, 3.9, 0.5)]),
+    "slower": (lambda n, time: time * Fraction(101, 100), np.arange(0, 3.9, 0.505)),
+    "faster": (lambda n, time: time * Fraction(99, 100), np.arange(0, 3.9, 0.495)),
+}
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("name", RETIMED)
+def test_audio_is_where_its_timestamps_say(name, container, tmp_path):
+    change, expected = RETIMED[name]
+    plain = Odd(steady(5), audio_seconds=5, rate=48_000, layout="mono")
+    source = write_odd(tmp_path / "plain.mp4", plain)
+    path = retime_audio(source, tmp_path / f"a.{container}", change)
+    times = np.array(burst_times(read(path, duration=4.0).audio, 16_000))
+    assert np.abs(times[times < 3.9] - expected).max() <= 0.021, times
+    with av.open(str(path)) as file:  # the published rules append what is decoded, frame after frame
+        decoded = torch.from_numpy(np.concatenate([mono_samples(frame) for frame in file.decode(audio=0)]))
+    reference = read(path, duration=4.0, alignment="reference", normalize_audio=False).audio
+    assert torch.equal(reference, resample(decoded, 48_000, 16_000)[: len(reference)])
+
+
+def test_joined_files_stay_in_time(tmp_path):
+    """Ten AAC parts of 0.4 s, each with its priming and padding: the commonest edit there is."""
+    path = joined_audio(tmp_path / "a.mp4", 4.0, 0.4)
+    times = burst_times(read(path, duration=3.8).audio, 16_000)
+    assert np.abs(np.array(times) - np.arange(0, 3.8, 0.5)).max() <= 0.021
+    late = burst_times(read(path, duration=3.8, alignment="reference").audio, 16_000)
+    assert late[-1] - 3.5 > 0.1, "the published rules append the padding of every part"
+
+
+def test_one_wrong_timestamp_moves_nothing(tmp_path):
+    source = write_odd(tmp_path / "plain.mp4", Odd(steady(3), audio_seconds=3, rate=48_000, layout="mono"))
+    right = retime_audio(source, tmp_path / "right.mkv", lambda n, time: time)
+    wrong = retime_audio(source, tmp_path / "wrong.mkv", lambda n, time: time + (n == 70) * Fraction(2, 100))
+    assert torch.equal(read(wrong, duration=2.0).audio, read(right, duration=2.0).audio)
 
 
 def test_size_that_changes_within_a_file():

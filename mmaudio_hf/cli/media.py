@@ -105,7 +105,8 @@ def _partition(options: argparse.Namespace) -> None:
             print(f"{path}: {complete} of {report.shards} shards complete; the last one to finish writes it")
             continue
         rejects = path.with_suffix(".rejects.jsonl")
-        rejects.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects))
+        lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects + report.ignored]
+        rejects.write_text("".join(lines))
         if not report.clips:
             path.unlink(missing_ok=True)
             needed = "8.1 s of audio" if source in extraction.audios else "a track of frames"
@@ -113,11 +114,8 @@ def _partition(options: argparse.Namespace) -> None:
                 f"{source.media_dir}: no file gives a clip, each needs {needed} at least;"
                 f" {rejects} says what is wrong with each of {len(report.rejects)}"
             )
-        see = f", see {rejects}" if report.rejects else ""
-        print(
-            f"{path}: {report.clips} clips, {len(report.rejects)} files rejected{see};"
-            f" {len(report.ignored)} other files ignored"
-        )
+        left_out = f"{len(report.rejects)} files rejected, {len(report.ignored)} other files ignored"
+        print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
 def _sources(recipe: Recipe, kind: str):
@@ -231,6 +229,7 @@ _LIMITS = {
     "max_clipped": "clipped: a larger share of the samples is at full scale (0.005)",
     "max_uneven": "variable_frame_rate: a larger share of the intervals is not the usual one (0.02)",
     "max_start_gap": "start_gap: more seconds between the starts of frames and audio (0.1)",
+    "max_drift": "audio_drift: timestamps and samples of the audio differ by more seconds (0.04)",
     "max_duration": "too_long: a video lasts more seconds (60)",
     "max_difference": "odd_duration: lengths of tracks and container differ by more seconds (1)",
 }

@@ -345,7 +345,7 @@ def _video_reader(
 
 
 def _audio_reader(options: Namespace, clips_file: Path, mode: str, duration: float) -> "ReadMedia":
-    from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
+    from mmaudio_hf.media.audio import read_audio_clip
     from mmaudio_hf.media.lists import find_audio_file, read_clips
 
     if not clips_file.is_file():
@@ -357,8 +357,7 @@ def _audio_reader(options: Namespace, clips_file: Path, mode: str, duration: flo
         if clip is None:
             raise RunError(f"{clips_file} has no clip {item_id!r}")
         path = find_audio_file(options.media, clip.name)
-        waveform, rate = read_waveform(path)
         span = {"start_sample": clip.start_sample, "end_sample": clip.end_sample}
-        return {"audio": cut_audio_clip(waveform, rate, mode=mode, duration=duration, source=str(path), **span)}
+        return {"audio": read_audio_clip(path, mode=mode, duration=duration, **span)}
 
     return read

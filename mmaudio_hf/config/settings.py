@@ -223,6 +223,7 @@ class AudioSource(Settings):
     media_dir: str = setting(MISSING, "folder of the audio files", path=True)
     list: str = setting(MISSING, "TSV of the audio files to use: id, caption", path=True)
     clips: str = setting("", "clips.tsv, which `mmaudio-hf partition` writes; empty: beside the store", path=True)
+    captions: Literal["all", "last", "first"] = setting("all", "which captions of a file with several make rows")
 
 
 @dataclass(frozen=True)

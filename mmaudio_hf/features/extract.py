@@ -34,18 +34,20 @@ from mmaudio_hf.features.workers import make_shards
 from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import (
+    MediaFolder,
     VideoStart,
-    find_audio_file,
-    find_video,
+    normal_name,
     read_clips,
     read_media_list,
     read_video_clips,
+    stem_of,
 )
 from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id
 
 _AUDIO_PEAK = 0.95
 _EXPORT_ROWS = 32  # 38 MB of features of 8 s
+_MAX_UNLISTED = 1000  # files that are named in the rejects, though the list does not name them
 _ALL_SHARDS = Share()
 
 Problems = Mapping[str, tuple[str, str]]
@@ -129,16 +131,15 @@ def extract_video(
     job = Job(recipe, source, share)
     _check_settings(job)
     items: list[Item] = []
+    folder = MediaFolder(source.media_dir, "video")
     starts = _video_starts(job) if source.max_clips > 1 else {}
     for row in read_media_list(source.list, "label"):
-        path = find_video(source.media_dir, row.id)
-        problem = _audit_problem(problems, row.id)
-        if not path.is_file():
-            problem = ("list", "not_found", f"{path}: no such file; check the folder and the id")
-        elif source.max_clips > 1 and row.id not in starts:
+        path, problem = _find(folder, row.id)
+        problem, name = problem or _audit_problem(problems, row.id), stem_of(row.id, "video")
+        if source.max_clips > 1 and name not in starts:
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
-        for clip in starts.get(row.id, [VideoStart(row.id, row.id, 0.0)]):
-            items.append(Item(clip.id, row.caption, str(path), problem=problem, start=clip.start))
+        for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):
+            items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start))
     return _extract(job, items, open_writer, clean, progress)
 
 
@@ -155,28 +156,27 @@ def extract_audio(
     """Make the feature store `source.name` of the clips of audio files in `extraction.clips_path(source)`.
 
     `source.list` is a TSV of captions (`id` of the audio file, `caption`; several rows per id allowed). Every clip
-    gives one row for each different caption of its file: the first has the id of the clip, the n-th that id and `.n`. A
-    clip whose file has no caption is rejected as no_caption, a listed file without any clip as no_clip. The rest is as
-    for `extract_video`.
+    gives one row for each different caption of its file that `source.captions` selects: the first has the id of the
+    clip, the n-th that id and `.n`. A clip whose file has no caption is rejected as no_caption, a listed file without
+    any clip as no_clip. The rest is as for `extract_video`.
     """
     job, clips_path = Job(recipe, source, share), recipe.extraction.clips_path(source)
     _check_settings(job)
     if not clips_path.is_file():
         raise ValueError(f"{clips_path}: no such clip list; make it with `mmaudio-hf partition`")
-    captions: dict[str, dict[str, None]] = {}
-    for row in read_media_list(source.list, "caption"):
-        captions.setdefault(row.id, {})[row.caption] = None
+    folder, captions = MediaFolder(source.media_dir, "audio"), _captions(source)
     items: list[Item] = []
     files: dict[str, tuple[str, Problem | None]] = {}
     for clip in read_clips(clips_path):
-        if clip.name not in files:
-            files[clip.name] = _find_audio_file(Path(source.media_dir), clip.name)
-        path, problem = files[clip.name]
-        problem = problem or _audit_problem(problems, clip.name)
-        if clip.name not in captions:
-            message = f"{source.list}: has no caption for {clip.name!r}; add a row or remove the clip"
+        name = normal_name(clip.name)
+        if name not in files:
+            files[name] = _find(folder, name)
+        path, problem = files[name]
+        problem = problem or _audit_problem(problems, name)
+        if name not in captions:
+            message = f"{source.list}: has no caption for {name!r}; add a row or remove the clip"
             problem = ("list", "no_caption", message)
-        for number, caption in enumerate(captions.get(clip.name, {"": None}), start=1):
+        for number, caption in enumerate(captions.get(name, [""]), start=1):
             row_id = clip.id if number == 1 else f"{clip.id}.{number}"
             items.append(Item(row_id, caption, path, (clip.start_sample, clip.end_sample), problem))
     repeated = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
@@ -186,6 +186,12 @@ def extract_audio(
         if name not in files:
             message = f"{clips_path}: has no clip of {name!r}; it is absent, damaged or shorter than 8.1 s"
             items.append(Item(name, "", str(Path(source.media_dir) / name), problem=("list", "no_clip", message)))
+    clips = len({(item.path, item.span) for item in items if item.span})
+    if progress and any(len(of_file) > 1 for of_file in captions.values()):
+        tqdm.write(
+            f"{source.name}: {len(items)} rows of {clips} clips, one for each caption of a file; `captions: last` (or"
+            " first) in the recipe's source takes one, as the reference implementation takes the last"
+        )
     return _extract(job, items, open_writer, clean, progress)
 
 
@@ -221,11 +227,22 @@ def _audit_problem(problems: Problems | None, name: str) -> Problem | None:
     return ("audit", *problems[name]) if problems and name in problems else None
 
 
-def _find_audio_file(folder: Path, name: str) -> tuple[str, Problem | None]:
+def _find(folder: MediaFolder, name: str) -> tuple[str, Problem | None]:
     try:
-        return str(find_audio_file(folder, name)), None
+        return str(folder.find(name)), None
     except MediaError as error:
-        return str(folder / name), ("list", error.reason, str(error))
+        return str(folder.folder / name), ("list", error.reason, str(error))
+
+
+def _captions(source: AudioSource) -> dict[str, list[str]]:
+    """Different captions of each file, by its name as clip lists have it, as far as `source.captions` selects them."""
+    captions: dict[str, dict[str, None]] = {}
+    for row in read_media_list(source.list, "caption"):
+        of_file = captions.setdefault(stem_of(row.id, "audio"), {})
+        if source.captions == "last":
+            of_file.clear()
+        of_file.setdefault(row.caption)
+    return {name: list(of_file)[: 1 if source.captions == "first" else None] for name, of_file in captions.items()}
 
 
 def _prepare_encoders(job: Job, items: Sequence[Item]) -> None:
@@ -372,9 +389,25 @@ def _summary(job: Job, listed: int, metadata: Sequence[Mapping]) -> ExtractionRe
     )
 
 
+def _unlisted(job: Job) -> Iterator[dict[str, Any]]:
+    """Lines of the rejects for files that neither this list names nor that of another source of the same folder."""
+    folder, ids, ours = MediaFolder(job.source.media_dir, "video"), [], {Path(job.source.list).resolve()}
+    for other in dict.fromkeys((job.source, *job.recipe.extraction.videos)):
+        if Path(other.media_dir) == folder.folder and Path(other.list).is_file():
+            ids += [row.id for row in read_media_list(other.list, "label")]
+            ours.add(Path(other.list).resolve())
+    files = [(path, "unlisted", f"is not in {job.source.list}") for path in folder.unlisted(ids)]
+    files += [(path, "ignored", "has no ending of a video") for path in folder.others]
+    files = [file for file in files if file[0].resolve() not in ours and job.output_dir not in file[0].parents]
+    for path, reason, message in files[:_MAX_UNLISTED]:
+        yield {"id": path.stem, "stage": "folder", "reason": reason, "message": f"{path}: {message}", "facts": {}}
+
+
 def _write_rejects(job: Job, report: ExtractionReport, metadata: Sequence[Mapping]) -> None:
+    """The rejects of the list, and after them the files of a folder of videos that are not in it."""
     rejects = [reject for shard in metadata for reject in shard["rejects"]]
-    write_text(report.rejects_path, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects))
+    lines = [*rejects, *(_unlisted(job) if job.is_video else ())]
+    write_text(report.rejects_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if report.accepted == 0:
         reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
         raise ValueError(

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
 from mmaudio_hf.features.shards import Item, Job, Shard, reject_of
 from mmaudio_hf.files import RESUME_HINT, add_path_to_oserror, locked, sha256_of, sync, write_text
-from mmaudio_hf.media.audio import cut_audio_clip, read_waveform
+from mmaudio_hf.media.audio import read_audio_clips
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import VideoClip, read_video
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, STD, SYNC_FEATURES, TEXT_FEATURES, RunError
@@ -382,15 +382,15 @@ def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
     try:
         if job.is_video:
             return [_read_video(job, item) for item in items]
-        waveform, rate = read_waveform(path)
+        model, spans = job.recipe.model, list(dict.fromkeys(item.span for item in items if item.span))
+        clips = dict(zip(spans, read_audio_clips(path, spans, mode=model.mode, duration=model.duration), strict=True))
+        return [clips[item.span] for item in items if item.span]
     except MediaError as error:
         return [error] * len(items)
     except Exception as error:
         if isinstance(error, (OSError, MemoryError)) and not isinstance(error, av.error.FFmpegError):
             raise  # the machine's fault, not the file's
         return [MediaError("unexpected", f"{path}: reading failed ({error!r}); re-encode the file")] * len(items)
-    cuts = {span: _cut(job, path, span, waveform, rate) for span in dict.fromkeys(item.span for item in items)}
-    return [cuts[item.span] for item in items]
 
 
 def _read_video(job: Job, item: Item) -> VideoClip:
@@ -404,17 +404,6 @@ def _read_video(job: Job, item: Item) -> VideoClip:
         normalize_audio=job.normalize_audio,
         as_uint8=True,
     )
-
-
-def _cut(job: Job, path: str, span: tuple[int, int] | None, waveform: Tensor, rate: int) -> Tensor | MediaError:
-    assert span is not None, "an item of an audio file is a clip of it"
-    model, (start, end) = job.recipe.model, span
-    try:
-        return cut_audio_clip(
-            waveform, rate, mode=model.mode, start_sample=start, end_sample=end, duration=model.duration, source=path
-        )
-    except MediaError as error:
-        return error
 
 
 def _free_large_blocks() -> None:

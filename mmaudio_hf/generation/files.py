@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from mmaudio_hf.files import Share, hash_of, read_json, write_text
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request, save_with_note
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import VIDEO_ENDINGS, find_video, read_table
+from mmaudio_hf.media.lists import VIDEO_ENDINGS, MediaFolder, read_table
 from mmaudio_hf.media.mux import VIDEO_FORMATS
 from mmaudio_hf.schema import check_id
 
@@ -102,15 +102,21 @@ def read_list(path: str | os.PathLike, media_dir: str | os.PathLike | None = Non
     base, by_id = Path(media_dir or path.parent), media_dir is not None and not columns & {"video", "image"}
     if media_dir is None and not columns & {"video", "image", *_TEXTS}:
         raise ValueError(f"{path}: nothing to generate from: add a column video, image or prompt, or give a folder")
+    folder = MediaFolder(base, "video") if by_id else None
     entries: list[Entry] = []
     lines: dict[str, int] = {}
     for line, row in rows:
         where = f"{path}, line {line}"
-        item_id = check_id(row["id"], where)
+        item_id = check_id(row["id"].strip(), where)
         if item_id in lines:
             raise ValueError(f"{where}: id {item_id!r} is already on line {lines[item_id]}; ids must differ")
         lines[item_id] = line
-        video = find_video(base, item_id) if by_id else base / row["video"] if row.get("video") else None
+        video, problem = base / row["video"] if row.get("video") else None, None
+        if folder is not None:
+            try:
+                video = folder.find(item_id)
+            except MediaError as error:
+                video, problem = base / item_id, ("list", error.reason, f"{error} ({where})")
         image = base / row["image"] if row.get("image") else None
         request = Request(
             key=item_id,
@@ -122,7 +128,8 @@ def read_list(path: str | os.PathLike, media_dir: str | os.PathLike | None = Non
             seed=_number(row, "seed", int, where),
         )
         missing = next((file for file in (video, image) if file is not None and not file.is_file()), None)
-        problem = ("list", "not_found", f"{missing}: no such file ({where})") if missing else None
+        if missing and problem is None:
+            problem = ("list", "not_found", f"{missing}: no such file ({where})")
         if video is None and image is None and not request.prompt:
             problem = ("list", "nothing_given", f"{where}: has no video, image or prompt")
         entries.append(Entry(item_id, request, problem))

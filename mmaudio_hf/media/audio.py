@@ -5,7 +5,7 @@ All waveforms are mono float32 tensors `(samples,)` in [-1, 1].
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +14,20 @@ import av
 import numpy as np
 import scipy.signal
 import torch
+from av.audio.stream import AudioStream
+from av.container import InputContainer
 from torchaudio.transforms import Resample
 
-from mmaudio_hf.media.container import MediaError, decode_error, media_error, open_media
+from mmaudio_hf.media.container import (
+    MediaError,
+    check_not_encrypted,
+    decode_error,
+    error_text,
+    is_cut_off,
+    media_error,
+    open_media,
+    stated_seconds,
+)
 from mmaudio_hf.schema import audio_mode, sequence_lengths
 
 PEAK = 0.95  # of a normalised track
@@ -29,12 +40,20 @@ _MAX_KERNEL = 20_000_000  # values; odd rate pairs such as 44099 -> 16000 would 
 _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "flt": 1.0, "dbl": 1.0}
 
 
+# Offsets between timestamps and samples that are left alone lie between these; in between, 0.9 frames of the codec.
+_MIN_JITTER, _MAX_JITTER = 0.005, 0.02  # s; half a 25 fps frame is what training can tell apart
+_SETTLED = 0.0015  # s; containers that count milliseconds are off by one
+_NO_SAMPLES = np.zeros(0, np.float32)
+_MISSING = 0.1, 2400  # s, samples: mp3 files state up to 2257 samples of padding as audio
+
+
 class WaveformBuffer:
     """Mono samples `[skip, skip + keep)` of a track, and the peak of the whole of it."""
 
-    def __init__(self, skip: int, needed: int, keep: int):
+    def __init__(self, skip: int, needed: int, keep: int, placement: "AudioPlacement | None" = None):
         self.skip, self.needed = skip, needed
         self.keep = keep  # what is needed and what the resampling filter reaches beyond
+        self.placement = placement  # of the frames; None: one after the other
         self.chunks: list[np.ndarray] = []
         self.count = 0  # samples seen
         self.peak = 0.0
@@ -47,7 +66,12 @@ class WaveformBuffer:
     def full(self) -> bool:
         return self.count >= self.skip + self.keep
 
-    def add(self, samples: np.ndarray) -> None:
+    def add(self, samples: np.ndarray, silence: int = 0) -> None:
+        """Append `silence` zeros and `samples`; no more zeros are allocated than can be kept."""
+        if silence:
+            before = self.count
+            self.add(np.zeros(min(silence, max(0, self.skip + self.keep - before)), np.float32))
+            self.count = before + silence
         inside = samples[max(0, self.skip - self.count) : max(0, self.skip + self.keep - self.count)]
         if inside.size:
             self.chunks.append(inside)
@@ -55,14 +79,139 @@ class WaveformBuffer:
             self.peak = float(np.maximum(self.peak, np.abs(samples).max()))  # keeps NaN
         self.count += samples.size
 
-    def add_silence(self, num_samples: int) -> None:
-        """A hole of any length; no more zeros are allocated than can be kept."""
-        zeros = min(num_samples, max(0, self.skip + self.keep - self.count))
-        self.add(np.zeros(zeros, np.float32))
-        self.count += num_samples - zeros
+    def add_frame(self, samples: np.ndarray, time: Fraction | None) -> None:
+        """Append the samples of a frame; `time` is that of its timestamp, None where it has none."""
+        for silence, placed in self.placement.place(samples, time) if self.placement else [(0, samples)]:
+            self.add(placed, silence)
+
+    def flush(self) -> None:
+        """Append the frame that `placement` holds, if any."""
+        for silence, placed in self.placement.flush() if self.placement else ():
+            self.add(placed, silence)
 
     def waveform(self) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *self.chunks]))
+
+
+class AudioPlacement:
+    """Puts the frames of a track where their timestamps say: fills holes with silence, resolves overlaps.
+
+    Small offsets are jitter, and one frame whose timestamp the next one does not confirm is a mistake of the writer:
+    both are left alone. So a frame is held until the next one comes. An offset that is corrected is corrected whole.
+    Where frames overlap the later one is kept: the end of the earlier one is the padding of a joined part.
+    """
+
+    def __init__(self, rate: int, frame_size: int):
+        self.rate = rate
+        seconds = min(_MAX_JITTER, max(_MIN_JITTER, 0.9 * frame_size / rate)) if frame_size else _MAX_JITTER
+        self._limit = self._jitter = round(seconds * rate)
+        self.count = 0  # samples placed
+        self.decoded = 0  # samples given
+        self.holes = 0  # samples of silence among those placed
+        self.drift = 0  # largest difference between a timestamp and the samples decoded before it, in samples
+        self._start: Fraction | None = None  # s
+        self._placed: tuple[int, np.ndarray] = (0, _NO_SAMPLES)  # the last silence and frame, whose end may be cut
+        self._held: tuple[int | None, np.ndarray] | None = None  # position by its timestamp, and a frame
+        self._deviation = 0
+
+    def place(self, samples: np.ndarray, time: Fraction | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (zeros, samples) to append. `time`: s, of the first sample; None where the frame has no timestamp."""
+        if self._start is None and time is not None:
+            self._start = time - Fraction(self.decoded, self.rate)
+        position = None if time is None else round((time - self._start) * self.rate)
+        if position is not None:
+            deviation = position - self.decoded
+            if deviation * self._deviation > 0:  # two in a row: not the mistake of one frame
+                self.drift = max(self.drift, min(abs(deviation), abs(self._deviation)))
+            self._deviation = deviation
+        if self._held is not None:
+            yield self._release(position)
+        self._held = position, samples
+        self.decoded += samples.size
+
+    def flush(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames that are held."""
+        if self._held is not None:
+            yield self._release(None)
+        self._held = None
+        yield self._placed
+        self._placed = 0, _NO_SAMPLES
+
+    def _release(self, following: int | None) -> tuple[int, np.ndarray]:
+        """Place the held frame and return what was placed before; `following`: position of the frame after it."""
+        (position, samples), (silence, earlier) = self._held, self._placed
+        offset = 0 if position is None else position - self.count
+        after = offset if following is None else following - self.count - samples.size
+        moved = min(abs(offset), abs(after)) >= self._limit and offset * after > 0
+        self._limit = round(_SETTLED * self.rate) if moved else self._jitter
+        hole = offset if moved and offset > 0 else 0
+        if moved and offset < 0:
+            cut = min(-offset, earlier.size)
+            earlier, samples = earlier[: earlier.size - cut], samples[-offset - cut :]
+            self.count -= cut
+        self.holes += hole
+        self.count += hole + samples.size
+        self._placed = hole, samples
+        return silence, earlier
+
+
+class AudioTrack:
+    """Decodes the packets of one track, placed by timestamps, and finds out whether all of it can be decoded."""
+
+    def __init__(self, path: str | os.PathLike, container: InputContainer, stream: AudioStream):
+        self.path, self.container, self.stream = path, container, stream
+        self.placement: AudioPlacement | None = None
+        self.damage = ""
+        self._suspect = ""  # an error after which nothing was decoded so far
+        self._suspect_is_junk = self._is_joined = False
+
+    def decode(self, packet: av.Packet) -> list[av.AudioFrame]:
+        """The frames of a packet, [] where it cannot be decoded. MediaError for an encrypted file."""
+        check_not_encrypted(self.path, packet)
+        try:
+            frames = packet.decode()
+        except (av.error.FFmpegError, OSError) as error:
+            if self.container.format.name == "mp3" and bytes(packet)[:3] == b"ID3":
+                self._is_joined = True  # the tag of a second file, appended to the first: no audio, and no damage
+                return []
+            # What follows the last frame of an mp3 file, such as zeros or a tag, is no audio: it has no sync word.
+            self._suspect_is_junk = self.container.format.name == "mp3" and bytes(packet)[:1] != b"\xff"
+            self._suspect = self._suspect or f"{error_text(error)} after {self.seconds:.2f} s"
+            return []
+        if frames and self.placement is None:
+            frame_size = self.stream.codec_context.frame_size or 0
+            self.placement = AudioPlacement(frames[0].sample_rate, frame_size)
+        if frames and self._suspect:
+            self.damage = self.damage or self._suspect
+        if any(frame.sample_rate != self.placement.rate for frame in frames):
+            self.damage = self.damage or "the sample rate changes within the file"
+            return []
+        return frames
+
+    @property
+    def seconds(self) -> float:
+        return self.placement.decoded / self.placement.rate if self.placement else 0.0
+
+    @property
+    def error(self) -> str:
+        """The first thing that could not be decoded, "" if there is none."""
+        return self.damage or self._suspect
+
+    def finish(self) -> str:
+        """After the last packet: what is wrong with the track, what is missing at its end included."""
+        # The header of a joined file counts the first part alone.
+        stated = None if self._is_joined else stated_seconds(self.path, self.container, self.stream)
+        if self.damage or self.placement is None:
+            return self.error
+        have, rate = self.placement.count - self.placement.holes, self.placement.rate
+        missing = self.placement.holes + max(0, round(stated * rate) - self.placement.count if stated else 0)
+        exact = self.container.format.name == "flac"  # its reader steps over damaged blocks without an error
+        if missing > (0 if exact else max(_MISSING[0] * rate, _MISSING[1])):
+            return f"{have} of {have + missing} samples can be decoded"
+        reached = stated and self.placement.count >= round(stated * rate)
+        if self._suspect and not (reached or self._suspect_is_junk):
+            return self._suspect
+        return "the file is cut off" if is_cut_off(self.path, self.container) else ""
 
 
 def mono_samples(frame: av.AudioFrame) -> np.ndarray:
@@ -80,25 +229,28 @@ def channel_samples(frame: av.AudioFrame) -> np.ndarray:
     return data / np.float32(_FULL_SCALE[dtype])
 
 
-def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (mono samples, sample rate) of every frame of the best audio track; any damage is a MediaError."""
+def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yield (zeros, mono samples, sample rate) of every frame of the best audio track; any damage is a MediaError."""
     with open_media(path) as container:
         stream = container.streams.best("audio")
         if stream is None:
             raise media_error(path, "no_audio", "has no audio track; remove it from the list")
-        rate, count = None, 0
+        track = AudioTrack(path, container, stream)
         try:
-            for frame in container.decode(stream):
-                if rate not in (None, frame.sample_rate):
-                    problem = "the sample rate changes within the file; re-encode it"
-                    raise media_error(path, "decode_error", problem)
-                rate, count = frame.sample_rate, count + frame.samples
-                yield mono_samples(frame), rate
+            for packet in container.demux(stream):
+                for frame in track.decode(packet):
+                    time = None if frame.pts is None else frame.pts * frame.time_base
+                    for silence, samples in track.placement.place(mono_samples(frame), time):
+                        yield silence, samples, frame.sample_rate
+                if track.damage:
+                    break
         except (av.error.FFmpegError, OSError) as error:
             raise decode_error(path, error) from error
-        if container.format.name == "flac" and stream.duration and count != stream.duration:
-            # The flac reader steps over damaged blocks without an error.
-            raise decode_error(path, ValueError(f"{count} of {stream.duration} samples can be read"))
+        if track.placement:
+            for silence, samples in track.placement.flush():
+                yield silence, samples, track.placement.rate
+        if damage := track.finish():
+            raise decode_error(path, ValueError(damage))
 
 
 def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
@@ -107,8 +259,8 @@ def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
     flac, wav, mp3, ogg, m4a and whatever else PyAV opens. Raises MediaError.
     """
     chunks, rate = [], 0
-    for samples, rate in _decode_mono(path):  # noqa: B007  (the last rate is the file's)
-        chunks.append(samples)
+    for silence, samples, rate in _decode_mono(path):  # noqa: B007  (the last rate is the file's)
+        chunks += [np.zeros(silence, np.float32), samples] if silence else [samples]
     if not chunks:
         raise MediaError("audio_too_short", f"{path}: has no samples; remove it from the list")
     return torch.from_numpy(np.concatenate(chunks)), rate
@@ -117,8 +269,8 @@ def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
 def count_samples(path: str | os.PathLike) -> tuple[int, int]:
     """(number of samples, sample rate) by decoding the file, which also shows that it can be decoded; MediaError."""
     total, rate = 0, 0
-    for samples, rate in _decode_mono(path):  # noqa: B007
-        total += samples.size
+    for silence, samples, rate in _decode_mono(path):  # noqa: B007
+        total += silence + samples.size
     return total, rate
 
 
@@ -133,40 +285,66 @@ def read_audio_clip(
     """One clip of an audio file: (samples,), exactly `sequence_lengths(mode, duration).audio_samples`.
 
     `[start_sample, end_sample)` counts samples of the file. The whole file is normalised, so a quiet clip of a loud
-    file stays quiet. Raises MediaError. For several clips of one file, `read_waveform` once
-    and `cut_audio_clip` for each.
+    file stays quiet. Raises MediaError.
     """
-    waveform, rate = read_waveform(path)
-    return cut_audio_clip(
-        waveform, rate, mode=mode, start_sample=start_sample, end_sample=end_sample, duration=duration, source=str(path)
-    )
+    clip = read_audio_clips(path, [(start_sample, end_sample)], mode=mode, duration=duration)[0]
+    if isinstance(clip, MediaError):
+        raise clip
+    return clip
 
 
-def cut_audio_clip(
-    waveform: torch.Tensor,
-    sample_rate: int,
-    *,
-    mode: str = "16k",
-    start_sample: int = 0,
-    end_sample: int | None = None,
-    duration: float = 8.0,
-    source: str = "waveform",
-) -> torch.Tensor:
-    """`read_audio_clip` from the waveform of the whole file; `source` names it in messages."""
-    end_sample = len(waveform) if end_sample is None else end_sample
-    if not 0 <= start_sample < end_sample <= len(waveform):
-        message = f"{source}: clip [{start_sample}, {end_sample}) is outside its {len(waveform)} samples"
-        raise MediaError("clip_out_of_range", f"{message}; make the clip list again")
-    peak = peak_of(waveform, source)
-    if peak < SILENCE:
-        raise MediaError("silent", f"{source}: is silent; remove it from the list")
-    clip = resample(waveform[start_sample:end_sample] / peak * PEAK, sample_rate, audio_mode(mode).sample_rate)
+def read_audio_clips(
+    path: str | os.PathLike, spans: Sequence[tuple[int, int | None]], *, mode: str = "16k", duration: float = 8.0
+) -> list[torch.Tensor | MediaError]:
+    """`read_audio_clip` of several spans in one pass: each the clip, or what is wrong with it.
+
+    Memory is bounded by the lengths of the clips, however long the file is. Raises MediaError where the file as a
+    whole cannot be used.
+    """
     needed = sequence_lengths(mode, duration).audio_samples
+    buffers, count, rate = [], 0, 0
+    for silence, samples, rate in _decode_mono(path):
+        if not buffers:
+            most = math.ceil(needed * rate / audio_mode(mode).sample_rate) + rate  # the filter is far shorter than 1 s
+            keeps = [most if end is None else max(0, min(most, end - start)) for start, end in spans]
+            buffers = [WaveformBuffer(start, keep, keep) for (start, _), keep in zip(spans, keeps, strict=True)]
+            whole = WaveformBuffer(0, 0, 0)  # for its peak
+        for buffer in (whole, *buffers):
+            buffer.add(samples, silence)
+        count += silence + samples.size
+    if not count:
+        raise MediaError("audio_too_short", f"{path}: has no samples; remove it from the list")
+    if not math.isfinite(whole.peak):
+        raise media_error(path, "decode_error", "has samples that are not finite numbers; write the file again")
+    return [
+        _finish_clip(path, buffer, (start, count if end is None else end), count, whole.peak, rate, mode, needed)
+        for buffer, (start, end) in zip(buffers, spans, strict=True)
+    ]
+
+
+def _finish_clip(
+    path: str | os.PathLike,
+    buffer: WaveformBuffer,
+    span: tuple[int, int],
+    count: int,
+    peak: float,
+    rate: int,
+    mode: str,
+    needed: int,
+) -> torch.Tensor | MediaError:
+    """Normalise, resample and cut, in the order of the published reader."""
+    start, end = span
+    if not 0 <= start < end <= count:
+        problem = f"clip [{start}, {end}) is outside its {count} samples; make the clip list again"
+        return media_error(path, "clip_out_of_range", problem)
+    if peak < SILENCE:
+        return media_error(path, "silent", "is silent; remove it from the list")
+    target = audio_mode(mode).sample_rate
+    clip = resample(buffer.waveform() / peak * PEAK, rate, target)
     if len(clip) < needed:
-        have = (end_sample - start_sample) / sample_rate
-        message = f"{source}: {have:.3f} s of audio, {needed / audio_mode(mode).sample_rate:.3f} s needed; remove it"
-        raise MediaError("audio_too_short", message)
-    return clip[:needed]
+        problem = f"{(end - start) / rate:.3f} s of audio, {needed / target:.3f} s needed; remove it"
+        return media_error(path, "audio_too_short", problem)
+    return clip[:needed].clone()
 
 
 def peak_of(waveform: torch.Tensor, source: str) -> float:

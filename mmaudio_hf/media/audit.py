@@ -32,11 +32,12 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.media import measure
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import CLIP_SECONDS, find_audio_file, find_video, read_media_list
+from mmaudio_hf.media.lists import CLIP_SECONDS, MediaFolder, read_media_list, stem_of
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
-HARMLESS = ("duplicate_caption",)  # remarks: the item counts as ok
+# Remarks: the item counts as ok.
+HARMLESS = ("audio_tracks", "hdr", "interlaced", "non_square_pixels", "empty_caption", "duplicate_caption")
 
 _TEXT, _LISTED = pa.string(), pa.list_(pa.string())
 SCHEMA = pa.schema(
@@ -67,12 +68,17 @@ SCHEMA = pa.schema(
         ("video_duration", pa.float64()),
         ("sampled_pictures", pa.int32()),
         ("still_fraction", pa.float64()),  # share of the sampled frames that are like the one before
+        ("hdr", _TEXT),  # PQ or HLG
+        ("interlaced", pa.bool_()),
+        ("pixel_aspect", pa.float64()),  # width of a pixel by its height
         ("largest_change", pa.float64()),  # of a cell between two of them, of 255
         ("audio_codec", _TEXT),
         ("sample_rate", pa.int32()),
         ("channels", pa.int32()),
         ("audio_start", pa.float64()),
         ("audio_duration", pa.float64()),
+        ("audio_tracks", pa.int32()),
+        ("audio_drift", pa.float64()),  # s by which timestamps and the number of samples before them differ at most
         ("start_gap", pa.float64()),  # audio_start - video_start
         ("peak", pa.float64()),  # of the mono mix of the whole track
         ("level_dbfs", pa.float64()),  # RMS of the mono mix
@@ -81,10 +87,12 @@ SCHEMA = pa.schema(
         ("file_sha256", _TEXT),
         ("video_hash", _TEXT),  # of the packets
         ("audio_hash", _TEXT),
+        ("thumbnails", _TEXT),  # frames of the four quarters side by side, base64 of a JPEG
+        ("copy_of", pa.int64()),  # row of this table with the same content, counted from 0
         ("captions", _LISTED),
     ]
 )
-_MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : -1])
+_MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : -2])
 _TOLERANCE = 0.02  # s that may be missing, as in `read_video`
 _ROWS = 1024  # per write
 _COMMIT_SECONDS = 1.0
@@ -111,6 +119,7 @@ class Limits:
     max_clipped: float = 0.005
     max_uneven: float = 0.02  # of the intervals between frames
     max_start_gap: float = 0.1
+    max_drift: float = 0.04  # of the audio within a file: a frame of 25 fps
     max_duration: float = 60.0  # of a video
     max_difference: float = 1.0  # between the tracks, or the stated and the true length
 
@@ -237,29 +246,22 @@ def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: 
 
 def _items(source: AuditSource) -> Iterator[_Item]:
     """Every row of a list of videos; every audio file once, with its captions."""
-    video = source.kind == "video"
+    video, folder = source.kind == "video", MediaFolder(source.media_dir, source.kind)
     rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
-    if not video:
-        captions: dict[str, dict[str, None]] = {}
-        for row in rows:
-            captions.setdefault(row.id, {})[row.caption] = None
+    captions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        captions.setdefault(stem_of(row.id, source.kind), {})[row.caption] = None
     seen = set()
     for row in rows:
-        if video:
-            path, texts = str(find_video(source.media_dir, row.id)), (row.caption,)
-        elif row.id in seen:
+        name = stem_of(row.id, source.kind)
+        if not video and name in seen:
             continue
-        else:
-            path, texts = _audio_path(source.media_dir, row.id), tuple(captions[row.id])
-            seen.add(row.id)
-        yield _Item(source, row.id, row.row, texts, path, measure.file_key(path))
-
-
-def _audio_path(folder, name: str) -> str:
-    try:
-        return str(find_audio_file(folder, name))
-    except MediaError:
-        return str(Path(folder) / f"{name}.flac")
+        seen.add(name)
+        path = Path(source.media_dir) / row.id
+        with contextlib.suppress(MediaError):
+            path = folder.find(row.id)
+        texts = (row.caption,) if video else tuple(captions[name])
+        yield _Item(source, row.id, row.row, texts, str(path), measure.file_key(path))
 
 
 def _plain(source: AuditSource) -> dict[str, Any]:
@@ -407,7 +409,7 @@ class _Known:
     """What the verdicts on one item need of all others: who else has its id, its captions and its content."""
 
     def __init__(self, items: Sequence[_Item], measures: _Measures, limits: Limits):
-        self.items = items
+        self.items, self.limits = items, limits
         self.ids: dict[tuple[str, str], int] = {}  # (source, id): the first item
         self.captions: Counter = Counter()  # (source, caption): items
         self.contents: dict[bool, dict[bytes, int]] = {True: {}, False: {}}  # by `trains`; hash: the first item
@@ -422,6 +424,15 @@ class _Known:
                 self.contents[item.source.trains].setdefault(content, number)
                 if item.source.held_out:
                     self.held_contents.setdefault(content, number)
+
+    def copies(self, item: _Item, figures: Mapping[str, Any] | None) -> Iterator[tuple[str, str, int]]:
+        """(verdict, what is the same, number of the other item) for every content that an item has in common."""
+        for what, content in _contents(figures, self.limits):
+            first = self.contents[item.source.trains][content]
+            if self.items[first].id != item.id:
+                yield "duplicate_content", what, first
+            if item.source.trains and content in self.held_contents:
+                yield "leakage", what, self.held_contents[content]
 
     def name(self, number: int) -> str:
         item = self.items[number]
@@ -453,12 +464,16 @@ def _verdicts(
         verdicts = {"unreadable": figures["damage"]}
     else:
         verdicts = _verdicts_of_file(item.source.kind, figures, limits, duration)
-    verdicts |= _verdicts_among_others(number, item, figures, known, limits)
+    verdicts |= _verdicts_among_others(number, item, figures, known)
     return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
 
-def _verdicts_among_others(number: int, item: _Item, figures, known: _Known, limits: Limits) -> dict[str, str]:
+def _verdicts_among_others(
+    number: int, item: _Item, figures: Mapping[str, Any] | None, known: _Known
+) -> dict[str, str]:
     verdicts = {}
+    if "" in {caption.strip() for caption in item.captions}:
+        verdicts["empty_caption"] = "it has no text"
     first = known.ids[item.source.name, item.id]
     if first != number:
         verdicts["duplicate_id"] = f"the id is on line {known.items[first].row} of the list too"
@@ -467,12 +482,9 @@ def _verdicts_among_others(number: int, item: _Item, figures, known: _Known, lim
         verdicts["duplicate_caption"] = f"{others} other item{'s have' if others > 1 else ' has'} the same caption"
     if item.source.trains and item.id in known.held_ids:
         verdicts["leakage"] = f"the id is held out in {known.items[known.held_ids[item.id]].source.name}"
-    for what, content in _contents(figures, limits):
-        first = known.contents[item.source.trains][content]
-        if known.items[first].id != item.id:
-            verdicts.setdefault("duplicate_content", f"the same {what} as {known.name(first)}")
-        if item.source.trains and content in known.held_contents:
-            verdicts.setdefault("leakage", f"the same {what} as {known.name(known.held_contents[content])}, held out")
+    for verdict, what, other in known.copies(item, figures):
+        held_out = ", held out" if verdict == "leakage" else ""
+        verdicts.setdefault(verdict, f"the same {what} as {known.name(other)}{held_out}")
     return verdicts
 
 
@@ -496,6 +508,12 @@ def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, dur
         )
     if figures.get("clipped_fraction", 0) > limits.max_clipped:
         verdicts["clipped"] = f"{_percent(figures['clipped_fraction'])} of its samples are at full scale"
+    if (drift := figures.get("audio_drift", 0)) > limits.max_drift and not figures["damage"]:
+        verdicts["audio_drift"] = (
+            f"timestamps and samples of its audio differ by up to {drift:.3f} s, by holes, overlaps or another rate"
+        )
+    if (tracks := figures.get("audio_tracks", 1)) > 1:
+        verdicts["audio_tracks"] = f"has {tracks} audio tracks; the one that players choose is used"
     return verdicts | (_verdicts_of_video(figures, limits) if kind == "video" else {})
 
 
@@ -520,6 +538,12 @@ def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, 
     gap = figures.get("start_gap", 0.0)
     if abs(gap) > limits.max_start_gap:
         verdicts["start_gap"] = f"the audio begins {abs(gap):.3f} s {'after' if gap > 0 else 'before'} the frames"
+    if figures.get("hdr"):
+        verdicts["hdr"] = f"is HDR ({figures['hdr']}): its frames are darker than on a display for it"
+    if figures.get("interlaced"):
+        verdicts["interlaced"] = "is interlaced: moving edges have combs"
+    if figures.get("pixel_aspect", 1) != 1:
+        verdicts["non_square_pixels"] = f"its pixels are {figures['pixel_aspect']:.4g} times as wide as high"
     uneven = figures.get("uneven_intervals", 0)
     if uneven > limits.max_uneven and uneven * figures["frames"] > 1.5:  # one hole is no variable rate
         verdicts["variable_frame_rate"] = f"{_percent(uneven)} of the intervals are not the usual one"
@@ -556,6 +580,7 @@ def _rows(
             "bytes": size,
             "mtime_ns": changed,
             "captions": list(item.captions),
+            "copy_of": next((other for *_, other in known.copies(item, figures)), None),
             **measured,
         }
 

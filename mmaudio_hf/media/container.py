@@ -4,10 +4,16 @@ import contextlib
 import os
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+
+# Formats that state their length; of others, such as raw streams, FFmpeg estimates it from the bit rate.
+_STATED_LENGTH = {"flac", "wav", "w64", "aiff", "caf", "au", "ogg", "mov", "matroska", "asf", "wv", "tta", "ape"}
+_WAV_SLACK = 1024  # bytes that a header may promise too many
+_OGG_TAIL = 1 << 17  # bytes; a page has at most 65,307
 
 
 class MediaError(ValueError):
@@ -33,7 +39,18 @@ class MediaError(ValueError):
 
 
 def open_media(path: str | os.PathLike) -> InputContainer:
-    """Open a local file for reading; MediaError not_found or unreadable."""
+    """Open a local video or audio file for reading; MediaError not_found or unreadable, as a still image is too."""
+    container = open_any(path)
+    # FFmpeg looks at the content, whatever the name is, and reads images by formats of their own.
+    if container.format.name.endswith("_pipe") or container.format.name.startswith("image2"):
+        what = f"is a still image ({container.streams.video[0].codec_context.name}), not a video or audio file"
+        container.close()
+        raise MediaError("unreadable", f"{path}: {what}; replace the file")
+    return container
+
+
+def open_any(path: str | os.PathLike) -> InputContainer:
+    """`open_media`, for still images too."""
     path = Path(path)
     if not path.is_file():
         raise MediaError("not_found", f"{path}: no such file; check the folder and the id in the list")
@@ -48,13 +65,19 @@ def open_media(path: str | os.PathLike) -> InputContainer:
     return container
 
 
+def check_not_encrypted(path: str | os.PathLike, packet: av.Packet) -> None:
+    """MediaError for a packet that needs a key: decoders report damage, or decode it to noise."""
+    if packet.has_sidedata("encryption_info"):
+        raise media_error(path, "decode_error", "is encrypted (DRM); replace it by an unencrypted copy")
+
+
 def probe(path: str | os.PathLike) -> dict[str, Any]:
     """What the container states about a file, as plain JSON values; times in seconds. Decodes nothing. MediaError."""
 
     def seconds(value: int | None, unit: Fraction | None) -> float | None:
         return None if value is None or unit is None else round(float(value * unit), 6)
 
-    with open_media(path) as container:
+    with open_any(path) as container:
         stated: dict[str, Any] = {"format": container.format.name, "bytes": container.size}
         stated["duration"] = seconds(container.duration, Fraction(1, av.time_base))
         for stream in (container.streams.best("video"), container.streams.best("audio")):
@@ -96,3 +119,76 @@ def frame_time(path: str | os.PathLike, frame: av.VideoFrame | av.AudioFrame) ->
     if ticks is None:
         raise media_error(path, "decode_error", "its frames come without timestamps; convert it to mp4")
     return ticks * frame.time_base
+
+
+# --- The length that a file states ------------------------------------------------------------------------------------
+
+
+def stated_seconds(path: str | os.PathLike, container: InputContainer, stream: AudioStream) -> Fraction | None:
+    """Length of the audio as the file states it; None where it does not, and FFmpeg only estimates it."""
+    name = container.format.name.partition(",")[0]
+    if name == "mp3":
+        samples = _mpeg_header_samples(path, stream.codec_context.frame_size)
+        return samples and Fraction(samples, stream.codec_context.sample_rate)
+    if name not in _STATED_LENGTH:
+        return None
+    if stream.duration:
+        return stream.duration * stream.time_base
+    return Fraction(container.duration, av.time_base) if container.duration else None
+
+
+def _mpeg_header_samples(path: str | os.PathLike, frame_size: int) -> int | None:
+    """Samples of an mp3 file by the header in its first frame (Xing, Info, VBRI); None without one.
+
+    Read here, since FFmpeg falls back on the bit rate where the file is larger than the header says.
+    """
+    with open(path, "rb") as file:
+        _skip_id3(file)
+        first = file.read(512)
+    if (at := first.find(b"VBRI")) >= 0:
+        return int.from_bytes(first[at + 14 : at + 18]) * frame_size
+    at = max(first.find(b"Xing"), first.find(b"Info"))
+    if at < 0 or not first[at + 7] & 1:
+        return None
+    padding = int.from_bytes(first[at + 141 : at + 144]) if first[at + 120 : at + 122] in (b"LA", b"La") else 0
+    return int.from_bytes(first[at + 8 : at + 12]) * frame_size - (padding >> 12) - (padding & 4095)
+
+
+def _skip_id3(file: BinaryIO) -> None:
+    header = file.read(10)
+    # The size of the tag is four times seven bits.
+    size = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=False))
+    file.seek(10 + size if header[:3] == b"ID3" else 0)
+
+
+def is_cut_off(path: str | os.PathLike, container: InputContainer) -> bool:
+    """Whether a wav or Ogg file ends before its last chunk or page does. FFmpeg takes both as they are."""
+    if container.format.name == "wav":
+        return _wav_is_cut(path)
+    return container.format.name == "ogg" and _ogg_is_cut(path)
+
+
+def _wav_is_cut(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        chunk, size = file.read(12)[:4], 0
+        while chunk != b"data":
+            file.seek(size + size % 2, os.SEEK_CUR)
+            header = file.read(8)
+            if len(header) < 8:
+                return False
+            chunk, size = header[:4], int.from_bytes(header[4:], "little")
+        begin = file.tell()
+        missing = begin + size - file.seek(0, os.SEEK_END)
+    return missing > _WAV_SLACK and size < 0xFFFF0000  # larger: unknown, as in a stream
+
+
+def _ogg_is_cut(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - _OGG_TAIL))
+        tail = file.read()
+    start = tail.rfind(b"OggS")
+    if start < 0 or len(tail) < start + 27:
+        return True
+    segments = tail[start + 27 : start + 27 + tail[start + 26]]
+    return len(tail) < start + 27 + tail[start + 26] + sum(segments)

@@ -1,6 +1,6 @@
-"""Lists of media: ids and captions, the files that belong to the ids, and the clips cut from long files.
+"""Folders of media, lists of ids and captions, and the clips cut from long files. docs/media.md, "Lists".
 
-Clip lists say which parts of audio files and long videos become rows of a feature store:
+Clip lists say which samples or seconds of audio files and long videos become rows of a feature store:
 
     audio files   id, name, start_sample, end_sample   at most 5 clips of 8.1 s, as in the published lists
     videos        id, name, start                      at most `max_clips` clips from `start` seconds on
@@ -11,8 +11,10 @@ import csv
 import difflib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +30,16 @@ from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import video_seconds
 from mmaudio_hf.schema import check_id
 
-AUDIO_ENDINGS = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma")
-VIDEO_ENDINGS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+# In order of preference where several files have one name; in any case of letters.
+AUDIO_ENDINGS = (
+    *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"),
+    *(".mka", ".webm", ".mp4"),
+)
+VIDEO_ENDINGS = (
+    *(".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"),
+    *(".ts", ".flv", ".3gp", ".mpg", ".mpeg", ".wmv"),
+)
+ENDINGS = {"video": VIDEO_ENDINGS, "audio": AUDIO_ENDINGS}
 
 _TEXT_COLUMNS = ("label", "caption")
 
@@ -51,20 +61,113 @@ class MediaItem:
     row: int
 
 
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+class MediaFolder:
+    """The files of a folder and its subfolders, found by id in the time of a dictionary; read once.
+
+    An id is the name of a file, with or without its ending. Endings count in any case of letters, and names are
+    compared in Unicode's composed form (NFC) without outer white space, for file systems and archives differ in both.
+    Hidden files are left out. kind: "video" or "audio". ValueError where there is no such folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, kind: str):
+        self.folder, self.kind, self.endings = Path(folder), kind, ENDINGS[kind]
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; give the folder that holds the {kind} files")
+        self.media: list[Path] = []  # files with one of the endings, in sorted order
+        self.others: list[Path] = []
+        for path in _walk(self.folder):
+            (self.media if path.suffix.lower() in self.endings else self.others).append(path)
+        self._by_name: dict[str, list[Path]] = {}
+        self._nearest: dict[str, Path] = {}
+        order = lambda path: (self.endings.index(path.suffix.lower()), path.suffix != path.suffix.lower())  # noqa: E731
+        for path in sorted(self.media, key=order):
+            self._by_name.setdefault(normal_name(path.stem), []).append(path)
+            self._nearest.setdefault(_loose_name(path.stem), path)
+        for path in self.others:
+            self._nearest.setdefault(_loose_name(path.stem), path)
+
+    def find(self, item_id: str) -> Path:
+        """The file of an id; MediaError not_found, which names what was looked for and what is nearly it."""
+        check_id(item_id)
+        name = normal_name(item_id)
+        paths = self._by_name.get(name) or [p for p in self._by_name.get(stem_of(name, self.kind), ()) if _is(p, name)]
+        nearest = min((len(path.parts) for path in paths), default=0)
+        paths = [path for path in paths if len(path.parts) == nearest]  # the folder before its subfolders
+        exact = [path for path in paths if path.stem == item_id] or paths
+        if not paths:
+            raise MediaError("not_found", self._not_found(item_id))
+        if len({path.parent for path in exact}) > 1:
+            names = " and ".join(str(path.relative_to(self.folder)) for path in exact[:2])
+            raise MediaError("not_found", f"{self.folder}: {item_id!r} may be {names}; rename one of them")
+        return exact[0]
+
+    def unlisted(self, item_ids: Iterable[str]) -> list[Path]:
+        """Media files that no id names."""
+        listed = {stem_of(item_id, self.kind) for item_id in item_ids} | {normal_name(item_id) for item_id in item_ids}
+        return [path for path in self.media if normal_name(path.stem) not in listed]
+
+    def _not_found(self, item_id: str) -> str:
+        stem = stem_of(item_id, self.kind)
+        near = self._nearest.get(_loose_name(stem))
+        hint = f"; there is {str(near.relative_to(self.folder))!r}: rename it or the id" if near else ""
+        looked_for = f"no file {stem!r} with an ending of {' '.join(self.endings)}, in subfolders neither"
+        return f"{self.folder / item_id}: no such file ({looked_for}){hint or '; check the folder and the id'}"
+
+
+def normal_name(name: str) -> str:
+    """The form in which names are compared."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def stem_of(item_id: str, kind: str) -> str:
+    """An id in the form in which names are compared, without the ending of a media file that it may have."""
+    stem, ending = os.path.splitext(normal_name(item_id))
+    return stem if ending.lower() in ENDINGS[kind] else normal_name(item_id)
+
+
+def _is(path: Path, name: str) -> bool:
+    return normal_name(path.name).lower() == name.lower()
+
+
+def _loose_name(name: str) -> str:
+    """What names that are nearly the same have in common: letters of any case and numbers without leading zeros."""
+    plain = unicodedata.normalize("NFKD", name).casefold()
+    return re.sub(r"0*(\d+)", r"\1", re.sub(r"[^\w]|_", "", re.sub(r"(?<=\d)[\W_]+(?=\d)", "x", plain)))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Every file below a folder that is not hidden, in sorted order; links are followed, each folder once."""
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.is_file())
+
+
 def find_audio_file(folder: str | os.PathLike, name: str) -> Path:
-    """The file of the audio called `name`: flac before wav before the others; MediaError not_found."""
-    check_id(name)
-    for ending in AUDIO_ENDINGS:
-        if (path := Path(folder) / f"{name}{ending}").is_file():
-            return path
-    raise MediaError("not_found", f"{Path(folder) / name}: no audio file with an ending of {' '.join(AUDIO_ENDINGS)}")
+    """The audio file of an id: flac before wav before the others; MediaError not_found."""
+    return _find(folder, name, "audio")
 
 
 def find_video(folder: str | os.PathLike, item_id: str) -> Path:
-    """`ID.mp4`, or the same with another ending (`VIDEO_ENDINGS`) if only that exists; `ID.mp4` when none does."""
-    check_id(item_id)
-    paths = [Path(folder) / f"{item_id}{ending}" for ending in VIDEO_ENDINGS]
-    return next((path for path in paths if path.is_file()), paths[0])
+    """The video of an id: `ID.mp4`, or the same with another of `VIDEO_ENDINGS`; MediaError not_found."""
+    return _find(folder, item_id, "video")
+
+
+def _find(folder: str | os.PathLike, item_id: str, kind: str) -> Path:
+    usual = Path(folder) / f"{check_id(item_id)}{ENDINGS[kind][0]}"  # without a look at the whole folder
+    return usual if usual.is_file() else MediaFolder(folder, kind).find(item_id)
+
+
+# --- Lists -----------------------------------------------------------------------------------------------------------
 
 
 def read_media_list(
@@ -74,16 +177,15 @@ def read_media_list(
 
     "label" is the list of videos, where every id may occur once; "caption" is the list of audio files, where each row
     is another caption of the same file (`unique_ids` overrides this). Either name is accepted for the column. All
-    values stay text: `NA` is a caption, `00008` keeps its zeros. Quotes as pandas writes them; a BOM and CRLF are
-    fine. ValueError names the file and line.
+    values stay text: `NA` is a caption, `00008` keeps its zeros; white space around an id is no part of it. Quotes as
+    pandas writes them; a BOM and CRLF are fine. ValueError names the file and line.
     """
     assert text_column in _TEXT_COLUMNS, text_column
     unique_ids = text_column == "label" if unique_ids is None else unique_ids
-    items: list[MediaItem] = []
-    lines: dict[str, int] = {}
+    items, lines = [], {}
     for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
         where = f"{path}, line {line}"
-        item_id = check_id(row["id"], where)
+        item_id = check_id(row["id"].strip(), where)
         if unique_ids and item_id in lines:
             raise ValueError(f"{where}: id {item_id!r} is already on line {lines[item_id]}; remove one of the two rows")
         lines.setdefault(item_id, line)
@@ -91,19 +193,7 @@ def read_media_list(
     return items
 
 
-def audio_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Audio files of a folder in sorted order, one per stem, and the names of everything else."""
-    chosen: dict[str, Path] = {}
-    entries = sorted(folder.iterdir())
-    media = [p for p in entries if p.is_file() and p.suffix.lower() in AUDIO_ENDINGS and not p.name.startswith(".")]
-    for path in sorted(media, key=lambda p: AUDIO_ENDINGS.index(p.suffix.lower())):
-        chosen.setdefault(path.stem, path)
-    files = sorted(chosen.values())
-    return files, [p.name for p in entries if p not in set(files)]
-
-
-def write_table(path: str | os.PathLike, rows: Sequence[Sequence]) -> None:
-    """Replace a tab-separated file by `rows`, of which the first is the header."""
+def write_table(path: str | os.PathLike, rows: list[Sequence]) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -119,30 +209,50 @@ def read_table(
 ) -> list[tuple[int, dict[str, str]]]:
     """[(line number, {column: text})] of a tab-separated file with a header; blank lines are skipped.
 
-    A column of `synonyms` may have any of those names. Columns of `optional` are given where they are there; a
-    name that is nearly one of them is refused. ValueError names the file and line.
+    A column of `synonyms` may have any of those names, each in any case of letters. Columns of `optional` are given
+    where they are there; a name that is nearly one of them is rejected. ValueError names the file and line.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    line = 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter="\t", strict=True)
             header = [name.strip() for name in next(reader, [])]
-            columns_at = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
-            rows, end = [], reader.line_num
+            indices = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
+            rows, line = [], reader.line_num + 1  # the line where a row begins: a quoted field may end on a later one
             for row in reader:
-                line, end = end + 1, reader.line_num
-                if row and len(row) != len(header):
-                    raise ValueError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}")
+                _check_row(f"{path}, line {line}", row, header, reader.line_num)
                 if row:
-                    rows.append((line, {name: row[index] for name, index in columns_at.items()}))
+                    rows.append((line, {name: row[index] for name, index in indices.items()}))
+                line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; quote the field as pandas does") from error
+        raise ValueError(f"{path}, line {line}: {_quote_problem(error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     if not rows:
         raise ValueError(f"{path}: has no rows after the header")
     return rows
+
+
+def _check_row(where: str, row: list[str], header: list[str], end: int) -> None:
+    if row and len(row) != len(header):
+        raise ValueError(f"{where}: {len(row)} fields, the header has {len(header)}")
+    for field in (field for field in row if "\n" in field or "\r" in field):
+        # A caption may have several lines. Lines that look like rows have been swallowed by a stray quote.
+        swallowed = [line for line in field.splitlines()[1:] if line.count("\t") >= len(header) - 1 > 0]
+        if swallowed:
+            raise ValueError(
+                f"{where}: a field begins with a quote here and ends on line {end}, with {len(swallowed)} rows in it;"
+                " remove the quote, or quote the field as pandas does"
+            )
+
+
+def _quote_problem(error: csv.Error) -> str:
+    text = str(error)
+    if "field larger" in text or "unexpected end" in text:
+        return f"a field begins with a quote here that nothing ends ({text}); remove it, or quote as pandas does"
+    return f"{text}; quote the field as pandas does"
 
 
 def _column_indices(
@@ -151,18 +261,19 @@ def _column_indices(
     """Index of each required column; a column of `synonyms` may have any of those names."""
     if not header:
         raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
-    indices = {}
+    lower, indices = [name.lower() for name in header], {}
     for name in columns:
         names = [name, *(s for s in synonyms if name in synonyms and s != name)]
-        present = next((n for n in names if n in header), None)
+        present = next((n for n in names if n in lower), None)
         if present is None:
             nearest = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
             hint = f"; rename {nearest[0]!r}?" if nearest else ""
             hint += "; columns must be separated by tabs" if len(header) == 1 else ""
             raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; it has {header}{hint}")
-        if header.count(present) > 1:
+        exact = header if present in header else lower
+        if exact.count(present) > 1:
             raise ValueError(f"{path}: column {present!r} is there more than once")
-        indices[name] = header.index(present)
+        indices[name] = exact.index(present)
     return indices
 
 
@@ -200,15 +311,15 @@ class VideoStart:
 
 @dataclass(frozen=True)
 class ClipReport:
-    """What `write_clips` did: clips written, files rejected, and names of files that were not read.
+    """What `write_clips` did: clips written, files rejected, and files that were not read.
 
-    rejects: file, reason (`MediaError.reason`) and message of each. With `pending_shards`, those that other processes
-    have still to make, there is no list yet.
+    rejects, ignored: file, reason (`MediaError.reason`, bad_name, ignored) and message of each. With `pending_shards`,
+    those that other processes have still to make, there is no list yet.
     """
 
     clips: int
     rejects: list[dict[str, str]]
-    ignored: list[str]
+    ignored: list[dict[str, str]]
     shards: int
     pending_shards: int
 
@@ -249,14 +360,15 @@ def write_clips(
 
     Audio files are those of the folder that have a known ending (`AUDIO_ENDINGS`); they are decoded once, so that
     damaged files are found here and lengths are true. Videos are those of the list; all their packets are read. Files
-    that are damaged or too short, and bad names, are rejects. Other files of the folder, and a second audio file with
-    the same stem (flac before wav before the others), are `ignored`.
+    that are damaged or too short, that are not there, bad names and two files of one name in two subfolders are
+    rejects. Other files of the folder, and a second audio file with the same stem (flac before wav before the others),
+    are `ignored`.
 
     The work is divided in shards of `shard_size` files. A process makes those of its `share` whose lock it gets, each a
     JSON in `shards_dir` (None: nothing is kept), so a later run makes only what is missing or has changed. The process
     that finds all of them complete replaces the list. ValueError if there is no file to read.
     """
-    files, ignored, rows_of = _files_of(source, duration)
+    files, rejects, ignored, rows_of = _files_of(source, duration)
     settings = [_VERSION, *([] if isinstance(source, AudioSource) else [duration, source.max_clips])]
     with contextlib.ExitStack() as stack:
         folder = Path(shards_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -273,28 +385,47 @@ def write_clips(
             shard.make(outcomes_of, bar.update, wait=True)
         outcomes = [shard.outcomes() for shard in shards]
     rows = [row for shard in outcomes for outcome in shard or () for row in outcome["rows"]]
-    rejects = [outcome["reject"] for shard in outcomes for outcome in shard or () if outcome["reject"]]
+    rejects += [outcome["reject"] for shard in outcomes for outcome in shard or () if outcome["reject"]]
     pending = outcomes.count(None)
     if rows and not pending:
         write_table(path, [_AUDIO_COLUMNS if isinstance(source, AudioSource) else _VIDEO_COLUMNS, *rows])
-    return ClipReport(len(rows), rejects, ignored, len(shards), pending)
+    return ClipReport(len(rows), sorted(rejects, key=lambda reject: reject["file"]), ignored, len(shards), pending)
 
 
 def _files_of(
     source: VideoSource | AudioSource, duration: float
-) -> tuple[list[Path], list[str], Callable[[Path], dict[str, Any]]]:
-    """Files to read, names of the others in the folder, and the function that reads one."""
-    folder = Path(source.media_dir)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds the media of {source.name!r}")
+) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], Callable[[Path], dict[str, Any]]]:
+    """Files to read, rejects and ignored ones among the others, and the function that reads one."""
+    folder = MediaFolder(source.media_dir, "video" if isinstance(source, VideoSource) else "audio")
+    files: dict[Path, None] = {}
+    rejects, ignored = [], []
     if isinstance(source, VideoSource):
-        files = [find_video(folder, item.id) for item in read_media_list(source.list, "label")]
+        for item in read_media_list(source.list, "label"):
+            try:
+                files[folder.find(item.id)] = None
+            except MediaError as error:
+                rejects.append(_reject(item.id, error.reason, str(error)))
         cut = partial(_video_rows, duration=duration, max_clips=source.max_clips)
-        return files, [], partial(_outcome, cut)
-    files, ignored = audio_files(folder)
-    if not files:
-        raise ValueError(f"{folder}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
-    return files, ignored, partial(_outcome, _audio_rows)
+        return list(files), rejects, [], partial(_outcome, cut)
+    if not folder.media:
+        raise ValueError(f"{source.media_dir}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
+    for path in folder.media:
+        name = str(path.relative_to(folder.folder))
+        try:
+            chosen = folder.find(normal_name(path.stem))
+        except MediaError as error:
+            rejects.append(_reject(name, error.reason, str(error)))
+        except ValueError as error:
+            rejects.append(_reject(name, "bad_name", f"{error}; rename the file"))
+        else:
+            if chosen == path:
+                files[path] = None
+            else:
+                ignored.append(_reject(name, "ignored", f"{path}: {chosen.name} has the same name and comes first"))
+    for path in folder.others:
+        message = f"{path}: has no ending of an audio file"
+        ignored.append(_reject(str(path.relative_to(folder.folder)), "ignored", message))
+    return list(files), rejects, ignored, partial(_outcome, _audio_rows)
 
 
 class _Shard:
@@ -328,13 +459,17 @@ class _Shard:
 def _outcome(rows_of: Callable[[Path], list[list]], path: Path) -> dict[str, Any]:
     """The clips of a file, or why it has none."""
     try:
-        check_id(path.stem)
+        check_id(normal_name(path.stem))
         return {"rows": rows_of(path), "reject": None}
     except MediaError as error:
         reason, message = error.reason, str(error)
     except ValueError as error:
         reason, message = "bad_name", str(error)
-    return {"rows": [], "reject": {"file": path.name, "reason": reason, "message": message}}
+    return {"rows": [], "reject": _reject(path.name, reason, message)}
+
+
+def _reject(file: str, reason: str, message: str) -> dict[str, str]:
+    return {"file": file, "reason": reason, "message": message}
 
 
 def _audio_rows(path: Path) -> list[list]:
@@ -343,14 +478,14 @@ def _audio_rows(path: Path) -> list[list]:
     if not spans:
         have = num_samples / rate if rate else 0.0
         raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {CLIP_SECONDS} s needed")
-    return [[f"{path.stem}_{i}", path.stem, start, end] for i, (start, end) in enumerate(spans)]
+    name = normal_name(path.stem)
+    return [[f"{name}_{i}", name, start, end] for i, (start, end) in enumerate(spans)]
 
 
 def _video_rows(path: Path, duration: float, max_clips: int) -> list[list]:
-    if not path.is_file():
-        raise MediaError("not_found", f"{path}: no such file; check the folder and the id")
     starts = partition_video(video_seconds(path), duration, max_clips)
-    return [[f"{path.stem}_{i}", path.stem, start] for i, start in enumerate(starts)]
+    name = normal_name(path.stem)
+    return [[f"{name}_{i}", name, start] for i, start in enumerate(starts)]
 
 
 def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:

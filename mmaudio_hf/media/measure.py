@@ -4,12 +4,14 @@ A file is read once as a whole: every packet gives its time and its bytes for th
 the frames at most eight are sampled, by seeking; to get at them, the ones before them back to a keyframe are decoded.
 """
 
+import base64
 import bisect
 import contextlib
 import hashlib
+import io
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,12 @@ import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.stream import VideoStream
+from PIL import Image
 
-from mmaudio_hf.media.audio import channel_samples
-from mmaudio_hf.media.container import MediaError, error_text, open_media
+from mmaudio_hf.media.audio import AudioTrack, channel_samples
+from mmaudio_hf.media.container import MediaError, check_not_encrypted, error_text, open_media
 
-VERSION = 1  # of the measures: raise it when the same file gives other figures
+VERSION = 2  # of the measures: raise it when the same file gives other figures
 
 SILENT_DBFS = -60.0  # a block of audio whose RMS is lower is silent
 CLIPPED = 0.99  # a sample of any channel at or above this magnitude is clipped
@@ -35,6 +38,8 @@ QUARTERS = 4  # of the clip; two frames are sampled from each
 _BLOCK = Fraction(1, 20)  # s of audio
 _LOWEST_DBFS = -120.0
 _UNEVEN = Fraction(1, 10)  # of the usual interval; a larger deviation is another interval
+_HDR = {16: "PQ", 18: "HLG"}  # transfer functions of FFmpeg (AVCOL_TRC) that need more than 8 bits
+_THUMBNAIL_HEIGHT = 80  # pixels
 _ROUNDING = Fraction(2, 1000)  # s, by which containers that count milliseconds may be off
 
 
@@ -52,22 +57,20 @@ def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[s
 
     kind: "video", whose level, silence, clipping and movement are those of the first `duration` seconds from where
     both tracks have begun, which is what training sees; or "audio", where frames are ignored and the whole file counts.
-    "damage" is what went wrong while reading, "" if nothing did; a file that does not open has only that and the hash
-    of its bytes. OSError for faults of the machine.
+    "damage" is what went wrong while reading, "" if nothing did; a file that does not open, or is encrypted, has only
+    that and the hash of its bytes. OSError for faults of the machine.
     """
     assert kind in ("video", "audio"), kind
     figures: dict[str, Any] = {"file_sha256": _file_hash(path), "damage": "", "opened": False}
     try:
         with open_media(path) as container:
-            figures["opened"] = True
-            figures |= _measured(container, kind, Fraction(duration).limit_denominator(1_000_000))
+            measured, samples = _measured(path, container, kind, Fraction(duration).limit_denominator(1_000_000))
     except MediaError as error:
-        figures["damage"] = str(error).removeprefix(f"{path}: ")
-    samples = figures.pop("_samples", None)
+        return figures | {"damage": str(error).removeprefix(f"{path}: ")}
+    figures |= {"opened": True, **measured}
     if samples:
-        damage = figures["damage"]
-        figures |= _movement(path, samples)
-        figures["damage"] = damage or figures["damage"]
+        movement = _movement(path, samples)
+        figures |= movement | {"damage": figures["damage"] or movement.get("damage", "")}
     return figures
 
 
@@ -76,56 +79,39 @@ def _file_hash(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _streams(container: InputContainer, kind: str) -> tuple[VideoStream | None, AudioStream | None]:
-    """The tracks that extraction reads; the cover image of an audio file is no video."""
+_Samples = list[tuple[Fraction, Fraction]]
+"""(time, time of the keyframe before it) of the frames to decode, in order."""
+
+
+def _measured(
+    path: str | os.PathLike, container: InputContainer, kind: str, duration: Fraction
+) -> tuple[dict[str, Any], _Samples]:
     video = container.streams.best("video") if kind == "video" else None
     if video is not None and av.stream.Disposition.attached_pic in video.disposition:
-        video = None
-    return video, container.streams.best("audio")
-
-
-def _measured(container: InputContainer, kind: str, duration: Fraction) -> dict[str, Any]:
-    video, audio = _streams(container, kind)
+        video = None  # the cover image of an audio file
+    audio = container.streams.best("audio")
     stated = container.duration and Fraction(container.duration, av.time_base)
     figures: dict[str, Any] = {"container": container.format.name, "stated_duration": _rounded(stated)}
-    video_track, audio_track = _VideoTrack(video), _AudioTrack(audio)
+    frames, level = _VideoTrack(video), _AudioLevel(path, container, audio)
     streams = [stream for stream in (video, audio) if stream is not None]
-    for packet in _packets(container, streams, audio_track):
-        (video_track if packet.stream is video else audio_track).add(packet)
-    if audio is not None and container.format.name == "flac" and audio.duration not in (None, 0, audio_track.count):
-        audio_track.damage = (
-            audio_track.damage or f"{audio_track.count} of {audio.duration} samples of the audio can be read"
-        )
-    figures |= video_track.figures() | audio_track.figures()
-    starts = [t for t in (video_track.start, audio_track.start) if t is not None]
-    if kind == "video" and len(starts) == 2:
-        figures["start_gap"] = _rounded(audio_track.start - video_track.start)
-    ends = [t.end for t in (video_track, audio_track) if t.start is not None]
-    begin = max(starts, default=Fraction(0))
-    figures["duration"] = _rounded(max(Fraction(0), min(ends, default=begin) - begin))
-    if audio_track.start is not None:
-        figures |= audio_track.levels(begin, duration if kind == "video" else None)
-    if video_track.packets:
-        figures["_samples"] = video_track.samples(begin, duration)
-    figures["damage"] = video_track.damage or audio_track.damage
-    return figures
-
-
-def _packets(container: InputContainer, streams: list, audio_track: "_AudioTrack") -> Iterator[av.Packet]:
-    """Packets with data, in file order, as far as the file can be read."""
-    if not streams:
-        return
-    packets = container.demux(*streams)
-    while True:
-        try:
-            packet = next(packets, None)
-        except (av.error.FFmpegError, OSError) as error:
-            audio_track.damage = audio_track.damage or f"cannot be read to its end ({error_text(error)})"
-            return
-        if packet is None:
-            return
-        if packet.stream in streams:
-            yield packet
+    end_error = ""
+    try:
+        for packet in container.demux(*streams) if streams else ():
+            check_not_encrypted(path, packet)
+            (frames if packet.stream is video else level).add(packet)
+    except (av.error.FFmpegError, OSError) as error:
+        end_error = f"cannot be read to its end ({error_text(error)})"
+    figures |= frames.figures() | level.figures()
+    if kind == "video" and frames.start is not None and level.start is not None:
+        figures["start_gap"] = _rounded(level.start - frames.start)
+    tracks = [track for track in (frames, level) if track.start is not None]
+    begin = max((track.start for track in tracks), default=Fraction(0))
+    end = min((track.end for track in tracks), default=begin)
+    figures["duration"] = _rounded(max(Fraction(0), end - begin))
+    if level.start is not None:
+        figures |= level.levels(begin, duration if kind == "video" else None)
+    figures["damage"] = frames.damage or level.damage(whole=kind == "audio") or end_error
+    return figures, frames.samples(begin, duration) if frames.packets else []
 
 
 class _VideoTrack:
@@ -164,7 +150,9 @@ class _VideoTrack:
             return {}
         context = self.stream.codec_context
         figures = {"video_codec": context.name, "width": context.width, "height": context.height}
-        figures["frames"] = len(self.packets)
+        aspect = self.stream.sample_aspect_ratio
+        figures |= {"frames": len(self.packets), "pixel_aspect": _rounded(aspect or Fraction(1))}
+        figures["hdr"] = _HDR.get(int(context.color_trc))
         if not self.packets:
             return figures
         times = sorted(packet.time for packet in self.packets)
@@ -182,11 +170,10 @@ class _VideoTrack:
             "video_hash": self.hash.hexdigest()[:32],
         }
 
-    def samples(self, begin: Fraction, duration: Fraction) -> list[tuple[Fraction, Fraction]]:
-        """(time, time of the keyframe before it) of the frames to decode, in order.
+    def samples(self, begin: Fraction, duration: Fraction) -> _Samples:
+        """Of each quarter of the clip the first frame, and the one with the most bytes that is no keyframe.
 
-        Of each quarter of the clip the first frame, and the one with the most bytes that is no keyframe: the encoder
-        spent them on something that moved there.
+        The encoder spent them on something that moved there.
         """
         packets = sorted(self.packets)
         keys = [packet.time for packet in packets if packet.key]
@@ -203,12 +190,14 @@ class _VideoTrack:
         return [(time, keys[max(0, k)] if keys else time) for time, k in zip(sorted(times), before, strict=True)]
 
 
-class _AudioTrack:
+class _AudioLevel:
     """The decoded audio in blocks of 50 ms."""
 
-    def __init__(self, stream: AudioStream | None):
-        self.stream, self.hash, self.damage = stream, hashlib.sha256(), ""
-        self.packets = self.count = self.rate = self.channels = 0
+    def __init__(self, path: str | os.PathLike, container: InputContainer, stream: AudioStream | None):
+        self.stream, self.hash = stream, hashlib.sha256()
+        self.track = None if stream is None else AudioTrack(path, container, stream)
+        self.others = len(container.streams.audio) - 1
+        self.packets = self.channels = 0
         self.start: Fraction | None = None
         self.peak = 0.0
         self.rest = np.zeros((2, 0), np.float32)  # mono, share of the channels that are clipped
@@ -219,29 +208,36 @@ class _AudioTrack:
         if packet.size:
             self.packets += 1
             self.hash.update(packet)
-        try:
-            for frame in packet.decode():
-                self._add_frame(frame)
-        except (av.error.FFmpegError, OSError) as error:
-            self.damage = self.damage or f"the audio cannot be decoded at {self.count / (self.rate or 1):.2f} s"
-            self.damage += f" ({error_text(error)})" if "(" not in self.damage else ""
+        for frame in self.track.decode(packet):
+            self._add_frame(frame)
 
     def _add_frame(self, frame: av.AudioFrame) -> None:
+        time = None if frame.pts is None else frame.pts * frame.time_base
         if self.start is None:
-            self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
-            self.start = (frame.pts or 0) * (frame.time_base or Fraction(1))
-        elif frame.sample_rate != self.rate:
-            self.damage = self.damage or "the sample rate changes within the file"
-            return
+            self.channels, self.start = frame.layout.nb_channels, time or Fraction(0)
         channels = channel_samples(frame)
-        self.count += channels.shape[1]
         level = np.abs(channels)
         mono = channels.mean(axis=0, dtype=np.float32)
+        for _ in self.track.placement.place(mono, time):
+            pass  # for its counts alone: levels hardly depend on where a hole is
         self.peak = float(np.maximum(self.peak, np.abs(mono).max(initial=0)))  # keeps NaN
         clipped = (level >= CLIPPED).mean(axis=0, dtype=np.float32)
         self.rest = np.concatenate([self.rest, [mono, clipped]], axis=1)
         if self.rest.shape[1] >= self.rate:
             self._reduce()
+
+    @property
+    def rate(self) -> int:
+        return self.track.placement.rate
+
+    def damage(self, whole: bool) -> str:
+        """What cannot be decoded; whole: also what is missing of the length that the file states."""
+        if self.track is None:
+            return ""
+        error = self.track.finish() if whole else self.track.error
+        if not error and not np.isfinite(self.peak):
+            error = "has samples that are not finite numbers"
+        return error and f"the audio is damaged: {error}"
 
     @property
     def block(self) -> int:
@@ -256,23 +252,24 @@ class _AudioTrack:
 
     @property
     def end(self) -> Fraction:
-        return self.start + Fraction(self.count, self.rate)
+        for _ in self.track.placement.flush():
+            pass
+        return self.start + Fraction(self.track.placement.count, self.rate)
 
     def figures(self) -> dict[str, Any]:
         if self.stream is None:
             return {}
-        figures: dict[str, Any] = {"audio_codec": self.stream.codec_context.name}
+        figures: dict[str, Any] = {"audio_codec": self.stream.codec_context.name, "audio_tracks": self.others + 1}
         if self.packets:
             figures["audio_hash"] = self.hash.hexdigest()[:32]
         if self.start is None:
             return figures
-        if not np.isfinite(self.peak):
-            self.damage = self.damage or "has samples that are not finite numbers"
         return figures | {
             "sample_rate": self.rate,
             "channels": self.channels,
             "audio_start": _rounded(self.start),
             "audio_duration": _rounded(self.end - self.start),
+            "audio_drift": _rounded(Fraction(self.track.placement.drift, self.rate)),
         }
 
     def levels(self, begin: Fraction, duration: Fraction | None) -> dict[str, Any]:
@@ -293,28 +290,51 @@ class _AudioTrack:
         }
 
 
-def _movement(path: str | os.PathLike, samples: list[tuple[Fraction, Fraction]]) -> dict[str, Any]:
-    """How much the sampled frames differ, and how the file asks to rotate them."""
-    cells, rotation = [], None
+def _movement(path: str | os.PathLike, samples: _Samples) -> dict[str, Any]:
+    """How much the sampled frames differ, what they look like, and how the file asks to rotate them."""
+    cells, small_frames, interlaced, rotation = [], [], False, None
     figures: dict[str, Any] = {}
     try:
-        for frame in _sampled(path, samples):
+        for number, frame in enumerate(_sampled(path, samples)):
             rotation = frame.rotation % 360 if rotation is None else rotation
+            interlaced = interlaced or frame.interlaced_frame
             small = frame.reformat(width=CELLS, height=CELLS, format="gray", interpolation="AREA")
             cells.append(small.to_ndarray().astype(np.int16))
+            if number % 2 == 0:  # the first of each quarter
+                small_frames.append(_thumbnail(frame, rotation))
             if frame.is_corrupt:
                 figures["damage"] = f"the frame at {frame.time:.2f} s is damaged"
     except (av.error.FFmpegError, OSError, MediaError) as error:
         figures["damage"] = f"a frame cannot be decoded ({error_text(error)})"
     changes = np.array([np.abs(a - b).max() for a, b in itertools.pairwise(cells)])
-    figures |= {"rotation": rotation, "sampled_pictures": len(cells)}
+    figures |= {"rotation": rotation, "sampled_pictures": len(cells), "interlaced": interlaced}
     if cells:
         figures["still_fraction"] = _rounded((changes <= STILL_CHANGE).mean()) if len(changes) else 1.0
         figures["largest_change"] = _rounded(changes.max(initial=0))
+        figures["thumbnails"] = _strip(small_frames)
     return figures
 
 
-def _sampled(path: str | os.PathLike, samples: list[tuple[Fraction, Fraction]]) -> Iterator[av.VideoFrame]:
+def _thumbnail(frame: av.VideoFrame, rotation: int) -> Image.Image:
+    height = _THUMBNAIL_HEIGHT
+    width = min(2 * height, max(height // 2, round(height * frame.width / frame.height)))
+    rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+    return Image.fromarray(rgb).rotate(rotation, expand=True)
+
+
+def _strip(images: Sequence[Image.Image]) -> str:
+    """The images side by side, as base64 of a JPEG of about 5 kB."""
+    strip = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=60)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _sampled(path: str | os.PathLike, samples: _Samples) -> Iterator[av.VideoFrame]:
     """Decode the frames of these times, from the keyframe before each one on."""
     with open_media(path) as container:
         stream = container.streams.best("video")

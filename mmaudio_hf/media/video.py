@@ -23,8 +23,16 @@ import torch
 import torch.nn.functional as F
 from av.container import InputContainer
 
-from mmaudio_hf.media.audio import PEAK, SILENCE, WaveformBuffer, mono_samples, resample
-from mmaudio_hf.media.container import MediaError, decode_error, frame_time, media_error, open_media
+from mmaudio_hf.media.audio import PEAK, SILENCE, AudioPlacement, WaveformBuffer, mono_samples, resample
+from mmaudio_hf.media.container import (
+    MediaError,
+    check_not_encrypted,
+    decode_error,
+    frame_time,
+    media_error,
+    open_any,
+    open_media,
+)
 from mmaudio_hf.schema import (
     CLIP_FPS,
     CLIP_PIXELS,
@@ -38,7 +46,6 @@ from mmaudio_hf.schema import (
 ALIGNMENTS = ("timestamps", "reference")
 SAME_START = Fraction(1, 2 * SYNC_FPS)  # s; a smaller offset is below what 25 fps can express
 PADDING = 0.015  # s of missing audio that "timestamps" fills with zeros: half an AAC frame, and 353280 samples - 8 s
-GAP = 0.1  # s; a hole in the audio at least this long is filled with zeros in "timestamps"
 _HOLD = Fraction(1, 4)  # s that `read_windows` shows the last frame longer, where the file ends a little early
 _SEEK_MARGIN = 1  # s before a window, so that frames which depend on an earlier keyframe are complete
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
@@ -69,7 +76,8 @@ def read_video(
     alignment: "timestamps" puts frames and audio on one clock. The clip begins when both tracks have begun: the
     earlier one is trimmed (an offset up to 20 ms, half a 25 fps period, is left as it is). The last frame counts
     for its duration, rotation and mirroring of the file are applied, up to 15 ms of missing audio are filled with
-    zeros, holes of 0.1 s and more in the audio become silence, and damage outside the clip is ignored.
+    zeros, and damage outside the clip is ignored. Audio is placed by its timestamps throughout: holes of more than
+    a frame of its codec become silence and overlaps are trimmed, so that it is at most 20 ms off at any moment.
     "reference" follows the published rules number for number: each track starts at its own first
     sample, the last frame has no duration, rotation is ignored and damage anywhere in the file rejects it; but
     files over 24 s give their first 8 s, not a later window. Files whose tracks start together and
@@ -114,7 +122,7 @@ def read_windows(
 
 def read_image(path: str | os.PathLike) -> VideoClip:
     """A still image as one CLIP frame (1, 3, 384, 384) and no sync frames (0, 3, 224, 224), uint8. MediaError."""
-    with open_media(path) as container:
+    with open_any(path) as container:
         if not container.streams.video:
             raise media_error(path, "no_video", "is no image; give an image file such as .png or .jpg")
         try:
@@ -200,11 +208,12 @@ class _Request:
 
 @dataclass(frozen=True)
 class _TrackStarts:
-    """Time of the first frame, of the first sample (None: no audio is read), and the sample rate."""
+    """Times of the first frame and of the first sample (None: no audio is read), and what is known of the audio."""
 
     video: Fraction
     audio: Fraction | None = None
     sample_rate: int = 0
+    frame_size: int = 0  # samples in a frame of the codec, 0 where they differ
 
 
 _Read = tuple[av.Packet, list[av.VideoFrame | av.AudioFrame] | None]
@@ -227,6 +236,7 @@ def _open_tracks(request: _Request, container: InputContainer) -> tuple[_TrackSt
     first, read = {}, []
     try:
         while missing and (packet := next(packets, None)) is not None:
+            check_not_encrypted(request.path, packet)
             frames = packet.decode() if packet.stream in missing else None
             read.append((packet, frames))
             if frames:
@@ -239,8 +249,9 @@ def _open_tracks(request: _Request, container: InputContainer) -> tuple[_TrackSt
         raise request.error(f"{kind}_too_short", f"nothing of its {kind} can be decoded; remove it from the list")
     starts = _TrackStarts(frame_time(request.path, first["video"]))
     if request.with_audio:
+        frame_size = audio.codec_context.frame_size or 0
         audio_start = frame_time(request.path, first["audio"])
-        starts = replace(starts, audio=audio_start, sample_rate=first["audio"].sample_rate)
+        starts = _TrackStarts(starts.video, audio_start, first["audio"].sample_rate, frame_size)
     return starts, itertools.chain(read, ((packet, None) for packet in packets))
 
 
@@ -261,7 +272,9 @@ def _align(request: _Request, starts: _TrackStarts) -> "tuple[list[_FrameGrid], 
     skip = request.start + (0 if own_starts else origin - starts.audio)
     rate = starts.sample_rate
     needed = math.ceil(lengths.audio_samples * rate / audio_mode(request.mode).sample_rate)
-    return grids, WaveformBuffer(round(skip * rate), needed, needed + rate)  # the filter is far shorter than 1 s
+    placement = AudioPlacement(rate, starts.frame_size) if request.by_timestamps else None
+    keep = needed + rate  # the resampling filter is far shorter than 1 s
+    return grids, WaveformBuffer(round(skip * rate), needed, keep, placement)
 
 
 # --- Frames at a constant rate ---------------------------------------------------------------------------------------
@@ -480,13 +493,15 @@ def _fill(
 ) -> bool:
     """Decode until frames and audio are complete. False, with nothing done: the first frame is later than `latest`."""
     for frame in _frames(request, packets, sampler, audio):
-        time, begun = frame_time(request.path, frame), sampler.last is not None
         if isinstance(frame, av.AudioFrame):
-            _add_audio(request, audio, frame, time - starts.audio, starts.sample_rate)
-        elif latest is not None and not begun and time > latest:
+            _add_audio(request, audio, frame, starts.sample_rate)
+            continue
+        time = frame_time(request.path, frame)
+        if latest is not None and sampler.last is None and time > latest:
             return False
-        else:
-            _add_frame(request, sampler, frame, time)
+        _add_frame(request, sampler, frame, time)
+    if audio:
+        audio.flush()
     return True
 
 
@@ -496,7 +511,10 @@ def _frames(
     """Decoded frames in file order for as long as they are needed; damage of a needed stream is a MediaError."""
 
     def incomplete(kind: str) -> bool:
-        return not (sampler.full if kind == "video" else audio.complete)
+        if kind == "video":
+            return not sampler.full
+        audio.flush()
+        return not audio.complete
 
     kinds = ["video", "audio"] if audio else ["video"]
     while request.strict or not sampler.full or (audio and (request.normalize_audio or not audio.full)):
@@ -526,15 +544,13 @@ def _add_frame(request: _Request, sampler: _FrameSampler, frame: av.VideoFrame, 
     sampler.add(frame, time)
 
 
-def _add_audio(request: _Request, audio: WaveformBuffer, frame: av.AudioFrame, time: Fraction, rate: int) -> None:
-    """Append a frame that begins `time` seconds after the first one."""
+def _add_audio(request: _Request, audio: WaveformBuffer, frame: av.AudioFrame, rate: int) -> None:
     if frame.sample_rate != rate:
         raise request.error("decode_error", "the sample rate changes within the file; re-encode it")
-    if request.by_timestamps:
-        hole = round(time * rate) - audio.count
-        if hole >= GAP * rate:
-            audio.add_silence(hole)
-    audio.add(mono_samples(frame))
+    if request.by_timestamps and frame.pts is None:  # some codecs give only the first frame of a packet its time
+        audio.add_frame(mono_samples(frame), None)
+    else:
+        audio.add_frame(mono_samples(frame), frame_time(request.path, frame))
 
 
 def _waveform(request: _Request, audio: WaveformBuffer, rate: int) -> torch.Tensor:

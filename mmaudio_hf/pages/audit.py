@@ -1,44 +1,57 @@
-"""The page of an audit: one HTML file that opens offline, made from the table alone.
+"""The pages of an audit, made from its table alone: the first has figures and the worst items, others have all items.
 
-Ids, captions, paths and messages come from files of others: all text is escaped, and the page's policy forbids scripts
-and the network.
+    OUT.html          counts, histograms, the worst of each verdict, copies beside each other
+    OUT_items/1.html  frames and a player of every listed item, 100 a page; media are links relative to the page
+
+Ids, captions, paths and messages come from files of others: templates escape all text, and the policy of the pages
+forbids scripts and the network.
 """
 
 import heapq
+import itertools
 import json
 import math
 import os
 from collections import Counter, defaultdict
-from html import escape
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from mmaudio_hf.media.audit import HARMLESS, VERDICTS
+from mmaudio_hf.pages import write_page as write_template
 
 SHOWN = 12  # examples per verdict
+ITEMS = 100  # per page
 BARS = 24
 
 MEANING = {
     "not_found": "there is no file of this id",
-    "unreadable": "the file does not open, or nothing of it can be decoded",
-    "no_video": "no pictures in a list of videos",
-    "no_audio": "no sound, or none that can be decoded",
+    "unreadable": "the file does not open, is a still image or encrypted, or nothing of it can be decoded",
+    "no_video": "no video track in a file of a list of videos",
+    "no_audio": "no audio track, or none that can be decoded",
     "leakage": "is trained on, and its id or a copy of its content is held out",
-    "duplicate_id": "the id stands in the list before",
+    "duplicate_id": "the id is in the list before",
     "duplicate_content": "a copy of an item before it, under another id",
-    "still": "the pictures do not move",
-    "silent": "nothing or next to nothing is heard",
-    "damaged": "something of it cannot be decoded",
+    "still": "the frames do not move",
+    "silent": "nothing or next to nothing can be heard",
+    "damaged": "something of it cannot be decoded, or is missing of the length it states",
     "too_short": "shorter than a clip",
     "too_long": "longer than expected",
-    "odd_duration": "pictures, sound and container do not agree on the length",
-    "start_gap": "pictures and sound do not begin together",
+    "odd_duration": "frames, audio and container do not agree on the length",
+    "start_gap": "frames and audio do not begin together",
+    "audio_drift": "timestamps and number of samples do not agree within the file; audio is placed by timestamps",
     "clipped": "samples at full scale",
-    "variable_frame_rate": "pictures at uneven times",
-    "duplicate_caption": "other items of the source have the same caption; nothing bad by itself",
+    "variable_frame_rate": "frames at uneven times",
+    "audio_tracks": "several audio tracks; a remark",
+    "hdr": "high dynamic range; a remark",
+    "interlaced": "interlaced video; a remark",
+    "non_square_pixels": "pixels that are not square; a remark",
+    "empty_caption": "a caption without text; a remark",
+    "duplicate_caption": "other items of the source have the same caption; a remark",
 }
 
 
@@ -48,22 +61,25 @@ class _Figure(NamedTuple):
     column: str
     title: str
     unit: str
-    share: bool = False  # is drawn from 0 to 1
+    is_share: bool = False  # drawn from 0 to 1
 
 
 _HISTOGRAMS = (
-    _Figure("duration", "Usable length", "s"),
-    _Figure("fps", "Pictures per second", "fps"),
-    _Figure("still_fraction", "Share of sampled pictures that do not move", "", True),
-    _Figure("uneven_intervals", "Share of uneven intervals between pictures", "", True),
-    _Figure("start_gap", "Start of the sound after that of the pictures", "s"),
-    _Figure("level_dbfs", "Level of the sound, RMS", "dBFS"),
-    _Figure("silent_fraction", "Share of silence", "", True),
-    _Figure("clipped_fraction", "Share of clipped samples", ""),
+    _Figure("duration", "Usable length", "seconds"),
+    _Figure("fps", "Frame rate", "frames per second"),
+    _Figure("still_fraction", "Sampled frames that do not move", "share", True),
+    _Figure("uneven_intervals", "Uneven intervals between frames", "share", True),
+    _Figure("start_gap", "Start of the audio after that of the frames", "seconds"),
+    _Figure("audio_drift", "Timestamps against samples of the audio", "seconds"),
+    _Figure("level_dbfs", "Level of the audio, RMS", "dBFS"),
+    _Figure("silent_fraction", "Silence", "share", True),
+    _Figure("clipped_fraction", "Clipped samples", "share"),
 )
 
+_Row = Mapping[str, Any]
+
 # How bad an item is among those of its verdict; where nothing is named, the first of the list are shown.
-_WORST = {
+_WORST: dict[str, Callable[[_Row], tuple[float, ...]]] = {
     "still": lambda row: (row["still_fraction"] or 0, -(row["largest_change"] or 0)),
     "silent": lambda row: (row["silent_fraction"] or 0, -(row["level_dbfs"] or 0)),
     "clipped": lambda row: (row["clipped_fraction"] or 0,),
@@ -71,12 +87,13 @@ _WORST = {
     "too_long": lambda row: (row["duration"] or 0,),
     "odd_duration": lambda row: (abs((row["video_duration"] or 0) - (row["audio_duration"] or 0)),),
     "start_gap": lambda row: (abs(row["start_gap"] or 0),),
+    "audio_drift": lambda row: (row["audio_drift"] or 0,),
     "variable_frame_rate": lambda row: (row["uneven_intervals"] or 0,),
 }
 
 
-class _Gathered:
-    """What the page needs of the table, taken row by row: counts, one float per item and figure, a few rows."""
+class _Summary:
+    """What the first page needs of the table, taken row by row: counts, one float per item and figure, a few rows."""
 
     def __init__(self, table: Path):
         self.rows = 0
@@ -92,10 +109,11 @@ class _Gathered:
                 for row in batch.to_pylist():
                     self._add(row)
 
-    def _add(self, row: dict[str, Any]) -> None:
+    def _add(self, row: _Row) -> None:
         source = self.sources[row["source"]]
         source.update(listed=1, ok=row["ok"], held_out=row["held_out"], **{row["kind"]: 1})
         self.verdicts.update(row["verdicts"])
+        row = {**row, "number": self.rows}
         self.rows += 1
         for verdict, reason in zip(row["verdicts"], row["reasons"], strict=True):
             entry = (*_WORST.get(verdict, lambda row: ())(row), -self.rows), (row, reason)
@@ -106,174 +124,122 @@ class _Gathered:
 
 
 def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
-    """Write the page of the audit in `table` and return its path; replaced as a whole."""
-    path, found = Path(path), _Gathered(Path(table))
-    listed, ok = found.rows, sum(counts["ok"] for counts in found.sources.values())
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Audit of {listed:,} items</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="note">Audit of media</p>
-<h1>{ok:,} of {listed:,} items are ok</h1>
-<p class="note">{escape(Path(table).name)} has a row for each; limits: {_limits(found.settings)}</p>
-</header>
-<section aria-labelledby="sources"><h2 id="sources">Sources</h2>{_sources(found)}</section>
-<section aria-labelledby="verdicts"><h2 id="verdicts">Verdicts</h2>{_verdicts(found, listed)}</section>
-<section aria-labelledby="figures"><h2 id="figures">Figures</h2>
-<p class="note">Heights are logarithms of counts.</p><div class="charts">{_histograms(found)}</div></section>
-<section aria-labelledby="worst"><h2 id="worst">The worst of each</h2>{_examples(found)}</section>
-</main>
-</body>
-</html>
-"""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def _limits(settings: dict[str, Any]) -> str:
-    limits = {"clip of": f"{settings['duration']:g} s", **settings["limits"]}
-    return escape(", ".join(f"{name} {value}" for name, value in limits.items()))
-
-
-def _sources(found: _Gathered) -> str:
-    rows = "".join(
-        f"<tr><th scope=row><bdi>{escape(name)}</bdi></th><td>{'videos' if counts['video'] else 'recordings'}</td>"
-        f"<td>{'held out' if counts['held_out'] else ''}</td><td class=n>{counts['listed']:,}</td>"
-        f"<td class=n>{counts['ok']:,}</td></tr>"
-        for name, counts in found.sources.items()
+    """Write the pages of the audit in `table`, each replaced as a whole; returns `path`, the first one."""
+    path, table = Path(path), Path(table)
+    summary, folder = _Summary(table), path.with_name(f"{path.stem}_items")
+    copied = {row["copy_of"] for worst in summary.worst.values() for _, (row, _) in worst} - {None}
+    originals = {}
+    pages = math.ceil(summary.rows / ITEMS)
+    for number, rows in enumerate(_batches(table), start=1):
+        originals |= {row["number"]: row for row in rows if row["number"] in copied}
+        cards = [_card(row, folder, list(zip(row["verdicts"], row["reasons"], strict=True))) for row in rows]
+        page = {"title": path.name, "number": number, "pages": pages, "home": f"../{quote(path.name)}"}
+        write_template(folder / f"{number}.html", "audit_items.html.jinja", cards=cards, page=page)
+    for old in folder.glob("*.html"):
+        if old.stem.isdecimal() and int(old.stem) > pages:
+            old.unlink()
+    listed = [verdict for verdict in VERDICTS if summary.verdicts[verdict]]
+    return write_template(
+        path,
+        "audit.html.jinja",
+        table=table.name,
+        listed=summary.rows,
+        ok=sum(counts["ok"] for counts in summary.sources.values()),
+        limits=", ".join(f"{name} {value}" for name, value in _limits(summary.settings).items()),
+        sources=summary.sources,
+        counts=summary.verdicts,
+        given=listed,
+        others=[verdict for verdict in VERDICTS if verdict not in listed],
+        meaning=MEANING,
+        harmless=HARMLESS,
+        shown=SHOWN,
+        histograms=[_histogram(figure, summary.values[figure.column]) for figure in _HISTOGRAMS],
+        worst={verdict: list(_worst(summary, verdict, originals, path.parent)) for verdict in listed},
+        items=[f"{quote(folder.name)}/{number}.html" for number in range(1, pages + 1)],
     )
-    return _table(("source", "kind", "use", "items", "ok"), rows)
 
 
-def _verdicts(found: _Gathered, listed: int) -> str:
-    rows = "".join(
-        f'<tr class="{"" if found.verdicts[verdict] else "none"}"><th scope=row>{_link(verdict, found)}'
-        f'<span class="note">{MEANING[verdict]}</span></th><td class=n>{found.verdicts[verdict]:,}</td>'
-        f"<td class=n>{100 * found.verdicts[verdict] / max(1, listed):.3g} %</td></tr>"
-        for verdict in VERDICTS
-    )
-    return _table(("verdict", "items", "share"), rows)
+def _limits(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"clip of": f"{settings['duration']:g} s", **settings["limits"]}
 
 
-def _link(verdict: str, found: _Gathered) -> str:
-    return f'<a href="#{verdict}">{verdict}</a>' if found.verdicts[verdict] else verdict
+def _batches(table: Path) -> Iterator[list[dict[str, Any]]]:
+    number = 0
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(batch_size=ITEMS):
+            rows = [{**row, "number": number + place} for place, row in enumerate(batch.to_pylist())]
+            number += len(rows)
+            yield rows
 
 
-def _table(heads: tuple[str, ...], rows: str) -> str:
-    head = "".join(f"<th scope=col>{name}</th>" for name in heads)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+def _worst(
+    summary: _Summary, verdict: str, originals: Mapping[int, _Row], folder: Path
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """(card, card of what it is a copy of) of the worst items of a verdict, the worst first."""
+    for _, (row, reason) in sorted(summary.worst[verdict], key=lambda entry: entry[0], reverse=True):
+        original = originals.get(row["copy_of"]) if verdict in ("duplicate_content", "leakage") else None
+        others = [(name, "") for name in row["verdicts"] if name != verdict and name not in HARMLESS]
+        yield _card(row, folder, [(verdict, reason), *others]), original and _card(original, folder, [])
 
 
-def _examples(found: _Gathered) -> str:
-    parts = []
-    for verdict in (v for v in VERDICTS if found.verdicts[v]):
-        count = found.verdicts[verdict]
-        cards = "".join(_example(*entry[1]) for entry in sorted(found.worst[verdict], key=lambda e: e[0], reverse=True))
-        shown = f"{min(SHOWN, count)} of {count:,}" if count > SHOWN else f"{count}"
-        harmless = ", nothing bad by itself" if verdict in HARMLESS else ""
-        parts.append(f'<h3 id="{verdict}">{verdict} <span class="note">{shown}{harmless}</span></h3><ul>{cards}</ul>')
-    return "".join(parts) or "<p>Nothing was found.</p>"
-
-
-def _example(row: dict[str, Any], reason: str) -> str:
+def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str, Any]:
+    """What a page in `folder` shows of an item."""
     captions = " · ".join(row["captions"])
-    caption = captions if len(captions) <= 200 else f"{captions[:200]}…"
-    others = [verdict for verdict in row["verdicts"] if verdict not in HARMLESS]
-    return (
-        f"<li><b><bdi>{escape(row['id'])}</bdi></b> <span class=note>{escape(row['source'])}</span>"
-        f"<p><bdi>{escape(reason)}</bdi></p>"
-        f"<p class=note><bdi>{escape(caption) or 'no caption'}</bdi></p><p class=note><bdi>{escape(row['path'])}</bdi>"
-        f"{' · ' + ', '.join(others) if len(others) > 1 else ''}</p></li>"
-    )
+    link = os.fsencode(os.path.relpath(os.path.abspath(row["path"]), os.path.abspath(folder)))
+    figures = (("duration", "{:.1f} s"), ("width", "{}x"), ("fps", "{:.4g} fps"), ("level_dbfs", "{:.0f} dBFS"))
+    texts = [text.format(row[name]) for name, text in figures if row[name] is not None]
+    return {
+        "id": row["id"],
+        "source": row["source"],
+        "number": row["number"],
+        "kind": row["kind"],
+        "caption": captions if len(captions) <= 200 else f"{captions[:200]}…",
+        "path": row["path"],
+        "link": quote(link) if row["bytes"] is not None else "",  # "javascript:" is quoted too
+        "frames": f"data:image/jpeg;base64,{row['thumbnails']}" if row["thumbnails"] else "",
+        "figures": ", ".join(texts).replace("x,", f"x{row['height']},"),
+        "verdicts": verdicts,
+        "copy_of": row["copy_of"],
+        "copy_page": row["copy_of"] is not None and f"{row['copy_of'] // ITEMS + 1}.html#item-{row['copy_of']}",
+    }
 
 
-# --- histograms ----------------------------------------------------------------------------------------------------
+# --- Histograms ------------------------------------------------------------------------------------------------------
 
-_WIDTH, _HEIGHT, _BOTTOM, _TOP = 400, 170, 24, 16
-
-
-def _histograms(found: _Gathered) -> str:
-    values = ((figure, np.concatenate([np.zeros(0), *found.values[figure.column]])) for figure in _HISTOGRAMS)
-    return "".join(_histogram(*pair) for pair in values)
+# Area of the bars within an SVG of 400 x 220.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 388, 12, 172
 
 
-def _histogram(figure: _Figure, values: np.ndarray) -> str:
-    """Bars of counts; the height is the logarithm, so that one bad item among a million is seen."""
-    if not values.size:
-        return ""
-    low, high = (0.0, 1.0) if figure.share else (float(values.min()), float(values.max()))
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-    counts, edges = np.histogram(values, BARS, (low, high))
-    width, top = _WIDTH / BARS, math.log1p(counts.max())
-    bars = []
-    for number, count in enumerate(counts):
-        height = (_HEIGHT - _BOTTOM - _TOP) * math.log1p(count) / top
-        if count:
-            bars.append(
-                f'<rect x="{number * width + 1:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" width="{width - 2:.1f}"'
-                f' height="{height:.1f}"><title>{count:,} from {edges[number]:.4g} to {edges[number + 1]:.4g}'
-                f" {figure.unit}</title></rect>"
-            )
-    marks = "".join(
-        f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{value:.4g}</text>'
-        for x, anchor, value in ((0, "start", low), (_WIDTH / 2, "middle", (low + high) / 2), (_WIDTH, "end", high))
-    )
-    label = f"{figure.title}: {values.size:,} items from {values.min():.4g} to {values.max():.4g} {figure.unit}"
-    median = f"median {np.median(values):.4g} {figure.unit}".strip()
-    return (
-        f"<figure><figcaption>{figure.title} <span class=note>{median}</span></figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-        f'<text x="0" y="11">{counts.max():,}</text>'
-        f'<path d="M0 {_HEIGHT - _BOTTOM}H{_WIDTH}"/>{"".join(bars)}{marks}</svg></figure>'
-    )
+def _histogram(figure: _Figure, values: list[np.ndarray]) -> dict[str, Any]:
+    """Bars of counts; the height is the logarithm, so that one bad item among a million is seen. {} without values."""
+    numbers = np.concatenate([np.zeros(0), *values])
+    if not numbers.size:
+        return {}
+    low, high = (0.0, 1.0) if figure.is_share else (float(numbers.min()), float(numbers.max()))
+    ticks = _ticks(low, high)
+    counts, edges = np.histogram(numbers, BARS, (ticks[0], ticks[-1]))
+    scale = (_BOTTOM - _TOP) / math.log1p(counts.max())
+    width = (_RIGHT - _LEFT) / BARS
+    bars = [
+        (round(_LEFT + n * width + 1, 1), round(width - 2, 1), round(scale * math.log1p(count), 1), int(count), *pair)
+        for n, (count, pair) in enumerate(zip(counts, itertools.pairwise(edges), strict=True))
+        if count
+    ]
+    powers = [10**power for power in range(len(str(counts.max())))]
+    return {
+        "title": figure.title,
+        "unit": figure.unit,
+        "summary": f"{numbers.size:,} items, median {np.median(numbers):.4g}",
+        "bars": bars,
+        "x_ticks": [(round(float(np.interp(x, (ticks[0], ticks[-1]), (_LEFT, _RIGHT))), 1), f"{x:.4g}") for x in ticks],
+        "y_ticks": [(round(_BOTTOM - scale * math.log1p(count), 1), f"{count:,}") for count in powers],
+    }
 
 
-_STYLE = """
-:root { color-scheme: light dark; --back: #fbfaf7; --card: #fff; --text: #1d1c1a; --soft: #6a6862; --line: #dedbd3;
-  --bar: #1f6fb2; }
-@media (prefers-color-scheme: dark) { :root { --back: #161617; --card: #202022; --text: #eceae4; --soft: #a3a098;
-  --line: #3a393a; --bar: #6cb2ee; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 1.15rem; margin: 34px 0 12px; }
-h3 { font-size: 1rem; margin: 22px 0 8px; }
-p { margin: 0; }
-a { color: var(--bar); }
-.note { color: var(--soft); font-size: .875rem; font-weight: 400; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-size: .9375rem; overflow-wrap: normal; }
-th, td { text-align: left; padding: 5px 14px; vertical-align: top; }
-thead th { color: var(--soft); font-weight: 400; font-size: .875rem; }
-tbody tr { border-top: 1px solid var(--line); }
-tbody th { font-weight: 600; }
-tbody th .note { display: block; }
-tr.none th { color: var(--soft); font-weight: 400; }
-tr.none td { color: var(--soft); }
-td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 12px; }
-figure, li { margin: 0; min-width: 0; padding: 10px 14px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
-figcaption { font-weight: 600; font-size: .9375rem; margin-bottom: 6px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-svg rect { fill: var(--bar); }
-svg path { stroke: var(--line); }
-ul { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-"""
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers that enclose [low, high]."""
+    span = high - low or abs(high) or 1.0
+    unit = 10 ** math.floor(math.log10(span / 4))
+    step = next(unit * k for k in (1, 2, 5, 10) if span / (unit * k) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * n, 12) for n in range(first, max(last, first + 1) + 1)]

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeline, Request, save_with_note
-from mmaudio_hf.media.container import probe
+from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.lists import find_video, read_media_list
 from mmaudio_hf.media.video import video_seconds
 from mmaudio_hf.pages import render
@@ -227,9 +227,12 @@ def _examples(run: str | os.PathLike) -> list[list[str]]:
     examples = []
     for source in recipe.extraction.videos:
         if source.name in test_stores and Path(source.list).is_file():
-            items = read_media_list(source.list)
-            examples += [[str(find_video(source.media_dir, item.id).absolute()), item.caption] for item in items]
-    return [example for example in examples if Path(example[0]).is_file()][:MAX_EXAMPLES]
+            for item in read_media_list(source.list):
+                with contextlib.suppress(MediaError, ValueError):
+                    examples.append([str(find_video(source.media_dir, item.id).absolute()), item.caption])
+                if len(examples) == MAX_EXAMPLES:
+                    return examples
+    return examples
 
 
 def _listen(host: str, port: int) -> socket.socket:
