@@ -48,7 +48,7 @@ def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[b
         except BlockingIOError:
             acquired = False
         except OSError as error:
-            message = f"{error.strerror}: extraction needs a file system with working locks (flock)"
+            message = f"{error.strerror or error}: extraction needs a file system with working locks (flock)"
             raise OSError(error.errno, message, str(path)) from error
         yield acquired
 

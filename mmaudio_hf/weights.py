@@ -426,7 +426,7 @@ def _write(response: httpx2.Response, partial: Path, have: int) -> None:
             try:
                 file.write(chunk)
             except OSError as error:
-                raise ValueError(f"{partial} cannot be written ({error.strerror})") from error
+                raise ValueError(f"{partial} cannot be written ({error.strerror or error})") from error
             bar.update(len(chunk))
 
 

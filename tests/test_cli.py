@@ -1,6 +1,7 @@
 """The command line as a user meets it: every step of the quick start on a handful of clips, and mistakes on the way."""
 
 import contextlib
+import fcntl
 import io
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import load_recipe, model_config, to_dict
+from mmaudio_hf.files import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,3 +184,15 @@ def test_torchrun_gets_the_sentence(monkeypatch, tmp_path, capsys):
     assert main(["train", "nowhere.yaml"]) == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     assert "error: no recipe at nowhere.yaml" in ChildFailedError("train.py", {0: failure}).format_msg()
+
+
+def test_an_error_without_a_reason_from_the_system_keeps_its_text(monkeypatch, tmp_path):
+    """As some libraries raise them: OSError("text") has no errno, and its strerror is None."""
+
+    def flock(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = "no locks here: extraction needs a file system with working locks"
+    with pytest.raises(OSError, match=message), locked(tmp_path / "lock"):
+        pass

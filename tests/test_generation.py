@@ -298,6 +298,7 @@ def test_save_generated(pipeline, video, tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"solver": "heun"}, "euler, adaptive"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
     ],
 )
 def test_wrong_options_are_named(pipeline, options, words):

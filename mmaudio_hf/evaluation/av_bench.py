@@ -139,7 +139,7 @@ def _run_in_environment(python: str, job: dict[str, Any], device: torch.device |
                     start_new_session=True,
                 )
             except OSError as error:  # as a text file without a shebang
-                raise RunError(f"{python} cannot be run: {error.strerror}") from error
+                raise RunError(f"{python} cannot be run: {error.strerror or error}") from error
         try:
             result = json.loads(result_file.read_text())
         except (OSError, ValueError):

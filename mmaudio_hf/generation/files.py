@@ -213,7 +213,7 @@ def check_out_dir(out_dir: str | os.PathLike, entries: Sequence[Entry] = ()) -> 
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(existing)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(existing)) from None
 
 
 class _Results:
@@ -238,7 +238,7 @@ class _Results:
             try:
                 stat = os.stat(media)
             except OSError as error:
-                return replace(entry, problem=("list", "not_found", f"{media}: {error.strerror}"))
+                return replace(entry, problem=("list", "not_found", f"{media}: {error.strerror or error}"))
             self.media[entry.id] = [Path(media).name, stat.st_size, stat.st_mtime_ns]
         return entry
 

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,9 @@ class MMAudioPipeline:
         `on_reject`, files are opened when their turn comes only, and a request that fails is passed to it.
         """
         requests = [dataclasses.replace(r, key=r.key or str(index)) for index, r in enumerate(requests)]
+        for number in (seed, *(request.seed for request in requests if request.seed is not None)):
+            if not isinstance(number, Integral):  # 1.5 would count as 1
+                raise ValueError(f"seed must be a whole number, not {number!r}")
         options = _Options(*self._window(window), duration, num_steps, guidance_scale, seed, solver)
         if duration is not None:
             _lengths(self.mode, duration)

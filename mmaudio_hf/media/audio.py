@@ -413,7 +413,7 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
             container.mux(stream.encode(None))
         os.replace(partial, path)
     except av.error.FFmpegError as error:  # the file is opened with the first packet, and the error does not name it
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

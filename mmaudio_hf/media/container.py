@@ -58,7 +58,7 @@ def open_any(path: str | os.PathLike) -> InputContainer:
         # Absolute, so that no name is read as a protocol; a playlist inside may not reach the network.
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        message = f"{path}: cannot be opened as media ({error.strerror}); replace the file"
+        message = f"{path}: cannot be opened as media ({error.strerror or error}); replace the file"
         raise MediaError("unreadable", message) from error
     for stream in container.streams.video:
         stream.codec_context.thread_count = 1  # extraction runs one process per core

@@ -61,8 +61,8 @@ def write_video_with_audio(
         return copy
     except av.error.FFmpegError as error:
         if error.errno in _TARGET_FAULTS:  # the error need not name its file; the video was there and could be opened
-            raise OSError(error.errno, error.strerror, str(out_path)) from error
-        problem = f"no audio can be added to it ({error.strerror}); re-encode it as H.264 mp4"
+            raise OSError(error.errno, error.strerror or str(error), str(out_path)) from error
+        problem = f"no audio can be added to it ({error.strerror or error}); re-encode it as H.264 mp4"
         raise media_error(video_path, "decode_error", problem) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -226,7 +226,9 @@ class RunLock:
                     f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
                 )
         except OSError as error:
-            self.warn(f"{self.run_dir} has no locks ({error.strerror}): make sure that only one launch trains it")
+            self.warn(
+                f"{self.run_dir} has no locks ({error.strerror or error}): make sure that only one launch trains it"
+            )
 
     def wait_for_release(self, limit: float) -> None:
         """Wait until no other process holds it, at most `limit` seconds; not at all where there are no locks."""
