@@ -39,7 +39,10 @@ from mmaudio_hf.training.logs import check_trackers, device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, training_flops
 
 UTILISATION = 0.4  # assumed fraction of a device's peak, while the run has not measured its own speed
-GPU_CONTEXT = 1.2e9  # bytes that CUDA and its libraries take besides
+# What a GPU needs besides tensors: assumed, since none was at hand.
+CUDA_CONTEXT = 0.8e9  # context, kernels, workspaces of cuBLAS and cuDNN
+NCCL_BUFFERS = 0.5e9  # of a process among several
+FRAGMENTATION = 0.04  # of the tensors: blocks that the caching allocator has and cannot use
 TIGHT = 0.9  # of the memory: more than this may not fit after all
 SAMPLED_ROWS = 64  # of a store, to look for values that are not finite
 READ_SECONDS = 1.5
@@ -324,19 +327,39 @@ def _weights(launch: Launch) -> Iterator[tuple[str, str]]:
 
 def _memory(launch: Launch) -> Iterator[tuple[str, str]]:
     components = launch.estimate.on_device(launch.world, launch.recipe.training.accumulation_steps, launch.fsdp)
+    tensors, allowance = sum(components.values()), {}
     if launch.device.type == "cuda":
-        available, owner, context = torch.cuda.mem_get_info(launch.device)[1], "the GPU has", GPU_CONTEXT
+        available, owner = torch.cuda.mem_get_info(launch.device)[1], "the GPU has"
+        allowance = {"context": CUDA_CONTEXT, "fragmentation": FRAGMENTATION * tensors}
+        allowance |= {"NCCL": NCCL_BUFFERS} if launch.world > 1 else {}
     else:
-        available, owner, context = available_memory() // launch.processes, "each process can have", 0
-    need = sum(components.values()) + context
-    listed = ", ".join(f"{name} {_gb(size)}" for name, size in components.items() if size)
-    message = f"about {_gb(need)} a device ({listed}); {owner} {_gb(available)}"
+        available, owner = available_memory() // launch.processes, "each process can have"
+    need = tensors + sum(allowance.values())
+    message = f"about {_gb(need)} a device ({_listed(components | allowance)}); {owner} {_gb(available)}"
     if need > available:
-        yield "FAIL", f"{message}: {_smaller(launch, available - context)}"
+        yield "FAIL", f"{message}: {_smaller(launch, available - sum(allowance.values()))}"
     elif need > TIGHT * available:
         yield "warn", f"{message}: this may be too tight"
     else:
         yield "ok", message
+
+
+def _host_memory(launch: Launch) -> Iterator[tuple[str, str]]:
+    """Of this machine; on a CPU beside the tensors of its processes."""
+    accumulation = launch.recipe.training.accumulation_steps
+    components = launch.estimate.on_host(launch.machines, accumulation, launch.fsdp)
+    need, available = sum(components.values()), available_memory()
+    if launch.device.type == "cpu":
+        available -= launch.processes * sum(launch.estimate.on_device(launch.world, accumulation, launch.fsdp).values())
+    message = f"about {_gb(need)} ({_listed(components)}); there are {_gb(max(0, available))}"
+    if need <= available:
+        yield "ok", message
+    else:
+        yield "FAIL", f"{message}: lower data.prefetch_batches or training.batch_size, or take more memory"
+
+
+def _listed(components: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_gb(size)}" for name, size in components.items() if size)
 
 
 def _smaller(launch: Launch, available: float) -> str:
@@ -466,7 +489,8 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-PER_DEVICE = ("memory", "disk space", "speed", "reading")  # where the batch does not split evenly, there is no answer
+# Where the batch does not split evenly over the devices, these have no answer.
+PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading")
 CHECKS: dict[str, Check] = {
     "software": _software,
     "device": _device,
@@ -481,6 +505,7 @@ CHECKS: dict[str, Check] = {
     "resume": _resume_from_hub,
     "Hub": _hub,
     "memory": _memory,
+    "host memory": _host_memory,
     "disk space": _disk_space,
     "speed": _speed,
     "reading": _reading,

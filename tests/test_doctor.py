@@ -47,7 +47,7 @@ def test_a_good_recipe_has_no_faults(folder, capsys):
     # How fast random rows come depends on who else uses the disk at this moment.
     assert code == 0 and {level for subject, level in levels.items() if subject != "reading"} == {"ok"}, text
     subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
-    assert list(levels) == [*subjects, "tracker", "memory", "disk space", "speed", "reading"]
+    assert list(levels) == [*subjects, "tracker", "memory", "host memory", "disk space", "speed", "reading"]
     assert "videos 24 rows (60%), audios 8 rows (40%); 40 an epoch" in text and text.endswith("good: ready to train")
     assert not (folder / "output").exists()
 
@@ -68,8 +68,9 @@ def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
     (tmp_path / "output" / "bad" / "speed.jsonl").write_text(json.dumps({"speed/samples_per_second": 1e9}) + "\n{")
     changes = ("samples.every=2", "ema.snapshot_every=1", "data.test=[{path: nowhere}]")
     code, levels, text = doctor(capsys, str(recipe), *changes)
-    assert code == 1 and text.endswith("bad: 3 of these must be fixed first"), text
-    assert {name for name, level in levels.items() if level == "FAIL"} == {"data.train", "memory", "disk space"}
+    assert code == 1 and text.endswith("bad: 4 of these must be fixed first"), text
+    failed = {name for name, level in levels.items() if level == "FAIL"}
+    assert failed == {"data.train", "memory", "host memory", "disk space"}
     assert {name for name, level in levels.items() if level == "warn"} == {"data.test", "weights"}
     assert "mean of row 5 (videos_0005) is not finite; `mmaudio-hf verify" in text
     assert "toy_codec_16k.safetensors is missing" in text and "set training.accumulation_steps=" in text

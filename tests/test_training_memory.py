@@ -117,6 +117,15 @@ def test_sharding_divides_what_is_kept():
     assert fsdp["activations"] == pytest.approx(ddp["activations"], rel=0.01)
 
 
+def test_host_memory_is_that_of_the_copy_and_the_buffers():
+    memory = estimate(training=TrainingConfig(batch_size=16))
+    alone = memory.on_host(1, 1)
+    assert alone["checkpoint copy"] == memory.checkpoint - 4 * memory.parameters  # which publishes some of it again
+    assert memory.on_host(2, 1)["batches"] == alone["batches"] / 2
+    sharded = memory.on_host(2, 1, fsdp=True)["checkpoint copy"]
+    assert sharded == alone["checkpoint copy"] // 2 + 4 * memory.parameters
+
+
 def test_smaller_passes_recomputing_and_freezing_take_less():
     plain = estimate().on_device(8, 1)
     assert estimate().on_device(8, 2)["activations"] == pytest.approx(plain["activations"] / 2, rel=0.1)

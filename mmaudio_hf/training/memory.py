@@ -83,14 +83,11 @@ class MemoryEstimate:
         fsdp: parameters, gradients, moments and EMA weights are sharded over the processes.
         """
         recipe, shards = self.recipe, processes if fsdp else 1
-        config, size = recipe.model, recipe.training.batch_size // processes // accumulation_steps
+        size = recipe.training.batch_size // processes // accumulation_steps
         # DDP keeps gradients in its buckets, and accumulation from pass to pass; else they come while activations go.
         kept = (processes > 1 and not fsdp) or accumulation_steps > 1
         fixed, per_sample, gradients = self._trace
         activations = fixed + size * per_sample + (0 if kept else gradients // shards)
-        conditions = config.text_tokens * config.text_dim + config.clip_length * config.clip_dim
-        conditions += config.sync_length * config.sync_dim
-        numbers = conditions + 4 * config.latent_length * config.latent_channels  # mean, std, noise, x0
         return {
             "parameters": FLOAT32 * (self.parameters // shards + self._gathered * fsdp),
             "optimizer": 2 * FLOAT32 * self.trained // shards,
@@ -98,8 +95,29 @@ class MemoryEstimate:
             "gradients": FLOAT32 * self.trained * kept,
             "activations": int(activations.max()),
             # Those of all passes and one ahead; one is among the activations.
-            "batches": FLOAT32 * numbers * size * accumulation_steps,
+            "batches": self._batch_bytes * size * accumulation_steps,
         }
+
+    def on_host(self, machines: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
+        """Bytes of host memory of one machine, pinned for CUDA: the copy that checkpoints are written from, batches.
+
+        Without FSDP the first process alone copies; with it each copies its shards, and the first what is published.
+        """
+        training, prefetch = self.recipe.training, self.recipe.data.prefetch_batches
+        state = FLOAT32 * (self.parameters + 2 * self.trained) + self.snapshot
+        buffers = accumulation_steps + max(prefetch, accumulation_steps)  # see `BatchLoader`
+        return {
+            "checkpoint copy": state // machines + FLOAT32 * self.parameters if fsdp else state,
+            "batches": self._batch_bytes * training.batch_size // accumulation_steps // machines * buffers,
+        }
+
+    @property
+    def _batch_bytes(self) -> int:
+        """Of one sample: its features, the latent's mean and std, and two noises."""
+        config = self.recipe.model
+        conditions = config.text_tokens * config.text_dim + config.clip_length * config.clip_dim
+        conditions += config.sync_length * config.sync_dim
+        return FLOAT32 * (conditions + 4 * config.latent_length * config.latent_channels)
 
     @property
     def checkpoint(self) -> int:
