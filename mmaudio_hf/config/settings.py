@@ -202,26 +202,29 @@ class EncoderConfig(Settings):
 
 
 @dataclass(frozen=True)
-class VideoSource(Settings):
+class MediaSource(Settings):
+    """A folder of media files of which one feature store is made."""
+
+    name: str = setting(MISSING, "name of the store")
+    media_dir: str = setting(MISSING, "folder of the files", path=True)
+    list: str = setting(MISSING, "TSV of the files to use: id, label of videos; id, caption of audio files", path=True)
+
+
+@dataclass(frozen=True)
+class VideoSource(MediaSource):
     """A folder of videos of which one feature store is made."""
 
     key = "extraction.videos"
-    name: str = setting(MISSING, "name of the store")
-    media_dir: str = setting(MISSING, "folder of the videos, ID.mp4", path=True)
-    list: str = setting(MISSING, "TSV of the videos to use: id, label", path=True)
     normalize_audio: bool = setting(True, "scale the audio to a peak of 0.95")
     max_clips: int = setting(1, "clips of each video that `mmaudio-hf partition` lists; 1: its first seconds", least=1)
     clips: str = setting("", "list of the clips of long videos; empty: beside the store", path=True)
 
 
 @dataclass(frozen=True)
-class AudioSource(Settings):
+class AudioSource(MediaSource):
     """A folder of audio files of which one feature store is made."""
 
     key = "extraction.audios"
-    name: str = setting(MISSING, "name of the store")
-    media_dir: str = setting(MISSING, "folder of the audio files", path=True)
-    list: str = setting(MISSING, "TSV of the audio files to use: id, caption", path=True)
     clips: str = setting("", "clips.tsv, which `mmaudio-hf partition` writes; empty: beside the store", path=True)
     captions: Literal["all", "last", "first"] = setting("all", "which captions of a file with several make rows")
 
@@ -264,7 +267,7 @@ class ExtractionConfig(Settings):
             self.alignment == "timestamps" or all(source.max_clips == 1 for source in self.videos),
             "extraction.videos.max_clips needs extraction.alignment timestamps: the reference reads no later clips",
         )
-        twice = _repeated([*(s.name for s in self.videos), *(s.name for s in self.audios)])
+        twice = _repeated(source.name for source in (*self.videos, *self.audios))
         _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")
 
 
