@@ -83,7 +83,8 @@ def _partition(options: argparse.Namespace) -> None:
 
     recipe, share = load_recipe(options.recipe, options.overrides), share_of_process(options)
     extraction = recipe.extraction
-    sources = [*(source for source in extraction.videos if source.max_clips > 1), *extraction.audios]
+    sources: list[VideoSource | AudioSource] = [source for source in extraction.videos if source.max_clips > 1]
+    sources += extraction.audios
     if not sources:
         raise ValueError(f"recipe {recipe.name} names nothing under extraction.audios, and no video with max_clips > 1")
     check_sources(extraction, lists=False)
