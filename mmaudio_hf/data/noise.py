@@ -1,17 +1,20 @@
 """All random inputs of a training sample, as a pure function of (seed, stream, step, sample index).
 
 A counter-based generator (Philox 4x64, Salmon et al. 2011) needs no state: its key is (seed, stream) and its counter
-starts at (sample index, step), so any process can draw the numbers of any sample in any order.
+starts at (sample index, step), so any process can draw the numbers of any sample in any order. Between processors
+with other vector units the last digit of a normal number may differ.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
+_SCALARS = 4  # 64-bit words of a sample before those of its latents: four uniforms, two words for z, two unused
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,50 @@ def sample_noise_for_ids(seed: int, ids: Sequence[str], latent_shape: tuple[int,
 
 def fill_noise(out: Draws, seed: int, stream: str, step: int, sample_indices: Sequence[int]) -> None:
     """`sample_noise` into CPU memory; releases the GIL for nearly all of its time."""
-    _fill(out, seed, stream, ((int(index), step) for index in sample_indices))
+    _fill(out, seed, stream, [(int(index), step) for index in sample_indices])
 
 
 def fill_noise_for_ids(out: Draws, seed: int, ids: Sequence[str]) -> None:
     """`sample_noise_for_ids` into CPU memory."""
-    _fill(out, seed, "validation", ((_hash64(item_id), 0) for item_id in ids))
+    _fill(out, seed, "validation", [(_hash64(item_id), 0) for item_id in ids])
 
 
-def _fill(out: Draws, seed: int, stream: str, counters: Iterable[tuple[int, int]]) -> None:
-    latent_noise, z, x0, *uniforms = (getattr(out, f.name).numpy() for f in fields(out))
+def _fill(out: Draws, seed: int, stream: str, counters: Sequence[tuple[int, int]]) -> None:
     philox = np.random.Philox(key=np.array([seed & _MASK, _hash64(stream)], dtype=np.uint64), counter=0)
-    generator, state = np.random.Generator(philox), philox.state
-    for i, (low, high) in enumerate(counters):
+    state = philox.state
+    size = math.prod(out.x0.shape[1:])
+    bits = np.empty((len(counters), _SCALARS + size), dtype=np.uint64)
+    for row, (low, high) in zip(bits, counters, strict=True):
         # The first two words count the numbers drawn within a sample; the others are the sample.
         state["state"]["counter"] = np.array([0, 0, low, high], dtype=np.uint64)
         philox.state = state  # six times faster than a new generator
-        for uniform, value in zip(uniforms, generator.random(len(uniforms), dtype=np.float32), strict=True):
-            uniform[i] = value
-        z[i] = generator.standard_normal(dtype=np.float32)
-        generator.standard_normal(dtype=np.float32, out=latent_noise[i])
-        generator.standard_normal(dtype=np.float32, out=x0[i])
+        row[:] = philox.random_raw(len(row))
+    words = bits.astype("<u8", copy=False).view("<i4")  # (B, 2 * (_SCALARS + size))
+    for index, name in enumerate(("drop_video", "drop_clip", "drop_sync", "drop_text")):
+        np.multiply(words[:, index] & 0xFFFFFF, np.float32(2**-24), out=getattr(out, name).numpy(), casting="unsafe")
+    _box_muller(words[:, 4], words[:, 5], out.z.numpy(), np.empty(len(words), np.float32))
+    radius, angle = np.split(words[:, 2 * _SCALARS :], 2, axis=1)
+    _box_muller(radius, angle, *(x.view(-1, size).numpy() for x in (out.latent_noise, out.x0)))
+
+
+def _box_muller(radius: np.ndarray, angle: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> None:
+    """Two independent standard normals of two random int32 (Box and Muller 1958), float32, at most 6.7 in size.
+
+    Three times as fast as numpy's `standard_normal`, which decides number by number; whole arrays use vector units.
+    """
+    r = radius.astype(np.float32)
+    np.abs(r, out=r)
+    r += np.float32(0.5)
+    r *= np.float32(2**-31)  # in (0, 1]
+    np.log(r, out=r)
+    r *= np.float32(-2)
+    np.sqrt(r, out=r)
+    np.copyto(sine, angle, casting="unsafe")  # a product of int32 and float32 would be float64
+    sine *= np.float32(np.pi * 2**-31)  # in [-pi, pi]
+    np.cos(sine, out=cosine)
+    np.sin(sine, out=sine)
+    cosine *= r
+    sine *= r
 
 
 def _hash64(text: str) -> int:
