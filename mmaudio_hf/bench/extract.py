@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torchaudio.functional import resample
 
-from mmaudio_hf.bench import emulates_bf16, median_rates, time_matmul
+from mmaudio_hf.bench import Timed, emulates_bf16, median_rates, time_matmul
 from mmaudio_hf.features import autoencoder, synchformer
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import CLIP_FPS, CLIP_PIXELS, SYNC_FPS, SYNC_PIXELS, audio_mode, sequence_lengths
@@ -196,7 +196,7 @@ def _encoder_rates(mode: str, rounds: int) -> dict[str, float | str]:
         sizes = (SMALL_DEPTH, SMALL_FRAMES) if small else (synchformer.DEPTH, frames)
         figures[f"{precision}_size"] = f"{sizes[0]} Synchformer blocks, {sizes[1]} mel frames"
         for name, run, flops in _encoder_runs(mode, *sizes):
-            timed = [time_matmul(torch.device("cpu"), dtype), (partial(_autocast, run, dtype), flops)]
+            timed: list[Timed] = [time_matmul(torch.device("cpu"), dtype), (partial(_autocast, run, dtype), flops)]
             matmul, rate = median_rates(timed, 1 if small else rounds)
             figures[f"{name}_{precision}_gflop_s"] = rate / 1e9
             figures[f"{name}_{precision}_of_matmul"] = rate / matmul
