@@ -410,49 +410,41 @@ def test_a_full_disk_ends_with_one_sentence_and_a_larger_one_resumes(weights, tm
 # --- many items --------------------------------------------------------------------------------------------------
 
 
+def faults(folder: Path, good: Path) -> dict[str, tuple]:
+    """Ways to break an audio file: name -> (what takes the place of its path, stage and reason of the reject)."""
+    noise = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
+    write_audio(folder / "good.flac", noise, RATE)
+    truncate(folder / "good.flac", folder / "cut.flac", 0.7)
+    write_audio(folder / "silent.wav", torch.zeros(RATE), RATE)
+    write_audio(folder / "short.wav", noise[: RATE // 2], RATE)
+    write_odd(folder / "mute.mp4", Odd(frame_times=steady(0.5), audio_seconds=None))
+    (folder / "text.wav").write_text("this is no audio\n" * 50)
+    (folder / "empty.wav").touch()
+    return {
+        "not_found": (lambda path: None, "list", "not_found"),
+        "folder": (lambda path: path.mkdir(), "list", "not_found"),
+        "text": (lambda path: os.link(folder / "text.wav", path), "read", "unreadable"),
+        "empty": (lambda path: os.link(folder / "empty.wav", path), "read", "unreadable"),
+        "cut": (lambda path: os.link(folder / "cut.flac", path.with_suffix(".flac")), "read", "decode_error"),
+        "silent": (lambda path: os.link(folder / "silent.wav", path), "read", "silent"),
+        "short": (lambda path: os.link(folder / "short.wav", path), "read", "clip_out_of_range"),
+        "mute": (lambda path: os.link(folder / "mute.mp4", path.with_suffix(".m4a")), "read", "no_audio"),
+        "no_caption": (lambda path: os.link(good, path), "list", "no_caption"),
+        "audit": (lambda path: os.link(good, path), "audit", "clipped"),
+    }
+
+
 def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     """5 % broken in ten ways: accepted and rejected add up to the listed ones, and each reason is right."""
     names = [f"item_{i:04d}" for i in range(2000)]
     random.Random(0).shuffle(names)
     media = AudioFiles(tmp_path / "media", names)
-    good = media.folder / f"{names[-1]}.wav"
-    noise = 0.1 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
-    write_audio(tmp_path / "good.flac", noise, RATE)
-    truncate(tmp_path / "good.flac", tmp_path / "cut.flac", 0.7)
-    write_audio(tmp_path / "silent.wav", torch.zeros(RATE), RATE)
-    write_audio(tmp_path / "short.wav", noise[: RATE // 2], RATE)
-    write_odd(tmp_path / "mute.mp4", Odd(frame_times=steady(0.5), audio_seconds=None))
-    (tmp_path / "text.wav").write_text("this is no audio\n" * 50)
-    (tmp_path / "empty.wav").touch()
-    ways = {
-        "not_found": lambda path: None,
-        "folder": lambda path: path.mkdir(),
-        "text": lambda path: os.link(tmp_path / "text.wav", path),
-        "empty": lambda path: os.link(tmp_path / "empty.wav", path),
-        "cut": lambda path: os.link(tmp_path / "cut.flac", path.with_suffix(".flac")),
-        "silent": lambda path: os.link(tmp_path / "silent.wav", path),
-        "short": lambda path: os.link(tmp_path / "short.wav", path),
-        "mute": lambda path: os.link(tmp_path / "mute.mp4", path.with_suffix(".m4a")),
-        "no_caption": lambda path: os.link(good, path),
-        "audit": lambda path: os.link(good, path),
-    }
-    reasons = {
-        "not_found": ("list", "not_found"),
-        "folder": ("list", "not_found"),
-        "text": ("read", "unreadable"),
-        "empty": ("read", "unreadable"),
-        "cut": ("read", "decode_error"),
-        "silent": ("read", "silent"),
-        "short": ("read", "clip_out_of_range"),
-        "mute": ("read", "no_audio"),
-        "no_caption": ("list", "no_caption"),
-        "audit": ("audit", "clipped"),
-    }
+    ways = faults(tmp_path, media.folder / f"{names[-1]}.wav")
     broken = dict(zip(names[:100], [*ways] * 10, strict=True))
     for name, way in broken.items():
         path = media.folder / f"{name}.wav"
         path.unlink()
-        ways[way](path)
+        ways[way][0](path)
     lines = media.captions.read_text().splitlines(keepends=True)
     kept = [line for line in lines if broken.get(line.split("\t")[0]) != "no_caption"]
     media.captions.write_text("".join(kept))
@@ -461,7 +453,7 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     rejects = [json.loads(line) for line in report.rejects_path.read_text().splitlines()]
     assert (report.listed, report.accepted, report.rejected, report.missing) == (2000, 1900, 100, 20)
     by_id = {reject["id"].removesuffix("_0"): (reject["stage"], reject["reason"]) for reject in rejects}
-    assert by_id == {name: reasons[way] for name, way in broken.items()}
+    assert by_id == {name: ways[way][1:] for name, way in broken.items()}
     assert all(reject["message"] for reject in rejects)
     store = FeatureStore.open(report.store_path)
     assert store.ids == [f"{name}_0" for name in names if name not in broken]
