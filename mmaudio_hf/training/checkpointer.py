@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ class Checkpointer:
         metadata: plain values that resuming needs. sums: the running metrics of the first process. `best` points the
         link of that name at the checkpoint. With a `problem` there is none: the thread reports it.
         """
-        if what.snapshot and finished and what.checkpoint:  # which is made of all snapshots
+        if what.snapshot and finished and what.checkpoint:  # the published weights are made of all snapshots
             self.save(Save(snapshot=True), step, metadata, sums, finished=True)
             what = Save(checkpoint=True)
         state: dict[str, Mapping[str, torch.Tensor]] = {}  # each process saves its shards of these
@@ -164,11 +163,11 @@ class Checkpointer:
                 discard(job.shards.folder.parent)
             raise
         if "published" not in groups:
-            return
+            return  # only snapshots were due
         weights = job.state.metadata["weights"]
         publish = partial(write_pretrained, recipe, groups["published"], weights, self.write_extras)
         folder = save_checkpoint(recipe.run_dir, replace(job.state, tensors=groups), publish, job.shards)
-        if job.best:
+        if job.best:  # before pruning, which spares what the link points at
             point_at(recipe.run_dir, "best", folder)
         self.on_checkpoint(folder)
         prune(recipe.run_dir, recipe.training.keep_checkpoints, recipe.training.keep_every)
@@ -189,7 +188,7 @@ class Checkpointer:
         of the model in training, with an adapter of its own.
         """
         raw = self.model.state_dict()
-        if self.ema.step == 0:
+        if self.ema.step == 0:  # before ema.start
             return raw, {"weights": "raw", "sigma_rel": None, "step": step}
         published = self.recipe.ema.sigma_rel
         sigma, ema_weights = self.ema.nearest(published)
@@ -350,9 +349,7 @@ class BackgroundWriter:
     def __enter__(self) -> "BackgroundWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
             self._thread.join()
 

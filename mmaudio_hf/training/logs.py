@@ -158,6 +158,7 @@ class JsonLines:
         """Write what waits. OSError naming the file when that fails; the file then ends where it did before."""
         data = "".join(json.dumps(entry) + "\n" for entry in self._waiting).encode()
         try:
+            # Without a buffer: of a buffered line a full disk could keep one half, and the rest would follow later.
             with open(self.path, "ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
                 if file.write(data) < len(data):

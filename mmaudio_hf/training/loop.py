@@ -56,8 +56,7 @@ class RunResult:
     step: int
     stopped_by: int | None  # number of the signal that ended it early, or None
     stopped_early: bool  # validation no longer improved
-    skipped_steps: int
-    history: list[dict[str, float]]  # lines of metrics.jsonl; empty except on the main process
+    skipped_steps: int  # over all sessions
 
 
 def train(
@@ -112,10 +111,12 @@ class Run:
         kinds = ["val", "val_ema"] if validation is not None else []
         self.best = BestScore(recipe.training, [*kinds, *(evaluator.name for evaluator in evaluators)])
         self.log = RunLog(recipe, accelerator, [store.path.name for store in mixture.stores])
+        # Copies, of the shape (1, 1, C): FSDP shards the model's own, and every step needs them in full.
         self.latent_statistics = tuple(
             s.to(accelerator.device, copy=True) for s in (model.latent_mean, model.latent_std)
         )
         self.unwrapped_model = configure_model(model, recipe.training, accelerator)
+        # After sharding: EMA weights and moments are sharded as the weights are.
         self.ema = PostHocEMA(model, recipe.ema.sigma_rels, recipe.ema.update_every, frozen_parameters(model))
         self.optimizer = build_optimizer(model, recipe.optim)
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self._on_skip)
@@ -132,7 +133,7 @@ class Run:
         self.log.history = open_run_dir(recipe, accelerator, lock, self.step, self.ema.step, self.best.step)
         self.prepare()
         self.log.start(self.step, self.unwrapped_model, len(self.mixture), self.checkpointer.sharded)
-        if self.step == 0:
+        if self.step == 0:  # a name that no validation computes is an error now, and not after hours
             check_metrics(recipe.training, self._validate())
         finished = actions_after(self.step, Verdict(self._plateau()), None, recipe).finished
         first_step, until = self.step, self.step if finished else steps
@@ -148,8 +149,8 @@ class Run:
             for batches in loader:
                 with step_timeout():
                     self.update(batches)
-                    signal = self.guard.poll()
-                progress.end_step()
+                    signal = self.guard.poll()  # of the step before, whose flags have arrived: the host need not wait
+                progress.end_step()  # what follows is not time of training
                 finished, stop = self._after_step(signal, progress, loader)
                 if stop:
                     break
@@ -158,7 +159,7 @@ class Run:
                 progress.start_step()
             self.checkpointer.finish()
         stopped_by = None if finished else self.guard.stopped_by
-        return RunResult(self.step, stopped_by, finished and self.step < steps, self.guard.skipped, self.log.history)
+        return RunResult(self.step, stopped_by, finished and self.step < steps, self.guard.skipped)
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class Run:
         self.best.restore(state.metadata.get("best"))
 
     def prepare(self) -> None:
-        """Wrap the model for its processes, once its weights are in place."""
+        """Wrap the model for its processes, after `find_checkpoint` has checked that it is the same on all of them."""
         sharded = self.checkpointer.sharded
         self.model = self.unwrapped_model if sharded else self.accelerator.prepare(self.unwrapped_model)
 
@@ -220,7 +221,7 @@ class Run:
         self.log.running.add(trace.loss, trace.source, trace.total_norm, found_inf)
         if self.step >= self.recipe.ema.start:
             self.ema.update()
-        self.step += 1
+        self.step += 1  # skipped or not: the next step sees other samples
 
     def backward(self, batches: Sequence[Batch]) -> StepTrace:
         """Clipped gradients of the present step from its micro-batches, and the numbers that they come from."""
@@ -229,6 +230,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for index, batch in enumerate(batches):
+            # Processes exchange gradients once per update, in the backward pass of the last micro-batch.
             last = index == len(batches) - 1
             with nullcontext() if last else no_sync(self.accelerator, self.model):
                 if self.recipe.finetune.lora.dropout:
@@ -241,6 +243,7 @@ class Run:
         norms = gradient_norms(self.unwrapped_model.parameters())
         total = clip_gradients(self.unwrapped_model.parameters(), optim.max_grad_norm, norms)
         ids = [item_id for batch in batches for item_id in batch.ids]
+        # torch.cat copies: tensors of batches are views of buffers that the next step fills again.
         source, losses, times = (torch.cat(values) for values in zip(*results, strict=True))
         return StepTrace(self.step, ids, source, losses, times, norms, total)
 
@@ -275,7 +278,7 @@ class Run:
             verdict = verdict._replace(best_evaluation=is_best)
             now = actions_after(self.step, verdict, signal, recipe, self.evaluators)
         self._save(now.save, now.finished)
-        if now.log:
+        if now.log:  # at the end, so that the stall of a checkpoint is in the line of its step
             progress.report(self.step, loader.wait_seconds, self.checkpointer.writer.stall_seconds, line)
             loader.wait_seconds = self.checkpointer.writer.stall_seconds = 0.0
         return now.finished, now.stop
@@ -303,7 +306,7 @@ class Run:
         scores: dict[str, float] = {}
         model = self.unwrapped_model.eval()
         for kind, values in weights.items():
-            with swap_weights(model, values):
+            with swap_weights(model, values):  # in place: there is no memory for a second model
                 losses = self.validator.scores(self.accelerator.autocast()(model.__call__), *self.latent_statistics)
             scores |= {f"{kind}/{name}": value for name, value in losses.items()}
         model.train()
