@@ -9,7 +9,7 @@ import functools
 import re
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx2
@@ -130,6 +130,27 @@ def one_line(error: object) -> str:
     token = get_token()
     line = line.replace(token, "***") if token else line
     return re.sub(r"\bhf_\w{8,}", "hf_***", line)
+
+
+def check_name(name: str, repo: str) -> str:
+    """Return the name of a file in a repository; ValueError for what could leave a folder, as ../x, /x or C:\\x."""
+    steps = PurePosixPath(name).parts
+    unsafe = name != "/".join(steps) or ".." in steps or name.startswith("/") or re.search(r"[\x00-\x1f\x7f\\:]", name)
+    if unsafe or not steps:
+        raise ValueError(f"Hub repository {repo} lists a file {name!r}, which is no plain name: nothing was fetched")
+    return name
+
+
+def check_file_names(repo: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """ValueError when a model repository lists a name that could leave a folder; nothing of it is to be downloaded.
+
+    Without connection there is nothing to check: what is in the cache was checked when it was downloaded.
+    """
+    with contextlib.suppress(ConnectionError), hub_errors(repo):
+        # As short as huggingface_hub waits before it takes a file from the cache.
+        info = api().model_info(repo, revision=revision, token=token, timeout=10)
+        for file in info.siblings or ():
+            check_name(file.rfilename, repo)
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def test_pushes_carry_the_card_and_its_samples(run, hub, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
-def test_audio_and_captions_stay_here_unless_they_are_asked_for(run, hub, monkeypatch, tmp_path, capsys, option):
+def test_audio_and_captions_are_pushed_on_request_alone(run, hub, monkeypatch, tmp_path, capsys, option):
     hub.use_here(monkeypatch, tmp_path / "home")
     assert main(["push", str(run), "tester/quiet", *option]) == 0
     assert "captions are not pushed: --samples or hub.samples=true pushes them" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_every_reader_takes_what_was_pushed(hub, run, pulled, monkeypatch):
     expected = MMAudio.from_pretrained(run / "last" / "pretrained_model").state_dict()
     for source in (NAME, f"{NAME}@{first_commit(hub)}", "network", "other/run"):
         assert len(read_pretrained(source)[1]) > 10
-        weights = MMAudioPipeline.from_pretrained(source, device="cpu").network.state_dict()
+        weights = MMAudioPipeline.from_pretrained(source, device="cpu").model.state_dict()
         assert all(weights[name].equal(value) for name, value in expected.items())
     assert MMAudio.from_pretrained(NAME).config == MMAudio.from_pretrained("network").config
     with pytest.raises(ValueError, match="is not there, or private"):
@@ -276,6 +276,18 @@ def test_slices_travel_and_those_of_other_processes_go(hub, run, tmp_path, monke
     assert set(files_of(Path("network"))) >= PUBLISHED and not Path("network/checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "state", [b"[" * 100_000, b"[]", b'{"step": "4"}', b'{"step": -1}', b'{"step": 1' + b"0" * 300 + b"}"]
+)
+def test_a_damaged_state_on_the_hub_is_one_sentence(hub, run, tmp_path, capsys, monkeypatch, state):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), NAME, "--training-state"]) == 0
+    hub.repository(NAME).add({"training_state/state.json": state})
+    assert "state.json" in error_of(capsys, "pull", NAME, "--to", "new") and not Path("new").exists()
+    hub.repository(NAME).add({"weights.json": state})
+    assert "weights.json" in error_of(capsys, "push", run, NAME)
+
+
 HOSTILE = ("../x", "a/../../x", "/etc/x", "C:\\x", "training_state\\x", "a\nb", "training_state/ema/../../../x", "./x")
 
 
@@ -285,6 +297,13 @@ def test_unsafe_file_names_are_rejected(hub, run, tmp_path, capsys, monkeypatch,
     assert main(["push", str(run), NAME, "--training-state"]) == 0
     hub.repository(NAME).add({name: b"bad"})
     assert "is no plain name: nothing was fetched" in error_of(capsys, "pull", NAME, "--to", "new/run")
+    words = ("generate", "--run", NAME, "--prompt", "a", "--out", "a.wav")
+    assert "is no plain name: nothing was fetched" in error_of(capsys, *words)
+    with pytest.raises(ValueError, match="is no plain name: nothing was fetched"):
+        MMAudio.from_pretrained(NAME)
+    with pytest.raises(ValueError, match="is no plain name: nothing was fetched"):
+        read_pretrained(NAME)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert not Path("new").exists()
 
 

@@ -318,7 +318,7 @@ FAULTS = {
     "other content": r"other content than store\.json says",
     "wrong checksum": r"other content than store\.json says",
     "other table": r"table\.tsv is not that of store\.json",
-    "not json": r"store\.json is not JSON",
+    "not json": r"store\.json is not valid JSON",
 }
 
 

@@ -49,6 +49,16 @@ def test_a_line_that_a_kill_cut_short_is_dropped_with_later_ones(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 2, "a', b"\xff\x00\xfe", b"[1]", b"[" * 100_000])
+def test_a_damaged_line_in_the_middle_costs_no_other(tmp_path, damage, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n{"st')
+    assert truncate_lines(path, lambda line: True) == [{"step": 1}, {"step": 3}]
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+    assert "has 1 damaged lines, which are moved to" in capsys.readouterr().err
+
+
 def test_the_peak_of_an_unknown_device_is_measured():
     peak = device_peak(torch.device("cpu"), "no")
     assert peak.measured and 1e8 < peak.flops_per_second < 1e14

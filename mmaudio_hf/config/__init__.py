@@ -1,6 +1,6 @@
 """Recipes: strict, typed settings (`settings`), and reading them from YAML and the command line (`reading`)."""
 
-from mmaudio_hf.config.reading import load_recipe, model_config, save_recipe, to_dict
+from mmaudio_hf.config.reading import load_recipe, model_config, read_json, read_json_lines, save_recipe, to_dict
 from mmaudio_hf.config.settings import (
     RELEASED_LICENSE,
     VARIANTS,
@@ -50,6 +50,8 @@ __all__ = [
     "load_recipe",
     "micro_batch_size",
     "model_config",
+    "read_json",
+    "read_json_lines",
     "save_recipe",
     "to_dict",
     "variant_config",

@@ -38,6 +38,34 @@ def model_config(plain: Mapping[str, Any], source: str | Path) -> ModelConfig:
     return _Reader(str(source)).build(ModelConfig, dict(plain), "")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file that may come from others; ValueError naming the file when it is damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # brackets nested a thousand times end the recursion
+        raise ValueError(f"{path} is not valid JSON ({error}): it is damaged, get it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object, but a {type(content).__name__}")
+    return content
+
+
+def read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Entries of a log with one JSON object per line ([] without the file), and the lines that are none.
+
+    A kill cuts the last line short; a damaged disk may change any.
+    """
+    entries, damaged = [], []
+    for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else []:
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("no object")
+            entries.append(entry)
+        except (ValueError, RecursionError):
+            damaged.append(line)
+    return entries, damaged
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dict of a configuration, as it goes into YAML or JSON: lists in place of tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -35,6 +35,9 @@ _ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
 _REJECT: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
 _CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
 
+# A configuration from the Hub may hold any number: larger ones would take all memory before the weights are compared.
+MAX_WIDTH, MAX_TOKENS = 2**16, 2**20
+
 # Limits of `setting`: words of the message, comparison, JSON schema keyword.
 LIMITS = {
     "least": ("at least", operator.ge, "minimum"),
@@ -120,22 +123,24 @@ class ModelConfig(Settings):
     key = "model"
     variant: str = setting("small_16k", "released network whose sizes are the defaults of the keys below")
     mode: Literal["16k", "44k"] = setting("16k", "sample rate: 16 kHz or 44.1 kHz")
-    hidden_dim: int = setting(448, "width of the transformer", least=1)
+    hidden_dim: int = setting(448, "width of the transformer", least=1, most=MAX_WIDTH)
     num_heads: int = setting(7, "attention heads", least=1)
-    depth: int = setting(12, "joint and fused blocks together", least=1)
+    depth: int = setting(12, "joint and fused blocks together", least=1, most=256)
     fused_depth: int = setting(8, "fused blocks, which see the audio tokens alone", least=0)
     v2: bool = setting(False, "the large_44k_v2 network: other condition projections and time embedding")
-    clip_dim: int = setting(CLIP_DIM, "width of CLIP image features", least=1)
-    sync_dim: int = setting(SYNC_DIM, "width of Synchformer features", least=1)
-    text_dim: int = setting(TEXT_DIM, "width of CLIP text features", least=1)
-    text_tokens: int = setting(TEXT_TOKENS, "tokens of a caption", least=1)
+    clip_dim: int = setting(CLIP_DIM, "width of CLIP image features", least=1, most=MAX_WIDTH)
+    sync_dim: int = setting(SYNC_DIM, "width of Synchformer features", least=1, most=MAX_WIDTH)
+    text_dim: int = setting(TEXT_DIM, "width of CLIP text features", least=1, most=MAX_WIDTH)
+    text_tokens: int = setting(TEXT_TOKENS, "tokens of a caption", least=1, most=MAX_WIDTH)
     duration: float = setting(8.0, "seconds of a clip; the lengths below follow from it")
-    latent_channels: int = setting(0, "channels of the latents; 0: those of the mode")
-    latent_length: int = setting(0, "latent frames; 0: from duration, likewise the next two")
-    clip_length: int = setting(0, "frames with CLIP features")
-    sync_length: int = setting(0, "Synchformer tokens")
+    latent_channels: int = setting(0, "channels of the latents; 0: those of the mode", most=MAX_WIDTH)
+    latent_length: int = setting(0, "latent frames; 0: from duration, likewise the next two", most=MAX_TOKENS)
+    clip_length: int = setting(0, "frames with CLIP features", most=MAX_TOKENS)
+    sync_length: int = setting(0, "Synchformer tokens", most=MAX_TOKENS)
 
     def __post_init__(self) -> None:
+        # Before lengths are computed, which overflow.
+        _require(0 < self.duration <= 3600, f"model.duration must be more than 0 and at most 3600, not {self.duration}")
         lengths = sequence_lengths(self.mode, self.duration)
         derived = {"latent_channels": audio_mode(self.mode).latent_channels, "latent_length": lengths.latent}
         derived |= {"clip_length": lengths.clip, "sync_length": lengths.sync}

@@ -22,7 +22,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData, RepoCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import mmaudio_hf
-from mmaudio_hf.config import RELEASED_LICENSE, Recipe, is_released, load_recipe, to_dict
+from mmaudio_hf.config import RELEASED_LICENSE, Recipe, is_released, load_recipe, read_json, read_json_lines, to_dict
 from mmaudio_hf.data.layout import read_meta
 from mmaudio_hf.data.tools import describe
 from mmaudio_hf.hub_client import (
@@ -239,7 +239,7 @@ def _look_up(source: str, depth: int = 0) -> Start | None:
         return Start(RELEASED, RELEASED_LICENSE, path.name)
     adapter = path / "adapter_config.json"
     if adapter.is_file() and depth < 5:
-        return _look_up(json.loads(adapter.read_text()).get("base_model_name_or_path") or "", depth + 1)
+        return _look_up(read_json(adapter).get("base_model_name_or_path") or "", depth + 1)
     if path.is_dir():
         metadata = card_metadata(find_pretrained(path) / CARD_FILE)
         base = metadata.get("base_model")
@@ -337,7 +337,7 @@ def _card(
 def _weights(folder: Path) -> dict[str, Any]:
     """Content of weights.json; {} for a folder without, as those of converted files."""
     file = folder / "weights.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _store_rows(recipe: Recipe) -> Iterator[tuple[str, ...]]:
@@ -388,11 +388,7 @@ class _Score:
 def _logged_scores(file: Path, until: int) -> list[_Score]:
     """Last and best validation loss up to a step, and the last scores of evaluators."""
     series: dict[str, list[tuple[float, int]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # being written
+    for entry in read_json_lines(file)[0]:
         for name, value in entry.items():
             if name != "step" and entry["step"] <= until and value is not None and math.isfinite(value):
                 series.setdefault(name, []).append((value, entry["step"]))

@@ -4,20 +4,19 @@ Errors are those of `hub_errors`: ConnectionError for what may pass, ValueError 
 """
 
 import hashlib
-import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from mmaudio_hf.hub_client import LOGIN, api, hub_errors
+from mmaudio_hf.config import read_json
+from mmaudio_hf.hub_client import LOGIN, api, check_name, hub_errors
 
 MAX_JSON_BYTES = 10_000_000  # of a file that is read as JSON; a store.json of 1 TB has about 9 MB
 
@@ -93,16 +92,7 @@ def find_contents(repo: str, revision: str | None = None, kind: str = "model") -
         raise
 
 
-def check_name(name: str, repo: str) -> str:
-    """Return the name of a file in a repository; ValueError for what could leave a folder, as ../x, /x or C:\\x."""
-    steps = PurePosixPath(name).parts
-    unsafe = name != "/".join(steps) or ".." in steps or name.startswith("/") or re.search(r"[\x00-\x1f\x7f\\:]", name)
-    if unsafe or not steps:
-        raise ValueError(f"Hub repository {repo} lists a file {name!r}, which is no plain name: nothing was fetched")
-    return name
-
-
-def read_json(contents: RepoContents, name: str) -> dict[str, Any]:
+def fetch_json(contents: RepoContents, name: str) -> dict[str, Any]:
     """A small JSON object of a repository; {} where it has no such file. ValueError for anything else."""
     if name not in contents.files:
         return {}
@@ -111,12 +101,9 @@ def read_json(contents: RepoContents, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, hub_errors(contents.repo, contents.kind):
         path = hf_hub_download(contents.repo, name, repo_type=contents.kind, revision=contents.commit, local_dir=folder)
         try:
-            value = json.loads(Path(path).read_text())
+            return read_json(path)
         except ValueError as error:
-            raise ValueError(f"{name} is not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} does not hold a JSON object")
-        return value
+            raise ValueError(str(error).replace(path, name)) from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

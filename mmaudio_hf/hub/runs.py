@@ -10,6 +10,7 @@ A push is one commit, so readers see one checkpoint and never a mixture of two. 
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,15 +18,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from mmaudio_hf.config import read_json, read_json_lines
 from mmaudio_hf.hub.repository import (
     RepoContents,
     Upload,
     changed_files,
     commit_files,
     fetch,
+    fetch_json,
     read_contents,
-    read_json,
     readable,
 )
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
@@ -60,13 +63,18 @@ def _folder_step(folder: Path) -> int | None:
     return int(folder.name[5:]) if re.fullmatch(r"step_\d+", folder.name) else None
 
 
+def _is_step(value: Any) -> bool:
+    """Whether a value from the Hub can be a step: it becomes part of file names, which have at most 12 digits."""
+    return type(value) is int and 0 <= value < 10**12
+
+
 def remote_step(contents: RepoContents) -> int | None:
     """Step of what a repository holds; None when it holds no model.
 
     ValueError when it holds one that does not say its step, so that nobody's other model is replaced.
     """
-    states = [read_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")]
-    steps = [state["step"] for state in states if type(state.get("step")) is int and state["step"] >= 0]
+    states = [fetch_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")]
+    steps = [state["step"] for state in states if _is_step(state.get("step"))]
     if not steps and (WEIGHTS_FILE in contents.files or CONFIG_FILE in contents.files):
         raise ValueError(
             f"Hub repository {contents.repo} holds a network that no run pushed (weights.json names no step):"
@@ -121,13 +129,12 @@ def _copy_logs(run_dir: Path, step: int, target: Path) -> None:
     # metrics.jsonl counts finished steps from 1, skipped.jsonl names steps from 0.
     for name, last in (("metrics.jsonl", step), ("skipped.jsonl", step - 1)):
         if (run_dir / name).is_file():
-            lines = [line for line in _log_lines(run_dir / name) if json.loads(line)["step"] <= last]
-            (target / name).write_text("".join(f"{line}\n" for line in lines))
+            (target / name).write_text("".join(f"{line}\n" for line in _log_lines(run_dir / name, last)))
 
 
-def _log_lines(path: Path) -> list[str]:
-    """Complete lines of a log that may be growing."""
-    return path.read_text().rpartition("\n")[0].splitlines()
+def _log_lines(path: Path, last: float = math.inf) -> list[str]:
+    """Lines of a log up to step `last`, as they were written; without damaged ones and one that is being written."""
+    return [json.dumps(entry) for entry in read_json_lines(path)[0] if entry["step"] <= last]
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def source_step(source: Path) -> int:
     if (step := _folder_step(source)) is not None:
         return step
     try:
-        return int(json.loads((source / "weights.json").read_text())["step"])
+        return int(read_json(source / "weights.json")["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{source / 'weights.json'} does not name the step of these weights ({error})") from error
 
@@ -228,14 +235,14 @@ def plan_pull(repo: str, revision: str | None) -> Pull:
     names = sorted(name for name in contents.files if is_known(name))
     others = sorted(set(contents.files) - set(names) - {".gitattributes"})
     # The training state consists of the shards that its state.json lists, others are stale.
-    listed = read_json(contents, f"{STATE}/state.json").get("sha256")
+    listed = fetch_json(contents, f"{STATE}/state.json").get("sha256")
     state = {*STATE_FILES, *(f"{STATE}/{name}" for name in (listed if isinstance(listed, dict) else ()))}
     has_state = state <= set(names)
     names = [name for name in names if not SHARD.fullmatch(name) or name in state]
     if not has_state and not {CONFIG_FILE, WEIGHTS_FILE} <= set(names):
         raise ValueError(f"Hub repository {repo} holds no network: it has no {CONFIG_FILE} and {WEIGHTS_FILE}")
-    step = read_json(contents, f"{STATE}/state.json" if has_state else "weights.json").get("step")
-    if has_state and (type(step) is not int or step < 0):
+    step = fetch_json(contents, f"{STATE}/state.json" if has_state else "weights.json").get("step")
+    if has_state and not _is_step(step):
         raise ValueError(f"Hub repository {repo}: {STATE}/state.json names no step")
     return Pull(contents, names, others, step, has_state)
 
@@ -313,7 +320,7 @@ def _check_same_history(pulled: Path, local: Path, run_dir: Path) -> None:
     step = local_step(run_dir)
     if step is None or not local.is_file() or not pulled.is_file():
         return
-    ours = [line for line in _log_lines(local) if json.loads(line)["step"] <= step]
+    ours = _log_lines(local, step)
     if _log_lines(pulled)[: len(ours)] != ours:
         raise ValueError(
             f"{run_dir} holds another run (its metrics.jsonl differs): give this one another name or folder"

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
+from mmaudio_hf.config import read_json
 from mmaudio_hf.data.layout import (
     TEXT_INDEX,
     Column,
@@ -259,7 +260,7 @@ def read_index(repo: str, revision: str | None = None) -> StoreIndex:
     contents = hub.read_contents(repo, revision, kind="dataset")
     if INDEX not in contents.files:
         raise ValueError(f"{contents.label} holds no feature store: it has no {INDEX}")
-    tree = hub.read_json(contents, INDEX)
+    tree = hub.fetch_json(contents, INDEX)
     where = f"{contents.label}, {INDEX}"
     if tree.get("format") != FORMAT or not isinstance(tree.get("version"), int):
         raise ValueError(f"{where}: this is not the index of a feature store")
@@ -577,7 +578,7 @@ def _fetch_block(contents: hub.RepoContents, block: _Block) -> bytes:
 def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
     """meta.json, table and manifest of what was fetched, so that it opens as the store `work`/store."""
     store, files = work / "store", work / "files"
-    manifest = json.loads((files / MANIFEST).read_text()) if MANIFEST in plan.index.small else None
+    manifest = read_json(files / MANIFEST) if MANIFEST in plan.index.small else None
     if plan.complete:
         entries = manifest_columns(store, contents)
         if manifest is not None and manifest.get("columns") != entries:

@@ -16,11 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig, is_released, model_config, to_dict
+from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig, is_released, model_config, read_json, to_dict
 from mmaudio_hf.hub_client import (
     CARD_FILE,
-    api,
     card_section,
+    check_file_names,
     compose_card,
     download_card,
     hub_errors,
@@ -39,6 +39,7 @@ PUBLISHED_FILES = (
 )
 # Tensors that early released files hold although they follow from the configuration.
 DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
+_HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 PLACEHOLDER = "USER/NAME"  # the repository id in a card until it is pushed
 RELEASED = "hkchengrex/MMAudio"  # the released models on the Hub
 TAGS = ("mmaudio", "video-to-audio", "audio-generation", "flow-matching")
@@ -70,6 +71,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         """Build without initialising, then copy the tensors of `state`; messages name `source` as their origin."""
         with torch.device("meta"):
             model = cls(config)
+        check_state(state, model.state_dict(), source)  # before memory is taken for sizes that the file does not have
         model.to_empty(device="cpu")
         model._load(state, source)
         return model
@@ -80,8 +82,19 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         save_file(state, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **options: Any) -> Self:
-        config_path, weights_path, card = _local_files(model_id) or _hub_files(model_id, options)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, map_location: str = "cpu", **options: Any
+    ) -> Self:
+        """Load a folder written by `save_pretrained`, or a repository on the Hub with `options` of `hf_hub_download`.
+
+        ValueError naming the file that is missing, damaged, or does not fit. (The method of `ModelHubMixin` would read
+        the configuration without these checks.)
+        """
+        if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
+            known = ", ".join(("map_location", *_HUB_OPTIONS))
+            raise ValueError(f"from_pretrained does not know {', '.join(unknown)}; it takes {known}")
+        source = str(pretrained_model_name_or_path)
+        config_path, weights_path, card = _local_files(source) or _hub_files(source, options)
         model = cls.from_config_and_state(read_model_config(config_path), load_state(weights_path), weights_path)
         model.card = card
         return model.to(map_location).eval()
@@ -111,8 +124,9 @@ def _local_files(source: str) -> tuple[Path, Path, str | None] | None:
 
 def _hub_files(repo_id: str, given: Mapping[str, Any]) -> tuple[Path, Path, str | None]:
     """As `_local_files`, downloaded from the Hub or its cache with the options of `from_pretrained`."""
-    names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-    options = {name: given[name] for name in names if name in given}
+    options = dict(given)
+    if not options.get("local_files_only"):
+        check_file_names(repo_id, options.get("revision"), options.get("token"))
     with hub_errors(repo_id):
         config = Path(hf_hub_download(repo_id, CONFIG_FILE, **options))
         options["revision"] = config.parent.name  # its commit: another push may come between the downloads
@@ -126,13 +140,7 @@ def _hub_files(repo_id: str, given: Mapping[str, Any]) -> tuple[Path, Path, str 
 
 def read_model_config(path: str | Path) -> ModelConfig:
     """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
-    try:
-        fields = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not the configuration of an MMAudio model")
-    return model_config(fields, path)
+    return model_config(read_json(path), path)
 
 
 def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -> Path:
@@ -157,7 +165,7 @@ def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -
     repo, named = split_hub_id(str(source))
     if revision and named:
         raise ValueError(f"{source} names a revision, and revision={revision} is another: give one of them")
-    api()  # sets the timeouts
+    check_file_names(repo, revision or named)
     with hub_errors(repo):
         downloaded = Path(snapshot_download(repo, revision=revision or named, allow_patterns=list(PUBLISHED_FILES)))
     if not all((downloaded / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from mmaudio_hf.config import Recipe, load_recipe
+from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.results import find_scores
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, generate_items, read_items
@@ -148,15 +148,6 @@ def _plain(value: Any) -> Any:
 # --- what a run has written ----------------------------------------------------------------------------------------
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Entries of a JSON lines file, without lines that a kill cut short."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries
-
-
 def _series(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     """(step, value) wherever the value was logged and is finite."""
     return [(e["step"], e[name]) for e in entries if e.get(name) is not None and math.isfinite(e[name])]
@@ -165,7 +156,7 @@ def _series(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float
 def run_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Key figures of a run, from metrics.jsonl, speed.jsonl and the weights that generation uses."""
     run_dir = Path(run_dir)
-    metrics, speed = _read_lines(run_dir / "metrics.jsonl"), _read_lines(run_dir / "speed.jsonl")
+    metrics, speed = read_json_lines(run_dir / "metrics.jsonl")[0], read_json_lines(run_dir / "speed.jsonl")[0]
     raw, ema = _series(metrics, "val/loss"), _series(metrics, "val_ema/loss")
     summary: dict[str, Any] = {"run": run_dir.resolve().name, "steps": metrics[-1]["step"] if metrics else 0}
     if raw:
@@ -193,7 +184,7 @@ def write_report(
     timing: `evaluation.onset_scores` with "onset_" before each name, over all generated clips.
     """
     run_dir = Path(run_dir)
-    metrics, summary = _read_lines(run_dir / "metrics.jsonl"), run_summary(run_dir)
+    metrics, summary = read_json_lines(run_dir / "metrics.jsonl")[0], run_summary(run_dir)
     scores = {content["split"]: content for content in find_scores(run_dir)}  # the last of each split
     sampled_steps, samples = _samples(run_dir)
     with tempfile.TemporaryDirectory() as scratch:
@@ -236,8 +227,8 @@ def _tiles(summary: Mapping[str, Any], timing: Mapping[str, float]) -> list[tupl
 
 def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     def curves(*chosen: tuple[str, str, str]) -> list[Curve]:
-        found = [Curve(name, label, style, _series(metrics, name)) for name, label, style in chosen]
-        return [curve for curve in found if curve.points]
+        named = [Curve(name, label, style, _series(metrics, name)) for name, label, style in chosen]
+        return [curve for curve in named if curve.points]
 
     loss = curves(
         ("train/loss", "training", "a thin"), ("val/loss", "validation", "b"), ("val_ema/loss", "validation, EMA", "c")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe
+from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, read_json
 from mmaudio_hf.models.convert import check_sizes, infer_config
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.models.pretrained import (
@@ -88,7 +88,7 @@ def without_derived(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def check_encoders(path: Path, kind: str) -> None:
     """ValueError where weights were trained with other encoders: toy features only have the same shapes."""
-    if path.is_file() and (trained := json.loads(path.read_text()).get("kind", kind)) != kind:
+    if path.is_file() and (trained := read_json(path).get("kind", kind)) != kind:
         raise ValueError(f"{path}: the weights were trained with {trained} encoders, the recipe has {kind} ones")
 
 
@@ -235,7 +235,7 @@ def read_adapter(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Pa
     """
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         scale, base = config["lora_alpha"] / config["r"], config["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error!r})") from error

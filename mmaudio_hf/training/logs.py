@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 import wave
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mmaudio_hf.config import Recipe, micro_batch_size, to_dict
+from mmaudio_hf.config import Recipe, micro_batch_size, read_json_lines, to_dict
 from mmaudio_hf.schema import AudioSample
 from mmaudio_hf.training.guard import write_diagnostics
 from mmaudio_hf.training.memory import training_flops
@@ -170,17 +171,21 @@ class JsonLines:
 
 
 def truncate_lines(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
-    """Drop the lines of a log that a killed run wrote after its last checkpoint; return the others."""
+    """Drop the lines of a log that a killed run wrote after its last checkpoint; return the others.
+
+    Damaged lines, except for a last one that the kill cut short, go to a file beside it, with a warning.
+    """
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break  # a line cut short by the kill
-        if keep(entry):
-            kept.append(entry)
+    entries, damaged = read_json_lines(path)
+    kept = [entry for entry in entries if keep(entry)]
+    if damaged and not path.read_bytes().endswith(b"\n"):
+        damaged.pop()
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with open(aside, "ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+        tqdm.write(f"warning: {path} has {len(damaged)} damaged lines, which are moved to {aside}", file=sys.stderr)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     partial.replace(path)
