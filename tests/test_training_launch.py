@@ -37,7 +37,7 @@ def test_accumulation_and_compilation_are_those_of_the_recipe(recipe, monkeypatc
     assert "ACCELERATE_DYNAMO_BACKEND=inductor of the launch is not used" in output
 
 
-def test_precision_of_the_launch_is_noted_when_it_differs(recipe, monkeypatch):
+def test_precision_of_the_launch_is_reported_when_it_differs(recipe, monkeypatch):
     loaded = load_recipe(recipe, ["training.mixed_precision=bf16"])
     for given, notes in (("no", 0), ("bf16", 0), ("fp16", 1), ("fp8", 1)):  # the launcher sets "no" by itself
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
