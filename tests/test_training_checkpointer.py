@@ -29,6 +29,7 @@ from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
 from mmaudio_hf.models.pretrained import find_pretrained
+from mmaudio_hf.training import checkpointer
 from mmaudio_hf.training.checkpointer import BackgroundWriter, HostCopy
 
 
@@ -208,6 +209,19 @@ def test_copies_of_any_tensor_are_valid_until_the_next():
         assert pointers in (None, [tensor.data_ptr() for tensor in copies["model"].values()])
         pointers = [tensor.data_ptr() for tensor in copies["model"].values()]
         matrix.add_(1)
+
+
+def test_the_copy_lies_in_few_full_blocks(monkeypatch):
+    """Pinned allocations are rounded up to powers of two: not tensor by tensor, and the blocks are full."""
+    monkeypatch.setattr(checkpointer, "BLOCK_BYTES", 1 << 16)
+    tensors = {f"{i}": torch.full((1000 + 37 * (i % 11),), float(i)) for i in range(100)}
+    tensors |= {"large": torch.ones(1 << 15), "scalar": torch.tensor(3.0), "empty": torch.ones(0, dtype=torch.int64)}
+    copies = HostCopy().copy({"model": tensors})[0]["model"]
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tensors.items())
+    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in copies.values()}
+    sizes = sorted(blocks.values())
+    assert sizes[-1] == (1 << 17) and all(0.9 * (1 << 16) < size <= 1 << 16 for size in sizes[1:-1])
+    assert sum(1 << (size - 1).bit_length() for size in sizes) < 1.2 * sum(t.nbytes for t in tensors.values())
 
 
 def test_a_failing_disk_is_a_warning_and_a_bug_is_raised():
