@@ -166,7 +166,8 @@ def test_rotary_and_timestep_tables():
     arrays = golden("rope_tables")
 
     def matrices(length, scale=1.0):
-        cos, sin = rotary_table(length, 64, scale).unbind(-1)
+        cosines, signed_sines = rotary_table(length, 64, scale)
+        cos, sin = cosines[:, ::2], signed_sines[:, 1::2]
         return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)[None]
 
     for tag, latent, clip in (("16k", 250, 64), ("44k", 345, 64), ("44k_10s", 431, 80)):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d, GatedMLP
+from mmaudio_hf.models.blocks import ChannelLastConv1d, GatedMLP, no_autocast
 
 
 class Conditions(NamedTuple):
@@ -40,7 +40,9 @@ def upsample_sync(sync_BSD: torch.Tensor, latent_length: int) -> torch.Tensor:
 
     The ratio is float32, as torch forms it: exact arithmetic moves two rows at the default 44k lengths.
     """
-    return F.interpolate(sync_BSD.transpose(1, 2), size=latent_length, mode="nearest-exact").transpose(1, 2)
+    with no_autocast(sync_BSD):
+        sync_BDN = F.interpolate(sync_BSD.transpose(1, 2), size=latent_length, mode="nearest-exact")
+    return sync_BDN.transpose(1, 2).contiguous()  # or every modulation of it is a slower product
 
 
 def fill_missing(features: torch.Tensor, missing_B: torch.Tensor | None, empty: torch.Tensor) -> torch.Tensor:
