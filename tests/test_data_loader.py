@@ -1,10 +1,14 @@
 """The prefetching loader: what it delivers, how it fails and how it ends."""
 
 import os
+import queue
+import random
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +165,115 @@ def test_batches_of_another_device_are_copies_there(mixture):
             with_video = len(batch.video_rows)
             assert 0 < with_video < len(batch.ids) == len(batch.text_features)
             assert len(batch.clip_features) == len(batch.sync_features) == with_video  # no other row costs any bytes
+
+
+# --- CUDA ----------------------------------------------------------------------------------------------------------
+
+
+class SlowStream:
+    """A CUDA stream: work that is queued on it runs later, in order."""
+
+    def __init__(self, delay: float):
+        self.work, self.delay, self.random = queue.Queue(), delay, random.Random(0)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while (function := self.work.get()) is not None:
+            time.sleep(self.random.random() * self.delay)
+            function()
+
+    def record_event(self):
+        done = threading.Event()
+        self.work.put(done.set)
+        return SimpleNamespace(wait=done.wait, synchronize=done.wait)
+
+    def wait_event(self, event):
+        self.work.put(event.wait)
+
+
+class SlowCuda:
+    """The calls of torch.cuda that the loader makes, on two slow streams: `side` copies, `main` computes."""
+
+    def __init__(self, monkeypatch):
+        self.main, self.side, self.recorded = SlowStream(0), SlowStream(0.008), []
+        self.current, empty = self.main, torch.empty
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.side)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **settings: empty(*shape, **settings))
+        monkeypatch.setattr(torch.Tensor, "to", lambda *args, **settings: self.copy(*args, **settings))
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: self.recorded.append((tensor, stream))
+        )
+
+    @contextmanager
+    def stream(self, stream):
+        self.current = stream
+        yield
+        self.current = self.main
+
+    def copy(self, tensor, device, non_blocking):
+        """As cudaMemcpyAsync with pinned memory: it is read when the stream gets there."""
+        assert non_blocking and device == torch.device("cuda:0")
+        out = torch.zeros_like(tensor)
+        self.current.work.put(lambda: out.copy_(tensor))
+        return out
+
+    def train(self, batches) -> list[list[torch.Tensor]]:
+        """What computation on the main stream sees of every batch."""
+        results: list = []
+        for step in batches:
+            for batch in step:
+                tensors = [v for v in (*vars(batch).values(), *vars(batch.noise).values()) if torch.is_tensor(v)]
+                self.main.work.put(lambda tensors=tensors: results.append([t.clone() for t in tensors]))
+                assert {id(t) for t in tensors} <= {id(t) for t, s in self.recorded if s is self.main}
+        return results
+
+    def end(self):
+        for stream in (self.side, self.main):
+            stream.work.put(None)
+            stream.thread.join(60)
+
+
+def wrong_tensors(mixture, monkeypatch, accumulation: int, broken: str = "") -> int:
+    """Tensors that computation on a device sees otherwise than on the CPU, with one wait of the loader left out."""
+    settings = {"global_batch": 8, "accumulation": accumulation, "num_steps": 10}
+    expected = []
+    with loader(mixture, **settings) as batches:
+        for step in batches:
+            for batch in step:
+                values = (*vars(batch).values(), *vars(batch.noise).values())
+                expected.append([v.clone() for v in values if torch.is_tensor(v)])
+    with monkeypatch.context() as patch:
+        cuda = SlowCuda(patch)
+        if broken == "buffers are filled again before the copy is done":
+            cuda.side.record_event = lambda event=cuda.side.record_event: SimpleNamespace(
+                wait=event().wait, synchronize=lambda: None
+            )
+        if broken == "computation does not wait for the copy":
+            cuda.main.wait_event = lambda event: None
+        with loader(mixture, **settings, device="cuda:0") as batches:
+            results = cuda.train(batches)
+        cuda.end()
+    assert len(results) == len(expected) == 10 * accumulation
+    pairs = [pair for theirs, ours in zip(results, expected, strict=True) for pair in zip(theirs, ours, strict=True)]
+    return sum(not torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_copies_on_a_slow_stream_are_right(mixture, monkeypatch, accumulation):
+    assert wrong_tensors(mixture, monkeypatch, accumulation) == 0
+
+
+@pytest.mark.parametrize(
+    "broken", ["buffers are filled again before the copy is done", "computation does not wait for the copy"]
+)
+def test_the_check_of_the_copies_finds_a_wait_that_is_left_out(mixture, monkeypatch, broken):
+    assert wrong_tensors(mixture, monkeypatch, 1, broken) > 0
+
+
+# --- reading ahead -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("threads", "prefetch", "accumulation"), [(1, 1, 1), (2, 4, 3), (6, 2, 2), (5, 1, 3)])

@@ -5,6 +5,7 @@ The thread copies rows from the memory-mapped columns of the stores straight int
 There are no worker processes: all of it releases the GIL, and nothing is pickled or copied between processes.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -55,6 +56,12 @@ class Batch:
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | Draws)}
         copies: dict[str, Any] = {n: value.to(device, non_blocking=non_blocking) for n, value in tensors.items()}
         return replace(self, **copies)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of all tensors until the work now queued on `stream` is done, even if freed before."""
+        for value in (*vars(self).values(), *vars(self.noise).values()):
+            if isinstance(value, torch.Tensor):
+                value.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ class BatchLoader:
     """Iterator over steps, each a list of batches, that are read ahead; close it, or use it as a context manager.
 
     On the CPU the tensors of a step are views of reused buffers: they may be used until the next step is requested. On
-    another device they are copies that stay; for CUDA they are copied from pinned buffers without waiting.
+    another device they are copies that stay. For CUDA they are copied from pinned buffers on a stream of its own, one
+    batch ahead, so that the copy runs beside the computation of the step before; the host waits for neither.
     `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
     waited. Errors while reading (OSError with the file name) are raised by the iterator.
 
@@ -166,14 +174,15 @@ class BatchLoader:
         self._steps = steps
         self._micro_batches = micro_batches
         self._device = torch.device(device or "cpu")
-        self._pinned = self._device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._copying: deque[tuple[Batch, torch.cuda.Event]] = deque()  # at most one batch ahead
         self._threads = min(threads, len(os.sched_getaffinity(0)))  # more would only wait for each other
         self._readahead = readahead
         self._free: queue.SimpleQueue[_Buffers | None] = queue.SimpleQueue()  # None: stop
         self._ready: queue.SimpleQueue[tuple[Batch, _Buffers] | BaseException] = queue.SimpleQueue()
         self._held: list[_Buffers] = []  # of the batches that the consumer has
         for _ in range(micro_batches + max(prefetch, micro_batches)):
-            self._free.put(_Buffers(mixture, batch_size, self._pinned))
+            self._free.put(_Buffers(mixture, batch_size, pinned=self._copy_stream is not None))
         self._stopped = False
         self._thread = threading.Thread(target=self._read_all, name="mmaudio-prefetch", daemon=True)
         self._thread.start()
@@ -189,7 +198,9 @@ class BatchLoader:
             self._free.put(buffers)
         self._held = []
         try:
-            return [self._to_device(*self._wait_next()) for _ in range(self._micro_batches)]
+            batches = [self._next_batch() for _ in range(self._micro_batches)]
+            self._copy_ahead()
+            return batches
         except BaseException as error:
             stopped = self._stopped  # by another thread: the errors that it causes are none
             self.close()
@@ -207,15 +218,41 @@ class BatchLoader:
             raise item
         return item
 
-    def _to_device(self, batch: Batch, buffers: "_Buffers") -> Batch:
-        """The batch on its device; its buffers are free after the copy, or else when the next step is requested."""
-        if self._device.type == "cpu":
-            self._held.append(buffers)
+    def _next_batch(self) -> Batch:
+        """The next batch, on its device."""
+        if self._copy_stream is not None:
+            if not self._copying:
+                self._start_copy(*self._wait_next())
+            batch, copied = self._copying.popleft()
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            batch.record_stream(current)  # it was allocated on the other stream
             return batch
-        copy = batch.to(self._device, non_blocking=self._pinned)
-        buffers.mark_copied(self._device)
+        batch, buffers = self._wait_next()
+        if self._device.type == "cpu":
+            self._held.append(buffers)  # free when the next step is requested
+            return batch
+        copy = batch.to(self._device)
         self._free.put(buffers)
         return copy
+
+    def _start_copy(self, batch: Batch, buffers: "_Buffers") -> None:
+        with torch.cuda.stream(self._copy_stream):
+            copy = batch.to(self._device, non_blocking=True)
+            buffers.copied = torch.cuda.current_stream(self._device).record_event()
+        self._copying.append((copy, buffers.copied))
+        self._free.put(buffers)  # filled again after `copied`
+
+    def _copy_ahead(self) -> None:
+        """Start copying the batch after this step, when it has been read."""
+        if self._copy_stream is None or self._copying:
+            return
+        with contextlib.suppress(queue.Empty):
+            item = self._ready.get_nowait()
+            if isinstance(item, BaseException):
+                self._ready.put(item)  # the last item, for the next step
+            else:
+                self._start_copy(*item)
 
     def close(self) -> None:
         """Stop reading and end all threads; waits at most for the batch that is being read."""
@@ -332,12 +369,12 @@ class _Buffers:
         )
         self._tensors |= {n: torch.empty(batch_size, dtype=dtype, pin_memory=pinned) for n, dtype in flags.items()}
         self._noise = Draws.empty(batch_size, mixture.latent_shape, pinned)
-        self._copied: torch.cuda.Event | None = None
+        self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
     def fill(self, samples: _Samples, pool: Executor) -> Batch:
         """The batch of these samples, in these buffers."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
         size, video_size = len(samples.ids), len(samples.flags["video_rows"])
         tensors = {n: buffer[: video_size if n in _VIDEO else size] for n, buffer in self._tensors.items()}
         for name, values in samples.flags.items():
@@ -353,8 +390,3 @@ class _Buffers:
 
         list(pool.map(draw, range(0, size, _NOISE_ROWS)))  # raises what they raise
         return Batch(step=samples.step, ids=samples.ids, noise=noise, sample_indices=samples.sample_indices, **tensors)
-
-    def mark_copied(self, device: torch.device) -> None:
-        """Record that the copies queued so far are the last use of the buffers."""
-        if device.type == "cuda":
-            self._copied = torch.cuda.current_stream(device).record_event()
