@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_stores import MODEL
 
-from mmaudio_hf.bench import extract, generate
-from mmaudio_hf.bench.extract import plain_read
+from mmaudio_hf.bench import inference
+from mmaudio_hf.bench.inference import plain_read
 from mmaudio_hf.bench.training import _receive, loop_overhead, scaling, step
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config, variant_config
@@ -30,9 +30,9 @@ def test_the_straightforward_reading_gives_the_same(example_media):
 
 
 def test_emulated_bf16_is_measured_at_a_small_size(monkeypatch):
-    monkeypatch.setattr(extract.synchformer, "DEPTH", 2)  # of fp32, to be quick
-    monkeypatch.setattr(extract, "emulates_bf16", lambda _: True)
-    figures = extract._encoder_rates("16k", rounds=1)
+    monkeypatch.setattr(inference.synchformer, "DEPTH", 2)  # of fp32, to be quick
+    monkeypatch.setattr(inference, "emulates_bf16", lambda _: True)
+    figures = inference._encoder_rates("16k", rounds=1)
     assert figures["fp32_size"] == "2 Synchformer blocks, 500 mel frames"
     assert figures["bf16_size"] == "1 Synchformer blocks, 64 mel frames"
     rates = [value for name, value in figures.items() if name.endswith(("gflop_s", "of_matmul"))]
@@ -70,24 +70,24 @@ def test_counts_that_measure_nothing_are_errors(words, capsys):
 
 
 def test_both_ways_of_sampling_are_the_same_work():
-    network = generate._random_model(variant_config("small_16k", hidden_dim=64, num_heads=1, **generate.SMALL_BF16))
+    network = inference._random_model(variant_config("small_16k", hidden_dim=64, num_heads=1, **inference.SMALL_BF16))
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
-        figures = generate._sampling(network, 2, precision, rounds=2)
+        figures = inference._sampling(network, 2, precision, rounds=2)
         assert 0 < figures["relative_difference"] < tolerance, precision
         assert figures["plain_of_ours"] == figures["plain_seconds"] / figures["ours_seconds"]
         assert 0 < figures["prepare_share"] < 1
 
 
 def test_every_stage_of_generation_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(generate.clip, "clip_config", partial(generate.clip.clip_config, 1, 1))
-    monkeypatch.setattr(generate, "CLIP_LAYERS", ())
-    shallow = partial(generate.synchformer.SynchformerVisual, depth=1)
-    monkeypatch.setattr(generate.synchformer, "SynchformerVisual", shallow)
-    monkeypatch.setattr(generate.vocoder, "Vocoder", partial(generate.vocoder.Vocoder, width=64))
-    monkeypatch.setattr(extract, "SIZE", (128, 72))
+    monkeypatch.setattr(inference.clip, "clip_config", partial(inference.clip.clip_config, 1, 1))
+    monkeypatch.setattr(inference, "CLIP_LAYERS", ())
+    shallow = partial(inference.synchformer.SynchformerVisual, depth=1)
+    monkeypatch.setattr(inference.synchformer, "SynchformerVisual", shallow)
+    monkeypatch.setattr(inference.vocoder, "Vocoder", partial(inference.vocoder.Vocoder, width=64))
+    monkeypatch.setattr(inference, "SIZE", (128, 72))
     times = {}
     with torch.inference_mode():
-        for name, run, count in generate._stage_runs("16k", 250, torch.device("cpu"), tmp_path):
+        for name, run, count in inference._stage_runs("16k", 250, torch.device("cpu"), tmp_path):
             run()
             times[name] = count
     assert times == {

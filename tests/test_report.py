@@ -18,8 +18,7 @@ from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.pages import report
-from mmaudio_hf.pages.plots import Curve, encode_png, line_chart
+from mmaudio_hf.pages import Curve, encode_png, line_chart, report
 from mmaudio_hf.pages.report import ReportClip, report_run, run_summary, write_report
 
 EVIL = '<script>alert(1)</script> "a" & b'

@@ -14,7 +14,7 @@ from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, 
 if TYPE_CHECKING:  # these load torch, which --help does without
     from accelerate import PartialState
 
-    from mmaudio_hf.hub.repository import RepoContents
+    from mmaudio_hf.hub import RepoContents
     from mmaudio_hf.training.resume import RunLock
 
 
@@ -49,8 +49,8 @@ def _push(options: argparse.Namespace) -> None:
     repo, revision = split_hub_id(options.repo or hub.repo_id)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    from mmaudio_hf.hub import RepoContents, ensure_repository, read_contents, readable
     from mmaudio_hf.hub.cards import add_card, run_samples
-    from mmaudio_hf.hub.repository import RepoContents, ensure_repository, read_contents, readable
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
@@ -80,7 +80,7 @@ def _push(options: argparse.Namespace) -> None:
 
 def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContents | None":
     """What a repository holds. None, with a message: it does not exist, or the Hub cannot be reached by a dry run."""
-    from mmaudio_hf.hub.repository import find_contents
+    from mmaudio_hf.hub import find_contents
 
     try:
         contents = find_contents(repo, kind=kind)
@@ -106,7 +106,7 @@ def _hub_settings(run: Path) -> HubConfig:
 
 def _pull(options: argparse.Namespace) -> None:
     repo, revision = split_hub_id(options.repo.removeprefix(HUB_PREFIX))
-    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub import readable
     from mmaudio_hf.hub.runs import plan_pull, pull, table
     from mmaudio_hf.training.resume import RunLock
 
@@ -209,7 +209,7 @@ def fetch_run(recipe: Recipe) -> None:
     ValueError when there is nothing to resume from, or the folder holds another run; ConnectionError when the Hub
     cannot be reached and the folder has no checkpoint.
     """
-    from mmaudio_hf.hub.repository import find_contents
+    from mmaudio_hf.hub import find_contents
     from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_pull, pull
 
     repo, revision = split_hub_id(recipe.resume.removeprefix(HUB_PREFIX))

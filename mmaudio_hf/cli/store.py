@@ -166,7 +166,7 @@ def _push(options: Namespace) -> None:
     repo, revision = split_hub_id(options.repo)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
-    from mmaudio_hf.hub.repository import RepoContents, readable
+    from mmaudio_hf.hub import RepoContents, readable
     from mmaudio_hf.hub.stores import plan_push, push_store
 
     contents = find_for_push(repo, options.dry_run, "dataset")
@@ -187,7 +187,7 @@ def _push(options: Namespace) -> None:
 
 def _pull(options: Namespace) -> None:
     repo, revision = split_hub_id(options.repo)
-    from mmaudio_hf.hub.repository import readable
+    from mmaudio_hf.hub import readable
     from mmaudio_hf.hub.stores import check_free, plan_pull, pull_store
 
     check_free(options.target)

@@ -454,13 +454,13 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.extract import extract
+    from mmaudio_hf.bench.inference import extract
 
     return extract(options.video, options.rounds)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.generate import generate
+    from mmaudio_hf.bench.inference import generate
 
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
     return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmaudio_hf.config import read_json, read_json_lines
-from mmaudio_hf.hub.repository import (
+from mmaudio_hf.hub import (
     RepoContents,
     Upload,
     changed_files,

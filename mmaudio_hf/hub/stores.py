@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
+from mmaudio_hf import hub
 from mmaudio_hf.config import read_json
 from mmaudio_hf.data.layout import (
     TEXT_INDEX,
@@ -46,7 +47,6 @@ from mmaudio_hf.data.layout import (
     write_text,
 )
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
-from mmaudio_hf.hub import repository as hub
 from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES

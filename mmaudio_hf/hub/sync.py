@@ -12,7 +12,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from mmaudio_hf.config import HubConfig
-from mmaudio_hf.hub.repository import check_token, ensure_repository, find_contents, read_contents
+from mmaudio_hf.hub import check_token, ensure_repository, find_contents, read_contents
 from mmaudio_hf.hub.runs import STATE_FILES, local_step, plan_push, push, remote_step, stage
 from mmaudio_hf.schema import RunError
 

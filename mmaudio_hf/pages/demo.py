@@ -26,8 +26,7 @@ from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeli
 from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.lists import find_video, read_media_list
 from mmaudio_hf.media.video import video_seconds
-from mmaudio_hf.pages import render
-from mmaudio_hf.pages.plots import data_uri, decibels, spectrogram_image
+from mmaudio_hf.pages import data_uri, decibels, render, spectrogram_image
 
 MAX_VIDEO_SECONDS = 600.0  # of an upload; the audio is shorter
 MAX_FRAME_SIZE = 4096, 2304  # pixels; what counts is their product

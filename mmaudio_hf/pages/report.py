@@ -30,8 +30,7 @@ from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.pages import render, write_page
-from mmaudio_hf.pages.plots import Curve, data_uri, decibels, line_chart, spectrogram_image
+from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, render, spectrogram_image, write_page
 from mmaudio_hf.schema import check_id
 
 MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
