@@ -167,7 +167,7 @@ def _batches(table: Path) -> Iterator[list[dict[str, Any]]]:
     number = 0
     with pq.ParquetFile(table) as file:
         for batch in file.iter_batches(batch_size=ITEMS):
-            rows = [{**row, "number": number + place} for place, row in enumerate(batch.to_pylist())]
+            rows = [{**row, "number": number} for number, row in enumerate(batch.to_pylist(), number)]
             number += len(rows)
             yield rows
 
