@@ -162,7 +162,10 @@ def _run_folder(launch: Launch) -> Iterator[tuple[str, str]]:
 def _media(launch: Launch) -> Iterator[tuple[str, str]]:
     """Folders and lists of the sources whose stores are still to be extracted."""
     extraction = launch.recipe.extraction
-    for kind, sources in (("videos", extraction.videos), ("audios", extraction.audios)):
+    for kind, command, sources in (
+        ("videos", "`mmaudio-hf extract-video`", extraction.videos),
+        ("audios", "`mmaudio-hf extract-audio`", extraction.audios),
+    ):
         for source in sources:
             if (Path(extraction.output_dir) / source.name).exists():
                 continue
@@ -172,7 +175,7 @@ def _media(launch: Launch) -> Iterator[tuple[str, str]]:
             elif not Path(source.list).is_file():
                 yield "warn", f"{key}: list {source.list} is missing"
             else:
-                yield "ok", f"{key}: media and list are present, `mmaudio-hf extract-{kind[:-1]}` makes the store"
+                yield "ok", f"{key}: media and list are present, {command} makes the store"
 
 
 def _trackers(launch: Launch) -> Iterator[tuple[str, str]]:
