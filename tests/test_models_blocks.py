@@ -88,3 +88,36 @@ def test_an_adapter_in_place_of_the_projection_changes_nothing_else(kind):
     stream = block if kind == "fused" else block.latent_block
     stream.attn.qkv = nn.Sequential(stream.attn.qkv)
     torch.testing.assert_close(latents_of(block(*block_inputs(kind))), expected)
+
+
+@pytest.mark.parametrize("kind", ["fused", "joint", "last"])
+def test_blocks_trace_without_graph_breaks(kind):
+    """Under the autocast of training, as `torch.compile` traces them, with fused attention."""
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        explained = torch._dynamo.explain(random_block(kind))(*block_inputs(kind))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+    torch._dynamo.reset()
+
+
+def test_recompilations_are_bounded():
+    """Blocks of one kind share what is compiled; batch sizes, a validation pass and other lengths add a few graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    blocks = [random_block("fused") for _ in range(4)]
+    for block in blocks:
+        block.compile(backend="aot_eager")
+
+    def new_graphs(batch: int, train: bool = True, length: int = 24) -> int:
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        x, condition, _ = block_inputs("fused", batch)
+        table = rotary_table(length, DIM // HEADS)
+        with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16):
+            for block in blocks:
+                x = block(x[:, :length], condition[:, :length], table)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+    counts = [new_graphs(2), new_graphs(2), new_graphs(3), new_graphs(5), new_graphs(3, train=False)]
+    counts += [new_graphs(2, train=False), new_graphs(4), new_graphs(4, length=16), new_graphs(4, length=12)]
+    assert counts[1] == 0 and sum(counts) <= 8
+    torch._dynamo.reset()

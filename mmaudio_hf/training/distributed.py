@@ -96,7 +96,8 @@ def configure_model(model: MMAudio, training: TrainingConfig, accelerator: Accel
     model.activation_checkpointing = training.activation_checkpointing
     allow_tf32(training.tf32)
     if should_compile(training.compile, accelerator.device):
-        compile_blocks(model, accelerator.print, required=training.compile == "on")
+        with accelerator.autocast():  # what is tried must be what training compiles
+            compile_blocks(model, accelerator.print, required=training.compile == "on")
     if plugin := fsdp_plugin():
         apply_fsdp(model, accelerator, plugin)
     return model
