@@ -3,14 +3,20 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource, load_recipe
 
+if TYPE_CHECKING:
+    from mmaudio_hf.data.store import StoreWriter
+    from mmaudio_hf.files import Share
+    from mmaudio_hf.media.audit import AuditSource
 
-def add_commands(add) -> None:
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     media = add("example-media", _example_media, "write the synthesised example videos, audio files and captions")
     media.add_argument("directory", metavar="DIR", type=Path)
@@ -44,7 +50,7 @@ def add_commands(add) -> None:
             command.add_argument("--clean", action="store_true", help="remove the shards of complete stores")
 
 
-def _example_media(options) -> None:
+def _example_media(options: argparse.Namespace) -> None:
     from mmaudio_hf.media.example import write_example_media
 
     write_example_media(options.directory, seed=options.seed, small=options.small)
@@ -119,20 +125,24 @@ def _partition(options: argparse.Namespace) -> None:
         print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
-def _sources(recipe: Recipe, kind: str):
+def _sources(recipe: Recipe, kind: str) -> Sequence[VideoSource | AudioSource]:
     sources = getattr(recipe.extraction, kind)
     if not sources:
         raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
     return sources
 
 
-def _open_writer(recipe: Recipe):
+def _all_sources(recipe: Recipe) -> list[VideoSource | AudioSource]:
+    return [*recipe.extraction.videos, *recipe.extraction.audios]
+
+
+def _open_writer(recipe: Recipe) -> Callable[..., "StoreWriter"]:
     """`StoreWriter` for the layout of the recipe; ValueError when a store of the recipe is there in another one."""
     from mmaudio_hf.data.store import FeatureStore, StoreWriter
     from mmaudio_hf.data.tools import layout_of
 
     expected = (recipe.extraction.layout, recipe.extraction.sync_dtype)
-    for source in (*recipe.extraction.videos, *recipe.extraction.audios):
+    for source in _all_sources(recipe):
         path = Path(recipe.extraction.output_dir) / source.name
         if not path.exists():
             continue
@@ -148,7 +158,7 @@ def _open_writer(recipe: Recipe):
     return partial(StoreWriter, layout=expected[0], sync_dtype=expected[1])
 
 
-def share_of_process(options):
+def share_of_process(options: argparse.Namespace) -> "Share":
     """The share of the work that the options name, else the launcher's environment, else the whole."""
     from mmaudio_hf.files import Share
 
@@ -166,14 +176,14 @@ def share_of_process(options):
     return Share(index or 0, 1 if count is None else count, local_rank, local_world or local_rank + 1)
 
 
-def _extract_video(options) -> None:
+def _extract_video(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "videos")
-    _check_clip_lists(options, recipe, [source for source in sources if source.max_clips > 1])
+    _check_clip_lists(options, recipe, [source for source in recipe.extraction.videos if source.max_clips > 1])
     _extract(options, recipe, sources)
 
 
-def _extract_audio(options) -> None:
+def _extract_audio(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "audios")
     _check_clip_lists(options, recipe, sources)
@@ -197,14 +207,16 @@ def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[Vide
     from mmaudio_hf.features.extract import extract_audio, extract_video
 
     for source, known in zip(sources, problems, strict=True):
-        extract = extract_video if isinstance(source, VideoSource) else extract_audio
-        extract(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
+        if isinstance(source, VideoSource):
+            extract_video(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
+        else:
+            extract_audio(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
 
 
 # --- The command that looks at media before any feature is made, and what extraction takes from it -------------------
 
 
-def add_audit_commands(add) -> None:
+def add_audit_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
     command = add("audit", _audit, "look for what is wrong with media, before any feature is made of them")
     command.add_argument("recipe", metavar="RECIPE", nargs="?", help="audit all lists of extraction.videos and .audios")
@@ -236,7 +248,7 @@ _LIMITS = {
 }
 
 
-def _audit(options) -> None:
+def _audit(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     _check(options)
     from mmaudio_hf.media.audit import AuditSource, Limits, audit
@@ -258,7 +270,7 @@ def _audit(options) -> None:
     )
 
 
-def _check(options) -> None:
+def _check(options: argparse.Namespace) -> None:
     folders = [folder for folder in (options.videos, options.audios) if folder is not None]
     if options.recipe:
         extra = [name for name in ("videos", "audios", "list", "against", "against_media") if getattr(options, name)]
@@ -271,7 +283,7 @@ def _check(options) -> None:
         raise ValueError("--against-media needs --against, the list of the held-out ids")
 
 
-def _given_sources(options, make) -> list:
+def _given_sources(options: argparse.Namespace, make: "type[AuditSource]") -> "list[AuditSource]":
     kind, folder = ("video", options.videos) if options.videos else ("audio", options.audios)
     name = _plain(options.list.stem)
     sources = [make(name, kind, folder, options.list)]
@@ -286,7 +298,7 @@ def _plain(name: str) -> str:
     return name.strip() or "list"
 
 
-def _recipe_sources(recipe: Recipe, make) -> list:
+def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSource]":
     """Every source; those whose store is named in data.validation or data.test are held out."""
     extraction, data = recipe.extraction, recipe.data
     if not extraction.videos and not extraction.audios:
@@ -294,7 +306,7 @@ def _recipe_sources(recipe: Recipe, make) -> list:
     held = {Path(store.path).resolve() for store in (*data.validation, *data.test)}
     trained = {Path(store.path).resolve() for store in data.train}
     sources = []
-    for source in (*extraction.videos, *extraction.audios):
+    for source in _all_sources(recipe):
         store = (Path(extraction.output_dir) / source.name).resolve()
         held_out, trains = store in held, store in trained or store not in held
         kind = "video" if isinstance(source, VideoSource) else "audio"

@@ -20,12 +20,14 @@ from torchaudio.transforms import Resample
 
 from mmaudio_hf.media.container import (
     MediaError,
+    audio_stream,
     check_not_encrypted,
     decode_error,
     error_text,
     is_cut_off,
     media_error,
     open_media,
+    seconds,
     stated_seconds,
 )
 from mmaudio_hf.schema import audio_mode, sequence_lengths
@@ -118,28 +120,28 @@ class AudioPlacement:
         """Yield (zeros, samples) to append. `time`: s, of the first sample; None where the frame has no timestamp."""
         if self._start is None and time is not None:
             self._start = time - Fraction(self.decoded, self.rate)
-        position = None if time is None else round((time - self._start) * self.rate)
+        position = None if time is None or self._start is None else round((time - self._start) * self.rate)
         if position is not None:
             deviation = position - self.decoded
             if deviation * self._deviation > 0:  # two in a row: not the mistake of one frame
                 self.drift = max(self.drift, min(abs(deviation), abs(self._deviation)))
             self._deviation = deviation
         if self._held is not None:
-            yield self._release(position)
+            yield self._release(self._held, position)
         self._held = position, samples
         self.decoded += samples.size
 
     def flush(self) -> Iterator[tuple[int, np.ndarray]]:
         """The frames that are held."""
         if self._held is not None:
-            yield self._release(None)
+            yield self._release(self._held, None)
         self._held = None
         yield self._placed
         self._placed = 0, _NO_SAMPLES
 
-    def _release(self, following: int | None) -> tuple[int, np.ndarray]:
+    def _release(self, held: tuple[int | None, np.ndarray], following: int | None) -> tuple[int, np.ndarray]:
         """Place the held frame and return what was placed before; `following`: position of the frame after it."""
-        (position, samples), (silence, earlier) = self._held, self._placed
+        (position, samples), (silence, earlier) = held, self._placed
         offset = 0 if position is None else position - self.count
         after = offset if following is None else following - self.count - samples.size
         moved = min(abs(offset), abs(after)) >= self._limit and offset * after > 0
@@ -165,7 +167,7 @@ class AudioTrack:
         self._suspect = ""  # an error after which nothing was decoded so far
         self._suspect_is_junk = self._is_joined = False
 
-    def decode(self, packet: av.Packet) -> list[av.AudioFrame]:
+    def decode(self, packet: "av.Packet[AudioStream]") -> list[av.AudioFrame]:
         """The frames of a packet, [] where it cannot be decoded. MediaError for an encrypted file."""
         check_not_encrypted(self.path, packet)
         try:
@@ -183,10 +185,15 @@ class AudioTrack:
             self.placement = AudioPlacement(frames[0].sample_rate, frame_size)
         if frames and self._suspect:
             self.damage = self.damage or self._suspect
-        if any(frame.sample_rate != self.placement.rate for frame in frames):
+        if self.placement and any(frame.sample_rate != self.placement.rate for frame in frames):
             self.damage = self.damage or "the sample rate changes within the file"
             return []
         return frames
+
+    def place(self, frame: av.AudioFrame, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """`AudioPlacement.place` of the samples of a frame that `decode` returned."""
+        assert self.placement is not None, "it is there from the first frame on"
+        return self.placement.place(samples, seconds(frame.pts, frame.time_base))
 
     @property
     def seconds(self) -> float:
@@ -232,15 +239,14 @@ def channel_samples(frame: av.AudioFrame) -> np.ndarray:
 def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[int, np.ndarray, int]]:
     """Yield (zeros, mono samples, sample rate) of every frame of the best audio track; any damage is a MediaError."""
     with open_media(path) as container:
-        stream = container.streams.best("audio")
+        stream = audio_stream(container)
         if stream is None:
             raise media_error(path, "no_audio", "has no audio track; remove it from the list")
         track = AudioTrack(path, container, stream)
         try:
             for packet in container.demux(stream):
                 for frame in track.decode(packet):
-                    time = None if frame.pts is None else frame.pts * frame.time_base
-                    for silence, samples in track.placement.place(mono_samples(frame), time):
+                    for silence, samples in track.place(frame, mono_samples(frame)):
                         yield silence, samples, frame.sample_rate
                 if track.damage:
                     break
@@ -302,7 +308,8 @@ def read_audio_clips(
     whole cannot be used.
     """
     needed = sequence_lengths(mode, duration).audio_samples
-    buffers, count, rate = [], 0, 0
+    buffers: list[WaveformBuffer] = []
+    count = rate = 0
     for silence, samples, rate in _decode_mono(path):
         if not buffers:
             most = math.ceil(needed * rate / audio_mode(mode).sample_rate) + rate  # the filter is far shorter than 1 s
@@ -409,6 +416,7 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
     try:
         with av.open(str(partial), "w", format=path.suffix.lower()[1:]) as container:
             stream = container.add_stream(codecs[path.suffix.lower()], rate=sample_rate, layout=frame.layout)
+            assert isinstance(stream, AudioStream)
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         os.replace(partial, path)

@@ -123,7 +123,7 @@ class Limits:
     max_duration: float = 60.0  # of a video
     max_difference: float = 1.0  # between the tracks, or the stated and the true length
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not value >= 0:
                 raise ValueError(f"limit {name} must be 0 or more, not {value}")
@@ -210,7 +210,7 @@ def known_problems(
     return problems
 
 
-def _read(table, renew: str) -> Iterator[dict[str, Any]]:
+def _read(table: str | os.PathLike, renew: str) -> Iterator[dict[str, Any]]:
     columns = ["id", "source", "bytes", "mtime_ns", "verdicts", "reasons"]
     if not Path(table).is_file():
         raise ValueError(f"{table}: no such audit; make it with `{renew}`")
@@ -289,13 +289,13 @@ class _Measures:
         self.committed = time.monotonic()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._faults():
             self.base.commit()
         self.base.close()
 
     @contextlib.contextmanager
-    def _faults(self):
+    def _faults(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
@@ -315,7 +315,7 @@ class _Measures:
 
     def keep(self, item: _Item, figures: Mapping[str, Any]) -> None:
         """Safe on the disk within a second."""
-        row = os.path.abspath(item.path), self.how[item.source.kind], *item.key, json.dumps(figures)
+        row = os.path.abspath(item.path), self.how[item.source.kind], *(item.key or ()), json.dumps(figures)
         with self._faults():
             self.base.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", row)
             if time.monotonic() - self.committed > _COMMIT_SECONDS:
@@ -338,7 +338,8 @@ def _measure(items: Sequence[_Item], measures: _Measures, duration: float, worke
 
 def _measured(pending: Sequence[_Item], duration: float, workers: int) -> Iterator[tuple[_Item, dict[str, Any]]]:
     """(item, figures) as they come. Files that were being read when a process died are read again one at a time."""
-    waiting, suspects = iter(pending), []
+    waiting = iter(pending)
+    suspects: list[_Item] = []
     while True:
         with contextlib.suppress(BrokenProcessPool):
             yield from _in_processes(waiting, suspects, duration, min(workers, len(pending)))
@@ -389,7 +390,8 @@ def _start_worker() -> None:
 
 def _end_with_parent() -> None:
     """Workers wait for files for ever when the main process is killed; end with it."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    if (parent := multiprocessing.parent_process()) is not None:
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -458,7 +460,7 @@ def _verdicts(
 ) -> dict[str, str]:
     """verdict -> reason of one item, in the order of `VERDICTS`."""
     item = known.items[number]
-    if item.key is None:
+    if item.key is None or figures is None:
         verdicts = {"not_found": "there is no such file"}
     elif not figures["opened"]:
         verdicts = {"unreadable": figures["damage"]}

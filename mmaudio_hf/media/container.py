@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import av
 from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.video.stream import VideoStream
 
 # Formats that state their length; of others, such as raw streams, FFmpeg estimates it from the bit rate.
 _STATED_LENGTH = {"flac", "wav", "w64", "aiff", "caf", "au", "ogg", "mov", "matroska", "asf", "wv", "tta", "ape"}
@@ -65,6 +66,23 @@ def open_any(path: str | os.PathLike) -> InputContainer:
     return container
 
 
+def video_stream(container: InputContainer) -> VideoStream | None:
+    """The video track that players choose."""
+    stream = container.streams.best("video")
+    return stream if isinstance(stream, VideoStream) else None
+
+
+def audio_stream(container: InputContainer) -> AudioStream | None:
+    """The audio track that players choose."""
+    stream = container.streams.best("audio")
+    return stream if isinstance(stream, AudioStream) else None
+
+
+def seconds(ticks: int | None, unit: Fraction | None) -> Fraction | None:
+    """A time of FFmpeg in seconds; None where the file has none."""
+    return None if ticks is None or unit is None else Fraction(ticks * unit)
+
+
 def check_not_encrypted(path: str | os.PathLike, packet: av.Packet) -> None:
     """MediaError for a packet that needs a key: decoders report damage, or decode it to noise."""
     if packet.has_sidedata("encryption_info"):
@@ -74,24 +92,28 @@ def check_not_encrypted(path: str | os.PathLike, packet: av.Packet) -> None:
 def probe(path: str | os.PathLike) -> dict[str, Any]:
     """What the container states about a file, as plain JSON values; times in seconds. Decodes nothing. MediaError."""
 
-    def seconds(value: int | None, unit: Fraction | None) -> float | None:
-        return None if value is None or unit is None else round(float(value * unit), 6)
+    def rounded(ticks: int | None, unit: Fraction | None) -> float | None:
+        time = seconds(ticks, unit)
+        return None if time is None else round(float(time), 6)
 
     with open_any(path) as container:
         stated: dict[str, Any] = {"format": container.format.name, "bytes": container.size}
-        stated["duration"] = seconds(container.duration, Fraction(1, av.time_base))
-        for stream in (container.streams.best("video"), container.streams.best("audio")):
-            if stream is None:
-                continue
-            context = stream.codec_context
-            track = {"codec": context.name, "start": seconds(stream.start_time, stream.time_base)}
-            track["duration"] = seconds(stream.duration, stream.time_base)
-            if stream.type == "video":
-                track |= {"width": context.width, "height": context.height, "pixel_format": context.pix_fmt}
-                track |= {"frame_rate": str(stream.average_rate), "frames": stream.frames}
-            else:
-                track |= {"sample_rate": context.sample_rate, "channels": context.channels}
-            stated[stream.type] = track
+        stated["duration"] = rounded(container.duration, Fraction(1, av.time_base))
+        video, audio = video_stream(container), audio_stream(container)
+        for stream in (video, audio):
+            if stream is not None:
+                stated[stream.type] = {
+                    "codec": stream.codec_context.name,
+                    "start": rounded(stream.start_time, stream.time_base),
+                    "duration": rounded(stream.duration, stream.time_base),
+                }
+        if video is not None:
+            stated["video"] |= {"width": video.codec_context.width, "height": video.codec_context.height}
+            stated["video"] |= {"pixel_format": video.codec_context.pix_fmt, "frame_rate": str(video.average_rate)}
+            stated["video"]["frames"] = video.frames
+        if audio is not None:
+            stated["audio"] |= {"sample_rate": audio.codec_context.sample_rate}
+            stated["audio"] |= {"channels": audio.codec_context.layout.nb_channels}
         return stated
 
 
@@ -115,10 +137,10 @@ def error_text(error: Exception) -> str:
 
 def frame_time(path: str | os.PathLike, frame: av.VideoFrame | av.AudioFrame) -> Fraction:
     """Presentation time of a frame in seconds; MediaError where the file has none."""
-    ticks = frame.dts if frame.pts is None else frame.pts
-    if ticks is None:
+    time = seconds(frame.dts if frame.pts is None else frame.pts, frame.time_base)
+    if time is None:
         raise media_error(path, "decode_error", "its frames come without timestamps; convert it to mp4")
-    return ticks * frame.time_base
+    return time
 
 
 # --- The length that a file states ------------------------------------------------------------------------------------
@@ -129,12 +151,10 @@ def stated_seconds(path: str | os.PathLike, container: InputContainer, stream: A
     name = container.format.name.partition(",")[0]
     if name == "mp3":
         samples = _mpeg_header_samples(path, stream.codec_context.frame_size)
-        return samples and Fraction(samples, stream.codec_context.sample_rate)
+        return Fraction(samples, stream.codec_context.sample_rate) if samples else None
     if name not in _STATED_LENGTH:
         return None
-    if stream.duration:
-        return stream.duration * stream.time_base
-    return Fraction(container.duration, av.time_base) if container.duration else None
+    return seconds(stream.duration or None, stream.time_base) or seconds(container.duration, Fraction(1, av.time_base))
 
 
 def _mpeg_header_samples(path: str | os.PathLike, frame_size: int) -> int | None:

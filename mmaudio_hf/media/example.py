@@ -14,13 +14,15 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
+
+from mmaudio_hf.media.audio import audio_frame, write_audio
 
 FPS = 25
 WIDTH, HEIGHT = 128, 96
@@ -138,7 +140,7 @@ def _write_audio_file(path: Path, kind: str, number: int, rng: np.random.Generat
     num_frames = int(rng.integers(20 * FPS, 22 * FPS))
     times = tuple(frame / FPS for frame in _schedule(num_frames, rng)[1:-1])
     track = _audio_track(kind, times, num_frames * rate // FPS, rate, rng, noise=0)
-    _write_flac(path, track, rate)
+    write_audio(path, torch.from_numpy(track), rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))]
     return caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))]), times
 
@@ -161,17 +163,19 @@ def _style(rng: np.random.Generator) -> _Style:
 
 
 # Frames. A shape is a region of the image and its coverage there: 0..1, with a soft edge one pixel wide.
+_Shape = tuple[tuple[slice, slice], np.ndarray]
 
 
 def _draw_frames(kind: str, style: _Style, schedule: list[int], num_frames: int) -> Iterator[np.ndarray]:
     """Yield the frames (H, W, 3) uint8 of one video."""
-    last = 0
+    last, draw = 0, _KINDS[kind].draw
+    assert draw is not None, "the kind is seen"
     for frame in range(num_frames):
         last += schedule[last + 1] <= frame
         gap = schedule[last + 1] - schedule[last]
         since = frame - schedule[last]
         image = style.background.copy()
-        _KINDS[kind].draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
+        draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
         yield np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -181,13 +185,13 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
     return slice(*rows), slice(*columns)
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float) -> tuple[tuple[slice, slice], np.ndarray]:
+def _ellipse(x: float, y: float, rx: float, ry: float) -> _Shape:
     box = _box(x - rx, y - ry, x + rx, y + ry)
     distance = np.sqrt(((_X[box] - x) / rx) ** 2 + ((_Y[box] - y) / ry) ** 2)
     return box, np.clip((1 - distance) * min(rx, ry) + 0.5, 0, 1)
 
 
-def _bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> tuple[tuple[slice, slice], np.ndarray]:
+def _bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> _Shape:
     """Segment from (x0, y0) to (x1, y1) with round ends."""
     box = _box(min(x0, x1) - radius, min(y0, y1) - radius, max(x0, x1) + radius, max(y0, y1) + radius)
     dx, dy = x1 - x0, y1 - y0
@@ -196,7 +200,7 @@ def _bar(x0: float, y0: float, x1: float, y1: float, radius: float) -> tuple[tup
     return box, np.clip(radius - distance + 0.5, 0, 1)
 
 
-def _paint(image: np.ndarray, shape: tuple[tuple[slice, slice], np.ndarray], colour, opacity: float = 1.0) -> None:
+def _paint(image: np.ndarray, shape: _Shape, colour: Sequence[float] | np.ndarray, opacity: float = 1.0) -> None:
     box, mask = shape
     if opacity > 0.01:
         image[box] += opacity * mask[..., None] * (np.asarray(colour, np.float32) - image[box])
@@ -285,8 +289,9 @@ def _burst(t: np.ndarray, decay: float, rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal(t.size) * np.exp(-t / decay)
 
 
-def _partials(t: np.ndarray, frequencies, decays) -> np.ndarray:
-    return sum(np.sin(2 * np.pi * f * t) * np.exp(-t / d) for f, d in zip(frequencies, decays, strict=True))
+def _partials(t: np.ndarray, frequencies: Sequence[float], decays: Sequence[float]) -> np.ndarray:
+    partials = [np.sin(2 * np.pi * f * t) * np.exp(-t / d) for f, d in zip(frequencies, decays, strict=True)]
+    return np.sum(partials, axis=0)
 
 
 def _thump(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
@@ -361,7 +366,7 @@ _KINDS = {
 
 
 def _audio_track(
-    kind: str, times, num_samples: int, rate: int, rng: np.random.Generator, noise: float = 6e-4
+    kind: str, times: Iterable[float], num_samples: int, rate: int, rng: np.random.Generator, noise: float = 6e-4
 ) -> np.ndarray:
     """One channel (num_samples,) float32 with the kind's audio at every time, peak 0.8, over quiet noise."""
     track = np.zeros(num_samples)
@@ -385,29 +390,17 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], channels: np.ndarray, r
         video = container.add_stream(
             "libx264", rate=FPS, options=options, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p"
         )
-        layout = "stereo" if len(channels) == 2 else "mono"
+        samples = audio_frame(torch.from_numpy(channels), rate, "fltp")
         # The fast coder: the default one takes longer than all the rest of this file.
         options = {"aac_coder": "fast"}
-        audio = container.add_stream("aac", rate=rate, options=options, layout=layout, bit_rate=24_000 * len(channels))
+        audio = container.add_stream(
+            "aac", rate=rate, options=options, layout=samples.layout.name, bit_rate=24_000 * len(channels)
+        )
         for frame in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
-        _encode_audio(container, audio, channels, "fltp", rate)
-
-
-def _write_flac(path: Path, track: np.ndarray, rate: int) -> None:
-    """Write one channel (samples,) as 16-bit flac."""
-    samples = np.round(np.clip(track, -1, 1) * 32767).astype(np.int16)[None]
-    with av.open(str(path), "w", format="flac") as container:
-        _encode_audio(container, container.add_stream("flac", rate=rate, layout="mono"), samples, "s16", rate)
-
-
-def _encode_audio(container, stream, samples: np.ndarray, sample_format: str, rate: int) -> None:
-    layout = "stereo" if len(samples) == 2 else "mono"
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format=sample_format, layout=layout)
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
+        container.mux(audio.encode(samples))
+        container.mux(audio.encode(None))
 
 
 def _write_tsv(path: Path, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:

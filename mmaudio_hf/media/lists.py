@@ -98,7 +98,7 @@ class MediaFolder:
         paths = [path for path in paths if len(path.parts) == nearest]  # the folder before its subfolders
         exact = [path for path in paths if path.stem == item_id] or paths
         if not paths:
-            raise MediaError("not_found", self._not_found(item_id))
+            raise MediaError("not_found", self._missing(item_id))
         if len({path.parent for path in exact}) > 1:
             names = " and ".join(str(path.relative_to(self.folder)) for path in exact[:2])
             raise MediaError("not_found", f"{self.folder}: {item_id!r} may be {names}; rename one of them")
@@ -109,7 +109,7 @@ class MediaFolder:
         listed = {stem_of(item_id, self.kind) for item_id in item_ids} | {normal_name(item_id) for item_id in item_ids}
         return [path for path in self.media if normal_name(path.stem) not in listed]
 
-    def _not_found(self, item_id: str) -> str:
+    def _missing(self, item_id: str) -> str:
         stem = stem_of(item_id, self.kind)
         near = self._nearest.get(_loose_name(stem))
         hint = f"; there is {str(near.relative_to(self.folder))!r}: rename it or the id" if near else ""
@@ -182,7 +182,8 @@ def read_media_list(
     """
     assert text_column in _TEXT_COLUMNS, text_column
     unique_ids = text_column == "label" if unique_ids is None else unique_ids
-    items, lines = [], {}
+    items: list[MediaItem] = []
+    lines: dict[str, int] = {}
     for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
         where = f"{path}, line {line}"
         item_id = check_id(row["id"].strip(), where)

@@ -25,7 +25,15 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from mmaudio_hf.media.audio import AudioTrack, channel_samples
-from mmaudio_hf.media.container import MediaError, check_not_encrypted, error_text, open_media
+from mmaudio_hf.media.container import (
+    MediaError,
+    audio_stream,
+    check_not_encrypted,
+    error_text,
+    open_media,
+    seconds,
+    video_stream,
+)
 
 VERSION = 2  # of the measures: raise it when the same file gives other figures
 
@@ -86,11 +94,10 @@ _Samples = list[tuple[Fraction, Fraction]]
 def _measured(
     path: str | os.PathLike, container: InputContainer, kind: str, duration: Fraction
 ) -> tuple[dict[str, Any], _Samples]:
-    video = container.streams.best("video") if kind == "video" else None
+    video, audio = video_stream(container) if kind == "video" else None, audio_stream(container)
     if video is not None and av.stream.Disposition.attached_pic in video.disposition:
         video = None  # the cover image of an audio file
-    audio = container.streams.best("audio")
-    stated = container.duration and Fraction(container.duration, av.time_base)
+    stated = seconds(container.duration or None, Fraction(1, av.time_base))
     figures: dict[str, Any] = {"container": container.format.name, "stated_duration": _rounded(stated)}
     frames, level = _VideoTrack(video), _AudioLevel(path, container, audio)
     streams = [stream for stream in (video, audio) if stream is not None]
@@ -104,9 +111,9 @@ def _measured(
     figures |= frames.figures() | level.figures()
     if kind == "video" and frames.start is not None and level.start is not None:
         figures["start_gap"] = _rounded(level.start - frames.start)
-    tracks = [track for track in (frames, level) if track.start is not None]
-    begin = max((track.start for track in tracks), default=Fraction(0))
-    end = min((track.end for track in tracks), default=begin)
+    spans = [(track.start, track.end) for track in (frames, level) if track.start is not None]
+    begin = max((start for start, _ in spans), default=Fraction(0))
+    end = min((end for _, end in spans), default=begin)
     figures["duration"] = _rounded(max(Fraction(0), end - begin))
     if level.start is not None:
         figures |= level.levels(begin, duration if kind == "video" else None)
@@ -125,15 +132,14 @@ class _VideoTrack:
         if not packet.size:  # the end of the track
             return
         self.hash.update(packet)
-        ticks = packet.dts if packet.pts is None else packet.pts
+        time = seconds(packet.dts if packet.pts is None else packet.pts, packet.time_base)
         if packet.is_corrupt:
             self.damage = self.damage or "a frame is incomplete"
-        if ticks is None:
+        if time is None:
             self.damage = self.damage or "its frames come without timestamps; convert it to mp4"
         elif not packet.is_discard:
-            unit = packet.time_base
-            duration = (packet.duration or 0) * unit
-            self.packets.append(_FramePacket(ticks * unit, packet.size, packet.is_keyframe, duration))
+            duration = seconds(packet.duration or 0, packet.time_base) or Fraction(0)
+            self.packets.append(_FramePacket(time, packet.size, packet.is_keyframe, duration))
 
     @property
     def start(self) -> Fraction | None:
@@ -141,8 +147,8 @@ class _VideoTrack:
 
     @property
     def end(self) -> Fraction:
-        last = max(self.packets)
-        usual = (last.time - self.start) / (len(self.packets) - 1) if len(self.packets) > 1 else Fraction(0)
+        first, last = min(self.packets), max(self.packets)
+        usual = (last.time - first.time) / (len(self.packets) - 1) if len(self.packets) > 1 else Fraction(0)
         return last.time + (last.duration or usual)
 
     def figures(self) -> dict[str, Any]:
@@ -165,8 +171,8 @@ class _VideoTrack:
                 Fraction(sum(abs(value - usual) > limit for value in intervals), len(intervals))
             )
         return figures | {
-            "video_start": _rounded(self.start),
-            "video_duration": _rounded(self.end - self.start),
+            "video_start": _rounded(times[0]),
+            "video_duration": _rounded(self.end - times[0]),
             "video_hash": self.hash.hexdigest()[:32],
         }
 
@@ -194,41 +200,38 @@ class _AudioLevel:
     """The decoded audio in blocks of 50 ms."""
 
     def __init__(self, path: str | os.PathLike, container: InputContainer, stream: AudioStream | None):
-        self.stream, self.hash = stream, hashlib.sha256()
+        self.hash = hashlib.sha256()
         self.track = None if stream is None else AudioTrack(path, container, stream)
         self.others = len(container.streams.audio) - 1
-        self.packets = self.channels = 0
+        self.packets = self.rate = self.channels = 0
         self.start: Fraction | None = None
         self.peak = 0.0
         self.rest = np.zeros((2, 0), np.float32)  # mono, share of the channels that are clipped
         self.power: list[np.ndarray] = []  # mean square of each block, mono
         self.clipped: list[np.ndarray] = []
 
-    def add(self, packet: av.Packet) -> None:
+    def add(self, packet: "av.Packet[Any]") -> None:
+        assert self.track is not None, "the packet is of it"
         if packet.size:
             self.packets += 1
             self.hash.update(packet)
         for frame in self.track.decode(packet):
-            self._add_frame(frame)
+            self._add_frame(self.track, frame)
 
-    def _add_frame(self, frame: av.AudioFrame) -> None:
-        time = None if frame.pts is None else frame.pts * frame.time_base
+    def _add_frame(self, track: AudioTrack, frame: av.AudioFrame) -> None:
         if self.start is None:
-            self.channels, self.start = frame.layout.nb_channels, time or Fraction(0)
+            self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
+            self.start = seconds(frame.pts, frame.time_base) or Fraction(0)
         channels = channel_samples(frame)
         level = np.abs(channels)
         mono = channels.mean(axis=0, dtype=np.float32)
-        for _ in self.track.placement.place(mono, time):
+        for _ in track.place(frame, mono):
             pass  # for its counts alone: levels hardly depend on where a hole is
         self.peak = float(np.maximum(self.peak, np.abs(mono).max(initial=0)))  # keeps NaN
         clipped = (level >= CLIPPED).mean(axis=0, dtype=np.float32)
         self.rest = np.concatenate([self.rest, [mono, clipped]], axis=1)
         if self.rest.shape[1] >= self.rate:
             self._reduce()
-
-    @property
-    def rate(self) -> int:
-        return self.track.placement.rate
 
     def damage(self, whole: bool) -> str:
         """What cannot be decoded; whole: also what is missing of the length that the file states."""
@@ -252,17 +255,19 @@ class _AudioLevel:
 
     @property
     def end(self) -> Fraction:
+        assert self.track is not None and self.track.placement is not None and self.start is not None
         for _ in self.track.placement.flush():
             pass
         return self.start + Fraction(self.track.placement.count, self.rate)
 
     def figures(self) -> dict[str, Any]:
-        if self.stream is None:
+        if self.track is None:
             return {}
-        figures: dict[str, Any] = {"audio_codec": self.stream.codec_context.name, "audio_tracks": self.others + 1}
+        name = self.track.stream.codec_context.name
+        figures: dict[str, Any] = {"audio_codec": name, "audio_tracks": self.others + 1}
         if self.packets:
             figures["audio_hash"] = self.hash.hexdigest()[:32]
-        if self.start is None:
+        if self.start is None or self.track.placement is None:
             return figures
         return figures | {
             "sample_rate": self.rate,
@@ -274,6 +279,7 @@ class _AudioLevel:
 
     def levels(self, begin: Fraction, duration: Fraction | None) -> dict[str, Any]:
         """Peak of the whole track; level, silence and clipping from `begin` on."""
+        assert self.start is not None
         self._reduce()  # less than a block at the end is left out
         power, clipped = np.concatenate(self.power), np.concatenate(self.clipped)
         first = int((begin - self.start) / _BLOCK)
@@ -337,7 +343,8 @@ def _strip(images: Sequence[Image.Image]) -> str:
 def _sampled(path: str | os.PathLike, samples: _Samples) -> Iterator[av.VideoFrame]:
     """Decode the frames of these times, from the keyframe before each one on."""
     with open_media(path) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
+        assert stream is not None and stream.time_base, "its packets have been read"
         # Frames that no other one refers to and the smoothing of block edges cost half the time and show no movement.
         stream.codec_context.skip_frame = "NONREF"
         stream.codec_context.options = {"skip_loop_filter": "all"}
@@ -349,8 +356,8 @@ def _sampled(path: str | os.PathLike, samples: _Samples) -> Iterator[av.VideoFra
                     frames = container.decode(stream)
             reached = key
             for frame in frames:
-                ticks = frame.dts if frame.pts is None else frame.pts
-                if ticks is None or ticks * frame.time_base >= time:
+                shown = seconds(frame.dts if frame.pts is None else frame.pts, frame.time_base)
+                if shown is None or shown >= time:
                     yield frame
                     break
 

@@ -16,7 +16,7 @@ from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
 from mmaudio_hf.media.audio import audio_frame
-from mmaudio_hf.media.container import frame_time, media_error, open_media
+from mmaudio_hf.media.container import frame_time, media_error, open_media, seconds, video_stream
 from mmaudio_hf.media.video import RgbConverter, video_extent
 from mmaudio_hf.schema import SYNC_FPS
 
@@ -50,12 +50,14 @@ def write_video_with_audio(
         audio = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
         target_format = VIDEO_FORMATS[out_path.suffix.lower()]
         with open_media(video_path) as source, av.open(str(partial), "w", format=target_format) as target:
-            video = source.streams.best("video")
+            video = video_stream(source)
+            assert video is not None, "its first frame was decoded"
             copy = has_timestamps and video.codec_context.codec.canonical_name in target.supported_codecs
-            packets = (_copied if copy else _encoded)(source, video, target, start, length)
+            packets = _copied if copy else _encoded
+            frames = packets(source, video, target, start, length)  # adds its stream, before the first packet
             stream = target.add_stream("aac", rate=sample_rate, layout=audio.layout.name)
-            next(packets)  # adds its stream, which must come before the first packet
-            for packet in heapq.merge(packets, _encoded_audio(stream, audio), key=_packet_time):
+            assert isinstance(stream, AudioStream)
+            for packet in heapq.merge(frames, _encoded_audio(stream, audio), key=_packet_time):
                 target.mux(packet)
         os.replace(partial, out_path)
         return copy
@@ -69,48 +71,57 @@ def write_video_with_audio(
 
 
 def _packet_time(packet: av.Packet) -> Fraction:
-    return (packet.pts if packet.dts is None else packet.dts) * packet.time_base
+    time = seconds(packet.pts if packet.dts is None else packet.dts, packet.time_base)
+    assert time is not None, "copied and encoded packets have times"
+    return time
 
 
 def _copied(
     source: InputContainer, video: VideoStream, target: OutputContainer, start: Fraction, length: Fraction
-) -> Iterator[av.Packet | None]:
-    """None once the stream is added, then the source's packets moved to start at 0."""
+) -> Iterator[av.Packet]:
+    """Add the stream; the source's packets moved to start at 0."""
     stream = target.add_stream_from_template(video)
-    yield None
-    packets = [packet for packet in source.demux(video) if packet.size]
-    if any(packet.dts is None for packet in packets):
+    return _moved([packet for packet in source.demux(video) if packet.size], stream, start, length)
+
+
+def _moved(packets: list[av.Packet], stream: VideoStream, start: Fraction, length: Fraction) -> Iterator[av.Packet]:
+    shown = [packet.pts or 0 for packet in packets]  # all have one: `VideoExtent.has_timestamps`
+    decoded = [packet.dts for packet in packets if packet.dts is not None]
+    if len(decoded) < len(packets):
         # Matroska has no decoding times: the presentation times in order, early enough for every frame.
-        order = sorted(packet.pts for packet in packets)
-        delay = max(early - packet.pts for early, packet in zip(order, packets, strict=True))
-        for early, packet in zip(order, packets, strict=True):
-            packet.dts = early - delay
-    shift = round(start / video.time_base)
-    for packet in packets:
+        order = sorted(shown)
+        delay = max(early - time for early, time in zip(order, shown, strict=True))
+        decoded = [early - delay for early in order]
+    for packet, pts, dts in zip(packets, shown, decoded, strict=True):
+        shift = round(start / packet.time_base)
         # By decoding time: a frame shown after the end may be needed by one shown before it.
-        if (packet.dts - shift) * packet.time_base < length:
-            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+        if (dts - shift) * packet.time_base < length:
+            packet.pts, packet.dts, packet.stream = pts - shift, dts - shift, stream
             yield packet
 
 
 def _encoded(
     source: InputContainer, video: VideoStream, target: OutputContainer, start: Fraction, length: Fraction
-) -> Iterator[av.Packet | None]:
-    """None once the stream is added, then the frames as H.264 yuv420p, cropped to even sizes and upright."""
+) -> Iterator[av.Packet]:
+    """Add the stream; the frames as H.264 yuv420p, cropped to even sizes and upright."""
     frames, to_rgb = source.decode(video), RgbConverter(rotate=True)
     first = next(frames)
     height, width = (side // 2 * 2 for side in to_rgb(first).shape[:2])
-    rate, unit = video.average_rate or SYNC_FPS, video.time_base
+    rate, unit = video.average_rate or SYNC_FPS, video.time_base or Fraction(1, 90_000)
     stream = target.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+    assert isinstance(stream, VideoStream)
     stream.options, stream.codec_context.time_base = {"crf": "18"}, unit
-    yield None
-    for frame in itertools.chain([first], frames):
-        if (time := frame_time(source.name, frame) - start) < length:
-            rgb = np.ascontiguousarray(to_rgb(frame)[:height, :width])
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame.pts, frame.time_base = round(time / unit), unit
-            yield from stream.encode(frame)
-    yield from stream.encode(None)
+
+    def packets() -> Iterator[av.Packet]:
+        for frame in itertools.chain([first], frames):
+            if (time := frame_time(source.name, frame) - start) < length:
+                rgb = np.ascontiguousarray(to_rgb(frame)[:height, :width])
+                encoded = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+                encoded.pts, encoded.time_base = round(time / unit), unit
+                yield from stream.encode(encoded)
+        yield from stream.encode(None)
+
+    return packets()
 
 
 def _encoded_audio(stream: AudioStream, audio: av.AudioFrame) -> Iterator[av.Packet]:

@@ -21,17 +21,22 @@ import av.filter
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from mmaudio_hf.media.audio import PEAK, SILENCE, AudioPlacement, WaveformBuffer, mono_samples, resample
 from mmaudio_hf.media.container import (
     MediaError,
+    audio_stream,
     check_not_encrypted,
     decode_error,
     frame_time,
     media_error,
     open_any,
     open_media,
+    seconds,
+    video_stream,
 )
 from mmaudio_hf.schema import (
     CLIP_FPS,
@@ -90,7 +95,7 @@ def read_video(
 
     Raises MediaError, ValueError for wrong arguments.
     """
-    request = _Request(Path(path), mode, duration, start, alignment, normalize_audio, with_audio=not video_only)
+    request = _Request(Path(path), mode, duration, _start(start), alignment, normalize_audio, not video_only)
     try:
         clip = _read(request)
     except MediaError as error:
@@ -114,7 +119,7 @@ def read_windows(
     held than overlap at one moment. Where the file ends up to 0.25 s before a window does, its last frame is shown
     until then, in both alignments. Raises as `read_video` does, after the windows before have been yielded.
     """
-    requests = [_Request(Path(path), mode, duration, start, alignment) for start in starts]
+    requests = [_Request(Path(path), mode, duration, _start(start), alignment) for start in starts]
     if any(after.start < before.start for before, after in itertools.pairwise(requests)):
         raise ValueError("the starts of windows must ascend")
     return _windows(requests)
@@ -151,12 +156,13 @@ def video_extent(path: str | os.PathLike) -> VideoExtent:
     with open_media(path) as container:
         start = end = _open_tracks(_Request(Path(path)), container)[0].video
     with open_media(path) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
+        assert stream is not None, "its first frame was decoded"
+        usual = 1 / Fraction(stream.average_rate or SYNC_FPS)  # s
         has_timestamps = container.format.name != "avi"  # avi has an order of decoding, no presentation times
         for packet in container.demux(stream):
-            if packet.size and packet.pts is not None:
-                shown = packet.duration * packet.time_base if packet.duration else 1 / (stream.average_rate or SYNC_FPS)
-                end = max(end, packet.pts * packet.time_base + shown)
+            if packet.size and (time := seconds(packet.pts, packet.time_base)) is not None:
+                end = max(end, time + (seconds(packet.duration or None, packet.time_base) or usual))
             has_timestamps = has_timestamps and not (packet.size and packet.pts is None)
     return VideoExtent(start, end - start, has_timestamps)
 
@@ -176,7 +182,7 @@ class _Request:
     path: Path
     mode: str = "16k"
     duration: float = 8.0
-    start: float | Fraction = 0
+    start: Fraction = Fraction(0)  # s
     alignment: str = "timestamps"
     normalize_audio: bool = False
     with_audio: bool = False
@@ -184,9 +190,6 @@ class _Request:
     def __post_init__(self) -> None:
         if self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment {self.alignment!r}: use one of {', '.join(ALIGNMENTS)}")
-        if not (self.start >= 0 and math.isfinite(self.start)):
-            raise ValueError(f"start {self.start} must be 0 or more seconds")
-        object.__setattr__(self, "start", Fraction(self.start).limit_denominator(1_000_000))
         _ = self.lengths  # checks mode and duration
 
     @property
@@ -204,6 +207,12 @@ class _Request:
 
     def error(self, reason: str, problem: str) -> MediaError:
         return media_error(self.path, reason, problem)
+
+
+def _start(seconds: float) -> Fraction:
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise ValueError(f"start {seconds} must be 0 or more seconds")
+    return Fraction(seconds).limit_denominator(1_000_000)
 
 
 @dataclass(frozen=True)
@@ -226,40 +235,45 @@ def _open_tracks(request: _Request, container: InputContainer) -> tuple[_TrackSt
     The first frame and the first samples are decoded to know: the container's start times leave out priming and edit
     lists. What was decoded on the way is kept, so that nothing is decoded twice.
     """
-    video, audio = container.streams.best("video"), container.streams.best("audio")
+    video, audio = video_stream(container), audio_stream(container)
     if video is None:
         raise request.error("no_video", "has no video track; remove it from the list")
     if request.with_audio and audio is None:
         raise request.error("no_audio", "has no readable audio track; remove it from the list or add audio to it")
-    missing = [video, audio] if request.with_audio else [video]
+    missing: list[VideoStream | AudioStream] = [video, audio] if request.with_audio and audio else [video]
     packets = container.demux(*missing)
-    first, read = {}, []
+    first: dict[str, av.VideoFrame | av.AudioFrame] = {}
+    read: list[_Read] = []
     try:
         while missing and (packet := next(packets, None)) is not None:
             check_not_encrypted(request.path, packet)
-            frames = packet.decode() if packet.stream in missing else None
+            frames = _decode(packet) if packet.stream in missing else None
             read.append((packet, frames))
             if frames:
                 first[packet.stream.type] = frames[0]
-                missing.remove(packet.stream)
+                missing = [stream for stream in missing if stream is not packet.stream]
     except (av.error.FFmpegError, OSError) as error:
         raise decode_error(request.path, error) from error
     if missing:
         kind = missing[0].type
         raise request.error(f"{kind}_too_short", f"nothing of its {kind} can be decoded; remove it from the list")
     starts = _TrackStarts(frame_time(request.path, first["video"]))
-    if request.with_audio:
+    samples = first.get("audio")
+    if audio is not None and isinstance(samples, av.AudioFrame):
         frame_size = audio.codec_context.frame_size or 0
-        audio_start = frame_time(request.path, first["audio"])
-        starts = _TrackStarts(starts.video, audio_start, first["audio"].sample_rate, frame_size)
+        starts = _TrackStarts(starts.video, frame_time(request.path, samples), samples.sample_rate, frame_size)
     return starts, itertools.chain(read, ((packet, None) for packet in packets))
+
+
+def _decode(packet: av.Packet) -> list[av.VideoFrame | av.AudioFrame]:
+    return [frame for frame in packet.decode() if isinstance(frame, av.VideoFrame | av.AudioFrame)]
 
 
 def _align(request: _Request, starts: _TrackStarts) -> "tuple[list[_FrameGrid], WaveformBuffer | None]":
     """Empty frame grids and the samples to keep, all beginning at the same moment of the clip."""
-    together = starts.audio is None or abs(starts.video - starts.audio) <= SAME_START
-    own_starts = together or not request.by_timestamps
-    origin = starts.video if own_starts else max(starts.video, starts.audio)
+    audio_start = starts.video if starts.audio is None else starts.audio
+    own_starts = abs(starts.video - audio_start) <= SAME_START or not request.by_timestamps
+    origin = starts.video if own_starts else max(starts.video, audio_start)
     lengths = request.lengths
     grids = []
     for fps, count, size in ((CLIP_FPS, lengths.clip, CLIP_PIXELS), (SYNC_FPS, lengths.sync_frames, SYNC_PIXELS)):
@@ -269,7 +283,7 @@ def _align(request: _Request, starts: _TrackStarts) -> "tuple[list[_FrameGrid], 
         grids.append(_FrameGrid(fps, shift + request.start, first, frames))
     if not request.with_audio:
         return grids, None
-    skip = request.start + (0 if own_starts else origin - starts.audio)
+    skip = request.start + (0 if own_starts else origin - audio_start)
     rate = starts.sample_rate
     needed = math.ceil(lengths.audio_samples * rate / audio_mode(request.mode).sample_rate)
     placement = AudioPlacement(rate, starts.frame_size) if request.by_timestamps else None
@@ -314,28 +328,27 @@ class _FrameSampler:
 
     def add(self, frame: av.VideoFrame, time: Fraction) -> None:
         if self.last is not None:
-            self._show_last(until=time)
+            self._show(self.last, until=time)
             self.gap = time - self.time
         self.last, self.time = frame, time
 
     def finish(self) -> None:
         """Show the last frame for its own duration: the container's, else as long as the one before it."""
         if self.last is not None:
-            stated = (self.last.duration or 0) * self.last.time_base
-            self.time += stated if stated > 0 else self.gap
-            self._show_last(until=self.time)
+            self.time += seconds(self.last.duration or None, self.last.time_base) or self.gap
+            self._show(self.last, until=self.time)
 
-    def hold(self, seconds: Fraction) -> None:
+    def hold(self, more: Fraction) -> None:
         """After `finish`: show the last frame that much longer."""
         if self.last is not None:
-            self._show_last(until=self.time + seconds)
+            self._show(self.last, until=self.time + more)
 
-    def _show_last(self, until: Fraction) -> None:
+    def _show(self, frame: av.VideoFrame, until: Fraction) -> None:
         rgb, resized = None, {}
         for grid in self.grids:
             if (end := grid.before(until)) > grid.filled:
                 if rgb is None:
-                    rgb = self.to_rgb(self.last)
+                    rgb = self.to_rgb(frame)
                 if grid.fps not in resized:  # windows that overlap share it
                     resized[grid.fps] = _resize(rgb, grid.fps)
                 grid.frames[grid.filled : end] = resized[grid.fps]
@@ -349,16 +362,19 @@ class RgbConverter:
 
     def __init__(self, rotate: bool):
         self.rotate = rotate
-        self.layout = self.graph = self.matrix = None
+        self.layout: tuple | None = None
+        self.graph: av.filter.Graph | None = None
+        self.matrix: np.ndarray | None = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """(H, W, 3) uint8."""
         layout = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
-        if layout != self.layout:  # also when the size changes within a file
+        if self.graph is None or layout != self.layout:  # also when the size changes within a file
             self.layout, self.graph = layout, _rgb_graph(frame)
             # Not of every frame: one whose side data were read stays in memory until the garbage collector runs.
             matrix = frame.side_data.get("DISPLAYMATRIX") if self.rotate else None
-            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)
+            # mypy: a buffer, though the stubs of PyAV do not say so
+            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)  # type: ignore[call-overload]
         self.graph.push(frame)
         rgb = self.graph.pull().to_ndarray()
         return rgb if self.matrix is None else apply_display_matrix(rgb, self.matrix)
@@ -431,7 +447,8 @@ def _read(request: _Request) -> VideoClip:
     if request.by_timestamps and not sampler.full:
         sampler.finish()
     _check_full(request, grids)
-    return VideoClip(grids[0].frames, grids[1].frames, audio and _waveform(request, audio, starts.sample_rate))
+    waveform = _waveform(request, audio, starts.sample_rate) if audio else None
+    return VideoClip(grids[0].frames, grids[1].frames, waveform)
 
 
 def _windows(requests: list[_Request]) -> Iterator[VideoClip]:
@@ -443,6 +460,7 @@ def _windows(requests: list[_Request]) -> Iterator[VideoClip]:
         sampler = _FrameSampler([], rotate=requests[0].by_timestamps)
         sampler.more = True
         for frame in _frames(requests[0], packets, sampler, None):
+            assert isinstance(frame, av.VideoFrame), "no other track is read"
             time = frame_time(requests[0].path, frame)
             while waiting and starts.video + waiting[0].start <= time:
                 opened.append(_align(waiting.popleft(), starts)[0])
@@ -473,13 +491,14 @@ def _check_full(request: _Request, grids: list[_FrameGrid]) -> None:
 def _fill_from_keyframe(request: _Request, starts: _TrackStarts, sampler: _FrameSampler) -> bool:
     """`_fill` from shortly before the window on. False, with nothing done: the file has no keyframe there."""
     with open_media(request.path) as container:
-        stream = container.streams.best("video")
+        stream = video_stream(container)
+        assert stream is not None and stream.time_base, "its first frame was decoded"
         moment = starts.video + request.start
         try:
             container.seek(int((moment - _SEEK_MARGIN) / stream.time_base), stream=stream)
         except (av.error.FFmpegError, OSError):
             return False
-        packets = ((packet, None) for packet in container.demux(stream))
+        packets: Iterator[_Read] = ((packet, None) for packet in container.demux(stream))
         return _fill(request, starts, packets, sampler, None, latest=moment)
 
 
@@ -494,6 +513,7 @@ def _fill(
     """Decode until frames and audio are complete. False, with nothing done: the first frame is later than `latest`."""
     for frame in _frames(request, packets, sampler, audio):
         if isinstance(frame, av.AudioFrame):
+            assert audio is not None, "audio is decoded where it is read"
             _add_audio(request, audio, frame, starts.sample_rate)
             continue
         time = frame_time(request.path, frame)
@@ -511,7 +531,7 @@ def _frames(
     """Decoded frames in file order for as long as they are needed; damage of a needed stream is a MediaError."""
 
     def incomplete(kind: str) -> bool:
-        if kind == "video":
+        if kind == "video" or audio is None:
             return not sampler.full
         audio.flush()
         return not audio.complete
@@ -520,13 +540,14 @@ def _frames(
     while request.strict or not sampler.full or (audio and (request.normalize_audio or not audio.full)):
         kind = None  # of an error while reading
         try:
-            packet, frames = next(packets, (None, None))
-            if packet is None:
+            item = next(packets, None)
+            if item is None:
                 return
+            packet, frames = item
             kind = packet.stream.type
             if frames is None:
                 # After the clip the audio still counts for the peak of the track; frames are of no use.
-                frames = packet.decode() if request.strict or kind == "audio" or not sampler.full else []
+                frames = _decode(packet) if request.strict or kind == "audio" or not sampler.full else []
         except (av.error.FFmpegError, OSError) as error:
             if request.strict or any(incomplete(k) for k in kinds if kind in (None, k)):
                 raise decode_error(request.path, error) from error

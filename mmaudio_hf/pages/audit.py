@@ -128,7 +128,7 @@ def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
     path, table = Path(path), Path(table)
     summary, folder = _Summary(table), path.with_name(f"{path.stem}_items")
     copied = {row["copy_of"] for worst in summary.worst.values() for _, (row, _) in worst} - {None}
-    originals = {}
+    originals: dict[int, _Row] = {}
     pages = math.ceil(summary.rows / ITEMS)
     for number, rows in enumerate(_batches(table), start=1):
         originals |= {row["number"]: row for row in rows if row["number"] in copied}
@@ -179,7 +179,7 @@ def _worst(
     for _, (row, reason) in sorted(summary.worst[verdict], key=lambda entry: entry[0], reverse=True):
         original = originals.get(row["copy_of"]) if verdict in ("duplicate_content", "leakage") else None
         others = [(name, "") for name in row["verdicts"] if name != verdict and name not in HARMLESS]
-        yield _card(row, folder, [(verdict, reason), *others]), original and _card(original, folder, [])
+        yield _card(row, folder, [(verdict, reason), *others]), _card(original, folder, []) if original else None
 
 
 def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str, Any]:
