@@ -202,10 +202,10 @@ def retime_audio(source: Path, path: Path, time_of: Callable[[int, Fraction], Fr
     return path
 
 
-def joined_audio(path: Path, seconds: float, part: float, rate: int = 48_000) -> Path:
-    """Video with AAC audio of parts that were encoded one by one and joined without encoding, as editors do.
+def joined_audio(path: Path, seconds: float, each: float, rate: int = 48_000) -> Path:
+    """Video with AAC audio of pieces that were encoded one by one and joined without encoding, as editors do.
 
-    Each part has 1024 samples of priming and its padding, so the parts overlap by their timestamps.
+    Each piece has 1024 samples of priming and its padding, so the pieces overlap by their timestamps.
     """
     plain = Odd(steady(seconds), audio_seconds=None)
     with av.open(str(write_odd(path.with_suffix(".plain.mp4"), plain))) as old, av.open(str(path), "w") as new:
@@ -214,13 +214,13 @@ def joined_audio(path: Path, seconds: float, part: float, rate: int = 48_000) ->
         packets = [packet for packet in old.demux() if packet.size]
         for packet in packets:
             packet.stream = video
-        for number in range(round(seconds / part)):
+        for number in range(round(seconds / each)):
             encoder = av.CodecContext.create("aac", "w")
             encoder.sample_rate, encoder.layout, encoder.format = rate, "mono", "fltp"
-            track = burst_track(part, rate, number * part)
+            track = burst_track(each, rate, number * each)
             frame = av.AudioFrame.from_ndarray(track, format="fltp", layout="mono")
             frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
-            begin = round(number * part * rate)
+            begin = round(number * each * rate)
             for packet in [*encoder.encode(frame), *encoder.encode(None)]:
                 packet.pts = packet.dts = packet.pts + begin
                 packet.time_base, packet.stream = Fraction(1, rate), audio

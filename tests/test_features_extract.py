@@ -257,8 +257,8 @@ def test_captions_of_a_file_with_several(captions, expected, example, weights, t
     clips = [clip.id for clip in read_clips(tmp_path / "clips.tsv")]
     store = FeatureStore.open(report.store_path)
     assert sorted(set(store.captions)) == list(expected) and (store.ids == clips) == (captions != "all")
-    said = f"audio: {len(store.ids)} rows of {len(clips)} clips" in capsys.readouterr().out
-    assert said == (captions == "all"), "one line says why there are more rows than clips"
+    explained = f"audio: {len(store.ids)} rows of {len(clips)} clips" in capsys.readouterr().out
+    assert explained == (captions == "all"), "one line says why there are more rows than clips"
 
 
 def test_files_of_a_folder_that_no_list_names(example, weights, tmp_path):

@@ -1,4 +1,4 @@
-"""Recordings: scales of sample formats, resampling, clips of loud files, writing."""
+"""Audio files: scales of sample formats, damage, resampling, clips of loud files, writing."""
 
 import math
 import re
@@ -300,7 +300,7 @@ PLACED = [
 def test_frames_are_placed_by_their_timestamps(name, frames, expected):
     placement, placed = AudioPlacement(1000, 20), []
     for time, size in frames:
-        placed += placement.place(np.zeros(size, np.float32), None if time is None else Fraction(time, 1000))
+        placed += placement.add(np.zeros(size, np.float32), None if time is None else Fraction(time, 1000))
     placed += placement.flush()
     assert [(silence, samples.size) for silence, samples in placed[1:]] == expected  # the first is what came before
     assert placement.count == sum(map(sum, expected)) and placement.holes == sum(silence for silence, _ in expected)

@@ -377,7 +377,7 @@ def test_the_pages_show_and_play_every_item(table, tmp_path):
     strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(thumbnails["good"]))))
     assert strip.shape == (80, 4 * 80, 3)
     codes = [
-        read_codes(torch.from_numpy(part.copy()).permute(2, 0, 1)[None] / 255)[0] for part in np.split(strip, 4, 1)
+        read_codes(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0] for image in np.split(strip, 4, 1)
     ]
     assert codes[0] == 0 and codes == sorted(codes) and 12 <= codes[1] <= 18, "the first frame of each quarter"
 

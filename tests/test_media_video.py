@@ -377,7 +377,7 @@ RETIMED = {
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 @pytest.mark.parametrize("name", RETIMED)
-def test_audio_is_where_its_timestamps_say(name, container, tmp_path):
+def test_audio_is_placed_by_its_timestamps(name, container, tmp_path):
     change, expected = RETIMED[name]
     plain = Odd(steady(5), audio_seconds=5, rate=48_000, layout="mono")
     source = write_odd(tmp_path / "plain.mp4", plain)

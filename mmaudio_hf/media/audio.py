@@ -83,7 +83,7 @@ class WaveformBuffer:
 
     def add_frame(self, samples: np.ndarray, time: Fraction | None) -> None:
         """Append the samples of a frame; `time` is that of its timestamp, None where it has none."""
-        for silence, placed in self.placement.place(samples, time) if self.placement else [(0, samples)]:
+        for silence, placed in self.placement.add(samples, time) if self.placement else [(0, samples)]:
             self.add(placed, silence)
 
     def flush(self) -> None:
@@ -116,7 +116,7 @@ class AudioPlacement:
         self._held: tuple[int | None, np.ndarray] | None = None  # position by its timestamp, and a frame
         self._deviation = 0
 
-    def place(self, samples: np.ndarray, time: Fraction | None) -> Iterator[tuple[int, np.ndarray]]:
+    def add(self, samples: np.ndarray, time: Fraction | None) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (zeros, samples) to append. `time`: s, of the first sample; None where the frame has no timestamp."""
         if self._start is None and time is not None:
             self._start = time - Fraction(self.decoded, self.rate)
@@ -190,10 +190,10 @@ class AudioTrack:
             return []
         return frames
 
-    def place(self, frame: av.AudioFrame, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """`AudioPlacement.place` of the samples of a frame that `decode` returned."""
+    def add(self, frame: av.AudioFrame, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """`AudioPlacement.add` of the samples of a frame that `decode` returned."""
         assert self.placement is not None, "it is there from the first frame on"
-        return self.placement.place(samples, seconds(frame.pts, frame.time_base))
+        return self.placement.add(samples, seconds(frame.pts, frame.time_base))
 
     @property
     def seconds(self) -> float:
@@ -246,7 +246,7 @@ def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[int, np.ndarray, int
         try:
             for packet in container.demux(stream):
                 for frame in track.decode(packet):
-                    for silence, samples in track.place(frame, mono_samples(frame)):
+                    for silence, samples in track.add(frame, mono_samples(frame)):
                         yield silence, samples, frame.sample_rate
                 if track.damage:
                     break

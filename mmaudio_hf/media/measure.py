@@ -225,7 +225,7 @@ class _AudioLevel:
         channels = channel_samples(frame)
         level = np.abs(channels)
         mono = channels.mean(axis=0, dtype=np.float32)
-        for _ in track.place(frame, mono):
+        for _ in track.add(frame, mono):
             pass  # for its counts alone: levels hardly depend on where a hole is
         self.peak = float(np.maximum(self.peak, np.abs(mono).max(initial=0)))  # keeps NaN
         clipped = (level >= CLIPPED).mean(axis=0, dtype=np.float32)
