@@ -193,7 +193,7 @@ class _AllocationTrace(TorchDispatchMode):
 def _cuda_operators() -> Iterator[None]:
     """Replace what a CPU computes otherwise than CUDA: attention and normalisation are one kernel there.
 
-    Its autocast has normalisations and `addcmul` in float32.
+    Its autocast, where it is on, has normalisations and `addcmul` in float32. Convolutions are not products on CUDA.
     """
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -202,11 +202,13 @@ def _cuda_operators() -> Iterator[None]:
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 
     def normalize(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, *_: Any) -> torch.Tensor:
-        return torch.native_layer_norm(x.float(), shape, weight, None, 1e-5)[0]
+        x = x.float() if torch.is_autocast_enabled("cpu") else x
+        return torch.native_layer_norm(x, shape, weight, None, 1e-5)[0]
 
     def addcmul(*tensors: torch.Tensor, original: Callable[..., torch.Tensor] = torch.addcmul) -> torch.Tensor:
         return original(*(t.float() for t in tensors) if torch.is_autocast_enabled("cpu") else tensors)
 
     replaced = patch.multiple(F, scaled_dot_product_attention=attention, layer_norm=normalize, rms_norm=normalize)
-    with replaced, patch.object(torch, "addcmul", addcmul):
+    convolve = patch.object(torch.compiler, "is_compiling", lambda: True)  # see `ChannelLastConv1d`
+    with replaced, convolve, patch.object(torch, "addcmul", addcmul):
         yield
