@@ -81,7 +81,7 @@ def test_attention_is_fused(kind, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["fused", "joint"])
-def test_an_adapter_in_place_of_the_projection_changes_nothing_else(kind):
+def test_an_adapter_instead_of_the_projection_changes_nothing_else(kind):
     """peft wraps `qkv`, whose outputs then come in the order of the released files."""
     block = random_block(kind)
     expected = latents_of(block(*block_inputs(kind)))

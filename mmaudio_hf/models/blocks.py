@@ -5,6 +5,7 @@ condition that all tokens share, or N for one of every token.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,9 +105,10 @@ class GatedMLP(nn.Module):
         return self.w2(F.silu(self.w1(x_BND)) * self.w3(x_BND))
 
 
-def no_autocast(x: torch.Tensor) -> torch.autocast:
+def no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """For what torch computes in float32 inside of its kernels: autocast would write float32 copies to memory."""
-    return torch.autocast(x.device.type, enabled=False)
+    # Meta tensors, on which FLOPs are counted, know no autocast.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class RMSNorm(nn.Module):
