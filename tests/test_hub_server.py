@@ -16,7 +16,7 @@ READER = "hf_thisonemayonlyread00000000"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    with Hub(tmp_path / "hub", part_size=200_000, tokens={READER: "reader:read"}) as hub:
+    with Hub(tmp_path / "hub", multipart_bytes=200_000, tokens={READER: "reader:read"}) as hub:
         hub.use_here(monkeypatch, tmp_path / "home")
         yield hub
 
