@@ -120,7 +120,7 @@ def keep_blob(root: Path, content: bytes, large: bool) -> dict:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_bytes(content)
     partial.replace(path)
 
@@ -406,7 +406,7 @@ class Handler(BaseHTTPRequestHandler):
         revision, _, below = tail.partition("/")
         repo = self.repository(kind, name, write=action in ("commit", "preupload", "branch"))
         if action == "refs":
-            refs = [(unquote(p.name), p.read_text()) for p in sorted((repo.folder / "refs").iterdir())]
+            refs = [(unquote(p.name), p.read_text()) for p in sorted((repo.folder / "refs").glob("[!.]*"))]
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": sha} for n, sha in refs]
             return self.send_json({"branches": branches, "tags": [], "converts": []})
         if action == "branch":
@@ -691,7 +691,11 @@ class Hub:
 
     def uploading(self) -> int:
         """Bytes of objects that are on their way."""
-        return sum(path.stat().st_size for path in (self.root / "uploads").glob("*.partial"))
+        size = 0
+        for path in (self.root / "uploads").glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # complete, and renamed, since it was listed
+                size += path.stat().st_size
+        return size
 
 
 def main() -> None:
