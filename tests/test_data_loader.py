@@ -278,7 +278,6 @@ def test_the_check_of_the_copies_finds_a_wait_that_is_left_out(mixture, monkeypa
 
 @pytest.mark.parametrize(("threads", "prefetch", "accumulation"), [(1, 1, 1), (2, 4, 3), (6, 2, 2), (5, 1, 3)])
 def test_every_row_is_right_whatever_is_read_ahead(mixture, monkeypatch, threads, prefetch, accumulation):
-    monkeypatch.setattr("mmaudio_hf.data.loader._NOISE_ROWS", 3)  # many tasks, in any order
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(threads))
     shares = process_sample_indices(36, 1, 0, accumulation)
     memory = {}

@@ -51,6 +51,19 @@ def test_a_sample_has_the_same_numbers_in_any_batch(shape):
         assert same(sample_noise(5, "train", 9, range(first, 16), shape), whole, slice(first, 16))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_no_number(threads):
+    before = torch.get_num_threads()
+    one, many = [], []
+    try:
+        for count, noise in ((1, one), (threads, many)):
+            torch.set_num_threads(count)
+            noise.append(sample_noise(5, "train", 9, range(33), (251, 19)))  # large enough to be divided
+    finally:
+        torch.set_num_threads(before)
+    assert same(one[0], many[0])
+
+
 def test_an_item_has_the_same_numbers_in_any_batch():
     ids = ["a", "b", "c"]
     whole = sample_noise_for_ids(5, ids, SHAPE)

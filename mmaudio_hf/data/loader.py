@@ -1,7 +1,7 @@
 """Batches of a mixture, read ahead by one thread.
 
 The thread copies rows from the memory-mapped columns of the stores straight into a ring of reused buffers, one
-`torch.index_select` for each store and column, and has the random inputs drawn; the training loop waits for neither.
+`torch.index_select` for each store and column, and draws the random inputs; the training loop waits for neither.
 There are no worker processes: all of it releases the GIL, and nothing is pickled or copied between processes.
 """
 
@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
-_NOISE_ROWS = 16  # samples whose noise one thread draws at a time: about two milliseconds
 _READAHEAD = 2  # batches that are requested from the disk before they are read
 
 
@@ -151,7 +149,7 @@ class BatchLoader:
     `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
     waited. Errors while reading (OSError with the file name) are raised by the iterator.
 
-    threads: of torch for reading, and of the pool that draws noise; no more than there are cores.
+    threads: of torch, for reading and for the random numbers; no more than there are cores.
     readahead: request the rows of coming batches from the disk, in the first epoch and always when the stores exceed
     memory. Rows that are in the page cache cost about 10 % more with it.
     """
@@ -273,13 +271,12 @@ class BatchLoader:
         torch.set_num_threads(self._threads)  # of this thread alone, as in the pin_memory thread of torch's DataLoader
         end: BaseException = StopIteration()
         try:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="mmaudio-noise") as pool:
-                for samples in self._located():
-                    buffers = self._free.get()
-                    if buffers is None or self._stopped:
-                        return
-                    self._ready.put((buffers.fill(samples, pool), buffers))
-                    self.bytes_read += samples.bytes
+            for samples in self._located():
+                buffers = self._free.get()
+                if buffers is None or self._stopped:
+                    return
+                self._ready.put((buffers.fill(samples), buffers))
+                self.bytes_read += samples.bytes
         except BaseException as error:
             end = error
         finally:
@@ -371,7 +368,7 @@ class _Buffers:
         self._noise = Draws.empty(batch_size, mixture.latent_shape, pinned)
         self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
-    def fill(self, samples: _Samples, pool: Executor) -> Batch:
+    def fill(self, samples: _Samples) -> Batch:
         """The batch of these samples, in these buffers."""
         if self.copied is not None:
             self.copied.synchronize()
@@ -385,10 +382,5 @@ class _Buffers:
         for store, name, rows, start in samples.pieces:
             store.read_into(name, rows, tensors[name][start : start + len(rows)])
         noise = self._noise[:size]
-
-        def draw(first: int) -> None:
-            rows = slice(first, first + _NOISE_ROWS)
-            samples.fill_noise(noise[rows], samples.sample_indices[rows], samples.ids[rows])
-
-        list(pool.map(draw, range(0, size, _NOISE_ROWS)))  # raises what they raise
+        samples.fill_noise(noise, samples.sample_indices, samples.ids)
         return Batch(step=samples.step, ids=samples.ids, noise=noise, sample_indices=samples.sample_indices, **tensors)
