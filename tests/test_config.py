@@ -60,6 +60,10 @@ MISTAKES = [
     ("data.train=a", r"data\.train must be a list"),
     ("data.train={}", r"data\.train must be a list"),
     ("novalue", r"not of the form key\.sub=value"),
+    ("optim.eps=" + 5000 * "[", r"not valid YAML: maximum recursion"),
+    ("seed=9223372036854775808", r"seed must be at least 0 and at most 9223372036854775807"),
+    ("training.tracker_project=", r"tracker_project must be text"),
+    ("training.tracker_project=''", r"tracker_project must not be empty"),
     ("optim.eps=[", r"not valid YAML"),
     ("hub.repo=me/run", r"unknown key hub\.repo: did you mean 'repo_id'"),
     ("hub.repo_id=run", r"'run' is not a repository of the Hub: write owner/name"),
@@ -185,6 +189,8 @@ YAML = [
     ("data.train[2].path=c", "data.train.2.path", "c"),
     ("data.train[0]={repeats: 2}", "data.train.0.path", "a"),
     ("data.test[0].path=c", "data.test.0.path", "c"),
+    ("training.trackers[0]=wandb", "training.trackers.0", "wandb"),
+    ("seed=9223372036854775807", "seed", 2**63 - 1),
     ("optim.milestones=[5, 10]", "optim.milestones.1", 10),
 ]
 

@@ -123,7 +123,7 @@ def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):
     [run] = (run_dir(recipe) / "trackers" / "wandb").glob("offline-run-*")
     [log] = run.glob("*.wandb")
     assert all(metric.encode() in log.read_bytes() for metric in logged)
-    with closing(sqlite3.connect(tmp_path / "trackio" / "tracked.db")) as database:
+    with closing(sqlite3.connect(tmp_path / "trackio" / "mmaudio.db")) as database:
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
     assert logged <= {metric for row in rows for metric in row}
     ours = [path.read_bytes() for path in (run_dir(recipe) / "samples" / "step_2").glob("*.wav")]

@@ -2,10 +2,16 @@
 
 import json
 import math
+import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import Command
+from toy_stores import write_recipe
+from training_runs import environment, run_dir
 
 from mmaudio_hf.training.logs import JsonLines, RunningMetrics, device_peak, truncate_lines
 
@@ -68,3 +74,40 @@ def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
     for name, rate in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert device_peak(torch.device("cuda"), "bf16") == (rate, False)
+
+
+def logged_out(home) -> dict[str, str]:
+    """Variables of somebody who has never logged in to wandb."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return {**environment(), **kept, "HOME": str(home), "NETRC": str(home / "none"), "WANDB_ERROR_REPORTING": "false"}
+
+
+@pytest.mark.parametrize("words", [["train"], ["doctor", "--quick"]], ids=["train", "doctor"])
+def test_wandb_without_a_login_is_one_sentence_before_training(tmp_path, words):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'mmaudio-hf[wandb]'")
+    recipe = write_recipe(tmp_path, trackers=["wandb"])
+    (command, *options) = words
+    result = Command(command, str(recipe), *options, cwd=tmp_path, env=logged_out(tmp_path)).result()
+    output = " ".join((result.stdout + result.stderr).split())
+    assert result.returncode == (2 if command == "train" else 1), output
+    assert "nobody is logged in: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline" in output
+    assert "Traceback" not in output and not list(run_dir(recipe).glob("*.jsonl"))
+
+
+def test_a_resumed_run_is_one_run_of_wandb_and_trackio(tmp_path):
+    for name in ("wandb", "trackio"):
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'mmaudio-hf[{name}]'")
+    recipe = write_recipe(tmp_path, trackers=["wandb", "trackio"], tracker_project="curves", steps=4, log_every=1)
+    variables = logged_out(tmp_path) | {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for steps in (2, 4):
+        words = ("train", str(recipe), f"training.steps={steps}", "ema.start=0")
+        result = Command(*words, cwd=tmp_path, env=variables).result()
+        assert result.returncode == 0, result.stderr
+    sessions = sorted((run_dir(recipe) / "trackers" / "wandb").glob("offline-run-*"))
+    run_id = (run_dir(recipe) / "trackers" / "id").read_text()
+    assert len(sessions) == 2 and {path.name.split("-")[-1] for path in sessions} == {run_id}
+    assert all(b"curves" in next(path.glob("*.wandb")).read_bytes() for path in sessions)
+    with closing(sqlite3.connect(tmp_path / "trackio" / "curves.db")) as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, *_ in rows} == {f"run-{run_id}"}
+    assert [step for _, step, scores in rows if "train/loss" in json.loads(scores)] == [1, 2, 3, 4]

@@ -148,7 +148,7 @@ class _Reader:
             raise RecipeError(f"{path}: the bases form a circle: {names}")
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
@@ -169,8 +169,8 @@ class _Reader:
             raise RecipeError(f"override {override!r} is not of the form key.sub=value")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise RecipeError(f"override {override[:100]!r}: the value is not valid YAML: {error}") from error
         for name in reversed(re.sub(r"\[(\d+)\]", r".\1", key).split(".")):
             value = {name: value}
         self.merge(tree, value, "", COMMAND_LINE)
@@ -189,8 +189,8 @@ class _Reader:
                     raise RecipeError(f"{origin}: the recipe has no entry {path}: the list has {len(into)}, from 0")
                 index = int(key)
                 into += [None] * (index == len(into))
-            elif index not in into and origin == COMMAND_LINE and _is_entry(value):
-                into[index] = []
+            elif index not in into and origin == COMMAND_LINE and isinstance(value, dict):
+                into[index] = [] if _is_entry(value) else {}
             old = into[index] if isinstance(into, list) else into.get(index)
             if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _is_entry(value))):
                 self.merge(old, value, f"{path}.", origin)

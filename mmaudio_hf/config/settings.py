@@ -71,8 +71,8 @@ def setting(
 ) -> Any:
     """A field with its description; `default` MISSING for a required one.
 
-    path: `~` and environment variables are expanded. unique, nonempty: of lists. needed: why the key may not be left
-    out of a section that is written. limits: `LIMITS`, of the number or of every number of a list.
+    path: `~` and environment variables are expanded. unique: of lists. nonempty: of lists and text. needed: why the
+    key may not be left out of a section that is written. limits: `LIMITS`, of the number or of every number of a list.
     """
     metadata = {"path": path, "unique": unique, "nonempty": nonempty, "needed": needed, "limits": limits}
     return field(default=default, metadata={"description": description, **metadata})
@@ -80,7 +80,7 @@ def setting(
 
 def limit_words(limits: dict[str, float]) -> str:
     """`limits` as in messages and docs: "at least 0 and less than 1"."""
-    return " and ".join(f"{LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
+    return " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -384,6 +384,7 @@ class TrainingConfig(Settings):
     best_mode: Literal["min", "max"] = setting("min", "whether low or high values of best_metric are better")
     max_skipped_steps: int = setting(10, "non-finite steps in a row after which the run stops", least=1)
     trackers: tuple[Tracker, ...] = setting(("tensorboard",), "trackers beside metrics.jsonl", unique=True)
+    tracker_project: str = setting("mmaudio", "project of wandb and trackio in which the run appears", nonempty=True)
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
     def check(self) -> None:
@@ -529,7 +530,7 @@ class Recipe(Settings):
     """Everything one experiment consists of, except the hardware."""
 
     name: str = setting(MISSING, "of the experiment and its run folder; default: the name of the file")
-    seed: int = setting(14159265, "of all randomness", least=0)
+    seed: int = setting(14159265, "of all randomness", least=0, most=2**63 - 1)
     output_dir: str = setting("output", "folder of the run folders", path=True)
     resume: str = setting("auto", "auto: from the newest checkpoint here; never; or hub://owner/name[@revision]")
     model: ModelConfig = ModelConfig()

@@ -21,7 +21,6 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
     TorchDynamoPlugin,
     broadcast_object_list,
     convert_outputs_to_fp32,
@@ -139,8 +138,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # accelerate's launcher does not pass `use_cpu` on to several processes, which then do not connect.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.training.mixed_precision,
-        log_with=list(recipe.training.trackers) or None,
-        project_config=ProjectConfiguration(str(recipe.run_dir), logging_dir=str(recipe.run_dir / "trackers")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT), ddp_settings()],
         # The loop accumulates and compiles as the recipe says. Without these two accelerate reads its environment: with
         # 4 accumulation steps there it divides every loss by 4.

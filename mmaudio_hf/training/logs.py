@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import sys
 import tempfile
 import time
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, micro_batch_size, read_json_lines, to_dict
-from mmaudio_hf.schema import AudioSample
+from mmaudio_hf.schema import AudioSample, RunError
 from mmaudio_hf.training.guard import write_diagnostics
 from mmaudio_hf.training.memory import training_flops
 
@@ -49,10 +51,8 @@ class RunLog:
     def start(self, step: int, model: torch.nn.Module, rows: int, sharded: bool) -> None:
         """Start the trackers and print what is trained on what, from `step` on."""
         recipe, training, world_size = self.recipe, self.recipe.training, self.accelerator.num_processes
-        if training.trackers:
-            config, folder = {"recipe": json.dumps(to_dict(recipe))}, recipe.run_dir / "trackers"
-            folder.mkdir(exist_ok=True)
-            self.accelerator.init_trackers(recipe.name, config, {"wandb": {"dir": str(folder)}})
+        if self.accelerator.is_main_process:
+            self._start_trackers()
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.accelerator.print(
             f"{recipe.name}: {world_size} process{'es' * (world_size > 1)} on {self.accelerator.device.type},"
@@ -61,6 +61,30 @@ class RunLog:
             f" {parameters / 1e6:.1f} M trainable parameters{', sharded' if sharded else ''},"
             f" {rows} rows per epoch ({rows / training.batch_size:.1f} steps), from step {step} to {training.steps}"
         )
+
+    def _start_trackers(self) -> None:
+        """Start them; a resumed run continues what it began in wandb and trackio. RunError naming the tracker."""
+        recipe, folder = self.recipe, self.recipe.run_dir / "trackers"
+        if not recipe.training.trackers:
+            return
+        folder.mkdir(exist_ok=True)
+        id_file = folder / "id"  # names of runs may repeat
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        run_id, project = id_file.read_text(), recipe.training.tracker_project
+        makers: dict[str, Callable[[], GeneralTracker]] = {
+            "tensorboard": lambda: TensorBoardTracker(recipe.name, folder),
+            "wandb": lambda: WandBTracker(project, id=run_id, name=recipe.name, resume="allow", dir=str(folder)),
+            "trackio": lambda: TrackioTracker(project, name=f"{recipe.name}-{run_id}", resume="allow"),
+        }
+        for name in recipe.training.trackers:
+            try:
+                tracker = makers[name]()
+                tracker.start()
+                tracker.store_init_configuration({"recipe": json.dumps(to_dict(recipe))})
+            except Exception as error:  # three packages, each with errors of its own
+                raise RunError(f"the tracker {name} could not be started ({error}): see training.trackers") from error
+            self.accelerator.trackers.append(tracker)
 
     def scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
@@ -329,10 +353,23 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """ValueError for a tracker whose package is not installed: accelerate would leave it out without a message."""
+    """ValueError for a tracker whose package is not installed (accelerate would leave it out) or that needs a login."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"training.trackers names {name}, which is not installed: run `pip install {name}`")
+    if "wandb" in trackers:
+        import wandb
+
+        try:
+            mode = wandb.setup().settings.mode
+            ready = mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False)
+        except wandb.Error as error:
+            raise ValueError(f"training.trackers names wandb, whose settings are not valid: {error}") from error
+        if not ready:
+            raise ValueError(
+                "training.trackers names wandb, and nobody is logged in: run `wandb login`, set WANDB_API_KEY, or"
+                " WANDB_MODE=offline to upload later by `wandb sync`"
+            )
 
 
 def _log_audio(name: str, run: Any, kind: str, samples: Sequence[AudioSample], step: int) -> None:

@@ -34,6 +34,7 @@ HARMLESS = (
     *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
+    "training.tracker_project",
     *("training.checkpoint_every", "training.keep_checkpoints", "training.keep_every", "training.max_skipped_steps"),
     *("training.activation_checkpointing", "training.compile", "training.early_stopping"),
     *("training.best_metric", "training.best_mode", "training.validation_combinations", "training.validation_items"),
