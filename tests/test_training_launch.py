@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from toy_stores import recipe_tree
-from training_runs import run_dir
+from training_runs import launch, run_dir
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
@@ -61,3 +61,9 @@ def test_what_is_not_supported_ends_with_one_sentence(recipe, variables, message
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
     assert not run_dir(recipe).with_name("refused").exists()
+
+
+def test_our_sentence_comes_last_under_the_launcher(recipe):
+    result = launch(recipe, "data.train=[{path: gone}]", processes=2)
+    lines = [line for line in result.stderr.splitlines() if line.strip("= ")]
+    assert result.returncode == 1 and "error: no feature store at gone; make it with" in lines[-1], result.stderr

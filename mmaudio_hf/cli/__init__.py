@@ -4,11 +4,8 @@ Recipes are read and checked before anything heavy is imported, so a typing erro
 """
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -83,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}" if interrupt.args else "interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
+        training.leave_for_launcher(f"{type(error).__name__}: {error}")
+        raise
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -91,13 +91,8 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(message: str) -> None:
-    """Print one sentence; torchrun repeats it below its own traceback, where a process leaves it a file."""
     print(f"error: {message}", file=sys.stderr)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # As torch.distributed.elastic.multiprocessing.errors.record writes it, but without importing torch.
-        extra = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": f"error: {message}", "extraInfo": extra}}))
+    training.leave_for_launcher(f"error: {message}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Commands that train, read a run, or measure speed."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -36,6 +37,15 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     """Print a warning to stderr."""
     log(f"warning: {message}")
+
+
+def leave_for_launcher(message: str) -> None:
+    """Leave torchrun, when it is there, the sentence that it repeats below its own traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # As torch.distributed.elastic.multiprocessing.errors.record writes it, but without importing torch.
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def add_commands(add: Add) -> None:
@@ -170,7 +180,8 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         lock=lock,
     )
     if result.stopped_by is not None:
-        log(f"stopped at step {result.step}; the same command resumes from there")
+        log(words := f"stopped at step {result.step}; the same command resumes from there")
+        leave_for_launcher(words)
         return 128 + result.stopped_by
     if is_main:
         print(_end_text(recipe, result))
