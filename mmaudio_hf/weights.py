@@ -434,6 +434,7 @@ def _write(response: httpx2.Response, partial: Path, have: int) -> None:
 
 
 SHOWN_PROBLEMS = 4
+HALVES = (torch.float16, torch.bfloat16)
 Source = str | PathLike | Mapping[str, torch.Tensor]  # a file of weights, or a state dict
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -468,13 +469,16 @@ def read_file(source: str | PathLike) -> Any:
         raise ValueError(f"{path} is damaged or not a file of weights: download it again ({error})") from error
 
 
-def load_state(source: Source, *, prefix: str = "", key: str | None = None) -> dict[str, torch.Tensor]:
+def load_state(
+    source: Source, *, prefix: str = "", key: str | None = None, keep_dtype: bool = False
+) -> dict[str, torch.Tensor]:
     """Return the named tensors of a released file (`.safetensors`, else torch.save), or of a dict like it.
 
     `key` is the entry that holds the state dict in files with several entries; `prefix` selects names and is removed
     from them. A source without the key, or without any name with the prefix, is taken as the bare state dict. Tensors
-    of files are memory-mapped where the format allows, so that large files open at once. Raises ValueError for anything
-    else than a readable file of tensors; pickled code is never run.
+    of files are memory-mapped where the format allows, so that large files open at once. float16 and bfloat16 become
+    float32, in which every network here is built, unless `keep_dtype`. Raises ValueError for anything else than a
+    readable file of tensors; pickled code is never run.
     """
     state = source if isinstance(source, Mapping) else read_file(source)
     if key is not None and isinstance(state, Mapping) and key in state:
@@ -484,7 +488,7 @@ def load_state(source: Source, *, prefix: str = "", key: str | None = None) -> d
     state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)} or dict(state)
     if others := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"{describe(source)} holds entries that are not tensors, as {others[:SHOWN_PROBLEMS]}")
-    return state
+    return {n: value.float() if value.dtype in HALVES and not keep_dtype else value for n, value in state.items()}
 
 
 def check_state(state: Mapping, expected: Mapping, source: Source) -> None:

@@ -31,7 +31,7 @@ def check_refusals(load, state: dict[str, torch.Tensor], name: str, folder, caps
     rejected({key: value for key, value in state.items() if key != name}, f"{name} is missing")
     rejected(state | {"stray": torch.zeros(1)}, "stray is not expected")
     rejected(state | {name: torch.zeros(3, 1, 2)}, rf"{name} has shape \(3, 1, 2\)")
-    rejected(state | {name: state[name].half()}, f"{name} is torch.float16, not torch.float32")
+    rejected(state | {name: state[name].double()}, f"{name} is torch.float64, not torch.float32")
     rejected(state | {name: 1.5}, "not tensors")
     rejected([1, 2], "holds a list")
     rejected(state | {name: Code()}, "would run code")

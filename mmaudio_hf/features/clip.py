@@ -194,7 +194,8 @@ def _model_file(source: str | Path, name: str) -> Path | None:
 
 def hash_tensors(files: Sequence[Path]) -> str:
     """sha256 of the tensors of a CLIP model, whatever files and names they are in: transformers' or open_clip's."""
-    state = {name: value for file in files for name, value in load_state(file, key="state_dict").items()}
+    states = [load_state(file, key="state_dict", keep_dtype=True) for file in files]
+    state = {name: value for tensors in states for name, value in tensors.items()}
     digest = hashlib.sha256()
     for name, value in sorted(_transformers_names(state).items()):
         if not name.endswith("position_ids"):  # a table of 0, 1, 2 ... that only some files have

@@ -126,18 +126,27 @@ def load_encoders(
     return Encoders(config, mode, duration, device, {name: networks[name] for name in components})
 
 
-def pick_device(device: str | torch.device, rank: int = 0) -> torch.device:
-    """The device called `device`; "auto" and "cuda" are the CUDA device of process `rank`, "auto" else the CPU."""
-    if str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device) == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("encoders.device is cuda, but torch finds no CUDA device: use auto or cpu")
-        return torch.device("cuda", rank % torch.cuda.device_count())
+def pick_device(device: str | int | torch.device | None, rank: int = 0) -> torch.device:
+    """The device called `device`; "auto", None and "cuda" are the CUDA device of process `rank`, "auto" else the CPU.
+
+    A number N is cuda:N. ValueError for a device that this machine does not have; none is initialised, so that
+    processes can still be forked.
+    """
+    name = "auto" if device is None else f"cuda:{device}" if str(device).isdecimal() else str(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"encoders.device {device!r} is not known to torch: use auto, cpu or cuda") from error
+        known = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not known to torch: use auto, cpu, cuda, cuda:N or mps") from None
+    if known.type == "cpu":
+        return known
+    backend = getattr(torch, known.type, None)  # torch.cuda, torch.mps, torch.xpu; "meta" and "vulkan" have none
+    count = backend.device_count() if backend is not None and backend.is_available() else 0
+    if (known.index or 0) >= count:
+        there = f"only {known.type}:0 to {known.type}:{count - 1}" if count else f"no {known.type} device"
+        raise ValueError(f"device {name!r}: torch finds {there} on this machine, use auto or cpu")
+    return torch.device("cuda", rank % count) if name == "cuda" else known
 
 
 def check_encoders(config: EncoderConfig, mode: str, components: Sequence[str] = COMPONENTS) -> None:
