@@ -141,16 +141,16 @@ def check_name(name: str, repo: str) -> str:
     return name
 
 
-def check_file_names(repo: str, revision: str | None = None, token: str | bool | None = None) -> None:
-    """ValueError when a model repository lists a name that could leave a folder; nothing of it is to be downloaded.
+def check_file_names(repo: str, revision: str | None = None, token: str | bool | None = None) -> list[str]:
+    """Names of the files of a model repository; ValueError when one could leave a folder: nothing may be downloaded.
 
     Without connection there is nothing to check: what is in the cache was checked when it was downloaded.
     """
     with contextlib.suppress(ConnectionError), hub_errors(repo):
         # As short as huggingface_hub waits before it takes a file from the cache.
         info = api().model_info(repo, revision=revision, token=token, timeout=10)
-        for file in info.siblings or ():
-            check_name(file.rfilename, repo)
+        return [check_name(file.rfilename, repo) for file in info.siblings or ()]
+    return []
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.models.convert import infer_config, reference_order, trainable
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.pretrained import WEIGHTS_FILE
+from mmaudio_hf.models.pretrained import WEIGHTS_FILE, read_network
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
     checkpoint_folder,
@@ -218,10 +218,11 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
     `<name>_ckpt_last.pth` resumes there, `<name>_last.pth` has the raw weights and `<name>_ema_final.pth` the published
     ones, `ema/<profile>.<update>.pt` are all snapshots. The newest checkpoint is taken, or that of `step`. `it` is the
     number of steps done, so that the reference continues with the next one; right after an import it is the imported
-    one. ValueError where the run cannot be read or a file is already there.
+    one. Of a `pretrained_model` folder, `<folder>.pth` has the weights. ValueError where the run cannot be read or a
+    file is already there.
     """
     if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"{run_dir} is not a run folder: it has no config.yaml")
+        return _export_network(run_dir, out, step)
     recipe = load_recipe(run_dir / "config.yaml")
     state = (
         latest_training_state(run_dir, log) if step is None else load_training_state(checkpoint_folder(run_dir, step))
@@ -244,6 +245,22 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
         for snapshot in find_snapshots(run_dir / "ema"):
             name = f"{recipe.ema.sigma_rels.index(snapshot.sigma_rel)}.{snapshot.step}.pt"
             contents[f"ema/{name}"] = partial(_snapshot, snapshot, names)
+    return _write_files(contents, out)
+
+
+def _export_network(folder: Path, out: Path, step: int | None) -> list[Path]:
+    """The weights of a `pretrained_model` folder, or of a Hub id, as a released file."""
+    if step is not None:
+        raise ValueError(f"{folder} is not a run folder, so it has no step {step}: leave --step out")
+    config, state, file = read_network(folder)
+    with torch.device("meta"):
+        expected = MMAudio(config).state_dict()
+    check_state(state, expected, file)
+    return _write_files({f"{folder.name}.pth": lambda: _in_order(state, reference_order(expected))}, out)
+
+
+def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[Path]:
+    """Write what the functions return; each file appears when it is complete. ValueError when one is there already."""
     paths = [out / name for name in contents]
     if present := next((path for path in paths if path.exists()), None):
         raise ValueError(f"{present} exists: choose another folder")

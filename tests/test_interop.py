@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from toy_stores import write_recipe
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import ModelConfig, load_recipe
 from mmaudio_hf.data.loader import training_batches
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.sampler import process_sample_indices
@@ -337,6 +337,14 @@ def test_an_import_needs_a_new_folder(checkpoint, recipe_file, imported, capsys)
     assert "holds checkpoints" in capsys.readouterr().err
 
 
-def test_no_run_no_export(tmp_path, capsys):
-    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+def test_a_network_without_a_run_is_exported_as_its_weights(tmp_path, capsys):
+    words = ["export", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]
+    (tmp_path / "mine").mkdir()
+    assert main(words) == 2 and "mine holds no trained network" in capsys.readouterr().err
+    network = MMAudio(ModelConfig(hidden_dim=64, num_heads=1, depth=3, fused_depth=1))
+    network.save_pretrained(tmp_path / "mine")
+    assert main([*words, "--step", "4"]) == 2 and "has no step 4" in capsys.readouterr().err
+    assert main(words) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "out" / "mine.pth")
+    exported = torch.load(tmp_path / "out" / "mine.pth", weights_only=True)
+    assert list(exported) == reference_order(network.state_dict())
+    assert all(torch.equal(exported[n], v) or v.isnan().any() for n, v in network.state_dict().items())

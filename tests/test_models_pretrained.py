@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.config import ModelConfig
@@ -61,12 +63,52 @@ def test_sizes_of_other_weights_are_compared_before_memory_is_taken(saved):
     check_one_sentence(folder, json.dumps(json.loads(text) | {"hidden_dim": 32768}).encode(), "model.safetensors")
 
 
-def test_unknown_options_are_not_swallowed(saved):
+def test_options_are_honoured_or_named(saved):
     folder, text = saved
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="does not know subfolder; it takes map_location, revision"):
+    with pytest.raises(ValueError, match="does not know device_map, dtype; it takes map_location, revision"):
+        MMAudio.from_pretrained(folder, device_map="auto", dtype="auto")
+    with pytest.raises(ValueError, match="ema holds no trained network"):
         MMAudio.from_pretrained(folder, subfolder="ema")
-    assert find_pretrained(folder) == folder and MMAudio.from_pretrained(folder).config.hidden_dim == 64
+    for away in ("../elsewhere", "/etc"):
+        with pytest.raises(ValueError, match="must be a folder inside"):
+            MMAudio.from_pretrained(folder, subfolder=away)
+    for nothing in (None, "", 3):
+        with pytest.raises(ValueError, match=f"not {nothing!r}"):
+            MMAudio.from_pretrained(nothing)
+    with pytest.raises(ValueError, match="map_location 'nowhere'"):
+        MMAudio.from_pretrained(folder, map_location="nowhere")
+    assert find_pretrained(folder) == folder
+    assert MMAudio.from_pretrained(folder.parent, subfolder=folder.name).config.hidden_dim == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_float32_from_every_form(tmp_path, dtype):
+    network = MMAudio(ModelConfig(**SIZES))
+    network.save_pretrained(tmp_path / "saved")
+    half = {name: value.to(dtype) for name, value in network.state_dict().items()}
+    for file in ("saved/model.safetensors", "mmaudio_small_fp16.safetensors"):
+        save_file(half, tmp_path / file)
+    torch.save({"weights": half}, tmp_path / "trained.pth")
+    sources = ("saved", "mmaudio_small_fp16.safetensors", "trained.pth")
+    loaded = [MMAudio.from_pretrained(tmp_path / source) for source in sources]
+    loaded += [MMAudio.from_config_and_state(*read_pretrained(str(tmp_path / source))) for source in sources]
+    loaded += [MMAudio(ModelConfig(**SIZES)).load_released(half)]
+    for name, value in half.items():
+        for other in loaded:
+            assert other.state_dict()[name].dtype == torch.float32
+            assert torch.equal(other.state_dict()[name].nan_to_num(), value.float().nan_to_num()), name
+
+
+def test_a_run_folder_is_read_and_released_weights_alone_are_named(tmp_path):
+    network = MMAudio(ModelConfig(**SIZES))
+    network.save_pretrained(tmp_path / "run" / "last" / "pretrained_model")
+    assert MMAudio.from_pretrained(tmp_path / "run").config == network.config
+    (tmp_path / "MMAudio" / "weights").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "MMAudio" / "weights" / "mmaudio_tiny.pth")
+    with pytest.raises(ValueError, match=r"but weights/mmaudio_tiny.pth: give that file, .* `mmaudio-hf weights conv"):
+        MMAudio.from_pretrained(tmp_path / "MMAudio")
+    assert MMAudio.from_pretrained(tmp_path / "MMAudio/weights/mmaudio_tiny.pth").config.hidden_dim == 64
 
 
 def test_a_damaged_description_of_encoders_is_named(tmp_path):

@@ -20,7 +20,7 @@ def add_commands(add: Callable[..., Any]) -> None:
     importing.add_argument("--run", required=True, type=Path, help="new run folder")
     importing.add_argument("--snapshots", type=Path, help="folder of its EMA snapshots, 0.5000.pt and so on")
     exporting = add("export", _export, "write a run as files of the reference implementation")
-    exporting.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    exporting.add_argument("run", metavar="RUN", type=Path, help="run folder, or pretrained_model folder")
     exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
     exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
 

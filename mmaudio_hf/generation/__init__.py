@@ -1,1 +1,251 @@
-"""Generation of audio from video, images and text."""
+"""Generation of audio from video, images and text: what is requested, how it is checked, and the results."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import os
+import wave
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
+from mmaudio_hf.media.video import check_frames
+from mmaudio_hf.schema import SequenceLengths
+
+SOLVERS = ("euler", "adaptive")
+# Features take 0.2 MB and conditions up to 0.6 MB for a second of audio: an hour needs about 3 GB.
+MAX_SECONDS = 3600.0
+MAX_STEPS = 10_000
+SEEDS = (-(2**63), 2**64 - 1)  # as torch.manual_seed has them
+Media = str | os.PathLike | np.ndarray | torch.Tensor
+"""A file, or frames: (frames, height, width, 3) or (frames, 3, height, width), uint8 or floats in [0, 1]"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One audio to generate. For what is not given, the model uses its learned empty features.
+
+    Features, as in a row of a feature store, replace `video`, `image` and the two prompts, and need no encoder.
+    """
+
+    key: str = ""  # the noise depends on it and the seed alone; empty: the index in the list
+    video: Media | None = None
+    image: Media | None = None  # a still image, seen all the time; it has no sync features
+    prompt: str = ""
+    negative_prompt: str = ""  # what the audio should not be like
+    duration: float | None = None  # s, in place of that of the call
+    seed: int | None = None  # in place of that of the call
+    clip_features: torch.Tensor | None = None  # (T, 1024)
+    sync_features: torch.Tensor | None = None  # (S, 768)
+    text_features: torch.Tensor | None = None  # (77, 1024)
+    negative_text_features: torch.Tensor | None = None  # (77, 1024)
+    frame_rate: float | None = None  # Hz, of a `video` that is given as frames
+
+    @property
+    def components(self) -> set[str]:
+        """The encoders and decoders it needs."""
+        visual = self.video is not None or self.image is not None
+        needed = {
+            "decode": True,
+            "clip": visual and self.clip_features is None,
+            "sync": self.video is not None and self.sync_features is None,
+            "text": bool(
+                (self.prompt and self.text_features is None)
+                or (self.negative_prompt and self.negative_text_features is None)
+            ),
+        }
+        return {name for name, is_needed in needed.items() if is_needed}
+
+    @property
+    def file(self) -> str | os.PathLike | None:
+        """The file of its video or image, if it has one."""
+        media = self.image if self.video is None else self.video
+        return media if isinstance(media, str | os.PathLike) else None
+
+    @property
+    def video_seconds(self) -> float:
+        """Length of a video that is given as frames."""
+        assert isinstance(self.video, np.ndarray | torch.Tensor) and self.frame_rate
+        return len(self.video) / self.frame_rate
+
+    def check(self) -> None:
+        """ValueError naming what is of another kind than it should be; files are not opened."""
+        where = f" of item {self.key}" if self.key else ""
+        for name in ("key", "prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}{where} must be text, not {getattr(self, name)!r}")
+        for name in ("clip_features", "sync_features", "text_features", "negative_text_features"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+                raise ValueError(f"{name}{where} must be a tensor of floats, not {_what(value)}")
+        if self.video is not None and self.image is not None:
+            raise ValueError(f"item {self.key} has a video and an image: give one of them")
+        for name, frames in (("video", self.video), ("image", self.image)):
+            if isinstance(frames, np.ndarray | torch.Tensor):
+                check_frames(frames, f"{name}{where}", still=name == "image")
+            elif frames is not None and not (isinstance(frames, str | os.PathLike) and str(frames)):
+                kinds = "a file, or frames as an array or tensor; several of them are a list"
+                raise ValueError(f"{name}{where} must be {kinds}, not {_what(frames)}")
+        if isinstance(self.video, np.ndarray | torch.Tensor):
+            check_number(f"frame_rate{where}", self.frame_rate, 1e-3, 1000.0)
+        elif self.frame_rate is not None:
+            raise ValueError(f"frame_rate{where} is for a video that is given as frames; a file has its own")
+        if self.duration is not None:
+            check_number(f"duration{where}", self.duration, 0, MAX_SECONDS)
+        if self.seed is not None:
+            check_number(f"seed{where}", self.seed, *SEEDS, whole=True)
+
+
+def requests_of(given: Mapping[str, Any]) -> tuple[list[Request], bool]:
+    """Requests of arguments that are values for one item or lists with one for each, and whether there is a list.
+
+    ValueError naming lists of different lengths.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    lists = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    lengths = {name: len(value) for name, value in lists.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"lists must have one entry for each audio, and as many as each other: {counts}")
+    for name, values in lists.items():
+        if name == "seed" and None in values:
+            raise ValueError("seed: a list has a whole number for each audio; None alone draws one for all")
+        if name in ("prompt", "negative_prompt"):
+            lists[name] = ["" if value is None else value for value in values]
+    count = next(iter(lengths.values()), 1)
+    rows = [{name: lists[name][i] if name in lists else value for name, value in given.items()} for i in range(count)]
+    return [Request(**row) for row in rows], bool(lists)
+
+
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """ValueError that names it unless it is a (whole) number from `low` to `high`."""
+    # True would count as 1, and 1.5 steps or seeds as 1.
+    kind: Any = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {_what(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
+
+
+def _what(value: Any) -> str:
+    """A wrong value for a message; arrays by their shape."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return f"a {type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all items of one call have in common; ValueError for wrong values."""
+
+    lengths: SequenceLengths  # of a window
+    window: float
+    duration: float | None
+    num_steps: int
+    guidance_scale: float
+    solver: str
+    callback: Any = None  # on_step_end
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
+        check_number("guidance_scale", self.guidance_scale, 0, 1e6)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
+        if self.callback is not None and not callable(self.callback):
+            raise ValueError(f"callback_on_step_end must be a function, not {_what(self.callback)}")
+        if self.callback is not None and self.solver != "euler":
+            raise ValueError(f"callback_on_step_end needs the solver euler: {self.solver} has no steps of its own")
+
+
+@dataclass(frozen=True, repr=False)
+class Generated:
+    """One generated audio, on the CPU."""
+
+    waveform: torch.Tensor  # (samples,) float32 in [-1, 1]
+    sample_rate: int  # Hz
+    latent: torch.Tensor  # (N, C) float32, not normalised: the input of the decoder
+    key: str = ""
+    note: str = ""  # how the audio differs from the request, and why
+    seed: int | None = None  # that was used: with it, the same request gives the same audio
+
+    @property
+    def seconds(self) -> float:
+        """Length of the audio."""
+        return len(self.waveform) / self.sample_rate
+
+    def __repr__(self) -> str:
+        """One line, without the samples."""
+        note = f", note={self.note!r}" if self.note else ""
+        what = f"{self.seconds:.2f} s at {self.sample_rate} Hz, latent {tuple(self.latent.shape)}"
+        return f"Generated({what}, key={self.key!r}, seed={self.seed}{note})"
+
+    def _repr_html_(self) -> str:
+        """A player, for notebooks."""
+        content = io.BytesIO()
+        with wave.open(content, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(self.sample_rate)
+            samples = self.waveform.nan_to_num().clamp(-1, 1) * 32767
+            file.writeframes(samples.round().numpy().astype("<i2").tobytes())
+        data = base64.b64encode(content.getvalue()).decode()
+        player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+        return f"<figure>{player}<figcaption>{escape(repr(self))}</figcaption></figure>"
+
+
+def save_generated(result: Generated, out_path: str | os.PathLike, video: Media | None = None) -> Path:
+    """Write `.wav` or `.flac`, or `.mp4` or `.mkv` with the frames of the file `video`; return the path.
+
+    ValueError for another suffix, a video without frames, and a path that is `video` itself, whose audio would be lost.
+    """
+    save_with_note(result, out_path, video)
+    return Path(out_path)
+
+
+def save_with_note(result: Generated, out_path: str | os.PathLike, video: Media | None = None) -> str:
+    """As `save_generated`; returns "", or a note that the video stream could not be copied and was re-encoded."""
+    if not isinstance(result, Generated):
+        raise ValueError(f"result must be what the pipeline returned for one item, not {_what(result)}")
+    if not isinstance(out_path, str | os.PathLike) or not str(out_path):
+        raise ValueError(f"out_path must be a file, not {_what(out_path)}")
+    if video is not None and not isinstance(video, str | os.PathLike):
+        raise ValueError(f"video must be a file, whose frames are copied, not {_what(video)}")
+    out_path = Path(out_path)
+    if out_path.is_dir():
+        raise ValueError(f"{out_path} is a folder: give the name of a file")
+    if video is not None and out_path.exists() and os.path.exists(video) and out_path.samefile(video):
+        raise ValueError(f"{out_path} is the video itself, whose audio would be lost: choose another name")
+    suffix = out_path.suffix.lower()
+    if suffix not in VIDEO_FORMATS:
+        write_audio(out_path, result.waveform, result.sample_rate)
+    elif video is None:
+        raise ValueError(f"{out_path}: an {suffix} needs a video to take the frames from; else write .wav or .flac")
+    elif not write_video_with_audio(video, result.waveform, result.sample_rate, out_path):
+        other = "" if suffix == ".mkv" else "; .mkv may hold it"
+        return f"video re-encoded as H.264, since {suffix} cannot hold the codec of {Path(video).name}{other}"
+    return ""
+
+
+def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal x0 of `shape`, float32: a function of the seed and the item's key alone (Philox 4x64)."""
+    words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in ("generation", key)]
+    generator = np.random.Philox(
+        key=np.array([int(seed) % 2**64, words[0]], np.uint64), counter=np.array([0, 0, words[1], 0], np.uint64)
+    )
+    return torch.from_numpy(np.random.Generator(generator).standard_normal(shape, dtype=np.float32))
+
+
+def with_seed(request: Request, key: str, seed: int) -> Request:
+    """The request with a key and a seed of its own, where it has none."""
+    return dataclasses.replace(request, key=request.key or key, seed=seed if request.seed is None else request.seed)

@@ -204,7 +204,7 @@ def check_out_dir(out_dir: str | os.PathLike, entries: Sequence[Entry] = ()) -> 
     existing = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; give a folder for the results")
-    media = [os.path.abspath(path) for e in entries if (path := e.request.video or e.request.image) is not None]
+    media = [os.path.abspath(e.request.file) for e in entries if e.request.file is not None]
     folders = {os.path.dirname(path) for path in media}
     folders |= {os.path.dirname(os.path.realpath(path)) for path in media if os.path.islink(path)}
     if os.path.realpath(out_dir) in map(os.path.realpath, folders):
@@ -233,7 +233,7 @@ class _Results:
 
     def read_metadata(self, entry: Entry) -> Entry:
         """Note size and time of the file of an entry before it is read: if it changes later, the key differs."""
-        media = entry.request.video or entry.request.image
+        media = entry.request.file
         if entry.problem is None and media is not None:
             try:
                 stat = os.stat(media)

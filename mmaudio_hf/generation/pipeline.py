@@ -10,18 +10,18 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+import secrets
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import (
-    PRECISIONS,
     Encoders,
     check_encoders,
     decoder_fingerprint,
@@ -30,6 +30,20 @@ from mmaudio_hf.features.encoders import (
     pick_device,
 )
 from mmaudio_hf.features.toy import toy_codec_file
+from mmaudio_hf.generation import (
+    MAX_SECONDS,
+    SEEDS,
+    Generated,
+    Media,
+    Options,
+    Request,
+    check_number,
+    requests_of,
+    save_generated,
+    save_with_note,
+    starting_noise,
+    with_seed,
+)
 from mmaudio_hf.generation.windows import (
     WindowSchedule,
     cross_fade,
@@ -38,13 +52,26 @@ from mmaudio_hf.generation.windows import (
     read_ahead,
     schedule_windows,
 )
-from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.container import probe
-from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
-from mmaudio_hf.media.video import ALIGNMENTS, VideoClip, read_image, read_windows, video_seconds
+from mmaudio_hf.media.video import (
+    ALIGNMENTS,
+    VideoClip,
+    array_image,
+    array_windows,
+    read_image,
+    read_windows,
+    video_seconds,
+)
 from mmaudio_hf.models.flow import VelocityFunction, sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.pretrained import ENCODERS_FILE, find_pretrained
+from mmaudio_hf.models.pretrained import (
+    ENCODERS_FILE,
+    check_hub_options,
+    find_adapter,
+    find_pretrained,
+    is_weights_file,
+    merge_adapters,
+)
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
@@ -57,78 +84,20 @@ from mmaudio_hf.schema import (
     sequence_lengths,
 )
 
+__all__ = ["Generated", "MMAudioPipeline", "Request", "save_generated", "save_with_note", "starting_noise"]
+
 RECIPE_FILE = "config.yaml"  # of a run folder
-SOLVERS = ("euler", "adaptive")
+# Weights stay float32; this is the precision in which torch.autocast computes.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIPS_AHEAD = 4  # read while the model works; 58 MB each
-
-
-@dataclass(frozen=True)
-class Request:
-    """One audio to generate. For what is not given, the model uses its learned empty features.
-
-    Features, as in a row of a feature store, replace `video`, `image` and `prompt` and need no encoder.
-    """
-
-    key: str = ""  # the noise depends on it and the seed alone; empty: the index in the list
-    video: str | os.PathLike | None = None
-    image: str | os.PathLike | None = None  # a still image, seen all the time; it has no sync features
-    prompt: str = ""
-    negative_prompt: str = ""  # what the audio should not be like
-    duration: float | None = None  # s, in place of that of the call
-    seed: int | None = None  # in place of that of the call
-    clip_features: torch.Tensor | None = None  # (T, 1024)
-    sync_features: torch.Tensor | None = None  # (S, 768)
-    text_features: torch.Tensor | None = None  # (77, 1024)
-
-    @property
-    def components(self) -> set[str]:
-        """The encoders and decoders it needs."""
-        visual = self.video is not None or self.image is not None
-        needed = {
-            "decode": True,
-            "clip": visual and self.clip_features is None,
-            "sync": self.video is not None and self.sync_features is None,
-            "text": bool((self.prompt and self.text_features is None) or self.negative_prompt),
-        }
-        return {name for name, is_needed in needed.items() if is_needed}
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One generated audio, on the CPU."""
-
-    waveform: torch.Tensor  # (samples,) float32 in [-1, 1]
-    sample_rate: int  # Hz
-    latent: torch.Tensor  # (N, C) float32, not normalised: the input of the decoder
-    key: str = ""
-    note: str = ""  # how the audio differs from the request, and why
-
+# One for each network: two pipelines may share it, and sampling sets its lengths.
+_LOCKS: WeakKeyDictionary[MMAudio, threading.RLock] = WeakKeyDictionary()
 
 OnReject = Callable[[Request, Exception], None]
+OnStepEnd = Callable[["MMAudioPipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What all items of one call have in common; ValueError for wrong values."""
-
-    lengths: SequenceLengths  # of a window
-    window: float
-    duration: float | None
-    num_steps: int
-    guidance_scale: float
-    seed: int
-    solver: str
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale must be 0 or more, not {self.guidance_scale}")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
-
-
-@dataclass
+@dataclasses.dataclass
 class _Item:
     """A request in progress: its windows, and their features so far."""
 
@@ -140,14 +109,17 @@ class _Item:
 
 
 class MMAudioPipeline:
-    """A flow model with its encoders and decoder. Encoders are loaded when a request first needs them."""
+    """A flow model with its encoders and decoder. Encoders are loaded when a request first needs them.
+
+    Several threads may call one pipeline: files are read side by side, the networks work for one call at a time.
+    """
 
     def __init__(
         self,
         model: MMAudio,
         encoders: EncoderConfig | Encoders,
         *,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         precision: str = "fp32",
         alignment: str = "timestamps",
     ):
@@ -156,43 +128,64 @@ class MMAudioPipeline:
         encoders: how to load them, or loaded ones with the components that will be needed. precision: of the model.
         alignment: how `read_video` aligns frames; should be that of the features the model was trained on.
         """
-        for name, value, valid in (("precision", precision, PRECISIONS), ("alignment", alignment, ALIGNMENTS)):
+        for name, value, valid in (("precision", precision, DTYPES), ("alignment", alignment, ALIGNMENTS)):
             if value not in valid:
                 raise ValueError(f"{name} {value!r}: use one of {', '.join(valid)}")
+        if not isinstance(model, MMAudio) or not isinstance(encoders, EncoderConfig | Encoders):
+            raise ValueError("give model as an MMAudio, and encoders as an EncoderConfig or loaded Encoders")
         if not (torch.isfinite(model.latent_mean).all() and torch.isfinite(model.latent_std).all()):
             raise ValueError("the model has no latent statistics: train it, or load a trained one")
+        if model.latent_mean.dtype != torch.float32:
+            raise ValueError(f"model has weights in {model.latent_mean.dtype}: call model.float(), and set precision")
         if isinstance(encoders, Encoders) and encoders.mode != model.config.mode:
             raise ValueError(f"the encoders are of mode {encoders.mode}, the model of {model.config.mode}")
         self.device = model.latent_mean.device if device is None else pick_device(device)
         self.model = model.to(self.device).eval()
         self.precision, self.alignment = precision, alignment
+        self.adapters: dict[str, float] = {}  # scales of the active ones
+        self._adapter_folders: dict[str, Path] = {}
+        self._originals: dict[str, torch.Tensor] = {}  # weights that adapters changed, on the CPU
         self._source = encoders
         self._loaded: dict[str, Encoders] = {}
+        self._lock = _LOCKS.setdefault(model, threading.RLock())
         self._model_hash = ""
+        self._progress_bar: dict[str, Any] = {}
+        self._compiled = False
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | os.PathLike,
         *,
-        device: str | torch.device = "auto",
+        device: str | int | torch.device | None = "auto",
         encoders: EncoderConfig | Encoders | None = None,
-        precision: str = "fp32",
+        precision: str = "",
         alignment: str | None = None,
-        revision: str | None = None,
-    ) -> "MMAudioPipeline":
-        """Load from a run folder (its last checkpoint), a checkpoint, a `pretrained_model` folder or a Hub id.
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a run folder (its last checkpoint), a checkpoint, a `pretrained_model` folder, a Hub id or a file.
 
         encoders, alignment: in place of those saved with the model, as when the encoder files are elsewhere on this
-        machine ("timestamps" where no alignment is saved).
+        machine; a file of released weights has none. precision, or as `torch_dtype` or `dtype`: in which the flow
+        model computes; weights stay float32. options: revision, subfolder, token, cache_dir, local_files_only,
+        force_download, as of huggingface_hub.
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
-        folder = find_pretrained(source, revision=revision)
+        check_hub_options(options, ("device", "encoders", "precision", "alignment", "torch_dtype", "dtype"))
+        names = {_precision_of(name, value) for name, value in (("torch_dtype", torch_dtype), ("dtype", dtype))}
+        if len(chosen := {*names, precision} - {""}) > 1:
+            raise ValueError(f"precision, torch_dtype and dtype say different things: {', '.join(sorted(chosen))}")
+        where = pick_device(device)  # before a download
+        folder = None if is_weights_file(source) else find_pretrained(source, **options)
         if encoders is None or alignment is None:
             saved_encoders, saved_alignment = _read_encoders(folder)
             encoders, alignment = encoders or saved_encoders, alignment or saved_alignment
-        model, device = MMAudio.from_pretrained(folder), pick_device(device)
-        return cls(model, encoders, device=device, precision=precision, alignment=alignment)
+        model = MMAudio.from_pretrained(source if folder is None else folder)
+        return cls(model, encoders, device=where, precision=next(iter(chosen), "fp32"), alignment=alignment)
+
+    # --- settings ----------------------------------------------------------------------------------------------------
 
     @property
     def mode(self) -> str:
@@ -204,19 +197,152 @@ class MMAudioPipeline:
         """Hz of generated waveforms."""
         return audio_mode(self.mode).sample_rate
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the flow model computes; its weights are float32."""
+        return DTYPES[self.precision]
+
+    def to(
+        self,
+        *places: str | int | torch.device | torch.dtype,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Self:
+        """Compute on another device, in another dtype, or both; returns the pipeline. Encoders are loaded again."""
+        for value in places:
+            if isinstance(value, torch.dtype):
+                dtype = value
+            elif device is None:
+                device = value
+            else:
+                raise ValueError(f"to() takes one device and one dtype, not {value!r} besides {device!r}")
+        precision = self.precision if dtype is None else _precision_of("dtype", dtype)
+        where = self.device if device is None else pick_device(device)
+        with self._lock:
+            self.precision = precision
+            if where != self.device:
+                self.device, self.model = where, self.model.to(where)
+                self._loaded.clear()
+        return self
+
+    def compile(self) -> Self:
+        """Compile the blocks of the flow model with torch.compile; the first call of each length then takes minutes.
+
+        Returns the pipeline. ValueError where torch.compile does not work.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=self.device))
+        except Exception as error:
+            raise ValueError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from error
+        with self._lock:
+            if not self._compiled:
+                self.model.compile_blocks()  # type: ignore[operator]
+                self._compiled = True
+        return self
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm for the bars of `pipeline(...)`, as disable=True."""
+        tqdm(total=0, **options | {"disable": True})  # raises for options that it does not know
+        self._progress_bar = options
+
+    def load_lora_weights(
+        self, source: str | os.PathLike, scale: float = 1.0, adapter_name: str = "", **options: Any
+    ) -> Self:
+        """Add an adapter in peft's format: a folder of it, a run folder, or a Hub id. Returns the pipeline.
+
+        It is merged into the weights with `scale` (1: as trained); see `set_adapters` for several. options: as those of
+        `from_pretrained`. ValueError for an adapter that does not fit the network; the pipeline is then as before.
+        """
+        name = adapter_name or f"adapter_{len(self._adapter_folders)}"
+        if name in self._adapter_folders:
+            raise ValueError(f"adapter_name {name!r} is taken: choose another one")
+        check_number("scale", scale, -100, 100)
+        check_hub_options(options, ("scale", "adapter_name"))
+        self._adapter_folders[name] = find_adapter(source, **options)
+        try:
+            self._merge(self.adapters | {name: float(scale)})
+        except ValueError:
+            del self._adapter_folders[name]
+            self._merge(self.adapters)
+            raise
+        return self
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+        """Use these of the loaded adapters alone, each with its scale; none with an empty list."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        scales = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        if unknown := [name for name in names if name not in self._adapter_folders]:
+            loaded = ", ".join(self._adapter_folders) or "none"
+            raise ValueError(f"adapter_names: {unknown[0]!r} is not loaded; loaded: {loaded}")
+        if len(scales) != len(names):
+            raise ValueError(f"adapter_weights has {len(scales)} numbers for {len(names)} adapters")
+        for scale in scales:
+            check_number("adapter_weights", scale, -100, 100)
+        self._merge(dict(zip(names, map(float, scales), strict=True)))
+
+    def unload_lora_weights(self) -> None:
+        """Drop all adapters: the weights are, to the bit, what they were without."""
+        self._merge({})
+        self._adapter_folders.clear()
+
+    def _merge(self, adapters: dict[str, float]) -> None:
+        with self._lock:
+            active = [(self._adapter_folders[name], scale) for name, scale in adapters.items() if scale]
+            merge_adapters(self.model, active, self._originals)
+            self.adapters, self._model_hash = adapters, ""
+
+    def __repr__(self) -> str:
+        """A few lines on network, encoders and adapters."""
+        config, millions = self.model.config, sum(p.numel() for p in self.model.parameters()) / 1e6
+        encoders = self._source.config if isinstance(self._source, Encoders) else self._source
+        loaded = self._source.networks if isinstance(self._source, Encoders) else self._loaded
+        lines = {
+            "network": f"{config.variant}, {millions:.1f} M parameters, {config.duration:g} s at {self.sample_rate} Hz",
+            "computes": f"in {self.precision} on {self.device}{', compiled' if self._compiled else ''}",
+            "encoders": f"{encoders.kind}, {encoders.weights_dir}, loaded: {', '.join(loaded) or 'none yet'}",
+            "alignment": self.alignment,
+            "adapters": ", ".join(f"{name} x {scale:g}" for name, scale in self.adapters.items()) or "none",
+        }
+        return "MMAudioPipeline(\n" + "".join(f"  {name}: {text}\n" for name, text in lines.items()) + ")"
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
     def __call__(
         self,
-        video: str | os.PathLike | None = None,
-        prompt: str = "",
-        negative_prompt: str = "",
+        video: Media | Sequence[Media | None] | None = None,
+        prompt: str | Sequence[str | None] | None = "",
+        negative_prompt: str | Sequence[str | None] | None = "",
         *,
-        image: str | os.PathLike | None = None,
+        image: Media | Sequence[Media | None] | None = None,
+        frame_rate: float | Sequence[float | None] | None = None,
+        duration: float | Sequence[float | None] | None = None,
+        text_features: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        negative_text_features: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        seed: int | Sequence[int] | None = 0,
+        generator: Any = None,
         **options: Any,
-    ) -> Generated:
-        """Generate audio for one video or image, one caption, both or neither; see `generate` for the options."""
-        request = Request(video=video, image=image, prompt=prompt, negative_prompt=negative_prompt)
-        with contextlib.closing(self.generate([request], **options)) as results:
-            return next(results)
+    ) -> Generated | list[Generated]:
+        """Generate audio for a video or image, a caption, both or neither; see `generate` for the options.
+
+        Every argument may be a list with one value for each audio: then a list is returned. A video is a file, or
+        frames (`Media`) with their `frame_rate` in Hz. `text_features` (77, 1024) replace a prompt. seed: None draws
+        one, `Generated.seed` tells it. generator: a torch.Generator that draws the seed, or a list of them.
+        """
+        if generator is not None:
+            if seed not in (0, None):
+                raise ValueError("give seed or generator, not both")
+            several = isinstance(generator, list | tuple)
+            seed = [_draw_seed(one) for one in generator] if several else _draw_seed(generator)
+        seeds = seed if isinstance(seed, list | tuple) else None
+        requests, several = requests_of(
+            {"seed": seeds}
+            | {"video": video, "prompt": prompt, "negative_prompt": negative_prompt, "image": image}
+            | {"frame_rate": frame_rate, "duration": duration}
+            | {"text_features": text_features, "negative_text_features": negative_text_features}
+        )
+        call: Any = {"progress": True, **options, "seed": 0 if seeds is not None else seed}
+        with contextlib.closing(self.generate(requests, **call)) as results:
+            return list(results) if several else next(results)
 
     def generate(
         self,
@@ -225,10 +351,13 @@ class MMAudioPipeline:
         *,
         duration: float | None = None,
         window: float | None = None,
-        num_steps: int = 25,
+        num_inference_steps: int | None = None,
+        num_steps: int | None = None,
         guidance_scale: float = 4.5,
-        seed: int = 0,
+        seed: int | None = 0,
         solver: str = "euler",
+        callback_on_step_end: OnStepEnd | None = None,
+        progress: bool = False,
         on_reject: OnReject | None = None,
     ) -> Generator[Generated, None, None]:
         """Generate one audio per request, in order, `batch_size` at a time; requests of the same length are batched.
@@ -236,20 +365,30 @@ class MMAudioPipeline:
         duration: seconds; None is that of the video, and without one the length the model was trained for. Audio is
         never longer than its video: `Generated.note` says where that shortens it. window: seconds, None is the trained
         length; longer audio is generated in windows of that length, which overlap by a quarter and are blended at each
-        step. guidance_scale: below 1 turns guidance off.
+        step. num_inference_steps, or num_steps: Euler steps, 25. guidance_scale: below 1 turns guidance off.
         The starting noise depends on the seed and the key of a request alone, not on batches or order.
+        callback_on_step_end: called with pipeline, number and time of a step, and {"latents": (B, N, C)} after it; what
+        it returns in place of these is continued with. progress: a bar over the steps of each batch.
         Wrong settings, unreadable files and missing weights raise ValueError here, before the model runs. With
         `on_reject`, files are opened when their turn comes only, and a request that fails is passed to it.
         """
-        requests = [dataclasses.replace(r, key=r.key or str(index)) for index, r in enumerate(requests)]
-        for number in (seed, *(request.seed for request in requests if request.seed is not None)):
-            if not isinstance(number, Integral):  # 1.5 would count as 1
-                raise ValueError(f"seed must be a whole number, not {number!r}")
-        options = _Options(*self._window(window), duration, num_steps, guidance_scale, seed, solver)
+        if num_steps is not None and num_inference_steps not in (None, num_steps):
+            raise ValueError(f"num_inference_steps {num_inference_steps} and num_steps {num_steps}: give one of them")
+        steps: Any = next((n for n in (num_inference_steps, num_steps) if n is not None), 25)
+        if seed is not None:
+            check_number("seed", seed, *SEEDS, whole=True)
+        call_seed = secrets.randbelow(2**32) if seed is None else seed
+        if isinstance(requests, Request) or not all(isinstance(request, Request) for request in requests):
+            raise ValueError("requests must be a list of Request")
+        requests = [with_seed(request, str(index), call_seed) for index, request in enumerate(requests)]
+        check_number("batch_size", batch_size, 1, 2**31, whole=True)
+        lengths = self._window(window)
+        options = Options(*lengths, duration, steps, guidance_scale, solver, callback_on_step_end, progress)
         if duration is not None:
             _lengths(self.mode, duration)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if on_reject is None:
+            for request in requests:
+                request.check()
         self._check_components(requests)
         if on_reject is None:
             for request in requests:
@@ -258,7 +397,11 @@ class MMAudioPipeline:
 
     def decode(self, latent_NC: torch.Tensor) -> torch.Tensor:
         """Waveform (samples,), on the CPU, of one latent (N, C) that is not normalised, as feature stores hold them."""
-        return self._encoders("decode").decode_latent(latent_NC[None])[0].float().cpu()
+        channels = self.model.config.latent_channels
+        if not isinstance(latent_NC, torch.Tensor) or latent_NC.ndim != 2 or latent_NC.shape[1] != channels:
+            raise ValueError(f"latent_NC must be a tensor (N, {channels})")
+        with self._lock:
+            return self._encoders("decode").decode_latent(latent_NC[None])[0].float().cpu()
 
     def fingerprint(self, request: Request) -> dict[str, Any]:
         """What the audio of a request depends on beside itself: hashes of weights, precision, alignment.
@@ -283,7 +426,7 @@ class MMAudioPipeline:
         """Lengths and seconds of a window."""
         config = self.model.config
         seconds = config.duration if window is None else window
-        lengths = _lengths(self.mode, seconds)
+        lengths = _lengths(self.mode, seconds, "window")
         if seconds == config.duration:  # a model may be built with lengths of its own
             own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
             lengths = dataclasses.replace(lengths, **own)
@@ -297,22 +440,24 @@ class MMAudioPipeline:
         elif missing := components - set(self._source.networks):
             raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
 
-    def _schedule(self, request: Request, options: _Options) -> tuple[WindowSchedule, str]:
+    def _schedule(self, request: Request, options: Options) -> tuple[WindowSchedule, str]:
         """Windows of a request, and a note where they are shorter than requested; ValueError for a wrong request."""
+        request.check()
         duration = options.duration if request.duration is None else request.duration
-        seconds, note = options.window if duration is None else duration, ""
-        if request.video is not None and request.image is not None:
-            raise ValueError(f"item {request.key} has a video and an image: give one of them")
-        if request.image is not None and "video" not in probe(request.image):
+        seconds, note, name = options.window if duration is None else duration, "", "duration"
+        if isinstance(request.image, str | os.PathLike) and "video" not in probe(request.image):
             raise ValueError(f"{request.image} is not an image")
         if request.video is not None:
-            if "video" not in probe(request.video):
-                raise ValueError(f"{request.video} has no video frames: give a video, or only a prompt")
-            available = video_seconds(request.video)
+            if isinstance(request.video, str | os.PathLike):
+                if "video" not in probe(request.video):
+                    raise ValueError(f"{request.video} has no video frames: give a video, or only a prompt")
+                available, name = video_seconds(request.video), str(request.video)
+            else:
+                available, name = request.video_seconds, f"video of item {request.key}"
             if duration is not None and available < duration:
                 note = f"{available:.2f} s long, as its video is, not the requested {duration:g} s"
             seconds = available if duration is None else min(available, duration)
-        _lengths(self.mode, seconds, request.video)
+        _lengths(self.mode, seconds, name)
         schedule = schedule_windows(self.mode, seconds, options.window, options.lengths)
         self._check_features(request, schedule)
         return schedule, note
@@ -323,6 +468,7 @@ class MMAudioPipeline:
             CLIP_FEATURES: (schedule.lengths.clip, config.clip_dim),
             SYNC_FEATURES: (schedule.lengths.sync, config.sync_dim),
             TEXT_FEATURES: (config.text_tokens, config.text_dim),
+            "negative_text_features": (config.text_tokens, config.text_dim),
         }
         for name, shape in shapes.items():
             features = getattr(request, name)
@@ -331,13 +477,13 @@ class MMAudioPipeline:
             if tuple(features.shape) != shape:
                 shape_given = tuple(features.shape)
                 raise ValueError(f"{name} of item {request.key} are {shape_given}, this duration needs {shape}")
-            if name != TEXT_FEATURES and len(schedule.starts) > 1:
+            if name in (CLIP_FEATURES, SYNC_FEATURES) and len(schedule.starts) > 1:
                 raise ValueError(f"{name} of item {request.key} are those of one window: use a shorter duration")
 
     # --- from requests to features -----------------------------------------------------------------------------------
 
     def _generate(
-        self, requests: Sequence[Request], batch_size: int, options: _Options, on_reject: OnReject | None
+        self, requests: Sequence[Request], batch_size: int, options: Options, on_reject: OnReject | None
     ) -> Generator[Generated, None, None]:
         """Items with the same schedule are batched; one of several windows fills the batches alone."""
         batch: list[_Item] = []
@@ -352,7 +498,7 @@ class MMAudioPipeline:
         if batch:
             yield from self._generate_batch(batch, batch_size, options)
 
-    def _encoded(self, requests: Sequence[Request], options: _Options, on_reject: OnReject | None) -> Iterator[_Item]:
+    def _encoded(self, requests: Sequence[Request], options: Options, on_reject: OnReject | None) -> Iterator[_Item]:
         """Items with the features of all their windows; what cannot be read is rejected or raised."""
         with contextlib.closing(read_ahead(self._read(requests, options), _CLIPS_AHEAD)) as windows:
             for item, clip in windows:
@@ -366,25 +512,33 @@ class MMAudioPipeline:
                 else:
                     on_reject(item.request, item.problem)
 
-    def _read(self, requests: Sequence[Request], options: _Options) -> Iterator[tuple[_Item, VideoClip | None]]:
+    def _read(self, requests: Sequence[Request], options: Options) -> Iterator[tuple[_Item, VideoClip | None]]:
         """Each item with the frames of each of its windows, in order; or once, with the problem it has."""
         for request in requests:
             item = _Item(request)
             try:
                 item.schedule, item.note = self._schedule(request, options)
-                clips: Any = [None] * len(item.schedule.starts)
-                if request.video is not None and (request.clip_features is None or request.sync_features is None):
-                    starts = [start * latent_seconds(self.mode) for start in item.schedule.starts]
-                    seconds, alignment = item.schedule.duration, self.alignment
-                    clips = read_windows(request.video, starts, mode=self.mode, duration=seconds, alignment=alignment)
-                elif request.image is not None and request.clip_features is None:
-                    clips = [read_image(request.image)] * len(item.schedule.starts)
+                clips = self._clips(request, item.schedule)
                 for clip in clips:
                     yield item, clip
                     del clip
             except ValueError as problem:
                 item.problem = problem
                 yield item, None
+
+    def _clips(self, request: Request, schedule: WindowSchedule) -> Iterable[VideoClip | None]:
+        """The frames of each window; None where none are needed."""
+        video, image = request.video, request.image
+        if video is not None and (request.clip_features is None or request.sync_features is None):
+            starts = [start * latent_seconds(self.mode) for start in schedule.starts]
+            size: Any = {"mode": self.mode, "duration": schedule.duration}
+            if isinstance(video, str | os.PathLike):
+                return read_windows(video, starts, alignment=self.alignment, **size)
+            return array_windows(video, request.frame_rate or 0, starts, **size)
+        if image is not None and request.clip_features is None:
+            clip = read_image(image) if isinstance(image, str | os.PathLike) else array_image(image)
+            return [clip] * len(schedule.starts)
+        return [None] * len(schedule.starts)
 
     @torch.inference_mode()
     def _visual_features(self, item: _Item, clip: VideoClip | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,31 +565,32 @@ class MMAudioPipeline:
         if isinstance(self._source, Encoders):
             return self._source
         group = ("clip", "text") if component in ("clip", "text") else (component,)
-        if group[0] not in self._loaded:
-            self._loaded[group[0]] = load_encoders(self._source, self.mode, group, device=self.device)
-        return self._loaded[group[0]]
+        with self._lock:
+            if group[0] not in self._loaded:
+                self._loaded[group[0]] = load_encoders(self._source, self.mode, group, device=self.device)
+            return self._loaded[group[0]]
 
     # --- from features to audio --------------------------------------------------------------------------------------
 
-    def _generate_batch(self, batch: Sequence[_Item], batch_size: int, options: _Options) -> Iterator[Generated]:
-        # Not around the loop: between two results the model has the lengths that its owner set.
-        with _lengths_set(self.model, batch[0].schedule.lengths):
+    def _generate_batch(self, batch: Sequence[_Item], batch_size: int, options: Options) -> Iterator[Generated]:
+        # Not around the loop: between two results the model has the lengths that its owner set, and others may use it.
+        with self._lock, _lengths_set(self.model, batch[0].schedule.lengths):
             latents, waveforms = self._sample(batch, batch_size, options)
         for item, latent, waveform in zip(batch, latents, waveforms, strict=True):
-            yield Generated(waveform, self.sample_rate, latent, item.request.key, item.note)
+            request = item.request
+            yield Generated(waveform, self.sample_rate, latent, request.key, item.note, request.seed)
 
     @torch.inference_mode()
-    def _sample(self, batch: Sequence[_Item], batch_size: int, options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, batch: Sequence[_Item], batch_size: int, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, N, C) and waveforms (B, samples), on the CPU, of items with the same schedule.
 
         Each item has one window, or there is one item, whose windows go through the model `batch_size` at a time.
         """
         model, schedule, decoder = self.model, batch[0].schedule, self._encoders("decode")
         shape = (schedule.latent, model.config.latent_channels)
-        requests = [item.request for item in batch]
-        seeds = [options.seed if request.seed is None else request.seed for request in requests]
-        x0_BNC = torch.stack([starting_noise(s, r.key, shape) for s, r in zip(seeds, requests, strict=True)])
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        noise = [starting_noise(item.request.seed or 0, item.request.key, shape) for item in batch]
+        x0_BNC = torch.stack(noise).to(self.device)
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32")
         with autocast, winograd_convolutions(model, self.precision):
             velocity: VelocityFunction
             if len(schedule.starts) == 1:
@@ -443,9 +598,9 @@ class MMAudioPipeline:
             else:
                 velocity = self._blended_velocity(batch[0], batch_size, options)
             if options.solver == "euler":
-                x1_BNC = sample_euler(velocity, x0_BNC.to(self.device), options.num_steps)
+                x1_BNC = self._sample_euler(velocity, x0_BNC, options)
             else:
-                x1_BNC = sample_adaptive(velocity, x0_BNC.to(self.device))
+                x1_BNC = sample_adaptive(velocity, x0_BNC)
         latent_BNC = model.unnormalize(x1_BNC.float())
         if len(schedule.starts) == 1:
             return latent_BNC.cpu(), decoder.decode_latent(latent_BNC).float().cpu()
@@ -453,7 +608,25 @@ class MMAudioPipeline:
         waveform = decode_chunks(decoder.decode_latent, latent_BNC[0], schedule.lengths.latent, samples_per_latent)
         return latent_BNC.cpu(), waveform[None]
 
-    def _velocity(self, items: Sequence[_Item], windows: Sequence[int], options: _Options) -> GuidedVelocity:
+    def _sample_euler(self, velocity: VelocityFunction, x0_BNC: torch.Tensor, options: Options) -> torch.Tensor:
+        """`flow.sample_euler` with a bar, and the callback of the user after each step."""
+        config: Any = {"total": options.num_steps, "disable": not options.progress, "unit": "step"}
+        config |= self._progress_bar
+        with tqdm(**config) as bar:
+
+            def on_step(step: int, x_BNC: torch.Tensor) -> torch.Tensor:
+                bar.update()
+                if options.callback is None:
+                    return x_BNC
+                values = options.callback(self, step, (step + 1) / options.num_steps, {"latents": x_BNC})
+                changed = x_BNC if values is None else values.get("latents", x_BNC)
+                if not isinstance(changed, torch.Tensor) or changed.shape != x_BNC.shape:
+                    raise ValueError(f"callback_on_step_end must return latents of the shape {tuple(x_BNC.shape)}")
+                return changed.to(x_BNC)
+
+            return sample_euler(velocity, x0_BNC, options.num_steps, on_step=on_step)
+
+    def _velocity(self, items: Sequence[_Item], windows: Sequence[int], options: Options) -> GuidedVelocity:
         """Guided velocity of the given windows of each item, a batch of items x windows."""
         features = [item.features[index] for item in items for index in windows]
         clip, sync = (torch.stack(column) for column in zip(*features, strict=True))
@@ -461,13 +634,13 @@ class MMAudioPipeline:
         text = torch.stack([self._text_features(r.prompt, r.text_features) for r in requests])
         conditions = self.model.preprocess_conditions(clip, sync, text.repeat_interleave(len(windows), 0))
         negative = None
-        if any(request.negative_prompt for request in requests):
-            negative = torch.stack([self._text_features(request.negative_prompt) for request in requests])
+        if any(r.negative_prompt or r.negative_text_features is not None for r in requests):
+            negative = torch.stack([self._text_features(r.negative_prompt, r.negative_text_features) for r in requests])
             negative = negative.repeat_interleave(len(windows), 0)
         unconditional = self.model.empty_conditions(len(features), negative)
         return GuidedVelocity(self.model, conditions, unconditional, options.guidance_scale)
 
-    def _blended_velocity(self, item: _Item, batch_size: int, options: _Options) -> VelocityFunction:
+    def _blended_velocity(self, item: _Item, batch_size: int, options: Options) -> VelocityFunction:
         """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
 
         Since this happens at every step, the windows agree where they overlap (MultiDiffusion, arXiv 2302.08113).
@@ -492,46 +665,31 @@ class MMAudioPipeline:
         return velocity
 
 
-def save_generated(result: Generated, out_path: str | os.PathLike, video: str | os.PathLike | None = None) -> Path:
-    """Write `.wav` or `.flac`, or `.mp4` or `.mkv` with the frames of `video`; return the path.
-
-    ValueError for another suffix or a video without frames.
-    """
-    save_with_note(result, out_path, video)
-    return Path(out_path)
+def _draw_seed(generator: Any) -> int:
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, or a list of them, not {generator!r}")
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
-def save_with_note(result: Generated, out_path: str | os.PathLike, video: str | os.PathLike | None = None) -> str:
-    """As `save_generated`; returns "", or a note that the video stream could not be copied and was re-encoded."""
-    out_path = Path(out_path)
-    suffix = out_path.suffix.lower()
-    if suffix not in VIDEO_FORMATS:
-        write_audio(out_path, result.waveform, result.sample_rate)
-    elif video is None:
-        raise ValueError(f"{out_path}: an {suffix} needs a video to take the frames from; else write .wav or .flac")
-    elif not write_video_with_audio(video, result.waveform, result.sample_rate, out_path):
-        other = "" if suffix == ".mkv" else "; .mkv may hold it"
-        return f"video re-encoded as H.264, since {suffix} cannot hold the codec of {Path(video).name}{other}"
-    return ""
+def _precision_of(name: str, dtype: torch.dtype | str | None) -> str:
+    """Name in DTYPES of a dtype, or of its name as in "float16"; "" for None and "auto"."""
+    if dtype in (None, "auto"):
+        return ""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    for precision, known in DTYPES.items():
+        if found is known or dtype == precision:
+            return precision
+    raise ValueError(f"{name} {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
 
 
-def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal x0 of `shape`, float32: a function of the seed and the item's key alone (Philox 4x64)."""
-    words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in ("generation", key)]
-    generator = np.random.Philox(
-        key=np.array([seed % 2**64, words[0]], np.uint64), counter=np.array([0, 0, words[1], 0], np.uint64)
-    )
-    return torch.from_numpy(np.random.Generator(generator).standard_normal(shape, dtype=np.float32))
-
-
-def _read_encoders(folder: Path) -> tuple[EncoderConfig, str]:
-    """The encoders and the alignment that were saved with a model.
+def _read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
+    """The encoders and the alignment that were saved with a model; the defaults without a folder.
 
     A toy codec beside the weights is preferred to the folder it was fitted in. Paths that were not saved are those of
     the recipe while the folder is part of its run, else the defaults.
     """
-    path = folder / ENCODERS_FILE
-    if not path.is_file():
+    path = None if folder is None else folder / ENCODERS_FILE
+    if folder is None or path is None or not path.is_file():
         return EncoderConfig(), ALIGNMENTS[0]
     try:
         saved = dict(json.loads(path.read_text()))
@@ -573,14 +731,15 @@ def _lengths_set(model: MMAudio, lengths: SequenceLengths) -> Iterator[None]:
             model.set_lengths(*before)
 
 
-def _lengths(mode: str, seconds: float, video: str | os.PathLike | None = None) -> SequenceLengths:
-    """Lengths for a duration; ValueError, naming `video`, if it is too short or not finite."""
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"durations and windows must be positive and finite, not {seconds} s")
+def _lengths(mode: str, seconds: float, name: str = "duration") -> SequenceLengths:
+    """Lengths for a duration; ValueError that begins with `name` for one that is too short, too long, or no number."""
+    check_number(name, seconds, 0, float("inf"))
+    if seconds > MAX_SECONDS:  # before memory is gone
+        raise ValueError(f"{name}: {seconds:g} s is longer than the {MAX_SECONDS:g} s that are generated at once")
     try:
         return sequence_lengths(mode, seconds)
     except ValueError as error:
-        raise ValueError(f"{video}: {error}") from None if video is not None else error
+        raise error if name == "duration" else ValueError(f"{name}: {error}") from None
 
 
 def _hash_of_state(model: MMAudio) -> str:

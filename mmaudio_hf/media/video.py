@@ -6,6 +6,7 @@ that are never shown are never converted, and a repeated frame is resized once p
 docs/media.md; the conversion and resizing are those of the published features (MMAudio, arXiv 2412.15322, section 4.1).
 """
 
+import bisect
 import itertools
 import math
 import os
@@ -125,6 +126,55 @@ def read_windows(
     return _windows(requests)
 
 
+def array_windows(
+    frames: np.ndarray | torch.Tensor, frame_rate: float, starts: Sequence[float], *, mode: str, duration: float
+) -> Iterator[VideoClip]:
+    """As `read_windows`, of frames that `check_frames` takes, at a constant rate; they end as late as is needed."""
+    lengths, rate = sequence_lengths(mode, duration), Fraction(frame_rate).limit_denominator(1_000_000)
+    for start in map(_start, starts):
+        first = max(0, math.floor(start * rate) - 1)
+        shown = range(first, min(len(frames), math.ceil((start + Fraction(duration)) * rate) + 2))
+        resized = []
+        for fps, count in ((CLIP_FPS, lengths.clip), (SYNC_FPS, lengths.sync_frames)):
+            ticks = [_tick(index / rate - start, fps) for index in shown]
+            indices = [first + max(0, bisect.bisect_right(ticks, position) - 1) for position in range(count)]
+            images = {index: _resize(_rgb(frames[index]), fps) for index in set(indices)}
+            resized.append(torch.stack([images[index] for index in indices]))
+        yield VideoClip(resized[0], resized[1], None)
+
+
+def check_frames(frames: np.ndarray | torch.Tensor, name: str, still: bool = False) -> None:
+    """ValueError unless these are frames (F, H, W, 3) or (F, 3, H, W), or one without F, uint8 or floats in [0, 1]."""
+    axes = ("" if still else "frames, ") + "height, width, 3"
+    if frames.ndim != 4 - still or 3 not in (frames.shape[-1], frames.shape[-3]) or 0 in frames.shape:
+        raise ValueError(f"{name} has the shape {tuple(frames.shape)}: give ({axes}), or the 3 before the height")
+    if frames.dtype in (np.uint8, torch.uint8):
+        return
+    is_float = frames.is_floating_point() if isinstance(frames, torch.Tensor) else frames.dtype.kind == "f"
+    if not is_float or not (frames.min() >= 0 and frames.max() <= 1):
+        raise ValueError(f"{name} is {frames.dtype}: give uint8, or floats from 0 to 1")
+
+
+def _rgb(frame: np.ndarray | torch.Tensor) -> np.ndarray:
+    """(H, W, 3) uint8 of one frame that `check_frames` takes."""
+    tensor = torch.as_tensor(frame).detach().cpu()
+    if tensor.shape[-1] != 3:
+        tensor = tensor.movedim(0, -1)
+    if tensor.dtype != torch.uint8:
+        tensor = tensor.double().mul(255).round().byte()
+    return tensor.contiguous().numpy()
+
+
+def array_image(frame: np.ndarray | torch.Tensor) -> VideoClip:
+    """As `read_image`, of a frame that `check_frames` takes."""
+    return _still(_rgb(frame))
+
+
+def _still(rgb: np.ndarray) -> VideoClip:
+    empty = torch.empty((0, 3, SYNC_PIXELS, SYNC_PIXELS), dtype=torch.uint8)
+    return VideoClip(_resize(rgb, CLIP_FPS)[None], empty, None)
+
+
 def read_image(path: str | os.PathLike) -> VideoClip:
     """A still image as one CLIP frame (1, 3, 384, 384) and no sync frames (0, 3, 224, 224), uint8. MediaError."""
     with open_any(path) as container:
@@ -134,8 +184,7 @@ def read_image(path: str | os.PathLike) -> VideoClip:
             frame = next(container.decode(video=0))
         except (av.error.FFmpegError, OSError, StopIteration) as error:
             raise decode_error(path, error) from error
-        image = _resize(RgbConverter(rotate=True)(frame), CLIP_FPS)
-    return VideoClip(image[None], torch.empty((0, 3, SYNC_PIXELS, SYNC_PIXELS), dtype=torch.uint8), None)
+        return _still(RgbConverter(rotate=True)(frame))
 
 
 def normalize_frames(clip_frames: torch.Tensor, sync_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,16 +39,25 @@ def guided_velocity(conditional: torch.Tensor, unconditional: torch.Tensor, guid
 
 
 def sample_euler(
-    velocity_fn: VelocityFunction, x0: torch.Tensor, num_steps: int = 25, min_sigma: float = 0.0
+    velocity_fn: VelocityFunction,
+    x0: torch.Tensor,
+    num_steps: int = 25,
+    min_sigma: float = 0.0,
+    on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Integrate from noise x0 (B, N, C) to data with `num_steps` Euler steps on a uniform float32 grid."""
+    """Integrate from noise x0 (B, N, C) to data with `num_steps` Euler steps on a uniform float32 grid.
+
+    on_step: takes the number of a step and x after it, and returns the x to continue with.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     times = torch.linspace(0, 1 - min_sigma, num_steps + 1, device=x0.device)
     x = x0
-    for now, after in pairwise(times):
+    for step, (now, after) in enumerate(pairwise(times)):
         t_B = now.to(x.dtype).expand(x.shape[0])
         x = x + (after - now) * velocity_fn(x, t_B)
+        if on_step is not None:
+            x = on_step(step, x)
     return x
 
 

@@ -6,13 +6,12 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,7 +38,9 @@ PUBLISHED_FILES = (
 )
 # Tensors that early released files hold although they follow from the configuration.
 DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
-_HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+WEIGHTS_ENDINGS = (".pth", ".pt", ".safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
+_HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
 PLACEHOLDER = "USER/NAME"  # the repository id in a card until it is pushed
 RELEASED = "hkchengrex/MMAudio"  # the released models on the Hub
 TAGS = ("mmaudio", "video-to-audio", "audio-generation", "flow-matching")
@@ -85,19 +86,22 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *, map_location: str = "cpu", **options: Any
     ) -> Self:
-        """Load a folder written by `save_pretrained`, or a repository on the Hub with `options` of `hf_hub_download`.
+        """Load a run folder, a folder written by `save_pretrained`, a file of released weights, or a Hub repository.
 
+        options: revision, subfolder, token, cache_dir, local_files_only and force_download, as of huggingface_hub.
         ValueError naming the file that is missing, damaged, or does not fit. (The method of `ModelHubMixin` would read
         the configuration without these checks.)
         """
-        if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
-            known = ", ".join(("map_location", *_HUB_OPTIONS))
-            raise ValueError(f"from_pretrained does not know {', '.join(unknown)}; it takes {known}")
-        source = str(pretrained_model_name_or_path)
-        config_path, weights_path, card = _local_files(source) or _hub_files(source, options)
-        model = cls.from_config_and_state(read_model_config(config_path), load_state(weights_path), weights_path)
-        model.card = card
-        return model.to(map_location).eval()
+        check_hub_options(options, ("map_location",))
+        config, state, path = read_network(pretrained_model_name_or_path, **options)
+        model = cls.from_config_and_state(config, state, path)
+        card = path.with_name(CARD_FILE)
+        if path.with_name(CONFIG_FILE).is_file() and card.is_file():  # else the card is not that of this file
+            model.card = card.read_text(encoding="utf-8")
+        try:
+            return model.to(map_location).eval()
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"map_location {map_location!r}: {str(error).splitlines()[0]}") from None
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, branch: str | None = None, **options: Any) -> str:
         """Like `ModelHubMixin.push_to_hub`, but what people wrote into the card of the repository is kept."""
@@ -110,67 +114,168 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         return ModelCard(merge_cards(existing, readdress(card, repo_id)), ignore_metadata_errors=True)
 
 
-def _local_files(source: str) -> tuple[Path, Path, str | None] | None:
-    """Files of config and weights, and the card, in a folder; None when `source` is no folder."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: it is not a saved MMAudio model")
-    card = folder / CARD_FILE
-    return folder / CONFIG_FILE, folder / WEIGHTS_FILE, card.read_text(encoding="utf-8") if card.is_file() else None
-
-
-def _hub_files(repo_id: str, given: Mapping[str, Any]) -> tuple[Path, Path, str | None]:
-    """As `_local_files`, downloaded from the Hub or its cache with the options of `from_pretrained`."""
-    options = dict(given)
-    if not options.get("local_files_only"):
-        check_file_names(repo_id, options.get("revision"), options.get("token"))
-    with hub_errors(repo_id):
-        config = Path(hf_hub_download(repo_id, CONFIG_FILE, **options))
-        options["revision"] = config.parent.name  # its commit: another push may come between the downloads
-        weights = Path(hf_hub_download(repo_id, WEIGHTS_FILE, **options))
-        try:
-            card = Path(hf_hub_download(repo_id, CARD_FILE, **options)).read_text(encoding="utf-8")
-        except EntryNotFoundError:  # no card, or none in the cache of a machine that is offline
-            card = None
-    return config, weights, card
-
-
 def read_model_config(path: str | Path) -> ModelConfig:
     """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
     return model_config(read_json(path), path)
 
 
-def find_pretrained(source: str | os.PathLike, *, revision: str | None = None) -> Path:
+def check_hub_options(options: Mapping[str, Any], others: Sequence[str] = ()) -> None:
+    """ValueError for options that are neither in `others` nor of those that say what is downloaded, and how."""
+    if unknown := sorted(set(options) - set(_HUB_OPTIONS)):
+        hint = "; choose the device by device=" if "device_map" in unknown and "device" in others else ""
+        known = ", ".join((*others, *_HUB_OPTIONS))
+        raise ValueError(f"from_pretrained does not know {', '.join(unknown)}; it takes {known}{hint}")
+
+
+def read_network(source: str | os.PathLike, **options: Any) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
+    """Configuration, tensors and file of a network: what `find_pretrained` takes, or a file of released weights.
+
+    ValueError naming what is missing or does not fit.
+    """
+    if not is_weights_file(source):
+        folder = find_pretrained(source, **options)
+        return read_model_config(folder / CONFIG_FILE), load_state(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
+    from mmaudio_hf.models.convert import infer_config  # it imports the network, which imports this module
+
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(f"{source} is a file, for which {', '.join(given)} is without meaning: leave it out")
+    state = {name: value for name, value in load_state(source, key="weights").items() if name not in DERIVED_TENSORS}
+    return infer_config(state, source), state, Path(source)
+
+
+def is_weights_file(source: str | os.PathLike) -> bool:
+    """Whether `source` is a file, or is called as a file of weights is."""
+    return isinstance(source, str | os.PathLike) and (Path(source).is_file() or Path(source).suffix in WEIGHTS_ENDINGS)
+
+
+def find_pretrained(
+    source: str | os.PathLike, *, revision: str | None = None, subfolder: str = "", **options: Any
+) -> Path:
     """Folder with config.json and model.safetensors: of a run, a checkpoint, itself, or downloaded from the Hub.
 
-    On the Hub it is owner/name[@revision], or `revision` names that. ValueError naming what is missing, and
-    ConnectionError when the Hub cannot be reached and its cache does not hold the model.
+    On the Hub it is owner/name[@revision], or `revision` names that; `options` are those of `snapshot_download`.
+    ValueError naming what is missing, and ConnectionError when the Hub cannot be reached and its cache does not hold
+    the model.
     """
-    folder = Path(source)
-    if folder.is_dir():
+    folder = _check_source(source, subfolder)
+    if Path(source).is_dir():
         for candidate in (folder, folder / "pretrained_model", folder / "last" / "pretrained_model"):
             if (candidate / CONFIG_FILE).is_file() and (candidate / WEIGHTS_FILE).is_file():
                 return candidate
-        raise ValueError(
-            f"{folder} holds no trained network: give a run folder with a checkpoint, a checkpoint,"
-            f" or a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    if folder.is_absolute() or str(source).startswith(".") or str(source).partition("@")[0].count("/") != 1:
+        names = [str(path.relative_to(folder)) for path in (*folder.glob("*.*"), *folder.glob("weights/*.*"))]
+        raise ValueError(f"{folder} holds no trained network: {_what_is_missing(names)}")
+    path, names = _download(str(source), revision, subfolder, PUBLISHED_FILES, options)
+    if not all((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        missing = _what_is_missing(names, f"fetch one by `hf download {source} FILE` and ")
+        where = f", folder {subfolder}," if subfolder else ""
+        raise ValueError(f"Hub repository {source}{where} holds no network: {missing}")
+    return path
+
+
+def _check_source(source: Any, subfolder: str | None) -> Path:
+    """The folder that the two name, if it is one here; ValueError for what is no name."""
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ValueError(f"source: give a folder or a Hub id (owner/name), not {source!r}")
+    inside = PurePosixPath(subfolder or ".")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ValueError(f"subfolder {subfolder!r} must be a folder inside {source}")
+    return Path(source) / inside
+
+
+def _download(
+    source: str, revision: str | None, subfolder: str, patterns: Sequence[str], options: Mapping[str, Any]
+) -> tuple[Path, list[str]]:
+    """A folder with those of the `patterns` files that a repository has, and the names of all its files."""
+    parent = Path(source).parent
+    if Path(source).is_absolute() or source.startswith(".") or source.partition("@")[0].count("/") != 1:
         raise ValueError(f"{source} is neither a folder nor a Hub id (owner/name)")
-    if folder.parent.is_dir():
-        raise ValueError(f"{source}: no such run folder ({folder.parent} is a folder, so the Hub was not searched)")
-    repo, named = split_hub_id(str(source))
+    if parent.is_dir():
+        raise ValueError(f"{source}: no such run folder ({parent} is a folder, so the Hub was not searched)")
+    repo, named = split_hub_id(source)
     if revision and named:
         raise ValueError(f"{source} names a revision, and revision={revision} is another: give one of them")
-    check_file_names(repo, revision or named)
+    offline = options.get("local_files_only")
+    names = [] if offline else check_file_names(repo, revision or named, options.get("token"))
+    files = [f"{subfolder}/{name}" if subfolder else name for name in patterns]
     with hub_errors(repo):
-        downloaded = Path(snapshot_download(repo, revision=revision or named, allow_patterns=list(PUBLISHED_FILES)))
-    if not all((downloaded / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        raise ValueError(f"Hub repository {repo} holds no network: it has no {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return downloaded
+        path = Path(snapshot_download(repo, revision=revision or named, allow_patterns=files, **options))
+    return path / (subfolder or ""), names
+
+
+def _what_is_missing(names: Iterable[str], fetch: str = "") -> str:
+    """Second half of a message on a folder with files called `names`; released weights alone can be converted."""
+    files = sorted(name for name in names if PurePosixPath(name).suffix in WEIGHTS_ENDINGS)
+    text = f"it has no {CONFIG_FILE} and {WEIGHTS_FILE}"
+    if not files or WEIGHTS_FILE in files:
+        return f"{text}; give a run folder with a checkpoint, a checkpoint, or a folder with these two"
+    listed = f"{', '.join(files[:5])}{' ...' if len(files) > 5 else ''}"
+    return f"{text}, but {listed}: {fetch}give that file, or convert it by `mmaudio-hf weights convert FILE FOLDER`"
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def find_adapter(
+    source: str | os.PathLike, *, revision: str | None = None, subfolder: str = "", **options: Any
+) -> Path:
+    """Folder with an adapter in peft's format: itself, of a run or checkpoint, or downloaded; see `find_pretrained`."""
+    folder = _check_source(source, subfolder)
+    candidates = [folder, folder / "adapter", folder / "last" / "adapter"]
+    if not Path(source).is_dir():
+        candidates = [_download(str(source), revision, subfolder, ADAPTER_FILES, options)[0]]
+    for candidate in candidates:
+        if all((candidate / name).is_file() for name in ADAPTER_FILES):
+            return candidate
+    raise ValueError(f"{source} holds no adapter: it has no {' and '.join(ADAPTER_FILES)}")
+
+
+@torch.no_grad()
+def merge_adapters(
+    model: nn.Module, adapters: Sequence[tuple[Path, float]], originals: dict[str, torch.Tensor]
+) -> None:
+    """Merge adapters, each with a scale, into the weights of `model`, in place of those that are merged now.
+
+    `originals` keeps the weights without adapters by name, on the CPU, from one call to the next: to subtract what was
+    added would leave rounding. ValueError naming the folder of an adapter that does not fit, or without peft.
+    """
+    for name, value in originals.items():
+        model.get_parameter(name).copy_(value)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for folder, scale in adapters:
+        try:
+            _merge_adapter(model, folder, scale, originals)
+        finally:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trainable)
+
+
+def _merge_adapter(model: nn.Module, folder: Path, scale: float, originals: dict[str, torch.Tensor]) -> None:
+    try:
+        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise ValueError("adapters need peft: run `pip install 'mmaudio-hf[lora]'`") from None
+
+    names, state = set(dict(model.named_parameters())), load_state(folder / ADAPTER_FILES[1])
+    wrapped: Any = None
+    try:
+        wrapped = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
+        result: Any = set_peft_model_state_dict(wrapped, state)
+        unknown = result.unexpected_keys
+        loaded = {name.replace(".weight", "") for name in state}
+        layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        if unknown or len(loaded) != len(state) or not layers:
+            raise ValueError(f"its tensors, as {sorted(unknown)[:2]}, are not those that its configuration describes")
+        for name, layer in layers.items():
+            if f"{name}.weight" in names and f"{name}.weight" not in originals:
+                originals[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu().clone()
+            layer.set_scale("default", scale)
+        wrapped.merge_and_unload()
+    except Exception as error:  # peft raises what torch, json and its own checks raise
+        if wrapped is not None:
+            wrapped.unload()
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{folder}: the adapter does not fit: {reason[0] if reason else error!r}") from error
 
 
 # --- the card of a model of which only its sizes are known -----------------------------------------------------------

@@ -18,16 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, read_json
-from mmaudio_hf.models.convert import check_sizes, infer_config
+from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.models.pretrained import (
-    CONFIG_FILE,
-    DERIVED_TENSORS,
-    ENCODERS_FILE,
-    WEIGHTS_FILE,
-    find_pretrained,
-    read_model_config,
-)
+from mmaudio_hf.models.pretrained import DERIVED_TENSORS, ENCODERS_FILE, read_network
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.weights import load_state
 
@@ -97,14 +90,9 @@ def read_pretrained(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], 
 
     ValueError naming what is missing or does not fit.
     """
-    path = Path(source)
-    if path.is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
-        state = without_derived(load_state(path, key="weights"))
-        return infer_config(state, path), state, path
-    if (path / ADAPTER_CONFIG).is_file():
-        return read_adapter(path)
-    folder = find_pretrained(source)
-    return read_model_config(folder / CONFIG_FILE), load_state(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        return read_adapter(Path(source))
+    return read_network(source)
 
 
 # --- Frozen parameters -----------------------------------------------------------------------------------------------
