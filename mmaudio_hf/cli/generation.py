@@ -30,7 +30,7 @@ SUMMARY_NAMES = {
 def add_commands(add: Add) -> None:
     """`generate`, `demo` and `report`."""
     generate = add("generate", _generate, "generate audio for videos, images and texts")
-    generate.add_argument("--run", required=True, help="run folder, pretrained_model folder or Hub id")
+    generate.add_argument("--run", required=True, help="run folder, pretrained_model folder, Hub id or released file")
     generate.add_argument("--video", type=Path, help="video to generate audio for")
     generate.add_argument("--image", type=Path, help="image to generate audio for")
     generate.add_argument("--folder", type=Path, help="folder of videos and images, or of those in --list")
@@ -51,10 +51,12 @@ def add_commands(add: Add) -> None:
     )
     generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
     generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0, help="a number, or random: one is drawn and printed")
+    generate.add_argument("--lora", metavar="DIR", action="append", default=[], help="adapter to add; may be repeated")
+    generate.add_argument("--lora-scale", type=float, action="append", default=[], help="of each adapter (default 1)")
     generate.add_argument("--batch-size", type=int, default=8, help="clips or windows generated at once (default 8)")
-    generate.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
-    generate.add_argument("--device", default="auto")
+    generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N, mps (default auto)")
     rules = ("timestamps", "reference")
     generate.add_argument("--alignment", choices=rules, help="how frames are read; default: as for training")
     generate.add_argument(
@@ -102,10 +104,12 @@ def _generate(options: argparse.Namespace) -> None:
     pipeline = _pipeline(options)
     texts = {"prompt": options.prompt, "negative_prompt": options.negative_prompt}
     request = Request(video=options.video, image=options.image, **texts)
-    with contextlib.closing(pipeline.generate([request], options.batch_size, **_sampling(options))) as results:
+    sampling = {"progress": True, **_sampling(options)}
+    with contextlib.closing(pipeline.generate([request], options.batch_size, **sampling)) as results:
         result = next(results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    notes = [result.note, save_with_note(result, options.out, video=options.video)]
+    drawn = f"seed {result.seed}" if options.seed is None else ""
+    notes = [drawn, result.note, save_with_note(result, options.out, video=options.video)]
     seconds = len(result.waveform) / result.sample_rate
     print("; ".join([f"{options.out}: {seconds:.2f} s at {result.sample_rate} Hz", *filter(None, notes)]))
 
@@ -137,7 +141,7 @@ def _generate_many(options: argparse.Namespace) -> None:
     if options.list is not None:
         entries = read_list(options.list, options.folder)
     else:
-        entries = read_folder(options.folder, options.prompt, options.negative_prompt)
+        entries = read_folder(options.folder, options.prompt, options.negative_prompt, warn)
     check_out_dir(options.out, entries)  # before the network is loaded
     report = generate_files(
         _pipeline(options, share.local_rank),
@@ -159,7 +163,22 @@ def _pipeline(options: argparse.Namespace, local_rank: int = 0) -> "MMAudioPipel
 
     device = pick_device(options.device, local_rank)
     settings = {"precision": options.precision, "alignment": options.alignment}
-    return MMAudioPipeline.from_pretrained(options.run, device=device, **settings)
+    scales = options.lora_scale or [1.0] * len(options.lora)
+    if len(scales) != len(options.lora):
+        raise ValueError(f"--lora is given {len(options.lora)} times, --lora-scale {len(scales)} times: one for each")
+    pipeline = MMAudioPipeline.from_pretrained(options.run, device=device, **settings)
+    for adapter, scale in zip(options.lora, scales, strict=True):
+        pipeline.load_lora_weights(adapter, scale)
+    return pipeline
+
+
+def _seed(text: str) -> int | None:
+    if text == "random":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor random") from None
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from mmaudio_hf.schema import check_id
 
 VERSION = 1  # part of every key: raise it when the same request gives other audio
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# A folder to generate for may hold more than those that are extracted from.
+MOVING = (*VIDEO_ENDINGS, ".gif", ".mts", ".m2ts", ".ogv", ".asf", ".vob", ".mxf")
 ENDINGS = (".wav", ".flac", *VIDEO_FORMATS)
 _TEXTS = ("prompt", "caption", "label")
 _OPTIONAL = ("video", "image", *_TEXTS, "negative_prompt", "duration", "seed")
@@ -59,20 +61,28 @@ class FilesReport:
         return f"{self.out_dir}: {self.generated} of {self.listed} generated{kept}{rejected}"
 
 
-def read_folder(folder: str | os.PathLike, prompt: str = "", negative_prompt: str = "") -> list[Entry]:
-    """The videos and images of a folder, by name; their ids are the names without suffix. ValueError if none."""
+def read_folder(
+    folder: str | os.PathLike, prompt: str = "", negative_prompt: str = "", log: Callable[[str], None] = print
+) -> list[Entry]:
+    """The videos and images of a folder, by name; their ids are the names without suffix. ValueError if none.
+
+    log: gets a line on the files that are neither.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with videos or images")
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    paths = [path for path in paths if path.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS)]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    paths = [path for path in files if path.suffix.lower() in (*MOVING, *IMAGE_ENDINGS)]
     paths.sort(key=lambda path: path.suffix.lower() in IMAGE_ENDINGS)  # of the same name, the video comes first
     if not paths:
-        raise ValueError(f"{folder}: no videos or images; looked for {' '.join((*VIDEO_ENDINGS, *IMAGE_ENDINGS))}")
+        raise ValueError(f"{folder}: no videos or images; looked for {' '.join((*MOVING, *IMAGE_ENDINGS))}")
+    if others := [path.name for path in files if path not in paths]:
+        names = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+        log(f"{folder}: {len(others)} other files are left out: {names}; a list may name them")
     entries: list[Entry] = []
     first: dict[str, Path] = {}
     for path in paths:
-        video, image = (path, None) if path.suffix.lower() in VIDEO_ENDINGS else (None, path)
+        video, image = (path, None) if path.suffix.lower() in MOVING else (None, path)
         request = Request(path.stem, video, image, prompt, negative_prompt)
         entry = Entry(path.stem, request)
         if first.setdefault(path.stem, path) is not path:
@@ -159,12 +169,14 @@ def generate_files(
     """Generate what is not complete yet of a shard of the entries; `options` are those of `pipeline.generate`.
 
     ending: suffix of the results; where there is no video to show, .mp4 and .mkv become .wav. ValueError for wrong
-    settings, missing weights and a folder with media of the entries, OSError for one that cannot be written, before any
-    work; OSError when the disk is full: complete results are kept.
+    settings (no seed is one), missing weights and a folder with media of the entries, OSError for one that cannot be
+    written, before any work; OSError when the disk is full: complete results are kept.
     """
     if ending not in ENDINGS:
         raise ValueError(f"results end with {', '.join(ENDINGS)}, not {ending!r}")
     check_out_dir(out_dir, entries)
+    if options.get("seed", 0) is None:
+        raise ValueError("seed: give a number, since what is complete would have another one in the next run")
     share = share or Share()
     results = _Results(pipeline, Path(out_dir), ending, options)
     entries = [results.read_metadata(entry) for entry in entries[share.index :: share.count]]
