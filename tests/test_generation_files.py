@@ -6,22 +6,19 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import av
 import pytest
-import torch
 from forked import Command
 from odd_media import Odd, code_image, steady, truncate, write_odd
+from published import write_network
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import EncoderConfig
-from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.generation.files import generate_files, read_folder, read_list
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.container import probe
-from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity
 
 OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
@@ -29,20 +26,7 @@ OPTIONS = ("--steps", "2", "--device", "cpu", "--batch-size", "3")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A published model of 1 s."""
-    folder = tmp_path_factory.mktemp("run")
-    torch.manual_seed(0)
-    sizes = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
-    network = MMAudio.from_variant("small_16k", **sizes)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    network.set_latent_statistics(torch.full((20,), 0.1), torch.full((20,), 0.5))
-    network.save_pretrained(folder)
-    (folder / "encoders.json").write_text(json.dumps(asdict(EncoderConfig(kind="toy", weights_dir="/nowhere"))))
-    source = write_odd(folder / "source.mp4", Odd(steady(1), audio_seconds=12.0))
-    fit_toy_codec(folder, "16k", [source])
-    return folder
+    return write_network(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

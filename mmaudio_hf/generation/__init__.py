@@ -140,7 +140,7 @@ def _what(value: Any) -> str:
     """A wrong value for a message; arrays by their shape."""
     if isinstance(value, np.ndarray | torch.Tensor):
         return f"a {type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

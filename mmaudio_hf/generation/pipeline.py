@@ -66,11 +66,12 @@ from mmaudio_hf.models.flow import VelocityFunction, sample_adaptive, sample_eul
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import (
     ENCODERS_FILE,
+    Adapter,
     check_hub_options,
-    find_adapter,
     find_pretrained,
     is_weights_file,
     merge_adapters,
+    read_adapter,
 )
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
@@ -143,7 +144,7 @@ class MMAudioPipeline:
         self.model = model.to(self.device).eval()
         self.precision, self.alignment = precision, alignment
         self.adapters: dict[str, float] = {}  # scales of the active ones
-        self._adapter_folders: dict[str, Path] = {}
+        self._loaded_adapters: dict[str, Adapter] = {}
         self._originals: dict[str, torch.Tensor] = {}  # weights that adapters changed, on the CPU
         self._source = encoders
         self._loaded: dict[str, Encoders] = {}
@@ -170,7 +171,7 @@ class MMAudioPipeline:
         encoders, alignment: in place of those saved with the model, as when the encoder files are elsewhere on this
         machine; a file of released weights has none. precision, or as `torch_dtype` or `dtype`: in which the flow
         model computes; weights stay float32. options: revision, subfolder, token, cache_dir, local_files_only,
-        force_download, as of huggingface_hub.
+        force_download, as in huggingface_hub.
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
         check_hub_options(options, ("device", "encoders", "precision", "alignment", "torch_dtype", "dtype"))
@@ -204,12 +205,12 @@ class MMAudioPipeline:
 
     def to(
         self,
-        *places: str | int | torch.device | torch.dtype,
+        *targets: str | int | torch.device | torch.dtype,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Compute on another device, in another dtype, or both; returns the pipeline. Encoders are loaded again."""
-        for value in places:
+        for value in targets:
             if isinstance(value, torch.dtype):
                 dtype = value
             elif device is None:
@@ -253,16 +254,16 @@ class MMAudioPipeline:
         It is merged into the weights with `scale` (1: as trained); see `set_adapters` for several. options: as those of
         `from_pretrained`. ValueError for an adapter that does not fit the network; the pipeline is then as before.
         """
-        name = adapter_name or f"adapter_{len(self._adapter_folders)}"
-        if name in self._adapter_folders:
+        name = adapter_name or f"adapter_{len(self._loaded_adapters)}"
+        if name in self._loaded_adapters:
             raise ValueError(f"adapter_name {name!r} is taken: choose another one")
         check_number("scale", scale, -100, 100)
         check_hub_options(options, ("scale", "adapter_name"))
-        self._adapter_folders[name] = find_adapter(source, **options)
+        self._loaded_adapters[name] = read_adapter(source, **options)
         try:
             self._merge(self.adapters | {name: float(scale)})
         except ValueError:
-            del self._adapter_folders[name]
+            del self._loaded_adapters[name]
             self._merge(self.adapters)
             raise
         return self
@@ -271,8 +272,8 @@ class MMAudioPipeline:
         """Use these of the loaded adapters alone, each with its scale; none with an empty list."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         scales = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        if unknown := [name for name in names if name not in self._adapter_folders]:
-            loaded = ", ".join(self._adapter_folders) or "none"
+        if unknown := [name for name in names if name not in self._loaded_adapters]:
+            loaded = ", ".join(self._loaded_adapters) or "none"
             raise ValueError(f"adapter_names: {unknown[0]!r} is not loaded; loaded: {loaded}")
         if len(scales) != len(names):
             raise ValueError(f"adapter_weights has {len(scales)} numbers for {len(names)} adapters")
@@ -283,11 +284,11 @@ class MMAudioPipeline:
     def unload_lora_weights(self) -> None:
         """Drop all adapters: the weights are, to the bit, what they were without."""
         self._merge({})
-        self._adapter_folders.clear()
+        self._loaded_adapters.clear()
 
     def _merge(self, adapters: dict[str, float]) -> None:
         with self._lock:
-            active = [(self._adapter_folders[name], scale) for name, scale in adapters.items() if scale]
+            active = [(self._loaded_adapters[name], scale) for name, scale in adapters.items() if scale]
             merge_adapters(self.model, active, self._originals)
             self.adapters, self._model_hash = adapters, ""
 
@@ -675,9 +676,9 @@ def _precision_of(name: str, dtype: torch.dtype | str | None) -> str:
     """Name in DTYPES of a dtype, or of its name as in "float16"; "" for None and "auto"."""
     if dtype in (None, "auto"):
         return ""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     for precision, known in DTYPES.items():
-        if found is known or dtype == precision:
+        if named is known or dtype == precision:
             return precision
     raise ValueError(f"{name} {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
 

@@ -3,10 +3,12 @@
 `PretrainedModel` gives the model its `from_pretrained`, `save_pretrained`, `push_to_hub` and `load_released`.
 """
 
+import copy
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -88,7 +90,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
     ) -> Self:
         """Load a run folder, a folder written by `save_pretrained`, a file of released weights, or a Hub repository.
 
-        options: revision, subfolder, token, cache_dir, local_files_only and force_download, as of huggingface_hub.
+        options: revision, subfolder, token, cache_dir, local_files_only and force_download, as in huggingface_hub.
         ValueError naming the file that is missing, damaged, or does not fit. (The method of `ModelHubMixin` would read
         the configuration without these checks.)
         """
@@ -215,67 +217,83 @@ def _what_is_missing(names: Iterable[str], fetch: str = "") -> str:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def find_adapter(
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as peft writes it, read from `folder`."""
+
+    folder: Path
+    config: Any  # PeftConfig
+    state: dict[str, torch.Tensor]
+
+
+def read_adapter(
     source: str | os.PathLike, *, revision: str | None = None, subfolder: str = "", **options: Any
-) -> Path:
-    """Folder with an adapter in peft's format: itself, of a run or checkpoint, or downloaded; see `find_pretrained`."""
+) -> Adapter:
+    """An adapter of a folder, a run or a checkpoint, or downloaded as by `find_pretrained`.
+
+    ValueError naming what is missing or damaged, and without peft.
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError:
+        raise ValueError("adapters need peft: run `pip install 'mmaudio-hf[lora]'`") from None
     folder = _check_source(source, subfolder)
     candidates = [folder, folder / "adapter", folder / "last" / "adapter"]
     if not Path(source).is_dir():
         candidates = [_download(str(source), revision, subfolder, ADAPTER_FILES, options)[0]]
-    for candidate in candidates:
-        if all((candidate / name).is_file() for name in ADAPTER_FILES):
-            return candidate
-    raise ValueError(f"{source} holds no adapter: it has no {' and '.join(ADAPTER_FILES)}")
+    complete = [path for path in candidates if all((path / name).is_file() for name in ADAPTER_FILES)]
+    if not complete:
+        raise ValueError(f"{source} holds no adapter: it has no {' and '.join(ADAPTER_FILES)}")
+    config, weights = (complete[0] / name for name in ADAPTER_FILES)
+    read_json(config)
+    try:
+        return Adapter(complete[0], PeftConfig.from_pretrained(str(complete[0])), load_state(weights))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{config} is not the configuration of an adapter ({error})") from error
 
 
 @torch.no_grad()
 def merge_adapters(
-    model: nn.Module, adapters: Sequence[tuple[Path, float]], originals: dict[str, torch.Tensor]
+    model: nn.Module, adapters: Sequence[tuple[Adapter, float]], originals: dict[str, torch.Tensor]
 ) -> None:
     """Merge adapters, each with a scale, into the weights of `model`, in place of those that are merged now.
 
     `originals` keeps the weights without adapters by name, on the CPU, from one call to the next: to subtract what was
-    added would leave rounding. ValueError naming the folder of an adapter that does not fit, or without peft.
+    added would leave rounding. ValueError naming the folder of an adapter that does not fit.
     """
     for name, value in originals.items():
         model.get_parameter(name).copy_(value)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for folder, scale in adapters:
+    for adapter, scale in adapters:
         try:
-            _merge_adapter(model, folder, scale, originals)
+            _merge_adapter(model, adapter, scale, originals)
         finally:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trainable)
 
 
-def _merge_adapter(model: nn.Module, folder: Path, scale: float, originals: dict[str, torch.Tensor]) -> None:
-    try:
-        from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        raise ValueError("adapters need peft: run `pip install 'mmaudio-hf[lora]'`") from None
+def _merge_adapter(model: nn.Module, adapter: Adapter, scale: float, originals: dict[str, torch.Tensor]) -> None:
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
-    names, state = set(dict(model.named_parameters())), load_state(folder / ADAPTER_FILES[1])
     wrapped: Any = None
     try:
-        wrapped = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
-        result: Any = set_peft_model_state_dict(wrapped, state)
-        unknown = result.unexpected_keys
-        loaded = {name.replace(".weight", "") for name in state}
+        wrapped = PeftModel(model, copy.deepcopy(adapter.config))
+        result: Any = set_peft_model_state_dict(wrapped, adapter.state)
         layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-        if unknown or len(loaded) != len(state) or not layers:
-            raise ValueError(f"its tensors, as {sorted(unknown)[:2]}, are not those that its configuration describes")
+        missing = [name for name in result.missing_keys if "lora_" in name]
+        if result.unexpected_keys or missing or not layers:
+            differences = sorted([*result.unexpected_keys, *missing])[:2]
+            raise ValueError(f"its configuration and its tensors differ in {', '.join(differences) or 'all layers'}")
         for name, layer in layers.items():
-            if f"{name}.weight" in names and f"{name}.weight" not in originals:
-                originals[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu().clone()
+            originals.setdefault(f"{name}.weight", layer.get_base_layer().weight.detach().cpu().clone())
             layer.set_scale("default", scale)
         wrapped.merge_and_unload()
-    except Exception as error:  # peft raises what torch, json and its own checks raise
+    except Exception as error:  # peft raises what torch and its own checks raise
         if wrapped is not None:
             wrapped.unload()
         reason = str(error).strip().splitlines()
-        raise ValueError(f"{folder}: the adapter does not fit: {reason[0] if reason else error!r}") from error
+        raise ValueError(f"{adapter.folder}: the adapter does not fit: {(reason or [repr(error)])[0]}") from error
 
 
 # --- the card of a model of which only its sizes are known -----------------------------------------------------------
