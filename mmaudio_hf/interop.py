@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
+from mmaudio_hf.data.noise import NOISE_VERSION
 from mmaudio_hf.models.convert import infer_config, reference_order, trainable
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import WEIGHTS_FILE, read_network
@@ -73,7 +74,7 @@ def import_checkpoint(
     model = trainable_model(recipe, infer_config(weights, file), weights, file)
     ema = PostHocEMA(model, recipe.ema.sigma_rels, recipe.ema.update_every)
     optimizer, notes, step, skipped = build_optimizer(model, recipe.optim), [], 0, 0
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"depends_on": {"noise": NOISE_VERSION}}  # on which data it was trained is not known
     if isinstance(content, Mapping) and isinstance(content.get("optimizer"), Mapping):
         moments, updates = _moments(content["optimizer"], list(weights), model, file)
         load_optimizer_tensors(model, optimizer, moments)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Command
 from safetensors.torch import save_file
 from toy_stores import recipe_tree, write_recipe, write_store
 from training_runs import (
@@ -37,10 +40,9 @@ from training_runs import (
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import Recipe, load_recipe, to_dict
 from mmaudio_hf.data.mixture import open_mixture
-from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.training import resume
 from mmaudio_hf.training.checkpoint import TrainingState
-from mmaudio_hf.training.resume import check_same_run
+from mmaudio_hf.training.resume import check_same_run, dependencies
 
 # --- killed and interrupted runs -------------------------------------------------------------------------------------
 
@@ -170,7 +172,8 @@ def saved(tmp_path) -> tuple[Recipe, TrainingState]:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_tree(tmp_path / "here")))
     recipe = load_recipe(tmp_path / "recipe.yaml")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
-    return recipe, TrainingState(4, {}, {"recipe": to_dict(recipe), "stores": hashes(recipe)})
+    metadata = json.loads(json.dumps({"recipe": to_dict(recipe), "depends_on": depends_on(recipe)}))
+    return recipe, TrainingState(4, {}, metadata)
 
 
 def with_stores(recipe: Recipe, folder: Path) -> Recipe:
@@ -179,48 +182,133 @@ def with_stores(recipe: Recipe, folder: Path) -> Recipe:
     return replace(recipe, data=replace(recipe.data, train=stores))
 
 
-def hashes(recipe: Recipe) -> list[str | None]:
-    mixture = open_mixture(recipe.data.train, recipe.model)
-    content_hashes = [store.content_hash for store in mixture.stores]
-    mixture.close()
-    return content_hashes
+def depends_on(recipe: Recipe) -> dict:
+    mixtures = [open_mixture(split, recipe.model) for split in (recipe.data.train, recipe.data.validation)]
+    found = dependencies(*mixtures, torch.device("cpu"))
+    for mixture in mixtures:
+        mixture.close()
+    return found
+
+
+def check(recipe: Recipe, state: TrainingState, allow_changes: bool = False) -> list[str]:
+    """What `check_same_run` logs."""
+    logged: list[str] = []
+    check_same_run(recipe, depends_on(recipe), state, allow_changes, logged.append)
+    return logged
+
+
+def replace_store(path: Path, rows: int, **how) -> None:
+    for old in path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    write_store(path, rows, **how)
 
 
 def test_stores_may_move(saved, tmp_path):
     recipe, state = saved
     moved = with_stores(recipe, tmp_path / "there")
-    check_same_run(moved, hashes(moved), state, False, pytest.fail)
-    other = replace(moved, seed=8)
+    assert check(moved, state) == []
     with pytest.raises(ValueError, match=r"- seed: 7\n  \+ seed: 8$"):
-        check_same_run(other, hashes(other), state, False, pytest.fail)
+        check(replace(moved, seed=8), state)
     repeats = tuple(replace(store, repeats=3.0) for store in moved.data.train)
-    other = replace(moved, data=replace(moved.data, train=repeats))
     with pytest.raises(ValueError, match=r"\+ data\.train: .*'repeats': 3\.0"):
-        check_same_run(other, hashes(other), state, False, pytest.fail)
+        check(replace(moved, data=replace(moved.data, train=repeats)), state)
 
 
-def test_stores_may_not_change(saved, tmp_path):
+@pytest.mark.parametrize("name", ["audios", "held_out"])
+@pytest.mark.parametrize("rows", [-1, 0, 2])
+def test_a_store_that_was_made_anew_at_its_path_is_noticed(saved, tmp_path, name, rows):
+    """With rows less, rows more, or as many of them; of training or of validation."""
     recipe, state = saved
-    moved = with_stores(recipe, tmp_path / "there")
-    for path in (tmp_path / "there").glob("audios*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_store(tmp_path / "there" / "audios", 8, video=False, seed=5)
-    with pytest.raises(ValueError, match=r"put them back.*\n  - data\.train: .*here.*\n  \+ data\.train: .*there"):
-        check_same_run(moved, hashes(moved), state, False, pytest.fail)
+    count = {"audios": 8, "held_out": 5}[name]
+    replace_store(tmp_path / "here" / name, count + rows, video=name != "audios", seed=5)
+    key = {"audios": "data.train.1", "held_out": "data.validation.0"}[name]
+    path = re.escape(str(tmp_path / "here" / name))
+    lines = rf"  - {key} \({path}\): {count} rows, content \w{{12}}\n  \+ .*: {count + rows} rows, content \w{{12}}$"
+    with pytest.raises(ValueError, match=f"--allow-changes\n{lines}") as refused:
+        check(recipe, state)
+    [logged] = check(recipe, state, allow_changes=True)
+    assert logged.splitlines()[1:] == str(refused.value).splitlines()[1:]
+    there = replace(recipe.data.validation[0], path=str(tmp_path / "there" / "held_out"))
+    chosen = replace(recipe, data=replace(recipe.data, validation=(there,)))
+    if name == "held_out":  # another store for validation that somebody names is their choice, and is shown
+        assert "+ data.validation: " in check(chosen, state)[0]
 
 
-def test_stores_of_a_state_without_their_hashes_may_not_move(saved, tmp_path):
-    recipe, _ = saved
-    state = TrainingState(4, {}, {"recipe": to_dict(recipe)})
-    with pytest.raises(ValueError, match=r"\+ data\.train"):
-        check_same_run(with_stores(recipe, tmp_path / "other"), hashes(recipe), state, False, pytest.fail)
+def test_a_run_goes_on_with_other_data_when_it_is_told_to(tmp_path):
+    recipe = write_recipe(tmp_path, "swapped")
+    assert train(recipe, "training.steps=6").returncode == 0
+    replace_store(tmp_path / "audios", 6, video=False, seed=5)
+    result = train(recipe, "training.steps=7")
+    changed = re.escape(f"data.train.1 ({tmp_path / 'audios'}): ")
+    assert result.returncode == 2 and re.search(rf"\n  - {changed}8 rows.*\n  \+ {changed}6 rows", result.stderr)
+    replayed = Command("replay-step", str(run_dir(recipe)), "5").result()
+    assert "warning: this is not the step that was trained:\n  - data.train.1" in replayed.stderr
+    assert train(recipe, "training.steps=7", "--allow-changes").returncode == 0
+    assert train(recipe, "training.steps=8").returncode == 0  # the checkpoint has seen them now
 
 
-def test_a_store_without_a_manifest_is_identified_by_its_path_alone(tmp_path):
-    write_store(tmp_path / "a", 3)
-    assert len(FeatureStore.open(tmp_path / "a").content_hash) == 64
-    (tmp_path / "a.manifest.json").unlink()
-    assert FeatureStore.open(tmp_path / "a").content_hash is None
+def test_a_store_without_a_manifest_is_identified_by_samples_of_it(saved, tmp_path):
+    recipe, state = saved
+    for folder in ("here", "there"):
+        (tmp_path / folder / "videos.manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"data\.train\.0 .*24 rows, content"):  # its checksums are not known any more
+        check(recipe, state)
+    state.metadata["depends_on"]["data.train.0"] = depends_on(recipe)["data.train.0"]
+    assert check(with_stores(recipe, tmp_path / "there"), state) == []
+    os.utime(tmp_path / "here" / "videos" / "mean.memmap")
+    assert check(recipe, state) == []
+    values = np.memmap(tmp_path / "here" / "videos" / "std.memmap", dtype=np.float32, mode="r+")
+    values[-1] += 1
+    values.flush()
+    with pytest.raises(ValueError, match=r"data\.train\.0"):
+        check(recipe, state)
+
+
+def test_encoders_are_named_where_others_made_the_features(saved):
+    recipe, state = saved
+    state.metadata["depends_on"]["data.train.1"]["encoders"] = {"toy": "tensors ab12"}
+    with pytest.raises(ValueError, match=r"8 rows, content \w{12}, toy encoder tensors ab12\n.*, toy encoder 0$"):
+        check(recipe, state)
+
+
+def test_random_inputs_and_code_are_those_of_the_checkpoint(saved, monkeypatch, tmp_path):
+    recipe, state = saved
+    monkeypatch.setattr(resume, "NOISE_VERSION", 99)
+    with pytest.raises(ValueError, match=r"- random inputs of a seed: version \d+\n  \+ .*: version 99$"):
+        check(recipe, state)
+    monkeypatch.undo()
+    room = tmp_path / "package" / "training"
+    shutil.copytree(Path(resume.__file__).parents[1], room.parent)
+    monkeypatch.setattr(resume, "__file__", str(room / "resume.py"))
+    with open(room.parent / "training" / "step.py", "a") as file:
+        file.write("\n# a comment\n")
+    assert check(recipe, state) == []
+    with open(room.parent / "data" / "sampler.py", "a") as file:
+        file.write("SWAPPED = True\n")
+    with pytest.raises(ValueError, match=r"- code of the numbers: \w{12}\n  \+ code of the numbers: \w{12}$"):
+        check(recipe, state)
+    assert all((Path(__file__).parents[1] / "mmaudio_hf" / name).is_file() for name in resume.CODE)
+
+
+def test_what_changes_rounding_alone_is_said(saved):
+    recipe, state = saved
+    state.metadata["depends_on"]["rounding"]["torch"] = "2.0.0"
+    [logged] = check(recipe, state)
+    assert "- rounding: torch 2.0.0, numpy" in logged
+
+
+def test_a_state_of_an_earlier_version_knows_some_contents_and_other_noise(saved, tmp_path):
+    recipe, state = saved
+    contents = [state.metadata["depends_on"][f"data.train.{i}"]["content"] for i in (0, 1)]
+    early = TrainingState(4, {}, {"recipe": to_dict(recipe), "stores": contents})
+    with pytest.raises(ValueError, match=r"allow-changes\n  - random inputs of a seed: version 1\n  \+ .*version 2$"):
+        check(with_stores(recipe, tmp_path / "there"), early)
+    replace_store(tmp_path / "here" / "audios", 8, video=False, seed=5)
+    early.metadata["stores"][0] = None  # it had no manifest
+    with pytest.raises(ValueError, match=r"- data\.train\.1 .*: content \w{12}\n  \+ .*: 8 rows, content"):
+        check(recipe, early)
+    with pytest.raises(ValueError, match=r"\+ data\.train: "):  # so it may not move
+        check(with_stores(recipe, tmp_path / "there"), early)
 
 
 # --- the lock --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,7 @@ from mmaudio_hf.data.layout import (
     check_contents,
     check_sizes,
     column_file,
+    dtype_name,
     fsync_path,
     ids_hash,
     layout_columns,
@@ -54,6 +56,7 @@ from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES
 
 _BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory
 _CHUNK = 1 << 14  # elements; see _MappedColumn
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # see FeatureStore.content_hash
 
 
 class FeatureStore:
@@ -120,13 +123,34 @@ class FeatureStore:
         """Whether the rows have text features."""
         return TEXT_FEATURES in self.columns
 
-    @property
-    def content_hash(self) -> str | None:
-        """SHA-256 of the ids and of the checksums in the manifest: the same for copies of a store. None without one."""
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the ids and of every column: the same for copies of a store.
+
+        Columns are those of the manifest's checksums. Without a manifest it is sampled: types, sizes and 64 blocks of
+        4 KiB of each file, evenly spaced, first and last included. 600 GB would take an hour to read at every start.
+        """
         if self.manifest is None:
-            return None
+            return hashlib.sha256(json.dumps([ids_hash(self.ids), self._sampled_checksums()]).encode()).hexdigest()
         content = [self.manifest["ids_sha256"], sorted((k, v["sha256"]) for k, v in self.manifest["columns"].items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _sampled_checksums(self) -> list[list[Any]]:
+        checksums = []
+        for name, (column, rows) in self.contents.files.items():
+            digest, last = hashlib.sha256(), max(0, rows * column.row_bytes - _SAMPLE_BYTES)
+            with open(column_file(self.path, name), "rb") as file:
+                for i in range(_SAMPLES):
+                    digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, last * i // (_SAMPLES - 1)))
+            checksums.append([name, dtype_name(column.dtype), rows, *column.shape, digest.hexdigest()])
+        return checksums
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run notes of a store that it reads: rows, content and the fingerprints of the encoders."""
+        encoders = (self.manifest or {}).get("encoders", {})
+        fingerprints = {name: str(entry.get("fingerprint", entry)) for name, entry in encoders.items()}
+        return {"rows": len(self), "content": self.content_hash, "encoders": fingerprints}
 
     def read(self, indices: Any, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Rows `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.

@@ -212,6 +212,8 @@ def replay_step(
     run = start(replace(recipe, training=training))
     run.guard.on_skip = lambda trace: log(f"step {trace.step} is skipped, as it was")
     if state is not None:
+        if different := run.differences(state):
+            log("warning: this is not the step that was trained:\n" + "\n".join(different))
         run.load(state)
     run.prepare()
     if advance and run.step < step:

@@ -8,6 +8,7 @@ model on any number of processes. `actions` decides what follows a step, and `ch
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ from mmaudio_hf.training.optim import (
     set_learning_rate,
     step_unless_nonfinite,
 )
-from mmaudio_hf.training.resume import RunLock, find_checkpoint, open_run_dir
+from mmaudio_hf.training.resume import (
+    RunLock,
+    changed_dependencies,
+    dependencies,
+    find_checkpoint,
+    open_run_dir,
+    recorded_dependencies,
+)
 from mmaudio_hf.training.step import flow_step
 from mmaudio_hf.training.validation import Validator
 
@@ -127,7 +135,7 @@ class Run:
     def train(self, lock: RunLock, allow_changes: bool = False) -> RunResult:
         """Resume or begin, and train to the end or until a signal comes."""
         recipe, accelerator, steps = self.recipe, self.accelerator, self.recipe.training.steps
-        state = find_checkpoint(recipe, self.mixture, accelerator, lock, allow_changes)
+        state = find_checkpoint(recipe, self.depends_on, accelerator, lock, allow_changes)
         if state is not None:
             self.load(state)
         self.log.history = open_run_dir(recipe, accelerator, lock, self.step, self.ema.step, self.best.step)
@@ -163,6 +171,12 @@ class Run:
 
     # --- start ------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def depends_on(self) -> dict[str, Any]:
+        """What `resume.dependencies` says of this run."""
+        validation = None if self.validator is None else self.validator.mixture
+        return dependencies(self.mixture, validation, self.accelerator.device)
+
     def load(self, state: TrainingState) -> None:
         """Bring the run to where `state` was saved; nothing is written."""
         self.checkpointer.restore(state)
@@ -171,6 +185,10 @@ class Run:
         self.latent_statistics = tuple(value.to(self.accelerator.device) for value in statistics)
         self.step, self.guard.skipped = state.step, state.metadata["skipped"]
         self.best.restore(state.metadata.get("best"))
+
+    def differences(self, state: TrainingState) -> list[str]:
+        """What this run reads or computes otherwise than the one that saved `state`."""
+        return list(changed_dependencies(recorded_dependencies(state.metadata), self.depends_on, self.recipe).values())
 
     def prepare(self) -> None:
         """Wrap the model for its processes, after `find_checkpoint` has checked that it is the same on all of them."""
@@ -355,7 +373,7 @@ class Run:
         metadata = {
             "skipped": self.guard.skipped,
             "to_evaluate": list(to_evaluate),
-            "stores": [store.content_hash for store in self.mixture.stores],
+            "depends_on": self.depends_on,
             "best": self.best.record,
         }
         sums = self.log.running.gather() if what.checkpoint else self.log.running.sums

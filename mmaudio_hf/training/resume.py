@@ -1,18 +1,22 @@
 """Resuming a run from its newest checkpoint, with the same recipe or a changed one, by one launch at a time."""
 
 import fcntl
+import hashlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 
 from mmaudio_hf.config import Recipe, save_recipe, to_dict
 from mmaudio_hf.data.mixture import Mixture
+from mmaudio_hf.data.noise import NOISE_VERSION
 from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
@@ -39,12 +43,44 @@ HARMLESS = (
     *("training.activation_checkpointing", "training.compile", "training.early_stopping"),
     *("training.best_metric", "training.best_mode", "training.validation_combinations", "training.validation_items"),
 )
+# The modules whose code makes the numbers of a run.
+CODE = (
+    *("schema.py", "data/loader.py", "data/mixture.py", "data/noise.py", "data/sampler.py", "data/store.py"),
+    *("models/blocks.py", "models/conditioning.py", "models/flow.py", "models/network.py"),
+    *("training/ema.py", "training/finetune.py", "training/loop.py", "training/optim.py", "training/step.py"),
+    *("training/distributed.py", "training/validation.py"),
+)
+
+
+def dependencies(mixture: Mixture, validation: Mixture | None, device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run depend on besides its recipe, by name, for state.json; see docs/training.md."""
+    splits = {"train": mixture, "validation": validation}
+    stores = {
+        f"data.{name}.{i}": store.identity
+        for name, split in splits.items()
+        for i, store in enumerate(split.stores if split else ())
+    }
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    rounding = {"torch": torch.__version__, "numpy": np.__version__, "device": processor}
+    return {**stores, "noise": NOISE_VERSION, "code": code_hash(), "rounding": rounding}
+
+
+def code_hash() -> str:
+    """SHA-256 of the lines of `CODE`, except comments and empty ones."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        lines = (Path(__file__).parents[1] / name).read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        digest.update("\n".join([name, *kept, ""]).encode())
+    return digest.hexdigest()
 
 
 def find_checkpoint(
-    recipe: Recipe, mixture: Mixture, accelerator: Accelerator, lock: "RunLock", allow_changes: bool
+    recipe: Recipe, depends_on: Mapping[str, Any], accelerator: Accelerator, lock: "RunLock", allow_changes: bool
 ) -> TrainingState | None:
     """What to resume from, None for a new run; called on every process. Nothing is written: first everything must fit.
+
+    depends_on: what `dependencies` returned.
 
     ValueError, on every process, when another launch trains the run, the processes do not agree on recipe, data and
     checkpoints, or the recipe does not fit the checkpoint.
@@ -55,7 +91,7 @@ def find_checkpoint(
         raise ValueError(f"{run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto")
     check_same_everywhere(
         flat_settings(to_dict(recipe))
-        | {f"rows of {store.path}": len(store) for store in mixture.stores}
+        | {_name(key, recipe): value for key, value in depends_on.items() if key != "rounding"}
         | {f"the list of checkpoints in {run_dir}": [path.name for path in list_checkpoints(run_dir)]}
     )
     if recipe.resume != "auto":
@@ -63,8 +99,7 @@ def find_checkpoint(
     share = (accelerator.process_index, accelerator.num_processes)
     state = latest_training_state(run_dir, accelerator.print, share=share, agree=first_error)
     if state is not None:
-        hashes = [store.content_hash for store in mixture.stores]
-        check_same_run(recipe, hashes, state, allow_changes, accelerator.print)
+        check_same_run(recipe, depends_on, state, allow_changes, accelerator.print)
     return state
 
 
@@ -92,26 +127,33 @@ def open_run_dir(
 
 
 def check_same_run(
-    recipe: Recipe, stores: Sequence[str | None], state: TrainingState, allow_changes: bool, log: Callable[[str], None]
+    recipe: Recipe,
+    depends_on: Mapping[str, Any],
+    state: TrainingState,
+    allow_changes: bool,
+    log: Callable[[str], None],
 ) -> None:
-    """Show every setting that differs from those of the checkpoint as `- key: old`, `+ key: new`.
+    """Show what differs from the run of the checkpoint as `- key: old`, `+ key: new`: settings and `dependencies`.
 
-    stores: `content_hash` of each store of `data.train`, which identifies stores that have moved.
     Harmless changes are logged and used from here on. ValueError for one that alters training, unless `allow_changes`,
     and for one that the tensors of the checkpoint depend on.
     """
     if state.step > recipe.training.steps:
         raise ValueError(f"{recipe.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}")
-    if "recipe" not in state.metadata:
-        return
-    old, new = state.metadata["recipe"], to_dict(recipe)
-    if None not in stores and state.metadata.get("stores") == list(stores):
+    old, new, before = state.metadata.get("recipe"), to_dict(recipe), recorded_dependencies(state.metadata)
+    if old and _same_stores(before, depends_on):
         old = _with_paths_of(new, old)
-    changes = {key: f"  - {key}: {a}\n  + {key}: {b}" for key, (a, b) in changed_settings(old, new).items()}
+    changed = changed_settings(old, new) if old else {}
+    changes = {key: f"  - {key}: {a}\n  + {key}: {b}" for key, (a, b) in changed.items()}
+    for key, text in changed_dependencies(before, depends_on, recipe).items():
+        # Who names another store for validation means it; another one under the same name is a trap.
+        if not (key.startswith("data.validation.") and "data.validation" in changed):
+            changes[key] = text
     # Only this schedule depends on where the run ends.
     harmless = HARMLESS if recipe.optim.schedule == "poly" else (*HARMLESS, "training.steps")
     fixed = [key for key in changes if _within(key, FIXED)]
-    altering = [key for key in changes if not _within(key, (*FIXED, *harmless))]
+    altering = [key for key in changes if key in depends_on or not _within(key, (*FIXED, *harmless))]
+    altering = [key for key in altering if key != "rounding"]  # as between numbers of processes
     listed = "\n".join(changes[key] for key in (*fixed, *altering))
     if fixed:
         raise ValueError(
@@ -120,17 +162,68 @@ def check_same_run(
         )
     if altering and not allow_changes:
         raise ValueError(
-            f"{recipe.run_dir} was trained with other settings: put them back, give the new run another name, or resume"
-            f" with the new ones by --allow-changes\n{listed}"
+            f"{recipe.run_dir} was trained with other settings, data or code: put them back, give the new run another"
+            f" name, or resume with the new ones by --allow-changes\n{listed}"
         )
     if changes:
-        log(f"settings that differ from step {state.step} on:\n" + "\n".join(changes.values()))
+        log(f"what differs from step {state.step} on:\n" + "\n".join(changes.values()))
+
+
+def recorded_dependencies(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of `dependencies`; those before 2026-11 have only the contents of some stores."""
+    if "depends_on" in metadata:
+        return dict(metadata["depends_on"])
+    contents = {f"data.train.{i}": {"content": content} for i, content in enumerate(metadata.get("stores", ()))}
+    return contents | {"noise": 1}
+
+
+def changed_dependencies(old: Mapping[str, Any], new: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Lines for each of `dependencies` that differs, by its key. A store that one side lacks is a changed setting."""
+    lines = {}
+    for key in [key for key in new if key in old and _differ(old[key], new[key])]:
+        name = _name(key, recipe)
+        lines[key] = f"  - {name}: {_words(old[key], new[key])}\n  + {name}: {_words(new[key], old[key])}"
+    return lines
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two values differ in what both know."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return old != new
+    return any(_differ(old[key], new[key]) for key in old.keys() & new.keys() if old[key] is not None)
+
+
+def _same_stores(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the stores of `data.train` have the same contents, wherever they lie."""
+    contents = [[d[key].get("content") for key in d if key.startswith("data.train.")] for d in (old, new)]
+    return contents[0] == contents[1] and None not in contents[0]
 
 
 def _with_paths_of(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """The `old` settings with the paths that the stores of `data.train` have now: there are as many of them."""
     pairs = zip(old["data"]["train"], new["data"]["train"], strict=True)
     return {**old, "data": old["data"] | {"train": [a | {"path": b["path"]} for a, b in pairs]}}
+
+
+def _name(key: str, recipe: Recipe) -> str:
+    """What a message calls a dependency; settings keep their names."""
+    section, _, index = key.rpartition(".")
+    if section in ("data.train", "data.validation"):
+        return f"{key} ({getattr(recipe.data, section[5:])[int(index)].path})"
+    return {"noise": "random inputs of a seed", "code": "code of the numbers"}.get(key, key)
+
+
+def _words(value: Any, other: Any) -> str:
+    """A dependency for a message, of encoders those that the `other` side has otherwise; hashes are cut."""
+    if not isinstance(value, Mapping):
+        return value[:12] if isinstance(value, str) else f"version {value}"
+    if "content" not in value:
+        return ", ".join(f"{name} {text}" for name, text in value.items())
+    theirs = other.get("encoders", {})
+    encoders = {name: text for name, text in value.get("encoders", {}).items() if theirs.get(name, text) != text}
+    words = [f"{value['rows']} rows"] if "rows" in value else []
+    words += [f"content {value['content'][:12]}", *(f"{name} encoder {text}" for name, text in encoders.items())]
+    return ", ".join(words)
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

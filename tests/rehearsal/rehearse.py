@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class StubStore:
     """What `Run` asks of a store before anything is read."""
 
     has_video = has_text = True
-    content_hash = None
+    identity: ClassVar[dict] = {}
 
     def __init__(self, name: str):
         self.path = Path(name)
