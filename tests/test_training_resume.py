@@ -184,10 +184,10 @@ def with_stores(recipe: Recipe, folder: Path) -> Recipe:
 
 def depends_on(recipe: Recipe) -> dict:
     mixtures = [open_mixture(split, recipe.model) for split in (recipe.data.train, recipe.data.validation)]
-    found = dependencies(*mixtures, torch.device("cpu"))
+    result = dependencies(*mixtures, torch.device("cpu"))
     for mixture in mixtures:
         mixture.close()
-    return found
+    return result
 
 
 def check(recipe: Recipe, state: TrainingState, allow_changes: bool = False) -> list[str]:
@@ -216,7 +216,7 @@ def test_stores_may_move(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["audios", "held_out"])
 @pytest.mark.parametrize("rows", [-1, 0, 2])
-def test_a_store_that_was_made_anew_at_its_path_is_noticed(saved, tmp_path, name, rows):
+def test_another_store_at_the_same_path_is_an_error(saved, tmp_path, name, rows):
     """With rows less, rows more, or as many of them; of training or of validation."""
     recipe, state = saved
     count = {"audios": 8, "held_out": 5}[name]
@@ -224,17 +224,17 @@ def test_a_store_that_was_made_anew_at_its_path_is_noticed(saved, tmp_path, name
     key = {"audios": "data.train.1", "held_out": "data.validation.0"}[name]
     path = re.escape(str(tmp_path / "here" / name))
     lines = rf"  - {key} \({path}\): {count} rows, content \w{{12}}\n  \+ .*: {count + rows} rows, content \w{{12}}$"
-    with pytest.raises(ValueError, match=f"--allow-changes\n{lines}") as refused:
+    with pytest.raises(ValueError, match=f"--allow-changes\n{lines}") as caught:
         check(recipe, state)
     [logged] = check(recipe, state, allow_changes=True)
-    assert logged.splitlines()[1:] == str(refused.value).splitlines()[1:]
+    assert logged.splitlines()[1:] == str(caught.value).splitlines()[1:]
     there = replace(recipe.data.validation[0], path=str(tmp_path / "there" / "held_out"))
     chosen = replace(recipe, data=replace(recipe.data, validation=(there,)))
     if name == "held_out":  # another store for validation that somebody names is their choice, and is shown
         assert "+ data.validation: " in check(chosen, state)[0]
 
 
-def test_a_run_goes_on_with_other_data_when_it_is_told_to(tmp_path):
+def test_other_data_need_allow_changes(tmp_path):
     recipe = write_recipe(tmp_path, "swapped")
     assert train(recipe, "training.steps=6").returncode == 0
     replace_store(tmp_path / "audios", 6, video=False, seed=5)
@@ -264,7 +264,7 @@ def test_a_store_without_a_manifest_is_identified_by_samples_of_it(saved, tmp_pa
         check(recipe, state)
 
 
-def test_encoders_are_named_where_others_made_the_features(saved):
+def test_other_encoders_are_named(saved):
     recipe, state = saved
     state.metadata["depends_on"]["data.train.1"]["encoders"] = {"toy": "tensors ab12"}
     with pytest.raises(ValueError, match=r"8 rows, content \w{12}, toy encoder tensors ab12\n.*, toy encoder 0$"):
@@ -277,20 +277,20 @@ def test_random_inputs_and_code_are_those_of_the_checkpoint(saved, monkeypatch, 
     with pytest.raises(ValueError, match=r"- random inputs of a seed: version \d+\n  \+ .*: version 99$"):
         check(recipe, state)
     monkeypatch.undo()
-    room = tmp_path / "package" / "training"
-    shutil.copytree(Path(resume.__file__).parents[1], room.parent)
-    monkeypatch.setattr(resume, "__file__", str(room / "resume.py"))
-    with open(room.parent / "training" / "step.py", "a") as file:
+    copied = tmp_path / "package" / "training"
+    shutil.copytree(Path(resume.__file__).parents[1], copied.parent)
+    monkeypatch.setattr(resume, "__file__", str(copied / "resume.py"))
+    with open(copied.parent / "training" / "step.py", "a") as file:
         file.write("\n# a comment\n")
     assert check(recipe, state) == []
-    with open(room.parent / "data" / "sampler.py", "a") as file:
+    with open(copied.parent / "data" / "sampler.py", "a") as file:
         file.write("SWAPPED = True\n")
     with pytest.raises(ValueError, match=r"- code of the numbers: \w{12}\n  \+ code of the numbers: \w{12}$"):
         check(recipe, state)
     assert all((Path(__file__).parents[1] / "mmaudio_hf" / name).is_file() for name in resume.CODE)
 
 
-def test_what_changes_rounding_alone_is_said(saved):
+def test_what_changes_rounding_alone_is_logged(saved):
     recipe, state = saved
     state.metadata["depends_on"]["rounding"]["torch"] = "2.0.0"
     [logged] = check(recipe, state)

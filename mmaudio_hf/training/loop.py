@@ -21,6 +21,7 @@ from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training import resume
 from mmaudio_hf.training.actions import (
     BestScore,
     Evaluator,
@@ -45,14 +46,6 @@ from mmaudio_hf.training.optim import (
     set_learning_rate,
     step_unless_nonfinite,
 )
-from mmaudio_hf.training.resume import (
-    RunLock,
-    changed_dependencies,
-    dependencies,
-    find_checkpoint,
-    open_run_dir,
-    recorded_dependencies,
-)
 from mmaudio_hf.training.step import flow_step
 from mmaudio_hf.training.validation import Validator
 
@@ -76,7 +69,7 @@ def train(
     write_extras: Callable[[Path], None] = lambda folder: None,
     allow_changes: bool = False,
     on_checkpoint: Callable[[Path], None] = lambda folder: None,
-    lock: RunLock | None = None,
+    lock: resume.RunLock | None = None,
 ) -> RunResult:
     """Train `model` as `recipe` says and return how it went; everything else is in `recipe.run_dir`.
 
@@ -87,7 +80,7 @@ def train(
     RunError after too many non-finite steps, or when the last checkpoint could not be written.
     """
     run = Run(recipe, model, mixture, validation, evaluators, write_extras, on_checkpoint)
-    with nullcontext(lock) if lock else RunLock(recipe.run_dir, run.log.warn) as held:
+    with nullcontext(lock) if lock else resume.RunLock(recipe.run_dir, run.log.warn) as held:
         try:
             result = run.train(held, allow_changes)
         except BaseException:
@@ -132,13 +125,13 @@ class Run:
             recipe, accelerator, model, self.optimizer, self.ema, self.log.warn, write_extras, on_checkpoint
         )
 
-    def train(self, lock: RunLock, allow_changes: bool = False) -> RunResult:
+    def train(self, lock: resume.RunLock, allow_changes: bool = False) -> RunResult:
         """Resume or begin, and train to the end or until a signal comes."""
         recipe, accelerator, steps = self.recipe, self.accelerator, self.recipe.training.steps
-        state = find_checkpoint(recipe, self.depends_on, accelerator, lock, allow_changes)
+        state = resume.find_checkpoint(recipe, self.depends_on, accelerator, lock, allow_changes)
         if state is not None:
             self.load(state)
-        self.log.history = open_run_dir(recipe, accelerator, lock, self.step, self.ema.step, self.best.step)
+        self.log.history = resume.open_run_dir(recipe, accelerator, lock, self.step, self.ema.step, self.best.step)
         self.prepare()
         self.log.start(self.step, self.unwrapped_model, len(self.mixture), self.checkpointer.sharded)
         if self.step == 0:  # a name that no validation computes is an error now, and not after hours
@@ -175,7 +168,7 @@ class Run:
     def depends_on(self) -> dict[str, Any]:
         """What `resume.dependencies` says of this run."""
         validation = None if self.validator is None else self.validator.mixture
-        return dependencies(self.mixture, validation, self.accelerator.device)
+        return resume.dependencies(self.mixture, validation, self.accelerator.device)
 
     def load(self, state: TrainingState) -> None:
         """Bring the run to where `state` was saved; nothing is written."""
@@ -188,7 +181,11 @@ class Run:
 
     def differences(self, state: TrainingState) -> list[str]:
         """What this run reads or computes otherwise than the one that saved `state`."""
-        return list(changed_dependencies(recorded_dependencies(state.metadata), self.depends_on, self.recipe).values())
+        return list(
+            resume.changed_dependencies(
+                resume.recorded_dependencies(state.metadata), self.depends_on, self.recipe
+            ).values()
+        )
 
     def prepare(self) -> None:
         """Wrap the model for its processes, after `find_checkpoint` has checked that it is the same on all of them."""
