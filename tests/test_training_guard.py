@@ -102,7 +102,12 @@ def diagnostics(recipe: Path, step: int) -> dict:
 def test_a_skipped_step_leaves_diagnostics(poisoned_run):
     skipped = lines(poisoned_run, "skipped.jsonl")
     assert len(skipped) >= 3 and all(POISONED in line["ids"] for line in skipped)
-    assert all(math.isfinite(value) for line in metrics(poisoned_run) for value in line.values())
+    logged = [line for line in metrics(poisoned_run) if "train/loss" in line]  # of one step each
+    counts = [0, *(line["train/skipped_steps"] for line in logged)]
+    for line, before in zip(logged, counts, strict=False):
+        empty = [name for name, value in line.items() if value is None]
+        assert empty == ["train/loss", "train/grad_norm"] * (line["train/skipped_steps"] > before)
+    assert counts[-1] == len(skipped)
     figures = diagnostics(poisoned_run, poisoned_step(poisoned_run))
     assert figures["suspects"] == [POISONED] and figures["loss"] == "nan" and figures["nonfinite_parameters"] == []
     assert figures["gradient_norms"]["final_layer"] == "nan" and "sync_pos_emb" in figures["nonfinite_gradients"]

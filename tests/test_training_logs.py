@@ -5,6 +5,7 @@ import math
 import os
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from forked import Command
 from toy_stores import write_recipe
 from training_runs import environment, run_dir
 
-from mmaudio_hf.training.logs import JsonLines, RunningMetrics, device_peak, truncate_lines
+from mmaudio_hf.config import EarlyStoppingConfig, load_recipe
+from mmaudio_hf.training.actions import BestScore, find_plateau
+from mmaudio_hf.training.logs import JsonLines, RunLog, RunningMetrics, device_peak, truncate_lines
 
 
 def test_running_metrics_are_means_over_steps_and_over_samples_of_a_store():
@@ -28,11 +31,27 @@ def test_running_metrics_are_means_over_steps_and_over_samples_of_a_store():
     assert means == {
         "train/loss": 3.0, "train/grad_norm": 1.0, "train/loss_videos": pytest.approx(16 / 6), "train/loss_audios": 4.0,
     }  # fmt: skip
-    assert running.means() == {"train/loss": 0.0, "train/grad_norm": 0.0}
+    assert running.means() == {"train/loss": None, "train/grad_norm": None}
     running.restore(saved)
     assert running.means() == means
     running.restore(saved[:-2])  # of other stores
-    assert running.means()["train/loss"] == 0
+    assert running.means()["train/loss"] is None
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    """And a run decides alike with its scores in memory and with those it reads from the file."""
+    recipe = load_recipe(write_recipe(tmp_path, "log"))
+    log = RunLog(recipe, Accelerator(cpu=True), [])
+    recipe.run_dir.mkdir(parents=True)
+    for step, score in enumerate((2.0, math.nan, math.inf, 1.0)):
+        log.scores(step, {"val/loss": score, "train/loss": None})
+    text = log.metrics.path.read_text()
+    assert text.splitlines()[1] == '{"step": 1, "val/loss": null, "train/loss": null}' and text.count("null") == 6
+    assert truncate_lines(log.metrics.path, lambda step: True) == log.history
+    stopping = EarlyStoppingConfig(metric="val/loss", patience=2)
+    assert find_plateau(log.history[:3], stopping) == (True, 0, 2.0) and find_plateau(log.history, stopping).best == 1
+    best = BestScore(replace(recipe.training, best_metric="val/loss"), ["val"])
+    assert [best.update(line, line["step"]) for line in log.history] == [True, False, False, True]
 
 
 def test_lines_wait_in_memory_while_they_cannot_be_written(tmp_path):
@@ -51,11 +70,13 @@ def test_a_line_that_a_kill_cut_short_is_dropped_with_later_ones(tmp_path):
     path = tmp_path / "log.jsonl"
     assert truncate_lines(path, lambda line: True) == []
     path.write_text('{"step": 1}\n{"step": 5}\n{"step": 2}\n{"st')
-    assert truncate_lines(path, lambda line: line["step"] < 5) == [{"step": 1}, {"step": 2}]
+    assert truncate_lines(path, lambda step: step < 5) == [{"step": 1}, {"step": 2}]
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "a', b"\xff\x00\xfe", b"[1]", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 2, "a', b"\xff\x00\xfe", b"[1]", b"[" * 100_000, b'{"stap": 2}', b'{"step": "2"}']
+)
 def test_a_damaged_line_in_the_middle_costs_no_other(tmp_path, damage, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n{"st')

@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Entries of a log with one JSON object per line ([] without the file), and the lines that are none.
+    """Entries of a log with one JSON object and its `step` per line ([] without the file), and the lines without.
 
     A kill cuts the last line short; a damaged disk may change any.
     """
@@ -58,8 +58,8 @@ def read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[bytes]
     for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else []:
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError("no object")
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise ValueError("no entry")
             entries.append(entry)
         except (ValueError, RecursionError):
             damaged.append(line)

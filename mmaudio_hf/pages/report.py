@@ -257,7 +257,8 @@ def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
             continue
         entry = entries[index]
         # Keys name the lower edge of their bin of width 0.1: the point is drawn at its middle.
-        points = sorted((float(k.removeprefix(prefix)) + 0.05, v) for k, v in entry.items() if k.startswith(prefix))
+        bins = [(float(key.removeprefix(prefix)) + 0.05, key) for key in entry if key.startswith(prefix)]
+        points = sorted((t, entry[key]) for t, key in bins if entry[key] is not None and math.isfinite(entry[key]))
         curves.append(Curve(f"{prefix}*:{entry['step']}", f"{label} (step {entry['step']})", style, points))
     return curves
 

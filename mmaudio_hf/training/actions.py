@@ -116,10 +116,12 @@ class BestScore:
         if record and record["metric"] == self.metric:
             self.record = dict(record)
 
-    def update(self, scores: Mapping[str, float], step: int) -> bool:
+    def update(self, scores: Mapping[str, float | None], step: int) -> bool:
         """Whether the weights after `step` updates have the best score so far, which is then the new record."""
-        value = scores.get(self.metric, math.nan)
-        if not math.isfinite(value) or (self.record and self.sign * value >= self.sign * self.record["value"]):
+        value = scores.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return False
+        if self.record and self.sign * value >= self.sign * self.record["value"]:
             return False
         self.record = {"metric": self.metric, "value": value, "step": step}
         return True
@@ -136,16 +138,16 @@ class Plateau(NamedTuple):
     best: float
 
 
-def find_plateau(history: Iterable[Mapping[str, float]], config: EarlyStoppingConfig) -> Plateau:
+def find_plateau(history: Iterable[Mapping[str, Any]], config: EarlyStoppingConfig) -> Plateau:
     """Whether `config.patience` scores in a row were not better than the best before them by `config.min_delta`.
 
-    `history` are the lines of metrics.jsonl in their order; a score that is not finite is no improvement.
+    `history` are the lines of metrics.jsonl in their order; a score that is not finite, null there, is no improvement.
     """
     best, best_step, waited = math.inf, -1, 0
     for line in history:
         if config.metric not in line:
             continue
-        score = line[config.metric]
+        score = math.nan if line[config.metric] is None else line[config.metric]
         if score < best - config.min_delta or (best_step < 0 and math.isfinite(score)):
             best, best_step, waited = score, int(line["step"]), 0
         else:

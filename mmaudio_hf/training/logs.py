@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import secrets
@@ -35,7 +36,7 @@ class RunLog:
         check_trackers(recipe.training.trackers)
         self.recipe, self.accelerator = recipe, accelerator
         self.running = RunningMetrics(stores, recipe.training.batch_size, accelerator)
-        self.history: list[dict[str, float]] = []  # lines of metrics.jsonl, on the main process
+        self.history: list[dict[str, Any]] = []  # lines of metrics.jsonl, on the main process
         files = (JsonLines(recipe.run_dir / f"{name}.jsonl", self.warn) for name in ("metrics", "speed", "skipped"))
         self.metrics, self.speed, self.skipped = files
 
@@ -86,11 +87,16 @@ class RunLog:
                 raise RunError(f"the tracker {name} could not be started ({error}): see training.trackers") from error
             self.accelerator.trackers.append(tracker)
 
-    def scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file."""
-        self.accelerator.log(dict(scores), step=step)
+    def scores(self, step: int, scores: Mapping[str, float | None]) -> None:
+        """Log to metrics.jsonl and the trackers. Only what is reproducible goes here; timings have their own file.
+
+        What is None or not finite is null in the file, and left out of the trackers.
+        """
+        finite = {name: value for name, value in scores.items() if value is not None and math.isfinite(value)}
+        self.accelerator.log(finite, step=step)
         if self.accelerator.is_main_process:
-            self.history.append({"step": step, **scores})
+            # The history too, so that a run decides alike before and after it has been read from the file.
+            self.history.append({"step": step, **dict.fromkeys(scores), **finite})
             self.metrics.append(self.history[-1])
 
     def audio(self, kind: str, samples: Sequence[AudioSample], step: int) -> None:
@@ -144,11 +150,12 @@ class RunningMetrics:
         if self._accelerator.is_main_process and sums.shape == self.sums.shape:
             self.sums.copy_(sums)
 
-    def means(self) -> dict[str, float]:
-        """Means since the last call, over all processes."""
+    def means(self) -> dict[str, float | None]:
+        """Means since the last call, over all processes; None where every step was skipped."""
         loss, norm, steps, *per_store = self._accelerator.reduce(self.sums.clone(), "sum").tolist()
         self.sums.zero_()
-        means = {"train/loss": loss / max(steps, 1), "train/grad_norm": norm / max(steps, 1)}
+        totals = {"train/loss": loss, "train/grad_norm": norm}
+        means = {name: total / steps if steps else None for name, total in totals.items()}
         count = len(self._stores)
         for store, total, samples in zip(self._stores, per_store[:count], per_store[count:], strict=True):
             if samples:
@@ -194,17 +201,17 @@ class JsonLines:
         self._waiting, self._warned = [], False
 
 
-def truncate_lines(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
-    """Drop the lines of a log that a killed run wrote after its last checkpoint; return the others.
+def truncate_lines(path: Path, keep: Callable[[int], bool]) -> list[dict]:
+    """Drop the lines of a log that a killed run wrote after its last checkpoint, by their step; return the others.
 
     Damaged lines, except for a last one that the kill cut short, go to a file beside it, with a warning.
     """
     if not path.exists():
         return []
     entries, damaged = read_json_lines(path)
-    kept = [entry for entry in entries if keep(entry)]
     if damaged and not path.read_bytes().endswith(b"\n"):
         damaged.pop()
+    kept = [entry for entry in entries if keep(entry["step"])]
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
         with open(aside, "ab") as file:
@@ -304,7 +311,7 @@ class Progress:
         self._seconds += time.perf_counter() - self._step_began
         self._bar.update()
 
-    def report(self, step: int, wait_seconds: float, stall_seconds: float, line: Mapping[str, float]) -> None:
+    def report(self, step: int, wait_seconds: float, stall_seconds: float, line: Mapping[str, float | None]) -> None:
         """Log what the steps since the last report cost, `step` being done; every process calls it.
 
         Since then this process has waited `wait_seconds` for data and `stall_seconds` for checkpoints. The progress bar
@@ -331,7 +338,7 @@ class Progress:
             self._log.speed.append({"step": step, **speed})
         self._bar.set_postfix(
             {
-                "loss": f"{line['train/loss']:.4f}",
+                "loss": "-" if line["train/loss"] is None else f"{line['train/loss']:.4f}",
                 "lr": f"{line['train/learning_rate']:.1e}",
                 "samples/s": f"{samples:.3g}",
                 "wait": f"{speed['speed/data_wait']:.0%}",

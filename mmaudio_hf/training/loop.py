@@ -21,6 +21,7 @@ from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import RunError
 from mmaudio_hf.training import resume
 from mmaudio_hf.training.actions import (
     BestScore,
@@ -279,10 +280,12 @@ class Run:
         recipe, verdict = self.recipe, Verdict()
         now = actions_after(self.step, verdict, signal, recipe, self.evaluators)
         if now.log:
-            rate = learning_rate(self.step - 1, recipe.optim, recipe.training.steps)
-            line = self.log.running.means()
-            line |= {"train/learning_rate": rate, "train/skipped_steps": self.guard.skipped}
-            self.log.scores(self.step, line)
+            try:
+                self.guard.settle()  # so that the line counts the last step too
+            except RunError:  # too many in a row: how far it came is in the log
+                self._log_window()
+                raise
+            line = self._log_window()
         if now.validate:
             is_best = self._is_best(self._validate())
             verdict = Verdict(self._plateau(), best_validation=is_best)
@@ -297,6 +300,14 @@ class Run:
             progress.report(self.step, loader.wait_seconds, self.checkpointer.writer.stall_seconds, line)
             loader.wait_seconds = self.checkpointer.writer.stall_seconds = 0.0
         return now.finished, now.stop
+
+    def _log_window(self) -> dict[str, float | None]:
+        """Log the means since the last line; it is returned."""
+        rate = learning_rate(self.step - 1, self.recipe.optim, self.recipe.training.steps)
+        line = self.log.running.means()
+        line |= {"train/learning_rate": rate, "train/skipped_steps": self.guard.skipped}
+        self.log.scores(self.step, line)
+        return line
 
     def _resume_evaluation(self, names: Sequence[str], finished: bool) -> None:
         """Run the evaluators that were due at the checkpoint and were not done when the run was killed."""

@@ -105,11 +105,11 @@ def find_checkpoint(
 
 def open_run_dir(
     recipe: Recipe, accelerator: Accelerator, lock: "RunLock", step: int, ema_step: int, best: int | None
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Bring the run folder to the state at `step` and write the recipe into it; the lines of metrics.jsonl, on the
     main process."""
     accelerator.wait_for_everyone()  # nobody changes the folder while another process still reads
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     if accelerator.is_main_process:
         history = drop_later(recipe.run_dir, step, ema_step, best)
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- What a killed run has left --------------------------------------------------------------------------------------
 
 
-def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, float]]:
+def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> list[dict[str, Any]]:
     """Remove what was written after `step`, which is trained again; return the lines of metrics.jsonl.
 
     Later checkpoints, which are damaged ones, are renamed and not deleted. Later EMA snapshots, samples, scores and log
@@ -281,9 +281,9 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
         for name, target in (("last", step), ("best", best)):
             folder = checkpoint_folder(run_dir, -1 if target is None else target)
             point_at(run_dir, name, folder if folder.exists() else None)
-    truncate_lines(run_dir / "skipped.jsonl", lambda line: line["step"] < step)
+    truncate_lines(run_dir / "skipped.jsonl", lambda at: at < step)
     # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
-    return truncate_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= step and step > 0)
+    return truncate_lines(run_dir / "metrics.jsonl", lambda at: at <= step and step > 0)
 
 
 # --- One launch at a time trains a run -------------------------------------------------------------------------------
