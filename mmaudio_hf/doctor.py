@@ -170,7 +170,9 @@ def _media(launch: Launch) -> Iterator[tuple[str, str]]:
             if (Path(extraction.output_dir) / source.name).exists():
                 continue
             key = f"extraction.{kind} {source.name}"
-            if not Path(source.media_dir).is_dir():
+            if source.dataset.path and not Path(source.list).is_file():
+                yield "ok", f"{key}: {command} writes media and list from the data set {source.dataset.path}"
+            elif not Path(source.media_dir).is_dir():
                 yield "warn", f"{key}: media_dir {source.media_dir} is not a folder"
             elif not Path(source.list).is_file():
                 yield "warn", f"{key}: list {source.list} is missing"

@@ -6,39 +6,65 @@
     clotho     clotho_captions_*.csv: file_name, caption_1 ... caption_5
     folder     a folder with metadata.csv, captions.csv, metadata.jsonl or captions.jsonl: file_name, caption or text
     table      any .csv, .tsv or .jsonl, with the names of its columns
-    dataset    what `datasets.load_dataset` reads: a Hub data set, a folder, or BUILDER:FILES, as webdataset:clips/*.tar
+    dataset    what `datasets` reads: a Hub data set, a folder, or BUILDER:FILES, as webdataset:clips/*.tar
 
 Ids are the names of the files without their ending. Those of YouTube clips are the video's and the start in seconds
 with six digits, as in the lists of the reference implementation: `r1nicOVtvkQ_000130`.
 """
 
-import csv
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.media.lists import AUDIO_ENDINGS, VIDEO_ENDINGS, write_table
+import fsspec
+from tqdm.auto import tqdm
+
+from mmaudio_hf.config import AudioSource, DatasetConfig, VideoSource
+from mmaudio_hf.files import add_path_to_oserror, hash_of, locked, read_json, write_text
+from mmaudio_hf.media.lists import AUDIO_ENDINGS, ENDINGS, VIDEO_ENDINGS, normal_name, read_rows, write_table
 from mmaudio_hf.schema import check_id
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 KINDS = ("vggsound", "audiocaps", "wavcaps", "clotho", "folder", "table", "dataset")
 WAVCAPS_NAMES = {"as_final": "audioset_sl", "bbc_final": "bbcsound", "fsd_final": "freesound", "sb_final": "soundbible"}
 _ENDINGS = {*AUDIO_ENDINGS, *VIDEO_ENDINGS}
-_MEDIA = ("video", "audio")
 _FOLDER_FILES = ("metadata.csv", "captions.csv", "metadata.jsonl", "captions.jsonl")
-_ID_COLUMNS, _TEXT_COLUMNS = ("file_name", "id", "path", "audio", "video"), ("caption", "text", "label", "description")
+_ID_COLUMNS = ("file_name", "id", "path", "audio", "video")
+_TEXT_COLUMNS = ("caption", "text", "label", "description", "txt")
+_USUAL_ENDING = {"video": ".mp4", "audio": ".mp3"}  # of media without one: decoders look at the content
+_MAX_EXAMPLES = 1000  # rows of each reason that are named beside a list
 
 
 @dataclass(frozen=True)
 class Row:
-    """A captioned file; `split` is empty where the annotations have none."""
+    """A captioned file; `split` is empty where the annotations have none.
+
+    where: file and line, or data set and row. problem: why it cannot be used, where that is known.
+    """
 
     id: str
     caption: str
     split: str = ""
+    where: str = ""
+    problem: str = ""
+
+    def rejection(self) -> tuple[str, str]:
+        """Reason why the row is left out, and a message; ("", "") of a usable one."""
+        if self.problem:
+            return self.problem, f"{self.where}: {self.id!r}"
+        try:
+            check_id(self.id, self.where)
+        except ValueError as error:
+            return "with a name that cannot be an id", str(error)
+        return ("", "") if self.caption.strip() else ("without a caption", f"{self.where}: {self.id!r}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,10 @@ class Prepared:
     path: Path
     rows: int
     missing: int | None  # ids without a file in the media folder; None when none was given
+
+
+LeftOut = dict[str, list[str]]
+"""Reason -> a message for each row that was left out."""
 
 
 def prepare(
@@ -61,8 +91,8 @@ def prepare(
     columns: tuple[str, str] = ("", ""),
     split: str = "train",
     media_column: str = "",
-) -> tuple[list[Prepared], Counter[str]]:
-    """Write `NAME.tsv`, or `NAME-SPLIT.tsv` for each split, to `out`; returns the lists, and counts of left-out rows.
+) -> tuple[list[Prepared], LeftOut]:
+    """Write `NAME.tsv`, or `NAME-SPLIT.tsv` for each split, to `out`; returns the lists and the rows left out.
 
     shares: split -> share of the ids that is taken from those without a split, or from "train", as {"val": 0.05}; drawn
     by a hash of the id, so a longer list keeps the split of every id. media: the folder whose files are looked for.
@@ -73,56 +103,109 @@ def prepare(
     shares = dict(shares or {})
     if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares {shares} must each be above 0, and below 1 together: the rest is train")
-    lists: dict[str, list[Row]] = {}
-    left_out: Counter[str] = Counter()
-    example = ""
-    if kind == "dataset" and media is None:
-        raise ValueError("give the folder that the media of the data set are written to")
-    dataset = str(source), media or Path(), split, columns, media_column
-    for group, row in _dataset(*dataset) if kind == "dataset" else _read(kind, Path(source), columns):
-        try:
-            check_id(row.id)
-        except ValueError as error:
-            left_out["with a name that cannot be an id"] += 1
-            example = str(error)
-            continue
-        if not row.caption.strip():
-            left_out["without a caption"] += 1
-            continue
-        split, base = _split_of(row, shares), name or group
-        lists.setdefault(f"{base}-{split}" if split else base, []).append(row)
-    if not lists:
-        raise ValueError(f"{source}: no row can be used, {example or 'all are without a caption'}")
+    if kind == "dataset":
+        if media is None:
+            raise ValueError("give the folder that the media of the data set are written to")
+        config = DatasetConfig(str(source), "", "", split, True, media_column, *columns)
+        group = Path(str(source).partition(":")[2] or source).stem
+        rows: Iterator[tuple[str, Row]] = ((group, row) for row in _dataset_rows(config, _builder(config), media))
+    else:
+        rows = _read(kind, Path(source), columns)
+    lists, left_out = _by_list(rows, name, shares, unique_ids=kind == "vggsound")
+    _check_any(str(source), lists, left_out)
     stems = None if media is None else _stems(media)
     out.mkdir(parents=True, exist_ok=True)
-    prepared = []
-    for list_name, rows in lists.items():
-        path, text = out / f"{list_name}.tsv", "label" if kind == "vggsound" else "caption"
-        write_table(path, [("id", text), *((row.id, row.caption) for row in rows)])
-        missing = None if stems is None else len({row.id for row in rows} - stems)
-        prepared.append(Prepared(path, len(rows), missing))
-    return prepared, left_out
+    text = "label" if kind == "vggsound" else "caption"
+    return [_write_list(out / f"{name}.tsv", text, rows, stems) for name, rows in lists.items()], left_out
+
+
+def write_dataset(source: VideoSource | AudioSource) -> tuple[Prepared, LeftOut] | None:
+    """Write media and list of a source from its `dataset`; None when it has none, or all of it is there.
+
+    `LIST.dataset.json` beside the list has a hash of what they were written from (settings; files with their revision
+    or time) and names the rows left out. One process writes while others wait; a killed one is resumed, and files that
+    are there stay. ValueError names what cannot be read, or a list that was not written from a data set.
+    """
+    config, path, media = source.dataset, Path(source.list), Path(source.media_dir)
+    if not config.path:
+        return None
+    record = path.with_suffix(".dataset.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".dataset.lock")):
+        if path.exists() and not record.is_file():
+            raise ValueError(f"{path} exists and was not written from a data set: move it, or name another list")
+        builder, written = _builder(config), read_json(record)
+        inputs = hash_of([dataclasses.asdict(config), _data_files(builder)])
+        complete = written.get("inputs") == inputs and path.is_file() and media.is_dir()
+        if complete and not set(map(normal_name, written.get("ids", [""]))) - _stems(media):
+            return None
+        write_text(record, "{}\n")
+        kind = "video" if isinstance(source, VideoSource) else "audio"
+        rows = ((path.stem, row) for row in _dataset_rows(config, builder, media, kind))
+        lists, left_out = _by_list(rows, path.stem, {}, unique_ids=kind == "video")
+        _check_any(f"data set {config.path!r}, split {config.split!r}", lists, left_out)
+        usable = lists[path.stem]
+        prepared = _write_list(path, "label" if kind == "video" else "caption", usable, _stems(media))
+        examples = {reason: messages[:_MAX_EXAMPLES] for reason, messages in left_out.items()}
+        entries = {"inputs": inputs, "left_out": examples, "ids": list(dict.fromkeys(row.id for row in usable))}
+        write_text(record, json.dumps(entries, ensure_ascii=False) + "\n")
+        return prepared, left_out
+
+
+def _by_list(
+    rows: Iterable[tuple[str, Row]], name: str, shares: Mapping[str, float], unique_ids: bool
+) -> tuple[dict[str, list[Row]], LeftOut]:
+    """Rows by the name of their list, and those left out; `name` replaces that of the annotations."""
+    lists: dict[str, list[Row]] = {}
+    left_out: LeftOut = {}
+    ids: set[str] = set()
+    for group, row in rows:
+        reason, message = row.rejection()
+        if not reason and unique_ids and row.id in ids:
+            reason, message = "with the id of an earlier row", f"{row.where}: {row.id!r}"
+        if reason:
+            left_out.setdefault(reason, []).append(message)
+            continue
+        ids.add(row.id)
+        split, base = _split_of(row, shares), name or group
+        list_name = check_id(f"{base}-{split}" if split else base, f"name of a list; {row.where}")
+        lists.setdefault(list_name, []).append(row)
+    return lists, left_out
+
+
+def _check_any(source: str, lists: Mapping[str, list[Row]], left_out: LeftOut) -> None:
+    if not lists:
+        reasons = "; ".join(f"{len(rows)} {reason}, the first: {rows[0]}" for reason, rows in left_out.items())
+        raise ValueError(f"{source}: no row can be used: {reasons or 'it has none'}")
+
+
+def _write_list(path: Path, text: str, rows: list[Row], stems: set[str] | None) -> Prepared:
+    write_table(path, [("id", text), *((row.id, row.caption) for row in rows)])
+    missing = None if stems is None else sum(normal_name(item_id) not in stems for item_id in {row.id for row in rows})
+    return Prepared(path, len(rows), missing)
 
 
 def _split_of(row: Row, shares: Mapping[str, float]) -> str:
-    if row.split not in ("", "train") or not shares:
-        return row.split
+    split = row.split.strip()
+    if split.lower() not in ("", "train") or not shares:
+        return split
     position = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
-    for split, share in shares.items():
+    for name, share in shares.items():
         if position < share:
-            return split
+            return name
         position -= share
     return "train"
 
 
 def _stems(media: Path) -> set[str]:
-    """Names of the media files of a folder and its subfolders, without their endings."""
+    """Names of the media files of a folder and its subfolders, without their endings, as names are compared."""
     if not media.is_dir():
         raise ValueError(f"{media}: no such folder; give the folder that holds the media")
-    return {path.stem for path in media.rglob("*") if path.suffix.lower() in _ENDINGS}
+    files = (path for path in media.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    return {normal_name(path.stem) for path in files}
 
 
-# --- Reading: (name of the list, row) of every annotation ------------------------------------------------------------
+# --- Annotation files: (name of the list, row) of every annotation ---------------------------------------------------
 
 
 def _read(kind: str, source: Path, columns: tuple[str, str]) -> Iterator[tuple[str, Row]]:
@@ -141,46 +224,42 @@ def _read(kind: str, source: Path, columns: tuple[str, str]) -> Iterator[tuple[s
     return ((group, row) for row in rows)
 
 
-def _csv(path: Path, fields: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, {column: text}) of a comma-separated file, or a tab-separated one; `fields` of one without a header."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            reader = csv.DictReader(file, fields or None, delimiter=delimiter, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}, line {reader.line_num}: not as many fields as columns")
-                yield reader.line_num, {name.strip(): text for name, text in row.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f'{path}: cannot be read ({error}); save it as UTF-8, with fields quoted by "') from error
+def _csv(path: Path, *needed: str, header: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """(file and line, {column: text}) of a comma-separated file, or a tab-separated .tsv; `header` if it has none."""
+    rows = read_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", header)
+    _, names = next(rows)
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path}: column {repeated[0]!r} is there more than once")
+    if missing := [name for name in needed if name not in names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}: is it another data set?")
+    for line, row in rows:
+        yield f"{path}, line {line}", dict(zip(names, row, strict=True))
 
 
 def _vggsound(path: Path) -> Iterator[Row]:
-    for line, row in _csv(path, ("video", "start", "label", "split")):
-        yield Row(_youtube_id(path, line, row["video"], row["start"]), row["label"], row["split"])
+    for where, row in _csv(path, header=("video", "start", "label", "split")):
+        if row["split"].strip() not in ("train", "test"):
+            raise ValueError(f"{where}: split {row['split']!r} is neither train nor test")
+        yield Row(_youtube_id(where, row["video"], row["start"]), row["label"], row["split"], where)
 
 
 def _audiocaps(path: Path) -> Iterator[Row]:
-    for line, row in _csv(path):
-        _require(path, row, "youtube_id", "start_time", "caption")
-        yield Row(_youtube_id(path, line, row["youtube_id"], row["start_time"]), row["caption"])
+    for where, row in _csv(path, "youtube_id", "start_time", "caption"):
+        yield Row(_youtube_id(where, row["youtube_id"], row["start_time"]), row["caption"], where=where)
 
 
-def _youtube_id(path: Path, line: int, video: str, start: str) -> str:
-    try:
-        return f"{video}_{int(float(start)):06d}"
-    except ValueError:
-        raise ValueError(f"{path}, line {line}: start {start!r} is not a number of seconds") from None
+def _youtube_id(where: str, video: str, start: str) -> str:
+    with contextlib.suppress(ValueError, OverflowError):  # the latter for inf
+        if (seconds := int(float(start))) >= 0:
+            return f"{video.strip()}_{seconds:06d}"
+    raise ValueError(f"{where}: start {start!r} is not a number of seconds")
 
 
 def _clotho(path: Path) -> Iterator[Row]:
-    for _, row in _csv(path):
-        _require(path, row, "file_name", "caption_1")
+    for where, row in _csv(path, "file_name", "caption_1"):
         for name, caption in row.items():
             if name.startswith("caption_"):
-                yield Row(Path(row["file_name"]).stem, caption)
+                yield Row(_id_of(row["file_name"]), caption, where=where)
 
 
 def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
@@ -191,80 +270,251 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
         group = WAVCAPS_NAMES.get(file.stem, file.stem)
         if group == "soundbible" and source.is_dir():
             continue
-        content = _json(file, file.read_text(encoding="utf-8") if file.is_file() else "")
-        for entry in content.get("data", []):
+        entries = _json(str(file), _text(file)).get("data")
+        if not isinstance(entries, list):
+            raise ValueError(f"{file}: has no list 'data'; is it a JSON of WavCaps?")
+        for number, entry in enumerate(entries):
+            where = f"{file}, data[{number}]"
+            if not isinstance(entry, dict) or not {"id", "caption"} <= entry.keys():
+                raise ValueError(f"{where}: has no id and caption; is it a JSON of WavCaps?")
             # Ids of AudioSet carry an ending, Yxxx.wav, those of the other sets do not.
-            yield group, Row(str(entry["id"]).removesuffix(".wav").removesuffix(".flac"), str(entry["caption"]))
+            for caption in _captions(entry["caption"], where):
+                yield group, Row(_id_of(str(entry["id"])), caption, where=where)
 
 
 def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
-    rows: Iterator[Mapping[str, Any]]
-    if path.suffix == ".jsonl":
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
-        lines = enumerate(text.splitlines(), 1)
-        rows = (_json(f"{path}, line {number}", line) for number, line in lines if line.strip())
-    else:
-        rows = (row for _, row in _csv(path))
-    for row in rows:
-        names, text = _column(path, row, columns[0], _ID_COLUMNS), _column(path, row, columns[1], _TEXT_COLUMNS)
-        file = str(row[names])
-        item_id = Path(file).stem if Path(file).suffix.lower() in _ENDINGS else file
-        yield Row(item_id, str(row[text]), str(row.get("split", "")))
+    rows: Iterator[tuple[str, Mapping[str, Any]]] = _csv(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(_text(path).split("\n"), 1))
+        rows = ((where, _json(where, line)) for where, line in lines if line.strip())
+    elif path.suffix.lower() not in (".csv", ".tsv"):
+        raise ValueError(f"{path}: a table is a .csv, .tsv or .jsonl file")
+    for where, row in rows:
+        names, text = _column(where, row, columns[0], _ID_COLUMNS), _column(where, row, columns[1], _TEXT_COLUMNS)
+        split = "" if row.get("split") is None else str(row["split"])
+        for caption in _captions(row[text], where):
+            yield Row("" if row[names] is None else _id_of(str(row[names])), caption, split, where)
 
 
-def _dataset(
-    source: str, media: Path, split: str, columns: tuple[str, str], media_column: str
-) -> Iterator[tuple[str, Row]]:
-    """Stream a data set and write its media, bytes or files, without decoding them."""
-    import datasets  # here: it takes a second, and annotation files do not need it
-
-    builder, _, files = source.partition(":")
-    try:
-        if files:
-            data = datasets.load_dataset(builder, data_files=files, split=split, streaming=True)
-        else:
-            data = datasets.load_dataset(source, split=split, streaming=True)
-    except Exception as error:  # of many kinds, by where it is
-        raise ValueError(f"data set {source!r}, split {split!r}, cannot be read: {error}") from error
-    names = list(data.features or next(iter(data)))
-    media_column = media_column or next((name for name in names if f".{name}" in _ENDINGS or name in _MEDIA), "")
-    if media_column not in names:
-        raise ValueError(f"data set {source!r} has no column of media {media_column}: it has {', '.join(names)}")
-    media.mkdir(parents=True, exist_ok=True)
-    # As Video even where it is audio: the feature of audio imports torchcodec before it knows that nothing is decoded.
-    for number, row in enumerate(data.cast_column(media_column, datasets.Video(decode=False))):
-        file = Path(row[media_column]["path"] or f"{number:06d}.{media_column}")
-        given = columns[0] or ("__key__" if "__key__" in row else "")
-        item_id = check_id(str(row[given]) if given else file.stem, f"data set {source!r}, row {number}")
-        flat = row | (row["json"] if isinstance(row.get("json"), dict) else {})  # of a WebDataset
-        caption = str(flat[_column(source, flat, columns[1], _TEXT_COLUMNS)])
-        content = row[media_column]["bytes"]
-        target = media / f"{item_id}{file.suffix.lower()}"
-        content = file.read_bytes() if content is None else content
-        if not (target.is_file() and target.stat().st_size == len(content)):
-            partial = target.with_name(f".{target.name}.part")
-            partial.write_bytes(content)
-            partial.replace(target)
-        yield Path(source.partition(":")[2] or source).stem, Row(item_id, caption)
+def _id_of(file: str) -> str:
+    """The name of a media file without folders and ending; anything else as it is, for `check_id` to reject."""
+    return PurePosixPath(file).stem if PurePosixPath(file).suffix.lower() in _ENDINGS else file
 
 
-def _column(path: Path | str, row: Mapping[str, Any], given: str, usual: tuple[str, ...]) -> str:
+def _captions(value: Any, where: str) -> list[str]:
+    """The captions of a row: text, a list of texts, or nothing (an empty one, which is left out)."""
+    values = value if isinstance(value, list) and value else [value]
+    if any(isinstance(text, dict | list | bool) for text in values):
+        raise ValueError(f"{where}: its caption is {str(value)[:80]}, not text")
+    return ["" if text is None else str(text) for text in values]
+
+
+def _column(where: str, row: Mapping[str, Any], given: str, usual: tuple[str, ...]) -> str:
     name = given or next((name for name in usual if name in row), "")
     if name not in row:
-        raise ValueError(f"{path}: no column {given or ' or '.join(usual)}; it has {', '.join(row)}")
+        raise ValueError(f"{where}: no column {given or ' or '.join(usual)}; it has {', '.join(row)}")
     return name
 
 
-def _require(path: Path, row: Mapping[str, str], *names: str) -> None:
-    if missing := [name for name in names if name not in row]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(row)}: is it another data set?")
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _json(where: Path | str, text: str) -> dict[str, Any]:
+def _json(where: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: is absent or not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # brackets nested a thousand times end the recursion
+        raise ValueError(f"{where}: is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{where}: holds a {type(content).__name__}, not an object")
     return content
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+
+def _builder(config: DatasetConfig) -> "DatasetBuilder":
+    """What `datasets` reads the data set with; no media are read yet."""
+    import datasets  # here: it takes a second, and annotation files do not need it
+
+    path, files = config.path, None
+    if not Path(path).exists():
+        path, _, files = path.partition(":")
+    if path == "pandas":
+        raise ValueError(f"data set {config.path!r}: files of pandas are pickles, which may run code; use parquet")
+    try:
+        return datasets.load_dataset_builder(
+            path, config.name or None, data_files=files or None, revision=config.revision or None
+        )
+    except Exception as error:  # of many kinds, by where it is
+        raise _dataset_error(config, "", error) from error
+
+
+def _dataset_error(config: DatasetConfig, where: str, error: Exception) -> ValueError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"data set {config.path!r}, split {config.split!r}{where}, cannot be read: {text}")
+
+
+def _data_files(builder: "DatasetBuilder") -> dict[str, list]:
+    """Files of every split, with their revision on the Hub or their time."""
+    splits = builder.config.data_files or {}
+    return {str(split): [list(files), [list(m) for m in files.origin_metadata]] for split, files in splits.items()}
+
+
+def _dataset_rows(config: DatasetConfig, builder: "DatasetBuilder", media: Path, kind: str = "") -> Iterator[Row]:
+    """Rows of a data set; their media, bytes or files, are written to `media` without decoding them."""
+    remote = any("://" in file for files, _ in _data_files(builder).values() for file in files)
+    data, names, media_column, kind = _open_dataset(config, builder, kind)
+    media.mkdir(parents=True, exist_ok=True)
+    files: dict[str, tuple[str, str]] = {}  # id -> name and checksum of the file written for it
+    for number, row in _numbered(config, data):
+        where = f"data set {config.path!r}, row {number}"
+        captions = _dataset_captions(config, row, names, where, first=number == 0)
+        value = row[media_column] or {}
+        file = PurePosixPath((value.get("path") or "").partition("::")[0])  # before it: the archive it is in
+        given = config.id_column or ("__key__" if "__key__" in row else "")
+        name = "" if given and row[given] is None else str(row[given]) if given else file.stem or f"{number:06d}"
+        item_id = PurePosixPath(name).name if given == "__key__" else _id_of(name)
+        problem = ""
+        if not Row(item_id, "".join(captions)).rejection()[0]:
+            ending = file.suffix.lower()
+            target = media / f"{item_id}{ending if ending in ENDINGS[kind] else _USUAL_ENDING[kind]}"
+            try:
+                content = _content(value, remote)
+            except FileNotFoundError:
+                problem = "without media"
+            except Exception as error:  # of the network
+                raise _dataset_error(config, f", row {number}", error) from error
+            else:
+                problem = _write_media(target, content, files)
+        for caption in captions:
+            yield Row(item_id, caption, where=where, problem=problem)
+
+
+def _open_dataset(config: DatasetConfig, builder: "DatasetBuilder", kind: str) -> tuple[Any, dict[str, Any], str, str]:
+    """The rows with the columns that are needed, {column: feature or None}, the column of media, and their kind."""
+    import datasets
+
+    try:
+        for split, files in ({} if config.streaming else builder.config.data_files or {}).items():
+            # The files, and not `download_and_prepare`: that encodes audio, which needs torchcodec, and copies it.
+            if str(split) == config.split or config.split not in builder.config.data_files:
+                files[:] = datasets.DownloadManager().download(list(files))
+        if hasattr(builder.config, "decode_num_threads"):  # where it decodes in threads unless it is told not to
+            builder.config.decode_num_threads = 0
+        data = builder.as_streaming_dataset(split=config.split)
+        names: dict[str, Any] = dict(data.features or dict.fromkeys(next(iter(data), {})))
+    except Exception as error:
+        raise _dataset_error(config, "", error) from error
+    kinds = {name: _kind_of(name, feature) for name, feature in names.items()}
+    usual = (name for name, its_kind in kinds.items() if its_kind and kind in ("", its_kind))
+    media_column = config.media_column or next(usual, "")
+    text_column = "" if "json" in names else config.text_column  # that of a WebDataset is looked for in its rows
+    for name in filter(None, (media_column, config.id_column, text_column)):
+        if name not in names:
+            raise ValueError(f"data set {config.path!r} has no column {name!r}: it has {', '.join(names)}")
+    if not media_column:
+        what = f"of {kind} files" if kind else "of videos or audio files"
+        raise ValueError(f"data set {config.path!r}: no column {what} is known, name it; it has {', '.join(names)}")
+    texts = [config.text_column] if config.text_column in names else [*_TEXT_COLUMNS, "json"]
+    needed = [name for name in names if name in (media_column, config.id_column, "__key__", *texts)]
+    # As Video even where it is audio: the feature of audio imports torchcodec before it knows that nothing is decoded.
+    data = data.select_columns(needed).cast_column(media_column, datasets.Video(decode=False))
+    return data, names, media_column, kind or kinds[media_column] or "video"
+
+
+def _kind_of(name: str, feature: Any) -> str:
+    """ "video" or "audio" for a column of such media by its type, or else by its name; "" for another one."""
+    type_name = type(feature).__name__
+    if type_name in ("Video", "Audio"):
+        return type_name.lower()
+    ending = f".{name.lower()}"
+    return next((kind for kind in ("video", "audio") if name.lower() == kind or ending in ENDINGS[kind]), "")
+
+
+def _numbered(config: DatasetConfig, data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    rows, number = iter(tqdm(data, desc=config.path, unit="row")), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # a damaged file, or the network
+            raise _dataset_error(config, f", row {number}", error) from error
+        if row is None:
+            return
+        yield number, row
+        number += 1
+
+
+def _dataset_captions(
+    config: DatasetConfig, row: Mapping[str, Any], names: Mapping[str, Any], where: str, first: bool
+) -> list[str]:
+    """Captions of a row: of a column, of the `json` of a WebDataset, or names of classes."""
+    flat = dict(row) | (row["json"] if isinstance(row.get("json"), dict) else {})
+    if first:
+        _column(where, flat, config.text_column, _TEXT_COLUMNS)  # raises where no row can have it
+    name = config.text_column or next((name for name in _TEXT_COLUMNS if name in flat), "")
+    value = flat.get(name)
+    if isinstance(value, int) and hasattr(names.get(name), "int2str"):
+        value = names[name].int2str(value)
+    return _captions(value, where)
+
+
+def _content(value: Mapping[str, Any], remote: bool) -> bytes | Path:
+    """The bytes of a file, or its path where it is on this machine; FileNotFoundError where there is none.
+
+    A data set from elsewhere (remote) may name files of its own alone, and none of this machine outside of the caches.
+    """
+    import datasets
+
+    path = value.get("path")
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not path:
+        raise FileNotFoundError
+    if "://" in path:
+        if remote and "hf://" not in path and not path.startswith(datasets.config.HF_ENDPOINT):
+            raise FileNotFoundError
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    local = Path(path).absolute()
+    caches = [
+        Path(str(cache)).resolve() for cache in (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
+    ]
+    if not local.is_file() or (remote and not any(local.resolve().is_relative_to(cache) for cache in caches)):
+        raise FileNotFoundError
+    return local
+
+
+def _write_media(target: Path, content: bytes | Path, files: dict[str, tuple[str, str]]) -> str:
+    """Write a media file, or a link to one on this machine, unless it is there. Returns why its row is left out."""
+    checksum = str(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    key, entry = normal_name(target.stem), (target.name, checksum)
+    if key in files:  # another caption of the same file, or another file
+        return "" if files[key] == entry else "with the id of another file"
+    if target.exists():
+        same = target.samefile(content) if isinstance(content, Path) else target.read_bytes() == content
+        if not same:
+            raise ValueError(f"{target} exists and is another file: choose another folder for the media, or remove it")
+        files[key] = entry
+        return ""
+    files[key] = entry
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with add_path_to_oserror(target):
+            if isinstance(content, Path):
+                partial.symlink_to(content)
+            else:
+                partial.write_bytes(content)
+                # Shards are made again when times change. This one is that of the content, so not where a file is
+                # written again or on another machine.
+                seconds = 2**29 + int(checksum[:7], 16)
+                os.utime(partial, (seconds, seconds))
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return ""

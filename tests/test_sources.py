@@ -1,14 +1,10 @@
 """Official annotation files, folders and tables become media lists, and what is left out is counted."""
 
 import json
-import tarfile
 
-import datasets
 import pytest
-import torch
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_media_list
 
 
@@ -76,7 +72,7 @@ def test_a_folder_is_split_by_shares_that_do_not_move(tmp_path):
     ("text", "words", "message"),
     [
         ("clip,words\na.mp4,hello\n", [], "no column file_name or id or path"),
-        ("file_name,caption\na.mp4\n", [], "line 2: not as many fields as columns"),
+        ("file_name,caption\na.mp4\n", [], "line 2: 1 fields, the header has 2"),
         ("file_name,caption\n../a/..,x\n", [], "no row can be used"),
         ("file_name,caption\na,x\n", ["--share", "val=2"], "must each be above 0"),
         ("file_name,caption\na,x\n", ["--share", "val"], "write SPLIT=X"),
@@ -95,39 +91,71 @@ def test_columns_of_a_table_may_be_named(tmp_path):
     assert lists == {"t-train": [("a.b", "hello")], "t-val": [("NA", "yes")]}
 
 
-@pytest.mark.parametrize("form", ["folder", "parquet", "webdataset"])
-def test_a_data_set_gives_the_same_files(tmp_path, form):
-    """Whatever `load_dataset` reads; so features are those of the files."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for name in ("a", "b"):
-        write_audio(folder / f"{name}.wav", torch.rand(1000), 8000)
-    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
-    source = str(folder)
-    if form == "folder":
-        (folder / "metadata.csv").write_text("file_name,caption\na.wav,of a\nb.wav,of b\n")
-    elif form == "parquet":
-        raw = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        rows = {"audio": [{"bytes": content, "path": name} for name, content in contents.items()]}
-        rows["caption"] = [f"of {name[0]}" for name in contents]
-        features = datasets.Features({"audio": raw, "caption": datasets.Value("string")})
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "clips.parquet")
-        source = f"parquet:{tmp_path / 'clips.parquet'}"
-    else:
-        with tarfile.open(tmp_path / "clips.tar", "w") as tar:
-            for name in sorted(contents):
-                (folder / f"{name[0]}.json").write_text(json.dumps({"caption": f"of {name[0]}"}))
-                tar.add(folder / name, name)
-                tar.add(folder / f"{name[0]}.json", f"{name[0]}.json")
-        source = f"webdataset:{tmp_path / 'clips.tar'}"
-    for _ in range(2):
-        lists = prepare(tmp_path, "dataset", source, "--media", tmp_path / "media")
-        assert {name: sorted(rows) for name, rows in lists.items()} == {"clips": [("a", "of a"), ("b", "of b")]}
-        assert {path.name: path.read_bytes() for path in (tmp_path / "media").iterdir()} == contents
+CSV, TABLE = "youtube_id,start_time,caption\n", "file_name,caption\n"
+MALFORMED = [  # kind, name of the file, its content, what the message says after the name of the file
+    ("vggsound", "v.csv", "a,one,dog,train\n", ", line 1: start 'one' is not a number of seconds"),
+    ("vggsound", "v.csv", "a,1,dog,train\nb,-3,dog,train\n", ", line 2: start '-3'"),
+    ("vggsound", "v.csv", "a,inf,dog,train\n", ", line 1: start 'inf'"),
+    ("vggsound", "v.csv", "a,1,dog,trian\n", ", line 1: split 'trian' is neither train nor test"),
+    ("vggsound", "v.csv", "a,1,dogs, cats,train\n", ", line 1: 5 fields, the header has 4"),
+    ("vggsound", "v.csv", 'a,1,"dog,train\nb,1,cat,train\n', ", line 1: a field begins with a quote here that nothing"),
+    ("vggsound", "v.csv", 'a,1,x,train\nb,1,"dog,train\nc,2,cat,train\nd,3,"hen",train\n', ", line 2: "),
+    ("vggsound", "v.csv", "", ": no row can be used: it has none"),
+    ("audiocaps", "a.csv", CSV + "a,,dog\n", ", line 2: start '' is not a number"),
+    ("audiocaps", "a.csv", "youtube_id,caption\na,b\n", ": no column start_time; it has youtube_id, caption"),
+    ("audiocaps", "a.csv", CSV + 'a,1,"dog\nb,1,a cat, a hen"\n', ", line 2: a field begins with a quote"),
+    ("audiocaps", "a.csv", b"youtube_id\xff,x\n", ": is not UTF-8 text"),
+    ("clotho", "c.csv", "file_name,file_name,caption_1\na,b,c\n", ": column 'file_name' is there more than once"),
+    ("wavcaps", "w.json", '{"data": [{"id": "1", "caption": "x"}, {"id": "2"}]}', ", data[1]: has no id and caption"),
+    ("wavcaps", "w.json", '{"data": [{"id": "1", "caption": {"a": 1}}]}', ", data[0]: its caption is {'a': 1}, not"),
+    ("wavcaps", "w.json", '{"rows": []}', ": has no list 'data'"),
+    ("wavcaps", "w.json", '{"data": [', ": is not JSON (Expecting value: line 1 column 11"),
+    ("wavcaps", "w.json", "[" * 100_000, ": is not JSON ("),
+    ("table", "t.jsonl", '{"id": "a", "text": "b"}\n\n["a"]\n', ", line 3: holds a list, not an object"),
+    ("table", "t.jsonl", '{"id": "a", "text": "b"}\n{"id": "c"}\n', ", line 2: no column caption or text or"),
+    ("table", "t.jsonl", '{"id": "a", "text": true}\n', ", line 1: its caption is True, not text"),
+    ("table", "t.jsonl", b"\xff", ": is not UTF-8 text"),
+    ("table", "t.csv", TABLE + "a.mp4,\n", ": no row can be used: 1 without a caption, the first: "),
+    ("table", "t.csv", "file_name,caption,split\na.mp4,x,../up\n", ", line 2"),
+    ("table", "t.xlsx", "", ": a table is a .csv, .tsv or .jsonl file"),
+    ("table", "none.csv", None, ": no such file"),
+    ("folder", "metadata.csv", "name,caption\na,b\n", ", line 2: no column file_name or id"),
+]
 
 
-def test_a_data_set_that_cannot_be_read_is_named(tmp_path, capsys):
-    words = ["prepare", "dataset", f"parquet:{tmp_path / 'none.parquet'}", "--out", str(tmp_path)]
-    assert main(words) == 2 and "give the folder" in capsys.readouterr().err
-    assert main([*words, "--media", str(tmp_path / "media")]) == 2
-    assert "none.parquet', split 'train', cannot be read" in capsys.readouterr().err
+@pytest.mark.parametrize(("kind", "name", "content", "message"), MALFORMED)
+def test_malformed_annotations_are_named_with_their_row(tmp_path, capsys, kind, name, content, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = tmp_path if kind == "folder" else file
+    assert main(["prepare", kind, str(source), "--out", str(tmp_path / "lists")]) == 2
+    captured = capsys.readouterr()
+    assert f"{file}{message}" in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "lists").exists() and not (tmp_path / "up.tsv").exists()
+
+
+def test_the_first_row_left_out_is_named(tmp_path, capsys):
+    """Nothing, `null` and a second row of a video; several captions in a list are rows of their own."""
+    (tmp_path / "v.csv").write_text("a,1,dog,train\na,1,cat,test\nb,1, ,train\n")
+    assert prepare(tmp_path, "vggsound", tmp_path / "v.csv") == {"vgg-train": [("a_000001", "dog")]}
+    printed = capsys.readouterr().out
+    assert f"left out: 1 with the id of an earlier row, the first: {tmp_path}/v.csv, line 2: 'a_000001'" in printed
+    lines = [
+        '{"id": 7, "caption": ["one", "two", null]}',
+        '{"id": null, "caption": "x"}',
+        '{"id": "b", "caption": null}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    lists = prepare(tmp_path, "table", tmp_path / "t.jsonl", "--share", "val=0.5")
+    assert [row for name, rows in lists.items() if name != "vgg-train" for row in rows] == [("7", "one"), ("7", "two")]
+    printed = capsys.readouterr().out
+    assert "left out: 2 without a caption" in printed and "left out: 1 with a name that cannot be an id" in printed
+
+
+@pytest.mark.parametrize("words", [["--name", "../up"], ["--share", "../../up=0.5"]])
+def test_lists_stay_in_their_folder(tmp_path, capsys, words):
+    rows = [f"clip{i}.mp4,x" for i in range(20)]
+    (tmp_path / "t.csv").write_text("file_name,caption\n" + "\n".join(rows))
+    assert main(["prepare", "table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "in" / "lists"), *words]) == 2
+    assert "is not a plain name" in capsys.readouterr().err and not (tmp_path / "in").exists()

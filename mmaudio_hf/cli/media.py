@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmaudio_hf.data.store import StoreWriter
     from mmaudio_hf.files import Share
     from mmaudio_hf.media.audit import AuditSource
+    from mmaudio_hf.sources import LeftOut, Prepared
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -65,7 +66,6 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmaudio_hf.sources import prepare
 
     media = options.media or (Path(options.source) if options.kind == "folder" else None)
-    columns = (options.id_column, options.text_column)
     lists, left_out = prepare(
         options.kind,
         options.source,
@@ -73,15 +73,29 @@ def _prepare(options: argparse.Namespace) -> None:
         name=options.name,
         media=media,
         shares=shares,
-        columns=columns,
+        columns=(options.id_column, options.text_column),
         split=options.split,
         media_column=options.media_column,
     )
+    _print_prepared(lists, left_out, media)
+
+
+def _print_prepared(lists: "Sequence[Prepared]", left_out: "LeftOut", media: Path | None) -> None:
     for prepared in lists:
         missing = "" if prepared.missing is None else f", {prepared.missing} of its files are not in {media}"
         print(f"{prepared.path}: {prepared.rows} rows{missing}")
-    for reason, count in left_out.items():
-        print(f"left out: {count} {reason}")
+    for reason, rows in left_out.items():
+        print(f"left out: {len(rows)} {reason}, the first: {rows[0]}")
+
+
+def _write_datasets(sources: Sequence[VideoSource | AudioSource]) -> None:
+    """Media and lists of the sources that name a data set, where they are not there yet."""
+    if any(source.dataset.path for source in sources):
+        from mmaudio_hf.sources import write_dataset
+
+        for source in sources:
+            if written := write_dataset(source):
+                _print_prepared([written[0]], written[1], Path(source.media_dir))
 
 
 def _partition(options: argparse.Namespace) -> None:
@@ -93,6 +107,7 @@ def _partition(options: argparse.Namespace) -> None:
     sources += extraction.audios
     if not sources:
         raise ValueError(f"recipe {recipe.name} names nothing under extraction.audios, and no video with max_clips > 1")
+    _write_datasets(sources)
     check_sources(extraction, lists=False)
     for source in sources:
         path = extraction.clips_path(source)
@@ -201,6 +216,7 @@ def _check_clip_lists(
 def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]) -> None:
     from mmaudio_hf.media.lists import check_sources
 
+    _write_datasets(_all_sources(recipe))
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]
     share, open_writer = share_of_process(options), _open_writer(recipe)
@@ -306,6 +322,7 @@ def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSou
     held = {Path(store.path).resolve() for store in (*data.validation, *data.test)}
     trained = {Path(store.path).resolve() for store in data.train}
     sources = []
+    _write_datasets(_all_sources(recipe))
     for source in _all_sources(recipe):
         store = (Path(extraction.output_dir) / source.name).resolve()
         held_out, trains = store in held, store in trained or store not in held

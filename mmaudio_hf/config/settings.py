@@ -207,12 +207,33 @@ class EncoderConfig(Settings):
 
 
 @dataclass(frozen=True)
+class DatasetConfig(Settings):
+    """A data set that the media and the list of a source are written from."""
+
+    key = "dataset"
+    path: str = setting("", "Hub id, folder, or BUILDER:FILES as in webdataset:clips/*.tar; empty: none", path=True)
+    name: str = setting("", "configuration of a data set that has several")
+    revision: str = setting("", "branch, tag or commit on the Hub; empty: the newest")
+    split: str = setting("train", "split to use")
+    streaming: bool = setting(True, "read files as they come; false: download them first, to the cache of the Hub")
+    media_column: str = setting("", "column of the media; empty: the first of videos or audio")
+    id_column: str = setting("", "column of file names; empty: the names of the media, __key__ of a WebDataset")
+    text_column: str = setting("", "column of captions; empty: caption, text, label, description or txt")
+
+    def check(self) -> None:
+        """A path where anything else is set."""
+        changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        _require(bool(self.path) or not changed, f"dataset.path is missing beside {', '.join(changed)}")
+
+
+@dataclass(frozen=True)
 class MediaSource(Settings):
     """A folder of media files of which one feature store is made."""
 
     name: str = setting(MISSING, "name of the store")
-    media_dir: str = setting(MISSING, "folder of the files", path=True)
+    media_dir: str = setting(MISSING, "folder of the files; those of a data set are written to it", path=True)
     list: str = setting(MISSING, "TSV of the files to use: id, label of videos; id, caption of audio files", path=True)
+    dataset: DatasetConfig = field(default=DatasetConfig(), kw_only=True)
 
 
 @dataclass(frozen=True)

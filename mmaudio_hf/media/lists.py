@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -213,35 +213,48 @@ def read_table(
     A column of `synonyms` may have any of those names, each in any case of letters. Columns of `optional` are given
     where they are there; a name that is nearly one of them is rejected. ValueError names the file and line.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    line = 1
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t", strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            indices = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
-            rows, line = [], reader.line_num + 1  # the line where a row begins: a quoted field may end on a later one
-            for row in reader:
-                _check_row(f"{path}, line {line}", row, header, reader.line_num)
-                if row:
-                    rows.append((line, {name: row[index] for name, index in indices.items()}))
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {_quote_problem(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    lines = read_rows(path)
+    _, header = next(lines)
+    indices = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
+    rows = [(line, {name: row[index] for name, index in indices.items()}) for line, row in lines]
     if not rows:
         raise ValueError(f"{path}: has no rows after the header")
     return rows
 
 
-def _check_row(where: str, row: list[str], header: list[str], end: int) -> None:
+def read_rows(
+    path: str | os.PathLike, delimiter: str = "\t", header: Sequence[str] = ()
+) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a table: first its header, or `header` for a file without one, then every row.
+
+    Blank lines are skipped. ValueError names the file and the line where a row begins that cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    line = 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            columns = list(header) or [name.strip() for name in next(reader, [])]
+            yield line, columns
+            line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
+            for row in reader:
+                _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
+                if row:
+                    yield line, row
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: {_quote_problem(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _check_row(where: str, row: list[str], header: list[str], end: int, delimiter: str) -> None:
     if row and len(row) != len(header):
         raise ValueError(f"{where}: {len(row)} fields, the header has {len(header)}")
     for field in (field for field in row if "\n" in field or "\r" in field):
         # A caption may have several lines. Lines that look like rows have been swallowed by a stray quote.
-        swallowed = [line for line in field.splitlines()[1:] if line.count("\t") >= len(header) - 1 > 0]
+        swallowed = [line for line in field.splitlines()[1:] if line.count(delimiter) >= len(header) - 1 > 0]
         if swallowed:
             raise ValueError(
                 f"{where}: a field begins with a quote here and ends on line {end}, with {len(swallowed)} rows in it;"
