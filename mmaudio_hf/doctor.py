@@ -352,7 +352,7 @@ def _memory(launch: Launch) -> Iterator[tuple[str, str]]:
 def _host_memory(launch: Launch) -> Iterator[tuple[str, str]]:
     """Of this machine; on a CPU beside the tensors of its processes."""
     accumulation = launch.recipe.training.accumulation_steps
-    components = launch.estimate.on_host(launch.machines, accumulation, launch.fsdp)
+    components = launch.estimate.on_host(launch.world, launch.machines, accumulation, launch.fsdp)
     need, available = sum(components.values()), available_memory()
     if launch.device.type == "cpu":
         available -= launch.processes * sum(launch.estimate.on_device(launch.world, accumulation, launch.fsdp).values())

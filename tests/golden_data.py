@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmaudio_hf.models.conditioning import Conditions
+from mmaudio_hf.models.blocks import Conditions
 from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from toy_stores import MODEL
 
 from mmaudio_hf.bench import inference
 from mmaudio_hf.bench.inference import plain_read
-from mmaudio_hf.bench.training import _receive, loop_overhead, scaling, step
+from mmaudio_hf.bench.training import _receive, compare_step, loop_overhead, scaling, step
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config, variant_config
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.ema import PostHocEMA
 
+ROOT = Path(__file__).parent.parent
 TINY = model_config(MODEL | {"hidden_dim": 32}, "test")
 
 
@@ -44,6 +46,20 @@ def test_the_overhead_of_the_loop_is_what_it_adds_to_a_step(monkeypatch):
     assert 0 < figures["fp32_ema_share"] < 1 and figures["fp32_loop_overhead"] > -0.9
     monkeypatch.setattr(PostHocEMA, "update", lambda self: time.sleep(1))
     assert loop_overhead(TINY, 2, "fp32", 1) > 1.5
+
+
+def test_the_step_is_compared_with_that_of_another_checkout(tmp_path):
+    """Both processes are ours here; a commit before `bench.training` has the function in `bench.step`."""
+    figures = compare_step(TINY, ROOT, 2, 2)
+    assert 0.1 < figures["fp32_throughput_of_other"] < 10 and figures["fp32_other_step_seconds"] > 0
+    with pytest.raises(ValueError, match="there is no mmaudio_hf/bench in it"):
+        compare_step(TINY, tmp_path, 2, 2)
+    bench = tmp_path / "mmaudio_hf" / "bench"
+    bench.mkdir(parents=True)
+    for module in (bench.parent / "__init__.py", bench / "__init__.py", bench / "step.py"):
+        module.write_text("import time\ndef _train_step(*_):\n    return (lambda: time.sleep(1), 0), None\n")
+    (bench.parent / "config.py").write_text("ModelConfig = dict\n")
+    assert compare_step(TINY, tmp_path, 2, 1)["fp32_other_step_seconds"] > 1
 
 
 def test_two_processes_are_compared_with_one():

@@ -15,8 +15,7 @@ from golden_data import (
 )
 
 from mmaudio_hf.config import ModelConfig, variant_config
-from mmaudio_hf.models.blocks import TimestepEmbedder, rotary_table
-from mmaudio_hf.models.conditioning import upsample_sync
+from mmaudio_hf.models.blocks import TimestepEmbedder, rotary_table, upsample_sync
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions

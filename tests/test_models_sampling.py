@@ -1,12 +1,17 @@
 """Guided sampling with shared work gives the numbers of two plain passes."""
 
+import copy
+from functools import partialmethod
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_data import plain_guided_velocity
+from torch import nn
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d
-from mmaudio_hf.models.conditioning import Conditions
+from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions
+from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import (
     GuidedVelocity,
@@ -98,3 +103,28 @@ def test_winograd_convolutions_end_with_their_context(model):
     with pytest.raises(RuntimeError, match="inside"), winograd_convolutions(model, "fp32"):
         raise RuntimeError("inside")
     assert not replaced()
+
+
+def test_compiled_sampling_is_that_of_eager(model):
+    """Steps, batches and lengths share a few graphs, and Winograd's convolutions stay out of the compiled blocks."""
+    compiled, lengths = copy.deepcopy(model), (model.latent_length, model.clip_length, model.sync_length)
+    with mock.patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager")):
+        compiled.compile_blocks()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        for batch, latent, clip, sync in ((1, *lengths), (2, *lengths), (2, 40, 8, 24), (3, 125, 32, 88)):
+            for network in (model, compiled):
+                network.set_lengths(latent, clip, sync)
+            with torch.inference_mode():
+                conditions = conditions_of(model, batch, negative=False)
+                x0 = torch.randn(batch, latent, model.config.latent_channels)
+                eager = sample_euler(GuidedVelocity(model, *conditions, 4.5), x0, num_steps=3)
+                with winograd_convolutions(compiled, "fp32"):
+                    ours = sample_euler(GuidedVelocity(compiled, *conditions, 4.5), x0, num_steps=3)
+            assert (ours - eager).norm() < 1e-5 * eager.norm()
+        counters = torch._dynamo.utils.counters
+        assert 0 < counters["stats"]["unique_graphs"] <= 16 and not counters["graph_break"]
+    finally:
+        model.set_lengths(*lengths)
+        torch._dynamo.reset()

@@ -12,7 +12,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import FlowConfig, ModelConfig, OptimConfig
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import Draws
-from mmaudio_hf.models.conditioning import fill_missing
+from mmaudio_hf.models.blocks import fill_missing
 from mmaudio_hf.models.flow import flow_loss
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training import ema

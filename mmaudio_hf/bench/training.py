@@ -1,11 +1,15 @@
 """Benchmarks of training: steps against a matrix product, checkpoints against memcpy, two processes against one."""
 
+import json
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -127,6 +131,61 @@ def _train_step(
         synchronize(device)
 
     return (run, training_flops(config) * batch_size), update_ema
+
+
+# A process that does a step for each line it reads and writes the seconds; commits before `bench.training` had it in
+# `bench.step`. Only names that both have may be used.
+_STEPPER = """
+import importlib.util, json, sys, time, torch
+from mmaudio_hf.config import ModelConfig
+bench = "mmaudio_hf.bench." + ("training" if importlib.util.find_spec("mmaudio_hf.bench.training") else "step")
+config, batch_size = ModelConfig(**json.loads(sys.argv[1])), int(sys.argv[2])
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+(run, _), _ = importlib.import_module(bench)._train_step(config, batch_size, device, torch.float32)
+for _ in sys.stdin:
+    began = time.perf_counter()
+    run()
+    print(time.perf_counter() - began, flush=True)
+"""
+
+
+def compare_step(config: ModelConfig, checkout: Path, batch_size: int, rounds: int) -> Figures:
+    """Seconds of a float32 step, and of that of the package in `checkout`: two processes, one step each in turn.
+
+    ValueError where `checkout` has no package of ours.
+    """
+    roots = (Path(__file__).parents[2], checkout.resolve())
+    if not (roots[1] / "mmaudio_hf" / "bench").is_dir():
+        raise ValueError(f"--against {checkout}: there is no mmaudio_hf/bench in it; name a checkout of the repository")
+    command = [sys.executable, "-P", "-c", _STEPPER, json.dumps(asdict(config)), str(batch_size)]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | {"PYTHONPATH": str(root)},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for root in roots
+        ]
+        ours, other = in_turn([partial(_step_of, process) for process in processes], rounds)
+    return {
+        "fp32_other_step_seconds": statistics.median(other),
+        "fp32_throughput_of_other": statistics.median(b / a for a, b in zip(ours, other, strict=True)),
+    }
+
+
+def _step_of(process: subprocess.Popen[str]) -> float:
+    """Seconds of one step of a `_STEPPER`."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    if not (line := process.stdout.readline()):
+        raise RunError("a process that does steps has ended; what it said is above")
+    return float(line)
 
 
 def random_batch(config: ModelConfig, size: int) -> Batch:

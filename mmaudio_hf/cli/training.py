@@ -413,6 +413,9 @@ def add_bench_commands(add: Add) -> None:
     step.add_argument(
         "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
     )
+    step.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="compare with the step of another checkout, in turn"
+    )
     scaling = benchmark("scaling", _scaling, "two processes with one thread each against one: weak scaling")
     scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
@@ -443,12 +446,13 @@ def _count(text: str) -> int:
 
 
 def _step(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.training import checkpoint, step
+    from mmaudio_hf.bench.training import checkpoint, compare_step, step
     from mmaudio_hf.config import variant_config
 
     config = variant_config(options.variant)
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    figures = step(config, options.batch_size, options.rounds, precisions)
+    figures = compare_step(config, options.against, options.batch_size, options.rounds) if options.against else {}
+    figures |= step(config, options.batch_size, options.rounds, precisions)
     if options.checkpoint:
         figures |= checkpoint(config, options.rounds)
         seconds = float(figures[f"{precisions[0]}_step_seconds"])

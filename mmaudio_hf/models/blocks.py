@@ -1,12 +1,11 @@
-"""Layers and transformer blocks of the flow model (arXiv 2412.15322, section 3): adaLN, joint and self attention.
+"""Layers, conditions and transformer blocks of the flow model (arXiv 2412.15322, section 3).
 
-Shape suffixes: B batch, N latent tokens, T CLIP tokens, L text tokens, D hidden size, H heads, d = D / H; M is 1 for a
-condition that all tokens share, or N for one of every token.
+Shape suffixes: B batch, N latent tokens, T CLIP tokens, S sync tokens, L text tokens, D hidden size, H heads,
+d = D / H; M is 1 for a condition that all tokens share, or N for one of every token.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -181,6 +180,57 @@ def modulate(x_BND: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> t
         return F.layer_norm(x_BND, x_BND.shape[-1:]) * (1 + scale) + shift
 
 
+# --- conditions: CLIP, sync and text features, projected once for all sampling steps ---------------------------------
+
+
+class Conditions(NamedTuple):
+    """Projected conditions of a batch, the same at every sampling step."""
+
+    clip: torch.Tensor  # (B, T, D)
+    sync: torch.Tensor  # (B, N, D), upsampled to the latent length
+    text: torch.Tensor  # (B, L, D)
+    clip_global: torch.Tensor  # (B, D)
+    text_global: torch.Tensor  # (B, D)
+
+
+def clip_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
+    """CLIP features to the hidden size. Only v2 has an activation between the two maps."""
+    return nn.Sequential(nn.Linear(in_dim, dim), *([nn.SiLU()] if v2 else []), GatedMLP(dim, kernel_size=3))
+
+
+def text_projection(in_dim: int, dim: int, v2: bool) -> nn.Sequential:
+    """Text features to the hidden size, without mixing tokens."""
+    return nn.Sequential(nn.Linear(in_dim, dim), *([nn.SiLU()] if v2 else []), GatedMLP(dim))
+
+
+def temporal_projection(in_dim: int, dim: int, v2: bool, kernel_size: int) -> nn.Sequential:
+    """Latents or sync features to the hidden size, looking at seven neighbouring tokens first."""
+    activation = nn.SiLU() if v2 else nn.SELU()
+    return nn.Sequential(ChannelLastConv1d(in_dim, dim, 7, padding=3), activation, GatedMLP(dim, kernel_size))
+
+
+def upsample_sync(sync_BSD: torch.Tensor, latent_length: int) -> torch.Tensor:
+    """Nearest neighbour with half-pixel centres from S to N tokens.
+
+    The ratio is float32, as torch forms it: exact arithmetic moves two rows at the default 44k lengths.
+    """
+    with no_autocast(sync_BSD):
+        sync_BDN = F.interpolate(sync_BSD.transpose(1, 2), size=latent_length, mode="nearest-exact")
+    return sync_BDN.transpose(1, 2).contiguous()  # or every modulation of it is a slower product
+
+
+def fill_missing(features: torch.Tensor, missing_B: torch.Tensor | None, empty: torch.Tensor) -> torch.Tensor:
+    """Replace the tokens of samples where `missing_B` is true by `empty` (1 or L tokens, broadcast).
+
+    With a mask given, `empty` takes part in the graph even when no sample is missing: its gradient is then zero, not
+    absent, so that AdamW updates it as in the published training. The result has the wider of both types: bf16
+    features of a compact store are filled in float32, so that the gradient of `empty` is summed as for float32 ones.
+    """
+    if missing_B is None:
+        return features
+    return torch.where(missing_B.view(-1, 1, 1), empty, features)
+
+
 # --- transformer blocks ----------------------------------------------------------------------------------------------
 
 Modulation = tuple[torch.Tensor, ...]
@@ -228,7 +278,7 @@ def attention(q_BNHd: torch.Tensor, k_BNHd: torch.Tensor, v_BNHd: torch.Tensor) 
 class ModulatedBlock(nn.Module):
     """Transformer block of one stream, modulated by a condition (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748).
 
-    A `pre_only` block gives queries, keys and values to the other streams and leaves its own stream unchanged.
+    A `pre_only` block gives queries, keys and values to the other streams, and its own stream ends.
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int, pre_only: bool = False):
@@ -241,9 +291,14 @@ class ModulatedBlock(nn.Module):
             self.linear1 = token_map(dim, dim, kernel_size)
             self.ffn = GatedMLP(dim, kernel_size)
 
-    def modulation(self, condition_BMD: torch.Tensor) -> Modulation:
-        """Shifts, scales and gates from the conditioning after its SiLU."""
-        return self.adaLN_modulation(condition_BMD).chunk(2 if self.pre_only else 6, dim=-1)
+    def modulation(self, condition: torch.Tensor, rows_BN: torch.Tensor | None = None) -> Modulation:
+        """Shifts, scales and gates from the condition (B, M, D) after its SiLU.
+
+        With `rows_BN` the condition is (R, D), and token n of sample b has its row `rows_BN[b, n]`.
+        """
+        modulation = self.adaLN_modulation(condition)
+        modulation = modulation if rows_BN is None else F.embedding(rows_BN, modulation)
+        return modulation.chunk(2 if self.pre_only else 6, dim=-1)
 
     def project(self, x_BND: torch.Tensor, modulation: Modulation, table_2Nd: torch.Tensor | None) -> tuple:
         """Queries, keys and values (B, N, H, d) of the modulated stream."""
@@ -251,23 +306,27 @@ class ModulatedBlock(nn.Module):
 
     def finish(self, x_BND: torch.Tensor, attended_BND: torch.Tensor, modulation: Modulation) -> torch.Tensor:
         """Add the attention output and the feed-forward branch to the stream."""
-        if self.pre_only:
-            return x_BND
         _, _, gate_attention, shift, scale, gate_ffn = modulation
         x_BND = x_BND + self.linear1(attended_BND) * gate_attention
         return x_BND + self.ffn(modulate(x_BND, shift, scale)) * gate_ffn
 
-    def attend(self, x_BND: torch.Tensor, modulation: Modulation, table_2Nd: torch.Tensor) -> torch.Tensor:
-        """The block with self attention, given its modulation."""
+    def forward(
+        self,
+        x_BND: torch.Tensor,
+        condition: torch.Tensor,
+        table_2Nd: torch.Tensor,
+        rows_BN: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The block with self attention over this stream alone; the condition is that of `modulation`."""
+        modulation = self.modulation(condition, rows_BN)
         return self.finish(x_BND, attention(*self.project(x_BND, modulation, table_2Nd)), modulation)
-
-    def forward(self, x_BND: torch.Tensor, condition_BMD: torch.Tensor, table_2Nd: torch.Tensor) -> torch.Tensor:
-        """The block with self attention over this stream alone; the condition is the adaLN conditioning after SiLU."""
-        return self.attend(x_BND, self.modulation(condition_BMD), table_2Nd)
 
 
 class JointBlock(nn.Module):
-    """Attention over latent, CLIP and text tokens (MM-DiT of Esser et al. 2024, arXiv 2403.03206)."""
+    """Attention over latent, CLIP and text tokens (MM-DiT of Esser et al. 2024, arXiv 2403.03206).
+
+    A `pre_only` block returns the latents alone: FSDP would have to guard streams that came back unchanged.
+    """
 
     def __init__(self, dim: int, num_heads: int, pre_only: bool):
         super().__init__()
@@ -275,42 +334,39 @@ class JointBlock(nn.Module):
         self.clip_block = ModulatedBlock(dim, num_heads, kernel_size=3, pre_only=pre_only)
         self.text_block = ModulatedBlock(dim, num_heads, kernel_size=1, pre_only=pre_only)
 
-    def attend(
+    def forward(
         self,
-        streams: Sequence[torch.Tensor],
-        modulations: Sequence[Modulation],
-        tables: tuple[torch.Tensor, torch.Tensor],
+        latent_BND: torch.Tensor,
+        clip_BTD: torch.Tensor,
+        text_BLD: torch.Tensor,
+        latent_condition: torch.Tensor,
+        global_condition_B1D: torch.Tensor,
+        latent_table_2Nd: torch.Tensor,
+        clip_table_2Td: torch.Tensor,
+        rows_BN: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The block, given the modulation of each stream: (B, N, D), (B, T, D) and (B, L, D) to the same shapes."""
-        blocks = (self.latent_block, self.clip_block, self.text_block)
+        """Return the streams that continue.
+
+        Latents have the condition of each token, as in `ModulatedBlock.modulation`; the others have the global one.
+        """
+        blocks, streams = (self.latent_block, self.clip_block, self.text_block), (latent_BND, clip_BTD, text_BLD)
+        modulations = (
+            self.latent_block.modulation(latent_condition, rows_BN),
+            self.clip_block.modulation(global_condition_B1D),
+            self.text_block.modulation(global_condition_B1D),
+        )
+        tables = (latent_table_2Nd, clip_table_2Td, None)
         projected = [
             block.project(x, modulation, table)  # three of (B, N | T | L, H, d)
-            for block, x, modulation, table in zip(blocks, streams, modulations, (*tables, None), strict=True)
+            for block, x, modulation, table in zip(blocks, streams, modulations, tables, strict=True)
         ]
         q, k, v = (torch.cat(tensors, dim=1) for tensors in zip(*projected, strict=True))  # (B, N + T + L, H, d)
         attended = attention(q, k, v).split([x.shape[1] for x in streams], dim=1)
         return tuple(
             block.finish(x, a, modulation)
             for block, x, a, modulation in zip(blocks, streams, attended, modulations, strict=True)
+            if not block.pre_only
         )
-
-    def forward(
-        self,
-        latent_BND: torch.Tensor,
-        clip_BTD: torch.Tensor,
-        text_BLD: torch.Tensor,
-        condition_BND: torch.Tensor,
-        global_condition_B1D: torch.Tensor,
-        latent_table_2Nd: torch.Tensor,
-        clip_table_2Td: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the three streams. Conditions (after SiLU) are per token for latents and global for the others."""
-        modulations = (
-            self.latent_block.modulation(condition_BND),
-            self.clip_block.modulation(global_condition_B1D),
-            self.text_block.modulation(global_condition_B1D),
-        )
-        return self.attend((latent_BND, clip_BTD, text_BLD), modulations, (latent_table_2Nd, clip_table_2Td))
 
 
 class FinalLayer(nn.Module):

@@ -13,17 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.models.blocks import (
+    Conditions,
     FinalLayer,
     GatedMLP,
     JointBlock,
     ModulatedBlock,
     TimestepEmbedder,
-    rotary_table,
-)
-from mmaudio_hf.models.conditioning import (
-    Conditions,
     clip_projection,
     fill_missing,
+    rotary_table,
     temporal_projection,
     text_projection,
     upsample_sync,
@@ -79,6 +77,11 @@ class MMAudio(PretrainedModel):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in their order."""
         return [*self.joint_blocks, *self.fused_blocks]
+
+    def compile_blocks(self) -> None:
+        """Compile each block on its own: blocks of a kind have the same shapes, so that they share what is compiled."""
+        for block in self.blocks:
+            block.compile()
 
     @classmethod
     def from_variant(cls, variant: str, **changes: Any) -> Self:
@@ -201,14 +204,14 @@ class MMAudio(PretrainedModel):
         """Velocity (B, N, C) at times (B,), given projected conditions."""
         if latent_BNC.shape[1] != self.latent_length:
             raise ValueError(f"the latent has {latent_BNC.shape[1]} tokens, the model is set to {self.latent_length}")
-        latent_BND, clip_BTD, text_BLD = self.audio_input_proj(latent_BNC), conditions.clip, conditions.text
+        streams = (self.audio_input_proj(latent_BNC), conditions.clip, conditions.text)
         global_BD = self.t_embed(t_B) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
         global_B1D = global_BD[:, None]
         # Every adaLN modulation starts with this SiLU: it is applied once here, and not once a block.
         adaln_BND, adaln_B1D = F.silu(global_B1D + conditions.sync), F.silu(global_B1D)
         for block in self.joint_blocks:
-            streams, tables = (latent_BND, clip_BTD, text_BLD), (self._latent_table, self._clip_table)
-            latent_BND, clip_BTD, text_BLD = self._run(block, *streams, adaln_BND, adaln_B1D, *tables)
+            streams = self._run(block, *streams, adaln_BND, adaln_B1D, self._latent_table, self._clip_table)
+        latent_BND = streams[0]  # the last joint block ends the others
         for block in self.fused_blocks:
             latent_BND = self._run(block, latent_BND, adaln_BND, self._latent_table)
         # Global condition only, without sync: unintended by the authors, but the weights are trained with it.

@@ -11,8 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d, JointBlock, ModulatedBlock, Modulation
-from mmaudio_hf.models.conditioning import Conditions, upsample_sync
+from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions, upsample_sync
 from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
@@ -43,37 +42,29 @@ class GuidedVelocity:
             offsets = torch.arange(len(branch.sync), device=first.device)[:, None] * len(first)
             indices.append(count + offsets + index_N)
             count += len(rows[-1])
-        self.rows_RD, self.index_BN = torch.cat(rows), torch.cat(indices)
+        self.condition_RD, self.rows_BN = torch.cat(rows), torch.cat(indices)
 
     def __call__(self, latent_BNC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """Velocity (B, N, C) in float32."""
         time_D = self.model.t_embed(t_B[:1])
         latent = self.model.audio_input_proj(latent_BNC).repeat(self.branches, 1, 1)
-        velocity = self._run_blocks(latent, F.silu(time_D + self.rows_RD), F.silu(time_D + self.global_BD)[:, None])
+        velocity = self._run_blocks(
+            latent, F.silu(time_D + self.condition_RD), F.silu(time_D + self.global_BD)[:, None]
+        )
         if self.branches == 1:
             return velocity.float()
         conditional, unconditional = velocity.float().chunk(2)
         return guided_velocity(conditional, unconditional, self.scale)
 
     def _run_blocks(self, latent: torch.Tensor, adaln_RD: torch.Tensor, adaln_B1D: torch.Tensor) -> torch.Tensor:
-        model, clip, text = self.model, self.clip, self.text
+        model, streams = self.model, (latent, self.clip, self.text)
         tables = (model._latent_table, model._clip_table)
         for block in model.joint_blocks:
-            assert isinstance(block, JointBlock)
-            modulations = (
-                self._look_up(block.latent_block, adaln_RD),
-                block.clip_block.modulation(adaln_B1D),
-                block.text_block.modulation(adaln_B1D),
-            )
-            latent, clip, text = block.attend((latent, clip, text), modulations, tables)
+            streams = block(*streams, adaln_RD, adaln_B1D, *tables, self.rows_BN)
+        latent = streams[0]
         for block in model.fused_blocks:
-            assert isinstance(block, ModulatedBlock)
-            latent = block.attend(latent, self._look_up(block, adaln_RD), tables[0])
+            latent = block(latent, adaln_RD, tables[0], self.rows_BN)
         return model.final_layer(latent, adaln_B1D)
-
-    def _look_up(self, block: ModulatedBlock, adaln_RD: torch.Tensor) -> Modulation:
-        """Modulation (2B, N, D) of latents from that of the distinct tokens."""
-        return F.embedding(self.index_BN, block.adaLN_modulation(adaln_RD)).chunk(6, dim=-1)
 
 
 def _distinct_tokens(model: MMAudio, device: torch.device, repeats: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +104,12 @@ _TAPS = (
 def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
     """Replace the forward of the blocks' convolutions by `winograd_convolve`, in float32 on a CPU; else do nothing.
 
-    Needs twice the memory of the weights concerned meanwhile. The weights must not change until the end.
+    Needs twice the memory of the weights concerned meanwhile. The weights must not change until the end. Compiled
+    blocks stay as they are: the compiler would make code of its own for the weights of every single block.
     """
     weight = model.final_layer.conv.weight
     worthwhile = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
+    worthwhile &= model.blocks[0]._compiled_call_impl is None
     maps = [m for block in model.blocks for m in block.modules() if isinstance(m, ChannelLastConv1d)]
     maps = [m for m in maps if worthwhile and m.kernel_size == (3,)]
     try:

@@ -55,18 +55,17 @@ def should_compile(mode: str, device: torch.device) -> bool:
 
 
 def compile_blocks(model: MMAudio, log: Callable[[str], None], required: bool = False) -> bool:
-    """Compile the transformer blocks, each on its own; return whether they are. Parameter names stay as they are.
+    """Compile the transformer blocks; return whether they are. Parameter names stay as they are.
 
     One block is tried first, forward and backward. Where that fails, the reason is logged and training runs without;
-    RunError when it is `required`. Blocks have the same shapes, so one compilation serves all of a kind.
+    RunError when it is `required`.
     """
     if reason := probe_compile(model):
         if required:
             raise RunError(f"torch.compile does not work here, set training.compile=off: {reason}")
         log(f"note: torch.compile does not work here, training runs without it: {reason}")
         return False
-    for block in model.blocks:
-        block.compile()
+    model.compile_blocks()
     return True
 
 

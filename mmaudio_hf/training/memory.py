@@ -23,6 +23,7 @@ from mmaudio_hf.config import ModelConfig, Recipe
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import Draws
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.training.checkpointer import BLOCK_BYTES
 from mmaudio_hf.training.finetune import frozen_parameters
 from mmaudio_hf.training.step import flow_step
 
@@ -94,30 +95,30 @@ class MemoryEstimate:
             "EMA": FLOAT32 * self.in_ema * len(recipe.ema.sigma_rels) // shards,
             "gradients": FLOAT32 * self.trained * kept,
             "activations": int(activations.max()),
-            # Those of all passes and one ahead; one is among the activations.
-            "batches": self._batch_bytes * size * accumulation_steps,
+            # The loader copies on a stream of its own, whose memory no other can take: the batches of a step, those of
+            # the step before, which the loop has until then, and one ahead. One of them is among the activations.
+            "batches": FLOAT32 * sum(self._sample_elements) * size * 2 * accumulation_steps,
         }
 
-    def on_host(self, machines: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
-        """Bytes of host memory of one machine, pinned for CUDA: the copy that checkpoints are written from, batches.
+    def on_host(self, processes: int, machines: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
+        """Bytes of host memory of one machine, as CUDA pins it: the copy that checkpoints are written from, batches.
 
         Without FSDP the first process alone copies; with it each copies its shards, and the first what is published.
         """
-        training, prefetch = self.recipe.training, self.recipe.data.prefetch_batches
+        training, here = self.recipe.training, processes // machines
         state = FLOAT32 * (self.parameters + 2 * self.trained) + self.snapshot
-        buffers = accumulation_steps + max(prefetch, accumulation_steps)  # see `BatchLoader`
-        return {
-            "checkpoint copy": state // machines + FLOAT32 * self.parameters if fsdp else state,
-            "batches": self._batch_bytes * training.batch_size // accumulation_steps // machines * buffers,
-        }
+        shards = here * _pinned(state // processes) + FLOAT32 * self.parameters  # what is published is not pinned
+        size = training.batch_size // processes // accumulation_steps
+        batch = sum(_pinned(FLOAT32 * size * count) for count in self._sample_elements)
+        buffers = accumulation_steps + max(self.recipe.data.prefetch_batches, accumulation_steps)  # of `BatchLoader`
+        return {"checkpoint copy": shards if fsdp else _pinned(state), "batches": here * buffers * batch}
 
     @property
-    def _batch_bytes(self) -> int:
-        """Of one sample: its features, the latent's mean and std, and two noises."""
+    def _sample_elements(self) -> list[int]:
+        """Elements of each large tensor of one sample: its features, the latent's mean and std, and two noises."""
         config = self.recipe.model
-        conditions = config.text_tokens * config.text_dim + config.clip_length * config.clip_dim
-        conditions += config.sync_length * config.sync_dim
-        return FLOAT32 * (conditions + 4 * config.latent_length * config.latent_channels)
+        text, clip = config.text_tokens * config.text_dim, config.clip_length * config.clip_dim
+        return [text, clip, config.sync_length * config.sync_dim, *[config.latent_length * config.latent_channels] * 4]
 
     @property
     def checkpoint(self) -> int:
@@ -128,6 +129,12 @@ class MemoryEstimate:
     def snapshot(self) -> int:
         """Bytes of the EMA snapshots of one step."""
         return FLOAT32 * self.in_ema * len(self.recipe.ema.sigma_rels)
+
+
+def _pinned(size: int) -> int:
+    """Bytes that `size` bytes of pinned memory take: full blocks, and what is left rounded up to a power of two."""
+    blocks, rest = divmod(size, BLOCK_BYTES)
+    return blocks * BLOCK_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
 
 
 def _count(tensors: Iterable[torch.Tensor]) -> int:

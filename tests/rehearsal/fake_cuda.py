@@ -11,13 +11,14 @@ of the time on an H100; `device.syncs` where the host would wait; `device.attent
 import collections
 import contextlib
 import ctypes
+import itertools
 import subprocess
 import sys
 import tempfile
 import traceback
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -72,35 +73,56 @@ def caller(limit: int = 2) -> str:
 
 
 class Counts:
-    """What has run since the last `reset`; live memory is kept over it."""
+    """What has run since the last `reset`; live memory is kept over it.
+
+    Memory of each stream is counted apart, as the caching allocator keeps it: what one frees no other can take.
+    """
 
     def __init__(self):
-        self.live: dict[int, int] = {}
-        self.live_bytes = 0
+        self.live: dict[int, tuple[int, int]] = {}  # by storage: bytes, stream
+        self.live_bytes: collections.Counter = collections.Counter()  # by stream
+        self.stream = 0
         self.reset()
 
     def reset(self) -> None:
-        self.kernels = self.bytes = self.flops = 0
+        self.kernels = self.bytes = self.flops = self.pinned_bytes = 0
         self.seconds = 0.0
-        self.peak_bytes = self.live_bytes
+        self.peaks = self.live_bytes.copy()
         self.by_op: collections.Counter = collections.Counter()  # seconds of the estimate
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peaks.total()
 
     def allocate(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.live:
-            self.live[storage._cdata] = 0
+            self.live[storage._cdata] = 0, self.stream
             self.resize(storage)
             weakref.finalize(storage, self._free, storage._cdata)
 
     def resize(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self.live:
+            before, stream = self.live[storage._cdata]
             size = -(-storage.nbytes() // 512) * 512  # as CUDA's caching allocator rounds
-            self.live_bytes += size - self.live[storage._cdata]
-            self.live[storage._cdata] = size
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            self.live[storage._cdata] = size, stream
+            self.live_bytes[stream] += size - before
+            self.peaks[stream] = max(self.peaks[stream], self.live_bytes[stream])
 
     def _free(self, key: int) -> None:
-        self.live_bytes -= self.live.pop(key, 0)
+        size, stream = self.live.pop(key, (0, 0))
+        self.live_bytes[stream] -= size
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a pinned tensor; torch rounds each up to a power of two."""
+        self.pinned_bytes += 1 << max(0, tensor.nbytes - 1).bit_length()
+        return tensor
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: "_Stream") -> Iterator[None]:
+        before, self.stream = self.stream, stream.stream_id
+        yield
+        self.stream = before
 
 
 class _Observer(TorchDispatchMode):
@@ -219,11 +241,11 @@ class _Event:
 
 
 class _Stream:
-    device_index = stream_id = cuda_stream = priority = 0
+    device_index = cuda_stream = priority = 0
     device_type = 1
 
-    def __init__(self, device: "FakeCuda"):
-        self._device = device
+    def __init__(self, device: "FakeCuda", stream_id: int = 0):
+        self._device, self.stream_id = device, stream_id
         self.device = torch.device("cuda", 0)
 
     def record_event(self, event=None) -> _Event:
@@ -293,6 +315,7 @@ class FakeCuda:
             name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=self.memory, multi_processor_count=132
         )
         stream, resize, empty = _Stream(self), torch.UntypedStorage.resize_, torch.empty
+        stream_ids = itertools.count(1)
         self._real_attention = F.scaled_dot_product_attention
 
         def resize_(storage, size):  # how FSDP frees what it has gathered
@@ -305,6 +328,10 @@ class FakeCuda:
                 x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
             )
             return torch.channels_last if channels_last else torch.contiguous_format
+
+        def empty_(*sizes, pin_memory=False, **options):
+            tensor = empty(*sizes, **options)
+            return self.counts.pin(tensor) if pin_memory else tensor
 
         def synchronize(device=None):
             self.syncs[f"cuda.synchronize in {caller(1)}"] += 1
@@ -324,9 +351,9 @@ class FakeCuda:
             "synchronize": synchronize,
             "current_stream": lambda device=None: stream,
             "default_stream": lambda device=None: stream,
-            "Stream": lambda *_, **__: _Stream(self),
+            "Stream": lambda *_, **__: _Stream(self, next(stream_ids)),
             "Event": lambda *_, **__: _Event(self),
-            "stream": lambda stream: contextlib.nullcontext(),
+            "stream": self.counts.on_stream,
             "get_rng_state": lambda device="cuda": torch.empty(16, dtype=torch.uint8),
             "amp.common.amp_definitely_not_available": lambda: False,
         }
@@ -349,7 +376,7 @@ class FakeCuda:
             "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,
             "torch._C._conv_determine_backend_memory_format": layout_of,
             "torch.nn.functional.scaled_dot_product_attention": self._scaled_dot_product_attention,
-            "torch.empty": lambda *sizes, pin_memory=False, **options: empty(*sizes, **options),
+            "torch.empty": empty_,
             "torch.Tensor.pin_memory": lambda tensor, *_, **__: tensor,
             "torch.Tensor.record_stream": nothing,
         }
