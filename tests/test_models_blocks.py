@@ -119,8 +119,7 @@ def new_graphs(monkeypatch) -> Iterator[Callable[..., int]]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", ["fused", "joint"])
+@pytest.mark.parametrize(("kind", "lora"), [("fused", False), ("fused", True), ("joint", True)])
 def test_recompilations_are_bounded(kind, lora, new_graphs):
     """Blocks of one kind share what is compiled; batch sizes, a validation pass and other lengths add a few graphs.
 
