@@ -1,7 +1,10 @@
 """The pipeline as users of Hugging Face pipelines call it: lists, frames, seeds, steps, dtypes, adapters, threads."""
 
+import ast
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import av
 import numpy as np
@@ -394,3 +397,23 @@ def test_other_files_of_a_folder_are_generated_or_named(folder, tmp_path, capsys
     assert "1 other files are left out: notes.txt" in printed.err and "2 of 2 generated" in printed.out
     assert {path.name for path in (tmp_path / "out").glob("*.mkv")} == {"cam.mkv", "anim.mkv"}
     assert main([*map(str, words), "--seed", "random"]) == 2 and "seed: give a number" in capsys.readouterr().err
+
+
+def test_the_code_of_the_docs_runs_as_a_notebook(folder, tmp_path, monkeypatch):
+    """All python blocks of docs/generation.md, in order; a cell's last expression is shown as IPython shows it."""
+    page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text()
+    cells = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "example").symlink_to(folder)
+    for name in ("clip.mp4", "dog.mp4"):
+        write_odd(tmp_path / name, Odd(steady(1)))
+    monkeypatch.chdir(tmp_path)
+    names, shown = {}, []
+    for cell in cells:
+        body = ast.parse(cell).body
+        last = [body.pop()] if isinstance(body[-1], ast.Expr) else []
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        shown += [eval(compile(ast.Expression(node.value), "cell", "eval"), names) for node in last]
+    assert repr(shown[0]).startswith("MMAudioPipeline(") and "<audio" in shown[1]._repr_html_()
+    assert len(names["levels"]) == 10 and names["result"].seconds == pytest.approx(2, abs=0.05)
+    assert (tmp_path / "with_audio.mp4").is_file() and [result.seed for result in names["results"]] == [3, 4]

@@ -27,6 +27,7 @@ from mmaudio_hf.models.blocks import (
     upsample_sync,
 )
 from mmaudio_hf.models.pretrained import PretrainedModel
+from mmaudio_hf.models.pretrained import read_model_config as read_model_config  # scripts import it from here
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
 
 FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")

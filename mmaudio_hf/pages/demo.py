@@ -196,6 +196,7 @@ def _generate(
             num_steps=int(steps),
             guidance_scale=guidance,
             seed=int(seed),
+            progress=False,
         )
         # One request runs at a time, and gradio has copied the results of the one before.
         shutil.rmtree(out_dir, ignore_errors=True)
