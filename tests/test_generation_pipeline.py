@@ -4,12 +4,14 @@ import ast
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from hub_server import TOKEN, USER, Hub
 from odd_media import Odd, code_image, steady, write_odd
 from peft import LoraConfig, get_peft_model
 from published import SIZES, write_network
@@ -346,6 +348,39 @@ def test_every_wrong_argument_of_from_pretrained_is_named(folder, options, words
         MMAudioPipeline.from_pretrained(folder, **{"device": "cpu"} | options)
     local = {"token": "hf_x", "cache_dir": "cache", "local_files_only": True, "revision": "main"}
     assert MMAudioPipeline.from_pretrained(folder, device="cpu", **local).sample_rate == 16000
+
+
+def test_arguments_of_the_hub_are_honoured(folder, adapters, pipeline, tmp_path, monkeypatch):
+    """A private repository with a network in a folder of its own, an adapter, and released weights alone."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+    adapter = {path.name: path.read_bytes() for path in next(iter(adapters)).iterdir()}
+    with Hub(tmp_path / "hub") as hub:
+        hub.use_here(monkeypatch, tmp_path / "home", token=None)
+        for name, content in (("net", {f"ema/{n}": c for n, c in files.items()}), ("lora", adapter)):
+            hub.repository(f"{USER}/{name}").create(private=True)
+            hub.repository(f"{USER}/{name}").add(content)
+        hub.repository(f"{USER}/released").create(private=False)
+        hub.repository(f"{USER}/released").add({"weights/mmaudio_small_16k.pth": b"", "ext_weights/v1-16.pth": b""})
+        load = partial(MMAudioPipeline.from_pretrained, f"{USER}/net", device="cpu", cache_dir=tmp_path / "cache")
+        for wrong, words in (
+            ({"subfolder": "ema"}, "is not there, or private"),
+            ({"token": TOKEN}, "holds no network: it has no config.json"),
+            ({"token": TOKEN, "subfolder": "raw"}, "folder raw, holds no network"),
+            ({"token": TOKEN, "subfolder": "ema", "revision": "v9"}, "no such revision"),
+            ({"local_files_only": True, "subfolder": "ema"}, "cannot be reached"),
+        ):
+            with pytest.raises((ValueError, ConnectionError), match=words):
+                load(**wrong)
+        loaded = load(token=TOKEN, subfolder="ema", revision="main")
+        loaded.load_lora_weights(f"{USER}/lora", 0.5, token=TOKEN, cache_dir=tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) and not list((tmp_path / "home").rglob("*.safetensors"))
+        with pytest.raises(
+            ValueError, match=r"weights/mmaudio_small_16k\.pth: fetch one by `hf download .* weights conv"
+        ):
+            MMAudioPipeline.from_pretrained(f"{USER}/released", device="cpu")
+    offline = load(local_files_only=True, subfolder="ema")  # the server is gone
+    assert close(offline(num_steps=1, progress=False), pipeline(num_steps=1))
+    assert not close(loaded(num_steps=1, progress=False), pipeline(num_steps=1))
 
 
 def test_a_file_of_released_weights_is_a_source(folder, pipeline, tmp_path):
