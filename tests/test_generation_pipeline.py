@@ -429,7 +429,7 @@ def test_other_files_of_a_folder_are_generated_or_named(folder, tmp_path, capsys
     words = ("generate", "--run", folder, "--folder", source, "--out", tmp_path / "out", "--steps", "1")
     assert main([*map(str, words), "--format", "mkv"]) == 0
     printed = capsys.readouterr()
-    assert "1 other files are left out: notes.txt" in printed.err and "2 of 2 generated" in printed.out
+    assert "1 other files are left out: notes.txt" in printed.out and "2 of 2 generated" in printed.out
     assert {path.name for path in (tmp_path / "out").glob("*.mkv")} == {"cam.mkv", "anim.mkv"}
     assert main([*map(str, words), "--seed", "random"]) == 2 and "seed: give a number" in capsys.readouterr().err
 

@@ -138,10 +138,11 @@ def _generate_many(options: argparse.Namespace) -> None:
     share = share_of_process(options)
     from mmaudio_hf.generation.files import check_out_dir, generate_files, read_folder, read_list
 
+    notes: list[str] = []
     if options.list is not None:
         entries = read_list(options.list, options.folder)
     else:
-        entries = read_folder(options.folder, options.prompt, options.negative_prompt, warn)
+        entries = read_folder(options.folder, options.prompt, options.negative_prompt, notes.append)
     check_out_dir(options.out, entries)  # before the network is loaded
     report = generate_files(
         _pipeline(options, share.local_rank),
@@ -153,6 +154,8 @@ def _generate_many(options: argparse.Namespace) -> None:
         **_sampling(options),
     )
     print(report)
+    for note in notes:
+        print(note)
     if report.listed and report.rejected == report.listed:
         raise ValueError(f"all {report.listed} items were rejected; {report.rejects_path} says why")
 

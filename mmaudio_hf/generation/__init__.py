@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import wave
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ class Request:
         elif self.frame_rate is not None:
             raise ValueError(f"frame_rate{where} is for a video that is given as frames; a file has its own")
         if self.duration is not None:
-            check_number(f"duration{where}", self.duration, 0, MAX_SECONDS)
+            check_number(f"duration{where}", self.duration)
         if self.seed is not None:
             check_number(f"seed{where}", self.seed, *SEEDS, whole=True)
 
@@ -126,13 +127,13 @@ def requests_of(given: Mapping[str, Any]) -> tuple[list[Request], bool]:
     return [Request(**row) for row in rows], bool(lists)
 
 
-def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+def check_number(name: str, value: Any, low: float | None = None, high: float = math.inf, whole: bool = False) -> None:
     """ValueError that names it unless it is a (whole) number from `low` to `high`."""
     # True would count as 1, and 1.5 steps or seeds as 1.
     kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {_what(value)}")
-    if not low <= value <= high:
+    if low is not None and not low <= value <= high:
         raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 

@@ -734,7 +734,9 @@ def _lengths_set(model: MMAudio, lengths: SequenceLengths) -> Iterator[None]:
 
 def _lengths(mode: str, seconds: float, name: str = "duration") -> SequenceLengths:
     """Lengths for a duration; ValueError that begins with `name` for one that is too short, too long, or no number."""
-    check_number(name, seconds, 0, float("inf"))
+    check_number(name, seconds)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, not {seconds} s")
     if seconds > MAX_SECONDS:  # before memory is gone
         raise ValueError(f"{name}: {seconds:g} s is longer than the {MAX_SECONDS:g} s that are generated at once")
     try:
