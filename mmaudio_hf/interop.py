@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.data.noise import NOISE_VERSION
@@ -89,7 +90,7 @@ def import_checkpoint(
     snapshot_files = _snapshot_files(snapshots, recipe) if snapshots is not None else []
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.run_dir / "config.yaml")
-    for profile, path in snapshot_files:
+    for profile, path in tqdm(snapshot_files, "snapshots", unit="file", disable=None, leave=False):
         _import_snapshot(path, recipe.ema.sigma_rels[profile], model, recipe.run_dir / "ema")
     sigma, ema_weights = ema.nearest(recipe.ema.sigma_rel)
     published = {"weights": "ema", "sigma_rel": sigma, "step": step}
@@ -265,7 +266,8 @@ def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[P
     paths = [out / name for name in contents]
     if present := next((path for path in paths if path.exists()), None):
         raise ValueError(f"{present} exists: choose another folder")
-    for path, make in zip(paths, contents.values(), strict=True):
+    bar = tqdm(zip(paths, contents.values(), strict=True), "export", len(paths), unit="file", disable=None, leave=False)
+    for path, make in bar:
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + ".partial")
         torch.save(make(), incomplete)

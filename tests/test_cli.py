@@ -26,9 +26,16 @@ class Result(NamedTuple):
     stderr: str
 
 
+class Terminal(io.StringIO):
+    """One on which progress bars are shown."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def run(*words: str, cwd: Path, code: int = 0) -> Result:
     """Run `mmaudio-hf` in this process (importing torch again takes longer than most commands) in folder `cwd`."""
-    output, errors = io.StringIO(), io.StringIO()
+    output, errors = io.StringIO(), Terminal()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         returned = main(words)
     assert returned == code, output.getvalue() + errors.getvalue()
@@ -94,6 +101,19 @@ def test_rows_encoded_again_are_those_of_their_files(project, tmp_path):
     assert "clip_features of row" in result.stdout and "are not those of its file" in result.stdout
     failed = run("extract-audio", "short.yaml", "extraction.layout=compact", cwd=project, code=2)
     assert "has the layout reference" in failed.stderr and "mmaudio-hf store convert" in failed.stderr
+
+
+def test_long_commands_show_their_progress(project, tmp_path):
+    store, out = "output/example_short-features/video_test", str(tmp_path / "out")
+    for words, unit in (
+        (("verify", store), "B/s"),
+        (("store", "convert", store, out, "--layout", "compact"), "row/s"),
+        (("store", "subset", store, f"{out}_rows", "--rows", "0:1"), "row/s"),
+        (("export", "output/short", "--out", f"{out}_reference"), "file/s"),
+        (("report", "--run", "output/short", "--clips", "1"), "clip/s"),
+    ):
+        errors = run(*words, cwd=project).stderr
+        assert "0%|" in errors and ("?" + unit in errors or unit in errors), words
 
 
 def test_dry_run_knows_the_rows(project):

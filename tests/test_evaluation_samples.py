@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 import signal
 import sqlite3
 import subprocess
@@ -134,6 +135,33 @@ def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):
     ):
         heard = sorted(waveform(path.read_bytes(), tmp_path).tolist() for path in files)
         assert len(heard) == 3 and np.allclose(heard, written, atol=1e-3)
+
+
+def test_own_evaluators_of_the_docs(folder, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (code,) = [block for block in page.split("```python\n") if block.startswith("# my_scores.py")]
+    (tmp_path / "my_scores.py").write_text(code.split("```")[0])
+    recipe = write_recipe(folder, "own", trackers=[])
+    monkeypatch.chdir(tmp_path)
+    settings = ["evaluation.extra=[my_scores:Silence]", "training.best_metric=silence/share", "samples.every=0"]
+    assert main(["train", str(recipe), *settings]) == 0
+    scores = {line["step"]: line["silence/share"] for line in metrics(recipe) if "silence/share" in line}
+    assert scores.keys() == {4} and 0 <= scores[4] <= 1 and (run_dir(recipe) / "best").exists()
+    (tmp_path / "wrong.py").write_text("class Bare:\n    def __init__(self, recipe): ...\nclass Odd(Bare): name = 3\n")
+    capsys.readouterr()
+    for name, message in (
+        ("nowhere:Class", "nowhere:Class: ModuleNotFoundError"),
+        ("my_scores:Gone", "has no attribute 'Gone'"),
+        ("wrong:Bare", "has no attribute 'name'"),
+        ("wrong:Odd", "has no attribute 'run'|it needs name"),
+        ("my_scores", "'my_scores' is not of the form module:Class"),
+    ):
+        assert main(["train", str(recipe), f"evaluation.extra=['{name}']", "name=refused"]) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1 and re.search(message, errors[0]) and "evaluation.extra" in errors[0], errors
+    assert not run_dir(recipe).with_name("refused").exists() or not list(
+        run_dir(recipe).with_name("refused").glob("c*")
+    )
 
 
 def test_the_report_lets_one_hear_them(finished):

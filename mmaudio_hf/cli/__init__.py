@@ -4,6 +4,7 @@ Recipes are read and checked before anything heavy is imported, so a typing erro
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,10 @@ EXAMPLES = {  # command -> arguments, for its --help
 }
 
 
+# Errors of the system that only another path on the command line or in the recipe can correct.
+MISTAKEN_PATHS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mmaudio-hf`; returns the exit code.
 
@@ -74,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _print_error(str(error))
         return 2
-    except (OSError, RunError) as error:
+    except OSError as error:
+        mistaken = error.errno in MISTAKEN_PATHS
+        _print_error(f"{error.filename}: {error.strerror}" if mistaken else str(error))
+        return 2 if mistaken else 1
+    except RunError as error:
         _print_error(str(error))
         return 1
     except KeyboardInterrupt as interrupt:

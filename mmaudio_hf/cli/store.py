@@ -163,6 +163,8 @@ def _print_summary(store: "FeatureStore") -> None:
 def _push(options: Namespace) -> None:
     if options.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", options.license):
         raise ValueError(f"--license {options.license!r}: give it as the Hub names it, for example cc-by-4.0")
+    if not 0 < options.part_size < 1e6:
+        raise ValueError(f"--part-size {options.part_size:g} must be more than 0 and less than 1e6 MB")
     repo, revision = split_hub_id(options.repo)
     if revision:
         raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")

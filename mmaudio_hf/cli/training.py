@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmaudio_hf.data.mixture import Mixture
+    from mmaudio_hf.training.actions import Evaluator
     from mmaudio_hf.training.loop import RunResult
     from mmaudio_hf.training.resume import RunLock
 
@@ -163,6 +166,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         from mmaudio_hf.evaluation.run import evaluators_of
 
         evaluators += evaluators_of(recipe, warn)
+    evaluators += extra_evaluators(recipe, [evaluator.name for evaluator in evaluators])
     torch.manual_seed(recipe.seed)
     network = initial_model(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -186,6 +190,32 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     if is_main:
         print(_end_text(recipe, result))
     return 0
+
+
+def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
+    """The user's own evaluators: `Class(recipe)` for each `module:Class` of evaluation.extra.
+
+    ValueError when one cannot be imported, is no evaluator, or has a name that is taken.
+    """
+    evaluators: list[Any] = []
+    for entry in recipe.evaluation.extra:
+        module, _, name = entry.partition(":")
+        if os.getcwd() not in sys.path:  # the command `mmaudio-hf` has its own folder there instead
+            sys.path.insert(0, os.getcwd())
+        try:
+            made = getattr(importlib.import_module(module), name)(recipe)
+            valid = isinstance(made.name, str) and re.fullmatch(r"[a-z]\w*", made.name) and callable(made.run)
+            valid = valid and type(made.every) is int and made.every > 0 and isinstance(made.long, bool)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"evaluation.extra {entry}: {type(error).__name__}: {error}") from error
+        if not valid:
+            raise ValueError(f"evaluation.extra {entry}: it needs name (a word), every (at least 1), long and run(...)")
+        if made.name in [*taken, "train", "val", "val_ema", "speed", *(other.name for other in evaluators)]:
+            raise ValueError(f"evaluation.extra {entry}: its name {made.name!r} is taken")
+        evaluators.append(made)
+    return evaluators
 
 
 def _start_text(recipe: Recipe, mixture: "Mixture") -> str:

@@ -544,6 +544,13 @@ class EvaluationConfig(Settings):
     av_bench_batch_size: int = setting(32, "clips per forward pass of av-benchmark", least=1)
     truth: TruthConfig = TruthConfig()
     keep_clips: bool = setting(False, "keep the generated audio and its features after they were scored")
+    extra: tuple[str, ...] = setting((), "own evaluators, as module:Class; see docs/evaluation.md", unique=True)
+
+    def check(self) -> None:
+        """The form of the names; they are imported when training begins."""
+        for name in self.extra:
+            pattern = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+            _require(bool(re.fullmatch(pattern, name)), f"evaluation.extra: {name!r} is not of the form module:Class")
 
 
 @dataclass(frozen=True)

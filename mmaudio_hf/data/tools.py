@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from mmaudio_hf.data.layout import (
     AGAIN,
@@ -66,11 +67,13 @@ def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = Non
         return Report(Path(path), 0, (str(error),), ())
     with store:
         problems, notes = _check_small_files(store)
-        for name in store.columns:
-            try:
-                problems += _check_column(store, name)
-            except OSError as error:
-                problems.append(str(error))
+        size = store.contents.size
+        with tqdm(desc=store.path.name, total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for name in store.columns:
+                try:
+                    problems += _check_column(store, name, bar)
+                except OSError as error:
+                    problems.append(str(error))
         repeated = [item_id for item_id, count in Counter(store.ids).items() if count > 1]
         if repeated:
             rows = ", ".join(str(row) for row, item_id in enumerate(store.ids) if item_id == repeated[0])
@@ -100,10 +103,11 @@ def _check_small_files(store: FeatureStore) -> tuple[list[str], list[str]]:
     return problems, []
 
 
-def _check_column(store: FeatureStore, name: str) -> list[str]:
+def _check_column(store: FeatureStore, name: str, bar: tqdm) -> list[str]:
     digest, not_finite = hashlib.sha256(), []
     for first, block in store.blocks(name):
         digest.update(bytes_of(block))
+        bar.update(block.nbytes)
         finite = block.flatten(1).isfinite().all(1)
         not_finite += (first + (~finite).nonzero().flatten()).tolist()
     problems = _compare_checksum(store, name, digest.hexdigest())
@@ -284,12 +288,16 @@ def _write(target: str | Path, selection: Selection, layout: str, sync_dtype: st
     stores = [store for store, _ in selection]
     total = sum(len(rows) for _, rows in selection)
     settings = _common_metadata(stores) | {"layout": layout, "sync_dtype": sync_dtype, "counts": counts}
-    with StoreWriter(target, _shapes(stores[0]), total, **settings) as writer:
+    with (
+        StoreWriter(target, _shapes(stores[0]), total, **settings) as writer,
+        tqdm(desc=Path(target).name, total=total, unit="row", disable=None, leave=False) as bar,
+    ):
         first = 0
         for store, rows in _blocks(selection):
             ids, captions = [store.ids[row] for row in rows], [store.captions[row] for row in rows]
             writer.write(first, ids, captions, store.read(rows))
             first += len(rows)
+            bar.update(len(rows))
 
 
 def _blocks(selection: Selection) -> Iterator[tuple[FeatureStore, np.ndarray]]:

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from markupsafe import Markup
+from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
@@ -86,7 +87,7 @@ def report_run(
 def _generated_clips(
     recipe: Recipe,
     pipeline: MMAudioPipeline,
-    items: Iterable[HeldOutItem],
+    items: Sequence[HeldOutItem],
     times: Mapping[str, Sequence[float]],
     shown: int,
 ) -> tuple[list[ReportClip], dict[str, float]]:
@@ -94,7 +95,8 @@ def _generated_clips(
     clips: list[ReportClip] = []
     detected, ceiling, known = [], [], []
     rate, duration = pipeline.sample_rate, recipe.model.duration
-    for item, result in generate_items(pipeline, items, recipe.sampling, recipe.seed):
+    results = generate_items(pipeline, items, recipe.sampling, recipe.seed)
+    for item, result in tqdm(results, "report", len(items), unit="clip", disable=None, leave=False):
         decoded = pipeline.decode(item.latent)
         video, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
         events = times.get(item.item_id)
