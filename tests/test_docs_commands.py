@@ -17,15 +17,15 @@ COMMAND = re.compile(rf"^(?:exec )?(?:mmaudio-hf |.*-m mmaudio_hf\.cli |{TRAIN})
 
 
 def commands() -> list:
-    found = []
+    cases = []
     for page in PAGES:
         fenced = False
         for number, line in enumerate(page.read_text().splitlines(), start=1):
             fenced ^= line.startswith("```")
             if (fenced or line.startswith("    ")) and (match := COMMAND.match(line.strip())):
                 words = (["train"] if match[1] else []) + shlex.split(line.strip()[match.end() :], comments=True)
-                found.append(pytest.param(words, id=f"{page.name}:{number}"))
-    return found
+                cases.append(pytest.param(words, id=f"{page.name}:{number}"))
+    return cases
 
 
 @pytest.mark.parametrize("words", commands())

@@ -203,18 +203,22 @@ def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
         if os.getcwd() not in sys.path:  # the command `mmaudio-hf` has its own folder there instead
             sys.path.insert(0, os.getcwd())
         try:
-            made = getattr(importlib.import_module(module), name)(recipe)
-            valid = isinstance(made.name, str) and re.fullmatch(r"[a-z]\w*", made.name) and callable(made.run)
-            valid = valid and type(made.every) is int and made.every > 0 and isinstance(made.long, bool)
+            evaluator = getattr(importlib.import_module(module), name)(recipe)
+            valid = (
+                isinstance(evaluator.name, str)
+                and re.fullmatch(r"[a-z]\w*", evaluator.name)
+                and callable(evaluator.run)
+            )
+            valid = valid and type(evaluator.every) is int and evaluator.every > 0 and isinstance(evaluator.long, bool)
         except ValueError:
             raise
         except Exception as error:
             raise ValueError(f"evaluation.extra {entry}: {type(error).__name__}: {error}") from error
         if not valid:
             raise ValueError(f"evaluation.extra {entry}: it needs name (a word), every (at least 1), long and run(...)")
-        if made.name in [*taken, "train", "val", "val_ema", "speed", *(other.name for other in evaluators)]:
-            raise ValueError(f"evaluation.extra {entry}: its name {made.name!r} is taken")
-        evaluators.append(made)
+        if evaluator.name in [*taken, "train", "val", "val_ema", "speed", *(other.name for other in evaluators)]:
+            raise ValueError(f"evaluation.extra {entry}: its name {evaluator.name!r} is taken")
+        evaluators.append(evaluator)
     return evaluators
 
 
