@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mmaudio_hf.training.resume import CODE
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mmaudio_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -71,3 +73,7 @@ def test_the_loop_stays_legible():
     assert len(path.read_text().splitlines()) <= 400
     assert len(imported) <= 50, sorted(imported)
     assert len(attributes) <= 15, sorted(attributes)
+
+
+def test_the_modules_of_which_a_run_keeps_hashes_exist():
+    assert not [name for name in CODE if not (PACKAGE / name).is_file()]

@@ -46,7 +46,7 @@ HARMLESS = (
 # The modules whose code makes the numbers of a run.
 CODE = (
     *("schema.py", "data/loader.py", "data/mixture.py", "data/noise.py", "data/sampler.py", "data/store.py"),
-    *("models/blocks.py", "models/conditioning.py", "models/flow.py", "models/network.py"),
+    *("models/blocks.py", "models/flow.py", "models/network.py"),
     *("training/ema.py", "training/finetune.py", "training/loop.py", "training/optim.py", "training/step.py"),
     *("training/distributed.py", "training/validation.py"),
 )
