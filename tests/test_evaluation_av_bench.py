@@ -1,5 +1,6 @@
 """av-benchmark: features extracted in an environment of its own, by a fake of it, and its failures."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -116,18 +117,21 @@ def test_every_way_to_fail_has_a_message(fake, extracted):
     bench_here = bench(fake, extracted)
 
     def run():
-        bench_here.extract(extracted / "audio", extracted / "lost", duration=1.0, device=CPU, video=True, clap=False)
+        return bench_here.extract(
+            extracted / "audio", extracted / "lost", duration=1.0, device=CPU, video=True, clap=False
+        )
 
     for misdeed, message in (
         ("raise", r"RuntimeError: CUDA out of memory; it printed last: .*RuntimeError: CUDA out of memory"),
         ("die", r"ended by signal 9 without a result; it printed last: .*\{not json\}"),
-        ("forget", r"wrote no passt_logits\.pth"),
         ("import", r"ImportError: cannot import name 'find_pruneable"),
     ):
         fake.misbehave(misdeed)
         with pytest.raises(RunError, match=message):
             run()
-    assert "install it by `git clone https://github.com/hkchengrex/av-benchmark" in bench_here.problem()
+    assert "install it by `mmaudio-hf weights av-bench --env av-bench-env`" in bench_here.problem()
+    fake.misbehave("forget")  # costs this file alone
+    assert run() == {"passt_logits.pth": "av-benchmark ended without an error, but did not write it"}
     fake.misbehave("")
     (extracted / CLAP_FILE).unlink()
     assert f"`mmaudio-hf weights download {CLAP_FILE} --dir {extracted}`" in bench_here.problem()
@@ -143,6 +147,70 @@ def test_every_way_to_fail_has_a_message(fake, extracted):
     )
     assert "ModuleNotFoundError: No module named 'av_bench'" in AvBench(sys.executable, extracted).problem()
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
+
+
+@pytest.fixture(scope="module")
+def habits(tmp_path_factory) -> FakeAvBench:
+    return FakeAvBench(tmp_path_factory.mktemp("habits"), networks=True)
+
+
+def test_each_network_fails_on_its_own(habits, extracted, tmp_path, monkeypatch):
+    """With batches of one, a file that is too short for Synchformer, one that is none, and a question of torch.hub."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    audio = shutil.copytree(extracted / "audio", tmp_path / "audio")
+    write_audio(audio / "short.wav", torch.zeros(8000), 16000)
+    (audio / "none.wav").write_bytes(b"no audio")
+    here, caches = bench(habits, tmp_path, batch_size=1), tmp_path / "cache"
+    options = {"duration": 1.0, "device": CPU, "video": True, "clap": True}
+    habits.misbehave("network")
+    failed = here.extract(audio, caches, **options)
+    assert len(failed) == 1, (failed, (tmp_path / "cache.log").read_text())
+    (reason,) = failed.values()
+    assert list(failed) == ["imagebind_audio.pth"] and "URLError" in reason and "name resolution" in reason
+    features = {path.stem: torch.load(path, weights_only=True) for path in caches.glob("*.pth")}
+    assert len(features) == 7 and list(features["synchformer_audio"]) == IDS[:2]
+    for name, shape in (("clap_ms_audio", (7,)), ("vggish_features", (8, 4)), ("passt_logits", (527,))):
+        assert {i: tuple(v.shape) for i, v in features[name].items()} == dict.fromkeys(["short", *IDS[:2]], shape)
+    assert "none.wav cannot be read: Error" in (log := tmp_path / "cache.log").read_text()
+    # Afterwards only what is missing is made, and the same stretch of a file is taken again.
+    habits.misbehave("")
+    assert here.extract(audio, caches, **options) == {} and "panns" not in log.read_text()
+    assert here.extract(audio, tmp_path / "again", **options) == {}
+    again = torch.load(tmp_path / "again" / "clap_ms_audio.pth", weights_only=True)
+    assert all(torch.equal(again[i], value) for i, value in features["clap_ms_audio"].items())
+
+
+def test_what_cannot_be_used_says_what_to_do(habits, extracted, tmp_path):
+    here = bench(habits, tmp_path)
+    assert here.problem() is None
+    for misdeed, reason in (
+        ("wheel", r"cannot read audio files .*TorchCodec is required.*: install 'torch<2.9' and 'torchaudio<2.9'"),
+        ("offline", r"is installed, but needs the network once .*roberta-base.*`mmaudio-hf weights av-bench"),
+    ):
+        habits.misbehave(misdeed)
+        assert re.search(reason, here.problem()), here.problem()
+    habits.misbehave("wheel")
+    options = {"duration": 1.0, "device": CPU, "video": False, "clap": False}
+    for reason in here.extract(extracted / "audio", tmp_path / "cache", **options).values():
+        assert "none of 2 audio files could be read: ImportError: TorchCodec" in reason
+    habits.misbehave("")
+
+
+def test_a_stalled_extraction_is_ended(fake, extracted):
+    """Endless retries, and nothing at all."""
+    options = {"duration": 1.0, "device": CPU, "video": False, "clap": False}
+    for misdeed, reason in (
+        ("retry", "printed the same lines again and again, without a result; it printed last: .*TorchCodec"),
+        ("sleep", "made no progress for 0.05 minutes"),
+    ):
+        fake.misbehave(misdeed)
+        here = bench(fake, extracted, stall_minutes=0.05)
+        with pytest.raises(RunError, match=reason):
+            here.extract(extracted / "audio", extracted / "stalled", **options)
+        assert (extracted / "stalled.log").stat().st_size < 1000  # each line once
+    fake.misbehave("")
+    ids = here.extract(extracted / "audio", extracted / "one", **options | {"clap": True})
+    assert ids == {}
 
 
 def test_extraction_ends_with_its_parent_process(fake, recipe, tmp_path):
@@ -314,7 +382,7 @@ def test_doctor_says_it_before(recipe, fake):
     assert [finding.level for finding in findings(scored)] == ["ok"]
     fake.misbehave("import")
     (finding,) = findings(scored)
-    assert finding.level == "warn" and "git clone" in finding.message
+    assert finding.level == "warn" and "`mmaudio-hf weights av-bench" in finding.message
     assert [f.level for f in findings(scored, "evaluation.truth.test=nowhere")] == ["warn", "FAIL"]
     assert "holds no cached" in findings(scored, f"evaluation.truth.test={recipe.parent / 'test'}")[1].message
     assert [f.level for f in findings(scored, "evaluation.truth.test=someone/caches/test")] == ["warn", "warn"]
@@ -325,11 +393,14 @@ def test_caches_are_merged_in_the_order_of_the_split(tmp_path):
     for share, ids in (("0", ("b", "d")), ("1", ("a",))):
         (tmp_path / share).mkdir()
         torch.save({i: torch.ones(1) for i in ids}, tmp_path / share / "x.pth")
-    assert merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a", "b", "c", "d"]) == ["c"]
+    assert merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a", "b", "c", "d"]) == (
+        {"x.pth": ["c"]},
+        {},
+    )
     assert list(torch.load(tmp_path / "all" / "x.pth", weights_only=True)) == ["a", "b", "d"]
     (tmp_path / "1" / "x.pth").write_bytes(b"rubbish")
-    with pytest.raises(RunError, match=r"1/x\.pth, which av-benchmark wrote, cannot be read"):
-        merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a"])
+    lacking, failed = merge_caches([tmp_path / "0", tmp_path / "1"], tmp_path / "all", ["x.pth"], ["a"])
+    assert lacking == {} and "1/x.pth, which av-benchmark wrote, cannot be read" in failed["x.pth"]
 
 
 def test_truth_from_the_hub(recipe, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from mmaudio_hf.schema import (
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
 Combination = Literal["video_text", "video", "text", "none"]
-Metric = Literal["fd", "kl", "is", "ib", "desync", "clap"]
+Metric = Literal["fd", "kl", "is", "ib", "desync", "clap", "kad", "aesthetics"]
 Pushed = Literal["pretrained_model", "training_state"]
 Target = Literal["qkv", "proj", "mlp"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -542,6 +542,9 @@ class EvaluationConfig(Settings):
     metrics: tuple[Metric, ...] = setting((), "published scores beside the built-in; need av-benchmark", unique=True)
     av_bench_python: str = setting("", "interpreter of av-benchmark's environment; empty: this one", path=True)
     av_bench_batch_size: int = setting(32, "clips per forward pass of av-benchmark", least=1)
+    av_bench_weights: str = setting("", "folder of av-benchmark's own weights; empty: encoders.weights_dir", path=True)
+    av_bench_stall_minutes: float = setting(10.0, "minutes without progress after which av-benchmark is ended", above=0)
+    videos: str = setting("", "folder of the videos ID.mp4, for `ib` without caches; empty: none", path=True)
     truth: TruthConfig = TruthConfig()
     keep_clips: bool = setting(False, "keep the generated audio and its features after they were scored")
     extra: tuple[str, ...] = setting((), "own evaluators, as module:Class; see docs/evaluation.md", unique=True)

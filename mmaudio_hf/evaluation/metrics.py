@@ -4,9 +4,11 @@ av-benchmark saves one file per extractor, a dictionary from ids to tensors. doc
 """
 
 import math
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from scipy.linalg import sqrtm
+from scipy.linalg import solve_triangular, sqrtm
+from scipy.spatial.distance import cdist
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
@@ -36,22 +39,64 @@ def frechet_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); -1 when the root has an imaginary part above 1e-3, as the published
     metric does.
     """
+    return _frechet(predicted, reference)[0]
+
+
+def _frechet(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, list[np.ndarray]]:
+    """The distance, and what each row of both sides changes it by: its derivative by the weight of the row, times n.
+
+    With L L' = C1 and Q S Q' = L' C2 L, the trace of the root is that of S^(1/2). The derivative by C1 is 1 - T, where
+    T = L'^-1 Q S^(1/2) Q' L^-1 is the optimal transport from one Gaussian to the other, and by C2 it is 1 - T^-1.
+    """
     rows = [np.asarray(values) for values in (predicted, reference)]
     if any(r.ndim != 2 or len(r) < 2 for r in rows) or rows[0].shape[1] != rows[1].shape[1]:
         raise ValueError(f"two sets of at least two rows of one width are needed, not {rows[0].shape}, {rows[1].shape}")
     means = [r.mean(0) for r in rows]
     covariances = [np.atleast_2d(np.cov(r, rowvar=False)) for r in rows]
-    root = sqrtm(covariances[0] @ covariances[1])
+    factor, inverse, regular = _factor(covariances[0])
+    values, vectors = np.linalg.eigh(factor.T @ covariances[1] @ factor)
+    values = values.clip(0)
+    # Of full ranks the root is real, and its trace that of the symmetric problem: 2 s instead of 60 at d 2048.
+    trace = float(np.sqrt(values).sum()) if regular and values[0] > 0 else _root_trace(*covariances)
+    if trace < 0:
+        return -1.0, []
+    difference = means[0] - means[1]
+    value = float(difference @ difference + sum(np.trace(c) for c in covariances) - 2 * trace)
+    roots = np.sqrt(np.sqrt(values))
+    scale = np.divide(1.0, roots, out=np.zeros_like(roots), where=values > 1e-10 * values.max(initial=0))
+    maps = (roots[:, None] * (vectors.T @ inverse), scale[:, None] * (vectors.T @ factor.T))
+    changes = []
+    for r, mean, sign, to_other in zip(rows, means, (2, -2), maps, strict=True):
+        centred = (r - mean).astype(np.float32)
+        change = np.einsum("nd,nd->n", centred, centred) - np.square(centred @ to_other.T.astype(np.float32)).sum(1)
+        change = change + sign * (centred @ difference.astype(np.float32))
+        changes.append(change - change.mean())
+    return value, changes
+
+
+def _factor(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """L with L L' = covariance, its inverse (of singular ones the pseudo-inverse), and whether it has full rank."""
+    try:
+        factor = np.linalg.cholesky(covariance)
+        return factor, solve_triangular(factor, np.eye(len(factor)), lower=True), True
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        kept = values > 1e-10 * values.max(initial=0)
+        roots = np.sqrt(values[kept])
+        return vectors[:, kept] * roots, (vectors[:, kept] / roots).T, False
+
+
+def _root_trace(first: np.ndarray, second: np.ndarray) -> float:
+    """Trace of the root of the product as the published metric computes it; -1 for a complex root."""
+    root = sqrtm(first @ second)
     if not np.isfinite(root).all():  # a singular product
-        offset = 1e-6 * np.eye(len(means[0]))
-        root = sqrtm((covariances[0] + offset) @ (covariances[1] + offset))
+        offset = 1e-6 * np.eye(len(first))
+        root = sqrtm((first + offset) @ (second + offset))
     if np.iscomplexobj(root):
         if np.abs(np.diagonal(root).imag).max() > 1e-3:
             return -1.0
         root = root.real
-    difference = means[0] - means[1]
-    traces = sum(np.trace(covariance) for covariance in covariances)
-    return float(difference @ difference + traces - 2 * np.trace(root))
+    return float(np.trace(root))
 
 
 def kl_divergence(predicted: ArrayLike, reference: ArrayLike, activation: str = "softmax") -> float:
@@ -59,15 +104,21 @@ def kl_divergence(predicted: ArrayLike, reference: ArrayLike, activation: str = 
 
     activation "sigmoid" takes every class as its own probability, without its complement, as the published code does.
     """
-    q, p = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (predicted, reference))
+    q, p = (torch.as_tensor(np.asarray(x)) for x in (predicted, reference))
     if p.shape != q.shape or p.ndim != 2 or not len(p):
         shapes = f"{tuple(q.shape)}, {tuple(p.shape)}"
         raise ValueError(f"logits of both sides must have one shape (n, classes), not {shapes}")
     logs = {"softmax": lambda x: x.log_softmax(1), "sigmoid": torch.nn.functional.logsigmoid}
     if activation not in logs:
         raise ValueError(f"activation {activation!r}: use softmax or sigmoid")
-    log_q, log_p = logs[activation](q), logs[activation](p)
-    return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+    return float(_divergences(q, p, logs[activation]).mean())
+
+
+def _divergences(q: Tensor, p: Tensor, log: Callable[[Tensor], Tensor] = lambda x: x.log_softmax(1)) -> Tensor:
+    """KL of each row, in float64, 1,000 rows at a time."""
+    chunks = zip(q.split(1000), p.split(1000), strict=True)
+    pairs = ((log(a.double()), log(b.double())) for a, b in chunks)
+    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(1) for log_q, log_p in pairs])
 
 
 def inception_score(logits: ArrayLike, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
@@ -94,25 +145,59 @@ def kernel_distance(
     """KID: mean and population standard deviation, over random subsets, of the squared MMD of rows (n, d).
 
     Binkowski et al. 2018: kernel (x y / d + 1)^3, without bias. The subsets have `size` rows of each side, at most as
-    many as the smaller one has, and are drawn with a fixed seed. Published beside the others, not in their tables.
+    many as the smaller one has, and are drawn with a fixed seed. Computed in the type of the rows, as published: the
+    terms are near 1, so float32 rows give 1e-7 of that, which is 2e-5 of a distance of 0.001.
     """
-    predicted, reference = (np.asarray(rows, np.float64) for rows in (predicted, reference))
-    if min(len(predicted), len(reference)) < 2 or predicted.shape[1:] != reference.shape[1:]:
-        raise ValueError(f"give at least two rows of one width, not {predicted.shape} and {reference.shape}")
+    predicted, reference = _kernel_sides(predicted, reference)
     size, generator = min(size, len(predicted), len(reference)), np.random.RandomState(_SHUFFLE_SEED)
     distances = []
     for _ in range(subsets):
         x, y = (rows[generator.choice(len(rows), size, replace=False)] for rows in (predicted, reference))
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = sum(kernel.sum() - np.trace(kernel) for kernel in (xx, yy)) / (size * (size - 1))
-        distances.append(within - 2 * xy.mean())
+        distances.append(_unbiased_mmd(*((a @ b.T * (1 / a.shape[1]) + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))))
     return float(np.mean(distances)), float(np.std(distances))
+
+
+def kernel_audio_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
+    """KAD of rows (n, d): 100 times the squared MMD, without bias, so that small sets can be compared.
+
+    Chung et al. 2025, arXiv 2502.15602: kernel exp(-|x - y|^2 / 2 s^2), s the median distance within the reference.
+    """
+    x, y = (rows.astype(np.float64) for rows in _kernel_sides(predicted, reference))
+    squares = [cdist(a, b, "sqeuclidean") if a.shape[1] < 16 else _squares(a, b) for a, b in ((x, x), (y, y), (x, y))]
+    width = np.median(squares[1][np.triu_indices(len(y), 1)])
+    if not width > 0:
+        raise ValueError("half of the reference features are equal: there is no kernel width")
+    return 100 * _unbiased_mmd(*(np.exp(square / (-2 * width)) for square in squares))
+
+
+def _kernel_sides(predicted: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    x, y = (np.asarray(rows) for rows in (predicted, reference))
+    if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(f"give at least two rows of one width, not {x.shape} and {y.shape}")
+    return x, y
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances of rows by one product."""
+    return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0)
+
+
+def _unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
+    """Squared MMD of kernel matrices without their diagonals (Gretton et al. 2012, eq. 3)."""
+    within = [((k.sum(1) - np.diagonal(k)).sum() / (len(k) * (len(k) - 1))) for k in (xx, yy)]
+    return float(sum(within) - 2 * xy.sum(0).sum() / xy.size)
 
 
 def mean_cosine(a: ArrayLike, b: ArrayLike) -> float:
     """Mean cosine of paired rows (n, d)."""
+    return float(_cosines(a, b).mean())
+
+
+def _cosines(a: ArrayLike, b: ArrayLike) -> Tensor:
     x, y = (torch.as_tensor(np.asarray(rows), dtype=torch.float64) for rows in (a, b))
-    return float(torch.cosine_similarity(x, y, dim=1).mean())
+    if x.ndim != 2 or x.shape != y.shape:
+        raise ValueError(f"features of both sides must have one shape (n, d), not {tuple(x.shape)}, {tuple(y.shape)}")
+    return torch.cosine_similarity(x, y, dim=1)
 
 
 def desync_score(classes: ArrayLike) -> float:
@@ -143,8 +228,9 @@ class _Attention(nn.Module):
         super().__init__()
         self.key, self.query, self.value, self.proj = (nn.Linear(SYNC_DIM, SYNC_DIM) for _ in range(4))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        heads = (layer(x_BND).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+    def forward(self, x_BND: Tensor, tokens: int) -> Tensor:
+        given = (self.query, x_BND[:, :tokens]), (self.key, x_BND), (self.value, x_BND)
+        heads = (layer(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer, x in given)
         return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
 
@@ -155,8 +241,9 @@ class _Block(nn.Module):
         self.attn = _Attention()
         self.mlp = nn.Sequential(nn.Linear(SYNC_DIM, 4 * SYNC_DIM), nn.GELU(), nn.Linear(4 * SYNC_DIM, SYNC_DIM))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attn(self.ln1(x_BND))
+    def forward(self, x_BND: Tensor, tokens: int) -> Tensor:
+        """The first `tokens` of the output."""
+        x_BND = x_BND[:, :tokens] + self.attn(self.ln1(x_BND), tokens)
         return x_BND + self.mlp(self.ln2(x_BND))
 
 
@@ -180,8 +267,11 @@ class _Transformer(nn.Module):
     def forward(self, video_BND: Tensor, audio_BND: Tensor) -> Tensor:
         offset, separator = (token.expand(len(video_BND), -1, -1) for token in (self.OFF_tok, self.MOD_tok))
         tokens = [offset, self.vis_in_lnorm(video_BND), separator, self.aud_in_lnorm(audio_BND)]
-        x_BND = self.blocks(torch.cat(tokens, dim=1) + self.pos_emb_cfg.pos_emb)  # N = 1 + 14 * 8 + 1 + 14 * 6 = 198
-        return self.off_head(self.ln_f(x_BND[:, 0]))
+        x_BND = torch.cat(tokens, dim=1) + self.pos_emb_cfg.pos_emb  # N = 1 + 14 * 8 + 1 + 14 * 6 = 198
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_BND = block(x_BND, x_BND.shape[1])
+        return self.off_head(self.ln_f(last(x_BND, 1)[:, 0]))  # the rest of the last block is never read: 0.28 of all
 
 
 class OffsetHead(nn.Module):
@@ -222,29 +312,46 @@ class OffsetHead(nn.Module):
 # --- Scores of cached features ----------------------------------------------------------------------------------------
 
 
-FAMILIES = ("fd", "kl", "is", "ib", "desync", "clap")  # as in evaluation.metrics
+FAMILIES = ("fd", "kl", "is", "ib", "desync", "clap")  # of av-benchmark's own evaluation
 NO_PARTNER = "no ground truth of this id"
 NOT_FINITE = "features that are not finite"
 TRUTH_NOT_FINITE = "ground truth whose features are not finite"
+WRONG_SHAPE = "features of another shape"
+TRUTH_WRONG_SHAPE = "ground truth whose features have another shape"
+TOO_SHORT = f"fewer than {SEGMENTS} segments of Synchformer (4.8 s)"
 COMPLEX_ROOT = "the matrix root is complex, for which the published metric gives -1"
 _IDS_SHOWN = 20  # of those that were dropped for one reason
+_KERNEL_ROWS = 5000  # of a side that a kernel distance takes: three matrices of 200 MB
+_ROWS_PER_COLUMN = 10  # below them a Frechet distance is mostly bias, which falls with 1 / rows (arXiv 1911.07023)
 
-# Published name -> family, unit, and which values are better.
-_DISTANCE = ("fd", "squared distance of features", "lower")
+# Published name -> family, unit, which values are better, and the file of the predictions.
+_DISTANCE, _KERNEL = ("fd", "squared distance of features", "lower"), ("kad", "100 squared MMD", "lower")
+_KL, _IS, _DEVIATION = ("kl", "nats", "lower"), ("is", "classes", "higher"), ("is", "classes", "")
+_PANN, _EMBEDDING, _LOGITS = "pann_features.pth", "passt_features_embed.pth", "passt_logits.pth"
 METRICS = {
-    "FD-VGG": _DISTANCE,
-    "FD-PANN": _DISTANCE,
-    "FD-PASST": _DISTANCE,
-    "KL-PANNS-softmax": ("kl", "nats", "lower"),
-    "KL-PASST-softmax": ("kl", "nats", "lower"),
-    "ISC-PANNS-mean": ("is", "classes", "higher"),
-    "ISC-PANNS-std": ("is", "classes", ""),
-    "ISC-PASST-mean": ("is", "classes", "higher"),
-    "ISC-PASST-std": ("is", "classes", ""),
-    "IB-Score": ("ib", "cosine", "higher"),
-    "LAION-CLAP-Score": ("clap", "cosine", "higher"),
-    "MS-CLAP-Score": ("clap", "cosine", "higher"),
-    "DeSync": ("desync", "s", "lower"),
+    "FD-VGG": (*_DISTANCE, "vggish_features.pth"),
+    "FD-PANN": (*_DISTANCE, _PANN),
+    "FD-PASST": (*_DISTANCE, _EMBEDDING),
+    "KL-PANNS-softmax": (*_KL, _PANN),
+    "KL-PASST-softmax": (*_KL, _LOGITS),
+    "ISC-PANNS-mean": (*_IS, _PANN),
+    "ISC-PANNS-std": (*_DEVIATION, _PANN),
+    "ISC-PASST-mean": (*_IS, _LOGITS),
+    "ISC-PASST-std": (*_DEVIATION, _LOGITS),
+    "IB-Score": ("ib", "cosine", "higher", "imagebind_audio.pth"),
+    "LAION-CLAP-Score": ("clap", "cosine", "higher", "clap_laion_audio.pth"),
+    "MS-CLAP-Score": ("clap", "cosine", "higher", "clap_ms_audio.pth"),
+    "DeSync": ("desync", "s", "lower", "synchformer_audio.pth"),
+    "KAD-PANN": (*_KERNEL, _PANN),
+    "KAD-PASST": (*_KERNEL, _EMBEDDING),
+}
+FILES = {name: metric[3] for name, metric in METRICS.items()}
+# Files of the ground truth that have another name than those of the predictions.
+_TRUTH_FILES = {
+    "imagebind_audio.pth": "imagebind_video.pth",
+    "clap_laion_audio.pth": "clap_laion_text.pth",
+    "clap_ms_audio.pth": "clap_ms_text.pth",
+    "synchformer_audio.pth": "synchformer_video.pth",
 }
 
 
@@ -257,13 +364,26 @@ class Score:
     better: str  # "lower", "higher", "zero" (signed differences), or "" for standard deviations
     used: int  # predictions that entered
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)  # reason -> ids
-    note: str = ""
+    note: str = ""  # why the figure is none to compare
+    warning: str = ""  # what to know when it is compared
+    items: Mapping[str, float] = field(default_factory=dict)  # id -> its contribution: their mean is the value
+    interval: tuple[float, float] | None = None  # 95 %, by `results.intervals`
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; null for a figure that is not finite, and the first ids of each reason."""
         value = self.value if math.isfinite(self.value) else None
-        plain = {"value": value, "unit": self.unit, "better": self.better, "used": self.used}
-        return plain | {"dropped": dropped_json(self.dropped)} | ({"note": self.note} if self.note else {})
+        plain: dict[str, Any] = {"value": value, "unit": self.unit, "better": self.better, "used": self.used}
+        plain |= {"interval": list(self.interval)} if self.interval else {}
+        texts = {"note": self.note, "warning": self.warning}
+        return plain | {"dropped": dropped_json(self.dropped)} | {name: text for name, text in texts.items() if text}
+
+
+class Scores(dict[str, Score]):
+    """Scores by name; `not_computed` has those that could not be computed, and why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.not_computed: dict[str, str] = {}
 
 
 def dropped_json(dropped: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -280,19 +400,29 @@ def score_caches(
     sync_weights: str | PathLike | None = None,
     device: str | torch.device = "cpu",
     families: Collection[str] = FAMILIES,
-) -> dict[str, Score]:
+) -> Scores:
     """The published scores of cached features in two folders, by their published names.
 
     Files that neither side has are left out, and so are scores of files that only the ground truth may have (video and
     text). A prediction is paired with the ground truth of its id, or else of its `clean_id`. paired=False compares
     distributions only. DeSync needs `sync_weights` (synchformer_state_dict.pth), or what its network predicted:
-    `desync_classes`, prediction id -> class indices of `desync_score`. families: which scores to compute.
-    ValueError when a folder has no cache, one side lacks a file of the other, or a file cannot be read.
+    `desync_classes`, prediction id -> class indices of `desync_score`. families: which scores to compute, also "kad".
+    A file that one side lacks, or that cannot be read, costs its own scores; `not_computed` has the reason.
+    ValueError when a folder has no cache, or no score can be computed.
     """
-    caches = _Caches(Path(gt_dir), Path(pred_dir))
-    scores = _audio_scores(caches, paired, families)
-    scores = {name: score for name, score in scores.items() if METRICS[name][0] in families}
-    return scores | (_condition_scores(caches, families, desync_classes, sync_weights, device) if paired else {})
+    caches, scores = _Caches(Path(gt_dir), Path(pred_dir)), Scores()
+    for file in dict.fromkeys(FILES.values()):  # one file of each side is in memory at a time
+        for name in [name for name in METRICS if FILES[name] == file and METRICS[name][0] in families]:
+            try:
+                if name == "DeSync":
+                    scores |= _desync(caches, paired, desync_classes, sync_weights, device)
+                elif paired or METRICS[name][0] not in ("kl", "ib", "clap"):
+                    scores |= _score(name, caches, paired)
+            except ValueError as error:
+                scores.not_computed[name] = str(error)
+    if not scores and scores.not_computed:
+        raise ValueError(next(iter(scores.not_computed.values())))
+    return scores
 
 
 def evaluate_caches(
@@ -303,27 +433,37 @@ def evaluate_caches(
     desync_classes: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> dict[str, float | int]:
-    """`score_caches` as plain numbers: NAME, and beside it "NAME/used" and "NAME/dropped", counts of predictions."""
+    """`score_caches` as plain numbers: NAME, and beside it "NAME/used" and "NAME/dropped", counts of predictions.
+
+    Scores that could not be computed are absent, with a warning.
+    """
+    scores = score_caches(gt_dir, pred_dir, paired=paired, desync_classes=desync_classes, **options)
+    for name, reason in scores.not_computed.items():
+        warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
     flat: dict[str, float | int] = {}
-    for name, score in score_caches(gt_dir, pred_dir, paired=paired, desync_classes=desync_classes, **options).items():
+    for name, score in scores.items():
         dropped = sum(map(len, score.dropped.values()))
         flat |= {name: score.value, f"{name}/used": score.used, f"{name}/dropped": dropped}
     return flat
 
 
+@dataclass
 class _Features:
-    """Features of one side by id, in order, with the ids that were dropped."""
+    """Features of one side: rows (n, d) of `ids`, or of VGGish, which has several rows of each id, `counts` rows."""
 
-    def __init__(self, by_id: Mapping[str, Any], dropped: Mapping[str, list[str]] | None = None):
-        self.by_id = by_id
-        self.dropped = {reason: ids for reason, ids in (dropped or {}).items() if ids}
+    ids: list[str]
+    rows: Any  # array, or for what is too large for memory a list of tensors
+    dropped: dict[str, list[str]]
+    counts: np.ndarray | None = None
 
-    def stacked(self) -> np.ndarray:
-        return np.stack(list(self.by_id.values()))
-
-    def entry(self, key: str) -> "_Features":
-        """One entry of features that are dicts."""
-        return _Features({item_id: value[key] for item_id, value in self.by_id.items()}, self.dropped)
+    def take(self, ids: Sequence[str], dropped: dict[str, list[str]] | None = None) -> "_Features":
+        """Those of `ids`, in their order."""
+        if list(ids) == self.ids:
+            return _Features(self.ids, self.rows, self.dropped if dropped is None else dropped, self.counts)
+        index = {item_id: i for i, item_id in enumerate(self.ids)}
+        order = [index[item_id] for item_id in ids]
+        rows = self.rows[order] if isinstance(self.rows, np.ndarray) else [self.rows[i] for i in order]
+        return _Features(list(ids), rows, self.dropped if dropped is None else dropped)
 
 
 class _Caches:
@@ -334,32 +474,51 @@ class _Caches:
         for folder in (gt_dir, pred_dir):
             if not any(folder.glob("*.pth")):
                 raise ValueError(f"{folder} holds no cached features (*.pth)")
+        self._read: tuple[str, Any] = ("", None)
 
-    def read(self, name: str, gt_name: str = "") -> tuple[_Features, _Features] | None:
-        """Features of predictions and ground truth; None when the ground truth has none, or neither has."""
-        gt, pred = self.gt_dir / (gt_name or name), self.pred_dir / name
-        if not gt.is_file() and (gt_name or not pred.is_file()):
+    def read(self, name: str, key: str = "") -> tuple[_Features, _Features] | None:
+        """Features of predictions and ground truth (`key` of those that are dicts); None when neither has any, or the
+        ground truth none of video or text.
+        """
+        if self._read[0] != name:
+            self._read = ("", None)  # freed before the next is read
+            self._read = (name, self._both(name))
+        sides = self._read[1]
+        return sides and (sides[0][key], sides[1][key])
+
+    def _both(self, name: str) -> tuple[dict[str, _Features], dict[str, _Features]] | None:
+        """By key."""
+        other = _TRUTH_FILES.get(name)
+        gt, pred = self.gt_dir / (other or name), self.pred_dir / name
+        if not gt.is_file() and (other or not pred.is_file()):
             return None
-        return _read_cache(pred, gt, NOT_FINITE), _read_cache(gt, pred, TRUTH_NOT_FINITE)
+        ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE)
+        theirs = _read_cache(gt, pred, TRUTH_NOT_FINITE, TRUTH_WRONG_SHAPE)
+        for key, side in ours.items():
+            widths = {np.shape(each.rows)[1:] for each in (side, theirs[key]) if isinstance(each.rows, np.ndarray)}
+            if len(widths) > 1:
+                raise ValueError(f"{pred} and {gt} are of different networks: their features are {sorted(widths)}")
+        return ours, theirs
 
     def pair(self, predicted: _Features, reference: _Features) -> tuple[_Features, _Features]:
         """Both sides of the ids that have a partner, in the order of the predictions."""
-        truth, invalid = reference.by_id, set(reference.dropped.get(TRUTH_NOT_FINITE, ()))
-        partners = {i: i if i in truth or i in invalid else clean_id(i) for i in predicted.by_id}
+        truth = set(reference.ids)
+        invalid = {item_id: reason for reason, ids in reference.dropped.items() for item_id in ids}
+        partners = {i: i if i in truth or i in invalid else clean_id(i) for i in predicted.ids}
         common = [i for i, partner in partners.items() if partner in truth]
         if not common:
             raise ValueError(f"{self.pred_dir} and {self.gt_dir} have no id in common")
-        alone = [i for i in partners if partners[i] not in truth]
-        dropped = predicted.dropped | {
-            NO_PARTNER: [i for i in alone if partners[i] not in invalid],
-            TRUTH_NOT_FINITE: [i for i in alone if partners[i] in invalid],
-        }
-        ours = _Features({i: predicted.by_id[i] for i in common}, dropped)
-        return ours, _Features({i: truth[partners[i]] for i in common})
+        dropped = dict(predicted.dropped)
+        for item_id, partner in partners.items():
+            if partner not in truth:
+                dropped.setdefault(invalid.get(partner, NO_PARTNER), []).append(item_id)
+        return predicted.take(common, dropped), reference.take([partners[i] for i in common], {})
 
 
-def _read_cache(path: Path, partner: Path, reason: str) -> _Features:
-    """Features by id; those that are not finite are dropped for `reason`."""
+def _read_cache(path: Path, partner: Path, not_finite: str, wrong_shape: str) -> dict[str, _Features]:
+    """Features by key ("" where there are none) and id; those that are not finite, or of another shape than most, are
+    dropped for these reasons.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing, but there is {partner}: extract the features of both sides")
     try:
@@ -369,106 +528,185 @@ def _read_cache(path: Path, partner: Path, reason: str) -> _Features:
         raise ValueError(f"{path} cannot be read as a cache of features: extract it again") from error
     if not isinstance(cache, dict) or not cache:
         raise ValueError(f"{path} must be a dictionary from ids to features: extract it again")
+    features = {}
     try:
-        invalid = {item_id for item_id, value in cache.items() if not _finite(value)}
-    except (TypeError, RuntimeError) as error:
+        for key in ("2048", "logits") if path.name == _PANN else ("",):
+            values = {str(i): torch.as_tensor(value[key] if key else value) for i, value in cache.items()}
+            features[key] = _stack(values, path.name, not_finite, wrong_shape)
+    except (TypeError, RuntimeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} holds entries that are not features: extract it again") from error
-    by_id = {str(item_id): value for item_id, value in cache.items() if item_id not in invalid}
-    return _Features(by_id, {reason: sorted(map(str, invalid))})
+    return features
 
 
-def _finite(value: Any) -> bool:
-    tensors = value.values() if isinstance(value, Mapping) else [value]
-    return all(bool(torch.isfinite(torch.as_tensor(tensor)).all()) for tensor in tensors)
+def _stack(values: dict[str, Tensor], name: str, not_finite: str, wrong_shape: str) -> _Features:
+    """One array of features. Dimensions of size 1 are dropped: (1, d) is (d,)."""
+    several, wide = name.startswith("vggish"), name.startswith("synchformer")
+    trimmed = {i: _trimmed(v, 4 if wide else 2 if several else 1, wide) for i, v in values.items()}
+    shapes = {i: tuple(v.shape[several or wide :]) for i, v in trimmed.items() if v is not None}
+    usual = Counter(shapes.values()).most_common(1)
+    if not usual:
+        raise TypeError("none has the dimensions of features")
+    kept = [i for i, shape in shapes.items() if shape == usual[0][0]]
+    dropped = {wrong_shape: sorted(set(values) - set(kept))} if len(kept) < len(values) else {}
+    rows = [v for i in kept if (v := trimmed[i]) is not None]
+    counts = np.array([len(row) for row in rows]) if several else None
+    if wide:  # 1 MB of each pair: they stay in their file
+        finite = np.array([bool(row.isfinite().all()) for row in rows])
+        array: Any = [row for row, good in zip(rows, finite, strict=True) if good]
+    else:
+        kind = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
+        array = (torch.cat if several else torch.stack)([row.to(kind) for row in rows]).numpy()
+        finite = np.isfinite(array).all(1)
+        if counts is not None:
+            by_row, finite = finite, np.logical_and.reduceat(finite, np.r_[0, counts.cumsum()[:-1]])
+            by_row[:] = finite.repeat(counts)
+            array, counts = (array, counts) if finite.all() else (array[by_row], counts[finite])
+        elif not finite.all():
+            array = array[finite]
+    if not finite.all():
+        dropped[not_finite] = sorted(i for i, good in zip(kept, finite, strict=True) if not good)
+    return _Features([i for i, good in zip(kept, finite, strict=True) if good], array, dropped, counts)
 
 
-def _audio_scores(caches: _Caches, paired: bool, families: Collection[str]) -> dict[str, Score]:
-    """Scores that compare audio with audio: those of `families`, and others from the same files."""
-    scores: dict[str, Score] = {}
-    distances, logits = "fd" in families, bool({"kl", "is"} & set(families))
-    if distances and (sides := caches.read("vggish_features.pth")):
-        scores |= _distance("FD-VGG", *sides, np.concatenate)
-    if (distances or logits) and (sides := caches.read("pann_features.pth")):
-        scores |= _pann_scores(*sides, paired, families)
-    if distances and (sides := caches.read("passt_features_embed.pth")):
-        scores |= _distance("FD-PASST", *(caches.pair(*sides) if paired else sides), np.stack)
-    if logits and (sides := caches.read("passt_logits.pth")):
-        predicted, reference = caches.pair(*sides) if paired else sides
-        if paired:
-            scores |= _divergence("KL-PASST-softmax", predicted, reference)
-        scores |= _inception("ISC-PASST", predicted)
-    return scores
+def _trimmed(value: Tensor, dimensions: int, wide: bool) -> Tensor | None:
+    """`value` with as many dimensions, None where it has others."""
+    if wide:
+        return value if value.ndim == dimensions - 1 else None
+    if value.ndim != dimensions:
+        value = value.squeeze()
+        if dimensions == 2 and value.ndim == 1:
+            value = value[None]
+    return value if value.ndim == dimensions and value.numel() else None
 
 
-def _condition_scores(
+def _score(name: str, caches: _Caches, paired: bool) -> dict[str, Score]:
+    """One score; {} where there are no files for it."""
+    family, _, _, file = METRICS[name]
+    key = "" if file != _PANN else "logits" if family in ("kl", "is") else "2048"
+    sides = caches.read(file, key)
+    if sides is None or name.endswith("-std"):
+        return {}
+    predicted, reference = sides
+    if file == _PANN and family == "kl":  # only ids that are equal, without `clean_id`
+        truth = set(reference.ids)
+        alone = [i for i in predicted.ids if i not in truth]
+        ids = [i for i in predicted.ids if i in truth]
+        dropped = predicted.dropped | ({NO_PARTNER: alone} if alone else {})
+        predicted, reference = predicted.take(ids, dropped), reference.take(ids)
+    elif family in ("ib", "clap") or (paired and file in (_EMBEDDING, _LOGITS)):
+        predicted, reference = caches.pair(predicted, reference)
+    elif family in ("fd", "kad"):
+        predicted = replace(predicted, dropped=predicted.dropped | reference.dropped)
+    if family == "fd":
+        return _distance(name, predicted, reference)
+    if family == "kad":
+        return _kernel(name, predicted, reference)
+    if family == "is":
+        return _inception(name, predicted)
+    each, ours, theirs = (
+        _divergences if family == "kl" else _cosines,
+        *map(torch.from_numpy, (predicted.rows, reference.rows)),
+    )
+    return _scored(name, predicted, each(ours, theirs).numpy() if predicted.ids else np.empty(0))
+
+
+def _scored(
+    name: str, predicted: _Features, items: np.ndarray, value: float | None = None, note: str = "", warning: str = ""
+) -> dict[str, Score]:
+    """The score with these contributions of its items, and with their mean unless a `value` is given."""
+    _, unit, better, _ = METRICS[name]
+    if value is None:
+        value = float(items.mean()) if len(items) else math.nan
+    by_id = dict(zip(predicted.ids, items.tolist(), strict=True)) if len(items) else {}
+    dropped = {reason: ids for reason, ids in predicted.dropped.items() if ids}
+    return {name: Score(value, unit, better, len(predicted.ids), dropped, note, warning, by_id)}
+
+
+def _distance(name: str, predicted: _Features, reference: _Features) -> dict[str, Score]:
+    rows, columns = min(len(predicted.rows), len(reference.rows)), np.shape(predicted.rows)[1:]
+    if rows < 2:
+        return _scored(name, predicted, np.empty(0), math.nan)
+    value, changes = _frechet(predicted.rows, reference.rows)
+    if value == -1.0:
+        return _scored(name, predicted, np.empty(0), value, COMPLEX_ROOT)
+    by_side = []
+    for side, change in zip((predicted, reference), changes, strict=True):
+        if side.counts is not None:  # an item changes it by what all of its rows do
+            change = np.add.reduceat(change, np.r_[0, side.counts.cumsum()[:-1]]) / side.counts.mean()
+        by_side.append(change)
+    partners = dict(zip(reference.ids, by_side[1], strict=True))
+    both = by_side[0] + np.array([partners.get(i, partners.get(clean_id(i), 0.0)) for i in predicted.ids])
+    few = rows < _ROWS_PER_COLUMN * columns[0]
+    warning = (
+        f"{rows:,} rows of {columns[0]} columns: biased upwards, compare equal numbers of items only" if few else ""
+    )
+    return _scored(name, predicted, value + both - both.mean(), value, warning=warning)
+
+
+def _kernel(name: str, predicted: _Features, reference: _Features) -> dict[str, Score]:
+    rows = []
+    for side in (predicted, reference):
+        chosen = np.random.RandomState(_SHUFFLE_SEED).permutation(len(side.rows))[:_KERNEL_ROWS]
+        rows.append(side.rows[np.sort(chosen)])
+    value = kernel_audio_distance(*rows) if min(map(len, rows)) > 1 else math.nan
+    more = max(len(predicted.rows), len(reference.rows)) > _KERNEL_ROWS
+    return _scored(name, predicted, np.empty(0), value, warning=f"of {_KERNEL_ROWS:,} random items" if more else "")
+
+
+def _inception(name: str, predicted: _Features) -> dict[str, Score]:
+    """Mean and deviation over ten splits; the contributions are those to the score of all rows at once."""
+    mean, std = inception_score(predicted.rows) if predicted.ids else (math.nan, math.nan)
+    deviation = name.replace("-mean", "-std")
+    if not math.isfinite(mean):
+        few = "fewer than 10 clips"
+        scores = _scored(name, predicted, np.empty(0), mean, few)
+        return scores | _scored(deviation, predicted, np.empty(0), std, few)
+    log_p = log_softmax(np.asarray(predicted.rows, np.float64), axis=1)
+    p = np.exp(log_p)
+    divergence = (p * log_p).sum(1) - p @ np.log(p.mean(0))
+    change = math.exp(divergence.mean()) * (divergence - divergence.mean())
+    return _scored(name, predicted, mean + change, mean) | _scored(deviation, predicted, np.empty(0), std)
+
+
+def _desync(
     caches: _Caches,
-    families: Collection[str],
-    desync_classes: Mapping[str, Sequence[int]] | None,
+    paired: bool,
+    classes: Mapping[str, Sequence[int]] | None,
     sync_weights: str | PathLike | None,
     device: str | torch.device,
 ) -> dict[str, Score]:
-    """Scores that compare audio with its video or its text."""
-    scores: dict[str, Score] = {}
-    for name, pred_file, gt_file in (
-        ("IB-Score", "imagebind_audio.pth", "imagebind_video.pth"),
-        ("LAION-CLAP-Score", "clap_laion_audio.pth", "clap_laion_text.pth"),
-        ("MS-CLAP-Score", "clap_ms_audio.pth", "clap_ms_text.pth"),
-    ):
-        if METRICS[name][0] in families and (sides := caches.read(pred_file, gt_file)):
-            predicted, reference = caches.pair(*sides)
-            scores |= _scored(name, mean_cosine(predicted.stacked(), reference.stacked()), predicted)
-    if "desync" not in families:
-        return scores
-    if desync_classes:
-        scores |= _scored("DeSync", desync_score(list(desync_classes.values())), _Features(desync_classes))
-    elif sync_weights is not None and (sides := caches.read("synchformer_audio.pth", "synchformer_video.pth")):
-        predicted, reference = caches.pair(*sides)
-        head = OffsetHead().load_released(sync_weights).to(device)
-        video, audio = list(reference.by_id.values()), list(predicted.by_id.values())
-        batches = [slice(i, i + _OFFSET_BATCH) for i in range(0, len(video), _OFFSET_BATCH)]
-        classes = [head.classes(torch.stack(video[batch]), torch.stack(audio[batch])) for batch in batches]
-        scores |= _scored("DeSync", desync_score(torch.cat(classes).numpy()), predicted)
-    return scores
+    if not paired:
+        return {}
+    if classes:
+        predicted = _Features(list(classes), [], {})
+        return _scored("DeSync", predicted, _offsets(list(classes.values())), desync_score(list(classes.values())))
+    sides = caches.read("synchformer_audio.pth") if sync_weights is not None else None
+    if sides is None:
+        return {}
+    predicted, reference = caches.pair(*sides)
+    long = [min(len(a), len(b)) >= SEGMENTS for a, b in zip(predicted.rows, reference.rows, strict=True)]
+    if not any(long):
+        raise ValueError(f"no pair has Synchformer features of at least {SEGMENTS} segments (4.8 s)")
+    short = [i for i, is_long in zip(predicted.ids, long, strict=True) if not is_long]
+    truth = [i for i, is_long in zip(reference.ids, long, strict=True) if is_long]
+    dropped = predicted.dropped | ({TOO_SHORT: short} if short else {})
+    predicted = predicted.take([i for i in predicted.ids if i not in set(short)], dropped)
+    reference = reference.take(truth)
+    head = OffsetHead().load_released(sync_weights).to(device)  # type: ignore[arg-type]  # not None here
+    batches = []
+    # Lengths differ where clips do; the ends that are compared are of one length.
+    for i in range(0, len(predicted.ids), _OFFSET_BATCH):
+        videos, audios = (side.rows[i : i + _OFFSET_BATCH] for side in (reference, predicted))
+        batches.append(head.classes(*(_both_ends(values) for values in (videos, audios))))
+    indices = torch.cat(batches).numpy()
+    return _scored("DeSync", predicted, _offsets(indices), desync_score(indices))
 
 
-def _distance(
-    name: str, predicted: _Features, reference: _Features, join: Callable[[list[np.ndarray]], np.ndarray]
-) -> dict[str, Score]:
-    predicted = _Features(predicted.by_id, predicted.dropped | reference.dropped)
-    if not predicted.by_id or not reference.by_id:
-        return _scored(name, math.nan, predicted)
-    rows = [join([np.asarray(row) for row in side.by_id.values()]) for side in (predicted, reference)]
-    value = frechet_distance(*rows) if min(map(len, rows)) > 1 else math.nan
-    return _scored(name, value, predicted, COMPLEX_ROOT if value == -1.0 else "")
+def _both_ends(values: Sequence[Tensor]) -> Tensor:
+    """The first and last segments of each, (n, 2 x 14, tokens, width)."""
+    return torch.stack([torch.cat([value[:SEGMENTS], value[-SEGMENTS:]]) for value in values])
 
 
-def _pann_scores(
-    predicted: _Features, reference: _Features, paired: bool, families: Collection[str]
-) -> dict[str, Score]:
-    """FD and IS use all ids of each side; KL only ids that are equal, without `clean_id`."""
-    scores: dict[str, Score] = {}
-    if "fd" in families:  # the root of a matrix of 2048 rows takes a while
-        scores |= _distance("FD-PANN", predicted.entry("2048"), reference.entry("2048"), np.stack)
-    logits, truth = predicted.entry("logits"), reference.entry("logits").by_id
-    if paired:
-        common = [item_id for item_id in logits.by_id if item_id in truth]
-        alone = [item_id for item_id in logits.by_id if item_id not in truth]
-        equal = _Features({i: logits.by_id[i] for i in common}, logits.dropped | {NO_PARTNER: alone})
-        scores |= _divergence("KL-PANNS-softmax", equal, _Features({i: truth[i] for i in common}))
-    return scores | _inception("ISC-PANNS", logits)
-
-
-def _divergence(name: str, predicted: _Features, reference: _Features) -> dict[str, Score]:
-    value = kl_divergence(predicted.stacked(), reference.stacked()) if predicted.by_id else math.nan
-    return _scored(name, value, predicted)
-
-
-def _inception(name: str, logits: _Features) -> dict[str, Score]:
-    mean, std = inception_score(logits.stacked()) if logits.by_id else (math.nan, math.nan)
-    note = "" if math.isfinite(mean) else "fewer than 10 clips"
-    return _scored(f"{name}-mean", mean, logits, note) | _scored(f"{name}-std", std, logits, note)
-
-
-def _scored(name: str, value: float, predicted: _Features, note: str = "") -> dict[str, Score]:
-    _, unit, better = METRICS[name]
-    return {name: Score(value, unit, better, len(predicted.by_id), predicted.dropped, note)}
+def _offsets(classes: ArrayLike) -> np.ndarray:
+    """Mean absolute offset of each pair."""
+    return np.abs(SYNC_CLASSES[np.asarray(classes, int)]).astype(np.float64).mean(1)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation.av_bench import AV_BENCH, PublishedScores, av_bench_problem, check_truth
-from mmaudio_hf.evaluation.metrics import Score, dropped_json
+from mmaudio_hf.evaluation.metrics import METRICS, Score, dropped_json
 from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import (
     FOLDER,
@@ -135,7 +135,8 @@ class SplitEvaluator:
         means = mean_scores(clips, dropped) | published_scores
         header = {"run": self.label, "split": self.split, "step": step, "weights": dict(weights)}
         content = on_main(lambda: self._write(path, header, keys["scores"], clips, dropped, means, not_computed))
-        if state.is_main_process and not self.recipe.evaluation.keep_clips:
+        # What failed may work the next time, with the clips and features that are there.
+        if state.is_main_process and not self.recipe.evaluation.keep_clips and not _failed(content):
             shutil.rmtree(work, ignore_errors=True)
         return content
 
@@ -158,7 +159,7 @@ class SplitEvaluator:
         with suppress(ValueError):  # none, or of another version
             earlier = read_scores(path)
             unreadable = UNREADABLE in {entry["reason"] for entry in earlier["items"]["dropped"]}
-            if earlier["key"] == scores_key and AV_BENCH not in earlier["not_computed"] and not unreadable:
+            if earlier["key"] == scores_key and not _failed(earlier) and not unreadable:
                 return earlier, keys, self._problem
         if work.exists() and read_key(work) != clips_key:
             shutil.rmtree(work)
@@ -242,6 +243,11 @@ class SplitEvaluator:
         write_text(path.with_suffix(".clips.jsonl"), "".join(lines))
         write_scores(path, content)
         return content
+
+
+def _failed(content: Mapping[str, Any]) -> bool:
+    """Whether scores are missing for which everything was there."""
+    return bool({AV_BENCH, *METRICS} & set(content["not_computed"]))
 
 
 def variant_of(recipe: Recipe, own: Recipe, split: str, weights: Mapping[str, Any] | None = None) -> str:

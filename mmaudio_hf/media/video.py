@@ -175,6 +175,37 @@ def _still(rgb: np.ndarray) -> VideoClip:
     return VideoClip(_resize(rgb, CLIP_FPS)[None], empty, None)
 
 
+def sparse_frames(path: str | os.PathLike, period: float, count: int) -> torch.Tensor:
+    """Frames `period` seconds apart, whole: uint8 (count, 3, H, W). MediaError.
+
+    Frame k is the last one that begins before (k + 1/2) periods after the first, as ffmpeg's fps filter rounds.
+    """
+    with open_media(path) as container:
+        stream = video_stream(container)
+        if stream is None:
+            raise media_error(path, "no_video", "has no video track")
+        to_rgb, last = RgbConverter(rotate=False), None
+        frames: list[np.ndarray] = []
+        first = time = Fraction(0)
+        try:
+            for frame in container.decode(stream):
+                time = frame_time(Path(path), frame)
+                if last is None:
+                    first, last = time, frame
+                while len(frames) < count and time - first >= (len(frames) + 0.5) * period:
+                    frames.append(to_rgb(last))
+                if len(frames) == count:
+                    break
+                last = frame
+        except (av.error.FFmpegError, OSError) as error:
+            raise decode_error(path, error) from error
+        while last is not None and len(frames) < count and time - first >= (len(frames) - 0.5) * period:
+            frames.append(to_rgb(last))  # the last frame is shown to the end
+    if len(frames) < count:
+        raise media_error(path, "video_too_short", f"has {len(frames)} of {count} frames, {period:g} s apart")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
 def read_image(path: str | os.PathLike) -> VideoClip:
     """A still image as one CLIP frame (1, 3, 384, 384) and no sync frames (0, 3, 224, 224), uint8. MediaError."""
     with open_any(path) as container:
