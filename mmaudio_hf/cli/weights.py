@@ -42,6 +42,8 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     download.add_argument("--force", action="store_true", help="fetch again what is already there")
     verify = add("verify", _weights_verify, "compare files with their published checksums, or read them")
     verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
+    av_bench = add("av-bench", _weights_av_bench, "make av-benchmark's environment, fetch its weights and try it")
+    av_bench.add_argument("--env", type=Path, default=Path("av-bench-env"), help="its folder (default: %(default)s)")
     convert = add("convert", _weights_convert, "make a pretrained_model folder of a flow network", folder=False)
     convert.add_argument("file", metavar="FILE", type=Path, help="released file")
     convert.add_argument("out", metavar="OUT", type=Path, help="new folder; for other networks NAME.safetensors")
@@ -85,6 +87,19 @@ def _weights_verify(options: argparse.Namespace) -> int:
     if not chosen:
         print(f"{folder} holds no released weights: `mmaudio-hf weights list` shows what there is")
     return 1 if bad else 0
+
+
+def _weights_av_bench(options: argparse.Namespace) -> int:
+    from mmaudio_hf import weights
+    from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, set_up
+
+    folder = _weights_dir(options)
+    weights.download(weights.find([SYNCHFORMER_FILE, weights.CLAP_FILE]), folder, weight_checks())
+    problems = set_up(options.env, folder)
+    for problem in problems:
+        print(f"does not work yet: {problem}")
+    print(f"evaluation.av_bench_python={options.env / 'bin' / 'python'}")
+    return 1 if problems else 0
 
 
 def _weights_convert(options: argparse.Namespace) -> None:

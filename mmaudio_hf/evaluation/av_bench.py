@@ -6,6 +6,7 @@ av-benchmark runs here or in an environment of its own: it needs an older transf
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from mmaudio_hf.evaluation.metrics import FILES, Score, score_caches
 from mmaudio_hf.evaluation.results import digest, gather_results, on_main, read_key, write_key
 from mmaudio_hf.evaluation.samples import HeldOutItems
 from mmaudio_hf.files import write_text
+from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import sparse_frames
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT, RunError, split_hub_id
@@ -37,6 +39,12 @@ from mmaudio_hf.weights import CLAP_FILE
 SYNCHFORMER_FILE = "synchformer_state_dict.pth"
 SET_UP = "`mmaudio-hf weights av-bench --env av-bench-env`"
 INSTALL = f"{SET_UP}, then set evaluation.av_bench_python=av-bench-env/bin/python"
+# setuptools 81 has no pkg_resources, which ImageBind imports; torchaudio 2.9 reads no WAV file without torchcodec and
+# FFmpeg; transformers 5 has lost functions that Synchformer imports.
+REQUIREMENTS = (
+    *("setuptools<81", "torch<2.9", "torchaudio<2.9", "torchvision<0.24", "transformers<5"),
+    "av_bench @ git+https://github.com/hkchengrex/av-benchmark",
+)
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LINES_SHOWN = 3  # of what it printed last
 _LOG_BYTES = 4_000_000
@@ -154,6 +162,36 @@ class AvBench:
         if "error" in result:
             raise JobError(f"{result['error']}{_last_lines(last)}", result.get("kind", ""))
         return result["ok"]
+
+
+def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> list[str]:
+    """Make an environment for av-benchmark, let one process fetch what its networks load, and extract one second.
+
+    What is there already is kept. Returns what does not work, and why; ValueError where it cannot be installed.
+    """
+    python = env / "bin" / "python"
+    commands = [] if python.is_file() else [[sys.executable, "-m", "venv", str(env)]]
+    for words in (*commands, [str(python), "-m", "pip", "install", *REQUIREMENTS]):
+        log(shlex.join(words))
+        if subprocess.run(words).returncode:
+            raise ValueError(
+                f"`{shlex.join(words)}` failed: what it printed says why; run this command again afterwards"
+            )
+    if not shutil.which("wget"):
+        log("warning: wget is not on the PATH: av-benchmark fetches PANNs with it")
+    bench = AvBench(str(python), weights_dir, batch_size=2)
+    if problem := bench.problem():
+        return [problem]
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(2):
+            noise = torch.rand(16000, generator=torch.Generator().manual_seed(number)) - 0.5
+            write_audio(Path(scratch) / "audio" / f"{number}.wav", noise, 16000)
+        log("fetching weights, and extracting one second")
+        cache, kinds = Path(scratch) / "cache", {"video": True, "clap": True}
+        failed = bench.extract(Path(scratch) / "audio", cache, duration=1.0, device=torch.device("cpu"), **kinds)
+        for name in feature_files(**kinds):
+            log(f"{name}: {failed.get(name, 'ok')}")
+    return [f"{name}: {reason}" for name, reason in failed.items()]
 
 
 def feature_files(video: bool, clap: bool) -> list[str]:
