@@ -15,7 +15,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -379,6 +379,32 @@ def _smaller(launch: Launch, available: float) -> str:
     if not launch.fsdp and world > 1:
         return "shard the network by accelerate_configs/fsdp.yaml, or take larger devices"
     return "a smaller model or larger devices are needed"
+
+
+def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[str, bool]:
+    """What the recipe needs on a GPU of `size` bytes, and the settings that make it fit; whether there are any.
+
+    Tried in the order of what they cost in time: accumulation changes nothing but the order of sums, recomputed
+    activations cost a third more operations, an adapter trains another thing.
+    """
+    lines: list[str] = []
+    training = recipe.training
+    for key in ("", "training.activation_checkpointing=true"):
+        changed = replace(training, activation_checkpointing=bool(key) or training.activation_checkpointing)
+        launch = Launch(replace(recipe, training=changed), processes)
+        per_process = training.batch_size // processes
+        for steps in (n for n in range(training.accumulation_steps, per_process + 1) if per_process % n == 0):
+            tensors = sum(launch.estimate.on_device(processes, steps).values())
+            need = tensors * (1 + FRAGMENTATION) + CUDA_CONTEXT + (NCCL_BUFFERS if processes > 1 else 0)
+            if not lines:
+                lines.append(f"{recipe.name} needs about {_gb(need)} on each GPU as it is")
+            if need <= TIGHT * size:
+                settings = [key] if key else []
+                settings += [f"training.accumulation_steps={steps}"] if steps != training.accumulation_steps else []
+                lines.append(f"{_gb(need)} with {' '.join(settings)}" if settings else f"it fits {_gb(size)}")
+                return "; ".join(lines), True
+    adapter = "take a smaller model" if recipe.finetune.lora.rank else "train an adapter: finetune.lora.rank=8"
+    return f"{'; '.join(lines)}; no accumulation or recomputation fits {_gb(size)}: {adapter}", False
 
 
 def available_memory() -> int:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
 from mmaudio_hf.data.noise import NOISE_VERSION
 from mmaudio_hf.models.convert import infer_config, reference_order, trainable
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.pretrained import WEIGHTS_FILE, read_network
+from mmaudio_hf.models.pretrained import WEIGHTS_FILE, find_pretrained, read_network
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
     checkpoint_folder,
@@ -34,7 +35,7 @@ from mmaudio_hf.training.checkpoint import (
 )
 from mmaudio_hf.training.checkpointer import write_pretrained
 from mmaudio_hf.training.ema import PostHocEMA, Snapshot, find_snapshots
-from mmaudio_hf.training.finetune import published_state, trainable_model, without_derived
+from mmaudio_hf.training.finetune import comfyui_adapter, published_state, trainable_model, without_derived
 from mmaudio_hf.training.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from mmaudio_hf.weights import check_state, load_state, read_file
 
@@ -270,9 +271,31 @@ def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[P
     for path, make in bar:
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + ".partial")
-        torch.save(make(), incomplete)
+        if path.suffix == ".safetensors":
+            save_file({n: t.contiguous() for n, t in make().items()}, incomplete, metadata={"format": "pt"})
+        else:
+            torch.save(make(), incomplete)
         incomplete.replace(path)
     return paths
+
+
+def export_safetensors(run_dir: Path, out: Path, step: int | None = None) -> list[Path]:
+    """Write the published weights as one file under the released names, in bfloat16, and the adapter as another.
+
+    `<name>_bf16.safetensors` has any adapter merged and takes the place of a converted release, as ComfyUI's nodes for
+    MMAudio load them. `<name>_lora.safetensors`, of runs with finetune.lora, has the keys of ComfyUI's own loader of
+    LoRA: `diffusion_model.LAYER.lora_A.weight`, `.lora_B.weight`, `.alpha`, and of DoRA `.dora_scale`.
+    ValueError where the run has no checkpoint, or a file is already there.
+    """
+    folder = checkpoint_folder(run_dir, step) if step is not None else find_pretrained(run_dir).parent
+    recipe = load_recipe(run_dir / "config.yaml")
+    with torch.device("meta"):
+        names = reference_order(MMAudio(recipe.model).state_dict())
+    state = load_state(folder / "pretrained_model" / WEIGHTS_FILE)
+    contents = {f"{recipe.name}_bf16.safetensors": lambda: {n: state[n].to(torch.bfloat16) for n in names}}
+    if (folder / "adapter").is_dir():
+        contents[f"{recipe.name}_lora.safetensors"] = lambda: comfyui_adapter(folder / "adapter")
+    return _write_files(contents, out)
 
 
 def _in_order(tensors: Mapping[str, torch.Tensor], names: Sequence[str], prefix: str = "") -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from training_runs import command, environment, metrics, run_dir, start, train
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import samples as samples_module
-from mmaudio_hf.evaluation import waveform_scores
+from mmaudio_hf.evaluation.onsets import clip_scores
 from mmaudio_hf.evaluation.samples import SampleEvaluator, read_items
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
@@ -87,10 +87,11 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     assert waveform(files[f"reference/{ids[1]}.wav"], tmp_path) == pytest.approx(reference.clamp(-1, 1), abs=1e-3)
     rows = json.loads(files["step_4/samples.json"])
     assert [(row["id"], row["caption"]) for row in rows] == [(i.item_id, i.caption) for i in items]
-    assert rows[1]["scores"] == pytest.approx(waveform_scores(expected, reference, 16000), rel=1e-3, abs=1e-3)
+    assert rows[1]["scores"] == pytest.approx(clip_scores(expected, reference, 16000), rel=1e-3, abs=1e-3)
     logged = {line["step"]: line for line in metrics(finished) if "eval/log_mel_distance" in line}
     assert sorted(logged) == [2, 4]
-    means = {name: np.mean([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
+    every = {name for row in rows for name in row["scores"]}  # without onsets on both sides there is no onset score
+    means = {name: np.mean([row["scores"][name] for row in rows if name in row["scores"]]) for name in every}
     assert {name: logged[4][f"eval/{name}"] for name in means} == pytest.approx(means)
 
     events = EventAccumulator(str(run_dir(finished) / "trackers" / "finished"), size_guidance={"audio": 0})
@@ -107,6 +108,34 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     heard = events.Audio(f"eval/{ids[1]}")
     assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
     assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(expected.clip(-1, 1), abs=1e-3)
+
+
+def test_a_fine_tuned_run_samples_its_base_and_what_the_user_names(finished, folder, example_media):
+    """Step 0 is the base; prompts and videos of the user's own have audio and no scores, and are on the page."""
+    video = min((example_media() / "videos").glob("test_*.mp4"))
+    recipe = write_recipe(folder, "own")
+    own = [f"samples.videos=[{video}]", "samples.prompts=[a dog barks, rain]", "samples.items=1"]
+    own += [f"finetune.init_from={run_dir(finished)}", "training.steps=2", "optim.learning_rate=0.01"]
+    assert main(["train", str(recipe), *own]) == 0
+    files = samples(recipe)
+    ids = ["held_out_0000", "prompt_1", "prompt_2", video.stem]
+    expected = {f"step_{step}/{i}.wav" for step in (0, 2) for i in ids} | {"reference/held_out_0000.wav"}
+    assert set(files) == expected | {"step_0/samples.json", "step_2/samples.json"}
+    rows = json.loads(files["step_0/samples.json"])
+    assert [(row["id"], row["caption"], "scores" in row) for row in rows] == [
+        ("held_out_0000", rows[0]["caption"], True), ("prompt_1", "a dog barks", False), ("prompt_2", "rain", False),
+        (video.stem, video.stem, False),
+    ]  # fmt: skip
+    base = samples(finished)  # the same item, weights and noise as the last step of the base
+    assert files["step_0/held_out_0000.wav"] == base["step_4/held_out_0000.wav"]
+    assert files["step_0/prompt_1.wav"] != files["step_0/prompt_2.wav"]
+    assert [line["step"] for line in metrics(recipe) if "eval/log_mel_distance" in line] == [0, 2]
+    page = Page(write_report(run_dir(recipe), []).read_text()).text
+    assert "Step 0 (base)" in page and "a dog barks" in page
+    held_out = folder / "held_out_0000.mp4"
+    held_out.write_bytes(video.read_bytes())
+    with pytest.raises(ValueError, match="held_out_0000: rename the file"):
+        SampleEvaluator(load_recipe(recipe, [f"samples.videos=[{held_out}]"]))
 
 
 def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Fine-tuning: pretrained weights, frozen parameters, adapters, other durations; early stopping."""
 
+import csv
 import json
 import math
 import shutil
@@ -8,14 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from golden_data import GOLDEN
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_store
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import LoraConfig, load_recipe, variant_config
+from mmaudio_hf.config import FinetuneConfig, LoraConfig, Recipe, load_recipe, variant_config
 from mmaudio_hf.interop import export_run
-from mmaudio_hf.training.finetune import add_adapter, freeze, merge_adapter, read_pretrained
+from mmaudio_hf.training.finetune import (
+    add_adapter,
+    comfyui_adapter,
+    freeze,
+    merge_adapter,
+    published_state,
+    read_pretrained,
+    save_adapter,
+)
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +218,115 @@ def test_an_adapter_in_training_is_its_merged_model():
     )  # fmt: skip
     with torch.no_grad():
         adapted_output = network(*inputs)
-        merged = MMAudio.from_config_and_state(config, merge_adapter(network.state_dict(), 3.0), "merged").eval()
+        merged = MMAudio.from_config_and_state(config, merge_adapter(network.state_dict(), 6.0), "merged").eval()
         torch.testing.assert_close(merged(*inputs), adapted_output, rtol=1e-4, atol=1e-4)
         without = MMAudio.from_config_and_state(config, plain, "plain").eval()
         assert not torch.allclose(without(*inputs), adapted_output, atol=1e-2)
+
+
+def test_names_and_shapes_of_adapter_files(tmp_path):
+    """Those of small_16k with DoRA of rank 4, for peft and for ComfyUI, are the golden ones."""
+    lora = LoraConfig(rank=4, alpha=8.0, dora=True, rslora=True)
+    with torch.device("meta"):
+        network = MMAudio(variant_config("small_16k"))
+        add_adapter(network, lora)
+    state = {name: torch.zeros(value.shape) for name, value in network.state_dict().items() if ".lora_" in name}
+    finetune = FinetuneConfig(init_from="owner/base", lora=lora)
+    save_adapter(state, Recipe("golden", finetune=finetune), tmp_path / "adapter")
+    files = {"peft": load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+    files["comfyui"] = comfyui_adapter(tmp_path / "adapter")
+    with open(GOLDEN / "state_dict_keys" / "adapter_small_16k.tsv", newline="") as file:
+        expected = [tuple(row) for row in csv.reader(file, delimiter="\t")]
+    shapes = [(kind, n, "x".join(map(str, v.shape))) for kind, tensors in files.items() for n, v in tensors.items()]
+    assert sorted(shapes) == sorted(expected[1:]) and len(shapes) > 300
+    assert files["comfyui"]["diffusion_model.fused_blocks.0.linear1.alpha"] == 8 * 4**0.5
+
+
+def test_an_adapter_without_effect_is_an_error_at_the_end(base, capsys):
+    """B stays zero where no step was taken: one that is not finite, or a rate that rounds to nothing."""
+    settings = {"init_from": str(base / "released.pth"), "lora": {"rank": 2}}
+    assert train(base, "idle", settings, ["optim.learning_rate=1e-45", "optim.warmup_steps=0"], steps=1) == 1
+    error = capsys.readouterr().err
+    assert "the adapter has no effect, B is zero in all" in error and "Raise optim.learning_rate" in error
+
+
+def test_an_export_to_safetensors_is_the_published_model(adapted, tmp_path):
+    """In bfloat16 under the released names; the adapter's file changes the base as training did."""
+    assert main(["export", str(adapted / "output" / "adapted"), "--out", str(tmp_path), "--safetensors"]) == 0
+    published, merged = model_tensors(adapted, "adapted"), load_file(tmp_path / "adapted_bf16.safetensors")
+    assert {name: value.to(torch.bfloat16) for name, value in published.items()}.keys() == merged.keys()
+    assert all(torch.equal(merged[name], value.to(torch.bfloat16)) for name, value in published.items())
+    lora, before = load_file(tmp_path / "adapted_lora.safetensors"), model_tensors(adapted, "base")
+    layers = {name.removeprefix("diffusion_model.").rpartition(".")[0] for name in lora if name.endswith(".alpha")}
+    assert {f"{layer}.weight" for layer in layers} == changed(before, published)
+    for layer in layers:
+        a, b, alpha = (lora[f"diffusion_model.{layer}.{kind}"] for kind in ("lora_A.weight", "lora_B.weight", "alpha"))
+        update = (b.flatten(1) @ a.flatten(1)).view_as(before[f"{layer}.weight"]) * alpha / len(a)
+        torch.testing.assert_close(
+            before[f"{layer}.weight"] + update, published[f"{layer}.weight"], rtol=1e-5, atol=1e-6
+        )
+    assert main(["export", str(adapted / "output" / "adapted"), "--out", str(tmp_path), "--safetensors"]) == 2
+
+
+KINDS = {
+    "rslora": {"rslora": True, "rank_pattern": ["fused_blocks.0=1", "joint_blocks.0.*.ffn=0"]},
+    "dora": {"dora": True, "rslora": True},
+    "pissa": {"init": "pissa", "targets": ["qkv", "mlp", "modulation", "inputs", "conditions", "output"]},
+    "gaussian": {"init": "gaussian", "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_what_peft_makes_of_its_files(base, kind):
+    """What training computes, what is published, peft's reading of adapter/ and ours of it are one model."""
+    from peft import PeftModel
+
+    settings = {"init_from": str(base / "released.pth"), "lora": {"rank": 2, "alpha": 4.0} | KINDS[kind]}
+    assert train(base, kind, settings, ["optim.learning_rate=0.01", "ema.sigma_rels=[0.2]"], steps=3) == 0
+    published, folder = model_tensors(base, kind), last(base, kind) / "adapter"
+    start = MMAudio.from_pretrained(last(base, "base") / "pretrained_model").eval()
+    config = start.config
+    inputs = (
+        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
+        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
+    )  # fmt: skip
+    with torch.no_grad():
+        before = start(*inputs)
+        merged = PeftModel.from_pretrained(start, folder).merge_and_unload()
+        for name, value in merged.state_dict().items():
+            torch.testing.assert_close(value, published[name], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(merged(*inputs), before, atol=1e-3)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = str(base / "released.pth")
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    for name, value in read_pretrained(str(folder))[1].items():
+        torch.testing.assert_close(value, published[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_starts_as_the_base_and_trains_as_its_merged_model(kind):
+    torch.manual_seed(0)
+    network = MMAudio(variant_config("small_16k", **{k: v for k, v in MODEL.items() if k != "variant"})).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    config, lora = network.config, LoraConfig(**{"rank": 2, "alpha": 4.0, **KINDS[kind], "dropout": 0.0})
+    inputs = (
+        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
+        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
+    )  # fmt: skip
+    with torch.no_grad():
+        plain = network(*inputs)
+        add_adapter(network, lora)
+        torch.testing.assert_close(network(*inputs), plain, rtol=1e-4, atol=1e-5)
+        for parameter in (p for p in network.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        adapted = network(*inputs)
+        merged = MMAudio.from_config_and_state(config, published_state(network.state_dict(), lora), "merged").eval()
+        assert not torch.allclose(adapted, plain, atol=1e-2)
+        torch.testing.assert_close(merged(*inputs), adapted, rtol=1e-4, atol=1e-5)
+    network.train()
+    network(*inputs).square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
 
 
 def test_an_adapter_that_is_stopped_resumes_with_the_same_bytes(adapted):

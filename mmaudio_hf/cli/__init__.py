@@ -25,6 +25,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "bench": "loader --rows 500",
     "bench extract": "--rounds 1",
     "bench generate": "--variant small_16k --batch-size 1 --sampling-only",
+    "bench finetune": "--methods full_replay lora_replay --rounds 3 --json",
     "bench loader": "--store output/example-features/video_train --batch-size 16",
     "bench scaling": "--variant small_16k --batch-size 1",
     "bench step": "--variant small_16k --batch-size 1 --precision fp32",

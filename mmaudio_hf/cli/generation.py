@@ -73,8 +73,9 @@ def add_commands(add: Add) -> None:
     demo.add_argument("--max-upload-mb", type=float, default=200, help="largest upload in MB (default 200)")
     demo.add_argument("--device", default="auto")
 
-    report = add("report", _report, "generate the test split of a run, score it and write report/index.html")
+    report = add("report", _report, "generate a held-out split of a run, score it and write report/index.html")
     report.add_argument("--run", required=True, type=Path, help="run folder")
+    report.add_argument("--split", choices=("test", "validation"), default="", help="default: test where there is one")
     report.add_argument("--events", type=Path, help="events.json of example media: adds onset scores")
     report.add_argument("--clips", type=int, default=6, help="clips shown on the page (default 6)")
     report.add_argument("--started", type=float, help="time in s since the epoch that `seconds` counts from")
@@ -197,7 +198,9 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _report(options: argparse.Namespace) -> None:
     from mmaudio_hf.pages.report import report_run
 
-    figures = report_run(options.run, events=options.events, shown=options.clips, started=options.started)
+    figures = report_run(
+        options.run, events=options.events, split=options.split, shown=options.clips, started=options.started
+    )
     print(f"report: {options.run / 'report' / 'index.html'}")
     if "onset_f1" in figures:
         right, shuffled = figures["onset_f1"], figures["onset_f1_shuffled"]

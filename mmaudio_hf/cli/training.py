@@ -61,6 +61,7 @@ def add_commands(add: Add) -> None:
     doctor.add_argument("--processes", type=int, help="processes that will be launched here (default: one per GPU)")
     doctor.add_argument("--machines", type=int, default=1, help="machines like this one, training together (default 1)")
     doctor.add_argument("--fsdp", action="store_true", help="the launch shards the network, as fsdp.yaml does")
+    doctor.add_argument("--fits", metavar="SIZE", type=_bytes, help="only say what makes it fit a GPU of SIZE, as 12GB")
     doctor.add_argument("--quick", action="store_true", help="only look for released files, and measure no speed")
 
 
@@ -133,9 +134,14 @@ def _doctor(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, not {number}")
     import torch
 
-    from mmaudio_hf.doctor import Launch, as_table, examine
+    from mmaudio_hf.doctor import Launch, as_table, examine, fitting_settings
 
     processes = options.processes or max(1, torch.cuda.device_count())
+    if options.fits:
+        micro_batch_size(recipe.training, processes)
+        text, fits = fitting_settings(recipe, options.fits, processes)
+        print(text)
+        return 0 if fits else 1
     launch = Launch(recipe, processes, options.machines, options.fsdp, options.quick, weight_checks())
     findings = list(examine(launch))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
@@ -149,7 +155,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
 
     from mmaudio_hf.data.mixture import check_encoders, open_mixture
     from mmaudio_hf.hub.cards import code_version
-    from mmaudio_hf.training.finetune import initial_model
+    from mmaudio_hf.training.finetune import check_effect, initial_model
     from mmaudio_hf.training.loop import train
 
     code_version()  # now, and cached: the first checkpoint is written hours later, the code that trains is this one
@@ -188,6 +194,8 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         leave_for_launcher(words)
         return 128 + result.stopped_by
     if is_main:
+        if recipe.finetune.lora.rank:
+            check_effect(recipe.run_dir / "last" / "adapter")
         print(_end_text(recipe, result))
     return 0
 
@@ -224,14 +232,18 @@ def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
 
 def _start_text(recipe: Recipe, mixture: "Mixture") -> str:
     """What is trained, from which weights, and on what share of each store."""
-    from mmaudio_hf.data.mixture import samples_per_epoch
-
     finetune = recipe.finetune
     trained = f"LoRA adapters of rank {finetune.lora.rank}" if finetune.lora.rank else "all weights"
     trained += f" except {', '.join(finetune.freeze)}" if finetune.freeze else ""
+    return f"{recipe.name}: {trained}, initially {finetune.init_from or 'random'}, on {shares(mixture)}"
+
+
+def shares(mixture: "Mixture") -> str:
+    """What share of every epoch each store has."""
+    from mmaudio_hf.data.mixture import samples_per_epoch
+
     pairs = zip(mixture.stores, mixture.repeats, strict=True)
-    shares = [f"{s.path.name} {samples_per_epoch(len(s), repeats) / len(mixture):.0%}" for s, repeats in pairs]
-    return f"{recipe.name}: {trained}, initially {finetune.init_from or 'random'}, on {', '.join(shares)}"
+    return ", ".join(f"{s.path.name} {samples_per_epoch(len(s), n) / len(mixture):.0%}" for s, n in pairs)
 
 
 def _end_text(recipe: Recipe, result: "RunResult") -> str:
@@ -327,6 +339,8 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
         if present:
             mixture = open_mixture(present, recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
             per_epoch = len(mixture) if len(present) == len(split) else 0
+            if per_epoch and split is recipe.data.train:
+                derived["shares"] = shares(mixture)
             mixture.close()
     if per_epoch:
         derived["rows_per_epoch"] = per_epoch
@@ -469,7 +483,21 @@ def add_bench_commands(add: Add) -> None:
         "--audio-share", type=float, help="rows without video (default: as in the published mixture, 0.3)"
     )
     loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
+    finetune = benchmark(
+        "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
+    )
+    finetune.add_argument("--folder", type=Path, default=Path("output/bench-finetune"), help="media, features and runs")
+    finetune.add_argument("--kind", choices=("storm", "frog"), default="storm", help="what is learned (default storm)")
+    finetune.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of them")
     loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
+
+
+def _bytes(text: str) -> float:
+    """A number of gigabytes, as 12GB."""
+    number = text.lower().removesuffix("b").removesuffix("g").strip()
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 12GB")
+    return float(number) * 1e9
 
 
 def _count(text: str) -> int:
@@ -513,6 +541,16 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
     return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
+
+
+def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from mmaudio_hf.bench.finetune import METHODS, finetune
+    from mmaudio_hf.config.settings import nearest
+
+    for method in options.methods or ():
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: {nearest(method, METHODS)}")
+    return finetune(options.folder, options.kind, options.methods or list(METHODS), options.rounds)
 
 
 def _loader(options: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,9 @@ def add_commands(add: Callable[..., Any]) -> None:
     exporting = add("export", _export, "write a run as files of the reference implementation")
     exporting.add_argument("run", metavar="RUN", type=Path, help="run folder, or pretrained_model folder")
     exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
+    exporting.add_argument(
+        "--safetensors", action="store_true", help="one file of bf16 weights, as for ComfyUI, and one of the adapter"
+    )
     exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
 
 
@@ -123,7 +126,8 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from mmaudio_hf.interop import export_run
+    from mmaudio_hf.interop import export_run, export_safetensors
 
-    for path in export_run(options.run, options.out, options.step):
+    write = export_safetensors if options.safetensors else export_run
+    for path in write(options.run, options.out, options.step):
         print(path)

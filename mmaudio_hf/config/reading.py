@@ -217,7 +217,9 @@ class _Reader:
         for key, value in tree.items():
             values[key] = self.convert(hints[key], value, f"{prefix}{key}")
             if fields[key].metadata.get("path"):
-                values[key] = _expanded(values[key], f"{self.origin(f'{prefix}{key}')}: {prefix}{key}")
+                where, value = f"{self.origin(f'{prefix}{key}')}: {prefix}{key}", values[key]
+                many = isinstance(value, tuple)
+                values[key] = tuple(_expanded(v, where) for v in value) if many else _expanded(value, where)
         try:
             return cls(**values)
         except ValueError as error:

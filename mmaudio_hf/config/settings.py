@@ -29,7 +29,7 @@ RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names 
 Combination = Literal["video_text", "video", "text", "none"]
 Metric = Literal["fd", "kl", "is", "ib", "desync", "clap", "kad"]
 Pushed = Literal["pretrained_model", "training_state"]
-Target = Literal["qkv", "proj", "mlp"]
+Target = Literal["qkv", "proj", "mlp", "modulation", "inputs", "conditions", "output"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
 _REJECT: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
@@ -419,13 +419,25 @@ class TrainingConfig(Settings):
 
 @dataclass(frozen=True)
 class LoraConfig(Settings):
-    """Low-rank adapters in the transformer blocks (Hu et al. 2021, arXiv 2106.09685), trained alone; needs peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), trained alone; needs peft."""
 
     key = "finetune.lora"
     rank: int = setting(0, "rank of the adapters; 0: none", least=0, needed="else the whole network is trained")
     alpha: float = setting(16.0, "the output of an adapter is scaled by alpha / rank", above=0)
     dropout: float = setting(0.0, "dropout before the adapters", least=0, below=1)
     targets: tuple[Target, ...] = setting(("qkv", "proj", "mlp"), "layers that get an adapter", nonempty=True)
+    rank_pattern: tuple[str, ...] = setting((), "other ranks, as fused_blocks.0-3=4: the last that matches; 0: none")
+    rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv 2312.03732)")
+    dora: bool = setting(False, "train the norm of each output apart (Liu et al. 2024, arXiv 2402.09353)")
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = setting(
+        "default", "of the adapters, as peft calls them; pissa: the largest singular values (arXiv 2404.02948)"
+    )
+
+    def check(self) -> None:
+        """Patterns with a rank, and what goes together."""
+        bad = [entry for entry in self.rank_pattern if not re.fullmatch(r"[\w.*?-]+=\d+", entry)]
+        _require(not bad, f"finetune.lora.rank_pattern: {', '.join(bad)} must be PATTERN=RANK, as fused_blocks.*.ffn=4")
+        _require(not (self.dora and self.init == "pissa"), "finetune.lora.dora needs an init other than pissa")
 
 
 @dataclass(frozen=True)
@@ -470,6 +482,8 @@ class SamplesConfig(Settings):
     every: int = setting(0, "steps between samples, which are also made after the last step; 0: never", least=0)
     items: int = setting(4, "items, evenly spaced over the split", least=1)
     split: Literal["validation", "test"] = setting("validation", "split of the items")
+    prompts: tuple[str, ...] = setting((), "texts of your own that are generated beside the items", unique=True)
+    videos: tuple[str, ...] = setting((), "videos of your own, likewise, without a text", unique=True, path=True)
 
 
 @dataclass(frozen=True)

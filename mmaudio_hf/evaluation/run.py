@@ -76,7 +76,7 @@ class SplitEvaluator:
     ValueError when a store or a file of the decoder is missing.
     """
 
-    long = True
+    long, at_start = True, False
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,11 @@ from accelerate.utils import gather_object
 
 from mmaudio_hf.config import Recipe, SamplingConfig, StoreConfig
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.evaluation.onsets import waveform_scores
+from mmaudio_hf.evaluation.onsets import clip_scores
 from mmaudio_hf.features.encoders import check_encoders, load_encoders
 from mmaudio_hf.generation.pipeline import Generated, MMAudioPipeline, Request
 from mmaudio_hf.media.audio import write_audio
+from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES, AudioSample, Evaluation, check_id
 
@@ -35,8 +36,8 @@ class HeldOutItem:
     item_id: str
     caption: str
     request: Request
-    latent: torch.Tensor
-    store: str  # name of the store
+    latent: torch.Tensor  # (0, C) where there is no truth
+    store: str  # name of the store; empty: none
 
 
 class HeldOutItems(Sequence[HeldOutItem]):
@@ -92,6 +93,39 @@ def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False)
         items.close()
 
 
+def own_items(recipe: Recipe, taken: Collection[str]) -> list[HeldOutItem]:
+    """`samples.prompts` and `samples.videos` as items without a truth: prompt_1, ... and the names of the videos.
+
+    Their features are computed here, once. ValueError for a video that cannot be read, or whose name is `taken`.
+    """
+    prompts, videos = recipe.samples.prompts, [Path(path) for path in recipe.samples.videos]
+    requests = [Request(f"prompt_{i}", prompt=text) for i, text in enumerate(prompts, 1)]
+    requests += [Request(check_id(path.stem, "samples.videos"), video=path) for path in videos]
+    keys = [request.key for request in requests]
+    if twice := sorted({key for key in keys if key in taken or keys.count(key) > 1}):
+        raise ValueError(f"samples: two items would be called {', '.join(twice)}: rename the file in samples.videos")
+    components = [name for name, used in (("text", prompts), ("clip", videos), ("sync", videos)) if used]
+    if not components:
+        return []
+    check_encoders(recipe.encoders, recipe.model.mode, components)
+    encoders = load_encoders(recipe.encoders, recipe.model.mode, components)
+    items = []
+    for request in requests:
+        if request.video is None:
+            features: dict[str, Any] = {"text_features": encoders.encode_text([request.prompt])[0].cpu()}
+        else:
+            settings: dict[str, Any] = {"duration": recipe.model.duration, "alignment": recipe.extraction.alignment}
+            clip = read_video(request.video, mode=recipe.model.mode, as_uint8=True, **settings)
+            features = {
+                "clip_features": encoders.encode_clip(clip.clip_frames[None])[0].cpu(),
+                "sync_features": encoders.encode_sync(clip.sync_frames[None])[0].cpu(),
+            }
+        caption = request.prompt or request.key
+        nothing = torch.empty(0, recipe.model.latent_channels)
+        items.append(HeldOutItem(request.key, caption, Request(request.key, **features), nothing, ""))
+    return items
+
+
 def generate_items(
     pipeline: MMAudioPipeline, items: Iterable[HeldOutItem], sampling: SamplingConfig, seed: int
 ) -> Iterator[tuple[HeldOutItem, Generated]]:
@@ -134,10 +168,11 @@ class SampleEvaluator:
     name, long = "eval", False
 
     def __init__(self, recipe: Recipe):
-        self.every = recipe.samples.every
+        self.every, self.at_start = recipe.samples.every, bool(recipe.finetune.init_from)
         self._recipe = recipe
         check_encoders(recipe.encoders, recipe.model.mode, ("decode",))
         self._items = read_items(getattr(recipe.data, recipe.samples.split), recipe.samples.items, spread=True)
+        self._items += own_items(recipe, {item.item_id for item in self._items})
         self._references: dict[str, torch.Tensor] = {}  # item id -> decoded true latent
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
@@ -151,9 +186,12 @@ class SampleEvaluator:
         rows: list[dict[str, Any]] = []
         samples: list[AudioSample] = []
         for item in self._items:
-            waveform, self._references[item.item_id], rate = results[item.item_id]
-            scores = waveform_scores(waveform, self._references[item.item_id], rate)
-            rows.append({"id": item.item_id, "caption": item.caption, "scores": scores})
+            waveform, reference, rate = results[item.item_id]
+            row: dict[str, Any] = {"id": item.item_id, "caption": item.caption}
+            if reference is not None:
+                self._references[item.item_id] = reference
+                row["scores"] = clip_scores(waveform, reference, rate)
+            rows.append(row)
             samples.append(AudioSample(item.item_id, item.caption, waveform, rate))
         invalid = {sample.name for sample in samples if not sample.waveform.isfinite().all()}
         samples = [sample for sample in samples if sample.name not in invalid]
@@ -165,23 +203,28 @@ class SampleEvaluator:
                 self._write(step, samples, [row for row in rows if row["id"] not in invalid])
             except OSError as error:  # a full disk must not end a run; its scores are logged all the same
                 print(f"warning: the samples of step {step} could not be written ({error})", file=sys.stderr)
-        means = {name: float(np.mean([row["scores"][name] for row in rows])) for name in rows[0]["scores"]}
+        scored = [row["scores"] for row in rows if "scores" in row]
+        means = {
+            n: float(np.mean([s[n] for s in scored if n in s])) for n in dict.fromkeys(n for s in scored for n in s)
+        }
         return Evaluation(means, samples)
 
     def _generate(self, model: MMAudio, items: Sequence[HeldOutItem]) -> list[tuple]:
-        """(id, waveform, true waveform, sample rate) of each item."""
+        """(id, waveform, true waveform or None, sample rate) of each item."""
         if not items:
             return []
         pipeline, results = decoding_pipeline(self._recipe, model), []
         for item, result in generate_items(pipeline, items, self._recipe.sampling, self._recipe.seed):
-            known = self._references.get(item.item_id)
-            reference = pipeline.decode(item.latent.to(pipeline.device)) if known is None else known
+            reference = self._references.get(item.item_id)
+            if reference is None and len(item.latent):
+                reference = pipeline.decode(item.latent.to(pipeline.device))
             results.append((item.item_id, result.waveform, reference, result.sample_rate))
         return results
 
     def _write(self, step: int, samples: Sequence[AudioSample], rows: Sequence[dict[str, Any]]) -> None:
         folder = self._recipe.run_dir / "samples"
-        references = [AudioSample(s.name, s.caption, self._references[s.name], s.sample_rate) for s in samples]
+        true = [(s, self._references[s.name]) for s in samples if s.name in self._references]
+        references = [AudioSample(s.name, s.caption, waveform, s.sample_rate) for s, waveform in true]
         _write_folder(folder / REFERENCE, references, None)
         _write_folder(folder / f"step_{step}", samples, rows)
 

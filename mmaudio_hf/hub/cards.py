@@ -142,6 +142,42 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
         known = {"base_model": RELEASED, "license": RELEASED_LICENSE} if is_released(start) else {}
     text = _card(recipe, recipe.run_dir, folder, known, code_version(), PLACEHOLDER, ())
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    adapter = folder.with_name("adapter")
+    if (adapter / "adapter_config.json").is_file():
+        (adapter / CARD_FILE).write_text(_adapter_card(recipe, adapter, _start(recipe, known)), encoding="utf-8")
+
+
+def _adapter_card(recipe: Recipe, folder: Path, start: Start) -> str:
+    """The card of an adapter folder: what it is, the base it needs, and how it is used."""
+    config, name = read_json(folder / "adapter_config.json"), recipe.name
+    kind = "DoRA" if config["use_dora"] else "LoRA"
+    base = start.name or Path(recipe.finetune.init_from).name
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-to-audio",
+        license=_license(recipe, start)[0],
+        base_model=start.base_model or None,
+        tags=[*TAGS, "lora"],
+        model_name=name,
+    )
+    ranks = ", ".join(map(str, sorted({config["r"], *config["rank_pattern"].values()})))
+    layers = f"{len(config['target_modules'])} layers of MMAudio `{recipe.model.variant}`"
+    text = f"""# {plain(name)}
+
+A {kind} adapter of rank {ranks} for {layers}. It is no model of its own: it changes the weights `{plain(base)}`
+and is of no use with others.
+
+```bash
+mmaudio-hf generate --run BASE --lora {name} --lora-scale 1.0 --video clip.mp4 --out out.mp4
+```
+
+BASE is a folder or Hub id of those weights, `{name}` this folder. With peft alone:
+`PeftModel.from_pretrained(mmaudio_hf.MMAudio.from_pretrained(BASE), "{name}")`. To train on from it, name this
+folder in `finetune.init_from`.
+
+{_license(recipe, start)[1]}
+"""
+    return compose_card(data, text)
 
 
 def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | None, samples: bool = False) -> None:

@@ -11,16 +11,18 @@ a frame of the 25 fps video, and its audio starts at that frame's presentation t
 """
 
 import csv
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from scipy.signal import lfilter
 
 from mmaudio_hf.media.audio import audio_frame, write_audio
 
@@ -78,6 +80,7 @@ class _Kind:
     captions: tuple[str, ...]
     synthesize: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
     draw: Callable[[np.ndarray, _Style, _Moment], None] | None = None  # None: in audio files only
+    delays: tuple[float, ...] = (0.0,)  # s from what is seen to what is heard; several: it is heard as often
 
 
 def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: bool = False) -> Path:
@@ -90,27 +93,34 @@ def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: b
     (directory / "videos").mkdir(parents=True, exist_ok=True)
     (directory / "audios").mkdir(exist_ok=True)
     events: dict[str, Events] = {}
-    for split, count in (SMALL_SPLITS if small else SPLITS).items():
-        rows = []
-        for number in range(count):
-            kind = [name for name, k in _KINDS.items() if k.draw][number % 4]
-            item_id = f"{split}_{number:02d}_{kind}"
-            rng = np.random.default_rng([seed, list(SPLITS).index(split), number])
-            caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
-            rows.append((item_id, caption))
-            events[item_id] = Events(kind, times)
-        _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
-    rows = []
+    seen = [name for name, kind in _KINDS.items() if kind.draw and name not in WITHHELD]
+    for index, (split, count) in enumerate((SMALL_SPLITS if small else SPLITS).items()):
+        events |= _write_split(directory, split, [seen[number % len(seen)] for number in range(count)], [seed, index])
+    rows, heard = [], [name for name in _KINDS if name not in WITHHELD]
     for number in range(SMALL_AUDIO_FILES if small else AUDIO_FILES):
-        kind = list(_KINDS)[number % len(_KINDS)]
+        kind = heard[number % len(heard)]
         item_id = f"recording_{number:02d}_{kind}"
         rng = np.random.default_rng([seed, len(SPLITS), number])
         caption, times = _write_audio_file(directory / "audios" / f"{item_id}.flac", kind, number, rng)
         rows.append((item_id, caption))
         events[item_id] = Events(kind, times)
     _write_tsv(directory / "audios.tsv", ("id", "caption"), rows)
-    listing = {item_id: {"kind": e.kind, "times": e.times} for item_id, e in events.items()}
-    (directory / "events.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    _write_events(directory, events)
+    return directory
+
+
+def write_withheld_media(directory: str | os.PathLike, kind: str, splits: Mapping[str, int], seed: int = 0) -> Path:
+    """Write videos of a kind that `write_example_media` has not, to try what fine-tuning learns; return `directory`.
+
+    kind: one of `WITHHELD`. It is seen, heard and timed as no other: it is heard some tenths of a second after it is
+    seen. splits: name -> number of videos. The layout is that of `write_example_media`, without audio files.
+    """
+    directory = Path(directory)
+    (directory / "videos").mkdir(parents=True, exist_ok=True)
+    events: dict[str, Events] = {}
+    for index, (split, count) in enumerate(splits.items(), len(SPLITS) + 1):
+        events |= _write_split(directory, split, [kind] * count, [seed, index])
+    _write_events(directory, events)
     return directory
 
 
@@ -120,18 +130,38 @@ def read_events(path: str | os.PathLike) -> dict[str, Events]:
     return {item_id: Events(entry["kind"], tuple(entry["times"])) for item_id, entry in listing.items()}
 
 
+def _write_split(directory: Path, split: str, kinds: Sequence[str], seed: Sequence[int]) -> dict[str, Events]:
+    """Write one video of each of `kinds` and their list; their events by id."""
+    rows, events = [], {}
+    for number, kind in enumerate(kinds):
+        item_id = f"{split}_{number:02d}_{kind}"
+        rng = np.random.default_rng([*seed, number])
+        caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
+        rows.append((item_id, caption))
+        events[item_id] = Events(kind, times)
+    _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
+    return events
+
+
+def _write_events(directory: Path, events: Mapping[str, Events]) -> None:
+    listing = {item_id: {"kind": e.kind, "times": e.times} for item_id, e in events.items()}
+    (directory / "events.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+
+
 def _write_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
     """Write one video; return its caption and event times."""
     num_frames = int(rng.integers(210, 236))
     schedule = _schedule(num_frames, rng)
     style = _style(rng)
     rate = (44_100, 48_000)[number // 4 % 2]
-    mono = _audio_track(kind, [frame / FPS for frame in schedule[1:-1]], num_frames * rate // FPS, rate, rng)
+    heard = [frame / FPS + delay for frame in schedule[1:-1] for delay in _KINDS[kind].delays]
+    times = tuple(round(time, 6) for time in heard if time < num_frames / FPS)
+    mono = _audio_track(kind, times, num_frames * rate // FPS, rate, rng)
     balance = float(rng.uniform(0.5, 1))
     channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
     _write_mp4(path, _draw_frames(kind, style, schedule, num_frames), channels, rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
-    return caption, tuple(frame / FPS for frame in schedule[1:-1])
+    return caption, times
 
 
 def _write_audio_file(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
@@ -281,6 +311,32 @@ def _draw_hammer(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     )
 
 
+def _draw_storm(image: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A cloud over a hill; lightning strikes the hill, a different bolt each time."""
+    light = _flash(moment)
+    x = 64 + 24 * style.shift + 8 * math.sin(0.4 * moment.time + 3 * style.drift)
+    image += 60 * light
+    _paint(image, _ellipse(64 + 24 * style.shift, 108, 60, 30), 0.5 * np.asarray(style.colour, np.float32))
+    bends = np.random.default_rng(round(1000 * moment.gap)).uniform(-12, 12, 4)
+    points = [(x, 26.0), *((x + bend, 36.0 + 10 * i) for i, bend in enumerate(bends)), (x, 80.0)]
+    for start, end in itertools.pairwise(points):
+        _paint(image, _bar(*start, *end, 2), _FLASH, light)
+    for side in (-1, 0, 1):
+        _paint(image, _ellipse(x + 18 * side, 20 - 4 * (side == 0), 20 * style.size, 11), (90, 92, 105))
+
+
+def _draw_frog(image: np.ndarray, style: _Style, moment: _Moment) -> None:
+    """A frog on a leaf that blows up its throat, and lets it go down slowly."""
+    swollen = math.exp(-moment.since / 8)
+    x, y = 64 + 24 * style.shift + 3 * math.sin(1.1 * moment.time + 3 * style.drift), 62
+    _paint(image, _ellipse(x, y + 16, 34, 5), (40, 90, 45))
+    _paint(image, _ellipse(x, y, 22 * style.size, 14), style.colour)
+    for side in (-1, 1):
+        _paint(image, _ellipse(x + 12 * side, y - 14, 5, 5), style.colour)
+        _paint(image, _ellipse(x + 12 * side, y - 15, 2, 2), (15, 15, 15))
+    _paint(image, _ellipse(x, y + 7, 6 + 14 * swollen, 4 + 11 * swollen), (235, 225, 190))
+
+
 # Audio. Each takes times t (samples,) in seconds from the onset, a pitch factor and a generator. All start at full
 # strength: a noise burst for the attack, then a body that falls below -25 dB within half a second.
 
@@ -323,6 +379,20 @@ def _drop(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     return np.sin(2 * np.pi * pitch * (500 * t + 4000 * t**2)) * np.exp(-t / 0.05) + 0.2 * _burst(t, 0.003, rng)
 
 
+def _thunder(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    """A crack, and a rumble below some hundred Hz: noise through a filter of one pole."""
+    rumble = lfilter([1.0], [1.0, -math.exp(-2 * math.pi * 220 * pitch * t[1])], rng.standard_normal(t.size))
+    return 0.12 * rumble * np.exp(-t / 0.14) + 0.25 * _burst(t, 0.012, rng)
+
+
+def _croak(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    """Pulses at 70 Hz of a resonance at 900 Hz, for a tenth of a second."""
+    pulses = np.exp(-np.mod(t, 1 / (70 * pitch)) / 0.004)
+    held = np.minimum(1, np.exp(-(t - 0.09) / 0.02))
+    voice = np.sin(2 * np.pi * 900 * pitch * t) + 0.5 * np.sin(2 * np.pi * 2300 * pitch * t)
+    return held * (0.6 * pulses * voice + 0.1 * rng.standard_normal(t.size))
+
+
 _KINDS = {
     "ball": _Kind(
         (
@@ -362,7 +432,20 @@ _KINDS = {
     ),
     "clap": _Kind(("slow hand claps", "a person clapping now and then"), _clap),
     "drop": _Kind(("water dripping into a bucket", "single water drops"), _drop),
+    "storm": _Kind(
+        ("lightning over a {colour} hill, thunder", "a thunderstorm, thunder cracks and rumbles"),
+        _thunder,
+        _draw_storm,
+        (0.28,),
+    ),
+    "frog": _Kind(
+        ("a {colour} frog croaking on a leaf", "{colour} frog blows up its throat and croaks"),
+        _croak,
+        _draw_frog,
+        (0.2, 0.4),
+    ),
 }
+WITHHELD = ("storm", "frog")  # in no set of `write_example_media`
 
 
 def _audio_track(

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from mmaudio_hf.features.mel import MelSpectrogram
+from mmaudio_hf.features.mel import MelSpectrogram, mel_filter_bank
 from mmaudio_hf.schema import MODES, audio_mode
 
 
@@ -48,7 +48,7 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> Path:
 IMAGE_RANGE = 60.0  # dB between the brightest and the darkest colour of a spectrogram
 
 # Area of a line chart within its SVG of 400 x 240, which is its size in pixels where three stand side by side.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 376, 8, 202
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 376, 24, 202
 _MAX_DOTS = 40  # points of a curve that are marked one by one; more would hide the line
 
 
@@ -63,9 +63,18 @@ class Curve:
 
 
 def line_chart(
-    title: str, x_label: str, curves: Sequence[Curve], *, from_zero: bool = False, x_range: Sequence[float] = ()
+    title: str,
+    x_label: str,
+    curves: Sequence[Curve],
+    *,
+    y_label: str = "",
+    from_zero: bool = False,
+    x_range: Sequence[float] = (),
 ) -> Markup:
-    """A figure with an SVG line chart and its legend; every point of every curve is drawn, axes hold `x_range`."""
+    """A figure with an SVG line chart and its legend; every point of every curve is drawn, axes hold `x_range`.
+
+    y_label: what is drawn, or its unit, over the vertical axis.
+    """
     lines: list[dict[str, Any]] = []
     x_ticks, y_ticks = [0.0, 1.0], [0.0, 1.0]
     if curves:
@@ -82,6 +91,7 @@ def line_chart(
         "line_chart.html.jinja",
         title=title,
         x_label=x_label,
+        y_label=y_label,
         description="; ".join(f"{c.label} from {c.points[0][1]:.3g} to {c.points[-1][1]:.3g}" for c in curves),
         x_ticks=[(x_pixel(x), _number(x)) for x in x_ticks],
         y_ticks=[(y_pixel(y), _number(y)) for y in y_ticks],
@@ -122,6 +132,17 @@ def decibels(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
     mel = MelSpectrogram(mode)(waveform.reshape(1, -1))[0].numpy()
     # Mels of 16k are log10 of magnitudes, those of 44k natural logarithms.
     return 20 * mel if mode == "16k" else 20 / math.log(10) * mel
+
+
+def frequency_ticks(sample_rate: int) -> list[tuple[str, str]]:
+    """(frequency, place from the top in percent) for the axis of `spectrogram_image` at this rate."""
+    mode = next(name for name in MODES if audio_mode(name).sample_rate == sample_rate)
+    bank = mel_filter_bank(mode)
+    peaks = bank.argmax(1).numpy() * sample_rate / 2 / (bank.shape[1] - 1)  # Hz of each bin, rising
+    hertz = [hz for hz in (500, 1000, 2000, 4000, 8000, 16000) if hz < peaks[-1]]
+    tops = 100 - 100 * (np.interp(hertz, peaks, np.arange(len(peaks))) + 0.5) / len(peaks)
+    names = [f"{hz}" if hz < 1000 else f"{hz // 1000}k" for hz in hertz]
+    return [(f"{name} Hz" if name == names[-1] else name, f"{p:.1f}%") for name, p in zip(names, tops, strict=True)]
 
 
 def spectrogram_image(level: np.ndarray, top: float) -> bytes:

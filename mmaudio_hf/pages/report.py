@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
+from mmaudio_hf.evaluation.metrics import METRICS
+from mmaudio_hf.evaluation.onsets import BUILT_IN
 from mmaudio_hf.evaluation.results import find_scores
-from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, generate_items, read_items
+from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, HeldOutItems, generate_items
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.media.container import MediaError
@@ -31,10 +33,20 @@ from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, render, spectrogram_image, write_page
+from mmaudio_hf.pages import (
+    Curve,
+    data_uri,
+    decibels,
+    frequency_ticks,
+    line_chart,
+    render,
+    spectrogram_image,
+    write_page,
+)
 from mmaudio_hf.schema import check_id
 
 MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
+_LOSS = "mean squared error"
 _ITEMS, _STEPS = 3, 4  # of the samples made during training: audio is the heaviest content of the page
 
 
@@ -59,29 +71,41 @@ def report_run(
     run_dir: str | os.PathLike,
     *,
     events: str | os.PathLike | None = None,
+    split: str = "",
     shown: int = 6,
     scored: int = 64,
     device: str = "auto",
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Generate the first `scored` test clips of a run, score them, write the page with `shown` of them.
+    """Generate the first `scored` clips of a split of a run, score them, write the page with `shown` of them.
+
+    split: "test" or "validation"; empty: test where the recipe has one, else validation.
 
     events: `events.json` of the example media, for scores of event timing. Returns the key figures as plain JSON
     values; with `started`, a time in seconds since the epoch, "seconds" is what has passed since.
-    ValueError when the run has no checkpoint, a store of `data.test` is missing, or an encoder file is.
+    ValueError when the run has no checkpoint, a store of the split is missing, or an encoder file is.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is no run folder: it has no config.yaml")
     recipe = load_recipe(run_dir / "config.yaml")
     times = {} if events is None else {name: e.times for name, e in read_events(events).items()}
+    split = split or ("test" if recipe.data.test else "validation")
     pipeline = MMAudioPipeline.from_pretrained(run_dir, device=device)
-    clips, timing = _generated_clips(recipe, pipeline, read_items(recipe.data.test, scored), times, shown)
-    write_report(run_dir, clips[:shown], timing=timing)
+    items = HeldOutItems(getattr(recipe.data, split), scored)
+    clips, timing = _generated_clips(recipe, pipeline, items, times, shown)
+    items.close()
+    write_report(run_dir, clips[:shown], timing=timing, heading=_heading(recipe, split, len(clips), shown))
     summary = run_summary(run_dir) | timing
     if started is not None:
         summary["seconds"] = round(time.time() - started, 1)
     return {name: _plain(value) for name, value in summary.items()}
+
+
+def _heading(recipe: Recipe, split: str, scored: int, shown: int) -> str:
+    """Which clips the page shows, and of how many."""
+    with contextlib.closing(HeldOutItems(getattr(recipe.data, split))) as items:
+        return f"{split} split: {len(items)} clips, the first {scored} generated and scored, {min(shown, scored)} shown"
 
 
 def _generated_clips(
@@ -178,16 +202,20 @@ def run_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_report(
-    run_dir: str | os.PathLike, clips: Sequence[ReportClip], *, timing: Mapping[str, float] | None = None
+    run_dir: str | os.PathLike,
+    clips: Sequence[ReportClip],
+    *,
+    timing: Mapping[str, float] | None = None,
+    heading: str = "",
 ) -> Path:
     """Write `report/index.html` of a run and return its path.
 
-    timing: `evaluation.onset_scores` with "onset_" before each name, over all generated clips.
+    timing: `evaluation.onset_scores` with "onset_" before each name, over all generated clips. heading: over the clips.
     """
     run_dir = Path(run_dir)
     metrics, summary = read_json_lines(run_dir / "metrics.jsonl")[0], run_summary(run_dir)
     scores = {content["split"]: content for content in find_scores(run_dir)}  # the last of each split
-    sampled_steps, samples = _samples(run_dir)
+    sampled_steps, sampled_items, samples = _samples(run_dir)
     with tempfile.TemporaryDirectory() as scratch:
         cards = [_clip_card(clip, Path(scratch)) for clip in clips]
     return write_page(
@@ -197,8 +225,11 @@ def write_report(
         summary=summary,
         tiles=_tiles(summary, timing or {}),
         charts=_charts(metrics),
+        choices=_choices(metrics),
+        heading=heading,
         scores=_scores_table(list(scores.values())) if scores else None,
         sampled_steps=sampled_steps,
+        sampled_items=sampled_items,
         samples=samples,
         has_events=any(clip.events is not None for clip in clips),
         clips=cards,
@@ -236,13 +267,35 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     )
     rate = curves(("train/learning_rate", "learning rate", "a"))
     charts = [
-        line_chart("Loss", "step", loss),
-        line_chart("Validation loss over time t", "t: 0 is noise, 1 is data", _loss_over_time(metrics), x_range=(0, 1)),
-        line_chart("Learning rate", "step", rate, from_zero=True),
+        line_chart("Loss", "step", loss, y_label=_LOSS),
+        line_chart(
+            "Validation loss over time t",
+            "t: 0 is noise, 1 is data",
+            _loss_over_time(metrics),
+            y_label=_LOSS,
+            x_range=(0, 1),
+        ),
+        line_chart("Learning rate", "step", rate, y_label="change per step", from_zero=True),
     ]
     if distance := curves(("eval/log_mel_distance", "log-mel distance", "c")):
-        charts.append(line_chart("Samples: log-mel distance to the truth in dB", "step", distance))
+        charts.append(line_chart("Samples: log-mel distance to the truth", "step", distance, y_label="dB"))
+    if onsets := curves(("eval/onset_f1", "onset F1", "c")):
+        charts.append(line_chart("Samples: onset F1", "step", onsets, y_label="share"))
     return charts
+
+
+def _choices(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Name, step and value of what each score would choose as `best`: losses improve past the best audio."""
+    better = {"val/loss": "lower", "val_ema/loss": "lower"}
+    evaluated = {name for entry in metrics for name in entry if name.startswith("eval")}
+    directions = {name: entry[-1] for name, entry in {**BUILT_IN, **METRICS}.items()}
+    better |= {name: directions.get(name.partition("/")[2], "") for name in sorted(evaluated)}
+    chosen = []
+    for name, direction in better.items():
+        if direction in _RANK and (points := _series(metrics, name)):
+            step, value = min(points, key=lambda point: _RANK[direction](point[1]))
+            chosen.append((name, f"{step:,}", f"{value:.4g}"))
+    return chosen
 
 
 def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -296,6 +349,8 @@ def _players(tracks: Sequence[_Track], rate: int) -> list[dict[str, Any]]:
                 "media": track.media,
                 "label": track.label,
                 "image": data_uri("image/png", spectrogram_image(level, top)),
+                "length": f"{seconds:.1f} s",
+                "hertz": frequency_ticks(rate),
                 "description": f"Mel spectrogram: {track.label}, {seconds:.1f} s",
                 "marks": [(kind, left(time)) for kind, time in track.marks],
                 "seconds": [(f"{s}{'' if s else ' s'}", left(s)) for s in labels],
@@ -335,8 +390,11 @@ def _media(clip: ReportClip, waveform: torch.Tensor, scratch: Path) -> str:
     return data_uri("audio/wav", path.read_bytes())
 
 
-def _samples(run_dir: Path) -> tuple[int, list[dict[str, Any]]]:
-    """How many steps have `samples/`, and cards of its first items at some steps from the first to the last."""
+def _samples(run_dir: Path) -> tuple[int, int, list[dict[str, Any]]]:
+    """How many steps have `samples/`, of how many items, and cards of its first ones from the first step to the last.
+
+    Prompts and videos of the user's own come before the other items: they were chosen.
+    """
     folders = {
         int(folder.name.removeprefix("step_")): folder
         for folder in (run_dir / "samples").glob("step_*")
@@ -344,18 +402,24 @@ def _samples(run_dir: Path) -> tuple[int, list[dict[str, Any]]]:
     }
     steps = sorted(folders)
     if not steps:
-        return 0, []
+        return 0, 0, []
     count = min(_STEPS, len(steps))
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})
     rows = {}
     for step in chosen:
         listed = json.loads((folders[step] / SAMPLES_FILE).read_text())
         rows[step] = {row["id"]: row | {"folder": folders[step]} for row in listed}
-    last = list(rows[steps[-1]])[:_ITEMS]
-    return len(steps), [
-        _sample_card(run_dir, {step: rows[step][item_id] for step in chosen if item_id in rows[step]})
-        for item_id in last
-    ]
+    items = list(rows[steps[-1]])
+    own = [item_id for item_id in items if "scores" not in rows[steps[-1]][item_id]][: _ITEMS - 1]
+    items = own + [item_id for item_id in items if item_id not in own]
+    return (
+        len(steps),
+        len(items),
+        [
+            _sample_card(run_dir, {step: rows[step][item_id] for step in chosen if item_id in rows[step]})
+            for item_id in items[:_ITEMS]
+        ],
+    )
 
 
 def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -365,7 +429,10 @@ def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[s
     files: list[tuple[str, Path, Mapping[str, float]]] = [
         ("True latent, decoded", run_dir / "samples" / REFERENCE / name, {})
     ]
-    files += [(f"Step {step:,}", row["folder"] / name, row["scores"]) for step, row in rows.items()]
+    files += [
+        (f"Step {step:,}" if step else "Step 0 (base)", row["folder"] / name, row.get("scores", {}))
+        for step, row in rows.items()
+    ]
     tracks, rate = [], 0
     for title, path, scores in files if files[0][1].is_file() else files[1:]:
         waveform, rate = read_waveform(path)

@@ -19,6 +19,7 @@ class Evaluator(Protocol):
     name: str
     every: int
     long: bool  # it takes so long that a checkpoint is saved first, from which a killed run resumes the evaluation
+    at_start: bool  # the weights that a run starts from are evaluated too, before the first step
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """Evaluate `model`, which holds the EMA weights; called on every process, where the scores are the same.

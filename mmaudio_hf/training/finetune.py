@@ -1,26 +1,30 @@
 """Fine-tuning: which weights a run starts from, which parameters are frozen, and LoRA adapters.
 
-An adapter (LoRA, Hu et al. 2021, arXiv 2106.09685) is injected by peft and trained in place of the model. What is
-published has it merged, so that nothing else needs peft; checkpoints hold `adapter/` besides, in peft's format.
+An adapter (LoRA, Hu et al. 2021, arXiv 2106.09685, and its kin) is injected by peft and trained in place of the model.
+What is published has it merged, so that nothing else needs peft; checkpoints hold `adapter/` besides, in its format.
 """
 
 import difflib
 import fnmatch
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, read_json
+from mmaudio_hf.models.blocks import ChannelLastConv1d
 from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.models.pretrained import DERIVED_TENSORS, ENCODERS_FILE, read_network
+from mmaudio_hf.models.pretrained import DERIVED_TENSORS, ENCODERS_FILE, merge_adapters, read_adapter, read_network
+from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.weights import load_state
 
@@ -30,11 +34,23 @@ STREAMS = {
     "clip": ("clip_input_proj", "clip_cond_proj", "empty_clip_feat", "joint_blocks.*.clip_block"),
     "sync": ("sync_input_proj", "sync_pos_emb", "empty_sync_feat"),
 }
-# Layers of a transformer block; the CLIP and text streams of the last joint block have only the first.
-LORA_TARGETS = {"qkv": r"attn\.qkv", "proj": r"linear1", "mlp": r"ffn\.w[123]"}
+# The CLIP and text streams of the last joint block have only qkv and modulation.
+LORA_TARGETS = {
+    "qkv": r".*_blocks\..*attn\.qkv",
+    "proj": r".*_blocks\..*linear1",
+    "mlp": r".*_blocks\..*ffn\.w[123]",
+    "modulation": r".*adaLN_modulation\.1",
+    "inputs": r"(audio|clip|sync|text)_input_proj\..*",
+    "conditions": r"(clip_cond_proj|text_cond_proj|global_cond_mlp)(\..*)?",
+    "output": r"final_layer\.conv",
+}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+# In training `X.lora_A.default.weight` and `X.lora_magnitude_vector.default.weight`; files have no adapter name.
+_FACTOR = re.compile(
+    r"(?P<layer>.+)\.(?:lora_(?P<kind>[AB])(?:\.default)?\.weight|(?P<pissa>pissa_[AB])"
+    r"|lora_(?P<dora>magnitude_vector)(?:\.default)?(?:\.weight)?)"
+)
 
 
 def initial_model(
@@ -91,7 +107,7 @@ def read_pretrained(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], 
     ValueError naming what is missing or does not fit.
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
-        return read_adapter(Path(source))
+        return merged_adapter(Path(source))
     return read_network(source)
 
 
@@ -152,10 +168,9 @@ def _suggestion(pattern: str, names: Sequence[str]) -> str:
 
 
 def add_adapter(model: MMAudio, lora: LoraConfig) -> None:
-    """Inject an adapter into the layers of the blocks that `lora.targets` names and that are not frozen.
+    """Inject an adapter into the layers that `lora.targets` names and that are not frozen.
 
-    Everything else is frozen. B is zero at first, so the model's output is unchanged. ValueError without peft or
-    targets.
+    Everything else is frozen. The model's output is unchanged at first. ValueError without peft or targets.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -163,87 +178,199 @@ def add_adapter(model: MMAudio, lora: LoraConfig) -> None:
     except ImportError:
         raise ValueError("finetune.lora needs peft: run `pip install 'mmaudio-hf[lora]'`") from None
 
-    targets = re.compile(rf"(joint_blocks|fused_blocks)\..*\b({'|'.join(LORA_TARGETS[t] for t in lora.targets)})")
-    chosen = [n for n, m in model.named_modules() if targets.fullmatch(n) and m.weight.requires_grad]
-    if not chosen:
+    targets = re.compile("|".join(LORA_TARGETS[t] for t in lora.targets))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d)) and targets.fullmatch(n)}
+    if not any(m.weight.requires_grad for m in layers.values()):
         raise ValueError("finetune.lora.targets names only frozen layers: nothing is left to adapt")
-    # peft's annotation says int for alpha; it only divides by the rank.
-    config = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)  # type: ignore[arg-type]
-    inject_adapter_in_model(config, model)
+    ranks = _ranks(lora, [n for n, m in layers.items() if m.weight.requires_grad])
+    init: Any = True if lora.init in ("default", "pissa") else lora.init
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation says int; it only divides by the rank
+        lora_dropout=lora.dropout,
+        target_modules=list(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != lora.rank},
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=init,
+    )
+    # peft moves each new layer to the model, where it is already; fake tensors, of which memory is counted, cannot be.
+    with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        inject_adapter_in_model(config, model)
+    for name in ranks:
+        layer: Any = model.get_submodule(name)
+        if lora.init == "pissa":
+            _start_from_singular_vectors(layer)
+        if lora.dora and isinstance(layer.base_layer, ChannelLastConv1d):
+            magnitude = layer.lora_magnitude_vector["default"]
+            magnitude.__class__ = _channel_last(type(magnitude))
 
 
-def merge_adapter(state: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """Tensors of a model with an adapter as those of the model alone, `W + scale * B A` (section 4.1 of the paper).
+def _ranks(lora: LoraConfig, layers: Sequence[str]) -> dict[str, int]:
+    """Layer -> rank of its adapter, as `lora.rank_pattern` says; ValueError for a pattern without a layer."""
+    ranks = dict.fromkeys(layers, lora.rank)
+    for pattern, _, rank in (entry.rpartition("=") for entry in lora.rank_pattern):
+        chosen = [name for name in layers if _has_prefix(name.split("."), pattern.split("."))]
+        if not chosen:
+            raise ValueError(
+                f"finetune.lora.rank_pattern: no adapted layer is called {pattern!r}: {_suggestion(pattern, layers)}"
+            )
+        ranks |= dict.fromkeys(chosen, int(rank))
+    if not any(ranks.values()):
+        raise ValueError("finetune.lora.rank_pattern leaves no layer an adapter: give one a rank above 0")
+    return {name: rank for name, rank in ranks.items() if rank}
 
-    Names are the released ones afterwards. On tensors and not by peft on modules, because checkpoints are written by a
-    thread from copies. A: (r, in[, kernel]), B: (out, r[, 1]); convolutions have their kernel in A.
+
+@torch.no_grad()
+def _start_from_singular_vectors(layer: Any) -> None:
+    """PiSSA (Meng et al. 2024, arXiv 2404.02948, equations 2 to 4): s B A is the largest part of W, W keeps the rest.
+
+    Not by peft, which takes no convolutions; these are matrices (out, in * kernel) here. A and B are kept as they were,
+    since what has been learned is the difference.
     """
-    factors = {(m[1], m[2]): value for name, value in state.items() if (m := _FACTOR.fullmatch(name))}
+    a, b, weight, scale = (*_factors_of(layer), layer.base_layer.weight, layer.scaling["default"])
+    if not weight.is_meta:  # when parameters are only counted
+        u, s, v = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
+        root, rank = (s[: len(a)] / scale).sqrt(), len(a)
+        a.copy_((root[:, None] * v[:rank]).view_as(a))
+        b.copy_((u[:, :rank] * root).view_as(b))
+        weight.sub_(_update(a, b) * scale)
+    layer.register_buffer("pissa_A", a.detach().clone())
+    layer.register_buffer("pissa_B", b.detach().clone())
+
+
+def _factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _channel_last(magnitude: type) -> type:
+    """peft's DoRA of a convolution for outputs (B, N, out), where peft has (B, out, N); files stay the same."""
+
+    class ChannelLastDora(magnitude):
+        def get_weight_norm(self, *arguments: Any, **named: Any) -> torch.Tensor:
+            return super().get_weight_norm(*arguments, **named).transpose(1, 2)
+
+        def forward(
+            self, x: torch.Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, **_: Any
+        ) -> torch.Tensor:
+            # Equation 5 of the paper, the norm a constant of the gradient (section 4.3); peft adds the base's output.
+            update = _update(lora_A.weight, lora_B.weight).view_as(base_layer.weight)
+            norm = (base_layer.weight + scaling * update).flatten(1).norm(dim=1)
+            ratio = self.weight.flatten() / norm.detach()
+            plain = base_layer(x) if base_layer.bias is None else base_layer(x) - base_layer.bias
+            return (ratio - 1) * plain + ratio * scaling * lora_B(lora_A(x))
+
+    return ChannelLastDora
+
+
+def _update(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """B A of factors (r, in[, kernel]) and (out, r[, 1]): convolutions have their kernel in A."""
+    return torch.einsum("or,r...->o...", b.flatten(1), a)
+
+
+def _group_factors(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Layer -> its tensors of an adapter: A, B, of DoRA magnitude_vector, of PiSSA pissa_A and pissa_B."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        if match := _FACTOR.fullmatch(name):
+            layers.setdefault(match["layer"], {})[match["kind"] or match["pissa"] or match["dora"]] = value
+    return layers
+
+
+def merge_adapter(state: Mapping[str, torch.Tensor], alpha: float, rslora: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors of a model with an adapter as those of the model alone, `W + s B A` (section 4.1 of the paper).
+
+    s is alpha / r, or alpha / sqrt(r); of DoRA each output is scaled to its magnitude. Names are the released ones
+    afterwards. On tensors and not by peft on modules, because checkpoints are written by a thread from copies.
+    """
     merged = {n.replace(".base_layer.", "."): v for n, v in state.items() if not _FACTOR.fullmatch(n)}
-    for (layer, kind), b in factors.items():
-        if kind == "B":
-            weight = merged[f"{layer}.weight"]
-            update = torch.einsum("or,r...->o...", b.flatten(1), factors[layer, "A"])
-            merged[f"{layer}.weight"] = weight + update.to(weight.device) * scale
+    for layer, factors in _group_factors(state).items():
+        weight, rank = merged[f"{layer}.weight"], len(factors["A"])
+        update = _update(factors["A"], factors["B"]) * (alpha / (math.sqrt(rank) if rslora else rank))
+        weight = weight + update.to(weight.device)
+        if (magnitude := factors.get("magnitude_vector")) is not None:
+            shape = (-1,) + (1,) * (weight.ndim - 1)
+            weight = weight * (magnitude.to(weight.device).flatten() / weight.flatten(1).norm(dim=1)).view(shape)
+        merged[f"{layer}.weight"] = weight
     return merged
 
 
 def published_state(state: Mapping[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
     """The tensors of a model that is trained with these settings, under the released names: adapters are merged."""
-    return merge_adapter(state, lora.alpha / lora.rank) if lora.rank else dict(state)
+    return merge_adapter(state, lora.alpha, lora.rslora) if lora.rank else dict(state)
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> None:
     """Write the adapter in `state` (tensors of a model with one) in peft's format, naming the weights it belongs to.
 
-    An absolute path of those is left out, since the folder is meant to be published.
+    An absolute path of those is left out, since the folder is meant to be published. What PiSSA has learned is the
+    difference of two products, which is an adapter of twice the rank for the weights as they were.
     """
-    lora, base = recipe.finetune.lora, recipe.finetune.init_from
-    factors = {m: value for name, value in state.items() if (m := _FACTOR.fullmatch(name))}
+    lora, base, layers = recipe.finetune.lora, recipe.finetune.init_from, _group_factors(state)
+    growth = 2 if lora.init == "pissa" else 1
+    for factors in layers.values() if lora.init == "pissa" else ():
+        factors["A"] = torch.cat([factors["A"], factors.pop("pissa_A")])
+        factors["B"] = torch.cat([factors["B"], -factors.pop("pissa_B")], dim=1)
+    ranks = {layer: len(factors["A"]) for layer, factors in layers.items()}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": None if Path(base).expanduser().is_absolute() else base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": lora.rank * growth,
+        "lora_alpha": lora.alpha * (math.sqrt(growth) if lora.rslora else growth),
         "lora_dropout": lora.dropout,
-        "target_modules": sorted({m[1] for m in factors}),
+        "target_modules": sorted(layers),
+        "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != lora.rank * growth},
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "bias": "none",
         "inference_mode": True,
     }
     folder.mkdir(parents=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {f"{_PEFT_PREFIX}{m[1]}.lora_{m[2]}.weight": v.detach().cpu().contiguous() for m, v in factors.items()}
+    names = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude_vector": "lora_magnitude_vector"}
+    tensors = {
+        f"{_PEFT_PREFIX}{layer}.{names[kind]}": value.detach().cpu().contiguous()
+        for layer, factors in layers.items()
+        for kind, value in factors.items()
+    }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def read_adapter(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
+def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter in `folder` under the keys of ComfyUI's loader of LoRA, whose scale is alpha / rank."""
+    config, tensors = read_json(folder / ADAPTER_CONFIG), dict[str, torch.Tensor]()
+    for layer, factors in _group_factors(load_state(folder / ADAPTER_WEIGHTS)).items():
+        name, rank = f"diffusion_model.{layer.removeprefix(_PEFT_PREFIX)}", len(factors["A"])
+        alpha = config["lora_alpha"] * (math.sqrt(rank) if config["use_rslora"] else 1)
+        tensors |= {f"{name}.lora_A.weight": factors["A"], f"{name}.lora_B.weight": factors["B"]}
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+        if "magnitude_vector" in factors:
+            tensors[f"{name}.dora_scale"] = factors["magnitude_vector"].flatten()[:, None].contiguous()
+    return tensors
+
+
+def check_effect(folder: Path) -> None:
+    """RunError when no layer of the adapter in `folder` changes anything: B A is zero, as at the start."""
+    layers = _group_factors(load_state(folder / ADAPTER_WEIGHTS))
+    if not any(_update(f["A"], f["B"]).norm() > 1e-6 * f["A"].norm() * f["B"].norm() for f in layers.values()):
+        raise RunError(
+            f"{folder}: the adapter has no effect, B is zero in all {len(layers)} layers: the run trained nothing."
+            " Raise optim.learning_rate or training.steps, and look for skipped steps in metrics.jsonl"
+        )
+
+
+def merged_adapter(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
     """Configuration and tensors of the model with the adapter in `folder` merged into the weights it names.
 
-    ValueError where these are not named, or the adapter is of another kind than plain LoRA.
+    ValueError where these are not named, or the adapter does not fit them.
     """
-    path = folder / ADAPTER_CONFIG
-    try:
-        config = read_json(path)
-        scale, base = config["lora_alpha"] / config["r"], config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error!r})") from error
-    kinds = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    other = [name for name in kinds if config.get(name)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if config.get("peft_type") != "LORA" or other:
-        raise ValueError(
-            f"{path}: only plain LoRA can be merged here, not {', '.join(other) or config.get('peft_type')}"
-        )
-    if not base:
-        raise ValueError(f"{path} does not name its weights: put them into base_model_name_or_path")
-    model_config, state, _ = read_pretrained(base)
-    factors = {n.removeprefix(_PEFT_PREFIX): v for n, v in load_state(folder / ADAPTER_WEIGHTS).items()}
-    for name, value in factors.items():
-        match = _FACTOR.fullmatch(name)
-        weight = state.get(f"{match[1]}.weight") if match else None
-        side = 0 if match and match[2] == "B" else 1  # B has the outputs of the weight, A its inputs
-        if weight is None or value.shape[side] != weight.shape[side]:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {name} does not fit the weights of {base}")
-    return model_config, merge_adapter(state | factors, scale), folder / ADAPTER_WEIGHTS
+    adapter = read_adapter(folder)
+    if not (base := adapter.config.base_model_name_or_path):
+        raise ValueError(f"{folder / ADAPTER_CONFIG} does not name its weights: put them into base_model_name_or_path")
+    config, state, source = read_pretrained(base)
+    model = MMAudio.from_config_and_state(config, state, source)
+    merge_adapters(model, [(adapter, 1.0)], {})
+    return config, model.state_dict(), folder / ADAPTER_WEIGHTS
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:

@@ -137,6 +137,7 @@ class Run:
         self.log.start(self.step, self.unwrapped_model, len(self.mixture), self.checkpointer.sharded)
         if self.step == 0:  # a name that no validation computes is an error now, and not after hours
             check_metrics(recipe.training, self._validate())
+            self._evaluate([evaluator for evaluator in self.evaluators if evaluator.at_start], finished=False)
         finished = actions_after(self.step, Verdict(self._plateau()), None, recipe).finished
         first_step, until = self.step, self.step if finished else steps
         with (

@@ -9,7 +9,22 @@ for (const player of players) {
   };
   player.addEventListener("play", () => {
     for (const other of players) if (other !== player) other.pause();
+    for (const near of player.closest("article").querySelectorAll("video, audio")) delete near.dataset.last;
+    player.dataset.last = "1";
     follow();
   });
   player.addEventListener("seeked", follow);
+}
+
+// From one player of a card to the next, at the same position: what is compared is heard in turn.
+for (const button of document.querySelectorAll(".switch")) {
+  button.addEventListener("click", () => {
+    const own = [...button.parentElement.querySelectorAll("video, audio")];
+    const from = Math.max(0, own.findIndex((player) => player.dataset.last));
+    const to = own[(from + 1) % own.length];
+    to.currentTime = own[from].currentTime;
+    delete own[from].dataset.last;
+    to.dataset.last = "1";
+    to.play();
+  });
 }

@@ -1,0 +1,37 @@
+"""The benchmark of fine-tuning on a world of a few clips and steps: what it compares is what it says."""
+
+import json
+
+import pytest
+
+from mmaudio_hf.bench import finetune as bench
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import read_json_lines
+from mmaudio_hf.media.example import write_example_media
+
+
+def test_the_base_is_trained_once_and_every_method_starts_from_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "write_example_media", lambda folder: write_example_media(folder, small=True))
+    monkeypatch.setattr(bench, "CLIPS", {"train": 3, "val": 1, "test": 2})
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(bench, "BASE_STEPS", (4, 2))
+    words = ["bench", "finetune", "--folder", str(tmp_path), "--kind", "frog", "--rounds", "1", "--json"]
+    assert main([*words, "--methods", "full_replay"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    base = tmp_path / "runs" / "base" / "last" / "pretrained_model" / "model.safetensors"
+    content = base.read_bytes()
+    assert main([*words, "--methods", "lora", "dora_replay"]) == 0
+    figures |= json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert base.read_bytes() == content and not list((tmp_path / "runs").glob("base/checkpoints/step_4"))
+    for method in ("full_replay", "lora", "dora_replay"):
+        lines = read_json_lines(tmp_path / "runs" / f"frog-{method}-0" / "metrics.jsonl")[0]
+        change = lines[-1]["val_ema/loss_old_test"] - lines[0]["val/loss_old_test"]
+        assert figures[f"{method}_old_loss_change"] == pytest.approx(change) != 0
+        assert 0 <= figures[f"{method}_new_f1"] <= 1 and figures[f"{method}_new_log_mel_distance"] > 0
+    first = [
+        read_json_lines(tmp_path / "runs" / f"frog-{m}-0" / "metrics.jsonl")[0][0] for m in ("lora", "dora_replay")
+    ]
+    assert first[0] == first[1]  # both are the base, on the same clips and noise
+    assert figures["full_replay_parameters_share"] == pytest.approx(1, abs=0.05)
+    assert figures["lora_parameters_share"] < figures["dora_replay_parameters_share"] < 0.04
+    assert main([*words, "--methods", "lore"]) == 2 and "did you mean 'lora'" in capsys.readouterr().err
