@@ -141,8 +141,8 @@ def test_kinds_differ_in_their_spectrum(videos, events):
         assert events[max(others, key=others.get)].kind == events[item_id].kind, item_id
 
 
-@pytest.mark.parametrize("kind", example.WITHHELD)
-def test_a_withheld_kind_is_heard_later_than_it_is_seen(folder, kind, tmp_path):
+@pytest.mark.parametrize(("kind", "delay"), [("storm", 0.16), ("frog", 0.2)])
+def test_a_withheld_kind_is_heard_later_than_it_is_seen(folder, kind, delay, tmp_path):
     """No kind of the example set is delayed, so what a network learned from that set places these events wrongly."""
     assert not any(kind in path.name for path in folder.rglob("*"))
     media = example.write_withheld_media(tmp_path / "media", kind, {"train": 1, "test": 2}, seed=1)
@@ -157,4 +157,4 @@ def test_a_withheld_kind_is_heard_later_than_it_is_seen(folder, kind, tmp_path):
         frames = clip.sync_frames[:, :, ::4, ::4].float()
         change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
         seen = [(i + 1) / 25 for i in range(1, len(change) - 1) if change[i] == change[max(0, i - 6) : i + 7].max()]
-        assert onset_f1(seen, times)[2] < 0.4 and onset_f1([s + 0.28 for s in seen], times)[1] > 0.4
+        assert onset_f1(seen, times)[2] < 0.4 and onset_f1([s + delay for s in seen], times)[1] > 0.4

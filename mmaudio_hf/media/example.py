@@ -436,7 +436,7 @@ _KINDS = {
         ("lightning over a {colour} hill, thunder", "a thunderstorm, thunder cracks and rumbles"),
         _thunder,
         _draw_storm,
-        (0.28,),
+        (0.16,),
     ),
     "frog": _Kind(
         ("a {colour} frog croaking on a leaf", "{colour} frog blows up its throat and croaks"),
