@@ -57,6 +57,8 @@ def folder(tmp_path, monkeypatch, example_media) -> Path:
     recipe = load_recipe("recipes/lora_own.yaml")
     torch.manual_seed(0)
     network = MMAudio(recipe.model)
+    for parameter in network.parameters():  # the last layer starts as zero, and then no adapter gets a gradient
+        torch.nn.init.normal_(parameter, std=0.02)
     network.set_latent_statistics(torch.zeros(20), torch.ones(20))
     torch.save(network.state_dict(), "ext_weights/mmaudio_small_16k.pth")
     network.save_pretrained("base")

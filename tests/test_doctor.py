@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 
 import numpy as np
@@ -146,3 +147,14 @@ def test_the_hub_is_checked_and_not_changed(folder, capsys, tmp_path, monkeypatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")  # no server any more
     assert (code, levels["Hub"]) == (0, "warn") and "cannot be reached" in text
+
+
+def test_the_doctor_names_settings_with_which_a_recipe_fits(capsys):
+    """What it proposes fits by its own count; an adapter needs less than all weights, and nothing makes 2 GB enough."""
+    words = ["doctor", "recipes/lora_own.yaml", "model.depth=4", "model.fused_depth=2", "training.batch_size=64"]
+    assert main([*words, "--fits", "80GB"]) == 0 and "it fits 80 GB" in capsys.readouterr().out
+    assert main([*words, "--fits", "4GB"]) == 0
+    settings = re.search(r" with ([\w.=]+)$", capsys.readouterr().out.strip())[1]
+    assert settings.startswith("training.accumulation_steps=")
+    assert main([*words, settings, "--fits", "4GB"]) == 0 and "it fits 4 GB" in capsys.readouterr().out
+    assert main([*words, "--fits", "1.1GB"]) == 1 and "take a smaller model" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.pages import Curve, encode_png, line_chart, report
+from mmaudio_hf.pages import Curve, encode_png, frequency_ticks, line_chart, report
 from mmaudio_hf.pages.report import ReportClip, report_run, run_summary, write_report
 
 EVIL = '<script>alert(1)</script> "a" & b'
@@ -117,6 +117,28 @@ def test_curves_have_every_point_that_is_finite(page):
         "val/loss_t_*:6": 10,
         "val_ema/loss_t_*:6": 10,
     }
+
+
+def test_axes_have_units_and_players_their_length(page):
+    assert {"mean squared error", "t: 0 is noise, 1 is data", "step"} <= set(page.text.replace("\n", "|").split("|"))
+    assert page.text.count("8.0 s") == 0 and page.text.count("2.0 s") >= 3
+    labels = [tops for name, tops in frequency_ticks(16000)]
+    assert [name for name, _ in frequency_ticks(44100)][-1] == "16 kHz"
+    assert labels == sorted(labels, key=lambda top: -float(top.rstrip("%"))) and len(labels) == 4
+
+
+def test_the_page_names_the_step_that_each_score_would_choose(run_dir):
+    lines = [{"step": s, "val_ema/loss": 2 - s, "eval/onset_f1": f, "eval/log_mel_distance": 9 - f} for s, f in
+             ((1, 0.5), (2, 0.75), (3, 0.25))]  # fmt: skip
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = " ".join(Page(write_report(run_dir, [], heading="test split: 3 clips").read_text()).text.split())
+    assert "val_ema/loss3-1" in text.replace(" ", "") and "eval/onset_f120.75" in text.replace(" ", "")
+    assert "eval/log_mel_distance28.25" in text.replace(" ", "") and "test split: 3 clips" in text
+
+
+def test_cards_of_several_players_have_a_switch(page):
+    cards = [tags for tags in page.all("button") if tags.get("class") == "switch"]
+    assert len(cards) == 1  # the other cards have one player
 
 
 def test_the_video_has_the_generated_audio_and_its_own_frames(page):

@@ -141,8 +141,8 @@ def frequency_ticks(sample_rate: int) -> list[tuple[str, str]]:
     peaks = bank.argmax(1).numpy() * sample_rate / 2 / (bank.shape[1] - 1)  # Hz of each bin, rising
     hertz = [hz for hz in (500, 1000, 2000, 4000, 8000, 16000) if hz < peaks[-1]]
     tops = 100 - 100 * (np.interp(hertz, peaks, np.arange(len(peaks))) + 0.5) / len(peaks)
-    names = [f"{hz}" if hz < 1000 else f"{hz // 1000}k" for hz in hertz]
-    return [(f"{name} Hz" if name == names[-1] else name, f"{p:.1f}%") for name, p in zip(names, tops, strict=True)]
+    names = [f"{hz} Hz" if hz < 1000 else f"{hz // 1000} kHz" for hz in hertz]
+    return [(name, f"{top:.1f}%") for name, top in zip(names, tops, strict=True)]
 
 
 def spectrogram_image(level: np.ndarray, top: float) -> bytes:
