@@ -40,6 +40,7 @@ from mmaudio_hf.features.extract import extract_video
 from mmaudio_hf.features.toy import text_features
 from mmaudio_hf.media.example import SPLITS, read_events, write_example_media, write_withheld_media
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.finetune import initial_model, set_trainable
 from mmaudio_hf.training.loop import train
 
@@ -160,7 +161,9 @@ def run(recipe: Recipe) -> float:
     mixture, validation = (open_mixture(s, *expected) for s in (recipe.data.train, recipe.data.validation))
     torch.manual_seed(recipe.seed)
     model = initial_model(recipe, mixture.latent_statistics, lambda: text_features([""])[0])
-    train(recipe, model, mixture, validation)
+    result = train(recipe, model, mixture, validation)
+    if result.stopped_by is not None:
+        raise RunError(f"stopped at step {result.step} of {recipe.name}: the same command starts this run again")
     mixture.close()
     validation.close()
     return time.perf_counter() - began
