@@ -90,16 +90,17 @@ def base_recipes(folder: Path) -> tuple[Recipe, Recipe]:
 
 
 # Name -> what differs: share of yours in an epoch, learning rate, adapter.
+_BLOCKS = ("qkv", "proj", "mlp", "modulation")
 METHODS: dict[str, tuple[float, float, LoraConfig]] = {
-    "full": (1.0, 1e-3, LoraConfig()),
-    "full_replay": (0.5, 1e-3, LoraConfig()),
-    "lora": (1.0, 5e-3, LoraConfig(rank=4, alpha=8)),
-    "lora_replay": (0.5, 5e-3, LoraConfig(rank=4, alpha=8)),
-    "rslora_replay": (0.5, 5e-3, LoraConfig(rank=4, alpha=4, rslora=True)),
-    "dora_replay": (0.5, 5e-3, LoraConfig(rank=4, alpha=8, dora=True)),
-    "pissa_replay": (0.5, 2e-3, LoraConfig(rank=4, alpha=4, init="pissa")),
+    "full": (1.0, 1.5e-3, LoraConfig()),
+    "full_replay": (0.5, 1.5e-3, LoraConfig()),
+    "lora": (1.0, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS)),
+    "lora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS)),
+    "rslora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=4, targets=_BLOCKS, rslora=True)),
+    "dora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS, dora=True)),
+    "pissa_replay": (0.5, 2e-3, LoraConfig(rank=4, alpha=4, targets=_BLOCKS, init="pissa")),
 }
-STEPS = 150
+STEPS = 600
 
 
 def tuned_recipe(folder: Path, kind: str, method: str, seed: int) -> Recipe:
@@ -117,9 +118,9 @@ def tuned_recipe(folder: Path, kind: str, method: str, seed: int) -> Recipe:
             validation=_stores(folder, f"{kind}_val", f"{OLD}_test"),
         ),
         finetune=FinetuneConfig(init_from=str(folder / "runs" / BASE), lora=lora),
-        optim=OptimConfig(learning_rate=rate, warmup_steps=10, schedule="poly"),
+        optim=OptimConfig(learning_rate=rate, warmup_steps=30, schedule="poly"),
         ema=EmaConfig(sigma_rels=(0.1,), sigma_rel=0.1, snapshot_every=STEPS),
-        training=_training(STEPS, 8, validate_every=50),
+        training=_training(STEPS, 8, validate_every=100),
     )
 
 
