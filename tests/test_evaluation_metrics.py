@@ -14,6 +14,7 @@ from mmaudio_hf.evaluation import (
     evaluate_caches,
     frechet_distance,
     inception_score,
+    kernel_audio_distance,
     kernel_distance,
     kl_divergence,
     mean_cosine,
@@ -58,8 +59,10 @@ def test_other_direct_values():
     for tag, n1, n2, d, size in (("a", 120, 90, 32, 50), ("b", 40, 30, 8, 1000)):
         sides = arr(f"kid/{tag}/1", n1, d) + np.float32(0.1), arr(f"kid/{tag}/2", n2, d)
         expected = (DIRECT[f"kid/{tag}/mean"], DIRECT[f"kid/{tag}/std"])
-        # The recorded means are float32 sums of terms near 1, so 1e-7 of them; one of these means is 0.001.
-        assert kernel_distance(*sides, subsets=20, size=size) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        # Recorded of float32 rows in float32: terms near 1 whose mean is 0.001. In float64 that mean is 2e-5 of it off.
+        assert kernel_distance(*sides, subsets=20, size=size) == pytest.approx(expected, rel=1e-6)
+        exact = kernel_distance(*(side.astype(np.float64) for side in sides), subsets=20, size=size)
+        assert exact == pytest.approx(expected, rel=3e-5)
     assert np.isnan(inception_score(np.zeros((9, 4)))).all()
     a, b = arr("cos/a", 20, 1024), arr("cos/b", 20, 1024)
     assert mean_cosine(a + 0.5 * b, b) == pytest.approx(DIRECT["cosine_mean"], rel=1e-5)
@@ -262,3 +265,56 @@ def test_equal_ids_are_partners_whatever_their_length(tmp_path):
         torch.save(values, tmp_path / side / "passt_logits.pth", _use_new_zipfile_serialization=side == "gt")
     score = score_caches(tmp_path / "gt", tmp_path / "pred")["KL-PASST-softmax"]
     assert (score.used, score.dropped, score.value) == (10, {}, 0.0)
+
+
+def test_a_faulty_file_costs_its_own_scores(tmp_path):
+    """No common ids, a truncated file, another width, and clips that are too short for DeSync; shapes and bfloat16."""
+    ids = [f"clip{i:02d}" for i in range(14)]
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        rows = {i: torch.from_numpy(arr(f"fault/{side}/{i}", 6)) for i in ids}
+        torch.save(rows, tmp_path / side / "passt_logits.pth")
+        other = rows if side == "gt" else {f"other_{i}": row for i, row in rows.items()}
+        torch.save(other, tmp_path / side / "passt_features_embed.pth")
+        torch.save({i: row[None].repeat(3, 1) for i, row in rows.items()}, tmp_path / side / "vggish_features.pth")
+        torch.save(
+            {i: {"2048": r, "logits": r[: 6 - (side == "gt")]} for i, r in rows.items()},
+            tmp_path / side / "pann_features.pth",
+        )
+        video = {i: row.bfloat16()[None] for i, row in rows.items()} | (
+            {"clip00": torch.ones(4)} if side == "gt" else {}
+        )
+        torch.save(video, tmp_path / side / ("imagebind_video.pth" if side == "gt" else "imagebind_audio.pth"))
+        torch.save(
+            {i: torch.ones(9, 8 - 2 * (side == "pred"), 768) for i in ids[:2]},
+            tmp_path / side / f"synchformer_{'video' if side == 'gt' else 'audio'}.pth",
+        )
+    file = tmp_path / "gt" / "vggish_features.pth"
+    file.write_bytes(file.read_bytes()[:1000])
+    scores = score_caches(tmp_path / "gt", tmp_path / "pred", sync_weights="nowhere")
+    assert set(scores) == {"KL-PASST-softmax", "ISC-PASST-mean", "ISC-PASST-std", "IB-Score"}
+    reasons = {"FD-VGG": "cannot be read", "FD-PASST": "no id in common", "DeSync": "at least 14 segments"}
+    reasons |= dict.fromkeys(
+        ("FD-PANN", "KL-PANNS-softmax", "ISC-PANNS-mean", "ISC-PANNS-std"), "of different networks"
+    )
+    for name, reason in reasons.items():
+        assert reason in scores.not_computed[name], name
+    assert set(scores.not_computed) == set(reasons)
+    pairs = [np.stack([arr(f"fault/{side}/{i}", 6) for i in ids[1:]]) for side in ("gt", "pred")]
+    assert scores["IB-Score"].value == pytest.approx(mean_cosine(*pairs), abs=5e-3)
+    assert scores["IB-Score"].dropped == {"ground truth whose features have another shape": ["clip00"]}
+    with pytest.warns(UserWarning, match="DeSync is left out: no pair"):
+        evaluate_caches(tmp_path / "gt", tmp_path / "pred", families=("desync", "kl"), sync_weights="nowhere")
+
+
+def test_kernel_audio_distance_of_caches_and_warnings_of_few_rows(tmp_path):
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        rows = {f"clip{i:02d}": torch.from_numpy(arr(f"kad/{side}/{i}", 6)) for i in range(30)}
+        torch.save(rows, tmp_path / side / "passt_features_embed.pth")
+    scores = score_caches(tmp_path / "gt", tmp_path / "pred", families=("fd", "kad"))
+    x, y = (np.stack([arr(f"kad/{side}/{i}", 6) for i in range(30)]) for side in ("pred", "gt"))
+    assert scores["KAD-PASST"].value == pytest.approx(kernel_audio_distance(x, y), rel=1e-6)
+    assert "30 rows of 6 columns: biased upwards" in scores["FD-PASST"].to_json()["warning"]
+    contributions = list(scores["FD-PASST"].items.values())
+    assert np.mean(contributions) == pytest.approx(scores["FD-PASST"].value) and np.std(contributions) > 0

@@ -23,14 +23,14 @@ from training_runs import environment, metrics, run_dir, start
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import StoreConfig, load_recipe
 from mmaudio_hf.evaluation.onsets import NO_ONSETS, clip_scores, mean_scores
-from mmaudio_hf.evaluation.results import find_scores, read_scores
+from mmaudio_hf.evaluation.results import best_of, find_scores, read_clips, read_scores
 from mmaudio_hf.evaluation.run import NOT_FINITE, SplitEvaluator, network_hash
 from mmaudio_hf.evaluation.samples import HeldOutItems
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.pages.report import write_report
+from mmaudio_hf.pages.report import write_comparison, write_report
 from mmaudio_hf.training.logs import RunLog
 
 
@@ -114,12 +114,21 @@ def test_report_and_page_show_them(finished, run, capsys):
     assert "finished, test, step 4" in text and "finished, test, step 2" in text and "log_mel_distance [dB]" in text
     page = Page((run / "both.html").read_text())
     assert len(page.all("th")) == 3 + 8 and not page.all("script") and "EMA (sigma_rel 0.05)" in page.text
-    contents = [read_scores(run_dir(finished) / "evaluation" / f"test_step_{step}.json") for step in (4, 2)]
-    values = [[content["scores"][name]["value"] for content in contents] for name in ("log_mel_distance", "onset_f1")]
-    best = ["best" if min(pair) == value else None for pair in values[:1] for value in pair]
-    best += ["best" if max(pair) == value else None for pair in values[1:] for value in pair]
+    files = [run_dir(finished) / "evaluation" / f"test_step_{step}.clips.jsonl" for step in (4, 2)]
+    clips = [read_clips({"clips": file}) for file in files]
     cells = [cell.get("class") for cell in page.all("td")]
-    assert cells[:2] + cells[-2:] == best
+    for row, name, sign in ((0, "log_mel_distance", 1), (-2, "onset_f1", -1)):
+        columns = [{i: clip[name] for i, clip in each.items() if name in clip} for each in clips]
+        best = best_of(columns, lambda means, sign=sign: sign * means)
+        assert cells[row : row + 2 or None] == ["best" if column == best else None for column in (0, 1)]
+    assert "95 %: " in page.text and "nothing is called best" not in page.text
+    # Other items: the table says so, and marks nothing.
+    assert evaluate(run, "evaluation.items=2", "--out", run / "few") == 0
+    files = [next((run / "few").glob("test_step_4*.clips.jsonl")), files[0]]
+    contents = [read_scores(str(f).replace(".clips.jsonl", ".json")) | {"clips": str(f)} for f in files]
+    assert contents[0]["ids"]["count"] == 2 and contents[0]["stores"] == ["videos"]
+    page = Page(write_comparison(contents, run / "other.html").read_text())
+    assert "nothing is called best" in page.text and not any(cell.get("class") for cell in page.all("td"))
 
 
 def test_a_network_of_the_hub_generates_and_is_scored(finished, run, tmp_path, capsys, monkeypatch):

@@ -183,6 +183,7 @@ def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> 
     if problem := bench.problem():
         return [problem]
     with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "audio").mkdir()
         for number in range(2):
             noise = torch.rand(16000, generator=torch.Generator().manual_seed(number)) - 0.5
             write_audio(Path(scratch) / "audio" / f"{number}.wav", noise, 16000)

@@ -207,8 +207,10 @@ def mean_scores(clips: Mapping[str, Mapping[str, float]], dropped: Mapping[str, 
     """Means of `clip_scores` by id; `dropped`, reason -> ids, has what was not scored at all."""
     scores = {}
     for name, (unit, better) in BUILT_IN.items():
-        values = [clip[name] for clip in clips.values() if name in clip]
+        items = {item_id: float(clip[name]) for item_id, clip in clips.items() if name in clip}
+        values = list(items.values())
         silent = [item_id for item_id, clip in clips.items() if name not in clip]
         reasons = {reason: ids for reason, ids in {**dropped, NO_ONSETS: silent}.items() if ids}
-        scores[name] = Score(float(np.mean(values)) if values else math.nan, unit, better, len(values), reasons)
+        mean = float(np.mean(values)) if values else math.nan
+        scores[name] = Score(mean, unit, better, len(values), reasons, items=items)
     return scores

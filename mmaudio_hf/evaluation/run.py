@@ -36,6 +36,7 @@ from mmaudio_hf.evaluation.results import (
     read_key,
     read_scores,
     scores_file,
+    with_intervals,
     write_key,
     write_scores,
 )
@@ -120,7 +121,7 @@ class SplitEvaluator:
         work = path.with_suffix("")
         earlier, keys, problem = on_main(lambda: self._prepare(model, path, work))
         if earlier is not None:
-            return earlier | {"run": self.label}
+            return earlier | {"run": self.label, "clips": str(path.with_suffix(".clips.jsonl"))}
         published = PublishedScores(self.recipe, self.split, self.folder, self.items, keys["truth"], problem)
         truth, ids = published.truth_dir(), self.items.ids[state.process_index :: state.num_processes]
         results: dict[str, Any] = {}
@@ -132,7 +133,7 @@ class SplitEvaluator:
             if item_id not in clips:
                 dropped.setdefault(results[item_id], []).append(item_id)
         published_scores, not_computed = published.scores(list(clips), work)
-        means = mean_scores(clips, dropped) | published_scores
+        means = with_intervals(mean_scores(clips, dropped) | published_scores)
         header = {"run": self.label, "split": self.split, "step": step, "weights": dict(weights)}
         content = on_main(lambda: self._write(path, header, keys["scores"], clips, dropped, means, not_computed))
         # What failed may work the next time, with the clips and features that are there.
@@ -233,16 +234,23 @@ class SplitEvaluator:
             "format": FORMAT,
             **header,
             "settings": self.recipe.generation_settings,
+            "stores": [Path(store.path).name for store in getattr(self.recipe.data, self.split)],
             "truth": getattr(self.recipe.evaluation.truth, self.split) or "true latents, decoded",
+            "ids": {"count": len(clips), "sha256": digest({}, *sorted(clips))},
             "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": dropped_json(reasons)},
             "scores": {name: score.to_json() for name, score in scores.items()},
             "not_computed": dict(not_computed),
             "key": key,
         }
-        lines = [json.dumps({"id": item_id, **clip}) + "\n" for item_id, clip in clips.items()]
-        write_text(path.with_suffix(".clips.jsonl"), "".join(lines))
+        names = [name for name, score in scores.items() if score.items]
+        lines = []
+        for item_id in clips:
+            each = {name: scores[name].items[item_id] for name in names if item_id in scores[name].items}
+            lines.append(json.dumps({"id": item_id, **each}) + "\n")
+        clips_file = path.with_suffix(".clips.jsonl")
+        write_text(clips_file, "".join(lines))
         write_scores(path, content)
-        return content
+        return content | {"clips": str(clips_file)}
 
 
 def _failed(content: Mapping[str, Any]) -> bool:

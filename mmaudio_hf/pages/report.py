@@ -24,7 +24,7 @@ from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
-from mmaudio_hf.evaluation.results import find_scores
+from mmaudio_hf.evaluation.results import best_of, find_scores, read_clips
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, HeldOutItems, generate_items
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
@@ -447,7 +447,7 @@ def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[s
 
 
 _BETTER = {"lower": "lower is better", "higher": "higher is better", "zero": "best at 0", "": ""}
-_RANK = {"lower": lambda value: value, "higher": lambda value: -value, "zero": abs}
+_RANK: dict[str, Any] = {"lower": lambda value: value, "higher": lambda value: -value, "zero": abs}
 
 
 def as_text(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -475,29 +475,49 @@ def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for content in contents:
         missing = [f"no {name}: {reason}" for name, reason in content["not_computed"].items()]
         notes += [f"{_title(content)}: {note}" for note in (*missing, *map(_dropped, content["items"]["dropped"]))]
-    rows = []
+    rows, clips = [], [read_clips(content) for content in contents] if len(contents) > 1 else []
+    problem = _incomparable(contents, clips)
+    notes += [problem] if problem else []
     for name, any_score in {name: score for content in contents for name, score in content["scores"].items()}.items():
         scores = [content["scores"].get(name) for content in contents]
-        best = _best(scores, any_score["better"]) if len({content["split"] for content in contents}) == 1 else set()
+        columns = [{i: clip[name] for i, clip in each.items() if name in clip} for each in clips]
+        best = None if problem else _best(scores, columns, any_score["better"])
         cells = [
-            (_number(score), _score_note(score, content), column in best)
+            (_number(score), _score_note(score, content), column == best)
             for column, (score, content) in enumerate(zip(scores, contents, strict=True))
         ]
         about = ", ".join(filter(None, (any_score["unit"], _BETTER[any_score["better"]])))
         rows.append({"name": name, "unit": any_score["unit"], "about": about, "cells": cells})
+        if name == "IB-Score":  # as most papers print it
+            hundredfold = [s and s | {"value": s["value"] and 100 * s["value"]} for s in scores]
+            cells = [(_number(score), "", False) for score in hundredfold]
+            rows.append({"name": "IB-Score x 100", "unit": "100 cosine", "about": about, "cells": cells})
     return {"heads": heads, "rows": rows, "notes": notes}
 
 
-def _best(scores: Sequence[Mapping[str, Any] | None], better: str) -> set[int]:
-    """Columns of the best values; none where they are all alike, or `better` names no direction."""
+def _incomparable(contents: Sequence[Mapping[str, Any]], clips: Sequence[Mapping[str, Any]]) -> str:
+    """Why no value of the table is called best; "" when all are of the same items and truth."""
+    if len(contents) < 2:
+        return ""
+    ids = [content.get("ids") for content in contents]
+    same = all(each == ids[0] for each in ids) and len({(c["split"], str(c.get("truth"))) for c in contents}) == 1
+    if same and None not in ids and all(clips):
+        return ""
+    hashes = ", ".join(f"{i['count']} items {i['sha256'][:8]}" if i else "items not stated" for i in ids)
+    return f"nothing is called best: these scores are not of the same items and truth ({hashes}); evaluate them again"
+
+
+def _best(
+    scores: Sequence[Mapping[str, Any] | None], columns: Sequence[Mapping[str, float]], better: str
+) -> int | None:
+    """Column that is best beyond the interval of the paired differences; None without one, or without a direction."""
     # A note says that the figure is none to compare, as -1 in place of a distance.
-    values = {i: s["value"] for i, s in enumerate(scores) if s and "note" not in s and s["value"] is not None}
-    ranks = {column: _RANK[better](value) for column, value in values.items() if better in _RANK}
-    return (
-        {column for column, rank in ranks.items() if rank == min(ranks.values())}
-        if len(set(ranks.values())) > 1
-        else set()
-    )
+    usable = [
+        bool(s and "note" not in s and s["value"] is not None and c) for s, c in zip(scores, columns, strict=False)
+    ]
+    if better not in _RANK or len(usable) < 2 or not all(usable):
+        return None
+    return best_of(columns, _RANK[better])
 
 
 def _score_note(score: Mapping[str, Any] | None, content: Mapping[str, Any]) -> str:
@@ -505,6 +525,8 @@ def _score_note(score: Mapping[str, Any] | None, content: Mapping[str, Any]) -> 
     if not score:
         return ""
     notes = [f"{score['used']} used"] if score["used"] != content["items"]["listed"] else []
+    notes += ["95 %: {:.4g} to {:.4g}".format(*score["interval"])] if score.get("interval") else []
+    notes += [score["warning"]] if "warning" in score else []
     notes += [f"{entry['count']} dropped: {entry['reason']}" for entry in score["dropped"]]
     return "; ".join(notes + ([score["note"]] if "note" in score else []))
 

@@ -1,0 +1,94 @@
+"""Intervals of scores, and which of several runs is called best."""
+
+import numpy as np
+import pytest
+
+from mmaudio_hf.evaluation import frechet_distance, kernel_audio_distance, kernel_distance
+from mmaudio_hf.evaluation.metrics import Score, _divergences, _frechet
+from mmaudio_hf.evaluation.results import best_of, interval, resampled_means, with_intervals
+
+
+def test_intervals_are_those_of_the_mean():
+    """Of a large sample: mean +- 1.96 deviations / root n; each score over the items that it has."""
+    values = np.random.default_rng(0).standard_normal(4000) + 2
+    items = {f"id{i}": float(v) for i, v in enumerate(values)}
+    half = dict(list(items.items())[:2000])
+    scores = {name: Score(1.0, "", "lower", len(i), items=i) for name, i in (("all", items), ("half", half))}
+    scored = with_intervals(scores | {"none": Score(1.0, "", "lower", 3)})
+    for name, own in (("all", values), ("half", values[:2000])):
+        margin = 1.96 * own.std() / np.sqrt(len(own))
+        expected = own.mean() - margin, own.mean() + margin
+        assert scored[name].interval == pytest.approx(expected, abs=0.1 * margin)
+        assert scored[name].to_json()["interval"] == list(scored[name].interval)
+    assert scored["none"].interval is None and "interval" not in scored["none"].to_json()
+
+
+def test_best_means_beyond_the_interval_of_the_paired_difference():
+    generator = np.random.default_rng(1)
+    common = generator.standard_normal(200)  # items differ far more than runs do
+    runs = [common + offset + 0.05 * generator.standard_normal(200) for offset in (0.0, 0.02, 0.0)]
+    columns = [{f"id{i}": float(v) for i, v in enumerate(run)} for run in runs]
+    assert best_of(columns[:2], lambda mean: mean) == 0 and best_of(columns[:2], lambda mean: -mean) == 1
+    assert best_of([columns[0], columns[2]], lambda mean: mean) is None
+    assert best_of([columns[0], {"other": 1.0}], lambda mean: mean) is None
+
+
+def test_contributions_of_items_move_as_the_distance_does():
+    """Leaving out a row changes the distance by its contribution, to first order; in both sets, also of low rank."""
+    generator = np.random.default_rng(2)
+    predicted, reference = generator.standard_normal((4000, 6)) * 1.5 + 0.3, generator.standard_normal((4000, 6))
+    for rank in (6, 4):
+        x, y = predicted.copy(), reference.copy()
+        x[:, rank:], y[:, rank:] = 0.0, 0.0
+        value, changes = _frechet(x, y)
+        for side, change in enumerate(changes):
+            sets = [[x, y], [x, y]]
+            for row in (0, 7):
+                sets[side][side] = np.delete((x, y)[side], row, axis=0)
+                left_out = frechet_distance(*sets[side])
+                assert (value - left_out) * 4000 == pytest.approx(change[row], rel=0.02, abs=0.02)
+
+
+def test_kernel_distances_equal_second_implementations():
+    generator = np.random.default_rng(3)
+    x, y = generator.standard_normal((60, 24)) + 0.1, generator.standard_normal((50, 24))
+    total = lambda kernel, a, b: sum(kernel(p, q) for p in a for q in b)  # noqa: E731
+
+    def mmd(kernel, a, b):
+        own = [(total(kernel, s, s) - sum(kernel(p, p) for p in s)) / (len(s) * (len(s) - 1)) for s in (a, b)]
+        return sum(own) - 2 * total(kernel, a, b) / (len(a) * len(b))
+
+    pairs = [np.linalg.norm(p - q) for i, p in enumerate(y) for q in y[i + 1 :]]
+    width = np.median(pairs)
+    gaussian = mmd(lambda p, q: np.exp(-(np.linalg.norm(p - q) ** 2) / (2 * width**2)), x, y)
+    assert kernel_audio_distance(x, y) == pytest.approx(100 * gaussian, rel=1e-6)
+    x = x[:50]
+    cubic = mmd(lambda p, q: (p @ q / 24 + 1) ** 3, x, y)
+    assert kernel_distance(x, y, subsets=1) == pytest.approx((cubic, 0.0), rel=1e-6)
+    with pytest.raises(ValueError, match="no kernel width"):
+        kernel_audio_distance(x, np.zeros((9, 24)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["mean", "kl", "fd"])
+def test_intervals_cover_the_truth(score, capsys):
+    """In 95 +- 2 % of 500 simulations of 300 items."""
+    generator, covered = np.random.default_rng(4), 0
+    import torch
+
+    population = 3 * generator.standard_normal((200_000, 8)), 3 * generator.standard_normal((200_000, 8))
+    kl = _divergences(*map(torch.from_numpy, population)).numpy()
+    scale = np.array([1.5, 0.5])
+    for _ in range(500):
+        if score == "fd":  # of Gaussians of known means and deviations
+            x, y = generator.standard_normal((2000, 2)) * scale + 1.0, generator.standard_normal((2000, 2))
+            value, changes = _frechet(x, y)
+            items, truth = value + sum(changes), 2.0 + np.square(scale - 1).sum()
+        else:
+            all_items = generator.exponential(size=300) if score == "mean" else generator.choice(kl, 300)
+            items, truth = all_items, 1.0 if score == "mean" else kl.mean()
+        low, high = interval(resampled_means(items[:, None], seed=int(generator.integers(1 << 30))))
+        covered += bool(low[0] <= truth <= high[0])
+    with capsys.disabled():
+        print(f"\n{score}: covered in {covered / 5:.1f} % of 500 simulations")
+    assert 465 <= covered <= 485
