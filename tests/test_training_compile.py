@@ -6,13 +6,16 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from toy_stores import MODEL
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.bench.training import random_batch
-from mmaudio_hf.config import FlowConfig, variant_config
+from mmaudio_hf.config import FlowConfig, TrainingConfig, variant_config
 from mmaudio_hf.schema import RunError
-from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, should_compile
+from mmaudio_hf.training import distributed
+from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, configure_model, should_compile
 from mmaudio_hf.training.step import flow_step
 
 SIZES = {name: value for name, value in MODEL.items() if name != "variant"}
@@ -88,6 +91,20 @@ def test_where_the_compiler_fails_auto_continues_and_on_does_not(model, monkeypa
     assert "torch.compile does not work here, training runs without it: " in capsys.readouterr().out
     assert [should_compile(mode, torch.device("cpu")) for mode in ("auto", "on", "off")] == [False, True, False]
     assert [should_compile(mode, torch.device("cuda")) for mode in ("auto", "on", "off")] == [True, True, False]
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_compilation_is_tried_under_the_autocast_of_training(model, monkeypatch, mixed_precision):
+    """A compiler that fails in bf16 alone would otherwise fail in the first step."""
+    tried = []
+    monkeypatch.setattr(distributed, "probe_compile", lambda _: tried.append(torch.is_autocast_enabled("cpu")))
+    training = TrainingConfig(compile="on", mixed_precision=mixed_precision)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    compiled = configure_model(copy.deepcopy(model), training, accelerator)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert tried == [mixed_precision == "bf16"]
+    assert all(block._compiled_call_impl is not None for block in compiled.blocks)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -92,7 +92,8 @@ def test_the_peak_of_an_unknown_device_is_measured():
 
 
 def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(monkeypatch):
-    for name, rate in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12)):
+    h100 = (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12))
+    for name, rate in (*h100, ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert device_peak(torch.device("cuda"), "bf16") == (rate, False)
 

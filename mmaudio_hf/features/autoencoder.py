@@ -70,7 +70,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (-1, 3)).unbind(2)  # three of (B, channels, time)
-        q, k, v = (_normalize(y).transpose(1, 2).unsqueeze(1) for y in qkv)  # (B, 1 head, time, channels)
+        # (B, 1 head, time, channels), contiguous: fused attention needs a last stride of 1
+        q, k, v = (_normalize(y).transpose(1, 2).contiguous().unsqueeze(1) for y in qkv)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
         return _sum(x, self.proj_out(attended))
 

@@ -74,8 +74,9 @@ class MemoryEstimate:
             self.parameters = _count(model.parameters())
             self.trained = _count(p for p in model.parameters() if p.requires_grad)
             self.in_ema = _count(p for name, p in model.named_parameters() if name not in frozen)
-            # FSDP gathers what is outside the blocks and two blocks, and has all gradients of one.
-            self._gathered = self.parameters - sum(blocks) + 3 * max(blocks)
+            # FSDP gathers what is outside the blocks and one block, and copies it for the computation: the buffers are
+            # those of another stream, whose memory the computation cannot take.
+            self._gathered = 2 * (self.parameters - sum(blocks) + max(blocks))
             self._trace = _trace_step(model, recipe)
 
     def on_device(self, processes: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
@@ -85,15 +86,16 @@ class MemoryEstimate:
         """
         recipe, shards = self.recipe, processes if fsdp else 1
         size = recipe.training.batch_size // processes // accumulation_steps
-        # DDP keeps gradients in its buckets, and accumulation from pass to pass; else they come while activations go.
-        kept = (processes > 1 and not fsdp) or accumulation_steps > 1
+        # DDP keeps gradients in its buckets, FSDP on a stream of its own, accumulation from pass to pass; else they
+        # come while activations go.
+        kept = processes > 1 or accumulation_steps > 1
         fixed, per_sample, gradients = self._trace
-        activations = fixed + size * per_sample + (0 if kept else gradients // shards)
+        activations = fixed + size * per_sample + (0 if kept else gradients)
         return {
             "parameters": FLOAT32 * (self.parameters // shards + self._gathered * fsdp),
             "optimizer": 2 * FLOAT32 * self.trained // shards,
             "EMA": FLOAT32 * self.in_ema * len(recipe.ema.sigma_rels) // shards,
-            "gradients": FLOAT32 * self.trained * kept,
+            "gradients": FLOAT32 * self.trained * kept // shards,
             "activations": int(activations.max()),
             # The loader copies on a stream of its own, whose memory no other can take: the batches of a step, those of
             # the step before, which the loop has until then, and one ahead. One of them is among the activations.

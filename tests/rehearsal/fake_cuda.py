@@ -11,6 +11,7 @@ of the time on an H100; `device.syncs` where the host would wait; `device.attent
 import collections
 import contextlib
 import ctypes
+import gc
 import itertools
 import subprocess
 import sys
@@ -290,6 +291,13 @@ class FakeCuda:
         self.counts = Counts()
         self.syncs: collections.Counter = collections.Counter()
         self.attention: collections.Counter = collections.Counter()  # (kernel, reason it is not a fused one) -> calls
+
+    def reset(self) -> None:
+        """Count from here."""
+        gc.collect()
+        self.counts.reset()
+        self.syncs.clear()
+        self.attention.clear()
 
     def _scaled_dot_product_attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
         """Choose the kernel by torch's conditions: fused ones take bf16, and a last stride of 1 in all three."""

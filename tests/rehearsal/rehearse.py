@@ -2,8 +2,9 @@
 
     python tests/rehearsal/rehearse.py [NAME ...] [--json]
 
-Counts kernels, bytes moved, peak memory, host syncs and attention kernels of training steps, alone and under FSDP, and
-compares the peaks with what `mmaudio-hf doctor` says. Exit code 1 when a figure is above its ceiling.
+Counts kernels, bytes moved, peak memory, host syncs and attention kernels of training steps, alone and under FSDP, of
+validation, sampling and the encoders, and compares the peaks of training with what `mmaudio-hf doctor` says. Exit code
+1 when a figure is above its ceiling, or the host waits where it is not listed.
 """
 
 # isort: off
@@ -11,25 +12,37 @@ from fake_cuda import FakeCuda  # before torch: it loads stand-ins for the drive
 
 # isort: on
 import argparse
-import gc
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from mmaudio_hf.config import ModelConfig, Recipe, load_recipe
+from mmaudio_hf.config import EncoderConfig, ModelConfig, Recipe, load_recipe, variant_config
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import Draws
+from mmaudio_hf.features import clip
+from mmaudio_hf.features.autoencoder import MelVAE
+from mmaudio_hf.features.encoders import COMPONENTS, Encoders, _released_networks
+from mmaudio_hf.features.synchformer import SynchformerVisual
+from mmaudio_hf.features.vocoder import Vocoder
+from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.sampling import GuidedVelocity
+from mmaudio_hf.schema import TEXT_TOKENS, sequence_lengths
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.checkpointer import _allocate_packed
 from mmaudio_hf.training.distributed import local_shards
@@ -39,15 +52,13 @@ from mmaudio_hf.training.memory import MemoryEstimate
 
 ROOT = Path(__file__).parents[2]
 
-# Where the host may wait in a step: the guard reads the flag of the step before, which has long been copied.
-ALLOWED_SYNCS = ("event.synchronize in training/guard.py:_read",)
-
 
 class StubStore:
     """What `Run` asks of a store before anything is read."""
 
     has_video = has_text = True
     identity: ClassVar[dict] = {}
+    ids = ("id",)
 
     def __init__(self, name: str):
         self.path = Path(name)
@@ -60,7 +71,10 @@ class StubMixture:
         self.stores = [StubStore(f"store_{i}") for i in range(6)]
 
     def __len__(self) -> int:
-        return 1_000_000
+        return 1000
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros_like(indices), np.zeros_like(indices)
 
 
 def make_batch(config: ModelConfig, size: int) -> Batch:
@@ -115,10 +129,7 @@ def steps(device: FakeCuda, recipe: Recipe, processes: int = 1) -> dict[str, Any
     size = training.batch_size // processes // training.accumulation_steps
     batches = copied_steps(recipe.model, size, training.accumulation_steps)
     for _ in range(2):
-        gc.collect()
-        device.counts.reset()
-        device.syncs.clear()
-        device.attention.clear()
+        device.reset()
         step = next(batches)
         run.update(step)
         run.guard.poll()
@@ -183,30 +194,111 @@ def estimates(recipe: Recipe, processes: int, fsdp: bool) -> dict[str, float]:
     return {"doctor_gb": sum(on_device.values()) / 1e9, "doctor_host_gb": (on_host - gathered) / 1e9}
 
 
+def validation(name: str, *overrides: str) -> dict[str, Any]:
+    """The validation losses of one batch, with raw and EMA weights and all combinations."""
+    recipe = recipe_of(name, *overrides)
+    with FakeCuda() as device:
+        with torch.device("cuda"):
+            model = MMAudio(recipe.model)
+        run = Run(recipe, model, StubMixture(), StubMixture())
+        run.prepare()
+        run.ema.update()
+        batch = make_batch(recipe.model, recipe.training.batch_size).to("cuda")
+        with mock.patch.object(run.validator, "_batches", lambda indices: [batch]):
+            device.reset()
+            run._validate()
+        return figures_of(device)
+
+
+def sampling(variant: str, batch: int) -> dict[str, Any]:
+    """Conditions and two guided Euler steps of `batch` clips."""
+    with FakeCuda() as device, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        config = variant_config(variant)
+        with torch.device("cuda"):
+            model = MMAudio(config).eval()
+        model, inputs = model.to("cuda"), make_batch(config, batch).to("cuda")
+        device.reset()
+        features = (inputs.clip_features, inputs.sync_features, inputs.text_features)
+        conditions = model.preprocess_conditions(*features), model.empty_conditions(batch)
+        velocity = GuidedVelocity(model, *conditions, guidance_scale=4.5)
+        latent = model.unnormalize(sample_euler(velocity, inputs.noise.x0, num_steps=2))
+        assert latent.device.type == "cuda"
+        return figures_of(device)
+
+
+def encode_and_decode(mode: str) -> dict[str, Any]:
+    """Every released encoder and decoder at full size, on 2 clips of 8 s."""
+
+    def make_clip(name: str) -> clip.ClipEncoder:
+        return clip.ClipEncoder(clip.CLIPModel(clip.clip_config()))
+
+    def make_tokenizer(source: object) -> Callable[[list[str]], torch.Tensor]:
+        return lambda captions: torch.zeros(len(captions), TEXT_TOKENS, dtype=torch.int64)
+
+    patches = [mock.patch.object(k, "load_released", lambda self, source: self) for k in (SynchformerVisual, MelVAE)]
+    patches.append(mock.patch.object(Vocoder, "load_released", lambda self, source: self))
+    patches.append(mock.patch.object(clip.ClipEncoder, "from_pretrained", make_clip))
+    patches.append(mock.patch.object(clip.ClipTokenizer, "from_files", make_tokenizer))
+    lengths, cuda = sequence_lengths(mode, 8.0), torch.device("cuda", 0)
+    with FakeCuda() as device, contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        config = EncoderConfig(precision="bf16")
+        encoders = Encoders(config, mode, 8.0, cuda, _released_networks(config, mode, cuda, set(COMPONENTS)))
+        device.reset()
+        results = [
+            encoders.encode_clip(torch.empty(2, lengths.clip, 3, 384, 384, dtype=torch.uint8)),
+            encoders.encode_sync(torch.empty(2, 200, 3, 224, 224, dtype=torch.uint8)),
+            encoders.encode_text(["a dog barks"] * 2),
+            *encoders.encode_audio(torch.empty(2, lengths.audio_samples)),
+        ]
+        results.append(encoders.decode_latent(results[-1]))
+        assert {result.device.type for result in results} == {"cuda"}
+        return figures_of(device)
+
+
+class Case(NamedTuple):
+    """What is run, its ceilings, and where the host may wait."""
+
+    function: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    ceilings: Mapping[str, float] = MappingProxyType({})
+    # The guard reads the flag of the step before, which has long been copied.
+    syncs: tuple[str, ...] = ("event.synchronize in training/guard.py:_read",)
+
+
 SMALL = ("small_16k", "training.batch_size=256")
 LARGE = ("large_44k_v2", "training.batch_size=64")
 RECOMPUTED = "training.activation_checkpointing=true"
-CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...], dict[str, float]]] = {
-    "small_16k": (train_step, SMALL, {"kernels": 2600, "gb_moved": 330, "estimate_ms": 160, "peak_gb": 38}),
-    "large_44k_v2": (train_step, LARGE, {"kernels": 4430, "gb_moved": 435, "estimate_ms": 254, "peak_gb": 60}),
-    "small_16k recomputed": (train_step, (*SMALL, RECOMPUTED), {}),
-    "large_44k_v2 recomputed": (train_step, (*LARGE, RECOMPUTED), {}),
-    "large_44k_v2 fsdp": (fsdp_step, ("large_44k_v2",), {}),
-    "large_44k_v2 fsdp recomputed": (fsdp_step, ("large_44k_v2", RECOMPUTED), {}),
+# Frames, token ids and waveforms come from memory that is not pinned.
+ENCODED = ("encode_clip", "encode_sync", "<lambda>", "encode_audio")
+ENCODER_INPUTS = tuple(f"copy cpu to cuda in features/encoders.py:{name}" for name in ENCODED)
+CASES = {
+    "small_16k": Case(train_step, SMALL, {"kernels": 2600, "gb_moved": 330, "estimate_ms": 160, "peak_gb": 38}),
+    "large_44k_v2": Case(train_step, LARGE, {"kernels": 4430, "gb_moved": 435, "estimate_ms": 254, "peak_gb": 60}),
+    "small_16k recomputed": Case(train_step, (*SMALL, RECOMPUTED)),
+    "large_44k_v2 recomputed": Case(train_step, (*LARGE, RECOMPUTED)),
+    "large_44k_v2 fsdp": Case(fsdp_step, ("large_44k_v2",)),
+    "large_44k_v2 fsdp recomputed": Case(fsdp_step, ("large_44k_v2", RECOMPUTED)),
+    "small_16k validation": Case(validation, SMALL, syncs=("_local_scalar_dense in training/validation.py:scores",)),
+    "small_16k sampling": Case(sampling, ("small_16k", 8), syncs=()),
+    "large_44k_v2 sampling": Case(sampling, ("large_44k_v2", 8), syncs=()),
+    "encoders 16k": Case(encode_and_decode, ("16k",), syncs=ENCODER_INPUTS),
+    "encoders 44k": Case(encode_and_decode, ("44k",), syncs=ENCODER_INPUTS),
 }
 
 
-def problems_of(figures: dict[str, Any], ceilings: dict[str, float]) -> Iterator[str]:
+def problems_of(figures: dict[str, Any], case: Case) -> Iterator[str]:
     """What is above its ceiling, or not as it must be."""
-    for key, ceiling in ceilings.items():
+    for key, ceiling in case.ceilings.items():
         if figures[key] > ceiling:
             yield f"{key} {figures[key]:.4g} is above {ceiling:g}"
     if any(kernel.startswith("math") for kernel in figures["attention"]):
         yield f"attention without a fused kernel: {figures['attention']}"
-    if unexpected := set(figures["syncs"]) - set(ALLOWED_SYNCS):
+    if unexpected := set(figures["syncs"]) - set(case.syncs):
         yield f"the host waits: {', '.join(sorted(unexpected))}"
     for peak, estimate in (("peak_gb", "doctor_gb"), ("host_gb", "doctor_host_gb")):
-        if abs(error := figures[estimate] / figures[peak] - 1) > 0.03:
+        if estimate in figures and abs(error := figures[estimate] / figures[peak] - 1) > 0.03:
             yield f"{estimate} is {error:+.1%} off: {figures[estimate]:.2f} of {figures[peak]:.2f}"
 
 
@@ -218,25 +310,34 @@ def main() -> int:
     options = parser.parse_args()
     if options.inside:
         warnings.filterwarnings("error", message="FSDP2-wrapped module")  # a view may lose its hook
-        function, arguments, _ = CASES[options.names[0]]
-        print(json.dumps(function(*arguments)))
+        case = CASES[options.names[0]]
+        print(json.dumps(case.function(*case.arguments)))
         return 0
     failed = False
-    for name in options.names or CASES:
+    names = options.names or list(CASES)
+
+    def run(name: str) -> dict[str, Any]:
         # Each in a process of its own: a process group, and accelerate's state, stay for the life of one.
         command = [sys.executable, __file__, "--inside", name]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-        figures = json.loads(result.stdout.splitlines()[-1])
-        problems = list(problems_of(figures, CASES[name][2]))
+        return json.loads(result.stdout.splitlines()[-1])
+
+    for name, figures in zip(names, ThreadPoolExecutor(2).map(run, names), strict=True):
+        problems = list(problems_of(figures, CASES[name]))
         failed |= bool(problems)
         if options.json:
             print(json.dumps({"case": name, **figures, "problems": problems}), flush=True)
             continue
+        known = {
+            "doctor_gb": " (doctor {:.2f})",
+            "host_gb": ", host copy {:.2f} GB",
+            "doctor_host_gb": " (doctor {:.2f})",
+        }
+        memory = "".join(text.format(figures[key]) for key, text in known.items() if key in figures)
         print(
             f"{name}: {figures['kernels']} kernels, {figures['gb_moved']:.0f} GB moved, {figures['tflop']:.1f} TFLOP,"
-            f" estimate {figures['estimate_ms']:.0f} ms, peak {figures['peak_gb']:.2f} GB (doctor"
-            f" {figures['doctor_gb']:.2f}), host copy {figures['host_gb']:.2f} GB (doctor"
-            f" {figures['doctor_host_gb']:.2f}), attention {figures['attention']}, syncs {figures['syncs'] or 'none'}",
+            f" estimate {figures['estimate_ms']:.0f} ms, peak {figures['peak_gb']:.2f} GB{memory},"
+            f" attention {figures['attention']}, syncs {figures['syncs'] or 'none'}",
             *(f"  FAILED: {problem}" for problem in problems),
             sep="\n",
             flush=True,
