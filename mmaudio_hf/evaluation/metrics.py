@@ -331,7 +331,7 @@ _ROWS_PER_COLUMN = 10  # below them a Frechet distance is mostly bias, which fal
 _DISTANCE, _KERNEL = ("fd", "squared distance of features", "lower"), ("kad", "100 squared MMD", "lower")
 _KL, _IS, _DEVIATION = ("kl", "nats", "lower"), ("is", "classes", "higher"), ("is", "classes", "")
 _PANN, _EMBEDDING, _LOGITS = "pann_features.pth", "passt_features_embed.pth", "passt_logits.pth"
-METRICS = {
+_METRICS = {
     "FD-VGG": (*_DISTANCE, "vggish_features.pth"),
     "FD-PANN": (*_DISTANCE, _PANN),
     "FD-PASST": (*_DISTANCE, _EMBEDDING),
@@ -348,7 +348,8 @@ METRICS = {
     "KAD-PANN": (*_KERNEL, _PANN),
     "KAD-PASST": (*_KERNEL, _EMBEDDING),
 }
-FILES = {name: metric[3] for name, metric in METRICS.items()}
+METRICS = {name: metric[:3] for name, metric in _METRICS.items()}
+FILES = {name: metric[3] for name, metric in _METRICS.items()}
 # Files of the ground truth that have another name than those of the predictions.
 _TRUTH_FILES = {
     "imagebind_audio.pth": "imagebind_video.pth",
@@ -584,7 +585,7 @@ def _trimmed(value: Tensor, dimensions: int, wide: bool) -> Tensor | None:
 
 def _score(name: str, caches: _Caches, paired: bool) -> dict[str, Score]:
     """One score; {} where there are no files for it."""
-    family, _, _, file = METRICS[name]
+    family, file = METRICS[name][0], FILES[name]
     key = "" if file != _PANN else "logits" if family in ("kl", "is") else "2048"
     sides = caches.read(file, key)
     if sides is None or name.endswith("-std"):
@@ -617,7 +618,7 @@ def _scored(
     name: str, predicted: _Features, items: np.ndarray, value: float | None = None, note: str = "", warning: str = ""
 ) -> dict[str, Score]:
     """The score with these contributions of its items, and with their mean unless a `value` is given."""
-    _, unit, better, _ = METRICS[name]
+    _, unit, better = METRICS[name]
     if value is None:
         value = float(items.mean()) if len(items) else math.nan
     by_id = dict(zip(predicted.ids, items.tolist(), strict=True)) if len(items) else {}
