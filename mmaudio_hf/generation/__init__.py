@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import os
 import wave
@@ -17,16 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmaudio_hf.config import EncoderConfig, load_recipe
+from mmaudio_hf.features.encoders import check_encoders
+from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
-from mmaudio_hf.media.video import check_frames
-from mmaudio_hf.schema import SequenceLengths
+from mmaudio_hf.media.video import ALIGNMENTS, check_frames
+from mmaudio_hf.models.pretrained import ENCODERS_FILE
+from mmaudio_hf.schema import MODES, SequenceLengths
 
+RECIPE_FILE = "config.yaml"  # of a run folder
 SOLVERS = ("euler", "adaptive")
 # Features take 0.2 MB and conditions up to 0.6 MB for a second of audio: an hour needs about 3 GB.
 MAX_SECONDS = 3600.0
 MAX_STEPS = 10_000
 SEEDS = (-(2**63), 2**64 - 1)  # as torch.manual_seed has them
+# Weights stay float32; this is the precision in which torch.autocast computes.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Media = str | os.PathLike | np.ndarray | torch.Tensor
 """A file, or frames: (frames, height, width, 3) or (frames, 3, height, width), uint8 or floats in [0, 1]"""
 
@@ -250,3 +258,56 @@ def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
 def with_seed(request: Request, key: str, seed: int) -> Request:
     """The request with a key and a seed of its own, where it has none."""
     return dataclasses.replace(request, key=request.key or key, seed=seed if request.seed is None else request.seed)
+
+
+def draw_seed(generator: Any) -> int:
+    """A seed that a torch.Generator draws; ValueError for anything else."""
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, or a list of them, not {generator!r}")
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+def precision_of(name: str, dtype: torch.dtype | str | None) -> str:
+    """Name in DTYPES of a dtype, or of its name as in "float16"; "" for None and "auto"."""
+    if dtype in (None, "auto"):
+        return ""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    for precision, known in DTYPES.items():
+        if named is known or dtype == precision:
+            return precision
+    raise ValueError(f"{name} {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
+
+
+def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
+    """The encoders and the alignment that were saved with a model; the defaults without a folder.
+
+    A toy codec beside the weights is preferred to the folder it was fitted in. Paths that were not saved are those of
+    the recipe while the folder is part of its run, else the defaults.
+    """
+    path = None if folder is None else folder / ENCODERS_FILE
+    if folder is None or path is None or not path.is_file():
+        return EncoderConfig(), ALIGNMENTS[0]
+    try:
+        saved = dict(json.loads(path.read_text()))
+        alignment = saved.pop("alignment", ALIGNMENTS[0])  # earlier versions did not save it
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
+        if not {"weights_dir", "clip"} <= set(saved):
+            saved = _paths_of_run(folder) | saved
+        config = EncoderConfig(**saved)
+        check_encoders(config, "16k", ())  # values of kind and precision
+    except Exception as error:
+        raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
+    if config.kind == "toy" and any(toy_codec_file(folder, mode).is_file() for mode in MODES):
+        config = dataclasses.replace(config, weights_dir=str(folder))
+    return config, alignment
+
+
+def _paths_of_run(folder: Path) -> dict[str, str]:
+    """Where the recipe of RUN/checkpoints/step_N/pretrained_model has its encoders; {} when `folder` is elsewhere."""
+    checkpoints = folder.resolve().parent.parent
+    recipe = checkpoints.parent / RECIPE_FILE
+    if checkpoints.name != "checkpoints" or not recipe.is_file():
+        return {}
+    encoders = load_recipe(recipe).encoders
+    return {"weights_dir": encoders.weights_dir, "clip": encoders.clip}

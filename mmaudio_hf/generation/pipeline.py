@@ -8,19 +8,17 @@ save_generated(result, "dog_with_audio.mp4", video="dog.mp4")
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
 
-from mmaudio_hf.config import EncoderConfig, load_recipe
+from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features.encoders import (
     Encoders,
     check_encoders,
@@ -29,15 +27,18 @@ from mmaudio_hf.features.encoders import (
     load_encoders,
     pick_device,
 )
-from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.generation import (
-    MAX_SECONDS,
+    DTYPES,
+    RECIPE_FILE,
     SEEDS,
     Generated,
     Media,
     Options,
     Request,
     check_number,
+    draw_seed,
+    precision_of,
+    read_encoders,
     requests_of,
     save_generated,
     save_with_note,
@@ -46,9 +47,11 @@ from mmaudio_hf.generation import (
 )
 from mmaudio_hf.generation.windows import (
     WindowSchedule,
-    cross_fade,
+    blended_velocity,
+    checked_lengths,
     decode_chunks,
     latent_seconds,
+    lengths_set,
     read_ahead,
     schedule_windows,
 )
@@ -65,7 +68,6 @@ from mmaudio_hf.media.video import (
 from mmaudio_hf.models.flow import VelocityFunction, sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import (
-    ENCODERS_FILE,
     Adapter,
     check_hub_options,
     find_pretrained,
@@ -77,19 +79,23 @@ from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
     LATENT_STRIDE,
-    MODES,
     SYNC_FEATURES,
     TEXT_FEATURES,
     SequenceLengths,
     audio_mode,
-    sequence_lengths,
 )
 
-__all__ = ["Generated", "MMAudioPipeline", "Request", "save_generated", "save_with_note", "starting_noise"]
+# Published cards import these from here.
+__all__ = [
+    "RECIPE_FILE",
+    "Generated",
+    "MMAudioPipeline",
+    "Request",
+    "save_generated",
+    "save_with_note",
+    "starting_noise",
+]
 
-RECIPE_FILE = "config.yaml"  # of a run folder
-# Weights stay float32; this is the precision in which torch.autocast computes.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIPS_AHEAD = 4  # read while the model works; 58 MB each
 # One for each network: two pipelines may share it, and sampling sets its lengths.
 _LOCKS: WeakKeyDictionary[MMAudio, threading.RLock] = WeakKeyDictionary()
@@ -175,13 +181,13 @@ class MMAudioPipeline:
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
         check_hub_options(options, ("device", "encoders", "precision", "alignment", "torch_dtype", "dtype"))
-        names = {_precision_of(name, value) for name, value in (("torch_dtype", torch_dtype), ("dtype", dtype))}
+        names = {precision_of(name, value) for name, value in (("torch_dtype", torch_dtype), ("dtype", dtype))}
         if len(chosen := {*names, precision} - {""}) > 1:
             raise ValueError(f"precision, torch_dtype and dtype say different things: {', '.join(sorted(chosen))}")
         where = pick_device(device)  # before a download
         folder = None if is_weights_file(source) else find_pretrained(source, **options)
         if encoders is None or alignment is None:
-            saved_encoders, saved_alignment = _read_encoders(folder)
+            saved_encoders, saved_alignment = read_encoders(folder)
             encoders, alignment = encoders or saved_encoders, alignment or saved_alignment
         model = MMAudio.from_pretrained(source if folder is None else folder)
         return cls(model, encoders, device=where, precision=next(iter(chosen), "fp32"), alignment=alignment)
@@ -217,7 +223,7 @@ class MMAudioPipeline:
                 device = value
             else:
                 raise ValueError(f"to() takes one device and one dtype, not {value!r} besides {device!r}")
-        precision = self.precision if dtype is None else _precision_of("dtype", dtype)
+        precision = self.precision if dtype is None else precision_of("dtype", dtype)
         where = self.device if device is None else pick_device(device)
         with self._lock:
             self.precision = precision
@@ -237,7 +243,7 @@ class MMAudioPipeline:
             raise ValueError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from error
         with self._lock:
             if not self._compiled:
-                self.model.compile_blocks()  # type: ignore[operator]
+                self.model.compile_blocks()
                 self._compiled = True
         return self
 
@@ -333,7 +339,7 @@ class MMAudioPipeline:
             if seed not in (0, None):
                 raise ValueError("give seed or generator, not both")
             several = isinstance(generator, list | tuple)
-            seed = [_draw_seed(one) for one in generator] if several else _draw_seed(generator)
+            seed = [draw_seed(one) for one in generator] if several else draw_seed(generator)
         seeds = seed if isinstance(seed, list | tuple) else None
         requests, several = requests_of(
             {"seed": seeds}
@@ -386,7 +392,7 @@ class MMAudioPipeline:
         lengths = self._window(window)
         options = Options(*lengths, duration, steps, guidance_scale, solver, callback_on_step_end, progress)
         if duration is not None:
-            _lengths(self.mode, duration)
+            checked_lengths(self.mode, duration)
         if on_reject is None:
             for request in requests:
                 request.check()
@@ -427,7 +433,7 @@ class MMAudioPipeline:
         """Lengths and seconds of a window."""
         config = self.model.config
         seconds = config.duration if window is None else window
-        lengths = _lengths(self.mode, seconds, "window")
+        lengths = checked_lengths(self.mode, seconds, "window")
         if seconds == config.duration:  # a model may be built with lengths of its own
             own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
             lengths = dataclasses.replace(lengths, **own)
@@ -458,7 +464,7 @@ class MMAudioPipeline:
             if duration is not None and available < duration:
                 note = f"{available:.2f} s long, as its video is, not the requested {duration:g} s"
             seconds = available if duration is None else min(available, duration)
-        _lengths(self.mode, seconds, name)
+        checked_lengths(self.mode, seconds, name)
         schedule = schedule_windows(self.mode, seconds, options.window, options.lengths)
         self._check_features(request, schedule)
         return schedule, note
@@ -575,7 +581,7 @@ class MMAudioPipeline:
 
     def _generate_batch(self, batch: Sequence[_Item], batch_size: int, options: Options) -> Iterator[Generated]:
         # Not around the loop: between two results the model has the lengths that its owner set, and others may use it.
-        with self._lock, _lengths_set(self.model, batch[0].schedule.lengths):
+        with self._lock, lengths_set(self.model, batch[0].schedule.lengths):
             latents, waveforms = self._sample(batch, batch_size, options)
         for item, latent, waveform in zip(batch, latents, waveforms, strict=True):
             request = item.request
@@ -642,107 +648,12 @@ class MMAudioPipeline:
         return GuidedVelocity(self.model, conditions, unconditional, options.guidance_scale)
 
     def _blended_velocity(self, item: _Item, batch_size: int, options: Options) -> VelocityFunction:
-        """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
-
-        Since this happens at every step, the windows agree where they overlap (MultiDiffusion, arXiv 2302.08113).
-        """
-        starts, size = item.schedule.starts, item.schedule.lengths.latent
-        chunks = [range(first, min(first + batch_size, len(starts))) for first in range(0, len(starts), batch_size)]
+        """Velocity function of all windows of a long item, `batch_size` at a time."""
+        count = len(item.schedule.starts)
+        chunks = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
         velocities = [self._velocity([item], chunk, options) for chunk in chunks]
         item.features.clear()  # they are in the conditions now
-        weights = [cross_fade(starts, size, index)[:, None].to(self.device) for index in range(len(starts))]
-        total_M1 = torch.zeros(item.schedule.latent, 1, device=self.device)
-        for start, weight in zip(starts, weights, strict=True):
-            total_M1[start : start + size] += weight
-
-        def velocity(latent_BMC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-            blended = torch.zeros_like(latent_BMC)
-            for chunk, window_velocity in zip(chunks, velocities, strict=True):
-                windows = torch.cat([latent_BMC[:, starts[i] : starts[i] + size] for i in chunk])  # (chunk, N, C)
-                for i, v_NC in zip(chunk, window_velocity(windows, t_B.expand(len(chunk))), strict=True):
-                    blended[0, starts[i] : starts[i] + size] += weights[i] * v_NC
-            return blended / total_M1
-
-        return velocity
-
-
-def _draw_seed(generator: Any) -> int:
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, or a list of them, not {generator!r}")
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-
-
-def _precision_of(name: str, dtype: torch.dtype | str | None) -> str:
-    """Name in DTYPES of a dtype, or of its name as in "float16"; "" for None and "auto"."""
-    if dtype in (None, "auto"):
-        return ""
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    for precision, known in DTYPES.items():
-        if named is known or dtype == precision:
-            return precision
-    raise ValueError(f"{name} {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
-
-
-def _read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
-    """The encoders and the alignment that were saved with a model; the defaults without a folder.
-
-    A toy codec beside the weights is preferred to the folder it was fitted in. Paths that were not saved are those of
-    the recipe while the folder is part of its run, else the defaults.
-    """
-    path = None if folder is None else folder / ENCODERS_FILE
-    if folder is None or path is None or not path.is_file():
-        return EncoderConfig(), ALIGNMENTS[0]
-    try:
-        saved = dict(json.loads(path.read_text()))
-        alignment = saved.pop("alignment", ALIGNMENTS[0])  # earlier versions did not save it
-        if alignment not in ALIGNMENTS:
-            raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
-        if not {"weights_dir", "clip"} <= set(saved):
-            saved = _paths_of_run(folder) | saved
-        config = EncoderConfig(**saved)
-        check_encoders(config, "16k", ())  # values of kind and precision
-    except Exception as error:
-        raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
-    if config.kind == "toy" and any(toy_codec_file(folder, mode).is_file() for mode in MODES):
-        config = dataclasses.replace(config, weights_dir=str(folder))
-    return config, alignment
-
-
-def _paths_of_run(folder: Path) -> dict[str, str]:
-    """Where the recipe of RUN/checkpoints/step_N/pretrained_model has its encoders; {} when `folder` is elsewhere."""
-    checkpoints = folder.resolve().parent.parent
-    recipe = checkpoints.parent / RECIPE_FILE
-    if checkpoints.name != "checkpoints" or not recipe.is_file():
-        return {}
-    encoders = load_recipe(recipe).encoders
-    return {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
-
-
-@contextlib.contextmanager
-def _lengths_set(model: MMAudio, lengths: SequenceLengths) -> Iterator[None]:
-    """The model set to `lengths`, and back. Outside inference mode: its tables must stay usable for training."""
-    before = model.latent_length, model.clip_length, model.sync_length
-    during = lengths.latent, lengths.clip, lengths.sync
-    if during != before:
-        model.set_lengths(*during)
-    try:
-        yield
-    finally:
-        if during != before:
-            model.set_lengths(*before)
-
-
-def _lengths(mode: str, seconds: float, name: str = "duration") -> SequenceLengths:
-    """Lengths for a duration; ValueError that begins with `name` for one that is too short, too long, or no number."""
-    check_number(name, seconds)
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, not {seconds} s")
-    if seconds > MAX_SECONDS:  # before memory is gone
-        raise ValueError(f"{name}: {seconds:g} s is longer than the {MAX_SECONDS:g} s that are generated at once")
-    try:
-        return sequence_lengths(mode, seconds)
-    except ValueError as error:
-        raise error if name == "duration" else ValueError(f"{name}: {error}") from None
+        return blended_velocity(item.schedule, chunks, velocities, self.device)
 
 
 def _hash_of_state(model: MMAudio) -> str:

@@ -1,5 +1,6 @@
 """Audio longer than the model was trained for: overlapping windows, and how they are blended."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,9 @@ from typing import Any
 
 import torch
 
+from mmaudio_hf.generation import MAX_SECONDS, check_number
+from mmaudio_hf.models.flow import VelocityFunction
+from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import LATENT_STRIDE, SequenceLengths, audio_mode, sequence_lengths
 
 STRETCH = 1.05  # of a window: up to this length, one window of that length is used
@@ -36,6 +40,33 @@ def schedule_windows(mode: str, seconds: float, window: float, lengths: Sequence
     if seconds <= STRETCH * window:
         return WindowSchedule(total.latent, seconds, total, (0,))
     return WindowSchedule(total.latent, window, lengths, window_starts(total.latent, lengths.latent, OVERLAP))
+
+
+@contextlib.contextmanager
+def lengths_set(model: MMAudio, lengths: SequenceLengths) -> Iterator[None]:
+    """The model set to `lengths`, and back. Outside inference mode: its tables must stay usable for training."""
+    before = model.latent_length, model.clip_length, model.sync_length
+    during = lengths.latent, lengths.clip, lengths.sync
+    if during != before:
+        model.set_lengths(*during)
+    try:
+        yield
+    finally:
+        if during != before:
+            model.set_lengths(*before)
+
+
+def checked_lengths(mode: str, seconds: float, name: str = "duration") -> SequenceLengths:
+    """Lengths for a duration; ValueError that begins with `name` for one that is too short, too long, or no number."""
+    check_number(name, seconds)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, not {seconds} s")
+    if seconds > MAX_SECONDS:  # before memory is gone
+        raise ValueError(f"{name}: {seconds:g} s is longer than the {MAX_SECONDS:g} s that are generated at once")
+    try:
+        return sequence_lengths(mode, seconds)
+    except ValueError as error:
+        raise error if name == "duration" else ValueError(f"{name}: {error}") from None
 
 
 def window_starts(total: int, size: int, overlap: float) -> tuple[int, ...]:
@@ -70,6 +101,34 @@ def cross_fade(starts: Sequence[int], size: int, index: int, margin: int = 0) ->
             else:
                 weight[size - overlap :] *= 1 - rise
     return weight
+
+
+def blended_velocity(
+    schedule: WindowSchedule,
+    chunks: Sequence[range],
+    velocities: Sequence[VelocityFunction],
+    device: torch.device,
+) -> VelocityFunction:
+    """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
+
+    `velocities` are those of each chunk of windows. Since they are blended at every step, the windows agree where they
+    overlap (MultiDiffusion, arXiv 2302.08113).
+    """
+    starts, size = schedule.starts, schedule.lengths.latent
+    weights = [cross_fade(starts, size, index)[:, None].to(device) for index in range(len(starts))]
+    total_M1 = torch.zeros(schedule.latent, 1, device=device)
+    for start, weight in zip(starts, weights, strict=True):
+        total_M1[start : start + size] += weight
+
+    def velocity(latent_BMC: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        blended = torch.zeros_like(latent_BMC)
+        for chunk, window_velocity in zip(chunks, velocities, strict=True):
+            windows = torch.cat([latent_BMC[:, starts[i] : starts[i] + size] for i in chunk])  # (chunk, N, C)
+            for i, v_NC in zip(chunk, window_velocity(windows, t_B.expand(len(chunk))), strict=True):
+                blended[0, starts[i] : starts[i] + size] += weights[i] * v_NC
+        return blended / total_M1
+
+    return velocity
 
 
 def decode_chunks(
