@@ -169,6 +169,21 @@ def test_dtypes_and_devices_as_other_pipelines_have_them(folder, pipeline, monke
         pipeline.to(2)
 
 
+def test_compiled_blocks_give_the_same_audio(folder, pipeline, adapters, monkeypatch):
+    expected = pipeline(prompt="a bell", num_steps=2)
+    compiled = MMAudioPipeline.from_pretrained(folder, device="cpu").compile()
+    compiled.set_progress_bar_config(disable=True)
+    assert close(compiled(prompt="a bell", num_steps=2), expected) and "cpu, compiled" in repr(compiled)
+    assert all(block._compiled_call_impl is not None for block in compiled.model.blocks)
+    for one in (compiled, pipeline):  # weights change in place, and nothing is compiled again
+        one.load_lora_weights(next(iter(adapters)))
+    assert close(compiled(prompt="a bell", num_steps=2), pipeline(prompt="a bell", num_steps=2))
+    assert not close(pipeline(prompt="a bell", num_steps=2), expected)
+    monkeypatch.setattr(torch, "compile", lambda function: function.missing)
+    with pytest.raises(ValueError, match="compile does not work here"):
+        pipeline.compile()
+
+
 def test_negative_text_features_replace_the_negative_prompt(pipeline):
     hum, bell = pipeline._encoders("text").encode_text(["hum", "a bell"])
     expected = pipeline(prompt="a bell", negative_prompt="hum", num_steps=2)

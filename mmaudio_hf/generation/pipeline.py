@@ -328,7 +328,7 @@ class MMAudioPipeline:
         seed: int | Sequence[int] | None = 0,
         generator: Any = None,
         **options: Any,
-    ) -> Generated | list[Generated]:
+    ) -> Any:  # Generated, or a list of them: a union would have to be told apart after every call
         """Generate audio for a video or image, a caption, both or neither; see `generate` for the options.
 
         Every argument may be a list with one value for each audio: then a list is returned. A video is a file, or
