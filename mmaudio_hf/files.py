@@ -93,15 +93,15 @@ def write_text(path: Path, text: str) -> None:
     try:
         with add_path_to_oserror(path):
             partial.write_text(text, encoding="utf-8")
-            sync(partial)
+            fsync_path(partial)
             os.replace(partial, path)
-            sync(path.parent)
+            fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+def fsync_path(path: Path) -> None:
+    """Until what was written to a file, or the names that appeared in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

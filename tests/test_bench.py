@@ -1,5 +1,6 @@
 """What the benchmarks compare is the same work, and they measure what they say."""
 
+import json
 import multiprocessing
 import time
 from functools import partial
@@ -29,6 +30,16 @@ def test_the_straightforward_reading_gives_the_same(example_media):
     assert torch.equal(clip_frames, clip.clip_frames)
     assert torch.equal(sync_frames, clip.sync_frames)
     torch.testing.assert_close(audio[: len(clip.audio)], clip.audio, atol=1e-5, rtol=0)
+
+
+def test_the_reader_is_measured_in_turn_with_that_of_another_checkout(example_media, tmp_path, capsys):
+    video = sorted((example_media() / "videos").glob("*.mp4"))[0]
+    command = ["bench", "extract", "--json", "--rounds", "1", "--video", str(video), "--against"]
+    assert main([*command, str(Path(inference.__file__).parents[2])]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["ratio"] > 0
+    assert figures["ratio"] == pytest.approx(figures["ours_videos_s"] / figures["other_videos_s"])
+    assert main([*command, str(tmp_path)]) == 2 and "no checkout of this repository" in capsys.readouterr().err
 
 
 def test_emulated_bf16_is_measured_at_a_small_size(monkeypatch):

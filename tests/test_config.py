@@ -9,10 +9,17 @@ import pytest
 import yaml
 
 from mmaudio_hf.config import TrainingConfig, load_recipe, micro_batch_size, save_recipe, to_dict, variant_config
-from mmaudio_hf.config.reading import all_keys, settings_text
+from mmaudio_hf.config.reading import REFERENCE_OPTIONS, all_keys, settings_text
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = run_path(str(ROOT / "docs" / "settings.py"))
+
+
+def test_options_of_the_reference_implementation_name_ours():
+    known = {key.path for key in all_keys()}
+    assert set(REFERENCE_OPTIONS.values()) <= known and not set(REFERENCE_OPTIONS) & known
+    with pytest.raises(ValueError, match=r"no recipe at exp_id=mine; the recipe comes before the overrides"):
+        load_recipe("exp_id=mine")
 
 
 @pytest.fixture
@@ -27,6 +34,12 @@ def recipe(tmp_path):
 MISTAKES = [
     ("optim.lerning_rate=1", r"unknown key optim\.lerning_rate: did you mean 'learning_rate'"),
     ("training.learning_rate=1", r"unknown key training\.learning_rate: did you mean optim\.learning_rate"),
+    ("vgg_oversample_rate=5", r"unknown key vgg_oversample_rate: here it is called data\.train\[\]\.repeats"),
+    ("exp_id=mine", r"unknown key exp_id: here it is called name"),
+    ("+ema.checkpoint_every=1", r"unknown key \+ema: did you mean 'ema'"),
+    ("ema.checkpoint_every=1", r"unknown key ema\.checkpoint_every: here it is called ema\.snapshot_every"),
+    ("+example_train=True", r"the quick start is a recipe of its own, recipes/example\.yaml"),
+    ("model=large_44k_v2", r"model must be a mapping of keys, not text: write model\.variant=large_44k_v2"),
     ("trainin.steps=1", r"unknown key trainin: did you mean 'training'"),
     ("optim.learning_rate=fast", r"optim\.learning_rate must be a number, not 'fast' \(text\)"),
     ("optim.learning_rate=-1", r"optim\.learning_rate must be more than 0, not -1"),

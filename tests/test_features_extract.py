@@ -244,6 +244,49 @@ def test_audio_files_give_a_row_for_each_clip_and_caption(example, weights, tmp_
     assert report.listed == report.accepted + report.rejected == 14
 
 
+def test_a_file_without_a_clip_is_rejected_with_the_reason_of_partition(example, weights, tmp_path, capsys):
+    media = tmp_path / "audios"
+    media.mkdir()
+    shutil.copy(next((example / "audios").glob("*.flac")), media / "good.flac")
+    write_audio(media / "brief.wav", torch.ones(16_000), 16_000)
+    write_list(tmp_path / "list.tsv", [("good", "a"), ("brief.wav", "b"), ("later", "c")], "caption")
+    tree = {
+        "model": {"duration": DURATION},
+        "encoders": {"kind": "toy", "weights_dir": str(weights)},
+        "extraction": {
+            "output_dir": str(tmp_path / "out"),
+            "audios": [{"name": "s", "media_dir": str(media), "list": str(tmp_path / "list.tsv")}],
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["partition", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["extract-audio", str(tmp_path / "recipe.yaml")]) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "s.rejects.jsonl").read_text().splitlines()]
+    assert [(reject["id"], reject["reason"]) for reject in rejects] == [("brief", "no_clip"), ("later", "no_clip")]
+    brief, later = (reject["message"] for reject in rejects)
+    assert "has no clip of 'brief'; " in brief and "1.000 s of audio, 8.1 s needed" in brief
+    assert "it is absent, or newer than the list" in later
+
+
+def test_shards_of_an_earlier_version_are_extracted_again(example, weights, tmp_path):
+    """Audio lies elsewhere since version 2 where a file has holes, but not in the published alignment."""
+    versions = {}
+    for alignment in ("timestamps", "reference"):
+        recipe = toy_recipe(tmp_path / alignment, weights, alignment=alignment)
+        extract(recipe, videos(example, "val"))
+        manifest = FeatureStore.open(tmp_path / alignment / "val").manifest
+        versions[alignment] = manifest["preprocessing"]["version"]
+        assert verify(tmp_path / alignment / "val").ok
+    assert versions == {"timestamps": 2, "reference": 1}
+    before = content(tmp_path / "timestamps", "val")
+    manifest_file = tmp_path / "timestamps" / "val.manifest.json"
+    manifest_file.write_text(manifest_file.read_text().replace('"made_of": "', '"made_of": "1'))
+    for path in (tmp_path / "timestamps" / "val.shards").glob("*.json"):
+        path.write_text(path.read_text().replace('"key": "', '"key": "1'))  # as version 1 had another
+    assert extract(toy_recipe(tmp_path / "timestamps", weights), videos(example, "val")).reused_shards == 0
+    assert content(tmp_path / "timestamps", "val") == before
+
+
 @pytest.mark.parametrize(("captions", "expected"), [("all", "abc"), ("first", "ac"), ("last", "bc")])
 def test_captions_of_a_file_with_several(captions, expected, example, weights, tmp_path, capsys):
     media = tmp_path / "audios"

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import faulty_media
 import numpy as np
 import pytest
 import torch
@@ -459,6 +460,35 @@ def test_of_two_thousand_items_every_broken_one_is_named(weights, tmp_path):
     assert store.ids == [f"{name}_0" for name in names if name not in broken]
     assert store.captions == [f"the noise {name}" for name in names if name not in broken]
     shutil.rmtree(tmp_path / "out")
+
+
+def check_outcome(outcome: dict, count: int) -> None:
+    """Accepted and rejected items are the listed ones, each for the reason that it was made with."""
+    accepted, expected = outcome["accepted"], outcome["expected"]
+    assert len(accepted) + len(outcome["rejected"]) == len(expected) == outcome["listed"] == count
+    assert sorted(accepted) == sorted(item for item, reason in expected.items() if not reason)
+    assert outcome["rejected"] == {item: reason for item, reason in expected.items() if reason}
+
+
+def test_sixty_items_with_every_kind_of_fault(tmp_path):
+    outcome = faulty_media.run(tmp_path, 60)
+    check_outcome(outcome, 60)
+    assert outcome["partition"] == {"decode_error": 5, "audio_too_short": 1}
+
+
+@pytest.mark.slow
+def test_two_thousand_items_with_every_kind_of_fault_take_no_more_memory(tmp_path):
+    def run(count: int) -> float:
+        program = ROOT / "tests" / "faulty_media.py"
+        command = [sys.executable, str(program), str(tmp_path / str(count)), str(count)]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        outcome = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout)
+        check_outcome(outcome, count)
+        return outcome["peak_mb"]
+
+    few, many = run(200), run(2000)
+    print(f"peak memory: {few:.0f} MB with 200 items, {many:.0f} MB with 2000")
+    assert many < few + 50, (few, many)
 
 
 MEMORY = """

@@ -9,11 +9,12 @@ import torch
 from scipy.signal import find_peaks
 
 from mmaudio_hf.config import EncoderConfig
+from mmaudio_hf.features import encoders as encoders_module
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device
 from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.media.audio import read_waveform, resample
+from mmaudio_hf.media.audio import read_waveform, resample, write_audio
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import normalize_frames, read_video
 from mmaudio_hf.schema import column_shapes, sequence_lengths
@@ -128,6 +129,19 @@ def test_long_captions_are_cut():
 
 
 # --- audio -------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_long_file_the_codec_is_fitted_to_the_beginning(tmp_path, monkeypatch):
+    """So that an hour of audio is not in memory."""
+    noise = 0.1 * torch.randn(30 * 16_000, generator=torch.Generator().manual_seed(0))
+    write_audio(tmp_path / "long.flac", noise, 16_000)
+    monkeypatch.setattr(encoders_module, "_FIT_FILE_SECONDS", 9)
+    waveform, rate = read_waveform(tmp_path / "long.flac", 9)
+    assert rate == 16_000 and 9 <= len(waveform) / rate < 9.5
+    write_audio(tmp_path / "short.flac", waveform * 32768 / 32767, rate)  # the same integers
+    assert torch.equal(read_waveform(tmp_path / "short.flac")[0], waveform)
+    files = [fit_toy_codec(tmp_path / name, "16k", [tmp_path / f"{name}.flac"]) for name in ("long", "short")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def waveform_of(path, mode):

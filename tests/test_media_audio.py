@@ -226,6 +226,21 @@ def test_a_lost_page_is_damage_though_the_rest_decodes(tmp_path):
     assert re.search(r"\d+ of 19\d{4} samples can be decoded", damage_of(path))
 
 
+def test_checksums_show_damage_that_decodes(tmp_path):
+    """FFmpeg looks at neither: the one of a FLAC frame, and that of the last Ogg page, which zeros replace here."""
+    flac, opus = write_tone(tmp_path / "a.flac"), write_tone(tmp_path / "a.opus")
+    data = flac.read_bytes()
+    middle = len(data) // 2
+    flac.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    assert re.search(r"\d+ of 192000 samples can be decoded", damage_of(flac))
+    data = opus.read_bytes()
+    cut = data.rindex(b"OggS") + 100
+    opus.write_bytes(data[:cut] + bytes(len(data) - cut))
+    assert "cut off" in damage_of(opus)
+    opus.write_bytes(data + bytes(5000))
+    assert damage_of(opus) is None, "zeros behind a whole file are no damage"
+
+
 @pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize("junk", [bytes(5000), b"\0" + b"\xff" * 3000, b"TAG" + bytes(125)])
 def test_junk_after_the_last_frame_of_an_mp3_file(header, junk, tmp_path):
@@ -306,6 +321,17 @@ def test_frames_are_placed_by_their_timestamps(name, frames, expected):
     assert placement.count == sum(map(sum, expected)) and placement.holes == sum(silence for silence, _ in expected)
     drift = {"a lost frame": 20, "a hole": 60, "an overlap": 18, "a repeat": 40, "jitter": 0}
     assert placement.drift == drift.get(name, 0)
+
+
+@pytest.mark.parametrize(("lead", "corrected"), [(0, False), (10, True), (-10, False), (14, True)])
+def test_a_late_track_and_its_jitter_are_together_at_most_20_ms_off(lead, corrected):
+    """Each is left alone: the track begins 10 ms after the frames, and from the fourth frame on all are 12 ms late."""
+    placement, holes = AudioPlacement(1000, 20, Fraction(lead, 1000)), []
+    for number in range(9):
+        late = 12 * (number > 3)
+        holes += [zeros for zeros, _ in placement.add(np.zeros(20, np.float32), Fraction(20 * number + late, 1000))]
+    holes += [zeros for zeros, _ in placement.flush()]
+    assert sum(holes) == placement.holes == (12 if corrected else 0)
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac"])

@@ -207,10 +207,22 @@ def test_quoting_as_pandas_writes_it(tmp_path):
     items = read_media_list(tmp_path / "a.tsv")
     assert [item.caption for item in items] == captions
     assert [item.row for item in items] == [2, 3, 4, 6, 7, 8, 9, 10]  # the third caption takes two lines
+    frame[["label", "id"]].to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    assert read_media_list(tmp_path / "a.tsv") == items
 
 
 @pytest.mark.parametrize(
-    "text", ["﻿id\tlabel\na\tb\n", "id\tlabel\r\na\tb\r\n", "id\tlabel\na\tb", "id\tlabel\n\na\tb\n\n"]
+    "text",
+    [
+        "﻿id\tlabel\na\tb\n",
+        "id\tlabel\r\na\tb\r\n",
+        "id\tlabel\ra\tb\r",
+        "id\tlabel\na\tb",
+        "id\tlabel\n\na\tb\n\n",
+        "id\tlabel\na\tb\n \n\t\n",
+        '"id"\t"label"\n"a"\t"b"\n',
+        "label\tsplit\tid\nb\ttrain\ta\n",
+    ],
 )
 def test_byte_order_mark_line_endings_and_blank_lines(text, tmp_path):
     assert [(item.id, item.caption) for item in read_media_list(write(tmp_path / "a.tsv", text))] == [("a", "b")]
@@ -238,7 +250,8 @@ def test_repeated_ids(tmp_path):
         ("", "is empty"),
         ("id\tlabel\n", "no rows"),
         ("id\tlable\na\tb\n", r"no column 'label' or 'caption'; it has \['id', 'lable'\]; rename 'lable'\?"),
-        ("id,label\na,b\n", "separated by tabs"),
+        ("id,label\na,b\n", "separated by tabs; `mmaudio-hf prepare` makes lists of csv files"),
+        ("a.mp4\ta dog\nb.mp4\ta cat\n", r"no column 'id'; it has \['a.mp4', 'a dog'\]; `mmaudio-hf prepare` makes"),
         ("name\tlabel\na\tb\n", "no column 'id'"),
         ("id\tlabel\tlabel\na\tb\tc\n", "more than once"),
         ("id\tlabel\na\tb\tc\n", "line 2: 3 fields, the header has 2"),
@@ -246,7 +259,16 @@ def test_repeated_ids(tmp_path):
         ('id\tlabel\na\t"open\nb\tc\n', "line 2: a field begins with a quote here that nothing ends"),
         ('id\tlabel\nz\ty\na\t"b\nc\td\ne\tf"\ng\th\n', r"line 3: a field .* ends on line 5, with 2 rows in it"),
         ('id\tlabel\na\t"b\nc\td"\n', "line 2: a field begins with a quote here and ends on line 3"),
+        (
+            'id\tlabel\tx\na\t"b\tx\nc\td"\tx\n',
+            "line 2: a field begins with a quote .* on line 3, with 1 rows",
+        ),
+        ('label\tid\n"b\ta\nd"\tc\n', "line 2: a field begins with a quote .* on line 3, with 1 rows"),
         ('id\tlabel\na\t"b\nc\t5" pipe\n', "line 2"),
+        ("id\tlabel\na\tb\0c\n", "line 2: has a NUL byte"),
+        ("\0i\0d\0\t\0l\0a", "has NUL bytes"),
+        ("id\tlabel\na\t" + "b" * 200_000, r"line 2: a field is too long .*; shorten it"),
+        ("id\tlabel\ncaf\u00e9\tb\ncafe\u0301\tc\n", "line 3: id 'cafe\u0301' is already on line 2"),
         ('id\tlabel\na\t"x" y\n', "line 2"),
         ("id\tlabel\n../a\tb\n", "line 2"),
         ("id\tlabel\n\tb\n", "line 2"),
@@ -260,6 +282,8 @@ def test_bad_lists(text, message, tmp_path):
 
 
 def test_files_that_are_no_text(tmp_path):
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        read_media_list(write(tmp_path / "a.tsv", "id\tlabel\na\tcaf\u00e9\n", "latin-1"))
     with pytest.raises(ValueError, match="save it as UTF-8"):
         read_media_list(write(tmp_path / "a.tsv", "id\tlabel\na\tb\n", "utf-16"))
     with pytest.raises(ValueError, match="no such file"):

@@ -5,6 +5,7 @@ import odd_media
 import pytest
 import torch
 from odd_media import Odd, cut_without_encoding, overwrite_packet, read_codes, steady, write_odd
+from PIL import Image
 
 from mmaudio_hf.media import video
 from mmaudio_hf.media.container import MediaError
@@ -75,3 +76,14 @@ def test_a_still_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(MediaError, match=r"text\.png"):
         read_image(tmp_path / "text.png")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_photo_is_turned_as_its_exif_says(image_format, tmp_path):
+    """PyAV has no name for the EXIF of a frame, and refuses all its side data."""
+    exif, upright = Image.Exif(), Image.fromarray(odd_media.code_image(321, 200, 100))
+    for orientation, operation in ((1, None), (2, Image.Transpose.FLIP_LEFT_RIGHT), (6, Image.Transpose.ROTATE_90)):
+        exif[0x0112] = orientation
+        stored = upright.transpose(operation) if operation is not None else upright
+        stored.save(tmp_path / "a", image_format, exif=exif)
+        assert read_codes(read_image(tmp_path / "a").clip_frames / 255) == [321], orientation

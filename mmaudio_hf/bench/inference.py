@@ -4,6 +4,7 @@ Reading is compared with one pass over the file per stream, encoders with a matr
 sampling with a plain loop that evaluates the model twice per step.
 """
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import av
 import numpy as np
@@ -76,6 +77,62 @@ def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> di
                 video, Path(folder) / str(count), count, mode
             )
     return figures | _encoder_rates(mode, rounds)
+
+
+def extract_against(
+    other: Path, video: Path | None = None, rounds: int = 3, mode: str = "16k"
+) -> dict[str, float | str]:
+    """Videos per second of reading, by this package and by that of the checkout `other`, in turn.
+
+    Each in a process of its own, which reads as many files at once as there are cores. ValueError for no checkout.
+    """
+    if not (other / "mmaudio_hf" / "media" / "video.py").is_file():
+        raise ValueError(f"{other}: no checkout of this repository; make one with `git worktree add {other} COMMIT`")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        video, cores = video or make_clip(Path(folder) / "clip.mp4"), len(os.sched_getaffinity(0))
+        command = [sys.executable, "-c", _READER, str(video.resolve()), mode, str(cores)]
+        readers = []
+        for root in (Path(__file__).parents[2], other):
+            environment = os.environ | {"PYTHONPATH": str(root.resolve())}
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            reader = stack.enter_context(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
+            assert reader.stdin and reader.stdout, "they are pipes"
+            readers.append((reader.stdin, reader.stdout))
+
+        def measure(pipes: tuple[IO[str], IO[str]]) -> tuple[float, float]:
+            print("read", file=pipes[0], flush=True)
+            seconds, work = map(float, pipes[1].readline().split())
+            return seconds, work
+
+        times = np.array([[measure(pipes) for pipes in readers] for _ in range(rounds + 1)])[1:]  # after a warm-up
+        (ours, our_work), (theirs, their_work) = np.median(times, axis=0).tolist()
+        for stdin, _ in readers:
+            stdin.close()
+    return {
+        "video": video.name,
+        "files_at_once": cores,
+        "ours_videos_s": cores / ours,
+        "other_videos_s": cores / theirs,
+        "ratio": theirs / ours,
+        "ratio_of_processor_time": their_work / our_work,
+    }
+
+
+# It prints seconds and processor time of reading once for each line that it is sent.
+_READER = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from mmaudio_hf.media.video import read_video
+video, mode, copies = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+with ThreadPoolExecutor(copies) as pool:
+    for line in sys.stdin:
+        began, busy = time.perf_counter(), time.process_time()
+        for future in [pool.submit(read_video, video, mode=mode, as_uint8=True) for _ in range(copies)]:
+            future.result()
+        print(time.perf_counter() - began, time.process_time() - busy, flush=True)
+"""
 
 
 def _peak_of_extraction(video: Path, folder: Path, count: int, mode: str) -> float:

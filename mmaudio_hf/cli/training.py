@@ -470,6 +470,7 @@ def add_bench_commands(add: Add) -> None:
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     extract = benchmark("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: a generated one of 720p)")
+    extract.add_argument("--against", type=Path, metavar="DIR", help="only reading, in turn with another checkout's")
     generate = benchmark("generate", _generate, "guided sampling against two forwards per step, and the other stages")
     generate.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
@@ -531,8 +532,10 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.inference import extract
+    from mmaudio_hf.bench.inference import extract, extract_against
 
+    if options.against:
+        return extract_against(options.against, options.video, options.rounds)
     return extract(options.video, options.rounds)
 
 

@@ -18,6 +18,39 @@ from mmaudio_hf.config.settings import VARIANTS, ModelConfig, Recipe, RecipeErro
 COMMAND_LINE = "the command line"
 _MERGE = "tag:yaml.org,2002:merge"
 
+# Options of the reference implementation that people bring along, and ours: for messages alone.
+REFERENCE_OPTIONS = {
+    "exp_id": "name",
+    "vgg_oversample_rate": "data.train[].repeats",
+    "ac_oversample_rate": "data.train[].repeats",
+    "num_iterations": "training.steps",
+    "batch_size": "training.batch_size",
+    "amp": "training.mixed_precision",
+    "weights": "finetune.init_from",
+    "checkpoint": "resume",
+    "num_workers": "data.read_threads",
+    "linear_warmup_steps": "optim.warmup_steps",
+    "lr_schedule": "optim.schedule",
+    "lr_schedule_steps": "optim.milestones",
+    "lr_schedule_gamma": "optim.gamma",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "null_condition_probability": "flow.condition_dropout",
+    "cfg_strength": "sampling.guidance_scale",
+    "sampling.mean": "flow.time_mean",
+    "sampling.scale": "flow.time_scale",
+    "sampling.min_sigma": "flow.min_sigma",
+    "sampling.method": "sampling.solver",
+    "ema.checkpoint_every": "ema.snapshot_every",
+    "ema.default_output_sigma": "ema.sigma_rel",
+    "log_text_interval": "training.log_every",
+    "val_interval": "training.validate_every",
+    "eval_interval": "evaluation.every",
+    "eval_batch_size": "sampling.batch_size",
+    "save_weights_interval": "training.checkpoint_every",
+    "save_checkpoint_interval": "training.checkpoint_every",
+    "save_copy_iterations": "training.keep_every",
+}
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path`, with its bases, then apply `key.sub=value` overrides.
@@ -142,7 +175,8 @@ class _Reader:
     def read(self, path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         """Plain values of a file on top of those of its bases; `above`: the files whose base it is."""
         if not path.is_file():
-            raise RecipeError(f"no recipe at {path}{f' (base of {above[-1]})' if above else ''}")
+            hint = "; the recipe comes before the overrides, as recipes/small_16k.yaml" if "=" in str(path) else ""
+            raise RecipeError(f"no recipe at {path}{f' (base of {above[-1]})' if above else hint}")
         if path.resolve() in above:
             names = " -> ".join(p.name for p in (*above, path))
             raise RecipeError(f"{path}: the bases form a circle: {names}")
@@ -201,12 +235,13 @@ class _Reader:
         """Make dataclass `cls` from a mapping, checking every name and type on the way."""
         section = prefix.rstrip(".")
         if not isinstance(tree, dict):
-            raise self.error(section, f" must be a mapping of keys, not {_kind(tree)}")
+            hint = f": write model.variant={tree}" if cls is ModelConfig and str(tree) in VARIANTS else ""
+            raise self.error(section, f" must be a mapping of keys, not {_kind(tree)}{hint}")
         fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
         for key in tree:
             if key not in fields:
                 path = f"{prefix}{key}"
-                raise RecipeError(f"{self.origin(path)}: unknown key {path}: {_nearest_key(str(key), list(fields))}")
+                raise RecipeError(f"{self.origin(path)}: unknown key {path}: {_nearest_key(path, list(fields))}")
         for name, field in fields.items():
             reason = field.metadata.get("needed", "") if tree else ""
             if name not in tree and (reason or field.default is field.default_factory is dataclasses.MISSING):
@@ -281,8 +316,14 @@ def _expanded(path: str, where: str) -> str:
     return expanded
 
 
-def _nearest_key(key: str, names: Sequence[str]) -> str:
+def _nearest_key(path: str, names: Sequence[str]) -> str:
     """Nearest name in the same section, or else the full path of such a key in another section."""
+    path = path.lstrip("+~")  # prefixes of hydra
+    if path == "example_train":
+        return "the quick start is a recipe of its own, recipes/example.yaml"
+    if path in REFERENCE_OPTIONS:
+        return f"here it is called {REFERENCE_OPTIONS[path]}"
+    key = path.rpartition(".")[2]
     if not difflib.get_close_matches(key, names, n=1, cutoff=0.75):
         elsewhere = [known.path for known in all_keys() if known.path.rpartition(".")[2] == key]
         if elsewhere:

@@ -376,12 +376,3 @@ def add_path_to_oserror(file: str | Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(file)
         raise
-
-
-def fsync_path(path: Path) -> None:
-    """Until what was written to a file, or the names that appeared in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

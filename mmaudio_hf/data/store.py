@@ -35,7 +35,6 @@ from mmaudio_hf.data.layout import (
     check_sizes,
     column_file,
     dtype_name,
-    fsync_path,
     ids_hash,
     layout_columns,
     manifest_columns,
@@ -52,6 +51,7 @@ from mmaudio_hf.data.layout import (
     write_all,
     write_text,
 )
+from mmaudio_hf.files import fsync_path
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES, audio_mode, check_id
 
 _BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory

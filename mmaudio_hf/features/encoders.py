@@ -30,6 +30,7 @@ SYNC_FILE = "synchformer_state_dict.pth"
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
 _FIT_SECONDS = 1500  # of audio; more does not change the principal components
+_FIT_FILE_SECONDS = 300  # of one file, whose waveform is in memory as a whole
 _FIT_PEAK = 0.95
 
 Networks = dict[str, Callable[..., Any]]
@@ -330,7 +331,7 @@ def _even(mel: Tensor) -> Tensor:
 def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str | os.PathLike]) -> Path:
     """Fit the toy codec to the audio of `media` (videos or audio files, in this order) and return its file.
 
-    Up to 25 minutes are used; files that cannot be read are skipped. An existing codec is replaced.
+    Up to 25 minutes are used, 5 of each file; files that cannot be read are skipped. An existing codec is replaced.
     ValueError when no file has usable audio.
     """
     mels, seconds, spectrogram = [], 0.0, MelSpectrogram(mode)
@@ -351,8 +352,8 @@ def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str
 
 
 def _fitting_mel(path: str | os.PathLike, spectrogram: MelSpectrogram) -> Tensor:
-    """Mel (bins, frames) of the whole file."""
-    waveform, rate = read_waveform(path)
+    """Mel (bins, frames) of a file."""
+    waveform, rate = read_waveform(path, _FIT_FILE_SECONDS)
     peak = peak_of(waveform, str(path))
     if peak < SILENCE or len(waveform) < rate:
         raise MediaError("silent", f"{path}: has less than a second of audio")

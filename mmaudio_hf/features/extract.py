@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmaudio_hf.config import AudioSource, Recipe, VideoSource
+from mmaudio_hf.config import AudioSource, Recipe, VideoSource, read_json_lines
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
 from mmaudio_hf.features.shards import Item, Job, Shard
 from mmaudio_hf.features.toy import toy_codec_file
@@ -104,32 +104,50 @@ class ExtractionReport:
         )
 
 
+class Options(TypedDict, total=False):
+    """Options of an extraction."""
+
+    problems: Problems | None  # what an audit found; such an item is a reject of the stage "audit", its file unopened
+    share: Share  # the shards that this process makes
+    clean: bool  # remove the shards of a complete store
+    progress: bool
+
+
 def extract_video(
-    recipe: Recipe,
-    source: VideoSource,
-    open_writer: OpenWriter,
-    *,
-    problems: Problems | None = None,
-    share: Share = _ALL_SHARDS,
-    clean: bool = False,
-    progress: bool = True,
+    recipe: Recipe, source: VideoSource, open_writer: OpenWriter, **options: Unpack[Options]
 ) -> ExtractionReport:
     """Make the feature store `source.name` in `extraction.output_dir` of the videos that `source.list` lists.
 
     recipe: gives `model.mode` and `model.duration`, `encoders` and `extraction`; the toy codec is fitted to these media
     if there is none. extraction.batch_size items go through the encoders together, fewer after out-of-memory;
     extraction.num_proc processes, process i on CUDA device i modulo their number, make shards of extraction.shard_size
-    rows. With source.max_clips > 1 each clip in `extraction.clips_path(source)` is a row. share: the shards that this
-    process makes. clean: remove the shards of a complete store. problems: what an audit found; such a video is a reject
-    of the stage "audit", and its file is not opened.
+    rows. With source.max_clips > 1 each clip in `extraction.clips_path(source)` is a row.
 
     A file that cannot be used is rejected, never fatal. Raises ValueError for mistakes in settings, lists and folders
     before any work, when the disk is too small, and when every item was rejected (then there is no store); OSError
     naming the file when the disk fills up all the same; RunError when memory holds not even one item, a worker process
     dies, or another run changes the shards.
     """
-    job = Job(recipe, source, share)
-    _check_settings(job)
+    return _extract(recipe, source, open_writer, **options)
+
+
+def extract_audio(
+    recipe: Recipe, source: AudioSource, open_writer: OpenWriter, **options: Unpack[Options]
+) -> ExtractionReport:
+    """Make the feature store `source.name` of the clips of audio files in `extraction.clips_path(source)`.
+
+    `source.list` is a TSV of captions (`id` of the audio file, `caption`; several rows per id allowed). Every clip
+    gives one row for each different caption of its file that `source.captions` selects: the first has the id of the
+    clip, the n-th that id and `.n`. A clip whose file has no caption is rejected as no_caption, a listed file without
+    any clip as no_clip. The rest is as for `extract_video`.
+    """
+    return _extract(recipe, source, open_writer, **options)
+
+
+# --- The items -------------------------------------------------------------------------------------------------------
+
+
+def _video_items(job: Job, source: VideoSource, problems: Problems | None) -> list[Item]:
     items: list[Item] = []
     folder = MediaFolder(source.media_dir, "video")
     starts = _video_starts(job) if source.max_clips > 1 else {}
@@ -140,30 +158,11 @@ def extract_video(
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
         for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):
             items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start))
-    return _extract(job, items, open_writer, clean, progress)
+    return items
 
 
-def extract_audio(
-    recipe: Recipe,
-    source: AudioSource,
-    open_writer: OpenWriter,
-    *,
-    problems: Problems | None = None,
-    share: Share = _ALL_SHARDS,
-    clean: bool = False,
-    progress: bool = True,
-) -> ExtractionReport:
-    """Make the feature store `source.name` of the clips of audio files in `extraction.clips_path(source)`.
-
-    `source.list` is a TSV of captions (`id` of the audio file, `caption`; several rows per id allowed). Every clip
-    gives one row for each different caption of its file that `source.captions` selects: the first has the id of the
-    clip, the n-th that id and `.n`. A clip whose file has no caption is rejected as no_caption, a listed file without
-    any clip as no_clip. The rest is as for `extract_video`.
-    """
-    job, clips_path = Job(recipe, source, share), recipe.extraction.clips_path(source)
-    _check_settings(job)
-    if not clips_path.is_file():
-        raise ValueError(f"{clips_path}: no such clip list; make it with `mmaudio-hf partition`")
+def _audio_items(job: Job, source: AudioSource, problems: Problems | None) -> list[Item]:
+    clips_path = job.recipe.extraction.clips_path(source)
     folder, captions = MediaFolder(source.media_dir, "audio"), _captions(source)
     items: list[Item] = []
     files: dict[str, tuple[str, Problem | None]] = {}
@@ -182,17 +181,20 @@ def extract_audio(
     repeated = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
     if repeated:
         raise ValueError(f"{clips_path}: clip {repeated[0]!r} has the id of another clip's second caption; rename it")
+    left_out = _left_out_of_clips(clips_path)
     for name in captions:
         if name not in files:
-            message = f"{clips_path}: has no clip of {name!r}; it is absent, damaged or shorter than 8.1 s"
+            reason = left_out.get(name, "it is absent, or newer than the list")
+            message = f"{clips_path}: has no clip of {name!r}; {reason}"
             items.append(Item(name, "", str(Path(source.media_dir) / name), problem=("list", "no_clip", message)))
-    clips = len({(item.path, item.span) for item in items if item.span})
-    if progress and any(len(of_file) > 1 for of_file in captions.values()):
-        tqdm.write(
-            f"{source.name}: {len(items)} rows of {clips} clips, one for each caption of a file; `captions: last` (or"
-            " first) in the recipe's source takes one, as the reference implementation takes the last"
-        )
-    return _extract(job, items, open_writer, clean, progress)
+    return items
+
+
+def _left_out_of_clips(clips_path: Path) -> dict[str, str]:
+    """Name of an audio file -> why `partition` gave it no clip, as far as it left that beside the list."""
+    path = clips_path.with_suffix(".rejects.jsonl")
+    rejects = read_json_lines(path)[0] if path.is_file() else []
+    return {stem_of(str(r.get("file", "")).rpartition("/")[2], "audio"): str(r.get("message", "")) for r in rejects}
 
 
 # --- Before the work -------------------------------------------------------------------------------------------------
@@ -208,17 +210,17 @@ def _check_settings(job: Job) -> None:
     pick_device(job.recipe.encoders.device)
     if not Path(job.source.media_dir).is_dir():
         raise ValueError(f"{job.source.media_dir}: no such folder; it must hold the media of {job.name!r}")
+    clips = job.recipe.extraction.clips_path(job.source)
+    if (isinstance(job.source, AudioSource) or job.source.max_clips > 1) and not clips.is_file():
+        raise ValueError(f"{clips}: no such clip list; make it with `mmaudio-hf partition`")
     if job.output_dir.exists() and not job.output_dir.is_dir():
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
 
 
 def _video_starts(job: Job) -> dict[str, list[VideoStart]]:
     """Clips by the name of their video."""
-    path = job.recipe.extraction.clips_path(job.source)
     starts: dict[str, list[VideoStart]] = {}
-    if not path.is_file():
-        raise ValueError(f"{path}: no such clip list; make it with `mmaudio-hf partition`")
-    for clip in read_video_clips(path):
+    for clip in read_video_clips(job.recipe.extraction.clips_path(job.source)):
         starts.setdefault(clip.name, []).append(clip)
     return starts
 
@@ -243,6 +245,15 @@ def _captions(source: AudioSource) -> dict[str, list[str]]:
             of_file.clear()
         of_file.setdefault(row.caption)
     return {name: list(of_file)[: 1 if source.captions == "first" else None] for name, of_file in captions.items()}
+
+
+def _print_row_count(job: Job, items: Sequence[Item], progress: bool) -> None:
+    clips = len({(item.path, item.span) for item in items if item.span})
+    if progress and sum(item.span is not None for item in items) > clips:
+        tqdm.write(
+            f"{job.name}: {len(items)} rows of {clips} clips, one for each caption of a file; `captions: last` (or"
+            " first) in the recipe's source takes one, as the reference implementation takes the last"
+        )
 
 
 def _prepare_encoders(job: Job, items: Sequence[Item]) -> None:
@@ -278,8 +289,22 @@ def _check_disk_space(job: Job, pending_rows: int, store_rows: int) -> None:
 # --- The extraction --------------------------------------------------------------------------------------------------
 
 
-def _extract(job: Job, items: list[Item], open_writer: OpenWriter, clean: bool, progress: bool) -> ExtractionReport:
-    started = time.monotonic()
+def _extract(
+    recipe: Recipe,
+    source: VideoSource | AudioSource,
+    open_writer: OpenWriter,
+    problems: Problems | None = None,
+    share: Share = _ALL_SHARDS,
+    clean: bool = False,
+    progress: bool = True,
+) -> ExtractionReport:
+    started, job = time.monotonic(), Job(recipe, source, share)
+    _check_settings(job)
+    if isinstance(source, VideoSource):
+        items = _video_items(job, source, problems)
+    else:
+        items = _audio_items(job, source, problems)
+        _print_row_count(job, items, progress)
     store = job.output_dir / job.name
     if store.exists() and not _key_of_store(job) and not (job.folder / "store.json").is_file():  # of earlier versions
         raise ValueError(f"{store} exists and was not made by extraction: move it or give the store another name")

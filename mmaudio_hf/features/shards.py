@@ -26,7 +26,10 @@ from mmaudio_hf.features.encoders import fingerprints
 from mmaudio_hf.files import Share, hash_of, locked, read_json, sha256_of
 from mmaudio_hf.schema import SCHEMA_VERSION, RunError, column_shapes
 
-VERSION = 1  # part of every key: raise it when the same inputs give other features
+# Part of every key: raise it when the same inputs give other features. 2: audio lies where its timestamps say, after
+# holes and overlaps too.
+VERSION = 2
+_REFERENCE_VERSION = 1  # of `alignment: reference`, which stays as published
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Job:
         if self.is_video:
             alignment = self.recipe.extraction.alignment
             settings |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
+            if alignment == "reference":
+                settings["version"] = _REFERENCE_VERSION
         return settings
 
     @property

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.features.encoders import Encoders, load_encoders, pick_device
 from mmaudio_hf.features.shards import Item, Job, Shard, reject_of
-from mmaudio_hf.files import RESUME_HINT, add_path_to_oserror, locked, sha256_of, sync, write_text
+from mmaudio_hf.files import RESUME_HINT, add_path_to_oserror, fsync_path, locked, sha256_of, write_text
 from mmaudio_hf.media.audio import read_audio_clips
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import VideoClip, read_video
@@ -187,7 +187,7 @@ class ShardMaker:
                 with contextlib.closing(read_ahead(job, usable, self.threads, self.ahead)) as reader:
                     _map(job, usable, batches, reader, work / "rows.arrow")
                 if batches.accepted:
-                    sync(work / "rows.arrow")
+                    fsync_path(work / "rows.arrow")
                     os.replace(work / "rows.arrow", arrow)
                 else:
                     arrow.unlink(missing_ok=True)

@@ -33,7 +33,6 @@ from mmaudio_hf.data.layout import (
     Contents,
     check_contents,
     column_file,
-    fsync_path,
     manifest_columns,
     manifest_file,
     manifest_text,
@@ -47,6 +46,7 @@ from mmaudio_hf.data.layout import (
     write_text,
 )
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
+from mmaudio_hf.files import fsync_path
 from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES

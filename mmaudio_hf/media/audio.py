@@ -46,6 +46,7 @@ _FULL_SCALE = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "fl
 _MIN_JITTER, _MAX_JITTER = 0.005, 0.02  # s; half a 25 fps frame is what training can tell apart
 _SETTLED = 0.0015  # s; containers that count milliseconds are off by one
 _NO_SAMPLES = np.zeros(0, np.float32)
+_NO_LEAD = Fraction(0)
 _MISSING = 0.1, 2400  # s, samples: mp3 files state up to 2257 samples of padding as audio
 
 
@@ -103,10 +104,12 @@ class AudioPlacement:
     Where frames overlap the later one is kept: the end of the earlier one is the padding of a joined part.
     """
 
-    def __init__(self, rate: int, frame_size: int):
+    def __init__(self, rate: int, frame_size: int, lead: Fraction = _NO_LEAD):
+        """lead: s by which the track begins after the frames that it is read with; positive or negative."""
         self.rate = rate
         seconds = min(_MAX_JITTER, max(_MIN_JITTER, 0.9 * frame_size / rate)) if frame_size else _MAX_JITTER
         self._limit = self._jitter = round(seconds * rate)
+        self._settled, self._lead = round(_SETTLED * rate), round(lead * rate)
         self.count = 0  # samples placed
         self.decoded = 0  # samples given
         self.holes = 0  # samples of silence among those placed
@@ -144,8 +147,8 @@ class AudioPlacement:
         (position, samples), (silence, earlier) = held, self._placed
         offset = 0 if position is None else position - self.count
         after = offset if following is None else following - self.count - samples.size
-        moved = min(abs(offset), abs(after)) >= self._limit and offset * after > 0
-        self._limit = round(_SETTLED * self.rate) if moved else self._jitter
+        moved = offset * after > 0 and self._is_off(min(offset, after, key=abs))
+        self._limit = self._settled if moved else self._jitter
         hole = offset if moved and offset > 0 else 0
         if moved and offset < 0:
             cut = min(-offset, earlier.size)
@@ -155,6 +158,11 @@ class AudioPlacement:
         self.count += hole + samples.size
         self._placed = hole, samples
         return silence, earlier
+
+    def _is_off(self, offset: int) -> bool:
+        # A lead and jitter that are each left alone may be 30 ms together.
+        together = abs(offset + self._lead) > _MAX_JITTER * self.rate
+        return abs(offset) >= (self._settled if together else self._limit)
 
 
 class AudioTrack:
@@ -259,14 +267,17 @@ def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[int, np.ndarray, int
             raise decode_error(path, ValueError(damage))
 
 
-def read_waveform(path: str | os.PathLike) -> tuple[torch.Tensor, int]:
-    """Whole file as mono: (waveform (samples,), sample rate in Hz).
+def read_waveform(path: str | os.PathLike, most: float = math.inf) -> tuple[torch.Tensor, int]:
+    """Whole file as mono: (waveform (samples,), sample rate in Hz). most: s after which reading stops.
 
     flac, wav, mp3, ogg, m4a and whatever else PyAV opens. Raises MediaError.
     """
-    chunks, rate = [], 0
-    for silence, samples, rate in _decode_mono(path):  # noqa: B007  (the last rate is the file's)
+    chunks, count, rate = [], 0, 0
+    for silence, samples, rate in _decode_mono(path):
         chunks += [np.zeros(silence, np.float32), samples] if silence else [samples]
+        count += silence + samples.size
+        if count > most * rate:
+            break
     if not chunks:
         raise MediaError("audio_too_short", f"{path}: has no samples; remove it from the list")
     return torch.from_numpy(np.concatenate(chunks)), rate

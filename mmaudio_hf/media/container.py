@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,8 @@ from av.video.stream import VideoStream
 
 # Formats that state their length; of others, such as raw streams, FFmpeg estimates it from the bit rate.
 _STATED_LENGTH = {"flac", "wav", "w64", "aiff", "caf", "au", "ogg", "mov", "matroska", "asf", "wv", "tta", "ape"}
+_ANIMATIONS = {"gif", "apng"}
+_IMAGE_BRANDS = {"avif", "avis", "heic", "heix", "hevc", "mif1", "msf1"}  # of the file type box
 _WAV_SLACK = 1024  # bytes that a header may promise too many
 _OGG_TAIL = 1 << 17  # bytes; a page has at most 65,307
 
@@ -40,12 +43,15 @@ class MediaError(ValueError):
 
 
 def open_media(path: str | os.PathLike) -> InputContainer:
-    """Open a local video or audio file for reading; MediaError not_found or unreadable, as a still image is too."""
+    """Open a local video or audio file for reading; MediaError not_found or unreadable, as an image is too."""
     container = open_any(path)
-    # FFmpeg looks at the content, whatever the name is, and reads images by formats of their own.
-    if container.format.name.endswith("_pipe") or container.format.name.startswith("image2"):
-        what = f"is a still image ({container.streams.video[0].codec_context.name}), not a video or audio file"
+    # FFmpeg looks at the content, whatever the name is, and reads images by formats of their own, those of AVIF and
+    # HEIC as mp4. Animations of images are no videos either: they have no audio.
+    name, brand = container.format.name, container.metadata.get("major_brand", "").strip()
+    if name.endswith("_pipe") or name.startswith("image2") or name in _ANIMATIONS or brand in _IMAGE_BRANDS:
+        codec = container.streams.video[0].codec_context.name
         container.close()
+        what = f"is a still image or an animation ({codec}), not a video or audio file"
         raise MediaError("unreadable", f"{path}: {what}; replace the file")
     return container
 
@@ -59,11 +65,25 @@ def open_any(path: str | os.PathLike) -> InputContainer:
         # Absolute, so that no name is read as a protocol; a playlist inside may not reach the network.
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        message = f"{path}: cannot be opened as media ({error.strerror or error}); replace the file"
+        message = f"{path}: cannot be opened as media ({_kind_of_text(path) or error_text(error)}); replace the file"
         raise MediaError("unreadable", message) from error
-    for stream in container.streams.video:
-        stream.codec_context.thread_count = 1  # extraction runs one process per core
+    for video in container.streams.video:
+        video.codec_context.thread_count = 1  # extraction runs one process per core
+    for audio in container.streams.audio:
+        if audio.codec_context.name == "flac":  # its frames have checksums, which FFmpeg does not look at by itself
+            audio.codec_context.options = {"err_detect": "crccheck+explode"}
     return container
+
+
+def _kind_of_text(path: Path) -> str:
+    """What a file says that is no media but text, as an error page or a Git LFS pointer; "" for other data."""
+    try:
+        text = path.open("rb").read(60).decode()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    if not text:
+        return "it is empty"
+    return "" if "\0" in text else f"it is text: {text!r}"
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
@@ -182,7 +202,7 @@ def _skip_id3(file: BinaryIO) -> None:
 
 
 def is_cut_off(path: str | os.PathLike, container: InputContainer) -> bool:
-    """Whether a wav or Ogg file ends before its last chunk or page does. FFmpeg takes both as they are."""
+    """Whether a wav or Ogg file ends within its last chunk or page, or that page is damaged: no error for FFmpeg."""
     if container.format.name == "wav":
         return _wav_is_cut(path)
     return container.format.name == "ogg" and _ogg_is_cut(path)
@@ -211,4 +231,16 @@ def _ogg_is_cut(path: str | os.PathLike) -> bool:
     if start < 0 or len(tail) < start + 27:
         return True
     segments = tail[start + 27 : start + 27 + tail[start + 26]]
-    return len(tail) < start + 27 + tail[start + 26] + sum(segments)
+    page = tail[start : start + 27 + len(segments) + sum(segments)]
+    whole = len(segments) == tail[start + 26] and len(page) == 27 + len(segments) + sum(segments)
+    return not whole or _ogg_checksum(page) != page[22:26]
+
+
+_BITS_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """CRC-32 of a page without its own field (RFC 3533): that of zlib with the bits in the other order, begun at 0."""
+    page = (page[:22] + bytes(4) + page[26:]).translate(_BITS_REVERSED)
+    crc = zlib.crc32(page, 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")

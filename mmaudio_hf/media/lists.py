@@ -9,6 +9,7 @@ Clip lists say which samples or seconds of audio files and long videos become ro
 import contextlib
 import csv
 import difflib
+import itertools
 import json
 import os
 import re
@@ -48,7 +49,7 @@ _MAX_CLIPS = 5
 _VIDEO_MARGIN = 0.1  # s that a clip of a video may end before the track: the audio is often that much shorter
 _AUDIO_COLUMNS = ("id", "name", "start_sample", "end_sample")
 _VIDEO_COLUMNS = ("id", "name", "start")
-_VERSION = 1  # part of the key of a shard
+_VERSION = 2  # part of the key of a shard: raise it when the same file gives other clips
 _ALL_SHARDS = Share()
 
 
@@ -187,9 +188,10 @@ def read_media_list(
     for line, row in read_table(path, ("id", text_column), synonyms=_TEXT_COLUMNS):
         where = f"{path}, line {line}"
         item_id = check_id(row["id"].strip(), where)
-        if unique_ids and item_id in lines:
-            raise ValueError(f"{where}: id {item_id!r} is already on line {lines[item_id]}; remove one of the two rows")
-        lines.setdefault(item_id, line)
+        name = normal_name(item_id)  # two forms of one name in Unicode are one file
+        if unique_ids and name in lines:
+            raise ValueError(f"{where}: id {item_id!r} is already on line {lines[name]}; remove one of the two rows")
+        lines.setdefault(name, line)
         items.append(MediaItem(item_id, row[text_column], line))
     return items
 
@@ -239,34 +241,40 @@ def read_rows(
             yield line, columns
             line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
             for row in reader:
-                _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
-                if row:
+                if any(field.strip() for field in row):
+                    _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
                     yield line, row
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {_quote_problem(error)}") from error
+        raise ValueError(f"{path}, line {line}: {_quote_problem(path, line, error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _check_row(where: str, row: list[str], header: list[str], end: int, delimiter: str) -> None:
-    if row and len(row) != len(header):
+    if len(row) != len(header):
         raise ValueError(f"{where}: {len(row)} fields, the header has {len(header)}")
-    for field in (field for field in row if "\n" in field or "\r" in field):
-        # A caption may have several lines. Lines that look like rows have been swallowed by a stray quote.
-        swallowed = [line for line in field.splitlines()[1:] if line.count(delimiter) >= len(header) - 1 > 0]
-        if swallowed:
-            raise ValueError(
-                f"{where}: a field begins with a quote here and ends on line {end}, with {len(swallowed)} rows in it;"
-                " remove the quote, or quote the field as pandas does"
-            )
+    text, delimiters = delimiter.join(row), len(header) - 1
+    if "\0" in text:
+        raise ValueError(f"{where}: has a NUL byte; write the file again, as UTF-8 text")
+    # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others are whole rows.
+    whole = [line.count(delimiter) == delimiters for line in text.splitlines()]
+    if delimiters and whole[0] and (swallowed := sum(whole[1:])):
+        raise ValueError(
+            f"{where}: a field begins with a quote here and ends on line {end}, with {swallowed} rows in it;"
+            " remove the quote, or quote the field as pandas does"
+        )
 
 
-def _quote_problem(error: csv.Error) -> str:
+def _quote_problem(path: str | os.PathLike, line: int, error: csv.Error) -> str:
     text = str(error)
-    if "field larger" in text or "unexpected end" in text:
+    if "field larger" not in text and "unexpected end" not in text:
+        return f"{text}; quote the field as pandas does"
+    with open(path, encoding="utf-8-sig") as file:
+        first = next(itertools.islice(file, line - 1, None), "")
+    if re.search(r'(^|[\t,;])"', first):
         return f"a field begins with a quote here that nothing ends ({text}); remove it, or quote as pandas does"
-    return f"{text}; quote the field as pandas does"
+    return f"a field is too long ({text}); shorten it"
 
 
 def _column_indices(
@@ -275,15 +283,18 @@ def _column_indices(
     """Index of each required column; a column of `synonyms` may have any of those names."""
     if not header:
         raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
-    lower, indices = [name.lower() for name in header], {}
+    if "\0" in "".join(header):
+        raise ValueError(f"{path}: has NUL bytes; write the file again, as UTF-8 text")
+    lower, indices = [name.lower() for name in header], dict[str, int]()
     for name in columns:
         names = [name, *(s for s in synonyms if name in synonyms and s != name)]
         present = next((n for n in names if n in lower), None)
         if present is None:
             nearest = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
-            hint = f"; rename {nearest[0]!r}?" if nearest else ""
+            hint = f"; rename {nearest[0]!r}?" if nearest and len(header) > 1 else ""
             hint += "; columns must be separated by tabs" if len(header) == 1 else ""
-            raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; it has {header}{hint}")
+            hint += "; `mmaudio-hf prepare` makes lists of csv files and other tables" if not indices else ""
+            raise ValueError(f"{path}: no column {' or '.join(map(repr, names))}; it has {str(header)[:200]}{hint}")
         exact = header if present in header else lower
         if exact.count(present) > 1:
             raise ValueError(f"{path}: column {present!r} is there more than once")

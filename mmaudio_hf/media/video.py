@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import av
 import av.filter
+import av.sidedata.sidedata
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,7 @@ SAME_START = Fraction(1, 2 * SYNC_FPS)  # s; a smaller offset is below what 25 f
 PADDING = 0.015  # s of missing audio that "timestamps" fills with zeros: half an AAC frame, and 353280 samples - 8 s
 _HOLD = Fraction(1, 4)  # s that `read_windows` shows the last frame longer, where the file ends a little early
 _SEEK_MARGIN = 1  # s before a window, so that frames which depend on an earlier keyframe are complete
+_SIDE_DATA_TYPES = 40  # FFmpeg 8 has 32
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
 
 
@@ -366,7 +368,8 @@ def _align(request: _Request, starts: _TrackStarts) -> "tuple[list[_FrameGrid], 
     skip = request.start + (0 if own_starts else origin - audio_start)
     rate = starts.sample_rate
     needed = math.ceil(lengths.audio_samples * rate / audio_mode(request.mode).sample_rate)
-    placement = AudioPlacement(rate, starts.frame_size) if request.by_timestamps else None
+    lead = audio_start - starts.video if own_starts else Fraction(0)
+    placement = AudioPlacement(rate, starts.frame_size, lead) if request.by_timestamps else None
     keep = needed + rate  # the resampling filter is far shorter than 1 s
     return grids, WaveformBuffer(round(skip * rate), needed, keep, placement)
 
@@ -450,27 +453,38 @@ class RgbConverter:
         """(H, W, 3) uint8."""
         layout = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
         if self.graph is None or layout != self.layout:  # also when the size changes within a file
-            self.layout, self.graph = layout, _rgb_graph(frame)
+            self.layout, self.graph = layout, _graph(frame, ("format", "pix_fmts=rgb24"))
             # Not of every frame: one whose side data were read stays in memory until the garbage collector runs.
-            matrix = frame.side_data.get("DISPLAYMATRIX") if self.rotate else None
-            # mypy: a buffer, though the stubs of PyAV do not say so
-            self.matrix = None if matrix is None else np.frombuffer(bytes(matrix), np.int32)  # type: ignore[call-overload]
+            self.matrix = _display_matrix(frame) if self.rotate else None
         self.graph.push(frame)
         rgb = self.graph.pull().to_ndarray()
         return rgb if self.matrix is None else apply_display_matrix(rgb, self.matrix)
 
 
-def _rgb_graph(frame: av.VideoFrame) -> av.filter.Graph:
+def _graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.filter.Graph:
+    """A chain of filters, each (name, arguments), for frames like this one."""
     graph = av.filter.Graph()
     graph.threads = 1  # waking threads costs more than converting a frame
-    source = graph.add_buffer(
+    last = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
     )
-    convert, sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
-    source.link_to(convert)
-    convert.link_to(sink)
+    for following in (*(graph.add(name, arguments) for name, arguments in filters), graph.add("buffersink")):
+        last.link_to(following)
+        last = following
     graph.configure()
     return graph
+
+
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV refuses side data that it has no name for, as the EXIF of a photo, with all the others
+        unnamed = set(range(_SIDE_DATA_TYPES)) - set(av.sidedata.sidedata.Type._value2member_map_)
+        graph = _graph(frame, *(("sidedata", f"mode=delete:type={number}") for number in unnamed))
+        graph.push(frame)
+        matrix = graph.pull().side_data.get("DISPLAYMATRIX")
+    # mypy: a buffer, though the stubs of PyAV do not say so
+    return None if matrix is None else np.frombuffer(bytes(matrix), np.int32)  # type: ignore[call-overload]
 
 
 def apply_display_matrix(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:

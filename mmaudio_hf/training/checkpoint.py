@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.data.layout import fsync_path
+from mmaudio_hf.files import fsync_path
 from mmaudio_hf.training.distributed import TensorGroups
 
 STATE_FILE = "state.json"
