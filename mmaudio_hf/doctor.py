@@ -31,6 +31,7 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
+from mmaudio_hf.media.lists import source_problems
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import list_checkpoints
@@ -174,8 +175,8 @@ def _media(launch: Launch) -> Iterator[tuple[str, str]]:
                 yield "ok", f"{key}: {command} writes media and list from the data set {source.dataset.path}"
             elif not Path(source.media_dir).is_dir():
                 yield "warn", f"{key}: media_dir {source.media_dir} is not a folder"
-            elif not Path(source.list).is_file():
-                yield "warn", f"{key}: list {source.list} is missing"
+            elif problems := source_problems(extraction, source):
+                yield "warn", f"{key}: {'; '.join(problems)}"
             else:
                 yield "ok", f"{key}: media and list are present, {command} makes the store"
 

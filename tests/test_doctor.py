@@ -111,6 +111,10 @@ def test_every_missing_store_and_folder_is_named(folder, capsys):
     assert code == 1 and levels["data.train"] == "FAIL" and levels["media"] == "warn"
     assert "no feature store at nowhere" in text and "no feature store at elsewhere" in text
     assert "extraction.videos nowhere: media_dir no_media is not a folder" in text
+    (folder / "stray.tsv").write_text('id\tlabel\na\t"b\nc\td"\n')
+    changes[2] = f"extraction.audios=[{{name: stray, media_dir: {folder}, list: {folder / 'stray.tsv'}}}]"
+    _, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "1", "--quick")
+    assert levels["media"] == "warn" and "stray.tsv, line 2: a field begins with a quote here" in text
     assert levels["speed"] == "warn" and "lower training.steps" in text
 
 

@@ -257,7 +257,7 @@ def _check_row(where: str, row: list[str], header: list[str], end: int, delimite
     text, delimiters = delimiter.join(row), len(header) - 1
     if "\0" in text:
         raise ValueError(f"{where}: has a NUL byte; write the file again, as UTF-8 text")
-    # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others are whole rows.
+    # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others are rows.
     whole = [line.count(delimiter) == delimiters for line in text.splitlines()]
     if delimiters and whole[0] and (swallowed := sum(whole[1:])):
         raise ValueError(
@@ -518,24 +518,28 @@ def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:
 
     Opens no media. Clip lists are read where they exist: `partition` writes them.
     """
-    problems: list[str] = []
     sources: list[VideoSource | AudioSource] = [*extraction.videos, *extraction.audios]
-    for source in sources:
-        if not Path(source.media_dir).is_dir():
-            problems.append(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
-        if not lists:
-            continue
-        clips = extraction.clips_path(source)
-        try:
-            read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
-            if clips.is_file() and isinstance(source, AudioSource):
-                read_clips(clips)
-            elif clips.is_file() and isinstance(source, VideoSource) and source.max_clips > 1:
-                read_video_clips(clips)
-        except ValueError as error:
-            problems.append(str(error))
+    problems = [problem for source in sources for problem in source_problems(extraction, source, lists)]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def source_problems(extraction: ExtractionConfig, source: VideoSource | AudioSource, lists: bool = True) -> list[str]:
+    """What `check_sources` says of one source."""
+    problems = []
+    if not Path(source.media_dir).is_dir():
+        problems.append(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
+    clips = extraction.clips_path(source)
+    try:
+        if lists:
+            read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
+        if lists and clips.is_file() and isinstance(source, AudioSource):
+            read_clips(clips)
+        elif lists and clips.is_file() and isinstance(source, VideoSource) and source.max_clips > 1:
+            read_video_clips(clips)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
 
 
 def read_clips(path: str | os.PathLike) -> list[Clip]:
