@@ -113,7 +113,7 @@ def test_every_missing_store_and_folder_is_named(folder, capsys):
     assert "extraction.videos nowhere: media_dir no_media is not a folder" in text
     (folder / "stray.tsv").write_text('id\tlabel\na\t"b\nc\td"\n')
     changes[2] = f"extraction.audios=[{{name: stray, media_dir: {folder}, list: {folder / 'stray.tsv'}}}]"
-    _, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "1", "--quick")
+    _, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "1")
     assert levels["media"] == "warn" and "stray.tsv, line 2: a field begins with a quote here" in text
     assert levels["speed"] == "warn" and "lower training.steps" in text
 

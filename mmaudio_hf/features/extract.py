@@ -10,6 +10,7 @@ its lock, and the run that finds all of them complete exports the store. A store
 left as it is, whether or not its shards are still there.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -26,7 +27,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmaudio_hf.config import AudioSource, Recipe, VideoSource, read_json_lines
+from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
 from mmaudio_hf.features.shards import Item, Job, Shard
 from mmaudio_hf.features.toy import toy_codec_file
@@ -192,9 +193,12 @@ def _audio_items(job: Job, source: AudioSource, problems: Problems | None) -> li
 
 def _left_out_of_clips(clips_path: Path) -> dict[str, str]:
     """Name of an audio file -> why `partition` gave it no clip, as far as it left that beside the list."""
-    path = clips_path.with_suffix(".rejects.jsonl")
-    rejects = read_json_lines(path)[0] if path.is_file() else []
-    return {stem_of(str(r.get("file", "")).rpartition("/")[2], "audio"): str(r.get("message", "")) for r in rejects}
+    path, messages = clips_path.with_suffix(".rejects.jsonl"), {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # for messages alone: a damaged line is no loss
+            reject = json.loads(line)
+            messages[stem_of(Path(reject["file"]).name, "audio")] = str(reject["message"])
+    return messages
 
 
 # --- Before the work -------------------------------------------------------------------------------------------------

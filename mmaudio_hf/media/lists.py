@@ -258,8 +258,9 @@ def _check_row(where: str, row: list[str], header: list[str], end: int, delimite
     if "\0" in text:
         raise ValueError(f"{where}: has a NUL byte; write the file again, as UTF-8 text")
     # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others are rows.
-    whole = [line.count(delimiter) == delimiters for line in text.splitlines()]
-    if delimiters and whole[0] and (swallowed := sum(whole[1:])):
+    first, *others = (line.count(delimiter) for line in text.splitlines())
+    swallowed = sum(count >= delimiters for count in others)
+    if first == delimiters > 0 and swallowed:
         raise ValueError(
             f"{where}: a field begins with a quote here and ends on line {end}, with {swallowed} rows in it;"
             " remove the quote, or quote the field as pandas does"
