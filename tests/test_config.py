@@ -60,6 +60,14 @@ MISTAKES = [
     ("model.duration=0.1", r"shorter than one sync segment"),
     ("card.licence=mit", r"unknown key card\.licence: did you mean 'license'"),
     ("card.license=My own", r"card\.license 'My own' must be a licence as the Hub names it"),
+    (
+        "extraction.videos=[{name: a, media_dir: m, list: l, dataset: {path: 'parquet:https://me:pw@h/x'}}]",
+        r"extraction\.videos\.0\.dataset\.path holds a password or token",
+    ),
+    (
+        "extraction.videos=[{name: a, media_dir: m, list: l, dataset: {path: o/n}}, {name: b, media_dir: m, list: l}]",
+        r"two sources have the list l, which is written from a data set",
+    ),
     ("card.sources=[{store: a}, {store: a}]", r"card\.sources names a twice"),
     ("card.sources=[{store: a, source: 'https://me:word@host/a'}]", r"the entry of a holds a password or token"),
     ("ema.start=300000", r"ema\.start 300000 must be less than training\.steps 300000"),

@@ -33,6 +33,7 @@ Target = Literal["qkv", "proj", "mlp", "modulation", "inputs", "conditions", "ou
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
 _REJECT: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
+_SECRET = r"://[^/]*@|hf_\w{20}"
 _CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
 
 # A configuration from the Hub may hold any number: larger ones would take all memory before the weights are compared.
@@ -224,6 +225,7 @@ class DatasetConfig(Settings):
         """A path where anything else is set."""
         changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
         _require(bool(self.path) or not changed, f"dataset.path is missing beside {', '.join(changed)}")
+        _require(not re.search(_SECRET, self.path), "dataset.path holds a password or token: remove it")
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,11 @@ class ExtractionConfig(Settings):
         )
         twice = _repeated(source.name for source in (*self.videos, *self.audios))
         _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")
+        written = {source.list for source in (*self.videos, *self.audios) if source.dataset.path}
+        shared = written.intersection(_repeated(source.list for source in (*self.videos, *self.audios)))
+        _require(
+            not shared, f"extraction: two sources have the list {', '.join(shared)}, which is written from a data set"
+        )
 
 
 @dataclass(frozen=True)
@@ -512,7 +519,7 @@ class CardConfig(Settings):
         )
         twice = _repeated(source.store for source in self.sources)
         _require(not twice, f"card.sources names {', '.join(twice)} twice")
-        secret = [s.store for s in self.sources if re.search(r"://[^/]*@|hf_\w{20}", f"{s.source} {s.license}")]
+        secret = [s.store for s in self.sources if re.search(_SECRET, f"{s.source} {s.license}")]
         _require(not secret, f"card.sources: the entry of {', '.join(secret)} holds a password or token: remove it")
 
 

@@ -13,11 +13,12 @@ import math
 import mmap
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -52,8 +53,23 @@ from mmaudio_hf.data.layout import (
     write_text,
 )
 from mmaudio_hf.files import fsync_path
-from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, TEXT_FEATURES, audio_mode, check_id
+from mmaudio_hf.schema import (
+    AUDIO_COLUMNS,
+    CLIP_FEATURES,
+    MEAN,
+    SCHEMA_VERSION,
+    SYNC_FEATURES,
+    TEXT_FEATURES,
+    VIDEO_COLUMNS,
+    audio_mode,
+    check_id,
+)
 
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+_DESCRIBED = ("mode", "duration", "encoders", "preprocessing", "normalisation")  # in the manifest, of the features
 _BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory
 _CHUNK = 1 << 14  # elements; see _MappedColumn
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # see FeatureStore.content_hash
@@ -221,6 +237,82 @@ class FeatureStore:
             self._statistics = (moments.mean.float(), moments.std().float())
         return self._statistics
 
+    def to_dataset(self) -> "datasets.Dataset":
+        """The rows as a `datasets.Dataset`: `id`, `caption`, and a nested list of float32 for each column.
+
+        float32 columns are mapped, so it takes no memory; those of the compact layout are written out in float32, to
+        the cache of `datasets`. `info.description` says what the features are (encoders ...), for `from_dataset`.
+        """
+        import datasets  # here and below: training does without it
+
+        columns: dict[str, Any] = dict.fromkeys(("id", "caption"), datasets.Value("string"))
+        for name, column in self.columns.items():
+            columns[name] = datasets.Value("float32")
+            for length in reversed(column.shape):
+                columns[name] = datasets.List(columns[name], length=length)
+        # `datasets` knows what it cached by the fingerprint, so this one covers captions and every byte.
+        features, fingerprint = datasets.Features(columns), (self.manifest or {}).get("checksum") or uuid.uuid4().hex
+        if self.layout == "reference":
+            table = datasets.table.InMemoryTable(self._arrow_table(features.arrow_schema))
+            dataset = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
+        else:
+            dataset = datasets.Dataset.from_generator(self._float_rows, features, fingerprint=fingerprint)
+        known = {key: (self.manifest or {}).get(key) for key in _DESCRIBED}
+        sync_dtype = dtype_name(self.columns[SYNC_FEATURES].dtype) if self.has_video else "float32"
+        dataset.info.description = json.dumps(known | {"layout": self.layout, "sync_dtype": sync_dtype})
+        return dataset
+
+    def _arrow_table(self, schema: "pa.Schema") -> "pa.Table":
+        """All rows, without a copy; in chunks, since Arrow copies whole chunks where rows are taken out of order."""
+        import pyarrow as pa
+
+        arrays = [pa.chunked_array([self.ids], pa.string()), pa.chunked_array([self.captions], pa.string())]
+        for name, column in self.columns.items():
+            outer, buffer = schema.field(name).type, pa.py_buffer(self._maps[name].memory)
+            step, chunks = max(1, _BLOCK_BYTES // column.row_bytes), []
+            for first in range(0, len(self), step):
+                size = min(step, len(self) - first) * column.row_bytes
+                block = buffer.slice(first * column.row_bytes, size)
+                values = pa.Array.from_buffers(pa.float32(), size // 4, [None, block])
+                inner = pa.FixedSizeListArray.from_arrays(values, type=outer.value_type)
+                chunks.append(pa.FixedSizeListArray.from_arrays(inner, type=outer))
+            arrays.append(pa.chunked_array(chunks, outer))
+        return pa.table(arrays, schema=schema)
+
+    def _float_rows(self) -> Iterator[dict[str, Any]]:
+        for row, (item_id, caption) in enumerate(zip(self.ids, self.captions, strict=True)):
+            values = {name: value[0].float().numpy() for name, value in self.read([row]).items()}
+            yield {"id": item_id, "caption": caption, **values}
+
+    @classmethod
+    def from_dataset(cls, dataset: "datasets.Dataset", path: str | Path, **metadata: Any) -> "FeatureStore":
+        """Write a `datasets.Dataset` with the columns that `to_dataset` gives as the store `path`, and open it.
+
+        metadata: arguments of `StoreWriter`, in place of those in `info.description`, which the Hub does not keep.
+        Further columns are left out. ValueError for columns that are missing or ragged, and where neither of the two
+        has mode, duration and encoders.
+        """
+        given = _described(dataset.info.description) | metadata
+        if missing := [key for key in ("mode", "duration", "encoders") if key not in given]:
+            raise ValueError(f"the data set does not say {', '.join(missing)} of its features: give them, or None")
+        text_name = "label" if "label" in dataset.column_names else "caption"
+        names = [name for name in VIDEO_COLUMNS if name in dataset.column_names]
+        wanting = {"id", text_name, *(VIDEO_COLUMNS if CLIP_FEATURES in names else AUDIO_COLUMNS)}
+        if missing := sorted(wanting - set(dataset.column_names)):
+            raise ValueError(f"the data set has no column {', '.join(missing)}; it has {dataset.column_names}")
+        if len(dataset) == 0:
+            raise ValueError("the data set has no rows")
+        shapes = {name: np.asarray(values).shape for name, values in dataset.select_columns(names)[0].items()}
+        with StoreWriter(path, shapes, len(dataset), **given | {"encoders": given["encoders"] or {}}) as writer:
+            step = max(1, _BLOCK_BYTES // sum(column.row_bytes for column in writer.columns.values()))
+            rows = dataset.select_columns(["id", text_name, *names]).with_format("arrow")
+            for first in range(0, len(dataset), step):
+                block = rows[first : first + step]
+                values = {name: _dense(block[name], name, shapes[name]) for name in names}
+                ids, captions = (_texts(block[name], name) for name in ("id", text_name))
+                writer.write(first, ids, captions, values)
+        return cls.open(path)
+
     def close(self) -> None:
         """Close the files; the store cannot be read afterwards."""
         for column in self._maps.values():
@@ -232,6 +324,39 @@ class FeatureStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _described(description: str | None) -> dict[str, Any]:
+    """What `to_dataset` wrote; {} for a description in words."""
+    try:
+        content = json.loads(description or "")
+    except ValueError:
+        content = None
+    keys = (*_DESCRIBED, "layout", "sync_dtype")
+    return {key: content[key] for key in keys} if isinstance(content, dict) and content.keys() == set(keys) else {}
+
+
+def _texts(column: "pa.ChunkedArray", name: str) -> list[str]:
+    if column.null_count:
+        raise ValueError(f"column {name}: some values are missing")
+    return column.cast("string").to_pylist()
+
+
+def _dense(column: "pa.ChunkedArray", name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Nested lists as (B, *shape) float32."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values, rows = column.combine_chunks(), len(column)
+    values = values.storage if isinstance(values, pa.ExtensionArray) else values  # Array2D
+    for length in shape:
+        if values.null_count or pc.unique(pc.list_value_length(values)).to_pylist() != [length]:
+            raise ValueError(f"column {name}: rows differ in shape, or some have no values")
+        values = values.flatten()
+    if values.null_count:
+        raise ValueError(f"column {name}: some values are missing")
+    # A copy: torch warns of arrays that it may not write to.
+    return np.array(values.to_numpy(zero_copy_only=False), np.float32).reshape(rows, *shape)
 
 
 class _MappedColumn:
@@ -496,12 +621,11 @@ def manifest_of(
     moments: Moments,
 ) -> dict[str, Any]:
     """The manifest of a folder of columns. metadata: mode, duration, encoders, preprocessing, normalisation, counts."""
-    keys = ("mode", "duration", "encoders", "preprocessing", "normalisation", "counts")
     return {
         "schema_version": SCHEMA_VERSION,
         "layout": contents.layout,
         "rows": contents.rows,
-        **{key: metadata[key] for key in keys},
+        **{key: metadata[key] for key in (*_DESCRIBED, "counts")},
         **({"made_of": metadata["made_of"]} if metadata.get("made_of") else {}),
         "columns": manifest_columns(folder, contents),
         "ids_sha256": ids_hash(ids),
