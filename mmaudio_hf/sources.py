@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -107,7 +108,8 @@ def prepare(
         if media is None:
             raise ValueError("give the folder that the media of the data set are written to")
         config = DatasetConfig(str(source), "", "", split, True, media_column, *columns)
-        group = Path(str(source).partition(":")[2] or source).stem
+        path = Path(str(source).partition(":")[2] or source)
+        group = path.parent.name or "dataset" if re.search(r"[*?\[]", path.stem) else path.stem
         rows: Iterator[tuple[str, Row]] = ((group, row) for row in _dataset_rows(config, _builder(config), media))
     else:
         rows = _read(kind, Path(source), columns)

@@ -123,15 +123,16 @@ def test_a_folder_of_clips(tmp_path, capsys):
     write_videos(folder, names)
     write_csv(folder / "captions.csv", [("file_name", "caption"), *((name, f"clip {name}") for name in names)])
     write_csv(tmp_path / "clips.csv", [("clip", "words"), ("a.mp4", "of a")])
-    (tmp_path / "clips").mkdir()
+    (tmp_path / "tars").mkdir()
     (tmp_path / "c01.txt").write_text("of the first")
-    with tarfile.open(tmp_path / "clips/0.tar", "w") as tar:
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
         for file in (folder / "c01.mp4", tmp_path / "c01.txt"):
             tar.add(file, file.name)
     printed = run_section("A folder of 40 clips", tmp_path, "finetune_small_16k.yaml", capsys)
     stores = [FeatureStore.open(tmp_path / f"data/features_16k/own-{split}") for split in ("train", "val")]
     assert sorted(item_id for store in stores for item_id in store.ids) == [f"c{i:02d}" for i in range(1, 13)]
-    assert (tmp_path / "data/clips/c01.mp4").read_bytes() == (folder / "c01.mp4").read_bytes()
+    assert (tmp_path / "data/tars/c01.mp4").read_bytes() == (folder / "c01.mp4").read_bytes()
+    assert (tmp_path / "data/sets/tars.tsv").read_text() == "id\tcaption\nc01\tof the first\n"
     assert "own-train.tsv: " in printed and "0 of its files are not in data/own/videos" in printed
     assert (tmp_path / "output/toy/checkpoints/step_2").is_dir()
 
