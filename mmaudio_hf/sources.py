@@ -104,6 +104,8 @@ def prepare(
     shares = dict(shares or {})
     if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise ValueError(f"shares {shares} must each be above 0, and below 1 together: the rest is train")
+    for share in shares:
+        check_id(share, "split of a share")
     if kind == "dataset":
         if media is None:
             raise ValueError("give the folder that the media of the data set are written to")
@@ -251,6 +253,8 @@ def _audiocaps(path: Path) -> Iterator[Row]:
 
 
 def _youtube_id(where: str, video: str, start: str) -> str:
+    if not video.strip():
+        raise ValueError(f"{where}: has no YouTube id")
     with contextlib.suppress(ValueError, OverflowError):  # the latter for inf
         if (seconds := int(float(start))) >= 0:
             return f"{video.strip()}_{seconds:06d}"
@@ -277,7 +281,7 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
             raise ValueError(f"{file}: has no list 'data'; is it a JSON of WavCaps?")
         for number, entry in enumerate(entries):
             where = f"{file}, data[{number}]"
-            if not isinstance(entry, dict) or not {"id", "caption"} <= entry.keys():
+            if not isinstance(entry, dict) or entry.get("id") is None or "caption" not in entry:
                 raise ValueError(f"{where}: has no id and caption; is it a JSON of WavCaps?")
             # Ids of AudioSet carry an ending, Yxxx.wav, those of the other sets do not.
             for caption in _captions(entry["caption"], where):
@@ -345,6 +349,8 @@ def _builder(config: DatasetConfig) -> "DatasetBuilder":
     import datasets  # here: it takes a second, and annotation files do not need it
 
     path, files = config.path, None
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file: write BUILDER:{path}, with what reads it, as parquet, csv or webdataset")
     if not Path(path).exists():
         path, _, files = path.partition(":")
     if path == "pandas":

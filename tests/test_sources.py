@@ -86,7 +86,7 @@ def test_mistakes_in_tables_are_named(tmp_path, capsys, text, words, message):
 
 
 def test_columns_of_a_table_may_be_named(tmp_path):
-    (tmp_path / "t.tsv").write_text("clip\twords\tsplit\na.b.mp4\thello\ttrain\nNA\tyes\tval\n")
+    (tmp_path / "t.tsv").write_text("\n\nclip\twords\tsplit\na.b.mp4\thello\ttrain\nNA\tyes\tval\n")
     lists = prepare(tmp_path, "table", tmp_path / "t.tsv", "--id-column", "clip", "--text-column", "words")
     assert lists == {"t-train": [("a.b", "hello")], "t-val": [("NA", "yes")]}
 
@@ -96,6 +96,7 @@ MALFORMED = [  # kind, name of the file, its content, what the message says afte
     ("vggsound", "v.csv", "a,one,dog,train\n", ", line 1: start 'one' is not a number of seconds"),
     ("vggsound", "v.csv", "a,1,dog,train\nb,-3,dog,train\n", ", line 2: start '-3'"),
     ("vggsound", "v.csv", "a,inf,dog,train\n", ", line 1: start 'inf'"),
+    ("vggsound", "v.csv", ",1,dog,train\n", ", line 1: has no YouTube id"),
     ("vggsound", "v.csv", "a,1,dog,trian\n", ", line 1: split 'trian' is neither train nor test"),
     ("vggsound", "v.csv", "a,1,dogs, cats,train\n", ", line 1: 5 fields, the header has 4"),
     ("vggsound", "v.csv", 'a,1,"dog,train\nb,1,cat,train\n', ", line 1: a field begins with a quote here that nothing"),
@@ -108,6 +109,7 @@ MALFORMED = [  # kind, name of the file, its content, what the message says afte
     ("clotho", "c.csv", "file_name,file_name,caption_1\na,b,c\n", ": column 'file_name' is there more than once"),
     ("wavcaps", "w.json", '{"data": [{"id": "1", "caption": "x"}, {"id": "2"}]}', ", data[1]: has no id and caption"),
     ("wavcaps", "w.json", '{"data": [{"id": "1", "caption": {"a": 1}}]}', ", data[0]: its caption is {'a': 1}, not"),
+    ("wavcaps", "w.json", '{"data": [{"id": null, "caption": "x"}]}', ", data[0]: has no id and caption"),
     ("wavcaps", "w.json", '{"rows": []}', ": has no list 'data'"),
     ("wavcaps", "w.json", '{"data": [', ": is not JSON (Expecting value: line 1 column 11"),
     ("wavcaps", "w.json", "[" * 100_000, ": is not JSON ("),
@@ -153,9 +155,10 @@ def test_the_first_row_left_out_is_named(tmp_path, capsys):
     assert "left out: 2 without a caption" in printed and "left out: 1 with a name that cannot be an id" in printed
 
 
-@pytest.mark.parametrize("words", [["--name", "../up"], ["--share", "../../up=0.5"]])
+@pytest.mark.parametrize("words", [["--name", "../up"], ["--share", "../../up=0.5"], ["--share", "=0.5"]])
 def test_lists_stay_in_their_folder(tmp_path, capsys, words):
     rows = [f"clip{i}.mp4,x" for i in range(20)]
     (tmp_path / "t.csv").write_text("file_name,caption\n" + "\n".join(rows))
     assert main(["prepare", "table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "in" / "lists"), *words]) == 2
-    assert "is not a plain name" in capsys.readouterr().err and not (tmp_path / "in").exists()
+    error = capsys.readouterr().err
+    assert ("is not a plain name" in error or "id '' is empty" in error) and not (tmp_path / "in").exists()

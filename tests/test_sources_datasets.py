@@ -169,6 +169,7 @@ def clips(media) -> list[bytes]:
         ({"split": "valid"}, "split 'valid', cannot be read: Bad split: valid. Available splits: ['train']"),
         ({"path": "parquet:none.parquet"}, "none.parquet"),
         ({"path": "parkett:x"}, "'parkett:x'"),
+        ({"path": __file__}, f"{__file__} is a file: write BUILDER:{__file__}"),
         ({"path": "pandas:x.pkl"}, "files of pandas are pickles"),
         ({"path": "", "split": "val"}, "dataset.path is missing beside split"),
         ({"path": "tester/none"}, "'tester/none', split 'train', cannot be read: Dataset 'tester/none' doesn't exist"),

@@ -237,7 +237,7 @@ def read_rows(
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
-            columns = list(header) or [name.strip() for name in next(reader, [])]
+            columns = list(header) or [name.strip() for name in next(filter(None, reader), [])]
             yield line, columns
             line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
             for row in reader:
