@@ -69,7 +69,7 @@ def plain(**columns) -> datasets.Dataset:
 UNKNOWN = {"mode": None, "duration": None, "encoders": None}
 
 
-def test_a_dataset_made_by_hand(tmp_path):
+def test_a_plain_dataset(tmp_path):
     columns = {"mean": np.arange(40.0).reshape(2, 5, 4).tolist(), "score": [1, 2]}
     store = FeatureStore.from_dataset(plain(**columns), tmp_path / "a", **UNKNOWN)
     assert torch.equal(store.read([1])["mean"][0], torch.arange(20.0, 40).view(5, 4)) and store.manifest["mode"] is None
