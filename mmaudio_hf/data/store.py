@@ -250,8 +250,9 @@ class FeatureStore:
             columns[name] = datasets.Value("float32")
             for length in reversed(column.shape):
                 columns[name] = datasets.List(columns[name], length=length)
-        # `datasets` knows what it cached by the fingerprint, so this one covers captions and every byte.
-        features, fingerprint = datasets.Features(columns), (self.manifest or {}).get("checksum") or uuid.uuid4().hex
+        # `datasets` knows what it cached by the fingerprint, so this one covers captions and, by their checksums, values.
+        content = json.dumps([self.manifest or uuid.uuid4().hex, captions_hash(self.captions)], sort_keys=True)
+        features, fingerprint = datasets.Features(columns), hashlib.sha256(content.encode()).hexdigest()
         if self.layout == "reference":
             table = datasets.table.InMemoryTable(self._arrow_table(features.arrow_schema))
             dataset = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
