@@ -250,7 +250,7 @@ class FeatureStore:
             columns[name] = datasets.Value("float32")
             for length in reversed(column.shape):
                 columns[name] = datasets.List(columns[name], length=length)
-        # `datasets` knows what it cached by the fingerprint, so this one covers captions and, by their checksums, values.
+        # `datasets` knows what it cached by the fingerprint: it covers captions and, by their checksums, values.
         content = json.dumps([self.manifest or uuid.uuid4().hex, captions_hash(self.captions)], sort_keys=True)
         features, fingerprint = datasets.Features(columns), hashlib.sha256(content.encode()).hexdigest()
         if self.layout == "reference":
