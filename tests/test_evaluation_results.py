@@ -5,7 +5,14 @@ import pytest
 
 from mmaudio_hf.evaluation import frechet_distance, kernel_audio_distance, kernel_distance
 from mmaudio_hf.evaluation.metrics import Score, _divergences, _frechet
-from mmaudio_hf.evaluation.results import best_of, interval, resampled_means, with_intervals
+from mmaudio_hf.evaluation.results import (
+    best_of,
+    category_scores,
+    interval,
+    read_categories,
+    resampled_means,
+    with_intervals,
+)
 
 
 def test_intervals_are_those_of_the_mean():
@@ -92,3 +99,23 @@ def test_intervals_cover_the_truth(score, capsys):
     with capsys.disabled():
         print(f"\n{score}: covered in {covered / 5:.1f} % of 500 simulations")
     assert 465 <= covered <= 485
+
+
+def test_scores_per_category_and_of_aligned_items(tmp_path):
+    vggsounder, foleybench, other = (tmp_path / f"{name}.csv" for name in ("vggsounder", "foleybench", "other"))
+    rows = ["a,dog,A,False,False,False", "a,rain,AV,False,False,False", "b,dog,AV,True,False,False", "c,rain,A,,,"]
+    head = "video_id,label,modality,background_music,static_image,voice_over"
+    vggsounder.write_text("\n".join([head, *rows]))
+    foleybench.write_text("key,caption,ucs_category\n1,a door,DOORS\n2,a bell,BELLS\n")
+    groups = read_categories(vggsounder)
+    assert groups == {"aligned": {"a"}, "dog": {"a", "b"}, "rain": {"a", "c"}}
+    assert read_categories(foleybench) == {"aligned": {"1", "2"}, "DOORS": {"1"}, "BELLS": {"2"}}
+    scores = {name: Score(2.0, "", "lower", 3, items={"a": 1.0, "b": 2.0, "c": 3.0}) for name in ("DeSync", "FD-VGG")}
+    results = category_scores(scores, groups | {"absent": {"z"}})
+    assert {group: each["DeSync"]["value"] for group, each in results.items()} == {"aligned": 1, "dog": 1.5, "rain": 2}
+    assert results["dog"]["DeSync"]["used"] == 2 and set(results["dog"]) == {"DeSync"}  # a distance is no mean
+    other.write_text("name,caption\nx,y\n")
+    with pytest.raises(ValueError, match=r"other\.csv has the columns name, caption: one of video_id"):
+        read_categories(other)
+    with pytest.raises(ValueError, match=r"nowhere\.csv cannot be read"):
+        read_categories(tmp_path / "nowhere.csv")

@@ -312,7 +312,11 @@ def _evaluate_one(source: _Source, folder: Path, split: str) -> dict[str, Any]:
 
     pretrained, recipe = find_pretrained(source.name), source.recipe
     if recipe.encoders.kind == "toy" and toy_codec_file(pretrained, recipe.model.mode).is_file():
-        recipe = replace(recipe, encoders=replace(recipe.encoders, weights_dir=str(pretrained)))
+        # The toy codec is with the weights of the network; what av-benchmark reads is where the recipe says.
+        own_weights = recipe.evaluation.av_bench_weights or recipe.encoders.weights_dir
+        evaluation = replace(recipe.evaluation, av_bench_weights=own_weights)
+        encoders = replace(recipe.encoders, weights_dir=str(pretrained))
+        recipe = replace(recipe, encoders=encoders, evaluation=evaluation)
     file = pretrained / "weights.json"
     weights: dict[str, Any] = {"weights": "not stated", "sigma_rel": None}
     if file.is_file():

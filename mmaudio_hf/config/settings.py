@@ -566,6 +566,7 @@ class EvaluationConfig(Settings):
     av_bench_weights: str = setting("", "folder of av-benchmark's own weights; empty: encoders.weights_dir", path=True)
     av_bench_stall_minutes: float = setting(10.0, "minutes without progress after which av-benchmark is ended", above=0)
     videos: str = setting("", "folder of the videos ID.mp4, for `ib` without caches; empty: none", path=True)
+    categories: str = setting("", "VGGSounder's or FoleyBench's CSV, for scores per category; empty: none", path=True)
     truth: TruthConfig = TruthConfig()
     keep_clips: bool = setting(False, "keep the generated audio and its features after they were scored")
     extra: tuple[str, ...] = setting((), "own evaluators, as module:Class; see docs/evaluation.md", unique=True)

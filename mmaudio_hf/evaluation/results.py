@@ -8,9 +8,11 @@ settings                                  how the audio was generated
 stores, ids                               names of the stores; count and hash of the ids that were scored
 items                                     listed, scored, and dropped with reasons
 scores                                    NAME: value, unit, better, used, interval, dropped, note, warning
+categories                                CATEGORY, or "aligned": NAME: value, used, interval
 not_computed                              scores that were requested, and why they are missing
 """
 
+import csv
 import hashlib
 import json
 import re
@@ -25,7 +27,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from mmaudio_hf.evaluation.metrics import Score
+from mmaudio_hf.evaluation.metrics import METRICS, Score
 from mmaudio_hf.files import write_text
 from mmaudio_hf.schema import RunError
 
@@ -145,6 +147,53 @@ def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
 def interval(means: np.ndarray) -> np.ndarray:
     """Ends (2, K) of the middle 95 % of (RESAMPLES, K)."""
     return np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+
+
+ALIGNED = "aligned"
+_ID_COLUMNS, _LABEL_COLUMNS = ("video_id", "key", "id"), ("label", "ucs_category", "category")
+_FLAGS = ("background_music", "static_image", "voice_over")  # of VGGSounder: what is heard is not what is seen
+
+
+def read_categories(path: str | PathLike) -> dict[str, set[str]]:
+    """Ids of each category of VGGSounder's list (video_id, label, modality, flags; several rows of an id) or of
+    FoleyBench's (key, ucs_category). "aligned" has those with a label that is heard and seen and without a flag; of a
+    list without modalities all. ValueError for another file.
+    """
+    groups: dict[str, set[str]] = {ALIGNED: set()}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            key = next((name for name in _ID_COLUMNS if name in columns), None)
+            label = next((name for name in _LABEL_COLUMNS if name in columns), None)
+            if key is None or label is None:
+                names = f"{', '.join(_ID_COLUMNS)} and of {', '.join(_LABEL_COLUMNS)}"
+                raise ValueError(f"{path} has the columns {', '.join(columns)}: one of {names} is needed")
+            for row in reader:
+                groups.setdefault(row[label], set()).add(row[key])
+                flagged = any((row.get(name) or "").strip().lower() in ("true", "1") for name in _FLAGS)
+                if (row.get("modality") or "AV").strip() == "AV" and not flagged:
+                    groups[ALIGNED].add(row[key])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a list of categories: {error}") from error
+    return groups
+
+
+def category_scores(scores: Mapping[str, Score], groups: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+    """Means over the items of each category, of scores that are means; categories without an item are left out."""
+    means = {n: s for n, s in scores.items() if METRICS.get(n, ("",))[0] not in ("fd", "is", "kad") and s.items}
+    results: dict[str, dict[str, Any]] = {}
+    for group, ids in groups.items():
+        chosen = {n: {i: v for i, v in s.items.items() if i in ids} for n, s in means.items()}
+        some = {
+            n: replace(means[n], value=float(np.mean(list(items.values()))), used=len(items), items=items)
+            for n, items in chosen.items()
+            if items
+        }
+        if some:
+            plain = {n: s.to_json() for n, s in with_intervals(some).items()}
+            results[group] = {n: {k: s[k] for k in ("value", "used", "interval") if k in s} for n, s in plain.items()}
+    return results
 
 
 def read_clips(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -30,9 +30,11 @@ from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import (
     FOLDER,
     FORMAT,
+    category_scores,
     digest,
     gather_results,
     on_main,
+    read_categories,
     read_key,
     read_scores,
     scores_file,
@@ -94,6 +96,8 @@ class SplitEvaluator:
         self.recipe, self.label = recipe, label or recipe.name
         self.folder = folder or recipe.run_dir / FOLDER
         self._problem, self._variant = av_bench_problem, variant
+        categories = recipe.evaluation.categories
+        self._categories = read_categories(categories) if categories else {}
         check_encoders(recipe.encoders, recipe.model.mode, ("decode",))
         stores = getattr(recipe.data, split)
         if not stores:
@@ -155,6 +159,8 @@ class SplitEvaluator:
         caches = sorted(Path(truth).glob("*.pth")) if truth else ()
         files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in caches]
         requested = {"metrics": sorted(settings.metrics), "truth": truth, "files": files}
+        if self._categories:
+            requested["categories"] = {name: sorted(ids) for name, ids in self._categories.items()}
         scores_key = digest(requested, clips_key, *self.items.ids)
         keys = {"truth": {name: inputs[name] for name in ("decoder", "stores")}, "scores": scores_key}
         with suppress(ValueError):  # none, or of another version
@@ -240,6 +246,7 @@ class SplitEvaluator:
             "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": dropped_json(reasons)},
             "scores": {name: score.to_json() for name, score in scores.items()},
             "not_computed": dict(not_computed),
+            "categories": category_scores(scores, self._categories),
             "key": key,
         }
         names = [name for name, score in scores.items() if score.items]
