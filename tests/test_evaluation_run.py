@@ -105,7 +105,7 @@ def test_scores_on_the_way_and_after_it(finished, tmp_path):
 
 def test_report_and_page_show_them(finished, run, capsys):
     page = Page(write_report(run_dir(finished), []).read_text())
-    assert len(page.all("table")) == 1 and "finished, test, step 4" in page.text
+    assert len(page.all("table")) == 2 and "finished, test, step 4" in page.text  # scores, and what would be best
     content = find_scores(run_dir(finished), "test")[0]
     assert f"{content['scores']['onset_f1']['value']:.4g}" in page.text
     checkpoint = run_dir(finished) / "checkpoints" / "step_2"
