@@ -32,6 +32,7 @@ from mmaudio_hf.config import (
     variant_config,
 )
 from mmaudio_hf.config.reading import read_json_lines
+from mmaudio_hf.config.settings import Target
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.evaluation.onsets import onset_scores, onset_times, waveform_scores
@@ -90,7 +91,7 @@ def base_recipes(folder: Path) -> tuple[Recipe, Recipe]:
 
 
 # Name -> what differs: share of yours in an epoch, learning rate, adapter.
-_BLOCKS = ("qkv", "proj", "mlp", "modulation")
+_BLOCKS: tuple[Target, ...] = ("qkv", "proj", "mlp", "modulation")
 METHODS: dict[str, tuple[float, float, LoraConfig]] = {
     "full": (1.0, 1.5e-3, LoraConfig()),
     "full_replay": (0.5, 1.5e-3, LoraConfig()),
