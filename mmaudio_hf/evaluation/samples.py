@@ -115,7 +115,7 @@ def own_items(recipe: Recipe, taken: Collection[str]) -> list[HeldOutItem]:
             features: dict[str, Any] = {"text_features": encoders.encode_text([request.prompt])[0].cpu()}
         else:
             settings: dict[str, Any] = {"duration": recipe.model.duration, "alignment": recipe.extraction.alignment}
-            clip = read_video(request.video, mode=recipe.model.mode, as_uint8=True, **settings)
+            clip = read_video(str(request.video), mode=recipe.model.mode, as_uint8=True, **settings)
             features = {
                 "clip_features": encoders.encode_clip(clip.clip_frames[None])[0].cpu(),
                 "sync_features": encoders.encode_sync(clip.sync_frames[None])[0].cpu(),
