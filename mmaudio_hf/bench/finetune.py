@@ -32,7 +32,6 @@ from mmaudio_hf.config import (
     variant_config,
 )
 from mmaudio_hf.config.reading import read_json_lines
-from mmaudio_hf.config.settings import Target
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.evaluation.onsets import onset_scores, onset_times, waveform_scores
@@ -91,15 +90,23 @@ def base_recipes(folder: Path) -> tuple[Recipe, Recipe]:
 
 
 # Name -> what differs: share of yours in an epoch, learning rate, adapter.
-_BLOCKS: tuple[Target, ...] = ("qkv", "proj", "mlp", "modulation")
+# The streams of text and CLIP in the blocks stay as they are: with them an adapter has more than 3 % of the parameters.
+_LORA: dict[str, Any] = {
+    "rank": 4,
+    "targets": ("qkv", "proj", "mlp", "modulation", "inputs", "conditions", "output"),
+    "rank_pattern": (
+        *("joint_blocks.*.text_block=0", "joint_blocks.*.clip_block=0", "clip_input_proj=0", "audio_input_proj=0"),
+        *("text_input_proj=2", "sync_input_proj=2"),
+    ),
+}
 METHODS: dict[str, tuple[float, float, LoraConfig]] = {
     "full": (1.0, 1.5e-3, LoraConfig()),
     "full_replay": (0.5, 1.5e-3, LoraConfig()),
-    "lora": (1.0, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS)),
-    "lora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS)),
-    "rslora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=4, targets=_BLOCKS, rslora=True)),
-    "dora_replay": (0.5, 4e-3, LoraConfig(rank=4, alpha=8, targets=_BLOCKS, dora=True)),
-    "pissa_replay": (0.5, 2e-3, LoraConfig(rank=4, alpha=4, targets=_BLOCKS, init="pissa")),
+    "lora": (1.0, 6e-3, LoraConfig(**_LORA, alpha=8)),
+    "lora_replay": (0.5, 6e-3, LoraConfig(**_LORA, alpha=8)),
+    "rslora_replay": (0.5, 6e-3, LoraConfig(**_LORA, alpha=4, rslora=True)),
+    "dora_replay": (0.5, 6e-3, LoraConfig(**_LORA, alpha=4, rslora=True, dora=True)),
+    "pissa_replay": (0.5, 2e-3, LoraConfig(**_LORA, alpha=4, rslora=True, init="pissa")),
 }
 STEPS = 600
 
@@ -119,7 +126,7 @@ def tuned_recipe(folder: Path, kind: str, method: str, seed: int) -> Recipe:
             validation=_stores(folder, f"{kind}_val", f"{OLD}_test"),
         ),
         finetune=FinetuneConfig(init_from=str(folder / "runs" / BASE), lora=lora),
-        optim=OptimConfig(learning_rate=rate, warmup_steps=30, schedule="poly"),
+        optim=OptimConfig(learning_rate=rate, warmup_steps=60, schedule="poly"),
         ema=EmaConfig(sigma_rels=(0.1,), sigma_rel=0.1, snapshot_every=STEPS),
         training=_training(STEPS, 8, validate_every=100),
     )
