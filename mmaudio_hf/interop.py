@@ -245,7 +245,7 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
         log("note: only a part of the network is trained, so there is nothing that could resume there, nor snapshots")
     else:
         contents[f"{recipe.name}_ckpt_last.pth"] = lambda: _training_checkpoint(recipe, state, names)
-        for snapshot in find_snapshots(run_dir / "ema"):
+        for snapshot in find_snapshots(run_dir / "ema", lambda _, reason: log(f"warning: {reason}; it is left out")):
             name = f"{recipe.ema.sigma_rels.index(snapshot.sigma_rel)}.{snapshot.step}.pt"
             contents[f"ema/{name}"] = partial(_snapshot, snapshot, names)
     return _write_files(contents, out)

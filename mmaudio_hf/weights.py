@@ -7,6 +7,7 @@ Hub. Nothing is ever unpickled.
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import httpx2
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -456,6 +457,7 @@ def read_file(source: str | PathLike) -> Any:
         )
     try:
         if path.suffix == ".safetensors":
+            check_file(path)
             return load_file(path)
         # Only the zip format of torch.save can be memory-mapped; older files are read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -467,6 +469,44 @@ def read_file(source: str | PathLike) -> Any:
         raise ValueError(f"{path} is refused: {reason}") from None  # torch's message recommends to run the code
     except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a file of weights: download it again ({error})") from error
+
+
+_CHECKSUM = re.compile(rb'"sha256":"([^"]{64})"')  # in the header of a safetensors file, of tensors there is none
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with a checksum of itself, in `metadata`: SHA-256 of the file with zeros in its place.
+
+    The same tensors make the same bytes: safetensors alone writes metadata in random order.
+    """
+    zeros = "0" * 64
+    save_file(dict(tensors), path, metadata={**metadata, "sha256": zeros})
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, path
+        file.seek(8)
+        file.write(text.ljust(size))
+        file.seek(0)
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(8 + text.index(f'"sha256":"{zeros}"'.encode()) + len('"sha256":"'))
+        file.write(checksum.encode())
+
+
+def check_file(path: Path) -> None:
+    """ValueError naming a safetensors file that is not what `save_tensors` wrote. One of others is not checked."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        start += file.read(min(int.from_bytes(start, "little"), 100_000_000))  # as long as safetensors lets it be
+        if not (match := _CHECKSUM.search(start)):
+            return
+        digest = hashlib.sha256(start[: match.start(1)] + b"0" * 64 + start[match.end(1) :])
+        while block := file.read(1 << 24):
+            digest.update(block)
+    if digest.hexdigest().encode() != match[1]:
+        raise ValueError(f"{path} is damaged: it is not what was written (its checksum differs)")
 
 
 def load_state(

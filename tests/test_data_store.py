@@ -362,6 +362,11 @@ BROKEN = [  # file, what is done to it, message
     ("s/meta.json", edit(std=entry("4")), "std has shape '4'"),
     ("s/meta.json", edit(std=entry([4, 5, 4], "torch.int64")), "std has dtype 'torch.int64'"),
     ("s/meta.json", edit(**{"../x": entry([4, 5])}), "not a plain name"),
+    (
+        "s/meta.json",
+        lambda whole: whole.replace(b"tensordict:", b"tensorDict:"),
+        "meta.json was changed after the export",
+    ),
     ("s/meta.json", None, "it has no meta.json"),
     ("s.tsv", lambda whole: whole[: whole.index(b"s_003")], "s.tsv has 3 rows, .* has 4: they do not"),
     ("s.tsv", swap_rows, "does not list the ids of .* in their"),

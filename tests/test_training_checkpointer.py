@@ -1,11 +1,13 @@
 """Which checkpoints are kept, EMA weights made afterwards, full disks, and the copies that the thread writes."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 from safetensors.torch import load_file
 from toy_stores import MODEL
 from training_runs import (
@@ -16,6 +18,7 @@ from training_runs import (
     accelerate_command,
     checkpoint_names,
     command,
+    copy_run,
     environment,
     lines,
     metrics,
@@ -23,8 +26,10 @@ from training_runs import (
     run_dir,
     same_bytes,
     tensors,
+    train,
 )
 
+from mmaudio_hf import MMAudio
 from mmaudio_hf.bench.training import checkpoint as bench_checkpoint
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config
@@ -88,6 +93,46 @@ def test_ema_weights_that_do_not_exist(poisoned_run, tmp_path, capsys, sigma_rel
     assert message in capsys.readouterr().err
 
 
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content[: {"truncated": len(content) // 2, "flipped": None, "empty": 0}[how]])
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
+def test_a_damaged_snapshot_is_named_and_left_out(poisoned_run, tmp_path, how):
+    """By the commands, and by a run, which sets it aside and goes on."""
+    recipe = copy_run(poisoned_run, poisoned_recipe(poisoned_run.parent, f"damaged_{how}"))
+    name = "sigma_0.05_step_000000008.safetensors"
+    damaged = run_dir(recipe) / "ema" / name
+    damage(damaged, how)
+    for words in (["ema", "--sigma-rel", "0.07", "--out", "wide"], ["export", "--out", "reference"]):
+        result = Command(words[0], str(run_dir(recipe)), *words[1:], cwd=tmp_path).result()
+        assert result.returncode == 0 and damaged.exists(), result.stderr
+        output = result.stdout + result.stderr
+        assert output.count(f"warning: {damaged} is ") == 1, output
+    assert not (tmp_path / "reference" / "ema" / "0.8.pt").exists()
+    assert (tmp_path / "reference" / "ema" / "1.8.pt").exists()
+    result = train(recipe, f"training.steps={STEPS + 1}", "ema.sigma_rel=0.07")
+    assert result.returncode == 0 and f"it is moved to {damaged}.damaged" in result.stderr, result.stderr
+    assert not damaged.exists()
+    weights = json.loads((run_dir(recipe) / "last" / "pretrained_model" / "weights.json").read_text())
+    assert weights == {"weights": "ema", "sigma_rel": 0.07, "step": STEPS + 1}
+
+
+def test_a_changed_byte_of_published_weights_is_named(poisoned_run, capsys, tmp_path):
+    recipe = copy_run(poisoned_run, poisoned_recipe(poisoned_run.parent, "changed_weights"))
+    weights = run_dir(recipe) / "last" / "pretrained_model" / "model.safetensors"
+    damage(weights, "flipped")
+    with pytest.raises(ValueError, match=f"{re.escape(str(weights.resolve()))} is damaged.*its checksum differs"):
+        MMAudio.from_pretrained(weights.resolve().parent)
+    run = str(run_dir(recipe))
+    for words in (["push", run, "me/run", "--dry-run"], ["export", run, "--out", str(tmp_path / "reference")]):
+        assert main(words) == 2
+        assert "model.safetensors is damaged" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*_ema_final.pth"))
+
+
 LATE = """
 import os, sys, time
 from pathlib import Path
@@ -99,8 +144,8 @@ exists, glob, find, rank = Path.exists, Path.glob, checkpointer.find_snapshots, 
 def visible(path):  # on a second machine, whose file system caches for a while what was in a folder
     return rank == "0" or path.parent.name != "ema" or time.time() - path.stat().st_mtime > 2
 
-def count(folder):
-    print(f"process {rank} has {len(snapshots := find(folder))} snapshots")
+def count(*request):
+    print(f"process {rank} has {len(snapshots := find(*request))} snapshots")
     return snapshots
 
 Path.exists = lambda path: exists(path) and visible(path)

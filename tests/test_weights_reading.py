@@ -1,10 +1,11 @@
 import pytest
 import torch
 from refusals import check_refusals
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mmaudio_hf.weights import check_state, load_state, load_strict
+from mmaudio_hf.weights import check_state, load_state, load_strict, save_tensors
 
 STATE = {"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(3)}
 
@@ -30,6 +31,27 @@ def test_damaged_safetensors_raises(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00notjson")
     with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
         load_state(tmp_path / "a.safetensors")
+
+
+def test_a_file_knows_each_of_its_bytes(tmp_path):
+    path, metadata = tmp_path / "a.safetensors", {"step": "8", "sigma_rel": "0.05", "format": "pt"}
+    written = set()
+    for _ in range(8):  # safetensors alone has three keys in any of six orders
+        save_tensors(STATE, path, metadata)
+        written.add(path.read_bytes())
+    [whole] = written
+    assert all(torch.equal(value, STATE[name]) for name, value in load_state(path).items())
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) != [] and metadata.items() <= file.metadata().items()
+    key = range(whole.index(b'"sha256"'), whole.index(b'"sha256"') + len('"sha256":"'))
+    for position in set(range(len(whole))) - set(key):  # without its key there is no checksum, and no tensor differs
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+            load_state(path)
+    for length in (0, 7, 8, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+            load_state(path)
 
 
 def test_prefix_and_key_select_tensors():

@@ -138,7 +138,8 @@ def metrics(recipe: Path) -> list[dict]:
 def same_bytes(a: Path, b: Path) -> None:
     """Both runs ended with the same tensors and logged the same."""
     files = [f"last/training_state/{name}.safetensors" for name in TENSOR_FILES]
-    for file in (*files, "last/pretrained_model/model.safetensors", "metrics.jsonl"):
+    snapshots = sorted(f"ema/{path.name}" for path in (run_dir(b) / "ema").iterdir())
+    for file in (*files, *snapshots, "last/pretrained_model/model.safetensors", "metrics.jsonl"):
         assert (run_dir(a) / file).read_bytes() == (run_dir(b) / file).read_bytes(), file
 
 

@@ -112,6 +112,9 @@ class FeatureStore:
             raise ValueError(f"{table} has {len(ids)} rows, {path} has {contents.rows}: they do not belong together")
         manifest = read_manifest(path, contents)
         if manifest is not None:
+            # Only our writer makes manifests, and it knows meta.json to the byte: no checksum is needed.
+            if (path / "meta.json").read_bytes() != meta_text(contents).encode():
+                raise ValueError(f"{path / 'meta.json'} was changed after the export; copy it again or {AGAIN}")
             if manifest["ids_sha256"] != ids_hash(ids):
                 raise ValueError(f"{table} does not list the ids of {manifest_file(path)} in their order; {AGAIN}")
             if manifest.get("captions_sha256", captions_hash(captions)) != captions_hash(captions):

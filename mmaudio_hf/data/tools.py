@@ -23,7 +23,6 @@ from mmaudio_hf.data.layout import (
     layout_columns,
     manifest_file,
     manifest_text,
-    meta_text,
 )
 from mmaudio_hf.data.mixture import check_agreement, check_encoders, different_columns
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
@@ -86,13 +85,11 @@ def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = Non
 
 
 def _check_small_files(store: FeatureStore) -> tuple[list[str], list[str]]:
-    """Problems and notes of meta.json, manifest and text index; `open` has checked that they agree."""
+    """Problems and notes of manifest and text index; `open` has checked that they agree."""
     if store.manifest is None:
         return [], [f"{store.path} has no manifest: only sizes and finiteness could be checked"]
     problems = []
-    meta, manifest = store.path / "meta.json", manifest_file(store.path)
-    if meta.read_text(encoding="utf-8") != meta_text(store.contents):
-        problems.append(f"{meta} was changed after the export; copy it again or {AGAIN}")
+    manifest = manifest_file(store.path)
     if "captions_sha256" not in store.manifest:  # came together with the manifest's own checksum
         return problems, [f"{manifest} is of an earlier version: captions and the manifest itself have no checksum"]
     if manifest.read_text(encoding="utf-8") != manifest_text(store.manifest):

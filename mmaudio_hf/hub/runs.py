@@ -33,6 +33,7 @@ from mmaudio_hf.hub import (
 )
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
+from mmaudio_hf.weights import check_file
 
 STATE = "training_state"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
@@ -207,7 +208,10 @@ def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
     if run_dir is None and STATE in what:
         raise ValueError(f"{run} has no training state: push a run folder, or leave out --training-state")
     with tempfile.TemporaryDirectory(prefix="hub_push_", dir=run_dir or source.parent) as scratch:
-        yield stage(source, run_dir, what, Path(scratch) / "files"), source_step(source)
+        folder = stage(source, run_dir, what, Path(scratch) / "files")
+        for path in sorted(folder.rglob("*.safetensors")):
+            check_file(path)
+        yield folder, source_step(source)
 
 
 # --- pull ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from safetensors.torch import save_file
 from torch import nn
 
 from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig, is_released, model_config, read_json, to_dict
@@ -28,7 +27,7 @@ from mmaudio_hf.hub_client import (
     merge_cards,
 )
 from mmaudio_hf.schema import audio_mode, split_hub_id
-from mmaudio_hf.weights import check_state, load_state
+from mmaudio_hf.weights import check_state, load_state, save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -82,7 +81,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(state, save_directory / WEIGHTS_FILE, {"format": "pt"})
 
     @classmethod
     def from_pretrained(

@@ -44,6 +44,7 @@ from mmaudio_hf.training.distributed import (
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import published_state, save_adapter
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
+from mmaudio_hf.training.resume import set_aside
 from mmaudio_hf.weights import check_state
 
 
@@ -81,6 +82,7 @@ class Checkpointer:
         self.write_extras, self.on_checkpoint = write_extras, on_checkpoint
         self.writer = BackgroundWriter(warn)
         self.sharded = fsdp_plugin() is not None
+        self._damaged: dict[Path, str] = {}  # EMA snapshots, and why
 
     # --- one checkpoint ----------------------------------------------------------------------------------------------
 
@@ -192,7 +194,8 @@ class Checkpointer:
             return raw, {"weights": "raw", "sigma_rel": None, "step": step}
         published = self.recipe.ema.sigma_rel
         sigma, ema_weights = self.ema.nearest(published)
-        if finished and sigma != published and (snapshots := find_snapshots(self.recipe.run_dir / "ema")):
+        folder = self.recipe.run_dir / "ema"
+        if finished and sigma != published and (snapshots := find_snapshots(folder, self._damaged.__setitem__)):
             frozen = {name: getattr(self.model, name) for name in FROZEN_TENSORS}
             sigma, ema_weights = published, synthesize(snapshots, published, self.ema.step, frozen)
         return raw | ema_weights, {"weights": "ema", "sigma_rel": sigma, "step": step}
@@ -214,6 +217,8 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for the thread. RunError, on every process, when the last checkpoint could not be written."""
         [error] = broadcast_object_list([self.writer.finish()])
+        for path, reason in self._damaged.items() if self.accelerator.is_main_process else ():
+            set_aside(path, reason)  # not before: another process may have listed it
         if error is not None:
             raise RunError(f"{error}: free disk space and start again; the run resumes from its last good checkpoint")
 
@@ -422,7 +427,8 @@ def publish_ema(
         raise ValueError(f"{out} exists: choose another folder")
     if not 0 < sigma_rel < 0.28:  # the profile of exponent 0, the widest one, has sigma_rel 0.2887 (12**-0.5)
         raise ValueError(f"sigma_rel {sigma_rel} must be between 0 and 0.28")
-    snapshots, state = find_snapshots(run_dir / "ema"), latest_training_state(run_dir, log)
+    snapshots = find_snapshots(run_dir / "ema", lambda _, reason: log(f"warning: {reason}; it is left out"))
+    state = latest_training_state(run_dir, log)
     if not snapshots or state is None:
         raise ValueError(f"{run_dir} has no EMA snapshots and checkpoint yet: train at least ema.snapshot_every steps")
     last = max(snapshot.step for snapshot in snapshots) + recipe.ema.start

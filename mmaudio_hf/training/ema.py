@@ -5,17 +5,17 @@ and appendix C. The step-size correction and the treatment of frozen tensors are
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from mmaudio_hf.training.distributed import copy_full_tensor, local_shard
+from mmaudio_hf.weights import check_file, save_tensors
 
 
 def exponent(sigma_rel: float) -> float:
@@ -126,7 +126,7 @@ def save_snapshots(
         path = snapshot_path(folder, sigma, step)
         partial = path.with_suffix(".partial")
         try:
-            save_file(ema_weights, partial, metadata={"sigma_rel": repr(sigma), "step": str(step)})
+            save_tensors(ema_weights, partial, {"sigma_rel": repr(sigma), "step": str(step)})
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -150,15 +150,27 @@ def snapshot_path(folder: Path, sigma_rel: float, step: int) -> Path:
     return folder / f"sigma_{sigma_rel:g}_step_{step:09d}.safetensors"
 
 
-def find_snapshots(folder: Path) -> list[Snapshot]:
-    """Every complete snapshot in `folder`, by profile and step."""
+def find_snapshots(
+    folder: Path, on_damage: Callable[[Path, str], None] | None = None, verify: bool = True
+) -> list[Snapshot]:
+    """Every complete snapshot in `folder`, by profile and step.
+
+    ValueError naming a file that is cut short, no snapshot or, with `verify`, which reads the files through, differs
+    from its checksum; or `on_damage` gets the file and the reason, and it is left out.
+    """
     snapshots = []
     for path in sorted(folder.glob("sigma_*.safetensors")):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if "sigma_rel" not in metadata or "step" not in metadata:
-            raise ValueError(f"{path} is not an EMA snapshot: move it out of {folder}")
-        snapshots.append(Snapshot(float(metadata["sigma_rel"]), int(metadata["step"]), path))
+        try:
+            if verify:
+                check_file(path)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            snapshots.append(Snapshot(float(metadata["sigma_rel"]), int(metadata["step"]), path))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            reason = str(error) if str(path) in str(error) else f"{path} is cut short or no EMA snapshot ({error})"
+            if on_damage is None:
+                raise ValueError(reason) from error
+            on_damage(path, reason)
     return snapshots
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, read_json
@@ -26,7 +25,7 @@ from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.models.pretrained import DERIVED_TENSORS, ENCODERS_FILE, merge_adapters, read_adapter, read_network
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import list_checkpoints
-from mmaudio_hf.weights import load_state
+from mmaudio_hf.weights import load_state, save_tensors
 
 # Short names in finetune.freeze for everything that one condition passes through on its own.
 STREAMS = {
@@ -333,7 +332,7 @@ def save_adapter(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path
         for layer, factors in layers.items()
         for kind, value in factors.items()
     }
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
