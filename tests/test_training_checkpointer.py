@@ -101,7 +101,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
 def test_a_damaged_snapshot_is_named_and_left_out(poisoned_run, tmp_path, how):
-    """By the commands, and by a run, which sets it aside and goes on."""
+    """By the commands, and by a run, which sets it aside and continues."""
     recipe = copy_run(poisoned_run, poisoned_recipe(poisoned_run.parent, f"damaged_{how}"))
     name = "sigma_0.05_step_000000008.safetensors"
     damaged = run_dir(recipe) / "ema" / name

@@ -294,7 +294,7 @@ def set_aside(path: Path, reason: str) -> None:
     """Rename a damaged file of a run, with a warning."""
     aside = path.with_name(f"{path.name}.damaged")
     path.replace(aside)
-    tqdm.write(f"warning: {reason}; it is moved to {aside}, and the run goes on without it", file=sys.stderr)
+    tqdm.write(f"warning: {reason}; it is moved to {aside}, and the run continues without it", file=sys.stderr)
 
 
 # --- One launch at a time trains a run -------------------------------------------------------------------------------
