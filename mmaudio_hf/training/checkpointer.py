@@ -41,10 +41,9 @@ from mmaudio_hf.training.distributed import (
     local_shards,
     make_shared_folder,
 )
-from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, snapshot_path, synthesize
+from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, set_aside, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import published_state, save_adapter
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
-from mmaudio_hf.training.resume import set_aside
 from mmaudio_hf.weights import check_state
 
 

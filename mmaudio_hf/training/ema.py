@@ -5,6 +5,7 @@ and appendix C. The step-size correction and the treatment of frozen tensors are
 """
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 
 from mmaudio_hf.training.distributed import copy_full_tensor, local_shard
 from mmaudio_hf.weights import check_file, save_tensors
@@ -172,6 +174,13 @@ def find_snapshots(
                 raise ValueError(reason) from error
             on_damage(path, reason)
     return snapshots
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged file of a run, with a warning."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    tqdm.write(f"warning: {reason}; it is moved to {aside}, and the run continues without it", file=sys.stderr)
 
 
 def _inner_product(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,7 +13,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, save_recipe, to_dict
 from mmaudio_hf.data.mixture import Mixture
@@ -29,7 +27,7 @@ from mmaudio_hf.training.checkpoint import (
     point_at,
 )
 from mmaudio_hf.training.distributed import check_same_everywhere, check_visible_everywhere, first_error
-from mmaudio_hf.training.ema import find_snapshots
+from mmaudio_hf.training.ema import find_snapshots, set_aside
 from mmaudio_hf.training.logs import truncate_lines
 
 # What the tensors of a checkpoint depend on: it cannot change at all.
@@ -288,13 +286,6 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
     truncate_lines(run_dir / "skipped.jsonl", lambda at: at < step)
     # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
     return truncate_lines(run_dir / "metrics.jsonl", lambda at: at <= step and step > 0)
-
-
-def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged file of a run, with a warning."""
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    tqdm.write(f"warning: {reason}; it is moved to {aside}, and the run continues without it", file=sys.stderr)
 
 
 # --- One launch at a time trains a run -------------------------------------------------------------------------------
