@@ -210,7 +210,10 @@ def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
     with tempfile.TemporaryDirectory(prefix="hub_push_", dir=run_dir or source.parent) as scratch:
         folder = stage(source, run_dir, what, Path(scratch) / "files")
         for path in sorted(folder.rglob("*.safetensors")):
-            check_file(path)
+            try:
+                check_file(path)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(folder), str(run))) from None
         yield folder, source_step(source)
 
 
