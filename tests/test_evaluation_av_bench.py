@@ -180,6 +180,22 @@ def test_each_network_fails_on_its_own(habits, extracted, tmp_path, monkeypatch)
     assert all(torch.equal(again[i], value) for i, value in features["clap_ms_audio"].items())
 
 
+def test_features_of_captions_and_videos(habits, tmp_path):
+    """Without torio, whose reader of videos is not needed."""
+    here, cache = bench(habits, tmp_path), tmp_path / "cache"
+    (tmp_path / "captions.json").write_text('{"a": "a dog", "b": "rain"}')
+    (tmp_path / "frames").mkdir()
+    torch.save(torch.full((4, 3, 8, 8), 51, dtype=torch.uint8), tmp_path / "frames" / "a.pt")
+    for job in ({"action": "text", "captions": "captions.json"}, {"action": "video", "frames": "frames"}):
+        job = {name: str(tmp_path / text) if name != "action" else text for name, text in job.items()}
+        assert here.features(job, cache, 8.0, CPU) == {}
+    for name, width in (("clap_laion_text", 6), ("clap_ms_text", 7)):
+        features = torch.load(cache / f"{name}.pth", weights_only=True)
+        assert {i: v.tolist() for i, v in features.items()} == {"a": [5.0] * width, "b": [4.0] * width}
+    features = torch.load(cache / "imagebind_video.pth", weights_only=True)
+    assert {i: v.tolist() for i, v in features.items()} == {"a": pytest.approx([0.2] * 5)}
+
+
 def test_what_cannot_be_used_says_what_to_do(habits, extracted, tmp_path):
     here = bench(habits, tmp_path)
     assert here.problem() is None

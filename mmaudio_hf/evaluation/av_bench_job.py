@@ -314,10 +314,11 @@ def text(job: dict[str, Any], networks: Any) -> dict[str, Any]:
             network = built(networks, name, job["device"])
             features = {}
             for number, (item_id, caption) in enumerate(captions.items()):
-                encode, options = network.get_text_embedding, {"use_tensor": True}
                 if name == "ms_clap":
-                    encode, options = network.get_text_embeddings, {}
-                features[item_id] = encode([caption], **options)[0].cpu().clone()
+                    rows = network.get_text_embeddings([caption])
+                else:
+                    rows = network.get_text_embedding([caption], use_tensor=True)
+                features[item_id] = rows[0].cpu().clone()
                 if number % job["batch_size"] == 0:
                     print(f"{name}: {number} of {len(captions)} captions", flush=True)
             save(job, {file: features})
