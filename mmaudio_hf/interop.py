@@ -88,11 +88,14 @@ def import_checkpoint(
             _load_ema(ema, content["ema"], model, file)
     if step > recipe.training.steps:
         raise ValueError(f"{file} has {step} updates, training.steps of the recipe is {recipe.training.steps}")
-    snapshot_files = _snapshot_files(snapshots, recipe) if snapshots is not None else []
+    snapshot_files, later = _snapshot_files(snapshots, recipe, ema.step) if snapshots is not None else ([], [])
+    if later:
+        names = ", ".join(later[:3]) + (f" and {len(later) - 3} more" if len(later) > 3 else "")
+        notes.append(f"snapshots of later updates than {ema.step}, that of {file}, are left out: {names}")
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, recipe.run_dir / "config.yaml")
-    for profile, path in tqdm(snapshot_files, "snapshots", unit="file", disable=None, leave=False):
-        _import_snapshot(path, recipe.ema.sigma_rels[profile], model, recipe.run_dir / "ema")
+    for profile, update, path in tqdm(snapshot_files, "snapshots", unit="file", disable=None, leave=False):
+        _import_snapshot(path, update, recipe.ema.sigma_rels[profile], model, recipe.run_dir / "ema")
     sigma, ema_weights = ema.nearest(recipe.ema.sigma_rel)
     published = {"weights": "ema", "sigma_rel": sigma, "step": step}
     metadata |= {"skipped": skipped, "ema_step": ema.step, "recipe": to_dict(recipe), "weights": published}
@@ -192,21 +195,29 @@ def _ema_weights(profile: Mapping[str, Any], model: MMAudio, file: Path) -> tupl
     return ema_weights, int(counter["step"])
 
 
-def _snapshot_files(folder: Path, recipe: Recipe) -> list[tuple[int, Path]]:
-    """Snapshots in a folder, each with the number of its profile."""
-    files = [(int(match[1]), path) for path in sorted(folder.glob("*.pt")) if (match := SNAPSHOT_NAME.match(path.name))]
+def _snapshot_files(folder: Path, recipe: Recipe, last: int) -> tuple[list[tuple[int, int, Path]], list[str]]:
+    """Snapshots in a folder up to the update `last`, each with its profile and update; and the names of later ones."""
+    matches = [match for path in sorted(folder.glob("*.pt")) if (match := SNAPSHOT_NAME.fullmatch(path.name))]
+    files = [(int(match[1]), int(match[2]), folder / match.string) for match in matches]
     if not files:
         raise ValueError(f"{folder} holds no EMA snapshots called PROFILE.UPDATE.pt")
-    if unknown := next((path for profile, path in files if profile >= len(recipe.ema.sigma_rels)), None):
+    if unknown := next((path for profile, _, path in files if profile >= len(recipe.ema.sigma_rels)), None):
         raise ValueError(f"{unknown} is of a profile that ema.sigma_rels of the recipe does not name")
-    return files
+    kept = [file for file in files if file[1] <= last]
+    if not kept:
+        raise ValueError(
+            f"{folder} holds only snapshots of updates after {last}, that of the checkpoint: they are not of it"
+        )
+    return kept, [path.name for _, update, path in files if update > last]
 
 
-def _import_snapshot(path: Path, sigma_rel: float, model: MMAudio, folder: Path) -> None:
+def _import_snapshot(path: Path, update: int, sigma_rel: float, model: MMAudio, folder: Path) -> None:
     content = read_file(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an EMA snapshot")
     ema_weights, step = _ema_weights(content, model, path)
+    if step != update:
+        raise ValueError(f"{path} is of update {step}, not of {update} as it is called: give it the right name")
     ema = PostHocEMA(model, [sigma_rel])
     ema.load_tensors({f"0.{name}": value for name, value in ema_weights.items()}, step)
     ema.save_snapshots(folder)

@@ -1,6 +1,7 @@
 """Checkpoints of the reference implementation, written in its layout, to run folders and back."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -251,7 +252,12 @@ def test_scheduler_state_is_what_steps_leave(steps, recipe_file):
         assert plain(a) == plain(b) and a["_last_lr"] == pytest.approx(b["_last_lr"])
 
 
-def test_snapshots_come_along_and_go_back(trained, checkpoint, recipe_file, tmp_path):
+def write_weights(trained, path: Path) -> Path:
+    torch.save(dict(trained.network.state_dict()), path)
+    return path
+
+
+def test_snapshots_come_along_and_go_back(trained, checkpoint, recipe_file, tmp_path, capsys):
     (tmp_path / "ema").mkdir()
     names = reference_order(trained.network.state_dict())
     for i, profile in enumerate(trained.ema.profiles.values()):
@@ -260,7 +266,22 @@ def test_snapshots_come_along_and_go_back(trained, checkpoint, recipe_file, tmp_
             content |= {f"ema_model.{name}": profile[name] * factor for name in names}
             torch.save(content, tmp_path / "ema" / f"{i}.{step}.pt")
     file = recipe_file.parent / "exp_ckpt_last.pth"
+    later = tmp_path / "ema" / f"0.{STEPS + 1}.pt"
+    later.write_bytes((tmp_path / "ema" / f"0.{STEPS}.pt").read_bytes())
+    options = ["--run", str(tmp_path / "none"), "--snapshots", str(later.parent)]
+    shutil.copytree(later.parent, tmp_path / "wrong")
+    (tmp_path / "wrong" / "0.2.pt").rename(tmp_path / "wrong" / "0.3.pt")
+    for words, message in (
+        ([*options[:3], str(tmp_path / "wrong")], "0.3.pt is of update 2, not of 3 as it is called"),
+        ([*options], f"{later.parent} holds only snapshots of updates after 0"),
+    ):
+        source = file if "wrong" in words[-1] else write_weights(trained, tmp_path / "weights.pth")
+        assert main(["import", str(source), "--recipe", str(recipe_file), *words]) == 2
+        assert message in capsys.readouterr().err
     run = import_file(file, recipe_file, "snapshots", "--snapshots", str(tmp_path / "ema"))
+    output = "".join(capsys.readouterr())
+    assert f"snapshots of later updates than {STEPS}, that of {file}, are left out: {later.name}" in output
+    later.unlink()
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
     files = sorted(path.name for path in (tmp_path / "ema").iterdir())
     assert sorted(path.name for path in (tmp_path / "out" / "ema").iterdir()) == files and len(files) == 4
