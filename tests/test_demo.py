@@ -242,7 +242,10 @@ def test_a_request_can_name_uploads_alone(address, media, tmp_path):
         endpoints = [name.strip("/") for name in json.load(response)["named_endpoints"]]
     with_video = {"check_video": [], "generate": settings}
     assert set(with_video) <= set(endpoints)
-    for path in (secret, tmp_path / "absent.mp4", example, "/etc/passwd", tmp_path / "../../etc/passwd"):
+    link = tmp_path / "link.mp4"
+    link.symlink_to(secret)
+    files = (secret, link, tmp_path / "absent.mp4", example, "/etc/passwd", tmp_path / "../../etc/passwd")
+    for path in (*files, f"file://{secret}"):
         file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
         for endpoint, others in with_video.items():
             answer = call(address, endpoint, [file, *others])
@@ -252,6 +255,10 @@ def test_a_request_can_name_uploads_alone(address, media, tmp_path):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
     uploaded = {"path": upload(address, secret), "meta": {"_type": "gradio.FileData"}}
     assert "9.4" in call(address, "check_video", [uploaded])
+    beyond = {"path": f"{uploaded['path']}/../../../../{secret}", "meta": {"_type": "gradio.FileData"}}
+    assert "event: error" in call(address, "check_video", [beyond])
+    remote = {"path": uploaded["path"], "url": f"file://{secret}", "meta": {"_type": "gradio.FileData"}}
+    assert "9.4" in call(address, "check_video", [remote])  # the path counts, and it was uploaded
     answer = call(address, "generate", [uploaded, *settings])
     assert "event: complete" in answer and "video.mp4" in answer
 
