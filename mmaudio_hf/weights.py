@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import httpx2
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -467,7 +466,9 @@ def read_file(source: str | PathLike) -> Any:
         else:
             reason = "it is damaged or not a file of weights: download it again"
         raise ValueError(f"{path} is refused: {reason}") from None  # torch's message recommends to run the code
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # other bytes make torch's unpickler fail in any way: IndexError, struct.error, ...
         raise ValueError(f"{path} is damaged or not a file of weights: download it again ({error})") from error
 
 

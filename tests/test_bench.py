@@ -93,7 +93,7 @@ def test_a_process_that_ends_is_noticed():
 def test_counts_that_measure_nothing_are_errors(words, capsys):
     with pytest.raises(SystemExit) as ending:
         main(["bench", *words])
-    assert ending.value.code == 2 and "is not a whole number of at least 1" in capsys.readouterr().err
+    assert ending.value.code == 2 and "is not a whole number from 1 to 1000000" in capsys.readouterr().err
 
 
 def test_both_ways_of_sampling_are_the_same_work():

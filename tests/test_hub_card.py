@@ -341,6 +341,12 @@ def test_audio_and_captions_are_pushed_on_request_alone(run, hub, monkeypatch, t
     files = hub.files("tester/quiet") if not option else {}
     assert not [path for path in files if path.startswith("samples/")] and len(captions) == 3
     assert not [path for path, content in files.items() if any(plain(c).encode() in content for c in captions)]
+    if not option:  # nor do those of an earlier push stay
+        assert main(["push", str(run), "tester/quiet", "--samples"]) == 0
+        assert main(["push", str(run), "tester/quiet"]) == 0
+        left = hub.files("tester/quiet")
+        assert not [path for path in left if path.startswith("samples/")] and left.keys() == files.keys()
+        assert "of an earlier push, and removed: samples/" in capsys.readouterr().out
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     recipe = yaml.safe_load((copy / "config.yaml").read_text())
     (copy / "config.yaml").write_text(yaml.safe_dump(recipe | {"hub": recipe["hub"] | {"samples": True}}))

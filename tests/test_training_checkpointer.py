@@ -171,20 +171,21 @@ def test_the_last_snapshots_are_awaited_where_they_are_visible_later(tmp_path):
 
 FULL_DISK = """
 set -e
-mount -t tmpfs -o size=$SIZE tmpfs $DISK
-head -c $BALLAST /dev/zero > $DISK/ballast
+mount -t tmpfs -o size=$SIZE tmpfs "$DISK"
+head -c $BALLAST /dev/zero > "$DISK/ballast"
+cd "$LOGS"
 set +e
-$TRAIN > $LOGS/full.txt 2>&1
-echo $? > $LOGS/full.code
-readlink $DISK/full_disk/last > $LOGS/last
-ls $DISK/full_disk/checkpoints > $LOGS/checkpoints
-$TRAIN > $LOGS/freed.txt 2>&1 &
+"$@" > full.txt 2>&1
+echo $? > full.code
+readlink "$DISK/full_disk/last" > last
+ls "$DISK/full_disk/checkpoints" > checkpoints
+"$@" > freed.txt 2>&1 &
 training=$!
-until grep -q "could not be written" $LOGS/freed.txt || ! kill -0 $training; do sleep 0.02; done
-rm $DISK/ballast
+until grep -q "could not be written" freed.txt || ! kill -0 $training; do sleep 0.02; done
+rm "$DISK/ballast"
 wait $training
-echo $? > $LOGS/freed.code
-cp -a $DISK/full_disk $KEPT
+echo $? > freed.code
+cp -a "$DISK/full_disk" "$KEPT"
 """
 
 
@@ -203,14 +204,14 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(poisoned_run, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
     recipe = poisoned_recipe(poisoned_run.parent, "full_disk")
-    disk, logs = tmp_path / "disk", tmp_path / "logs"
+    disk, logs = tmp_path / "a disk", tmp_path / "its logs"  # a clone may lie in a folder with spaces
     disk.mkdir(), logs.mkdir()
     size, ballast = disk_sizes(poisoned_run)
     variables = {"SIZE": str(size), "BALLAST": str(ballast), "DISK": str(disk), "LOGS": str(logs)}
     variables |= {"KEPT": str(run_dir(recipe))}
-    variables |= {"TRAIN": " ".join([*command(recipe, processes=0), f"output_dir={disk}"])}
+    train = [*command(recipe, processes=0), f"output_dir={disk}"]
     result = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", FULL_DISK], env=environment(**variables), cwd=recipe.parent,
+        ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *train], env=environment(**variables), cwd=recipe.parent,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     output = {path.name: path.read_text() for path in logs.iterdir()}

@@ -271,8 +271,8 @@ HOSTS = """
 set -e
 mount -t tmpfs tmpfs /run
 mkdir /run/netns
-printf '127.0.0.1 localhost\\n10.77.0.1 one\\n10.77.0.2 two\\n' > $LOGS/hosts
-mount --bind $LOGS/hosts /etc/hosts
+printf '127.0.0.1 localhost\\n10.77.0.1 one\\n10.77.0.2 two\\n' > "$LOGS/hosts"
+mount --bind "$LOGS/hosts" /etc/hosts
 ip netns add one
 ip netns add two
 ip link add cable netns one type veth peer name cable netns two
@@ -283,27 +283,26 @@ for host in one two; do
     ip -n $host link set cable up
 done
 export GLOO_SOCKET_IFNAME=cable  # the name of this machine belongs to a network that the hosts do not have
-launch="timeout 140 $ACCELERATE launch --config_file $ROOT/accelerate_configs/multi_node.yaml --num_processes 2"
-launch="$launch --main_process_ip 10.77.0.1"
+launch=(timeout 140 "$ACCELERATE" launch --config_file "$ROOT/accelerate_configs/multi_node.yaml" --num_processes 2)
+launch+=(--main_process_ip 10.77.0.1)
 train() {  # train NAME key=value ...: on both hosts
     logs=$LOGS/$1; shift
-    run="$ROOT/train.py $RECIPE $*"
-    ip netns exec two $launch --machine_rank 1 $run > $logs.two 2>&1 &
+    ip netns exec two "${launch[@]}" --machine_rank 1 "$ROOT/train.py" "$RECIPE" "$@" > "$logs.two" 2>&1 &
     two=$!
-    ip netns exec one $launch --machine_rank 0 $run > $logs.one 2>&1 &
+    ip netns exec one "${launch[@]}" --machine_rank 0 "$ROOT/train.py" "$RECIPE" "$@" > "$logs.one" 2>&1 &
     one=$!
 }
 codes() {
     for pid in $one $two; do
         wait $pid && code=0 || code=$?
-        echo $code >> $LOGS/$1.codes
+        echo $code >> "$LOGS/$1.codes"
     done
 }
 train finished
 codes finished
-cp -a $RUN $KEPT
+cp -a "$RUN" "$KEPT"
 train stopped training.steps=100000 training.log_every=1
-until grep -q '"step": 9,' $RUN/metrics.jsonl || ! kill -0 $one; do sleep 0.05; done
+until grep -q '"step": 9,' "$RUN/metrics.jsonl" || ! kill -0 $one; do sleep 0.05; done
 for pid in $(ip netns pids two); do
     if grep -qz LOCAL_RANK /proc/$pid/environ; then kill -USR1 $pid; break; fi
 done
@@ -326,7 +325,7 @@ def hosts(two_processes, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     tried = subprocess.run([*NAMESPACES, "ip", "link"], capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"this system does not let a test make network namespaces: {tried.stderr.strip()}")
-    recipe, logs = write(two_processes.parent, "hosts"), tmp_path_factory.mktemp("logs")
+    recipe, logs = write(two_processes.parent, "hosts"), tmp_path_factory.mktemp("the logs")
     variables = {"LOGS": str(logs), "ROOT": str(ROOT), "ACCELERATE": str(SCRIPTS / "accelerate")}
     variables |= {"RECIPE": str(recipe), "RUN": str(run_dir(recipe)), "KEPT": f"{run_dir(recipe)}_finished"}
     result = subprocess.run(

@@ -57,6 +57,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "train": "recipes/example.yaml training.steps=100",
     "verify": "output/example-features/video_train --sample 20 --media output/example-media/videos",
     "weights": "list",
+    "weights av-bench": "--env av-bench-env",
     "weights convert": "ext_weights/mmaudio_small_16k.pth output/small_16k",
     "weights download": "--for recipes/small_16k.yaml",
     "weights list": "--dir ext_weights",

@@ -72,6 +72,8 @@ def _push(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{repo} holds step {plan.before}, newer than step {step} of {options.run}: nothing is sent"
             )
+        if plan.removed:
+            print(f"of an earlier push, and removed: {', '.join(plan.removed)}")
         size = readable(sum(u.size for u in plan.changed))
         print(f"step {step} to {repo}: {size} in {len(changed)} files{', dry run' if options.dry_run else ''}")
         if not options.dry_run:

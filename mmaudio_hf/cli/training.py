@@ -88,6 +88,7 @@ def _example(options: argparse.Namespace) -> int:
             if not (Path(folder) / file.name).exists():
                 Path(folder).mkdir(exist_ok=True)
                 shutil.copyfile(file, Path(folder) / file.name)
+    load_recipe(f"recipes/{name}.yaml", options.overrides)  # a mistake ends here, not after minutes of extraction
     for words in _example_commands(name, options, started):
         print("$", shlex.join(words), flush=True)
         module = "mmaudio_hf.cli" if words[0] == "mmaudio-hf" else "accelerate.commands.launch"
@@ -478,12 +479,12 @@ def add_bench_commands(add: Add) -> None:
     generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
     loader = benchmark("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
     loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: generated)")
-    loader.add_argument("--rows", type=int, default=2000, help="rows of generated stores (default 2000, 2 GB)")
+    loader.add_argument("--rows", type=_count, default=2000, help="rows of generated stores (default 2000, 2 GB)")
     loader.add_argument("--batch-size", type=_count, default=64, help="samples (default 64)")
     loader.add_argument(
         "--audio-share", type=float, help="rows without video (default: as in the published mixture, 0.3)"
     )
-    loader.add_argument("--threads", type=int, default=4, help="data.read_threads (default 4)")
+    loader.add_argument("--threads", type=_count, default=4, help="data.read_threads (default 4)")
     finetune = benchmark(
         "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
     )
@@ -502,9 +503,9 @@ def _bytes(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    """A whole number of at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    """A whole number from 1 to a million."""
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
     return int(text)
 
 

@@ -189,9 +189,11 @@ def is_released(source: Any) -> bool:
 
 
 def variant_config(variant: str, **changes: Any) -> ModelConfig:
-    """Configuration of a released network, with `changes` to single fields. ValueError for an unknown variant."""
+    """Configuration of a released network, with `changes` to single fields. ValueError for unknown names."""
     if variant not in VARIANTS:
-        raise ValueError(f"unknown model variant {variant!r}: {nearest(variant, VARIANTS)}")
+        raise ValueError(f"unknown model variant {variant!r}: {nearest(str(variant), VARIANTS)}")
+    if unknown := next((name for name in changes if name not in ModelConfig.__dataclass_fields__), None):
+        raise ValueError(f"unknown key model.{unknown}: {nearest(unknown, ModelConfig.__dataclass_fields__)}")
     return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
 
 

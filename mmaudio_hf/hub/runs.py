@@ -42,6 +42,7 @@ RUN_FILES = ("config.yaml", "metrics.jsonl", "skipped.jsonl")  # of the run fold
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 SNAPSHOT = re.compile(rf"{STATE}/ema/sigma_[0-9.e-]{{1,20}}_step_\d{{9,12}}\.safetensors")
 SHARD = re.compile(rf"{STATE}/({'|'.join(TENSOR_FILES)})\.rank_\d{{1,6}}_of_\d{{1,6}}\.safetensors")
+SAMPLE = re.compile(r"samples/(reference/)?[^/]+\.wav")
 _KNOWN = {*PUBLISHED_FILES, *ADAPTER_FILES, *STATE_FILES, *(f"{STATE}/{name}" for name in RUN_FILES)}
 
 
@@ -147,7 +148,7 @@ class Push:
     before: int | None  # step that the repository holds
     files: list[Upload]
     changed: list[Upload]
-    removed: list[str]  # shards of another number of processes, which belong to no state.json any more
+    removed: list[str]  # shards of another number of processes, in no state.json any more, and samples of other weights
 
     @property
     def outdated(self) -> bool:
@@ -160,14 +161,14 @@ def plan_push(folder: Path, repo: str, step: int, contents: RepoContents | None 
     files = [Upload(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
     contents = read_contents(repo) if contents is None else contents
     names = {upload.name for upload in files}
-    stale = [name for name in contents.files if SHARD.fullmatch(name) and name not in names]
-    removed = stale if f"{STATE}/state.json" in names else []
+    replaced = [SHARD] * (f"{STATE}/state.json" in names) + [SAMPLE] * (CONFIG_FILE in names)
+    removed = [n for n in contents.files if n not in names and any(pattern.fullmatch(n) for pattern in replaced)]
     return Push(contents, step, remote_step(contents), files, changed_files(files, contents), removed)
 
 
 def push(plan: Push) -> str:
     """Send what changed, in one commit; return the commit. The caller has checked that the repository is not ahead."""
-    if not plan.changed:
+    if not (plan.changed or plan.removed):
         return plan.contents.commit
     state = " and training state" if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ""
     return commit_files(plan.contents, plan.changed, f"Step {plan.step}: weights{state}", plan.removed)

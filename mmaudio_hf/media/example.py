@@ -125,9 +125,12 @@ def write_withheld_media(directory: str | os.PathLike, kind: str, splits: Mappin
 
 
 def read_events(path: str | os.PathLike) -> dict[str, Events]:
-    """Read `events.json`: id -> `Events`, for the videos and the audio files."""
-    listing = json.loads(Path(path).read_text(encoding="utf-8"))
-    return {item_id: Events(entry["kind"], tuple(entry["times"])) for item_id, entry in listing.items()}
+    """Read `events.json`: id -> `Events`, for the videos and the audio files. ValueError for another file."""
+    try:
+        listing = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {item_id: Events(entry["kind"], tuple(entry["times"])) for item_id, entry in listing.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the events.json of example media ({type(error).__name__}: {error})") from error
 
 
 def _write_split(directory: Path, split: str, kinds: Sequence[str], seed: Sequence[int]) -> dict[str, Events]:

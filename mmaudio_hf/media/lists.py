@@ -356,6 +356,8 @@ def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
     Ends are exclusive; a file shorter than 8.1 s gives none. Float comparison and rounding are those of the published
     clip lists.
     """
+    if num_samples < 0 or sample_rate < 1:
+        raise ValueError(f"{num_samples} samples at {sample_rate} Hz are no audio")
     if num_samples < sample_rate * CLIP_SECONDS:
         return []
     length = int(sample_rate * CLIP_SECONDS)

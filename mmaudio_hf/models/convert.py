@@ -147,12 +147,13 @@ def read_released(source: Any) -> dict[str, torch.Tensor]:
     raise problems[0]
 
 
-def convert_file(file: Path, out: Path, variant: str | None = None) -> str:
+def convert_file(file: str | Path, out: str | Path, variant: str | None = None) -> str:
     """Convert a released file; return a sentence on the result.
 
     A flow network becomes a `pretrained_model` folder `out` that `MMAudio.from_pretrained` reads; its variant is
     recognised from its shapes, or checked against `variant`. Any other file becomes plain safetensors `out`.
     """
+    file, out = Path(file), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists: choose a new name")
     state = read_released(file)

@@ -49,8 +49,8 @@ def sample_euler(
 
     on_step: takes the number of a step and x after it, and returns the x to continue with.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if type(num_steps) is not int or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number of at least 1, not {num_steps}")
     times = torch.linspace(0, 1 - min_sigma, num_steps + 1, device=x0.device)
     x = x0
     for step, (now, after) in enumerate(pairwise(times)):
