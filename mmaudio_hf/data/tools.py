@@ -88,7 +88,7 @@ def _check_small_files(store: FeatureStore) -> tuple[list[str], list[str]]:
     """Problems and notes of manifest and text index; `open` has checked that they agree."""
     if store.manifest is None:
         return [], [f"{store.path} has no manifest: only sizes and finiteness could be checked"]
-    problems = []
+    problems: list[str] = []
     manifest = manifest_file(store.path)
     if "captions_sha256" not in store.manifest:  # came together with the manifest's own checksum
         return problems, [f"{manifest} is of an earlier version: captions and the manifest itself have no checksum"]
