@@ -20,8 +20,13 @@ def commands() -> list:
     cases = []
     for page in PAGES:
         fenced = False
-        for number, line in enumerate(page.read_text().splitlines(), start=1):
+        lines = page.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
             fenced ^= line.startswith("```")
+            for following in lines[number:]:
+                if not line.endswith("\\"):
+                    break
+                line = line.removesuffix("\\") + following
             if (fenced or line.startswith("    ")) and (match := COMMAND.match(line.strip())):
                 words = (["train"] if match[1] else []) + shlex.split(line.strip()[match.end() :], comments=True)
                 cases.append(pytest.param(words, id=f"{page.name}:{number}"))
