@@ -170,7 +170,7 @@ def test_own_evaluators_of_the_docs(folder, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     (code,) = [block for block in page.split("```python\n") if block.startswith("# my_scores.py")]
     (tmp_path / "my_scores.py").write_text(code.split("```")[0])
-    recipe = write_recipe(folder, "own", trackers=[])
+    recipe = write_recipe(folder, "own_evaluators", trackers=[])
     monkeypatch.chdir(tmp_path)
     settings = ["evaluation.extra=[my_scores:Silence]", "training.best_metric=silence/share", "samples.every=0"]
     assert main(["train", str(recipe), *settings]) == 0

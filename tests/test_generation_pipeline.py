@@ -135,7 +135,10 @@ def test_threads_share_a_pipeline_and_pipelines_a_network(pipeline):
     def one(index: int) -> Generated:
         return (pipeline, other)[index % 2](prompt="a dog", duration=durations[index], num_steps=4)
 
-    with ThreadPoolExecutor(4) as threads:
+    # With as many threads of torch as here, which sums in another order with others: a loader that ran in this process
+    # before sets the number that new threads have.
+    same = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with ThreadPoolExecutor(4, **same) as threads:
         for duration, result in zip(durations, threads.map(one, range(len(durations))), strict=True):
             assert torch.equal(result.latent, alone[duration].latent), duration
             assert torch.equal(result.waveform, alone[duration].waveform), duration

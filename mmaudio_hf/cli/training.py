@@ -219,6 +219,7 @@ def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
                 and callable(evaluator.run)
             )
             valid = valid and type(evaluator.every) is int and evaluator.every > 0 and isinstance(evaluator.long, bool)
+            evaluator.at_start = bool(getattr(evaluator, "at_start", False))
         except ValueError:
             raise
         except Exception as error:

@@ -46,9 +46,10 @@ def open_media(path: str | os.PathLike) -> InputContainer:
     """Open a local video or audio file for reading; MediaError not_found or unreadable, as an image is too."""
     container = open_any(path)
     # FFmpeg looks at the content, whatever the name is, and reads images by formats of their own, those of AVIF and
-    # HEIC as mp4. Animations of images are no videos either: they have no audio.
+    # HEIC as mp4. A GIF is a video without audio where its name says that it is one, and else a mistake.
     name, brand = container.format.name, container.metadata.get("major_brand", "").strip()
-    if name.endswith("_pipe") or name.startswith("image2") or name in _ANIMATIONS or brand in _IMAGE_BRANDS:
+    renamed = name in _ANIMATIONS and Path(path).suffix.lower() != f".{name}"
+    if name.endswith("_pipe") or name.startswith("image2") or renamed or brand in _IMAGE_BRANDS:
         codec = container.streams.video[0].codec_context.name
         container.close()
         what = f"is a still image or an animation ({codec}), not a video or audio file"
