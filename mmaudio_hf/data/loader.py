@@ -5,6 +5,7 @@ The thread copies rows from the memory-mapped columns of the stores straight int
 There are no worker processes: all of it releases the GIL, and nothing is pickled or copied between processes.
 """
 
+import atexit
 import contextlib
 import os
 import queue
@@ -184,6 +185,7 @@ class BatchLoader:
         self._stopped = False
         self._thread = threading.Thread(target=self._read_all, name="mmaudio-prefetch", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread within torch while the interpreter ends would abort the process
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -254,6 +256,7 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop reading and end all threads; waits at most for the batch that is being read."""
+        atexit.unregister(self.close)
         self._stopped = True
         self._free.put(None)
         self._thread.join()
