@@ -14,8 +14,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 for a trial of a few minutes
 	$(BIN)/python -m mmaudio_hf.cli example $(if $(SHORT),--short)
 
-test: $(INSTALLED)  # one worker a core with one thread each; the files of a worker share their fixtures
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  # two workers of one thread; the tests of a file share its worker. See "Tests" in docs/design.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
+		--reruns 1 --rerun-show-tracebacks -raR
 
 test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
 	$(BIN)/python -m pytest -m slow

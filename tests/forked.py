@@ -1,11 +1,15 @@
 """`mmaudio-hf` in processes of its own that start within milliseconds: forked from one that has imported everything."""
 
 import importlib
+import itertools
 import multiprocessing
 import os
+import pkgutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -22,15 +26,28 @@ IMPORTED = (
 )
 
 
-class Command:
-    """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block."""
+PATIENCE = 600  # s: nothing takes that long, on no machine; what waits longer waits in vain
 
-    def __init__(self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None):
+
+class Command:
+    """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block.
+
+    With `freeze`, a function and a number, that call of the function does not begin before a signal comes. So the process
+    is where a test wants it, however slow the machine is.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        freeze: tuple[str, int] | None = None,
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*IMPORTED, __name__])
         self.words, self._logs = words, tempfile.TemporaryDirectory()
         self._paths = [Path(self._logs.name) / name for name in ("stdout", "stderr")]
-        arguments = (words, cwd or Path.cwd(), dict(env or os.environ), self._paths)
+        arguments = (words, cwd or Path.cwd(), dict(env or os.environ), self._paths, freeze)
         self._process = context.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
@@ -44,7 +61,7 @@ class Command:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         self._process.join(timeout)
         assert self.poll() is not None, f"it still runs: {self.output()}"
         return self.poll()
@@ -53,7 +70,7 @@ class Command:
         """What it has printed to stdout and stderr so far."""
         return tuple(path.read_text() if path.exists() else "" for path in self._paths)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         self.wait(timeout)
         return self.output()
 
@@ -69,6 +86,17 @@ class Command:
         self._process.kill()
         self._process.join()
         self._logs.cleanup()
+
+
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen | Command | None" = None) -> None:
+    """Wait for a moment, perhaps one in the life of a process, which must not end before."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if process is not None and process.poll() is not None:
+            assert condition(), process.communicate()
+            return
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
 
 
 @contextmanager
@@ -90,7 +118,9 @@ def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str])
     return CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
-def _run(words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[Path]) -> None:
+def _run(
+    words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[Path], freeze: tuple[str, int] | None
+) -> None:
     multiprocessing.current_process().daemon = False  # it may have workers of its own
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -100,4 +130,19 @@ def _run(words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[P
     os.environ |= env
     importlib.reload(constants)  # the Hub and the cache that the variables name
     torch.set_num_threads(1)
+    if freeze:
+        _freeze(*freeze)
     sys.exit(main(words))
+
+
+def _freeze(place: str, call: int) -> None:
+    owner, _, name = place.rpartition(".")
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    function = getattr(owner, name)
+
+    def frozen(*arguments, **keywords):
+        if next(calls) == call:
+            time.sleep(PATIENCE)
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, frozen)

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Command
+from forked import PATIENCE, Command
 from safetensors.torch import load_file
 from toy_stores import MODEL
 from training_runs import (
     EVERY,
-    ROOT,
     STEPS,
     TINY,
     accelerate_command,
     checkpoint_names,
-    command,
     copy_run,
     environment,
+    gated_command,
     lines,
     metrics,
     poisoned_recipe,
@@ -161,7 +160,7 @@ def test_the_last_snapshots_are_awaited_where_they_are_visible_later(tmp_path):
     changes = ["training.steps=2", "ema.sigma_rel=0.07", "training.best_metric=val/loss"]
     result = subprocess.run(
         accelerate_command(str(program), str(recipe), *changes, processes=2),
-        env=environment(PYTHONPATH=str(ROOT)), cwd=recipe.parent, capture_output=True, text=True, timeout=120,
+        env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert all(f"process {rank} has 2 snapshots" in result.stdout for rank in (0, 1)), result.stdout
@@ -175,14 +174,17 @@ mount -t tmpfs -o size=$SIZE tmpfs "$DISK"
 head -c $BALLAST /dev/zero > "$DISK/ballast"
 cd "$LOGS"
 set +e
+touch freed
 "$@" > full.txt 2>&1
 echo $? > full.code
+rm freed
 readlink "$DISK/full_disk/last" > last
 ls "$DISK/full_disk/checkpoints" > checkpoints
 "$@" > freed.txt 2>&1 &
 training=$!
 until grep -q "could not be written" freed.txt || ! kill -0 $training; do sleep 0.02; done
 rm "$DISK/ballast"
+touch "$LOGS/freed"
 wait $training
 echo $? > freed.code
 cp -a "$DISK/full_disk" "$KEPT"
@@ -209,10 +211,11 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(poisoned_run, tmp_path):
     size, ballast = disk_sizes(poisoned_run)
     variables = {"SIZE": str(size), "BALLAST": str(ballast), "DISK": str(disk), "LOGS": str(logs)}
     variables |= {"KEPT": str(run_dir(recipe))}
-    train = [*command(recipe, processes=0), f"output_dir={disk}"]
+    gates = {STEPS - 2 * EVERY: logs / "freed"}  # no further before there is space
+    train = gated_command(gates, recipe, f"output_dir={disk}", processes=0)
     result = subprocess.run(
         ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *train], env=environment(**variables), cwd=recipe.parent,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     output = {path.name: path.read_text() for path in logs.iterdir()}
     assert result.returncode == 0, (result.stderr, output)

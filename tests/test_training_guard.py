@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import Command
+from forked import PATIENCE, Command, wait_until
 from toy_stores import write_recipe
 from training_runs import (
     EVERY,
@@ -23,7 +23,6 @@ from training_runs import (
     start,
     tensors,
     train,
-    wait_until,
 )
 
 from mmaudio_hf.training.guard import summary, to_json
@@ -57,7 +56,7 @@ def test_a_signal_saves_and_ends_the_run(endless, processes, number, send, code,
     )  # fmt: skip
     wait_until(lambda: log.exists() and f'{{"step": {step + 1}, "train/loss"' in log.read_text(), process)
     send(process.pid, number)
-    output = "".join(filter(None, process.communicate(timeout=120)))  # until the last of the processes has ended
+    output = "".join(filter(None, process.communicate(timeout=PATIENCE)))  # until the last of the processes has ended
     # accelerate's launcher for one process is ended by Ctrl-C itself.
     assert process.returncode == code or (code is None and process.returncode != 0), output
     assert f"from step {step} to 100000" in output and f"{number.name}: saving a checkpoint" in output, output

@@ -9,24 +9,24 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from forked import Command
+from forked import PATIENCE, Command, wait_until
 from safetensors.torch import save_file
 from toy_stores import recipe_tree, write_recipe, write_store
 from training_runs import (
-    EVERY,
     POISONED,
     STEPS,
     assert_close,
     assert_same_metrics,
     checkpoint_names,
-    command,
     environment,
+    gated_command,
     last_step,
     lines,
     poisoned_recipe,
@@ -34,7 +34,6 @@ from training_runs import (
     same_run,
     start,
     train,
-    wait_until,
 )
 
 from mmaudio_hf.cli import main
@@ -47,34 +46,39 @@ from mmaudio_hf.training.resume import check_same_run, dependencies
 # --- killed and interrupted runs -------------------------------------------------------------------------------------
 
 
-def kill_moments(seed: int) -> list[tuple[str, int, float]]:
-    """Five moments of a run: awaited (a logged step, or a checkpoint being written after it), and a delay in s."""
+def kill_moments(seed: int) -> list[tuple[int, float, int]]:
+    """Of five launches: the logged step to wait for, a delay in s, and the file of a checkpoint that is not written.
+
+    Step None waits for that file instead: the run is killed while it writes. A checkpoint has four files, so a launch
+    comes no further than four of them, and no run ends before its fifth kill.
+    """
     choose = random.Random(seed)
-    steps = sorted(choose.sample(range(1, STEPS - EVERY), 4))
-    kinds = ["step", "writing", "step", "writing"]
-    return [("step", 0, 0.0), *((kind, step, choose.uniform(0, 0.05)) for kind, step in zip(kinds, steps, strict=True))]
+    steps = sorted(choose.sample(range(1, STEPS // 2), 2))
+    at_steps = [(step, choose.uniform(0, 0.05), 16) for step in steps]
+    writing = [(None, 0.0, choose.randint(1, 8)) for _ in range(2)]
+    return [(0, 0.0, 16), at_steps[0], writing[0], at_steps[1], writing[1]]
 
 
-def is_at(recipe: Path, kind: str, step: int) -> bool:
+def has_logged(recipe: Path, step: int) -> bool:
     log = run_dir(recipe) / "metrics.jsonl"
-    if not log.exists() or log.read_bytes().count(b'"train/loss"') < step:
-        return False
-    return kind == "step" or any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
+    return log.exists() and log.read_bytes().count(b'"train/loss"') >= step
+
+
+def is_writing(recipe: Path) -> bool:
+    return any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(poisoned_run, seed):
     """SIGKILL at five random moments, some of them while a checkpoint is being written."""
     recipe = poisoned_recipe(poisoned_run.parent, f"killed_{seed}")
-    while_writing = 0
-    for kind, step, delay in kill_moments(seed):
-        with start(recipe) as process:
-            wait_until(lambda kind=kind, step=step: is_at(recipe, kind, step), process)
-            time.sleep(delay if kind == "step" else 0)
+    for step, delay, file in kill_moments(seed):
+        with start(recipe, freeze=("mmaudio_hf.training.checkpoint.save_file", file)) as process:
+            wait_until(partial(is_writing, recipe) if step is None else partial(has_logged, recipe, step), process)
+            time.sleep(delay)
             process.kill()
             assert process.wait() == -signal.SIGKILL
-        while_writing += any((run_dir(recipe) / "checkpoints").glob("step_*.partial"))
-    assert while_writing
+        assert step is not None or is_writing(recipe)
     result = train(recipe)
     assert result.returncode == 0, result.stderr
     same_run(recipe, poisoned_run)
@@ -84,12 +88,12 @@ def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(poisoned_run):
     """Two processes are interrupted as a terminal does it; four finish the run: same data, same noise, same model."""
     recipe = poisoned_recipe(poisoned_run.parent, "elastic")
     process = subprocess.Popen(
-        command(recipe, processes=2), env=environment(), cwd=recipe.parent, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        gated_command({16: recipe.parent / "never"}, recipe, processes=2), env=environment(), cwd=recipe.parent,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    wait_until(lambda: is_at(recipe, "step", 14), process)
+    wait_until(lambda: has_logged(recipe, 14), process)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     step = last_step(recipe)
     assert "SIGINT: saving a checkpoint after this step" in output and f"stopped at step {step}" in output, output
@@ -328,5 +332,6 @@ def test_two_launches_do_not_train_one_run(finished_run, monkeypatch, capsys):
             assert main(["train", str(recipe), *words]) == 2
             assert "locked is being trained by another launch" in capsys.readouterr().err
         assert staged.exists()
-        assert log.read_bytes().startswith(before) and log.stat().st_size > len(before)  # it was not disturbed
+        wait_until(lambda: log.stat().st_size > len(before), first)  # it was not disturbed
+        assert log.read_bytes().startswith(before)
     assert main(["train", str(recipe), "training.steps=1"]) == 0  # the system releases the lock of a killed process

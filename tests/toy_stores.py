@@ -1,5 +1,6 @@
 """Small feature stores and recipes for tests of training: one second of audio, a model of a few thousand weights."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def recipe_tree(folder: Path, **training: Any) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, name: str = "run", **training: Any) -> Path:
-    """Write `recipe_tree` as NAME.yaml."""
+    """Write `recipe_tree` as NAME.yaml. A run of this name is removed: a test that is run once more begins anew."""
+    shutil.rmtree(folder / "output" / name, ignore_errors=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe_tree(folder, **training) | {"name": name}))
     return path

@@ -6,15 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from forked import Command, run_together
+from forked import PATIENCE, Command, run_together
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree
 
@@ -27,7 +26,7 @@ def environment(**more: str) -> dict[str, str]:
     """Variables for a process of its own: none of a launcher, one thread, no Hub."""
     hidden = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | more
 
 
 def accelerate_command(*script: str, processes: int, hardware: str = "cpu.yaml") -> list[str]:
@@ -46,7 +45,7 @@ def command(recipe: Path, *overrides: str, processes: int = 1) -> list[str]:
 def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
     """Run it."""
     words = command(recipe, *overrides, processes=processes)
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment(), cwd=recipe.parent)
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment(), cwd=recipe.parent)
 
 
 def train(recipe: Path, *overrides: str, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
@@ -57,16 +56,37 @@ def train(recipe: Path, *overrides: str, processes: int = 1, **variables: str) -
     return run_together(processes, *words, cwd=recipe.parent, env=environment(**variables))
 
 
-def start(recipe: Path, *overrides: str) -> Command:
+def start(recipe: Path, *overrides: str, freeze: tuple[str, int] | None = None) -> Command:
     """Training in a process of its own, without a launcher; a context that it does not outlive."""
-    return Command("train", str(recipe), *overrides, cwd=recipe.parent, env=environment())
+    return Command("train", str(recipe), *overrides, cwd=recipe.parent, env=environment(), freeze=freeze)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen | Command) -> None:
-    """Wait for a moment in the life of a process, which must not end before."""
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+# Trains, but takes no step after those that are named before a file is there, or the signal that is to end the run.
+GATED = """
+import json, sys, time
+from pathlib import Path
+from mmaudio_hf.cli import train_main
+from mmaudio_hf.training.loop import Run
+
+gates, update = json.loads(sys.argv.pop(1)), Run.update
+
+def gated(run, batches):
+    file, end = gates.get(str(run.step)), time.monotonic() + 300
+    while file and not Path(file).exists() and not run.guard.signals.number and time.monotonic() < end:
+        time.sleep(0.005)
+    update(run, batches)
+
+Run.update = gated
+sys.exit(train_main())
+"""
+
+
+def gated_command(gates: Mapping[int, Path], recipe: Path, *overrides: str, processes: int, **how: str) -> list[str]:
+    """Words like those of `command` for a run that waits after some steps until a file is there: step -> file."""
+    program = recipe.parent / "gated.py"
+    program.write_text(GATED)
+    words = [str(program), json.dumps({step: str(file) for step, file in gates.items()}), str(recipe), *overrides]
+    return accelerate_command(*words, processes=processes, **how) if processes else [sys.executable, *words]
 
 
 # --- finished runs -------------------------------------------------------------------------------------------------
@@ -88,6 +108,7 @@ def poisoned_recipe(folder: Path, name: str) -> Path:
     tree = recipe_tree(folder, steps=STEPS, checkpoint_every=EVERY, log_every=1, validate_every=6) | {"name": name}
     tree["model"] = MODEL | TINY
     tree["training"] |= {"keep_checkpoints": 2, "keep_every": 16, "best_metric": "val_ema/loss"}
+    shutil.rmtree(folder / "output" / name, ignore_errors=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     means = np.memmap(folder / "videos" / "mean.memmap", dtype=np.float32, mode="r+")
