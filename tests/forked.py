@@ -32,7 +32,7 @@ PATIENCE = 600  # s: nothing takes that long, on no machine; what waits longer w
 class Command:
     """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block.
 
-    With `freeze`, a function and a number, that call of the function does not begin before a signal comes. So the process
+    With `freeze`, a function and a number, that call of the function does not begin before a signal comes. So a process
     is where a test wants it, however slow the machine is.
     """
 
@@ -135,8 +135,8 @@ def _run(
     sys.exit(main(words))
 
 
-def _freeze(place: str, call: int) -> None:
-    owner, _, name = place.rpartition(".")
+def _freeze(target: str, call: int) -> None:
+    owner, _, name = target.rpartition(".")
     owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
     function = getattr(owner, name)
 

@@ -89,7 +89,7 @@ def two_processes(tmp_path_factory) -> Path:
 
 # --- FSDP --------------------------------------------------------------------------------------------------------
 
-# Prints what is gathered. When the second process writes its shards of a checkpoint, its disk is full, or it stands still.
+# Prints what is gathered. Where the second process writes its shards of one step, its disk is full, or it stands still.
 WATCHED = """
 import os, sys, time
 from mmaudio_hf.cli import train_main
