@@ -1,11 +1,17 @@
 """The launch: what accelerate would take from its environment, or from a configuration of another project."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 from toy_stores import recipe_tree
-from training_runs import launch, run_dir
+from training_runs import ROOT, SCRIPTS, command, environment, last_step, launch, run_dir
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
@@ -45,8 +51,52 @@ def test_precision_of_the_launch_is_reported_when_it_differs(recipe, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("variable", "value", "note"),
+    [
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "is not used: the recipe has optim.max_grad_norm=1.0"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", ""),
+        ("ACCELERATE_FP8_BACKEND", "TE", "is not used: the recipe has training.mixed_precision=no"),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", "is not used: the recipe has training.compile=auto"),
+        ("ACCELERATE_DYNAMO_MODE", "default", ""),
+        ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "True", "is not used: the recipe has training.compile=auto"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "is not used, but sharding by block"),
+        ("FSDP_IGNORED_MODULES", "blocks", "is not used, but sharding of all modules"),
+        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", "is not used, but one file for each process"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", ""),
+        ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD", "is not used, but fsdp_reshard_after_forward"),
+        ("ACCELERATE_DEBUG_MODE", "1", "is set: every collective is checked"),
+        ("ACCELERATE_DEBUG_MODE", "false", ""),
+        ("NVIDIA_TF32_OVERRIDE", "0", "is set: it decides on TF32, whatever training.tf32 says"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "is set: the host waits for every kernel"),
+    ],
+)
+def test_what_the_environment_would_change_is_one_line(recipe, variable, value, note, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    if variable.startswith("FSDP_"):
+        assert launch_notes(load_recipe(recipe)) == []  # accelerate takes nothing of them without FSDP
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    notes = launch_notes(load_recipe(recipe))
+    assert len(notes) == bool(note) and all(
+        n.startswith(f"{variable}={value.lower()} ") and note in n for n in notes
+    ), notes
+
+
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE"])
+def test_compilation_that_is_switched_off_is_an_error_where_it_is_asked_for(recipe, variable):
+    words = command(recipe, "training.compile=on", f"name={variable}", processes=0)
+    result = subprocess.run(words, capture_output=True, text=True, env=environment(**{variable: "1"}))
+    expected = "torch.compile does not work here, set training.compile=off: it is switched off by TORCHDYNAMO_DISABLE"
+    assert result.returncode == 1 and expected in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
     ("variables", "message"),
     [
+        ({"ACCELERATE_USE_SAGEMAKER": "true"}, "data parallelism of SageMaker is not supported"),
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "one device for all processes is not supported: launch with a file of"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU=maybe in the environment has no meaning: unset it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment has no meaning"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "x"}, "of the launch (inv"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: launch with a file of accelerate_configs/"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config is not supported"),
@@ -67,3 +117,44 @@ def test_our_sentence_comes_last_under_the_launcher(recipe):
     result = launch(recipe, "data.train=[{path: gone}]", processes=2)
     lines = [line for line in result.stderr.splitlines() if line.strip("= ")]
     assert result.returncode == 1 and "error: no feature store at gone; make it with" in lines[-1], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        (
+            {"mixed_precision": "fp16", "dynamo_config": {"dynamo_backend": "INDUCTOR"}},
+            0,
+            "ACCELERATE_DYNAMO_BACKEND=inductor of the launch is not used",
+        ),
+        ({"distributed_type": "MEGATRON_LM", "use_cpu": False}, 1, "Megatron-LM is not supported: launch with a file"),
+    ],
+)
+def test_the_users_own_configuration_of_accelerate(recipe, tmp_path, settings, code, message):
+    own = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_machines": 1}
+    own |= {"num_processes": 1, "machine_rank": 0, "debug": False, "mixed_precision": "no"}
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(own | settings))
+    words = [str(SCRIPTS / "accelerate"), "launch", str(ROOT / "train.py"), str(recipe), f"name=own{code}"]
+    result = subprocess.run(words, capture_output=True, text=True, env=environment(HF_HOME=str(tmp_path)))
+    assert result.returncode == code and message in result.stdout + result.stderr, result.stdout + result.stderr
+
+
+def test_after_a_killed_process_the_launcher_repeats_that_the_same_command_resumes(recipe):
+    words = command(recipe, "training.steps=100000", "training.checkpoint_every=1", "name=killed", processes=2)
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    try:
+        while last_step(recipe.with_name("killed.yaml")) < 1:
+            assert launcher.poll() is None, launcher.communicate()
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = {Path(f"/proc/{pid}/environ").read_text().split("\0RANK=")[1][0]: int(pid) for pid in children}
+        os.kill(ranks["1"], signal.SIGKILL)
+        output = launcher.communicate(timeout=300)[0]
+    finally:
+        launcher.kill()
+    assert "killed, perhaps for want of memory: the same command continues" in output.rpartition("Root Cause")[2], (
+        output
+    )
+    expected = r"error: process 0 had no answer from another one, .* waited for .*; the same command resumes from"
+    assert launcher.returncode == 1 and re.search(expected, output), output

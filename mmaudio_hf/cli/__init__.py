@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Ctrl-C with code 130.
     """
     options = parse(arguments)
+    # Left at once, for the process that is killed and cannot say anything; any other end replaces it.
+    training.leave_for_launcher("killed, perhaps for want of memory: the same command continues from what is saved")
     try:
         return options.command(options) or 0
     except ValueError as error:
@@ -89,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(str(error))
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}" if interrupt.args else "interrupted", file=sys.stderr)
+        message = f"interrupted: {interrupt}" if interrupt.args else "interrupted"
+        print(message, file=sys.stderr)
+        training.leave_for_launcher(message)
         return 130
     except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
         training.leave_for_launcher(f"{type(error).__name__}: {error}")

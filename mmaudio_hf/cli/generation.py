@@ -252,8 +252,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from mmaudio_hf.training.distributed import check_launch
 
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     check_launch()
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     folders = [_folder(source, options.out, len(sources)) for source in sources]
     results = [_evaluate_one(*pair, options.split) for pair in zip(sources, folders, strict=True)]
     if state.is_main_process:

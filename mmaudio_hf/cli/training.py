@@ -112,6 +112,10 @@ def _example_commands(name: str, options: argparse.Namespace, started: float) ->
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
+    from mmaudio_hf.training.distributed import check_launch
+    from mmaudio_hf.training.resume import RunLock
+
+    check_launch()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size(recipe.training, world)
     if options.dry_run:
@@ -119,10 +123,6 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if not recipe.data.train:
         raise ValueError(f"{options.recipe}: data.train names no feature store")
-    from mmaudio_hf.training.distributed import check_launch
-    from mmaudio_hf.training.resume import RunLock
-
-    check_launch()
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
     with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint:
         return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)

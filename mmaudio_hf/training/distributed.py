@@ -6,10 +6,12 @@ parameters of a block are gathered while it runs. Each process saves its shards;
 
 import copy
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mmaudio_hf.config import Recipe, TrainingConfig, micro_batch_size
+from mmaudio_hf.config import Recipe, TrainingConfig, micro_batch_size, to_dict
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import PROCESS_TIMEOUT, RunError
 
@@ -71,6 +73,8 @@ def compile_blocks(model: MMAudio, log: Callable[[str], None], required: bool = 
 
 def probe_compile(model: MMAudio) -> str | None:
     """Why a block of the model cannot be compiled on its device, in one line; None when it can."""
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "it is switched off by TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE"
     block = copy.deepcopy(model.blocks[0])
     block.compile()
     latent, clip, text = (
@@ -78,8 +82,9 @@ def probe_compile(model: MMAudio) -> str | None:
         for length in (model.latent_length, model.clip_length, model.config.text_tokens)
     )
     try:
-        outputs = block(latent, clip, text, latent, latent[:, :1], model._latent_table, model._clip_table)
-        outputs[0].sum().backward()
+        with torch._dynamo.config.patch(suppress_errors=False):  # a variable lets what fails run without a word
+            outputs = block(latent, clip, text, latent, latent[:, :1], model._latent_table, model._clip_table)
+            outputs[0].sum().backward()
     except Exception as error:  # whatever a compiler, its libraries and the driver can raise
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
@@ -109,7 +114,42 @@ UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "data parallelism of SageMaker",
+    "ACCELERATE_TORCH_DEVICE": "one device for all processes",
 }
+_FLAG = "1|0|true|false|yes|no|on|off|t|f|y|n"  # anything else ends accelerate with an error that names no variable
+EXPECTED = {
+    **dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK"), r"\d+"),
+    **dict.fromkeys(("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"), _FLAG),
+}
+# What the recipe, or this package, decides: variables, the values that mean nothing, and what holds instead.
+NOT_USED = (
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "training.accumulation_steps"),
+    ("ACCELERATE_GRADIENT_CLIPPING", ("auto",), "optim.max_grad_norm"),
+    ("ACCELERATE_MIXED_PRECISION", ("no",), "training.mixed_precision"),
+    ("ACCELERATE_FP8_*", ("no",), "training.mixed_precision"),
+    ("ACCELERATE_DYNAMO_*", ("no", "default", "false"), "training.compile"),
+    ("FSDP_SHARDING_STRATEGY", ("full_shard", "1"), "fsdp_reshard_after_forward"),
+    ("FSDP_STATE_DICT_TYPE", ("sharded_state_dict",), "one file for each process"),
+    ("FSDP_*WRAP*", ("no_wrap",), "sharding by block"),
+    ("FSDP_MIN_NUM_PARAMS", ("0", "100000000"), "sharding by block"),
+    ("FSDP_IGNORED_MODULES", (), "sharding of all modules"),
+    ("FSDP_*PREFETCH", ("false", "no_prefetch"), "the prefetching of FSDP2"),
+    ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", ("false",), "training.activation_checkpointing"),
+)
+# What is used, since it is there to be set; it changes more than people may remember.
+USED = {
+    "ACCELERATE_DEBUG_MODE": "every collective is checked, which takes time",
+    "CUDA_LAUNCH_BLOCKING": "the host waits for every kernel, which takes time",
+    "NVIDIA_TF32_OVERRIDE": "it decides on TF32, whatever training.tf32 says",
+}
+
+
+def _is_set(variable: str) -> bool:
+    """Whether a variable of the environment has a value, other than one that means no."""
+    if variable == "ACCELERATE_TORCH_DEVICE":  # of which 0 is one
+        return variable in os.environ
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off", "n", "f")
 
 
 def check_launch() -> None:
@@ -119,8 +159,11 @@ def check_launch() -> None:
     but no WORLD_SIZE.
     """
     for variable, name in UNSUPPORTED.items():
-        if os.environ.get(variable, "false").lower() == "true":
+        if _is_set(variable):
             raise ValueError(f"{name} is not supported: launch with a file of accelerate_configs/, or unset {variable}")
+    for variable, expected in EXPECTED.items():
+        if not re.fullmatch(expected, value := os.environ.get(variable, "0"), re.IGNORECASE):
+            raise ValueError(f"{variable}={value} in the environment has no meaning: unset it")
     fsdp_plugin()
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -165,7 +208,7 @@ def ddp_settings() -> DistributedDataParallelKwargs:
 
 
 @contextmanager
-def step_timeout() -> Iterator[None]:
+def step_timeout(step: int) -> Iterator[None]:
     """Collectives inside time out in minutes, so that a run whose process hangs or is lost soon ends.
 
     Outside they have PROCESS_TIMEOUT: processes wait there while one evaluates or saves alone.
@@ -175,22 +218,42 @@ def step_timeout() -> Iterator[None]:
         return
     dist.set_timeout(STEP_TIMEOUT)
     try:
-        yield
+        with waiting_for(f"the gradients of step {step}"):
+            yield
     finally:
         dist.set_timeout(PROCESS_TIMEOUT)
 
 
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """RunError that names what others were to send, in place of what a backend raises when one is lost or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):  # gloo has no class for its errors
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise RunError(
+            f"process {PartialState().process_index} had no answer from another one, which is lost or hangs, while it"
+            f" waited for {what} ({reason}); the same command resumes from the last checkpoint"
+        ) from error
+
+
 def launch_notes(recipe: Recipe) -> list[str]:
-    """What the launch, or the environment, sets although the recipe decides it."""
-    notes = []
-    for variable, key, usual in (  # usual: what accelerate's launcher sets by itself
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation_steps", "1"),
-        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", "no"),
-        ("ACCELERATE_DYNAMO_BACKEND", "compile", "no"),
-    ):
-        given, value = os.environ.get(variable, usual).lower(), str(getattr(recipe.training, key))
-        if given not in (usual, value):
-            notes.append(f"{variable}={given} of the launch is not used: the recipe has training.{key}={value}")
+    """What is set in the environment although the recipe decides it, or changes what the recipe says."""
+    notes, plain = [], to_dict(recipe)
+    for variable, value in sorted(os.environ.items()):
+        value = value.lower()
+        if variable.startswith("FSDP_") and not _is_set("ACCELERATE_USE_FSDP"):
+            continue
+        for pattern, usual, instead in NOT_USED:
+            section, _, key = instead.partition(".")
+            decided = str(plain[section][key]) if key else ""
+            if fnmatch(variable, pattern) and value not in (*usual, decided):
+                holds = f": the recipe has {instead}={decided}" if key else f", but {instead}"
+                notes.append(f"{variable}={value} of the launch is not used{holds}")
+        if variable in USED and (_is_set(variable) or variable == "NVIDIA_TF32_OVERRIDE"):
+            notes.append(f"{variable}={value} is set: {USED[variable]}")
     return notes
 
 
@@ -253,11 +316,14 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
 
     Read from the launcher's environment: accelerate itself ignores FSDP on machines without GPUs.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not _is_set("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP is supported in version 2 alone: use accelerate_configs/fsdp.yaml")
-    plugin = FullyShardedDataParallelPlugin()
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        raise ValueError(f"FSDP settings of the launch ({error}): use accelerate_configs/fsdp.yaml") from error
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_offload_params is not supported: set it to false")
     if plugin.activation_checkpointing:

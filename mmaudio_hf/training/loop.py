@@ -22,7 +22,7 @@ from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import process_sample_indices
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
-from mmaudio_hf.training import resume
+from mmaudio_hf.training import distributed, optim, resume
 from mmaudio_hf.training.actions import (
     BestScore,
     Evaluator,
@@ -34,19 +34,10 @@ from mmaudio_hf.training.actions import (
 )
 from mmaudio_hf.training.checkpoint import TrainingState
 from mmaudio_hf.training.checkpointer import Checkpointer
-from mmaudio_hf.training.distributed import configure_model, make_accelerator, no_sync, step_timeout, swap_weights
 from mmaudio_hf.training.ema import PostHocEMA
 from mmaudio_hf.training.finetune import frozen_parameters, seed_dropout
 from mmaudio_hf.training.guard import Guard, StepTrace, diagnose_step
 from mmaudio_hf.training.logs import Progress, RunLog
-from mmaudio_hf.training.optim import (
-    build_optimizer,
-    clip_gradients,
-    gradient_norms,
-    learning_rate,
-    set_learning_rate,
-    step_unless_nonfinite,
-)
 from mmaudio_hf.training.step import flow_step
 from mmaudio_hf.training.validation import Validator
 
@@ -83,7 +74,8 @@ def train(
     run = Run(recipe, model, mixture, validation, evaluators, write_extras, on_checkpoint)
     with nullcontext(lock) if lock else resume.RunLock(recipe.run_dir, run.log.warn) as held:
         try:
-            result = run.train(held, allow_changes)
+            with distributed.waiting_for("validation, evaluation or saving"):
+                result = run.train(held, allow_changes)
         except BaseException:
             with suppress(Exception):  # a tracker that never started must not hide what went wrong
                 run.accelerator.end_training()
@@ -106,7 +98,7 @@ class Run:
         on_checkpoint: Callable[[Path], None] = lambda folder: None,
     ):
         self.recipe, self.mixture = recipe, mixture
-        self.accelerator = accelerator = make_accelerator(recipe)
+        self.accelerator = accelerator = distributed.make_accelerator(recipe)
         self.step = 0
         self.validator = None if validation is None else Validator(validation, recipe, accelerator)
         self.evaluators = evaluators
@@ -117,10 +109,10 @@ class Run:
         self.latent_statistics = tuple(
             s.to(accelerator.device, copy=True) for s in (model.latent_mean, model.latent_std)
         )
-        self.unwrapped_model = configure_model(model, recipe.training, accelerator)
+        self.unwrapped_model = distributed.configure_model(model, recipe.training, accelerator)
         # After sharding: EMA weights and moments are sharded as the weights are.
         self.ema = PostHocEMA(model, recipe.ema.sigma_rels, recipe.ema.update_every, frozen_parameters(model))
-        self.optimizer = build_optimizer(model, recipe.optim)
+        self.optimizer = optim.build_optimizer(model, recipe.optim)
         self.guard = Guard(accelerator, recipe.training.max_skipped_steps, self._on_skip)
         self.checkpointer = Checkpointer(
             recipe, accelerator, model, self.optimizer, self.ema, self.log.warn, write_extras, on_checkpoint
@@ -150,7 +142,7 @@ class Run:
                 self._resume_evaluation(state.metadata.get("to_evaluate", []), finished)
             progress.start_step()
             for batches in loader:
-                with step_timeout():
+                with distributed.step_timeout(self.step):
                     self.update(batches)
                     signal = self.guard.poll()  # of the step before, whose flags have arrived: the host need not wait
                 progress.end_step()  # what follows is not time of training
@@ -234,7 +226,7 @@ class Run:
         """One optimizer update, or none where its numbers are not finite, and one of the EMA profiles."""
         trace = self.backward(batches)
         found_inf = self.guard.check_finite(trace)
-        step_unless_nonfinite(self.optimizer, found_inf)
+        optim.step_unless_nonfinite(self.optimizer, found_inf)
         self.log.running.add(trace.loss, trace.source, trace.total_norm, found_inf)
         if self.step >= self.recipe.ema.start:
             self.ema.update()
@@ -242,14 +234,14 @@ class Run:
 
     def backward(self, batches: Sequence[Batch]) -> StepTrace:
         """Clipped gradients of the present step from its micro-batches, and the numbers that they come from."""
-        training, optim = self.recipe.training, self.recipe.optim
-        set_learning_rate(self.optimizer, learning_rate(self.step, optim, training.steps))
+        training, settings = self.recipe.training, self.recipe.optim
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(self.step, settings, training.steps))
         self.optimizer.zero_grad(set_to_none=True)
         results = []
         for index, batch in enumerate(batches):
             # Processes exchange gradients once per update, in the backward pass of the last micro-batch.
             last = index == len(batches) - 1
-            with nullcontext() if last else no_sync(self.accelerator, self.model):
+            with nullcontext() if last else distributed.no_sync(self.accelerator, self.model):
                 if self.recipe.finetune.lora.dropout:
                     seed_dropout(self.recipe.seed, self.step, index, self.accelerator.process_index)
                 result = flow_step(self.model, batch, self.recipe.flow, *self.latent_statistics)
@@ -257,8 +249,8 @@ class Run:
                 scale = self.accelerator.num_processes / training.batch_size
                 self.accelerator.backward(result.loss.sum() * scale)
             results.append((batch.source, result.loss.detach(), result.t))
-        norms = gradient_norms(self.unwrapped_model.parameters())
-        total = clip_gradients(self.unwrapped_model.parameters(), optim.max_grad_norm, norms)
+        norms = optim.gradient_norms(self.unwrapped_model.parameters())
+        total = optim.clip_gradients(self.unwrapped_model.parameters(), settings.max_grad_norm, norms)
         ids = [item_id for batch in batches for item_id in batch.ids]
         # torch.cat copies: tensors of batches are views of buffers that the next step fills again.
         source, losses, times = (torch.cat(values) for values in zip(*results, strict=True))
@@ -269,7 +261,7 @@ class Run:
 
     def diagnose(self, trace: StepTrace) -> dict[str, Any]:
         """Diagnostics of a step, whose batches are read once more; called on every process."""
-        rate = learning_rate(trace.step, self.recipe.optim, self.recipe.training.steps)
+        rate = optim.learning_rate(trace.step, self.recipe.optim, self.recipe.training.steps)
         # On the host: a device that has memory for one batch may have none for two.
         with self.loader(trace.step + 1, start=trace.step, device=torch.device("cpu")) as loader:
             return diagnose_step(self.unwrapped_model, trace, next(loader), rate)
@@ -304,7 +296,7 @@ class Run:
 
     def _log_window(self) -> dict[str, float | None]:
         """Log the means since the last line; it is returned."""
-        rate = learning_rate(self.step - 1, self.recipe.optim, self.recipe.training.steps)
+        rate = optim.learning_rate(self.step - 1, self.recipe.optim, self.recipe.training.steps)
         line = self.log.running.means()
         line |= {"train/learning_rate": rate, "train/skipped_steps": self.guard.skipped}
         self.log.scores(self.step, line)
@@ -333,7 +325,7 @@ class Run:
         scores: dict[str, float] = {}
         model = self.unwrapped_model.eval()
         for kind, values in weights.items():
-            with swap_weights(model, values):  # in place: there is no memory for a second model
+            with distributed.swap_weights(model, values):  # in place: there is no memory for a second model
                 losses = self.validator.scores(self.accelerator.autocast()(model.__call__), *self.latent_statistics)
             scores |= {f"{kind}/{name}": value for name, value in losses.items()}
         model.train()
