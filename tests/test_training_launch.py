@@ -82,7 +82,7 @@ def test_what_the_environment_would_change_is_one_line(recipe, variable, value, 
 
 
 @pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE"])
-def test_compilation_that_is_switched_off_is_an_error_where_it_is_asked_for(recipe, variable):
+def test_compilation_that_is_switched_off_is_an_error(recipe, variable):
     words = command(recipe, "training.compile=on", f"name={variable}", processes=0)
     result = subprocess.run(words, capture_output=True, text=True, env=environment(**{variable: "1"}))
     expected = "torch.compile does not work here, set training.compile=off: it is switched off by TORCHDYNAMO_DISABLE"
