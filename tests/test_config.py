@@ -105,6 +105,30 @@ MISTAKES = [
     ("evaluation.metrics=[fad]", r"'fad' is not allowed: did you mean 'fd'|'fad' is not allowed: valid"),
     ("evaluation.metrics=[fd, fd]", r"evaluation\.metrics names fd twice"),
     ("evaluation.truth.tset=x", r"unknown key evaluation\.truth\.tset: did you mean 'test'"),
+    ("data.train[-1].path=x", r"entries are KEY\[0\] and so on; that after the last is new"),
+    ("data.train+={path: x}", r"entries are KEY\[0\]"),
+    ("data.train.append={path: x}", r"entries are KEY\[0\]"),
+    ("data.train[a].path=x", r"entries are KEY\[0\]"),
+    ("data.train..path=x", r"not of the form key\.sub=value"),
+    ("training.=3", r"not of the form key\.sub=value"),
+    ("training.steps='3'", r"must be a whole number, not '3' \(text\): leave out the quotes"),
+    ("optim.learning_rate='1e-4'", r"must be a number, not '1e-4' \(text\): leave out the quotes"),
+    ("training.steps=null", r"training\.steps must be a whole number, not None \(nothing\)"),
+    ("training.steps=1__0", r"training\.steps must be a whole number, not '1__0'"),
+    ("training.steps=" + 5000 * "9", r"the value is not valid YAML: Exceeds the limit"),
+    ("training.steps=1,000", r"training\.steps must be a whole number, not '1,000'"),
+    ("optim=null", r"optim must be a mapping of keys, not nothing"),
+    ("optim.betas=0.9,0.95", r"optim\.betas must be a list, not '0\.9,0\.95' \(text\): write \[0\.9,0\.95\]"),
+    ("optim.betas[2]=0.9", r"optim\.betas must have 2 entries, not 3"),
+    ("training.trackers=wandb", r"must be a list, not 'wandb' \(text\): write \[wandb\]"),
+    ("base=x.yaml", r"unknown key base: a recipe names its base in its file"),
+    ("output_dir=''", r"output_dir must not be empty"),
+    ("data.train[0].path=''", r"data\.train\.0\.path must not be empty"),
+    ("samples.videos=[a.mp4, '']", r"samples\.videos must not be empty"),
+    ("output_dir=~nobody-is-called-this/x", r"names a user that this machine does not have"),
+    ("training={<<: [1]}", r"<< needs a mapping"),
+    ("training={[a]: 1}", r"key \['a'\] must be text"),
+    ("data.train.0.path=@x", r"not valid YAML: while scanning"),
 ]
 
 
@@ -213,6 +237,18 @@ YAML = [
     ("training.trackers[0]=wandb", "training.trackers.0", "wandb"),
     ("seed=9223372036854775807", "seed", 2**63 - 1),
     ("optim.milestones=[5, 10]", "optim.milestones.1", 10),
+    ("training.tf32=Off", "training.tf32", False),
+    ("training.tf32=YES", "training.tf32", True),
+    ("training.compile=ON", "training.compile", "on"),
+    ("training.mixed_precision=No", "training.mixed_precision", "no"),
+    ("training.steps=1.5e3", "training.steps", 1500),
+    ("optim.learning_rate=+.5", "optim.learning_rate", 0.5),
+    (" training.steps = 7", "training.steps", 7),
+    ("training={<<: [{steps: 5}, {steps: 6, batch_size: 4}]}", "training.steps", 5),  # the first, as YAML has it
+    ("training={<<: [{steps: 5}, {steps: 6, batch_size: 4}]}", "training.batch_size", 4),
+    ("optim.betas[1]=0.99", "optim.betas.0", 0.9),  # of the default
+    ("optim.betas[1]=0.99", "optim.betas.1", 0.99),
+    ("data.train.0.path=a=b", "data.train.0.path", "a=b"),
 ]
 
 
@@ -264,6 +300,46 @@ def test_circles_missing_files_and_double_keys(tmp_path):
     (tmp_path / "e.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="mapping"):
         load_recipe(tmp_path / "e.yaml")
+
+
+FILES = [
+    (b"\xef\xbb\xbftraining: {steps: 3}\r\n", ""),  # BOM and CRLF
+    (b"---\ntraining: {steps: 3}\n...\n", ""),
+    ("training: {steps: 3}\n".encode("utf-16"), "is not valid YAML: 'utf-8' codec can't decode"),
+    (b"training:\n\tsteps: 3\n", r"is not valid YAML: while scanning .*\n.*'\\t' that cannot start"),
+    (b"training:\n", "training must be a mapping of keys, not nothing"),
+    (b"data:\n  train:\n", r"data\.train must be a list, not None \(nothing\)"),
+    (b"# nothing\n", "this file holds nothing"),
+    (b"base:\n", "base must be a file name, not nothing"),
+    (b"training.steps: 3\n", r"unknown key training\.steps: write steps: below training:"),
+    (b"training: &t {early_stopping: *t}\n", "recursive"),
+    (b"a: 1\n---\nb: 2\n", "expected a single document"),
+    (b"name: !env X\n", "could not determine a constructor"),
+    (b"name: \xff\n", "codec can't decode"),
+    (b"optim: {learning_rate: [" + b"9" * 5000 + b"]}\n", "Exceeds the limit"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_files_as_editors_and_tools_leave_them(recipe, content, message):
+    recipe.write_bytes(content)
+    if message:
+        with pytest.raises(ValueError, match=message) as error:
+            load_recipe(recipe)
+        assert "mine.yaml" in str(error.value)
+    else:
+        assert load_recipe(recipe).training.steps == 3
+
+
+def test_aliases_share_nothing_with_an_override_and_do_not_fill_the_memory(recipe):
+    recipe.write_text("data: {train: &t [{path: a}], validation: *t}\n")
+    data = load_recipe(recipe, ["data.validation.0.path=b"]).data
+    assert (data.train[0].path, data.validation[0].path) == ("a", "b")
+    levels = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)]
+    recipe.write_text("\n".join(["optim:\n  learning_rate:", "  - &a0 [x]", *(f"  {level}" for level in levels), ""]))
+    with pytest.raises(ValueError, match=r"learning_rate must be a number, not \[\[") as error:
+        load_recipe(recipe)
+    assert len(str(error.value)) < 20_000
 
 
 def test_saved_recipes_come_back_the_same(recipe, tmp_path):

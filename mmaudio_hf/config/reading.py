@@ -1,13 +1,15 @@
 """Read recipes: YAML files with bases, overrides from the command line, errors that name key, file and nearest key."""
 
+import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
 import re
+import reprlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -124,11 +126,11 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}  # noqa: RUF012
 
 
-_NUMBER = re.compile(r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", r"[-+]?\d[\d_]*|0o[0-7]+|0x[\da-fA-F]+", [*"-+0123456789"]),
+    ("int", r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[\da-fA-F]+", [*"-+0123456789"]),
     ("float", rf"{_NUMBER.pattern}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+.0123456789"]),
     ("merge", r"<<", ["<"]),
 ):
@@ -142,11 +144,21 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value if key.tag != _MERGE]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
+    own: dict[Any, Any] = {}
+    merged: dict[Any, Any] = {}  # of several mappings the first has precedence: some versions of PyYAML take the last
+    for key_node, value_node in node.value:
+        if key_node.tag == _MERGE:
+            for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(None, None, "<< needs a mapping", source.start_mark)
+                merged = loader.construct_object(source, deep=True) | merged
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable) or key in own:
+            problem = "is given twice" if isinstance(key, Hashable) else "must be text"
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} {problem}", node.start_mark)
+        own[key] = loader.construct_object(value_node, deep=True)
+    return {**merged, **own}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -182,14 +194,13 @@ class _Reader:
             raise RecipeError(f"{path}: the bases form a circle: {names}")
         try:
             tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # of bytes, and numbers of too many digits
             raise RecipeError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections, this file holds {_kind(tree)}")
-        base = tree.pop("base", None)
         merged: dict[str, Any] = {}
-        if base is not None:
-            if not isinstance(base, str):
+        if "base" in tree:
+            if not isinstance(base := tree.pop("base"), str):
                 raise RecipeError(f"{path}: base must be a file name, not {_kind(base)}")
             merged = self.read(path.parent / _expanded(base, f"{path}: base"), (*above, path.resolve()))
             merged.pop("name", None)  # an experiment never inherits the run folder of its base
@@ -199,13 +210,16 @@ class _Reader:
     def override(self, tree: dict[str, Any], override: str) -> None:
         """Apply `key.sub=value`; `key.0.sub` or `key[0].sub` is an entry of a list, or a new one behind the last."""
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        names = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+        if not equals or not all(names):
             raise RecipeError(f"override {override!r} is not of the form key.sub=value")
+        if re.search(r"[\[\]]|.\+$|\.append$", ".".join(names)):
+            raise RecipeError(f"override {override!r}: entries are KEY[0] and so on; that after the last is new")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, RecursionError) as error:
+            value = yaml.load(text.strip(), Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"override {override[:100]!r}: the value is not valid YAML: {error}") from error
-        for name in reversed(re.sub(r"\[(\d+)\]", r".\1", key).split(".")):
+        for name in reversed(names):
             value = {name: value}
         self.merge(tree, value, "", COMMAND_LINE)
 
@@ -224,10 +238,11 @@ class _Reader:
                 index = int(key)
                 into += [None] * (index == len(into))
             elif index not in into and origin == COMMAND_LINE and isinstance(value, dict):
-                into[index] = [] if _is_entry(value) else {}
+                into[index] = _default_entries(path) if _is_entry(value) else {}
             old = into[index] if isinstance(into, list) else into.get(index)
             if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _is_entry(value))):
-                self.merge(old, value, f"{path}.", origin)
+                into[index] = copy.copy(old)  # an alias (`*name`) is the same object in several places
+                self.merge(into[index], value, f"{path}.", origin)
             else:
                 into[index] = value
 
@@ -278,29 +293,38 @@ class _Reader:
             return self.convert_list(get_args(hint), value, path)
         if get_origin(hint) is Literal:
             options = get_args(hint)
-            if isinstance(value, bool):  # YAML 1.1 has on, off and no for them, and some tools write it
-                value = next((word for word in (("on",) if value else ("off", "no")) if word in options), value)
+            flag = _FLAGS.get(str(value).lower())
+            if flag is not None and value not in options:  # YAML 1.1 has true and false for them, and tools write it
+                value = next((word for word in (("on",) if flag else ("off", "no")) if word in options), value)
             if value not in options:
-                raise self.error(path, f": {value!r} is not allowed: {nearest(str(value), map(str, options))}")
+                raise self.error(path, f": {_short(value)} is not allowed: {nearest(str(value), map(str, options))}")
             return value
-        if hint is bool and value in ("yes", "no", "on", "off"):
-            return value in ("yes", "on")
+        if hint is bool and isinstance(value, str):
+            value = _FLAGS.get(value.lower(), value)
         if hint is float and type(value) is int:
             return float(value)
         if hint is int and isinstance(value, float) and value.is_integer():
             return int(value)  # 3e5
         if type(value) is not hint or (hint is float and not math.isfinite(value)):  # `is`: a bool is an int
             quotes = ": put it in quotes" if hint is str and not isinstance(value, dict | list) else ""
-            raise self.error(path, f" must be {_TYPES[hint]}, not {value!r} ({_kind(value)}){quotes}")
+            if hint in (int, float) and isinstance(value, str) and _NUMBER.fullmatch(value):
+                quotes = ": leave out the quotes"
+            raise self.error(path, f" must be {_TYPES[hint]}, not {_short(value)} ({_kind(value)}){quotes}")
         return value
 
     def convert_list(self, args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
         """The entries of a list of any length (`args` ends with an ellipsis) or of that of `args`."""
         if not isinstance(value, list | tuple):
-            raise self.error(path, f" must be a list, not {value!r} ({_kind(value)})")
+            words = "" if isinstance(value, dict) or value is None else f": write [{_short(value).strip(chr(39))}]"
+            raise self.error(path, f" must be a list, not {_short(value)} ({_kind(value)}){words}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise self.error(path, f" must have {len(args)} entries, not {len(value)}")
         return tuple(self.convert(args[0], entry, f"{path}.{i}") for i, entry in enumerate(value))
+
+
+def _default_entries(path: str) -> list[Any]:
+    """The default of a list, of which an override changes one entry; [] for other keys."""
+    return next((list(key.default) for key in all_keys() if key.path == path and isinstance(key.default, tuple)), [])
 
 
 def _is_entry(value: Any) -> bool:
@@ -311,6 +335,8 @@ def _is_entry(value: Any) -> bool:
 def _expanded(path: str, where: str) -> str:
     """`path` with `~` and environment variables replaced."""
     expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise RecipeError(f"{where}: {path!r} names a user that this machine does not have: write the path")
     if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise RecipeError(f"{where}: the environment variable in {path!r} is not set: {unset[0]}")
     return expanded
@@ -318,7 +344,11 @@ def _expanded(path: str, where: str) -> str:
 
 def _nearest_key(path: str, names: Sequence[str]) -> str:
     """Nearest name in the same section, or else the full path of such a key in another section."""
-    path = path.lstrip("+~")  # prefixes of hydra
+    path = path.lstrip("+~-")  # prefixes of hydra, and of options
+    if path == "base":
+        return "a recipe names its base in its file"
+    if path in {key.path for key in all_keys()}:
+        return f"write {path.rpartition('.')[2]}: below {path.rpartition('.')[0]}:"
     if path == "example_train":
         return "the quick start is a recipe of its own, recipes/example.yaml"
     if path in REFERENCE_OPTIONS:
@@ -331,7 +361,14 @@ def _nearest_key(path: str, names: Sequence[str]) -> str:
     return nearest(key, names)
 
 
+# As YAML 1.1 has them, and people write them, whatever their case.
+_FLAGS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+_REPR = reprlib.Repr()  # of values that may be large: aliases of aliases make millions of entries in a few lines
+_REPR.maxstring, _REPR.maxother, _REPR.maxlevel = 200, 200, 3
+_short = _REPR.repr
 
 
 def _kind(value: Any) -> str:

@@ -109,6 +109,9 @@ class Settings:
                     raise ValueError(f"{path} must be {limit_words(limits)}, not {number!r}")
             if item.metadata.get("nonempty"):
                 _require(bool(value), f"{path} must not be empty")
+            if item.metadata.get("path") and item.default != "":  # as a path, "" is the current folder
+                paths = value if isinstance(value, tuple) else (value,)
+                _require(all(text.strip() for text in paths), f"{path} must not be empty")
             if item.metadata.get("unique"):
                 _require(not _repeated(value), f"{path} names {', '.join(map(str, _repeated(value)))} twice")
         self.check()
