@@ -1,5 +1,7 @@
 """Whole evaluations of small runs: in the training loop, alone, killed on the way."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -76,7 +79,9 @@ def test_scores_on_the_way_and_after_it(finished, tmp_path):
     ]  # fmt: skip
     names = {f"{split}_step_{step}.{end}" for split, step in (("validation", 2), ("validation", 4), ("test", 4))
              for end in ("json", "clips.jsonl")}  # fmt: skip
-    assert {path.name for path in folder.iterdir()} == names  # the audio is gone
+    assert {path.name for path in folder.iterdir() if path.is_file()} == names
+    kept = {name.replace("clips.jsonl", "audio") for name in names if name.endswith("l")}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == kept  # the other audio is gone
     content = read_scores(folder / "test_step_4.json")
     assert content["weights"] == {"weights": "ema", "sigma_rel": 0.05, "step": 4} and content["run"] == "finished"
     assert content["items"] == {"listed": 6, "scored": 6, "dropped": []}
@@ -113,7 +118,7 @@ def test_report_and_page_show_them(finished, run, capsys):
     text = capsys.readouterr().out
     assert "finished, test, step 4" in text and "finished, test, step 2" in text and "log_mel_distance [dB]" in text
     page = Page((run / "both.html").read_text())
-    assert len(page.all("th")) == 3 + 8 and not page.all("script") and "EMA (sigma_rel 0.05)" in page.text
+    assert len(page.all("th")) == 3 + 8 and "EMA (sigma_rel 0.05)" in page.text
     files = [run_dir(finished) / "evaluation" / f"test_step_{step}.clips.jsonl" for step in (4, 2)]
     clips = [read_clips({"clips": file}) for file in files]
     cells = [cell.get("class") for cell in page.all("td")]
@@ -129,6 +134,28 @@ def test_report_and_page_show_them(finished, run, capsys):
     assert contents[0]["ids"]["count"] == 2 and contents[0]["stores"] == ["videos"]
     page = Page(write_comparison(contents, run / "other.html").read_text())
     assert "nothing is called best" in page.text and not any(cell.get("class") for cell in page.all("td"))
+
+
+def test_the_page_plays_the_same_items_beside_the_scores(finished, run, tmp_path):
+    """By links that hold when run and page are moved together; categories have rows of their own."""
+    (tmp_path / "list.csv").write_text("key,ucs_category\nvideos_0000,DOORS\nvideos_0004,BELLS\nvideos_0008,BELLS\n")
+    words = [run, run / "checkpoints" / "step_2", f"evaluation.categories={tmp_path / 'list.csv'}"]
+    assert evaluate(*words, "--page", run / "pages" / "both page.html") == 0
+    moved = (run.rename(tmp_path / "moved run")) / "pages"
+    text = (moved / "both page.html").read_text()
+    page = Page(text)
+    links = [player["src"] for player in page.all("audio")]
+    assert len(links) == 6 * 3 and len(page.all("article")) == 6 and len(page.all("button")) == 6
+    assert not any(link.startswith(("/", "file:", "data:", "http")) for link in links)
+    waveforms = [read_waveform((moved / unquote(link)).resolve())[0] for link in links]
+    assert all(len(waveform) > 15000 for waveform in waveforms)
+    truth, last, earlier = waveforms[:3]
+    assert not torch.equal(last, earlier) and not torch.equal(truth, last)
+    script = hashlib.sha256(page.raw["script"][0].encode()).digest()
+    policy = next(tag["content"] for tag in page.all("meta") if "http-equiv" in tag)
+    assert base64.b64encode(script).decode() in policy and "media-src 'self' file:" in policy
+    assert "log_mel_distance, BELLS" in page.text and "log_mel_distance, aligned" in page.text
+    assert page.text.count("2 used; 95 %: ") >= 2  # of two evaluations
 
 
 def test_a_network_of_the_hub_generates_and_is_scored(finished, run, tmp_path, capsys, monkeypatch):

@@ -162,12 +162,22 @@ def kernel_audio_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
 
     Chung et al. 2025, arXiv 2502.15602: kernel exp(-|x - y|^2 / 2 s^2), s the median distance within the reference.
     """
+    return _kernel_audio(predicted, reference)[0]
+
+
+def _kernel_audio(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, list[np.ndarray]]:
+    """The distance, and what each row of both sides changes it by, to first order, as `_frechet`; s stays as it is."""
     x, y = (rows.astype(np.float64) for rows in _kernel_sides(predicted, reference))
     squares = [cdist(a, b, "sqeuclidean") if a.shape[1] < 16 else _squares(a, b) for a, b in ((x, x), (y, y), (x, y))]
     width = np.median(squares[1][np.triu_indices(len(y), 1)])
     if not width > 0:
         raise ValueError("half of the reference features are equal: there is no kernel width")
-    return 100 * _unbiased_mmd(*(np.exp(square / (-2 * width)) for square in squares))
+    xx, yy, xy = (np.exp(square / (-2 * width)) for square in squares)
+    changes = []
+    for own, across in ((xx, xy.mean(1)), (yy, xy.mean(0))):
+        change = 200 * ((own.sum(1) - np.diagonal(own)) / (len(own) - 1) - across)
+        changes.append(change - change.mean())
+    return 100 * _unbiased_mmd(xx, yy, xy), changes
 
 
 def _kernel_sides(predicted: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -601,10 +611,8 @@ def _score(name: str, caches: _Caches, paired: bool) -> dict[str, Score]:
         predicted, reference = caches.pair(predicted, reference)
     elif family in ("fd", "kad"):
         predicted = replace(predicted, dropped=predicted.dropped | reference.dropped)
-    if family == "fd":
+    if family in ("fd", "kad"):
         return _distance(name, predicted, reference)
-    if family == "kad":
-        return _kernel(name, predicted, reference)
     if family == "is":
         return _inception(name, predicted)
     each, ours, theirs = (
@@ -627,34 +635,34 @@ def _scored(
 
 
 def _distance(name: str, predicted: _Features, reference: _Features) -> dict[str, Score]:
-    rows, columns = min(len(predicted.rows), len(reference.rows)), np.shape(predicted.rows)[1:]
+    """A Frechet or a kernel distance, with what each item changes it by: its prediction, and the truth of its id."""
+    kernel, sides, warning = METRICS[name][0] == "kad", [predicted, reference], ""
+    rows, columns = min(len(side.rows) for side in sides), np.shape(predicted.rows)[1:]
     if rows < 2:
         return _scored(name, predicted, np.empty(0), math.nan)
-    value, changes = _frechet(predicted.rows, reference.rows)
-    if value == -1.0:
+    if kernel and max(len(side.rows) for side in sides) > _KERNEL_ROWS:
+        sides, warning = [_some(side) for side in sides], f"of {_KERNEL_ROWS:,} random items"
+    elif not kernel and rows < _ROWS_PER_COLUMN * columns[0]:
+        warning = f"{rows:,} rows of {columns[0]} columns: biased upwards, compare equal numbers of items only"
+    value, changes = (_kernel_audio if kernel else _frechet)(*(side.rows for side in sides))
+    if value == -1.0 and not changes:
         return _scored(name, predicted, np.empty(0), value, COMPLEX_ROOT)
     by_side = []
-    for side, change in zip((predicted, reference), changes, strict=True):
+    for side, change in zip(sides, changes, strict=True):
         if side.counts is not None:  # an item changes it by what all of its rows do
             change = np.add.reduceat(change, np.r_[0, side.counts.cumsum()[:-1]]) / side.counts.mean()
         by_side.append(change)
-    partners = dict(zip(reference.ids, by_side[1], strict=True))
-    both = by_side[0] + np.array([partners.get(i, partners.get(clean_id(i), 0.0)) for i in predicted.ids])
-    few = rows < _ROWS_PER_COLUMN * columns[0]
-    warning = (
-        f"{rows:,} rows of {columns[0]} columns: biased upwards, compare equal numbers of items only" if few else ""
-    )
-    return _scored(name, predicted, value + both - both.mean(), value, warning=warning)
+    partners = dict(zip(sides[1].ids, by_side[1], strict=True))
+    both = by_side[0] + np.array([partners.get(i, partners.get(clean_id(i), 0.0)) for i in sides[0].ids])
+    items = dict(zip(sides[0].ids, (value + both - both.mean()).tolist(), strict=True))
+    (score,) = _scored(name, predicted, np.empty(0), value, warning=warning).values()
+    return {name: replace(score, items=items)}
 
 
-def _kernel(name: str, predicted: _Features, reference: _Features) -> dict[str, Score]:
-    rows = []
-    for side in (predicted, reference):
-        chosen = np.random.RandomState(_SHUFFLE_SEED).permutation(len(side.rows))[:_KERNEL_ROWS]
-        rows.append(side.rows[np.sort(chosen)])
-    value = kernel_audio_distance(*rows) if min(map(len, rows)) > 1 else math.nan
-    more = max(len(predicted.rows), len(reference.rows)) > _KERNEL_ROWS
-    return _scored(name, predicted, np.empty(0), value, warning=f"of {_KERNEL_ROWS:,} random items" if more else "")
+def _some(side: _Features) -> _Features:
+    """At most `_KERNEL_ROWS` random rows; the same ones of sets of one size, so that pairs stay pairs."""
+    chosen = np.random.RandomState(_SHUFFLE_SEED).permutation(len(side.rows))[:_KERNEL_ROWS]
+    return side.take([side.ids[i] for i in np.sort(chosen)])
 
 
 def _inception(name: str, predicted: _Features) -> dict[str, Score]:

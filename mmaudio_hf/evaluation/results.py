@@ -35,12 +35,18 @@ FORMAT = 1
 FOLDER = "evaluation"
 RESAMPLES = 1000
 LEVEL = 0.95  # of intervals
+SHOWN = 6  # items whose audio is kept for the page that compares evaluations: 256 kB each
 
 
 def scores_file(folder: Path, split: str, step: int | None, variant: str = "") -> Path:
     """File of the scores of a split; `step` None for weights that do not say how long they were trained."""
     name = split if step is None else f"{split}_step_{step}"
     return folder / (f"{name}_{variant}.json" if variant else f"{name}.json")
+
+
+def audio_folder(clips_file: Path) -> Path:
+    """Folder with the audio of a few items, ID.wav, and below it their true audio, beside SPLIT_step_N.clips.jsonl."""
+    return clips_file.with_name(f"{clips_file.name.partition('.clips.')[0]}.audio")
 
 
 def read_key(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
     FOLDER/SPLIT_step_N.json          scores, see `results`; SPLIT_step_N_VARIANT with other settings than the run's own
     FOLDER/SPLIT_step_N.clips.jsonl   built-in scores of each clip
+    FOLDER/SPLIT_step_N.audio/ID.wav  the audio of a few items, and in reference/ the true one
     FOLDER/SPLIT_step_N/clips/ID.wav  the audio, until it is scored (or for good, with evaluation.keep_clips)
     FOLDER/SPLIT_step_N/cache/        its features, likewise
     FOLDER/SPLIT_truth/cache/         features of the true latents, decoded, where the recipe names none
@@ -30,6 +31,8 @@ from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import (
     FOLDER,
     FORMAT,
+    SHOWN,
+    audio_folder,
     category_scores,
     digest,
     gather_results,
@@ -42,7 +45,7 @@ from mmaudio_hf.evaluation.results import (
     write_key,
     write_scores,
 )
-from mmaudio_hf.evaluation.samples import HeldOutItems, decoding_pipeline, generate_items
+from mmaudio_hf.evaluation.samples import REFERENCE, HeldOutItems, decoding_pipeline, generate_items
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint
 from mmaudio_hf.files import write_text
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
@@ -170,6 +173,7 @@ class SplitEvaluator:
                 return earlier, keys, self._problem
         if work.exists() and read_key(work) != clips_key:
             shutil.rmtree(work)
+        shutil.rmtree(audio_folder(path.with_suffix(".clips.jsonl")), ignore_errors=True)
         (work / "clips").mkdir(parents=True, exist_ok=True)
         write_key(work, clips_key)
         return None, keys, self._problem
@@ -215,9 +219,16 @@ class SplitEvaluator:
             file.unlink(missing_ok=True)  # the next evaluation generates it again
             return UNREADABLE
         reference = pipeline.decode(self.items.of(item_id).latent.to(pipeline.device))
-        if truth is not None:
-            truth.mkdir(parents=True, exist_ok=True)
-            write_audio(truth / f"{item_id}.wav", reference, rate)
+        folders = [] if truth is None else [truth]
+        count = min(SHOWN, len(self.items))
+        if item_id in {self.items.ids[i * len(self.items) // count] for i in range(count)}:
+            kept = audio_folder(work.with_name(f"{work.name}.clips.jsonl"))
+            folders.append(kept / REFERENCE)
+            (kept / REFERENCE).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, kept / f"{item_id}.wav")
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_audio(folder / f"{item_id}.wav", reference, rate)
         return clip_scores(waveform, reference, rate)
 
     def _progress(self, items: Iterable, total: int, what: str) -> tqdm:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from markupsafe import Markup
@@ -24,7 +25,7 @@ from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
-from mmaudio_hf.evaluation.results import best_of, find_scores, read_clips
+from mmaudio_hf.evaluation.results import ALIGNED, SHOWN, audio_folder, best_of, find_scores, read_clips
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, HeldOutItems, generate_items
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
@@ -221,7 +222,7 @@ def write_report(
     return write_page(
         run_dir / "report" / "index.html",
         "report.html.jinja",
-        script_hash=base64.b64encode(hashlib.sha256(render("players.js").encode()).digest()).decode(),
+        script_hash=_script_hash(),
         summary=summary,
         tiles=_tiles(summary, timing or {}),
         charts=_charts(metrics),
@@ -234,6 +235,11 @@ def write_report(
         has_events=any(clip.events is not None for clip in clips),
         clips=cards,
     )
+
+
+def _script_hash() -> str:
+    """Of the one script that a page may run, for its policy."""
+    return base64.b64encode(hashlib.sha256(render("players.js").encode()).digest()).decode()
 
 
 def _tiles(summary: Mapping[str, Any], timing: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -323,23 +329,24 @@ def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 @dataclass(frozen=True)
 class _Track:
-    """What one player of a card plays: `media` is a data URI of audio or video with `waveform` (samples,)."""
+    """What one player of a card plays: `media`, a data URI or link of audio or video, has `waveform` (samples,)."""
 
     title: str
     waveform: torch.Tensor
+    rate: int
     media: str
     label: str
     note: str = ""
     marks: Sequence[tuple[str, float]] = ()  # (CSS class, seconds) over the spectrogram
 
 
-def _players(tracks: Sequence[_Track], rate: int) -> list[dict[str, Any]]:
+def _players(tracks: Sequence[_Track]) -> list[dict[str, Any]]:
     """Values of the template for each track; their spectrograms have one scale."""
-    levels = [decibels(track.waveform, rate) for track in tracks]
+    levels = [decibels(track.waveform, track.rate) for track in tracks]
     top = max(float(level.max()) for level in levels)
     players = []
     for track, level in zip(tracks, levels, strict=True):
-        seconds = track.waveform.shape[-1] / rate
+        seconds = track.waveform.shape[-1] / track.rate
         left = lambda time, seconds=seconds: f"{100 * time / seconds:.2f}%"  # noqa: E731
         labels = range(0, math.ceil(seconds), max(1, round(seconds / 8)))
         players.append(
@@ -350,7 +357,7 @@ def _players(tracks: Sequence[_Track], rate: int) -> list[dict[str, Any]]:
                 "label": track.label,
                 "image": data_uri("image/png", spectrogram_image(level, top)),
                 "length": f"{seconds:.1f} s",
-                "hertz": frequency_ticks(rate),
+                "hertz": frequency_ticks(track.rate),
                 "description": f"Mel spectrogram: {track.label}, {seconds:.1f} s",
                 "marks": [(kind, left(time)) for kind, time in track.marks],
                 "seconds": [(f"{s}{'' if s else ' s'}", left(s)) for s in labels],
@@ -363,7 +370,7 @@ def _clip_card(clip: ReportClip, scratch: Path) -> dict[str, Any]:
     waveforms = {"Generated": clip.generated, "Ground truth": clip.reference}
     tracks = [_clip_track(clip, title, w, scratch) for title, w in waveforms.items() if w is not None]
     note = " · ".join([clip.name, *(f"{name} {value:.3g}" for name, value in clip.scores.items())])
-    return {"name": clip.name, "caption": clip.caption, "note": note, "players": _players(tracks, clip.sample_rate)}
+    return {"name": clip.name, "caption": clip.caption, "note": note, "players": _players(tracks)}
 
 
 def _clip_track(clip: ReportClip, title: str, waveform: torch.Tensor, scratch: Path) -> _Track:
@@ -374,7 +381,7 @@ def _clip_track(clip: ReportClip, title: str, waveform: torch.Tensor, scratch: P
         precision, recall, f1 = onset_f1(onsets, clip.events)
         note = f"onset F1 {f1:.2f} (precision {precision:.2f}, recall {recall:.2f})"
     label = f"{title.lower()} audio of {clip.name}, {len(onsets)} onsets"
-    return _Track(title, waveform, _media(clip, waveform, scratch), label, note, marks)
+    return _Track(title, waveform, clip.sample_rate, _media(clip, waveform, scratch), label, note, marks)
 
 
 def _media(clip: ReportClip, waveform: torch.Tensor, scratch: Path) -> str:
@@ -433,14 +440,14 @@ def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[s
         (f"Step {step:,}" if step else "Step 0 (base)", row["folder"] / name, row.get("scores", {}))
         for step, row in rows.items()
     ]
-    tracks, rate = [], 0
+    tracks = []
     for title, path, scores in files if files[0][1].is_file() else files[1:]:
         waveform, rate = read_waveform(path)
         distance = scores.get("log_mel_distance")
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
-        tracks.append(_Track(title, waveform, data_uri("audio/wav", path.read_bytes()), label, note))
-    return {"name": row["id"], "caption": row["caption"], "note": row["id"], "players": _players(tracks, rate)}
+        tracks.append(_Track(title, waveform, rate, data_uri("audio/wav", path.read_bytes()), label, note))
+    return {"name": row["id"], "caption": row["caption"], "note": row["id"], "players": _players(tracks)}
 
 
 # --- scores of one or several evaluations in one table ---------------------------------------------------------------
@@ -456,16 +463,41 @@ def as_text(contents: Sequence[Mapping[str, Any]]) -> str:
     rows = [["", *(title for title, _ in table["heads"])]]
     rows.append(["weights", *(weights for _, (weights, *_) in table["heads"])])
     rows.append(["samples", *(samples for _, (_, samples, _) in table["heads"])])
-    rows += [[f"{row['name']} [{row['unit']}]", *(text for text, *_ in row["cells"])] for row in table["rows"]]
+    shown = table["rows"] + [row for row in table["categories"] if row["category"] == ALIGNED]
+    rows += [[f"{row['name']} [{row['unit']}]", *(text for text, *_ in row["cells"])] for row in shown]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines + table["notes"])
 
 
 def write_comparison(contents: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> Path:
-    """Write a page with the table of scores; return its path."""
+    """Write a page with the table of scores, and players of the same items; return its path."""
     title = _title(contents[0]) if len(contents) == 1 else f"{len(contents)} evaluations"
-    return write_page(path, "scores.html.jinja", title=title, scores=_scores_table(contents))
+    cards = _comparison_cards(contents, Path(path).parent)
+    scores = _scores_table(contents)
+    return write_page(path, "scores.html.jinja", title=title, scores=scores, clips=cards, script_hash=_script_hash())
+
+
+def _comparison_cards(contents: Sequence[Mapping[str, Any]], base: Path) -> list[dict[str, Any]]:
+    """Cards of the items whose audio every evaluation kept, or else of those of most; links are relative to `base`."""
+    folders = [audio_folder(Path(content["clips"])) if content.get("clips") else None for content in contents]
+    kept = [{path.name for path in folder.glob("*.wav")} if folder else set() for folder in folders]
+    names = sorted(set().union(*kept), key=lambda name: (-sum(name in each for each in kept), name))
+    cards = []
+    for name in names[:SHOWN]:
+        files = [
+            (_title(content), folder / name)
+            for content, folder, own in zip(contents, folders, kept, strict=True)
+            if folder and name in own
+        ]
+        tracks = []
+        for title, file in [("True latent, decoded", files[0][1].parent / REFERENCE / name), *files]:
+            if file.is_file():
+                link = quote(os.path.relpath(file, base))
+                tracks.append(_Track(title, *read_waveform(file), link, f"{title}, {file.stem}"))
+        stem = name.removesuffix(".wav")
+        cards.append({"name": stem, "caption": stem, "note": "", "players": _players(tracks)})
+    return cards
 
 
 def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -492,7 +524,25 @@ def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             hundredfold = [s and s | {"value": s["value"] and 100 * s["value"]} for s in scores]
             cells = [(_number(score), "", False) for score in hundredfold]
             rows.append({"name": "IB-Score x 100", "unit": "100 cosine", "about": about, "cells": cells})
-    return {"heads": heads, "rows": rows, "notes": notes}
+    return {"heads": heads, "rows": rows, "notes": notes, "categories": _category_rows(contents, rows)}
+
+
+def _category_rows(contents: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row of each score and category, with its interval; none is called best of so few items."""
+    groups = dict.fromkeys(group for content in contents for group in content.get("categories", {}))
+    rows_by_category = []
+    for group in groups:
+        scores = [content.get("categories", {}).get(group, {}) for content in contents]
+        for row in rows:
+            if any(row["name"] in each for each in scores):
+                own = [each.get(row["name"]) for each in scores]
+                cells = [(_number(s), f"{s['used']} used{_interval(s)}" if s else "", False) for s in own]
+                rows_by_category.append({**row, "category": group, "name": f"{row['name']}, {group}", "cells": cells})
+    return rows_by_category
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    return "; 95 %: {:.4g} to {:.4g}".format(*score["interval"]) if score.get("interval") else ""
 
 
 def _incomparable(contents: Sequence[Mapping[str, Any]], clips: Sequence[Mapping[str, Any]]) -> str:
@@ -525,7 +575,7 @@ def _score_note(score: Mapping[str, Any] | None, content: Mapping[str, Any]) -> 
     if not score:
         return ""
     notes = [f"{score['used']} used"] if score["used"] != content["items"]["listed"] else []
-    notes += ["95 %: {:.4g} to {:.4g}".format(*score["interval"])] if score.get("interval") else []
+    notes += [_interval(score).removeprefix("; ")] if score.get("interval") else []
     notes += [score["warning"]] if "warning" in score else []
     notes += [f"{entry['count']} dropped: {entry['reason']}" for entry in score["dropped"]]
     return "; ".join(notes + ([score["note"]] if "note" in score else []))
