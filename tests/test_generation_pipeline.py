@@ -1,6 +1,7 @@
 """The pipeline as users of Hugging Face pipelines call it: lists, frames, seeds, steps, dtypes, adapters, threads."""
 
 import ast
+import inspect
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from hub_server import TOKEN, USER, Hub
 from odd_media import Odd, code_image, steady, write_odd
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from published import SIZES, write_network
 from safetensors.torch import load_file, save_file
 
@@ -80,13 +82,19 @@ def test_frames_are_as_good_as_their_file(pipeline, frames, tmp_path):
             assert torch.equal(ours.clip_frames, theirs.clip_frames)
             assert torch.equal(ours.sync_frames, theirs.sync_frames)
     result = pipeline(frames, "a bell", frame_rate=RATE, num_steps=2)
+    images = [Image.fromarray(frame) for frame in frames]
+    for listed in (images, list(frames), list(first), [images[0], *first[1:].movedim(1, -1)]):  # of one video
+        assert close(pipeline(listed, "a bell", frame_rate=RATE, num_steps=2), result)
+    assert [len(one.latent) for one in pipeline([images, frames], frame_rate=RATE, num_steps=1)] == [38, 38]
     assert close(result, pipeline(tmp_path / "lossless.mkv", "a bell", num_steps=2)) and len(result.latent) == 38
     slow = pipeline([frames, frames], frame_rate=[RATE, 10], num_steps=1)
     assert [len(one.latent) for one in slow] == [38, 94]
     longer = pipeline(frames, frame_rate=RATE, duration=5.0, num_steps=1)
     assert longer.note.startswith("1.20 s long, as its video is")
-    still = [pipeline(image=image, num_steps=2) for image in (frames[0], first[0], first[0].half() / 255)]
-    assert close(still[0], still[1]) and close(still[0], still[2])
+    stills = (frames[0], first[0], first[0].half() / 255, images[0])
+    still = [pipeline(image=image, num_steps=2) for image in stills]
+    assert all(close(still[0], other) for other in still)
+    assert all(close(still[0], one) for one in pipeline(image=images[:1] * 2, num_steps=2, seed=[0, 0])[:1])
     assert not close(still[0], pipeline(image=frames[0][::-1].copy(), num_steps=2))
 
 
@@ -114,6 +122,8 @@ def test_steps_call_back_and_show_a_bar(pipeline, capsys):
 
     ended = pipeline(prompt=["a", "b"], num_inference_steps=2, callback_on_step_end=keep)
     assert calls == [(True, 0, 0.5, (2, 32, 20)), (True, 1, 1.0, (2, 32, 20))]
+    inputs = {"callback_on_step_end_tensor_inputs": ["latents"]}
+    pipeline(num_steps=1, callback_on_step_end=lambda pipe, i, t, callback_kwargs: callback_kwargs, **inputs)
     assert torch.equal(ended[0].latent, pipeline.model.unnormalize(torch.zeros(1, 32, 20))[0].detach())
     with pytest.raises(ValueError, match=r"callback_on_step_end must return latents of the shape \(1, 32, 20\)"):
         pipeline(num_steps=1, callback_on_step_end=lambda *_: {"latents": None})
@@ -200,6 +210,10 @@ def test_results_can_be_read_and_played(pipeline):
     assert repr(result) == "Generated(1.02 s at 16000 Hz, latent (32, 20), key='0', seed=0)"
     page = result._repr_html_()
     assert page.startswith('<figure><audio controls src="data:audio/wav;base64,UklGR') and "&#x27;0&#x27;" in page
+    assert np.array_equal(result.audios[0], result.waveform.numpy()) and len(result.audios) == 1
+    several = pipeline(prompt=["a", "b"], num_steps=1)
+    assert several._repr_html_().count("<audio controls") == 2
+    assert [audio.shape for audio in several.audios] == [(16384,)] * 2
     text = repr(pipeline)
     assert "network: small_16k, 1.8 M parameters, 1 s at 16000 Hz" in text and "loaded: decode, clip" in text
 
@@ -329,6 +343,10 @@ WRONG = {
     "negative_text_features": (3, torch.zeros(77, 3)),
     "callback_on_step_end": (3, "print"),
     "frame_rate": (25, [25.0]),
+    "callback_on_step_end_tensor_inputs": (["prompt_embeds"], None, 3),
+    "progress": (None, 1, "yes"),
+    "on_reject": (3, "print"),
+    "output_type": ("np",),
 }
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
 
@@ -340,6 +358,67 @@ def test_every_wrong_argument_is_named(pipeline, name, value, monkeypatch):
         pipeline(**{name: value})
     assert name in str(caught.value) or str(value) in str(caught.value), caught.value
     assert "\n" not in str(caught.value)
+
+
+JUNK = (
+    *(-1, NAN, INF, 10**30, b"x", {}, object(), [[]], [None], ["x", 3], np.zeros(3), torch.zeros(2, 2)),
+    *(torch.full((77, 1024), NAN), Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))]),
+)
+TAKES = {"seed": (-1,), "callback_on_step_end": (), "device": (), "adapter_weights": (-1,), "scale": (-1,)}
+TAKES |= {"image": (JUNK[-2], JUNK[-1], [None]), "video": ([None],), "prompt": ([None],), "negative_prompt": ([None],)}
+TAKES |= dict.fromkeys(("duration", "frame_rate", "text_features", "negative_text_features"), ([None],))
+
+
+def arguments(pipeline, folder):
+    """(name of an argument, function of a value for it) of everything that the pipeline offers."""
+    for name in (
+        inspect.signature(pipeline.__call__).parameters.keys() | inspect.signature(pipeline.generate).parameters
+    ):
+        if name not in ("options", "requests"):
+            yield name, lambda value, name=name: pipeline(**{name: value})
+    load = partial(MMAudioPipeline.from_pretrained, folder)
+    for name in ("device", "encoders", "precision", "alignment", "torch_dtype", "dtype", "revision", "subfolder"):
+        yield name, lambda value, name=name: load(**{"device": "cpu"} | {name: value})
+    for name in ("token", "cache_dir", "local_files_only", "force_download"):
+        yield name, lambda value, name=name: load(device="cpu", **{name: value})
+    for name in ("model", "encoders", "precision", "alignment"):
+        given = {"model": pipeline.model, "encoders": pipeline._source}
+        yield name, lambda value, name=name, given=given: MMAudioPipeline(**given | {name: value})
+    for name in ("key", "clip_features", "sync_features"):
+        yield name, lambda value, name=name: pipeline.generate([Request(**{name: value})])
+    yield "source", MMAudioPipeline.from_pretrained
+    yield "device", pipeline.to
+    yield "dtype", lambda value: pipeline.to(dtype=value)
+    yield "source", pipeline.load_lora_weights
+    yield "scale", lambda value: pipeline.load_lora_weights(folder, value)
+    yield "adapter_name", lambda value: pipeline.load_lora_weights(folder, adapter_name=value)
+    yield "adapter_names", pipeline.set_adapters
+    yield "adapter_weights", lambda value: pipeline.set_adapters([], value)
+    yield "latent", pipeline.decode
+    yield "request", pipeline.fingerprint
+    yield "requests", pipeline.generate
+    yield "colour of the bar", lambda value: pipeline.set_progress_bar_config(**{"colour of the bar": value})
+
+
+def test_nothing_that_is_given_ends_in_a_traceback(pipeline, folder, monkeypatch):
+    """Every argument of every function with values of wrong kinds, shapes and sizes: one sentence that names it."""
+    monkeypatch.setattr(MMAudioPipeline, "_sample", lambda *_: 1 / 0)
+    faults, before, count = [], repr(pipeline), 0
+    for name, call in arguments(pipeline, folder):
+        for value in JUNK:
+            if any(value is one or (isinstance(value, int | list) and value == one) for one in TAKES.get(name, ())):
+                continue
+            count += 1
+            try:
+                call(value)
+                faults.append((name, value, "is taken"))
+            except ValueError as error:
+                if name not in str(error) or "\n" in str(error) or len(str(error)) > 300:
+                    faults.append((name, value, error))
+            except Exception as error:
+                faults.append((name, value, error))
+    assert not faults, "\n".join(f"{name}={str(value)[:60]}: {problem!r}" for name, value, problem in faults)
+    assert count > 500 and repr(pipeline) == before
 
 
 @pytest.mark.parametrize("rate", [None, 0, -1, NAN, "25", True, [25, "x"]])

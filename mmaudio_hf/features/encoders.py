@@ -139,7 +139,7 @@ def pick_device(device: str | int | torch.device | None, rank: int = 0) -> torch
     try:
         known = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known to torch: use auto, cpu, cuda, cuda:N or mps") from None
+        raise ValueError(f"device {name[:60]!r} is not known to torch: use auto, cpu, cuda, cuda:N or mps") from None
     if known.type == "cpu":
         return known
     backend = getattr(torch, known.type, None)  # torch.cuda, torch.mps, torch.xpu; "meta" and "vulkan" have none

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import wave
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from numbers import Integral, Real
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.features.encoders import check_encoders
@@ -35,8 +36,10 @@ MAX_STEPS = 10_000
 SEEDS = (-(2**63), 2**64 - 1)  # as torch.manual_seed has them
 # Weights stay float32; this is the precision in which torch.autocast computes.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Media = str | os.PathLike | np.ndarray | torch.Tensor
-"""A file, or frames: (frames, height, width, 3) or (frames, 3, height, width), uint8 or floats in [0, 1]"""
+Frame = np.ndarray | torch.Tensor | Image.Image
+Media = str | os.PathLike | Frame | Sequence[Frame]
+"""A file, or frames: (frames, height, width, 3) or (frames, 3, height, width), uint8 or floats in [0, 1], or a list of
+frames, also of PIL images; an image has no first axis"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Request:
     text_features: torch.Tensor | None = None  # (77, 1024)
     negative_text_features: torch.Tensor | None = None  # (77, 1024)
     frame_rate: float | None = None  # Hz, of a `video` that is given as frames
+
+    def __post_init__(self) -> None:
+        """Frames become one array; ValueError for those of a list that differ in size or kind."""
+        if isinstance(self.image, Image.Image):
+            object.__setattr__(self, "image", _array(self.image))
+        if is_frames(self.video):
+            listed: Any = self.video
+            frames = [_array(frame) for frame in listed]
+            if len(kinds := {(tuple(frame.shape), frame.dtype) for frame in frames}) > 1:
+                raise ValueError(f"video: its frames have different shapes or kinds: {sorted(map(str, kinds))[:2]}")
+            object.__setattr__(self, "video", torch.stack(frames))
 
     @property
     def components(self) -> set[str]:
@@ -88,24 +102,26 @@ class Request:
 
     def check(self) -> None:
         """ValueError naming what is of another kind than it should be; files are not opened."""
-        where = f" of item {self.key}" if self.key else ""
+        where = f" of item {self.key}" if isinstance(self.key, str) and self.key else ""
         for name in ("key", "prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}{where} must be text, not {getattr(self, name)!r}")
+                raise ValueError(f"{name}{where} must be text, not {described(getattr(self, name))}")
         for name in ("clip_features", "sync_features", "text_features", "negative_text_features"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                raise ValueError(f"{name}{where} must be a tensor of floats, not {_what(value)}")
+                raise ValueError(f"{name}{where} must be a tensor of floats, not {described(value)}")
+            if value is not None and not value.isfinite().all():
+                raise ValueError(f"{name}{where} has values that are not finite numbers")
         if self.video is not None and self.image is not None:
             raise ValueError(f"item {self.key} has a video and an image: give one of them")
         for name, frames in (("video", self.video), ("image", self.image)):
             if isinstance(frames, np.ndarray | torch.Tensor):
                 check_frames(frames, f"{name}{where}", still=name == "image")
             elif frames is not None and not (isinstance(frames, str | os.PathLike) and str(frames)):
-                kinds = "a file, or frames as an array or tensor; several of them are a list"
-                raise ValueError(f"{name}{where} must be {kinds}, not {_what(frames)}")
+                kinds = "a file, or frames as an array, a tensor or PIL images; several of them are a list"
+                raise ValueError(f"{name}{where} must be {kinds}, not {described(frames)}")
         if isinstance(self.video, np.ndarray | torch.Tensor):
-            check_number(f"frame_rate{where}", self.frame_rate, 1e-3, 1000.0)
+            check_number(f"frame_rate{where} (Hz, of a video that is given as frames)", self.frame_rate, 1e-3, 1000.0)
         elif self.frame_rate is not None:
             raise ValueError(f"frame_rate{where} is for a video that is given as frames; a file has its own")
         if self.duration is not None:
@@ -114,13 +130,33 @@ class Request:
             check_number(f"seed{where}", self.seed, *SEEDS, whole=True)
 
 
+def is_frames(value: Any) -> bool:
+    """Whether this is a list of the frames of one video, rather than one of videos."""
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(
+            isinstance(frame, Image.Image) or (isinstance(frame, np.ndarray | torch.Tensor) and frame.ndim == 3)
+            for frame in value
+        )
+    )
+
+
+def _array(frame: Frame) -> torch.Tensor:
+    return torch.as_tensor(np.array(frame.convert("RGB")) if isinstance(frame, Image.Image) else frame)
+
+
 def requests_of(given: Mapping[str, Any]) -> tuple[list[Request], bool]:
     """Requests of arguments that are values for one item or lists with one for each, and whether there is a list.
 
     ValueError naming lists of different lengths.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    lists = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    lists = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, list | tuple) and not (name == "video" and is_frames(value))
+    }
     lengths = {name: len(value) for name, value in lists.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -140,12 +176,18 @@ def check_number(name: str, value: Any, low: float | None = None, high: float = 
     # True would count as 1, and 1.5 steps or seeds as 1.
     kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {_what(value)}")
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {described(value)}")
     if low is not None and not low <= value <= high:
         raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
-def _what(value: Any) -> str:
+def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    """ValueError that names it unless it is one of the valid texts."""
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"{name} {described(value)}: use one of {', '.join(valid)}")
+
+
+def described(value: Any) -> str:
     """A wrong value for a message; arrays by their shape."""
     if isinstance(value, np.ndarray | torch.Tensor):
         return f"a {type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
@@ -163,16 +205,20 @@ class Options:
     num_steps: int
     guidance_scale: float
     solver: str
+    batch_size: int
     callback: Any = None  # on_step_end
     progress: bool = False
+    on_reject: Any = None
 
     def __post_init__(self) -> None:
-        check_number("num_steps", self.num_steps, 1, MAX_STEPS, whole=True)
         check_number("guidance_scale", self.guidance_scale, 0, 1e6)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver {self.solver!r}: use one of {', '.join(SOLVERS)}")
-        if self.callback is not None and not callable(self.callback):
-            raise ValueError(f"callback_on_step_end must be a function, not {_what(self.callback)}")
+        check_number("batch_size", self.batch_size, 1, 2**31, whole=True)
+        check_choice("solver", self.solver, SOLVERS)
+        if not isinstance(self.progress, bool):
+            raise ValueError(f"progress must be true or false, not {described(self.progress)}")
+        for name, function in (("callback_on_step_end", self.callback), ("on_reject", self.on_reject)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be a function, not {described(function)}")
         if self.callback is not None and self.solver != "euler":
             raise ValueError(f"callback_on_step_end needs the solver euler: {self.solver} has no steps of its own")
 
@@ -192,6 +238,11 @@ class Generated:
     def seconds(self) -> float:
         """Length of the audio."""
         return len(self.waveform) / self.sample_rate
+
+    @property
+    def audios(self) -> list[np.ndarray]:
+        """The waveform as the pipelines of diffusers return it: a list of arrays (samples,)."""
+        return [self.waveform.numpy()]
 
     def __repr__(self) -> str:
         """One line, without the samples."""
@@ -213,6 +264,19 @@ class Generated:
         return f"<figure>{player}<figcaption>{escape(repr(self))}</figcaption></figure>"
 
 
+class GeneratedList(list[Generated]):
+    """Results of a call with lists."""
+
+    @property
+    def audios(self) -> list[np.ndarray]:
+        """All waveforms, (samples,) each."""
+        return [result.waveform.numpy() for result in self]
+
+    def _repr_html_(self) -> str:
+        """Players, for notebooks."""
+        return "".join(result._repr_html_() for result in self)
+
+
 def save_generated(result: Generated, out_path: str | os.PathLike, video: Media | None = None) -> Path:
     """Write `.wav` or `.flac`, or `.mp4` or `.mkv` with the frames of the file `video`; return the path.
 
@@ -225,11 +289,11 @@ def save_generated(result: Generated, out_path: str | os.PathLike, video: Media 
 def save_with_note(result: Generated, out_path: str | os.PathLike, video: Media | None = None) -> str:
     """As `save_generated`; returns "", or a note that the video stream could not be copied and was re-encoded."""
     if not isinstance(result, Generated):
-        raise ValueError(f"result must be what the pipeline returned for one item, not {_what(result)}")
+        raise ValueError(f"result must be what the pipeline returned for one item, not {described(result)}")
     if not isinstance(out_path, str | os.PathLike) or not str(out_path):
-        raise ValueError(f"out_path must be a file, not {_what(out_path)}")
+        raise ValueError(f"out_path must be a file, not {described(out_path)}")
     if video is not None and not isinstance(video, str | os.PathLike):
-        raise ValueError(f"video must be a file, whose frames are copied, not {_what(video)}")
+        raise ValueError(f"video must be a file, whose frames are copied, not {described(video)}")
     out_path = Path(out_path)
     if out_path.is_dir():
         raise ValueError(f"{out_path} is a folder: give the name of a file")
@@ -257,25 +321,27 @@ def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def with_seed(request: Request, key: str, seed: int) -> Request:
     """The request with a key and a seed of its own, where it has none."""
-    return dataclasses.replace(request, key=request.key or key, seed=seed if request.seed is None else request.seed)
+    own_key, own_seed = request.key, request.seed  # checked later: they may be of any kind
+    key = key if isinstance(own_key, str) and own_key == "" else own_key
+    return dataclasses.replace(request, key=key, seed=seed if own_seed is None else own_seed)
 
 
 def draw_seed(generator: Any) -> int:
     """A seed that a torch.Generator draws; ValueError for anything else."""
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator, or a list of them, not {generator!r}")
+        raise ValueError(f"generator must be a torch.Generator, or a list of them, not {described(generator)}")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
 def precision_of(name: str, dtype: torch.dtype | str | None) -> str:
     """Name in DTYPES of a dtype, or of its name as in "float16"; "" for None and "auto"."""
-    if dtype in (None, "auto"):
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return ""
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    named = DTYPES.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
     for precision, known in DTYPES.items():
-        if named is known or dtype == precision:
+        if named is known:
             return precision
-    raise ValueError(f"{name} {dtype!r}: use one of {', '.join(map(str, DTYPES.values()))}")
+    raise ValueError(f"{name} {described(dtype)}: use one of {', '.join(map(str, DTYPES.values()))}")
 
 
 def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:

@@ -8,6 +8,7 @@ save_generated(result, "dog_with_audio.mp4", video="dog.mp4")
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import os
 import secrets
 import threading
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as plain_tqdm
 
 from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features.encoders import (
@@ -29,13 +31,17 @@ from mmaudio_hf.features.encoders import (
 )
 from mmaudio_hf.generation import (
     DTYPES,
+    MAX_STEPS,
     RECIPE_FILE,
     SEEDS,
     Generated,
+    GeneratedList,
     Media,
     Options,
     Request,
+    check_choice,
     check_number,
+    described,
     draw_seed,
     precision_of,
     read_encoders,
@@ -135,9 +141,8 @@ class MMAudioPipeline:
         encoders: how to load them, or loaded ones with the components that will be needed. precision: of the model.
         alignment: how `read_video` aligns frames; should be that of the features the model was trained on.
         """
-        for name, value, valid in (("precision", precision, DTYPES), ("alignment", alignment, ALIGNMENTS)):
-            if value not in valid:
-                raise ValueError(f"{name} {value!r}: use one of {', '.join(valid)}")
+        check_choice("precision", precision, DTYPES)
+        check_choice("alignment", alignment, ALIGNMENTS)
         if not isinstance(model, MMAudio) or not isinstance(encoders, EncoderConfig | Encoders):
             raise ValueError("give model as an MMAudio, and encoders as an EncoderConfig or loaded Encoders")
         if not (torch.isfinite(model.latent_mean).all() and torch.isfinite(model.latent_std).all()):
@@ -181,6 +186,8 @@ class MMAudioPipeline:
         ValueError naming what is missing; the weights of the encoders are looked for when they are needed.
         """
         check_hub_options(options, ("device", "encoders", "precision", "alignment", "torch_dtype", "dtype"))
+        if not isinstance(precision, str) or precision:
+            check_choice("precision", precision, DTYPES)
         names = {precision_of(name, value) for name, value in (("torch_dtype", torch_dtype), ("dtype", dtype))}
         if len(chosen := {*names, precision} - {""}) > 1:
             raise ValueError(f"precision, torch_dtype and dtype say different things: {', '.join(sorted(chosen))}")
@@ -188,7 +195,8 @@ class MMAudioPipeline:
         folder = None if is_weights_file(source) else find_pretrained(source, **options)
         if encoders is None or alignment is None:
             saved_encoders, saved_alignment = read_encoders(folder)
-            encoders, alignment = encoders or saved_encoders, alignment or saved_alignment
+            encoders = saved_encoders if encoders is None else encoders
+            alignment = saved_alignment if alignment is None else alignment
         model = MMAudio.from_pretrained(source if folder is None else folder)
         return cls(model, encoders, device=where, precision=next(iter(chosen), "fp32"), alignment=alignment)
 
@@ -249,17 +257,20 @@ class MMAudioPipeline:
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm for the bars of `pipeline(...)`, as disable=True."""
-        tqdm(total=0, **options | {"disable": True})  # raises for options that it does not know
+        if unknown := sorted(set(options) - set(inspect.signature(plain_tqdm.__init__).parameters)):
+            raise ValueError(f"set_progress_bar_config: tqdm does not know {', '.join(unknown)}")
         self._progress_bar = options
 
     def load_lora_weights(
-        self, source: str | os.PathLike, scale: float = 1.0, adapter_name: str = "", **options: Any
+        self, source: str | os.PathLike, scale: float = 1.0, adapter_name: str | None = None, **options: Any
     ) -> Self:
         """Add an adapter in peft's format: a folder of it, a run folder, or a Hub id. Returns the pipeline.
 
         It is merged into the weights with `scale` (1: as trained); see `set_adapters` for several. options: as those of
         `from_pretrained`. ValueError for an adapter that does not fit the network; the pipeline is then as before.
         """
+        if not isinstance(adapter_name, str | None):
+            raise ValueError(f"adapter_name must be text, not {described(adapter_name)}")
         name = adapter_name or f"adapter_{len(self._loaded_adapters)}"
         if name in self._loaded_adapters:
             raise ValueError(f"adapter_name {name!r} is taken: choose another one")
@@ -274,18 +285,23 @@ class MMAudioPipeline:
             raise
         return self
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
-        """Use these of the loaded adapters alone, each with its scale; none with an empty list."""
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Use these of the loaded adapters alone, each with its scale (None: 1); none with an empty list."""
+        if not isinstance(adapter_names, str | list | tuple):
+            raise ValueError(f"adapter_names must be names of loaded adapters, not {described(adapter_names)}")
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        scales = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        if unknown := [name for name in names if name not in self._loaded_adapters]:
-            loaded = ", ".join(self._loaded_adapters) or "none"
-            raise ValueError(f"adapter_names: {unknown[0]!r} is not loaded; loaded: {loaded}")
-        if len(scales) != len(names):
-            raise ValueError(f"adapter_weights has {len(scales)} numbers for {len(names)} adapters")
+        scale: Any = 1.0 if adapter_weights is None else adapter_weights
+        scales = list(scale) if isinstance(scale, list | tuple) else [scale] * max(1, len(names))
         for scale in scales:
             check_number("adapter_weights", scale, -100, 100)
-        self._merge(dict(zip(names, map(float, scales), strict=True)))
+        if unknown := [name for name in names if name not in list(self._loaded_adapters)]:
+            loaded = ", ".join(self._loaded_adapters) or "none"
+            raise ValueError(f"adapter_names: {described(unknown[0])} is not loaded; loaded: {loaded}")
+        if names and len(scales) != len(names):
+            raise ValueError(f"adapter_weights has {len(scales)} numbers for {len(names)} adapters")
+        self._merge(dict(zip(names, map(float, scales), strict=False)))
 
     def unload_lora_weights(self) -> None:
         """Drop all adapters: the weights are, to the bit, what they were without."""
@@ -328,17 +344,23 @@ class MMAudioPipeline:
         seed: int | Sequence[int] | None = 0,
         generator: Any = None,
         **options: Any,
-    ) -> Any:  # Generated, or a list of them: a union would have to be told apart after every call
+    ) -> Any:  # Generated, or a GeneratedList: a union would have to be told apart after every call
         """Generate audio for a video or image, a caption, both or neither; see `generate` for the options.
 
         Every argument may be a list with one value for each audio: then a list is returned. A video is a file, or
-        frames (`Media`) with their `frame_rate` in Hz. `text_features` (77, 1024) replace a prompt. seed: None draws
-        one, `Generated.seed` tells it. generator: a torch.Generator that draws the seed, or a list of them.
+        frames (`Media`, so also a list of PIL images) with their `frame_rate` in Hz. `text_features` (77, 1024)
+        replace a prompt. seed: None draws one, `Generated.seed` tells it. generator: a torch.Generator that draws the
+        seed, or a list of them.
         """
+        if unknown := sorted(set(options) - set(_OPTIONS)):
+            known = (*list(inspect.signature(self.__call__).parameters)[:-1], *_OPTIONS)
+            raise ValueError(f"the pipeline does not know {', '.join(unknown)}; it takes {', '.join(known)}")
         if generator is not None:
-            if seed not in (0, None):
+            if seed is not None and not (isinstance(seed, int) and seed == 0):
                 raise ValueError("give seed or generator, not both")
             several = isinstance(generator, list | tuple)
+            if several and not generator:
+                raise ValueError("generator is an empty list: it must have one entry for each audio")
             seed = [draw_seed(one) for one in generator] if several else draw_seed(generator)
         seeds = seed if isinstance(seed, list | tuple) else None
         requests, several = requests_of(
@@ -349,7 +371,7 @@ class MMAudioPipeline:
         )
         call: Any = {"progress": True, **options, "seed": 0 if seeds is not None else seed}
         with contextlib.closing(self.generate(requests, **call)) as results:
-            return list(results) if several else next(results)
+            return GeneratedList(results) if several else next(results)
 
     def generate(
         self,
@@ -364,6 +386,7 @@ class MMAudioPipeline:
         seed: int | None = 0,
         solver: str = "euler",
         callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = False,
         on_reject: OnReject | None = None,
     ) -> Generator[Generated, None, None]:
@@ -375,22 +398,29 @@ class MMAudioPipeline:
         step. num_inference_steps, or num_steps: Euler steps, 25. guidance_scale: below 1 turns guidance off.
         The starting noise depends on the seed and the key of a request alone, not on batches or order.
         callback_on_step_end: called with pipeline, number and time of a step, and {"latents": (B, N, C)} after it; what
-        it returns in place of these is continued with. progress: a bar over the steps of each batch.
+        it returns in place of these is continued with. There are no other tensor inputs. progress: a bar over the steps
+        of each batch.
         Wrong settings, unreadable files and missing weights raise ValueError here, before the model runs. With
         `on_reject`, files are opened when their turn comes only, and a request that fails is passed to it.
         """
-        if num_steps is not None and num_inference_steps not in (None, num_steps):
+        steps = 25
+        for name, value in (("num_steps", num_steps), ("num_inference_steps", num_inference_steps)):
+            if value is not None:
+                check_number(name, value, 1, MAX_STEPS, whole=True)
+                steps = value
+        if None not in (num_steps, num_inference_steps) and num_steps != num_inference_steps:
             raise ValueError(f"num_inference_steps {num_inference_steps} and num_steps {num_steps}: give one of them")
-        steps: Any = next((n for n in (num_inference_steps, num_steps) if n is not None), 25)
+        inputs = callback_on_step_end_tensor_inputs
+        if not isinstance(inputs, list | tuple) or [*map(str, inputs)] != ["latents"]:
+            raise ValueError("callback_on_step_end_tensor_inputs: a callback gets ['latents'], and nothing else")
         if seed is not None:
             check_number("seed", seed, *SEEDS, whole=True)
         call_seed = secrets.randbelow(2**32) if seed is None else seed
-        if isinstance(requests, Request) or not all(isinstance(request, Request) for request in requests):
-            raise ValueError("requests must be a list of Request")
+        if not isinstance(requests, list | tuple) or not all(isinstance(request, Request) for request in requests):
+            raise ValueError(f"requests must be a list of Request, not {described(requests)}")
         requests = [with_seed(request, str(index), call_seed) for index, request in enumerate(requests)]
-        check_number("batch_size", batch_size, 1, 2**31, whole=True)
-        lengths = self._window(window)
-        options = Options(*lengths, duration, steps, guidance_scale, solver, callback_on_step_end, progress)
+        settings: Any = (duration, steps, guidance_scale, solver, batch_size)
+        options = Options(*self._window(window), *settings, callback_on_step_end, progress, on_reject)  # type: ignore
         if duration is not None:
             checked_lengths(self.mode, duration)
         if on_reject is None:
@@ -400,13 +430,13 @@ class MMAudioPipeline:
         if on_reject is None:
             for request in requests:
                 self._schedule(request, options)
-        return self._generate(requests, batch_size, options, on_reject)
+        return self._generate(requests, options)
 
     def decode(self, latent_NC: torch.Tensor) -> torch.Tensor:
         """Waveform (samples,), on the CPU, of one latent (N, C) that is not normalised, as feature stores hold them."""
         channels = self.model.config.latent_channels
         if not isinstance(latent_NC, torch.Tensor) or latent_NC.ndim != 2 or latent_NC.shape[1] != channels:
-            raise ValueError(f"latent_NC must be a tensor (N, {channels})")
+            raise ValueError(f"latent_NC must be a tensor (N, {channels}), not {described(latent_NC)}")
         with self._lock:
             return self._encoders("decode").decode_latent(latent_NC[None])[0].float().cpu()
 
@@ -416,6 +446,8 @@ class MMAudioPipeline:
         The model is hashed once: it must not change between two calls.
         """
         config = self._source.config if isinstance(self._source, Encoders) else self._source
+        if not isinstance(request, Request):
+            raise ValueError(f"request must be a Request, not {described(request)}")
         components = sorted(request.components - {"decode"})
         result: dict[str, Any] = {
             component: entry["fingerprint"] for component, entry in fingerprints(config, self.mode, components).items()
@@ -489,23 +521,21 @@ class MMAudioPipeline:
 
     # --- from requests to features -----------------------------------------------------------------------------------
 
-    def _generate(
-        self, requests: Sequence[Request], batch_size: int, options: Options, on_reject: OnReject | None
-    ) -> Generator[Generated, None, None]:
+    def _generate(self, requests: Sequence[Request], options: Options) -> Generator[Generated, None, None]:
         """Items with the same schedule are batched; one of several windows fills the batches alone."""
         batch: list[_Item] = []
-        for item in self._encoded(requests, options, on_reject):
+        for item in self._encoded(requests, options):
             if batch and batch[0].schedule != item.schedule:
-                yield from self._generate_batch(batch, batch_size, options)
+                yield from self._generate_batch(batch, options)
                 batch = []
             batch.append(item)
-            if len(batch) == batch_size or len(item.schedule.starts) > 1:
-                yield from self._generate_batch(batch, batch_size, options)
+            if len(batch) == options.batch_size or len(item.schedule.starts) > 1:
+                yield from self._generate_batch(batch, options)
                 batch = []
         if batch:
-            yield from self._generate_batch(batch, batch_size, options)
+            yield from self._generate_batch(batch, options)
 
-    def _encoded(self, requests: Sequence[Request], options: Options, on_reject: OnReject | None) -> Iterator[_Item]:
+    def _encoded(self, requests: Sequence[Request], options: Options) -> Iterator[_Item]:
         """Items with the features of all their windows; what cannot be read is rejected or raised."""
         with contextlib.closing(read_ahead(self._read(requests, options), _CLIPS_AHEAD)) as windows:
             for item, clip in windows:
@@ -514,10 +544,10 @@ class MMAudioPipeline:
                     del clip  # 58 MB
                     if len(item.features) == len(item.schedule.starts):
                         yield item
-                elif on_reject is None:
+                elif options.on_reject is None:
                     raise item.problem
                 else:
-                    on_reject(item.request, item.problem)
+                    options.on_reject(item.request, item.problem)
 
     def _read(self, requests: Sequence[Request], options: Options) -> Iterator[tuple[_Item, VideoClip | None]]:
         """Each item with the frames of each of its windows, in order; or once, with the problem it has."""
@@ -535,7 +565,8 @@ class MMAudioPipeline:
 
     def _clips(self, request: Request, schedule: WindowSchedule) -> Iterable[VideoClip | None]:
         """The frames of each window; None where none are needed."""
-        video, image = request.video, request.image
+        video: Any = request.video
+        image: Any = request.image
         if video is not None and (request.clip_features is None or request.sync_features is None):
             starts = [start * latent_seconds(self.mode) for start in schedule.starts]
             size: Any = {"mode": self.mode, "duration": schedule.duration}
@@ -579,19 +610,19 @@ class MMAudioPipeline:
 
     # --- from features to audio --------------------------------------------------------------------------------------
 
-    def _generate_batch(self, batch: Sequence[_Item], batch_size: int, options: Options) -> Iterator[Generated]:
+    def _generate_batch(self, batch: Sequence[_Item], options: Options) -> Iterator[Generated]:
         # Not around the loop: between two results the model has the lengths that its owner set, and others may use it.
         with self._lock, lengths_set(self.model, batch[0].schedule.lengths):
-            latents, waveforms = self._sample(batch, batch_size, options)
+            latents, waveforms = self._sample(batch, options)
         for item, latent, waveform in zip(batch, latents, waveforms, strict=True):
             request = item.request
             yield Generated(waveform, self.sample_rate, latent, request.key, item.note, request.seed)
 
     @torch.inference_mode()
-    def _sample(self, batch: Sequence[_Item], batch_size: int, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, batch: Sequence[_Item], options: Options) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, N, C) and waveforms (B, samples), on the CPU, of items with the same schedule.
 
-        Each item has one window, or there is one item, whose windows go through the model `batch_size` at a time.
+        Each item has one window, or there is one item, whose windows go through the model a batch at a time.
         """
         model, schedule, decoder = self.model, batch[0].schedule, self._encoders("decode")
         shape = (schedule.latent, model.config.latent_channels)
@@ -603,7 +634,7 @@ class MMAudioPipeline:
             if len(schedule.starts) == 1:
                 velocity = self._velocity(batch, range(1), options)
             else:
-                velocity = self._blended_velocity(batch[0], batch_size, options)
+                velocity = self._blended_velocity(batch[0], options)
             if options.solver == "euler":
                 x1_BNC = self._sample_euler(velocity, x0_BNC, options)
             else:
@@ -647,13 +678,20 @@ class MMAudioPipeline:
         unconditional = self.model.empty_conditions(len(features), negative)
         return GuidedVelocity(self.model, conditions, unconditional, options.guidance_scale)
 
-    def _blended_velocity(self, item: _Item, batch_size: int, options: Options) -> VelocityFunction:
-        """Velocity function of all windows of a long item, `batch_size` at a time."""
-        count = len(item.schedule.starts)
-        chunks = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    def _blended_velocity(self, item: _Item, options: Options) -> VelocityFunction:
+        """Velocity function of all windows of a long item, a batch at a time."""
+        count, size = len(item.schedule.starts), options.batch_size
+        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
         velocities = [self._velocity([item], chunk, options) for chunk in chunks]
         item.features.clear()  # they are in the conditions now
         return blended_velocity(item.schedule, chunks, velocities, self.device)
+
+
+_OPTIONS = [
+    n
+    for n in inspect.signature(MMAudioPipeline.generate).parameters
+    if n not in ("self", "requests", "duration", "seed")
+]
 
 
 def _hash_of_state(model: MMAudio) -> str:

@@ -41,7 +41,14 @@ PUBLISHED_FILES = (
 DERIVED_TENSORS = ("latent_rot", "clip_rot", "t_embed.freqs")
 WEIGHTS_ENDINGS = (".pth", ".pt", ".safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's names
-_HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "token")
+_HUB_OPTIONS: dict[str, Any] = {  # with their kinds, as in huggingface_hub
+    "revision": str | None,
+    "subfolder": str | None,
+    "cache_dir": str | os.PathLike | None,
+    "force_download": bool | None,
+    "local_files_only": bool | None,
+    "token": str | bool | None,
+}
 PLACEHOLDER = "USER/NAME"  # the repository id in a card until it is pushed
 RELEASED = "hkchengrex/MMAudio"  # the released models on the Hub
 TAGS = ("mmaudio", "video-to-audio", "audio-generation", "flow-matching")
@@ -126,6 +133,9 @@ def check_hub_options(options: Mapping[str, Any], others: Sequence[str] = ()) ->
         hint = "; choose the device by device=" if "device_map" in unknown and "device" in others else ""
         known = ", ".join((*others, *_HUB_OPTIONS))
         raise ValueError(f"from_pretrained does not know {', '.join(unknown)}; it takes {known}{hint}")
+    for name, value in options.items():
+        if not isinstance(value, _HUB_OPTIONS[name]):
+            raise ValueError(f"{name} must be {_HUB_OPTIONS[name]}, not a {type(value).__name__}")
 
 
 def read_network(source: str | os.PathLike, **options: Any) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
@@ -176,7 +186,7 @@ def find_pretrained(
 def _check_source(source: Any, subfolder: str | None) -> Path:
     """The folder that the two name, if it is one here; ValueError for what is no name."""
     if not isinstance(source, str | os.PathLike) or not str(source):
-        raise ValueError(f"source: give a folder or a Hub id (owner/name), not {source!r}")
+        raise ValueError(f"source: give a folder or a Hub id (owner/name), not {' '.join(repr(source).split())[:60]}")
     inside = PurePosixPath(subfolder or ".")
     if inside.is_absolute() or ".." in inside.parts:
         raise ValueError(f"subfolder {subfolder!r} must be a folder inside {source}")
