@@ -11,7 +11,7 @@ import pytest
 import scipy.io.wavfile
 import scipy.signal
 import torch
-from odd_media import remux
+from odd_media import Odd, remux, retime_audio, steady, write_odd
 
 from mmaudio_hf.media import audio
 from mmaudio_hf.media.audio import (
@@ -176,6 +176,7 @@ WRITERS = {
     "webm": ("libopus", "flt"),
     "mka": ("aac", "fltp"),
     "mp4": ("aac", "fltp"),
+    "m4a": ("aac", "fltp"),
     "aiff": ("pcm_s16be", "s16"),
     "wav": ("pcm_s16le", "s16"),
     "flac": ("flac", "s16"),
@@ -209,8 +210,8 @@ def damage_of(path) -> str | None:
 def test_a_file_that_ends_early_is_damaged(ending, tmp_path):
     """Whatever states the length: the header, the index, the size of the last chunk or page."""
     path = write_tone(tmp_path / f"a.{ending}")
-    if ending == "mp4":  # with the index at the end nothing would be left to open
-        path = remux(path, tmp_path / "b.mp4", movflags="faststart")
+    if ending in ("mp4", "m4a"):  # with the index at the end nothing would be left to open
+        path = remux(path, tmp_path / f"b.{ending}", movflags="faststart")
     assert damage_of(path) is None
     assert count_samples(path)[0] / RATE == pytest.approx(SECONDS, abs=0.03)
     data = path.read_bytes()
@@ -241,13 +242,47 @@ def test_checksums_show_damage_that_decodes(tmp_path):
     assert damage_of(opus) is None, "zeros behind a whole file are no damage"
 
 
-@pytest.mark.parametrize("header", [True, False])
-@pytest.mark.parametrize("junk", [bytes(5000), b"\0" + b"\xff" * 3000, b"TAG" + bytes(125)])
-def test_junk_after_the_last_frame_of_an_mp3_file(header, junk, tmp_path):
-    path = write_tone(tmp_path / "a.mp3")
+@pytest.mark.parametrize("ending", ["mka", "webm", "mp4", "m4a", "opus"])
+def test_pauses_are_filled_and_a_late_start_is_no_damage(ending, tmp_path):
+    """A recorder that was stopped for half a second; the packets of one that began 3 s after its clock."""
+    path = write_tone(tmp_path / f"a.{ending}")
+    pause = retime_audio(path, tmp_path / f"b.{ending}", lambda _, time: time + Fraction(time >= 2) / 2)
+    late = retime_audio(path, tmp_path / f"c.{ending}", lambda _, time: time + 3)
+    (whole, _), (placed, _) = read_waveform(path), read_waveform(pause)
+    assert damage_of(pause) is None and damage_of(late) is None
+    assert len(placed) - len(whole) == pytest.approx(RATE / 2, abs=RATE / 50)
+    gap = torch.nonzero(placed == 0).flatten()
+    gap = gap[(gap > RATE) & (gap < 3 * RATE)]
+    assert 0 <= gap[0] / RATE - 2 < 0.03 and len(gap) == pytest.approx(RATE / 2, abs=RATE / 50)
+    assert torch.equal(placed[: 2 * RATE - 2048], whole[: 2 * RATE - 2048])
+
+
+def test_a_lost_cluster_is_damage_and_no_pause(tmp_path):
+    """FFmpeg steps over what it does not know in a Matroska file, and leaves a hole in the timestamps."""
+    path = remux(write_tone(tmp_path / "a.mka"), tmp_path / "b.mka", cluster_time_limit="1000")
     data = path.read_bytes()
-    assert b"Info" in data
-    data = data if header else data.replace(b"Info", bytes(4))  # without it, nothing states the length
+    assert data.count(b"\x1f\x43\xb6\x75") > 2 and damage_of(path) is None
+    second = data.index(b"\x1f\x43\xb6\x75", data.index(b"\x1f\x43\xb6\x75") + 4)
+    path.write_bytes(data[:second] + bytes(100) + data[second + 100 :])
+    assert re.search(r"\d+ of 19\d{4} samples can be decoded", damage_of(path))
+    path.write_bytes(data + bytes(100))
+    assert damage_of(path) is None, "what follows the last element is no audio"
+
+
+def test_the_audio_of_a_longer_video_is_whole(tmp_path):
+    """Matroska states the length of the longest track, and of each in a tag."""
+    path = write_odd(tmp_path / "a.mkv", Odd(steady(4), audio_seconds=2.5, layout="mono"))
+    assert count_samples(path)[0] / 44_100 == pytest.approx(2.5, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["header", "no header", "aac"])
+@pytest.mark.parametrize("junk", [bytes(5000), b"\0" + b"\xff" * 3000, b"TAG" + bytes(125), b"\0", RNG.bytes(4000)])
+def test_junk_after_the_last_frame_of_a_raw_file(kind, junk, tmp_path):
+    path = tmp_path / ("a.aac" if kind == "aac" else "a.mp3")
+    write_frames(path, "aac" if kind == "aac" else "libmp3lame", RATE, tone(SECONDS, RATE), "fltp", "mono")
+    data = path.read_bytes()
+    # Without the header of the first frame, nothing states the length.
+    data = data.replace(b"Info", bytes(4)) if kind == "no header" else data
     path.write_bytes(data)
     whole = read_waveform(path)[0]
     path.write_bytes(data + junk)
@@ -259,9 +294,10 @@ def test_junk_after_the_last_frame_of_an_mp3_file(header, junk, tmp_path):
     assert damage_of(path) is not None, "between frames it is damage"
 
 
-def test_joined_mp3_files_are_read_to_the_end(tmp_path):
+@pytest.mark.parametrize("tag", [b"", b"TAG" + b"title".ljust(125)])
+def test_joined_mp3_files_are_read_to_the_end(tag, tmp_path):
     path = write_tone(tmp_path / "a.mp3")
-    path.write_bytes(path.read_bytes() * 2)
+    path.write_bytes((path.read_bytes() + tag) * 2)
     assert count_samples(path)[0] / RATE == pytest.approx(2 * SECONDS, abs=0.1)
 
 

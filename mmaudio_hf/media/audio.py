@@ -24,7 +24,7 @@ from mmaudio_hf.media.container import (
     check_not_encrypted,
     decode_error,
     error_text,
-    is_cut_off,
+    is_whole,
     media_error,
     open_media,
     seconds,
@@ -171,37 +171,52 @@ class AudioTrack:
     def __init__(self, path: str | os.PathLike, container: InputContainer, stream: AudioStream):
         self.path, self.container, self.stream = path, container, stream
         self.placement: AudioPlacement | None = None
+        self.is_raw = container.format.name in ("mp3", "aac")  # frames without timestamps: those are FFmpeg's estimate
         self.damage = ""
+        self._stated: Fraction | None = None  # s, the length
         self._suspect = ""  # an error after which nothing was decoded so far
-        self._suspect_is_junk = self._is_joined = False
+        self._suspect_is_junk = False
+        self._head = b""  # of the first frame
+        self._junk = 0  # samples that belong to no frame
 
     def decode(self, packet: "av.Packet[AudioStream]") -> list[av.AudioFrame]:
         """The frames of a packet, [] where it cannot be decoded. MediaError for an encrypted file."""
         check_not_encrypted(self.path, packet)
+        head = self._fixed_header(packet)
         try:
             frames = packet.decode()
         except (av.error.FFmpegError, OSError) as error:
-            if self.container.format.name == "mp3" and bytes(packet)[:3] == b"ID3":
-                self._is_joined = True  # the tag of a second file, appended to the first: no audio, and no damage
-                return []
-            # What follows the last frame of an mp3 file, such as zeros or a tag, is no audio: it has no sync word.
-            self._suspect_is_junk = self.container.format.name == "mp3" and bytes(packet)[:1] != b"\xff"
-            self._suspect = self._suspect or f"{error_text(error)} after {self.seconds:.2f} s"
+            if not (self.is_raw and bytes(memoryview(packet)[:3]) in (b"ID3", b"TAG")):  # at the end, or between joined files
+                self._suspect_is_junk = self.is_raw and head != self._head
+                self._suspect = self._suspect or f"{error_text(error)} after {self.seconds:.2f} s"
             return []
         if frames and self.placement is None:
-            frame_size = self.stream.codec_context.frame_size or 0
+            frame_size, self._head = self.stream.codec_context.frame_size or 0, head
+            begin = seconds(frames[0].pts, frames[0].time_base) or Fraction(0)
+            self._stated = stated_seconds(self.path, self.container, self.stream, begin)
             self.placement = AudioPlacement(frames[0].sample_rate, frame_size)
-        if frames and self._suspect:
-            self.damage = self.damage or self._suspect
-        if self.placement and any(frame.sample_rate != self.placement.rate for frame in frames):
-            self.damage = self.damage or "the sample rate changes within the file"
+        other_rate = self.placement and any(frame.sample_rate != self.placement.rate for frame in frames)
+        problem = self._suspect or ("the sample rate changes within the file" if other_rate else "")
+        # What follows the last frame of a raw file is no audio, though there may be what looks like a frame in it.
+        if frames and self.is_raw and (head != self._head or (problem and self._missing() == 0)):
+            self._junk += sum(frame.samples for frame in frames)
             return []
-        return frames
+        self.damage = self.damage or (problem if frames else "")
+        return [] if other_rate else frames
+
+    def _fixed_header(self, packet: av.Packet) -> bytes:
+        """What all frames of a raw file begin with: sync word, version and layer of mp3; of aac all but the channels."""
+        head = bytes(memoryview(packet)[:3]) if self.is_raw else b""
+        return bytes([*head[:1], *(byte | 1 for byte in head[1:2])]) if self.container.format.name == "mp3" else head
+
+    def is_end(self, error: Exception) -> bool:
+        """Whether an error of reading means no more than a rest that is too short for a frame."""
+        return self.is_raw and isinstance(error, av.error.InvalidDataError) and self.placement is not None
 
     def add(self, frame: av.AudioFrame, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """`AudioPlacement.add` of the samples of a frame that `decode` returned."""
         assert self.placement is not None, "it is there from the first frame on"
-        return self.placement.add(samples, seconds(frame.pts, frame.time_base))
+        return self.placement.add(samples, None if self.is_raw else seconds(frame.pts, frame.time_base))
 
     @property
     def seconds(self) -> float:
@@ -212,21 +227,31 @@ class AudioTrack:
         """The first thing that could not be decoded, "" if there is none."""
         return self.damage or self._suspect
 
+    def _missing(self) -> int | None:
+        """Samples that the file states and that are not there; None where it states no length."""
+        assert self.placement is not None, "it has frames"
+        if self._stated is None:
+            return None
+        return max(0, round(self._stated * self.placement.rate) - self.placement.count)
+
     def finish(self) -> str:
         """After the last packet: what is wrong with the track, what is missing at its end included."""
-        # The header of a joined file counts the first part alone.
-        stated = None if self._is_joined else stated_seconds(self.path, self.container, self.stream)
         if self.damage or self.placement is None:
             return self.error
-        have, rate = self.placement.count - self.placement.holes, self.placement.rate
-        missing = self.placement.holes + max(0, round(stated * rate) - self.placement.count if stated else 0)
-        exact = self.container.format.name == "flac"  # its reader steps over damaged blocks without an error
-        if missing > (0 if exact else max(_MISSING[0] * rate, _MISSING[1])):
+        holes, rate = self.placement.holes, self.placement.rate
+        have, missing = self.placement.count - holes, self._missing() or 0
+        # Its reader steps over damaged blocks without an error, where all samples are known to be there.
+        limit = 0 if self.container.format.name == "flac" else max(_MISSING[0] * rate, _MISSING[1])
+        whole = is_whole(self.path, self.container)
+        may_pause = self.container.format.name.partition(",")[0] in ("mov", "matroska", "ogg")
+        missing += 0 if may_pause and whole else holes
+        if missing > limit:
             return f"{have} of {have + missing} samples can be decoded"
-        reached = stated and self.placement.count >= round(stated * rate)
-        if self._suspect and not (reached or self._suspect_is_junk):
+        if self._junk > limit:
+            return f"{self._junk} samples are of no frame of the file, or follow its stated length and an error"
+        if self._suspect and not (self._missing() == 0 or self._suspect_is_junk):
             return self._suspect
-        return "the file is cut off" if is_cut_off(self.path, self.container) else ""
+        return "" if whole else "the file is cut off, or a part of it is damaged"
 
 
 def mono_samples(frame: av.AudioFrame) -> np.ndarray:
@@ -240,7 +265,7 @@ def channel_samples(frame: av.AudioFrame) -> np.ndarray:
     if not frame.format.is_planar:
         data = data.reshape(frame.samples, frame.layout.nb_channels).T
     dtype = frame.format.name.removesuffix("p")
-    data = data.astype(np.float32) - np.float32(128 if dtype == "u8" else 0)
+    data = data.astype(np.float32) - (128 if dtype == "u8" else 0)
     return data / np.float32(_FULL_SCALE[dtype])
 
 
@@ -259,7 +284,8 @@ def _decode_mono(path: str | os.PathLike) -> Iterator[tuple[int, np.ndarray, int
                 if track.damage:
                     break
         except (av.error.FFmpegError, OSError) as error:
-            raise decode_error(path, error) from error
+            if not track.is_end(error):
+                raise decode_error(path, error) from error
         if track.placement:
             for silence, samples in track.placement.flush():
                 yield silence, samples, track.placement.rate

@@ -1,7 +1,9 @@
 """Media files: opening them, what their container states, and the error for a file that cannot be used."""
 
 import contextlib
+import mmap
 import os
+import re
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +19,11 @@ _STATED_LENGTH = {"flac", "wav", "w64", "aiff", "caf", "au", "ogg", "mov", "matr
 _ANIMATIONS = {"gif", "apng"}
 _IMAGE_BRANDS = {"avif", "avis", "heic", "heix", "hevc", "mif1", "msf1"}  # of the file type box
 _WAV_SLACK = 1024  # bytes that a header may promise too many
-_OGG_TAIL = 1 << 17  # bytes; a page has at most 65,307
+_SEGMENT, _CLUSTER = "18538067", "1f43b675"  # of Matroska
+_MATROSKA_ELEMENTS = (
+    *("1a45dfa3", "114d9b74", "ec", "bf", "1549a966", "1654ae6b", "1c53bb6b", "1043a770", "1941a469", "1254c367"),
+    *("e7", "5854", "a7", "ab", "a3", "a0", "af"),  # of a cluster
+)
 
 
 class MediaError(ValueError):
@@ -164,18 +170,29 @@ def frame_time(path: str | os.PathLike, frame: av.VideoFrame | av.AudioFrame) ->
     return time
 
 
-# --- The length that a file states ------------------------------------------------------------------------------------
+# --- The length that a file states, and whether it is whole ----------------------------------------------------------
 
 
-def stated_seconds(path: str | os.PathLike, container: InputContainer, stream: AudioStream) -> Fraction | None:
-    """Length of the audio as the file states it; None where it does not, and FFmpeg only estimates it."""
+def stated_seconds(
+    path: str | os.PathLike, container: InputContainer, stream: AudioStream, begin: Fraction
+) -> Fraction | None:
+    """Length of the audio from `begin` on (s, its first frame), as the file states it.
+
+    None where it does not, and FFmpeg only estimates it, or knows that of a longer track alone.
+    """
     name = container.format.name.partition(",")[0]
     if name == "mp3":
         samples = _mpeg_header_samples(path, stream.codec_context.frame_size)
         return Fraction(samples, stream.codec_context.sample_rate) if samples else None
     if name not in _STATED_LENGTH:
         return None
-    return seconds(stream.duration or None, stream.time_base) or seconds(container.duration, Fraction(1, av.time_base))
+    stated = seconds(stream.duration or None, stream.time_base)
+    if name == "matroska" and (tag := re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))):
+        stated = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3])
+    if stated is None and len(container.streams) == 1:
+        stated = seconds(container.duration, Fraction(1, av.time_base))
+    # Both state when the track ends.
+    return stated - begin if stated and name in ("ogg", "matroska") else stated
 
 
 def _mpeg_header_samples(path: str | os.PathLike, frame_size: int) -> int | None:
@@ -202,42 +219,46 @@ def _skip_id3(file: BinaryIO) -> None:
     file.seek(10 + size if header[:3] == b"ID3" else 0)
 
 
-def is_cut_off(path: str | os.PathLike, container: InputContainer) -> bool:
-    """Whether a wav or Ogg file ends within its last chunk or page, or that page is damaged: no error for FFmpeg."""
-    if container.format.name == "wav":
-        return _wav_is_cut(path)
-    return container.format.name == "ogg" and _ogg_is_cut(path)
+def is_whole(path: str | os.PathLike, container: InputContainer) -> bool:
+    """Whether the chunks, pages or elements of a wav, Ogg or Matroska file follow one another to its end.
 
-
-def _wav_is_cut(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        chunk, size = file.read(12)[:4], 0
-        while chunk != b"data":
-            file.seek(size + size % 2, os.SEEK_CUR)
-            header = file.read(8)
-            if len(header) < 8:
-                return False
-            chunk, size = header[:4], int.from_bytes(header[4:], "little")
-        begin = file.tell()
-        missing = begin + size - file.seek(0, os.SEEK_END)
-    return missing > _WAV_SLACK and size < 0xFFFF0000  # larger: unknown, as in a stream
-
-
-def _ogg_is_cut(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(max(0, length - _OGG_TAIL))
-        tail = file.read()
-    start = tail.rfind(b"OggS")
-    if start < 0 or len(tail) < start + 27:
+    FFmpeg steps over damaged ones without an error: the time that they took is then a hole in the timestamps, as a
+    pause is. True for other formats.
+    """
+    check = {"wav": _wav_is_whole, "ogg": _ogg_is_whole, "matroska": _matroska_is_whole}
+    name = container.format.name.partition(",")[0]
+    if name not in check or not container.size:
         return True
-    segments = tail[start + 27 : start + 27 + tail[start + 26]]
-    page = tail[start : start + 27 + len(segments) + sum(segments)]
-    whole = len(segments) == tail[start + 26] and len(page) == 27 + len(segments) + sum(segments)
-    return not whole or _ogg_checksum(page) != page[22:26]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return check[name](data)
+
+
+def _wav_is_whole(data: mmap.mmap) -> bool:
+    at, size = 12, 0
+    while data[at : at + 4] != b"data":
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+        if at + 8 > len(data):
+            return True
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    return at + 8 + size - len(data) <= _WAV_SLACK or size >= 0xFFFF0000  # larger: unknown, as in a stream
 
 
 _BITS_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _ogg_is_whole(data: mmap.mmap) -> bool:
+    """Pages with the right checksums and consecutive numbers; whatever follows the last one is no audio."""
+    at, numbers = data.find(b"OggS"), dict[bytes, int]()
+    while data[at : at + 4] == b"OggS":
+        body = at + 27 + data[at + 26]
+        page = data[at : body + sum(data[at + 27 : body])]
+        track, number = page[14:18], int.from_bytes(page[18:22], "little")
+        if number != numbers.get(track, number - 1) + 1 or _ogg_checksum(page) != page[22:26]:
+            return False
+        numbers[track] = number
+        at += len(page)
+    return data.find(b"OggS", at) < 0
 
 
 def _ogg_checksum(page: bytes) -> bytes:
@@ -245,3 +266,21 @@ def _ogg_checksum(page: bytes) -> bytes:
     page = (page[:22] + bytes(4) + page[26:]).translate(_BITS_REVERSED)
     crc = zlib.crc32(page, 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
+
+
+def _matroska_is_whole(data: mmap.mmap) -> bool:
+    """Known elements (RFC 9559) one after the other; those of the segment and its clusters are stepped into."""
+    at, end = 0, len(data)
+    while at < min(end, len(data)):
+        start = at + 9 - data[at].bit_length()
+        name = data[at:start].hex()
+        at = start + 9 - data[start : start + 1].ljust(1)[0].bit_length()
+        # Less the bit that marks the length of the size itself; all bits set: not known.
+        size, unknown = (int.from_bytes(data[start:at]) - (1 << 7 * (at - start)), (1 << 7 * (at - start)) - 1)
+        if name == _SEGMENT and size != unknown:
+            end = at + size  # what follows it is no audio
+        elif name in _MATROSKA_ELEMENTS:
+            at += size
+        elif name not in (_SEGMENT, _CLUSTER):
+            return False
+    return at == end <= len(data)

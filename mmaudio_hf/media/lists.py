@@ -34,11 +34,11 @@ from mmaudio_hf.schema import check_id
 # In order of preference where several files have one name; in any case of letters.
 AUDIO_ENDINGS = (
     *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"),
-    *(".mka", ".webm", ".mp4"),
+    *(".mka", ".webm", ".mp4", ".m4b", ".mp2", ".ac3", ".caf", ".wv", ".mov", ".mkv"),
 )
 VIDEO_ENDINGS = (
     *(".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"),
-    *(".ts", ".flv", ".3gp", ".mpg", ".mpeg", ".wmv"),
+    *(".ts", ".flv", ".3gp", ".mpg", ".mpeg", ".wmv", ".m2ts", ".mts", ".vob", ".ogv", ".3g2", ".asf", ".f4v"),
 )
 ENDINGS = {"video": VIDEO_ENDINGS, "audio": AUDIO_ENDINGS}
 
@@ -49,7 +49,7 @@ _MAX_CLIPS = 5
 _VIDEO_MARGIN = 0.1  # s that a clip of a video may end before the track: the audio is often that much shorter
 _AUDIO_COLUMNS = ("id", "name", "start_sample", "end_sample")
 _VIDEO_COLUMNS = ("id", "name", "start")
-_VERSION = 2  # part of the key of a shard: raise it when the same file gives other clips
+_VERSION = 3  # part of the key of a shard: raise it when the same file gives other clips
 _ALL_SHARDS = Share()
 
 

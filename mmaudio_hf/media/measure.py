@@ -35,7 +35,7 @@ from mmaudio_hf.media.container import (
     video_stream,
 )
 
-VERSION = 3  # of the measures: raise it when the same file gives other figures
+VERSION = 4  # of the measures: raise it when the same file gives other figures
 
 SILENT_DBFS = -60.0  # a block of audio whose RMS is lower is silent
 CLIPPED = 0.99  # a sample of any channel at or above this magnitude is clipped
@@ -107,7 +107,8 @@ def _measured(
             check_not_encrypted(path, packet)
             (frames if packet.stream is video else level).add(packet)
     except (av.error.FFmpegError, OSError) as error:
-        end_error = f"cannot be read to its end ({error_text(error)})"
+        if not (level.track and level.track.is_end(error)):
+            end_error = f"cannot be read to its end ({error_text(error)})"
     figures |= frames.figures() | level.figures()
     if kind == "video" and frames.start is not None and level.start is not None:
         figures["start_gap"] = _rounded(level.start - frames.start)
