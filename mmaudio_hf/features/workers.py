@@ -171,6 +171,8 @@ class ShardMaker:
                 advance(len(shard.items))
             elif acquired:
                 self._make(shard, advance)
+                with contextlib.suppress(AttributeError, OSError):  # another C library
+                    ctypes.CDLL(None).malloc_trim(0)  # what the heaps of the reading threads keep grows with the shards
             return acquired
 
     def _make(self, shard: Shard, advance: Callable[[int], Any]) -> None:

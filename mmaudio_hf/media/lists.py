@@ -34,7 +34,7 @@ from mmaudio_hf.schema import check_id
 # In order of preference where several files have one name; in any case of letters.
 AUDIO_ENDINGS = (
     *(".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"),
-    *(".mka", ".webm", ".mp4", ".m4b", ".mp2", ".ac3", ".caf", ".wv", ".mov", ".mkv"),
+    *(".mka", ".webm", ".mp4", ".m4b", ".mov", ".mkv"),
 )
 VIDEO_ENDINGS = (
     *(".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"),
