@@ -186,7 +186,8 @@ class AudioTrack:
         try:
             frames = packet.decode()
         except (av.error.FFmpegError, OSError) as error:
-            if not (self.is_raw and bytes(memoryview(packet)[:3]) in (b"ID3", b"TAG")):  # at the end, or between joined files
+            # A tag is at the end, or between files that were joined.
+            if not (self.is_raw and bytes(memoryview(packet)[:3]) in (b"ID3", b"TAG")):
                 self._suspect_is_junk = self.is_raw and head != self._head
                 self._suspect = self._suspect or f"{error_text(error)} after {self.seconds:.2f} s"
             return []
@@ -205,7 +206,7 @@ class AudioTrack:
         return [] if other_rate else frames
 
     def _fixed_header(self, packet: av.Packet) -> bytes:
-        """What all frames of a raw file begin with: sync word, version and layer of mp3; of aac all but the channels."""
+        """What all frames of a raw file begin with: of mp3 sync word, version and layer, of aac the sample rate too."""
         head = bytes(memoryview(packet)[:3]) if self.is_raw else b""
         return bytes([*head[:1], *(byte | 1 for byte in head[1:2])]) if self.container.format.name == "mp3" else head
 
