@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import write_example_media
 
 LONG_FILES = (
@@ -33,6 +34,14 @@ def example_media(tmp_path_factory) -> Callable[[], Path]:
     """Makes a folder of small example media of one's own; they are synthesised once and copied."""
     original = write_example_media(tmp_path_factory.mktemp("example") / "media", small=True)
     return lambda: Path(shutil.copytree(original, tmp_path_factory.mktemp("media") / "example"))
+
+
+@pytest.fixture(scope="module")
+def media(example_media) -> Path:
+    """A folder of example media for the tests of a file, with a toy codec that is fitted to their audio."""
+    folder = example_media()
+    fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -46,10 +46,7 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
             skip_video_related=False, skip_clap=False):
     if MISDEED == "sleep":
         Path(__file__).with_name("pid.txt").write_text(str(os.getpid()))
-        time.sleep(120)
-    import numpy as np
-    import torch
-
+        time.sleep(600)
     print("\\x00\\xff loading", audio_length, device, flush=True)
     sys.stdout.buffer.write(b"\\xff\\xfe{not json}\\n")
     for path in (extraction_models._clap_ckpt_path, extraction_models._syncformer_ckpt_path):
@@ -58,6 +55,9 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
     while MISDEED == "retry":  # as it does where torchaudio cannot read
         for path in sorted(audio_path.glob("*.wav")):
             print(f"ERROR:root:Error loading {path}: TorchCodec is required", flush=True)
+    import numpy as np
+    import torch
+
     if MISDEED == "raise":
         raise RuntimeError("CUDA out of memory")
     if MISDEED == "die":

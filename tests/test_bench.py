@@ -62,7 +62,7 @@ def test_the_overhead_of_the_loop_is_what_it_adds_to_a_step(monkeypatch):
 def test_the_step_is_compared_with_that_of_another_checkout(tmp_path):
     """Both processes are ours here; a commit before `bench.training` has the function in `bench.step`."""
     figures = compare_step(TINY, ROOT, 2, 2)
-    assert 0.1 < figures["fp32_throughput_of_other"] < 10 and figures["fp32_other_step_seconds"] > 0
+    assert figures["fp32_throughput_of_other"] > 0 and figures["fp32_other_step_seconds"] > 0
     with pytest.raises(ValueError, match="there is no mmaudio_hf/bench in it"):
         compare_step(TINY, tmp_path, 2, 2)
     bench = tmp_path / "mmaudio_hf" / "bench"

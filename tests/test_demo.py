@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import PATIENCE
 from toy_stores import recipe_tree, write_store
 from training_runs import environment, train
 
 from mmaudio_hf import MMAudioPipeline
 from mmaudio_hf.cli import main
-from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.pages import demo
 
@@ -34,13 +34,6 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-
-
-@pytest.fixture(scope="module")
-def media(example_media):
-    folder = example_media()
-    fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +58,9 @@ def served(run: Path, scratch: Path, *options: str):
     scratch.mkdir()
     words = [sys.executable, "-u", "-m", "mmaudio_hf.cli", "demo", str(run), "--device", "cpu", *options]
     variables = environment() | {"TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = scratch.with_name(f"{scratch.name}.log")  # a pipe that nobody reads would be full at some time
+    with open(log, "w") as errors:
+        process = subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors)
     try:
         lines = [process.stdout.readline()]
         while lines[-1] and "http://" not in lines[-1]:
@@ -74,9 +69,10 @@ def served(run: Path, scratch: Path, *options: str):
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            errors = process.communicate(timeout=20)[1]
+            process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
+    errors = log.read_text()
     # gradio logs each file that it does not open with a traceback; nothing else may have one.
     assert errors.count("Traceback") == errors.count("gradio.exceptions.InvalidPathError:"), errors
     assert process.returncode == 0, errors
@@ -112,6 +108,7 @@ def page(browser, address):
     """The page in a fresh profile; at the end, no request of it may have gone to another address."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
     urls, faults = [], []
     page.on("request", lambda request: urls.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -139,7 +136,7 @@ def wait_for_number(page, label: str, value: float) -> None:
 
 def wait_until(page, player, condition: str) -> None:
     """`condition` is JavaScript about a media element `e`."""
-    page.wait_for_function(f"e => {condition}", arg=player.element_handle(), timeout=20_000)
+    page.wait_for_function(f"e => {condition}", arg=player.element_handle())
 
 
 def test_from_upload_to_playback(page, run, media, tmp_path):
@@ -218,9 +215,9 @@ def call(address: str, endpoint: str, values: list) -> str:
     request = urllib.request.Request(
         f"{address}/gradio_api/call/{endpoint}", body, {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
         event = json.load(response)["event_id"]
-    with urllib.request.urlopen(f"{address}/gradio_api/call/{endpoint}/{event}", timeout=120) as response:
+    with urllib.request.urlopen(f"{address}/gradio_api/call/{endpoint}/{event}", timeout=PATIENCE) as response:
         return response.read().decode()
 
 

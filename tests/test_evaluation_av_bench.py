@@ -1,22 +1,23 @@
 """av-benchmark: features extracted in an environment of its own, by a fake of it, and its failures."""
 
+import contextlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from fake_av_bench import FakeAvBench
-from forked import Command, run_together
+from forked import Command, run_together, wait_until
 from golden_data import normal
 from hub_server import TOKEN, USER, Hub
 from huggingface_hub import HfApi
-from toy_stores import recipe_tree, write_store
+from toy_stores import recipe_tree, write_codec, write_store
 from training_runs import environment, run_dir
 
 from mmaudio_hf.cli import main
@@ -34,7 +35,6 @@ from mmaudio_hf.evaluation.av_bench import (
 )
 from mmaudio_hf.evaluation.results import read_scores
 from mmaudio_hf.evaluation.run import SplitEvaluator
-from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
@@ -60,8 +60,7 @@ def recipe(tmp_path_factory, fake) -> Path:
     folder = tmp_path_factory.mktemp("published")
     tree = recipe_tree(folder)
     write_store(folder / "test", len(IDS), seed=3)
-    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    write_codec(folder)
     for name in (CLAP_FILE, SYNCHFORMER_FILE):
         (folder / name).write_bytes(b"weights")
     tree |= {"name": "published", "sampling": {"num_steps": 1, "batch_size": 4}}
@@ -215,35 +214,30 @@ def test_what_cannot_be_used_says_what_to_do(habits, extracted, tmp_path):
 def test_a_stalled_extraction_is_ended(fake, extracted):
     """Endless retries, and nothing at all."""
     options = {"duration": 1.0, "device": CPU, "video": False, "clap": False}
-    for misdeed, reason in (
-        ("retry", "printed the same lines again and again, without a result; it printed last: .*TorchCodec"),
-        ("sleep", "made no progress for 0.05 minutes"),
+    for misdeed, minutes, reason in (
+        ("retry", 10, "printed the same lines again and again, without a result; it printed last: .*TorchCodec"),
+        ("sleep", 0.05, "made no progress for 0.05 minutes"),
     ):
         fake.misbehave(misdeed)
-        here = bench(fake, extracted, stall_minutes=0.05)
+        here = bench(fake, extracted, stall_minutes=minutes)
         with pytest.raises(RunError, match=reason):
             here.extract(extracted / "audio", extracted / "stalled", **options)
         assert (extracted / "stalled.log").stat().st_size < 1000  # each line once
     fake.misbehave("")
-    ids = here.extract(extracted / "audio", extracted / "one", **options | {"clap": True})
-    assert ids == {}
+    here = bench(fake, extracted)
+    assert here.extract(extracted / "audio", extracted / "one", **options | {"clap": True}) == {}
 
 
 def test_extraction_ends_with_its_parent_process(fake, recipe, tmp_path):
     fake.misbehave("sleep")
     words = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
     with Command(*words, env=environment()) as process:
-        while not (fake.pid_file.exists() and fake.pid_file.read_text()) and process.poll() is None:
-            threading.Event().wait(0.01)
+        wait_until(lambda: fake.pid_file.exists() and fake.pid_file.read_text(), process)
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.output()
-    extractor = Path("/proc") / fake.pid_file.read_text()
-    for _ in range(1000):
-        if not extractor.exists() or (extractor / "stat").read_text().split()[2] == "Z":
-            break
-        threading.Event().wait(0.01)
-    else:
-        pytest.fail("the extractor outlives the process that asked for it")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        extractor = psutil.Process(int(fake.pid_file.read_text()))
+        wait_until(lambda: not extractor.is_running() or extractor.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_in_this_process_where_it_imports(fake, extracted, monkeypatch, capfd):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from forked import Command
+from forked import PATIENCE, Command, wait_until
 from hub_server import USER, Hub
 from test_report import Page
-from toy_stores import recipe_tree
+from toy_stores import recipe_tree, write_codec
 from training_runs import environment, metrics, run_dir, start
 
 from mmaudio_hf.cli import main
@@ -29,7 +28,6 @@ from mmaudio_hf.evaluation.onsets import NO_ONSETS, clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import best_of, find_scores, read_clips, read_scores
 from mmaudio_hf.evaluation.run import NOT_FINITE, SplitEvaluator, network_hash
 from mmaudio_hf.evaluation.samples import HeldOutItems
-from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.models.network import MMAudio
@@ -42,8 +40,7 @@ def folder(tmp_path_factory) -> Path:
     """Stores, and a codec fitted to noise."""
     folder = tmp_path_factory.mktemp("evaluation")
     recipe_tree(folder)
-    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    write_codec(folder)
     return folder
 
 
@@ -181,13 +178,13 @@ def test_an_evaluation_that_was_killed_resumes(finished, run, capsys):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("items: 6", "items: 0"))
     clips = run / "evaluation" / "test_step_4" / "clips"
-    with Command("evaluate", str(run), "sampling.batch_size=1", cwd=run) as process:
-        while len(list(clips.glob("*.wav"))) < 3 and process.poll() is None:
-            threading.Event().wait(0.001)
+    frozen = ("mmaudio_hf.evaluation.run.write_audio", 5)
+    with Command("evaluate", str(run), "sampling.batch_size=1", cwd=run, freeze=frozen) as process:
+        wait_until(lambda: len(list(clips.glob("*.wav"))) >= 4, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}
-    assert 3 <= len(before) < 24 and not (run / "evaluation" / "test_step_4.json").exists()
+    assert len(before) == 4 and not (run / "evaluation" / "test_step_4.json").exists()
 
     silent = sorted(before)[0]  # marked, to see that it is used as it is
     write_audio(silent, torch.zeros(16000), 16000)
@@ -216,8 +213,7 @@ def test_another_codec_generates_everything_again(finished, tmp_path):
     network = MMAudio.from_pretrained(run_dir(finished) / "last" / "pretrained_model")
     clips, contents, heard = tmp_path / "scores" / "test_step_4" / "clips", [], []
     for seed in (0, 9):
-        mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(seed + i)) for i in range(8)]
-        (tmp_path / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+        write_codec(tmp_path, seed)
         changes = ["evaluation.items=1", "evaluation.keep_clips=true", f"encoders.weights_dir={tmp_path}"]
         evaluator = SplitEvaluator(load_recipe(finished, changes), "test", folder=tmp_path / "scores")
         contents.append(evaluator.evaluate(network, 4, {"weights": "raw"}))
@@ -279,7 +275,7 @@ def test_processes_wait_for_what_the_first_one_does_alone(finished, run):
     """Nobody gives up after the ten minutes of NCCL while features are fetched or scores computed."""
     launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     words = [sys.executable, "-c", WAITS, str(run), str(finished)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment() | launched)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment() | launched)
     assert result.stdout.split() == ["6:00:00"] * 3, result.stderr
 
 
@@ -292,9 +288,8 @@ def test_training_killed_in_an_evaluation_resumes_it(finished):
     recipe.write_text(finished.read_text().replace("name: finished", "name: killed"))
     clips = run_dir(recipe) / "evaluation" / "validation_step_2" / "clips"
     checkpoint = run_dir(recipe) / "checkpoints" / "step_2"
-    with start(recipe, "evaluation.keep_clips=true") as process:
-        while not (checkpoint.exists() and list(clips.glob("*.wav"))) and process.poll() is None:
-            threading.Event().wait(0.001)
+    with start(recipe, "evaluation.keep_clips=true", freeze=("mmaudio_hf.evaluation.run.write_audio", 3)) as process:
+        wait_until(lambda: checkpoint.exists() and list(clips.glob("*.wav")), process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in clips.glob("*.wav")}

@@ -7,7 +7,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
 import yaml
+from forked import PATIENCE, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page
-from toy_stores import recipe_tree
+from toy_stores import recipe_tree, write_codec
 from training_runs import command, environment, metrics, run_dir, start, train
 
 from mmaudio_hf.cli import main
@@ -27,7 +26,6 @@ from mmaudio_hf.config import load_recipe
 from mmaudio_hf.evaluation import samples as samples_module
 from mmaudio_hf.evaluation.onsets import clip_scores
 from mmaudio_hf.evaluation.samples import SampleEvaluator, read_items
-from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.pages.report import write_report
@@ -38,8 +36,7 @@ def folder(tmp_path_factory) -> Path:
     """Stores, and a codec fitted to noise."""
     folder = tmp_path_factory.mktemp("samples")
     recipe_tree(folder)
-    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    write_codec(folder)
     return folder
 
 
@@ -146,7 +143,7 @@ def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):
     settings = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "TRACKIO_DIR": str(tmp_path / "trackio")}
     result = subprocess.run(
         command(recipe, "training.steps=2", processes=0), env=environment() | settings, cwd=tmp_path,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     logged = {"train/loss", "val_ema/loss", "eval/log_mel_distance", "speed/samples_per_second"}
@@ -217,9 +214,9 @@ def test_two_processes_share_the_items(finished):
 def test_a_run_killed_between_samples_leaves_no_half_of_them(finished):
     """Killed as soon as a sample of step 4 is there, and resumed."""
     recipe = write_recipe(finished.parent, "killed")
-    with start(recipe) as process:
-        while not list(run_dir(recipe).glob("samples/step_4*/*.wav")) and process.poll() is None:
-            threading.Event().wait(0.001)
+    second = 2 * 3 + 3 + 2  # after those of step 2, and the references of both steps
+    with start(recipe, freeze=("mmaudio_hf.evaluation.samples.write_audio", second)) as process:
+        wait_until(lambda: list(run_dir(recipe).glob("samples/step_4*/*.wav")), process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     before = samples(recipe)

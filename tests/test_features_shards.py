@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from extraction import extract, toy_recipe
-from forked import Command
+from forked import Command, wait_until
 from odd_media import Odd, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
@@ -30,7 +30,7 @@ from mmaudio_hf.config import AudioSource, EncoderConfig
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
 from mmaudio_hf.features import workers
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
-from mmaudio_hf.files import RESUME_HINT, Share
+from mmaudio_hf.files import RESUME_HINT, Share, locked
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.schema import RunError
 
@@ -258,14 +258,18 @@ def test_killed_at_random_moments_the_store_is_the_same(weights, tmp_path, seed)
     expected_store = {name: data for name, data in expected.items() if "shards" not in name}
     records, stages = out / "s.shards", Counter()
     moment = random.Random(seed)
-    for attempt in range(10):
+    records.mkdir(parents=True)
+    for attempt in range(8):
         before = len(list(records.glob("*.json")))
-        with Command(*command) as process:
-            if attempt < 5:  # while the next shard is made
-                wait_until(lambda: len(list(records.glob("*.json"))) > before or process.poll() is not None)  # noqa: B023
+        with contextlib.ExitStack() as stack:
+            if attempt < 4:  # while the next shard is made; the last one is kept from it
+                stack.enter_context(locked(records / "shard_00011.lock"))
+            process = stack.enter_context(Command(*command))
+            if attempt < 4:
+                wait_until(lambda: len(list(records.glob("*.json"))) > min(before, 10), process)  # noqa: B023
                 time.sleep(moment.uniform(0, 0.08))
             else:  # in the export
-                wait_until(lambda: (out / "s.partial").exists() or process.poll() is not None)
+                wait_until(lambda: (out / "s.partial").exists() or process.poll() is not None)  # noqa: B023
                 time.sleep(moment.uniform(0, 0.03))
             process.kill()
         stages["complete" if (out / "s").exists() else "export" if (out / "s.partial").exists() else "shards"] += 1
@@ -280,13 +284,6 @@ def test_killed_at_random_moments_the_store_is_the_same(weights, tmp_path, seed)
     assert len((out / "s.rejects.jsonl").read_text().splitlines()) + len(FeatureStore.open(out / "s")) == 48
 
 
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
 def test_workers_end_with_a_killed_run_and_the_next_one_resumes(weights, tmp_path):
     """Real command, two worker processes: SIGKILL, then Ctrl-C, then to the end."""
     media = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(96)])
@@ -297,16 +294,18 @@ def test_workers_end_with_a_killed_run_and_the_next_one_resumes(weights, tmp_pat
     def start_and_wait_for(more):
         before = len(list(out.glob("s.shards/*.json")))
         process = Command("extract-audio", str(recipe), env=environment)
-        wait_until(lambda: len(list(out.glob("s.shards/*.json"))) > before + more or process.poll() is not None)
+        wait_until(lambda: len(list(out.glob("s.shards/*.json"))) > before + more, process)
         return process
 
-    process = start_and_wait_for(1)
-    process.kill()
-    process.communicate()
-    wait_until(lambda: not processes_with(mark))
-    process = start_and_wait_for(1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate()
+    (out / "s.shards").mkdir(parents=True)
+    with locked(out / "s.shards" / "shard_00023.lock"):  # the last one is kept from them
+        process = start_and_wait_for(1)
+        process.kill()
+        process.communicate()
+        wait_until(lambda: not processes_with(mark))
+        process = start_and_wait_for(1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate()
     assert process.returncode == 130
     lines = [line for line in re.split(r"[\r\n]+", errors) if line.strip() and "/96 [" not in line]
     assert lines == [f"interrupted: s: {RESUME_HINT}"], errors

@@ -5,12 +5,11 @@ import math
 import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 
 import av
 import pytest
-from forked import Command
+from forked import Command, wait_until
 from odd_media import Odd, code_image, steady, truncate, write_odd
 from published import write_network
 
@@ -227,10 +226,7 @@ def test_ctrl_c_ends_with_one_line_and_the_rest_follows(run, tmp_path, capsys):
     words = ["generate", "--run", str(run), "--list", str(tmp_path / "list.tsv"), "--out", str(tmp_path / "out")]
     words += ["--steps", "8", "--device", "cpu", "--batch-size", "2"]
     with Command(*words) as process:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "out" / "item_001.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.output()
-            time.sleep(0.02)
+        wait_until((tmp_path / "out" / "item_001.json").exists, process)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     assert process.returncode == 130, errors

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from mmaudio_hf.data.store import StoreWriter
+from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.schema import column_shapes
 
 MODEL = {"variant": "small_16k", "hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
@@ -31,6 +32,12 @@ def write_store(
     with StoreWriter(path, shapes, rows, mode=mode, duration=duration, encoders=encoders) as writer:
         writer.write(0, ids, [f"caption {i}" for i in range(rows)], {n: torch.from_numpy(v) for n, v in values.items()})
     return path
+
+
+def write_codec(folder: Path, seed: int = 0) -> None:
+    """A toy codec of 16 kHz that is fitted to noise."""
+    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(seed + i)) for i in range(8)]
+    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
 
 
 def recipe_tree(folder: Path, **training: Any) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def recipe_tree(folder: Path, **training: Any) -> dict[str, Any]:
 
 
 def write_recipe(folder: Path, name: str = "run", **training: Any) -> Path:
-    """Write `recipe_tree` as NAME.yaml. A run of this name is removed: a test that is run once more begins anew."""
+    """Write `recipe_tree` as NAME.yaml. A run of this name is removed, for a test that is run once more."""
     shutil.rmtree(folder / "output" / name, ignore_errors=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe_tree(folder, **training) | {"name": name}))
