@@ -327,7 +327,7 @@ class DataConfig(Settings):
     validation: tuple[StoreConfig, ...] = setting((), "stores of the validation split")
     test: tuple[StoreConfig, ...] = setting((), "stores of the test split")
     prefetch_batches: int = setting(2, "batches that are read ahead", least=1)
-    read_threads: int = setting(4, "threads that read a batch and draw its noise, at most one a core", least=1)
+    read_threads: int = setting(4, "threads that read batches and draw their noise, at most one a core", least=1)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,22 @@
-"""Batches of a mixture, read ahead by one thread.
+"""Batches of a mixture, read ahead by threads.
 
-The thread copies rows from the memory-mapped columns of the stores straight into a ring of reused buffers, one
-`torch.index_select` for each store and column, and draws the random inputs; the training loop waits for neither.
+Each thread fills whole batches of a ring of reused buffers: it copies rows from the memory-mapped columns of stores,
+one `torch.index_select` for each store and column, and draws the random inputs; the training loop waits for neither.
 There are no worker processes: all of it releases the GIL, and nothing is pickled or copied between processes.
 """
 
 import atexit
-import contextlib
+import mmap
 import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
 _READAHEAD = 2  # batches that are requested from the disk before they are read
+_ALIGNMENT = 64  # bytes, of tensors in a block
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class BatchLoader:
     `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
     waited. Errors while reading (OSError with the file name) are raised by the iterator.
 
-    threads: of torch, for reading and for the random numbers; no more than there are cores.
+    threads: in all, no more than there are cores. As many of them as batches are read ahead fill one batch each, since
+    several that divide one batch would wait for each other at every column; what is left helps them.
     readahead: request the rows of coming batches from the disk, in the first epoch and always when the stores exceed
     memory. Rows that are in the page cache cost about 10 % more with it.
     """
@@ -168,23 +173,30 @@ class BatchLoader:
         readahead: bool = True,
     ):
         self.wait_seconds = 0.0
-        self.bytes_read = 0  # of features
         self._mixture = mixture
         self._steps = steps
         self._micro_batches = micro_batches
         self._device = torch.device(device or "cpu")
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copying: deque[tuple[Batch, torch.cuda.Event]] = deque()  # at most one batch ahead
-        self._threads = min(threads, len(os.sched_getaffinity(0)))  # more would only wait for each other
         self._readahead = readahead
         self._free: queue.SimpleQueue[_Buffers | None] = queue.SimpleQueue()  # None: stop
-        self._ready: queue.SimpleQueue[tuple[Batch, _Buffers] | BaseException] = queue.SimpleQueue()
+        self._ready: queue.Queue[Future[tuple[Batch, _Buffers]]] = queue.Queue()  # in order, some still being read
         self._held: list[_Buffers] = []  # of the batches that the consumer has
-        for _ in range(micro_batches + max(prefetch, micro_batches)):
-            self._free.put(_Buffers(mixture, batch_size, pinned=self._copy_stream is not None))
+        self._samples, self._taking, self._ended = self._located(), threading.Lock(), False
         self._stopped = False
-        self._thread = threading.Thread(target=self._read_all, name="mmaudio-prefetch", daemon=True)
-        self._thread.start()
+        ahead = max(prefetch, micro_batches)
+        for buffers in _make_buffers(mixture, batch_size, micro_batches + ahead, self._copy_stream is not None):
+            self._free.put(buffers)
+        threads = max(1, min(threads, len(os.sched_getaffinity(0))))
+        count, own = min(threads, ahead), torch.get_num_threads()
+        begun = threading.Barrier(count + 1)
+        settings: dict[str, Any] = {"target": self._read_all, "args": (threads // count, begun), "daemon": True}
+        self._threads = [threading.Thread(**settings, name=f"mmaudio-prefetch-{i}") for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+        begun.wait()
+        torch.set_num_threads(own)  # what any thread sets is also MKL's, and where threads made later begin
         atexit.register(self.close)  # a thread within torch while the interpreter ends would abort the process
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -211,12 +223,9 @@ class BatchLoader:
     def _wait_next(self) -> "tuple[Batch, _Buffers]":
         start = time.perf_counter()
         try:
-            item = self._ready.get()
+            return self._ready.get().result()
         finally:
             self.wait_seconds += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            raise item
-        return item
 
     def _next_batch(self) -> Batch:
         """The next batch, on its device."""
@@ -245,21 +254,19 @@ class BatchLoader:
 
     def _copy_ahead(self) -> None:
         """Start copying the batch after this step, when it has been read."""
-        if self._copy_stream is None or self._copying:
+        if self._copy_stream is None or self._copying or self._ready.empty():
             return
-        with contextlib.suppress(queue.Empty):
-            item = self._ready.get_nowait()
-            if isinstance(item, BaseException):
-                self._ready.put(item)  # the last item, for the next step
-            else:
-                self._start_copy(*item)
+        coming = self._ready.queue[0]
+        if coming.done() and coming.exception() is None:
+            self._start_copy(*self._wait_next())
 
     def close(self) -> None:
-        """Stop reading and end all threads; waits at most for the batch that is being read."""
+        """Stop reading and end all threads; waits at most for the batches that are being read."""
         atexit.unregister(self.close)
         self._stopped = True
         self._free.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -267,23 +274,37 @@ class BatchLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the thread that reads -------------------------------------------------------------------------------------
+    # --- the threads that read --------------------------------------------------------------------------------------
 
-    def _read_all(self) -> None:
-        """Fill all batches, each as soon as a buffer is free."""
-        torch.set_num_threads(self._threads)  # of this thread alone, as in the pin_memory thread of torch's DataLoader
-        end: BaseException = StopIteration()
-        try:
-            for samples in self._located():
-                buffers = self._free.get()
+    def _read_all(self, threads: int, begun: threading.Barrier) -> None:
+        """Fill batches, each as soon as a buffer is free."""
+        torch.get_num_threads()  # the first call in a thread sets what the process has, and would do so later
+        torch.set_num_threads(threads)
+        begun.wait()
+        while (taken := self._take()) is not None:
+            result, samples, buffers = taken
+            try:
+                result.set_result((buffers.fill(samples), buffers))
+            except BaseException as error:
+                result.set_exception(error)
+
+    def _take(self) -> "tuple[Future[tuple[Batch, _Buffers]], _Samples, _Buffers] | None":
+        """The next batch to fill, by one thread at a time; None after the last one, an error or `close`."""
+        with self._taking:
+            if self._ended:
+                return None
+            result: Future[tuple[Batch, _Buffers]] = Future()
+            try:
+                samples, buffers = next(self._samples), self._free.get()
                 if buffers is None or self._stopped:
-                    return
-                self._ready.put((buffers.fill(samples), buffers))
-                self.bytes_read += samples.bytes
-        except BaseException as error:
-            end = error
-        finally:
-            self._ready.put(end)
+                    raise StopIteration
+            except BaseException as error:
+                self._ended = True
+                result.set_exception(error)
+                return None
+            finally:
+                self._ready.put(result)
+            return result, samples, buffers
 
     def _located(self) -> "Iterator[_Samples]":
         """Where the samples of all batches are, requested from the disk some batches before they are read."""
@@ -356,19 +377,9 @@ class _Samples:
 class _Buffers:
     """The memory of one batch. Pages that no row is ever read into are never touched, unless they are pinned."""
 
-    def __init__(self, mixture: Mixture, batch_size: int, pinned: bool):
-        video_size = batch_size if any(store.has_video for store in mixture.stores) else 0
-        self._tensors = {
-            name: torch.empty(
-                (video_size if name in _VIDEO else batch_size, *column.shape), dtype=column.dtype, pin_memory=pinned
-            )
-            for name, column in mixture.columns.items()
-        }
-        flags = dict.fromkeys(("has_video", "has_text", "valid"), torch.bool) | dict.fromkeys(
-            ("source", "video_rows"), torch.int64
-        )
-        self._tensors |= {n: torch.empty(batch_size, dtype=dtype, pin_memory=pinned) for n, dtype in flags.items()}
-        self._noise = Draws.empty(batch_size, mixture.latent_shape, pinned)
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name not in Draws.__annotations__}
+        self._noise = Draws(**{name: tensors[name] for name in Draws.__annotations__})
         self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
     def fill(self, samples: _Samples) -> Batch:
@@ -378,7 +389,8 @@ class _Buffers:
         size, video_size = len(samples.ids), len(samples.flags["video_rows"])
         tensors = {n: buffer[: video_size if n in _VIDEO else size] for n, buffer in self._tensors.items()}
         for name, values in samples.flags.items():
-            tensors[name] = self._tensors[name][: len(values)].copy_(torch.from_numpy(values))
+            tensors[name] = self._tensors[name][: len(values)]
+            tensors[name].numpy()[:] = values
         absent = np.flatnonzero(~samples.flags["has_text"])
         if len(absent):  # indexing with an empty mask still costs a millisecond
             tensors[TEXT_FEATURES][torch.from_numpy(absent)] = 0
@@ -387,3 +399,56 @@ class _Buffers:
         noise = self._noise[:size]
         samples.fill_noise(noise, samples.sample_indices, samples.ids)
         return Batch(step=samples.step, ids=samples.ids, noise=noise, sample_indices=samples.sample_indices, **tensors)
+
+
+def _make_buffers(mixture: Mixture, batch_size: int, count: int, pinned: bool) -> list[_Buffers]:
+    video_size = batch_size if any(store.has_video for store in mixture.stores) else 0
+    kinds = {n: ((video_size if n in _VIDEO else batch_size, *c.shape), c.dtype) for n, c in mixture.columns.items()}
+    kinds |= dict.fromkeys(("has_video", "has_text", "valid"), ((batch_size,), torch.bool))
+    kinds |= dict.fromkeys(("source", "video_rows"), ((batch_size,), torch.int64))
+    kinds |= {n: ((batch_size, *shape), torch.float32) for n, shape in Draws.shapes(mixture.latent_shape).items()}
+    like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
+    ring = {(i, name): tensor for i in range(count) for name, tensor in like.items()}
+    memory = allocate_packed(ring, pinned, block_bytes([tensor.nbytes for tensor in like.values()]))
+    return [_Buffers({name: memory[i, name] for name in like}) for i in range(count)]
+
+
+def block_bytes(sizes: Iterable[int]) -> int:
+    """Size of the blocks for tensors of at most these bytes."""
+    return 1 << (max(sizes) - 1).bit_length()
+
+
+def pack(sizes: Mapping[Key, int], block_bytes: int) -> tuple[list[int], dict[Key, tuple[int, int]]]:
+    """Bytes of the blocks that hold all `sizes`, and for each its block and its start there.
+
+    torch rounds every pinned allocation up to a power of two; full blocks of a power of two waste next to nothing.
+    Largest first, each into the first block that has space; what is larger than a block has one of its own.
+    """
+    blocks: list[int] = []
+    positions: dict[Key, tuple[int, int]] = {}
+    for key in sorted(sizes, key=lambda key: sizes[key], reverse=True):
+        size = -(-sizes[key] // _ALIGNMENT) * _ALIGNMENT
+        block = next((i for i, used in enumerate(blocks) if used + size <= block_bytes), len(blocks))
+        if block == len(blocks):
+            blocks.append(0)
+        positions[key] = block, blocks[block]
+        blocks[block] += size
+    return blocks, positions
+
+
+def allocate_packed(like: Mapping[Key, torch.Tensor], pinned: bool, block_bytes: int) -> dict[Key, torch.Tensor]:
+    """Host memory for tensors of the shapes and types of `like`, as views of a few blocks (`pack`)."""
+    sizes, positions = pack({key: tensor.nbytes for key, tensor in like.items()}, block_bytes)
+    blocks = [_block(size, pinned) for size in sizes]
+    return {
+        key: blocks[block][start : start + like[key].nbytes].view(like[key].dtype).view(like[key].shape)
+        for key, (block, start) in positions.items()
+    }
+
+
+def _block(size: int, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)  # a batch spans 15,000 pages of 4 kB
+    return torch.frombuffer(memory, dtype=torch.uint8)

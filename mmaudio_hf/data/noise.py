@@ -31,10 +31,14 @@ class Draws:
     drop_text: torch.Tensor  # (B,) uniform
 
     @classmethod
-    def empty(cls, batch: int, latent_shape: tuple[int, ...], pin_memory: bool = False) -> "Draws":
+    def shapes(cls, latent_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shape of each for one sample."""
+        return {f.name: latent_shape if f.name in ("latent_noise", "x0") else () for f in fields(cls)}
+
+    @classmethod
+    def empty(cls, batch: int, latent_shape: tuple[int, ...]) -> "Draws":
         """Uninitialised memory for `batch` samples."""
-        shapes = {"latent_noise": (batch, *latent_shape), "x0": (batch, *latent_shape)}
-        return cls(**{f.name: torch.empty(shapes.get(f.name, (batch,)), pin_memory=pin_memory) for f in fields(cls)})
+        return cls(**{name: torch.empty(batch, *shape) for name, shape in cls.shapes(latent_shape).items()})
 
     def __getitem__(self, rows: slice) -> "Draws":
         """Some samples, in the same memory."""
@@ -72,36 +76,37 @@ def fill_noise_for_ids(out: Draws, seed: int, ids: Sequence[str]) -> None:
 
 
 def _fill(out: Draws, seed: int, stream: str, counters: Sequence[tuple[int, int]]) -> None:
+    rows, size = len(counters), math.prod(out.x0.shape[1:])
     philox = np.random.Philox(key=np.array([seed & _MASK, _hash64(stream)], dtype=np.uint64), counter=0)
-    state = philox.state
-    size = math.prod(out.x0.shape[1:])
-    bits = np.empty((len(counters), _SCALARS + size), dtype=np.uint64)
-    for row, (low, high) in zip(bits, counters, strict=True):
+    state, generator = philox.state, np.random.Generator(philox)
+    radius, angle = out.latent_noise.view(rows, size), out.x0.view(rows, size)
+    scalars = np.empty((rows, 2 * _SCALARS), dtype="<i4")
+    targets = scalars, radius.numpy().view("<i4"), angle.numpy().view("<i4")  # numbers are made where bits were
+    for row, (low, high) in enumerate(counters):
         # The first two words count the numbers drawn within a sample; the others are the sample.
         state["state"]["counter"] = np.array([0, 0, low, high], dtype=np.uint64)
         philox.state = state  # six times faster than a new generator
-        row[:] = philox.random_raw(len(row))
-    words = torch.from_numpy(bits.astype("<u8", copy=False).view("<i4"))  # (B, 2 * (_SCALARS + size))
+        # `random_raw` has the same words, and holds the GIL, which other threads of the loader need.
+        words = generator.integers(0, _MASK, _SCALARS + size, dtype=np.uint64, endpoint=True)
+        words = words.astype("<u8", copy=False).view("<i4")
+        for target, values in zip(targets, np.split(words, [2 * _SCALARS, 2 * _SCALARS + size]), strict=True):
+            target[row] = values
+    bits = torch.from_numpy(scalars)
     for index, name in enumerate(("drop_video", "drop_clip", "drop_sync", "drop_text")):
-        getattr(out, name).copy_(words[:, index] & 0xFFFFFF).mul_(2**-24)
-    _box_muller(words[:, 4], words[:, 5], out.z, torch.empty_like(out.z))
-    radius, angle = words[:, 2 * _SCALARS :].split(size, dim=1)
-    _box_muller(radius, angle, out.latent_noise.view(-1, size), out.x0.view(-1, size))
+        getattr(out, name).copy_(bits[:, index] & 0xFFFFFF).mul_(2**-24)
+    _box_muller(out.z.copy_(bits[:, 4]), bits[:, 5].float())
+    _box_muller(radius.copy_(radius.view(torch.int32)), angle.copy_(angle.view(torch.int32)))
 
 
-def _box_muller(radius: torch.Tensor, angle: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-    """Two independent standard normals of two random int32 (Box and Muller 1958), float32, at most 6.7 in size.
+def _box_muller(radius: torch.Tensor, angle: torch.Tensor) -> None:
+    """Turn random int32, as float32, into two independent standard normals, at most 6.7 in size (Box and Muller 1958).
 
-    Seven times as fast as numpy's `standard_normal`, which decides number by number; torch divides whole arrays
-    among its threads, which numpy's functions do not, and threads of Python that call them wait for the GIL.
+    Seven times as fast as numpy's `standard_normal`, which decides number by number.
     """
-    r = torch.empty_like(cosine).copy_(radius)
-    r.abs_().add_(0.5).mul_(2**-31).log_().mul_(-2).sqrt_()  # of a number in (0, 1]
-    sine.copy_(angle).mul_(math.pi * 2**-31)  # in [-pi, pi]
-    torch.cos(sine, out=cosine)
-    sine.sin_()
-    cosine.mul_(r)
-    sine.mul_(r)
+    radius.abs_().add_(0.5).mul_(2**-31).log_().mul_(-2).sqrt_()  # of a number in (0, 1]
+    cosine = torch.cos(angle.mul_(math.pi * 2**-31))  # of an angle in [-pi, pi]
+    angle.sin_().mul_(radius)
+    radius.mul_(cosine)
 
 
 def _hash64(text: str) -> int:

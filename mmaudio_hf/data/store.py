@@ -207,7 +207,7 @@ class FeatureStore:
 
     def _file_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows of a column's file that hold `rows` of the store."""
-        if rows.min() < 0 or rows.max() >= len(self):
+        if rows.view(np.uint64).max() >= len(self.ids):  # a negative one is huge
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
         return self.text_index[rows] if name == TEXT_FEATURES and self.text_index is not None else rows
 
@@ -382,7 +382,7 @@ class _MappedColumn:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")  # nothing writes to it
             self._chunks = torch.frombuffer(self.memory, dtype=column.dtype).view(-1, elements // chunks)
-        self._chunk_of_row = torch.arange(chunks)
+        self._chunk_of_row = np.arange(chunks)
 
     def index_select(self, rows: np.ndarray, out: torch.Tensor) -> None:
         """Copy rows into `out` (len(rows), *shape)."""
@@ -390,8 +390,8 @@ class _MappedColumn:
         # Touching a page behind the end of the file would end the process with SIGBUS.
         if os.fstat(self.file.fileno()).st_size < self._size:
             raise _truncated(self.file, self._size)
-        chunks = torch.from_numpy(rows)[:, None] * len(self._chunk_of_row) + self._chunk_of_row
-        torch.index_select(self._chunks, 0, chunks.view(-1), out=out.view(-1, self._chunks.shape[1]))
+        chunks = rows[:, None] * len(self._chunk_of_row) + self._chunk_of_row
+        torch.index_select(self._chunks, 0, torch.from_numpy(chunks.ravel()), out=out.view(-1, self._chunks.shape[1]))
 
     def advise(self, rows: np.ndarray, advice: int) -> None:
         """posix_fadvise for each row."""

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from mmaudio_hf.config import Recipe, load_recipe, to_dict
 from mmaudio_hf.data.layout import bytes_of
+from mmaudio_hf.data.loader import allocate_packed
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.actions import Save
@@ -224,7 +225,7 @@ class Checkpointer:
 
 # --- The thread and its memory ---------------------------------------------------------------------------------------
 
-BLOCK_BYTES, ALIGNMENT = 1 << 30, 64  # of the memory for copies
+BLOCK_BYTES = 1 << 30  # of the memory for copies
 
 
 class HostCopy:
@@ -249,7 +250,9 @@ class HostCopy:
         sources = {_key(tensor): tensor for tensors in groups.values() for tensor in tensors.values()}
         needed = self._reserved | sources.keys()  # buffers of other tensors, which are gone, are freed
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in needed}
-        self._buffers |= _allocate_packed({key: sources[key] for key in sources.keys() - self._buffers.keys()})
+        new = {key: sources[key] for key in sources.keys() - self._buffers.keys()}
+        pinned = any(source.is_cuda for source in new.values())
+        self._buffers |= allocate_packed(new, pinned, BLOCK_BYTES)
 
     @torch.no_grad()
     def copy(self, groups: TensorGroups) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
@@ -269,29 +272,6 @@ class HostCopy:
                     stream = torch.cuda.current_stream(tensor.device)
         # The copies are queued before whatever the next step changes, so the host need not wait for them.
         return copies, None if stream is None else stream.record_event()
-
-
-def _allocate_packed(sources: Mapping[tuple, torch.Tensor]) -> dict[tuple, torch.Tensor]:
-    """Host memory for tensors like `sources`, as views of a few blocks; pinned for CUDA.
-
-    torch rounds every pinned allocation up to a power of two. For each tensor of large_44k_v2 that makes 28.9 GB of
-    20.6; full blocks of a power of two waste next to nothing. Largest first, each into the first block that has space.
-    """
-    sizes: list[int] = []  # used bytes of each block
-    layout: dict[tuple, tuple[int, int]] = {}
-    for key in sorted(sources, key=lambda key: sources[key].nbytes, reverse=True):
-        size = -(-sources[key].nbytes // ALIGNMENT) * ALIGNMENT
-        block = next((i for i, used in enumerate(sizes) if used + size <= BLOCK_BYTES), len(sizes))
-        if block == len(sizes):
-            sizes.append(0)
-        layout[key] = block, sizes[block]
-        sizes[block] += size
-    pinned = any(source.is_cuda for source in sources.values())
-    blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
-    return {
-        key: blocks[block][start : start + sources[key].nbytes].view(sources[key].dtype).view(sources[key].shape)
-        for key, (block, start) in layout.items()
-    }
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

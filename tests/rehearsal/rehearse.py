@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mmaudio_hf.config import EncoderConfig, ModelConfig, Recipe, load_recipe, variant_config
-from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.data.loader import Batch, allocate_packed
 from mmaudio_hf.data.noise import Draws
 from mmaudio_hf.features import clip
 from mmaudio_hf.features.autoencoder import MelVAE
@@ -44,7 +44,7 @@ from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.sampling import GuidedVelocity
 from mmaudio_hf.schema import TEXT_TOKENS, sequence_lengths
 from mmaudio_hf.training import distributed
-from mmaudio_hf.training.checkpointer import _allocate_packed
+from mmaudio_hf.training.checkpointer import BLOCK_BYTES
 from mmaudio_hf.training.distributed import local_shards
 from mmaudio_hf.training.finetune import set_trainable
 from mmaudio_hf.training.loop import Run
@@ -137,7 +137,8 @@ def steps(device: FakeCuda, recipe: Recipe, processes: int = 1) -> dict[str, Any
     assert not misplaced, f"not on the device: {misplaced}"
     figures = figures_of(device)
     saved = local_shards(run.checkpointer.tensors(), first=True)  # tensors that are in two groups are two objects
-    _allocate_packed({(name,): tensor for tensors in saved.values() for name, tensor in tensors.items()})
+    copies = {name: tensor for tensors in saved.values() for name, tensor in tensors.items()}
+    allocate_packed(copies, pinned=True, block_bytes=BLOCK_BYTES)
     return figures | {"host_gb": device.counts.pinned_bytes / 1e9}
 
 
