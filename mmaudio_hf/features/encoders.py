@@ -65,13 +65,13 @@ class Encoders:
     def encode_clip(self, frames: Tensor) -> Tensor:
         """CLIP features (B, T, 1024) of 8 fps frames (B, T, 3, 384, 384)."""
         with self._autocast():
-            return self._network("clip")(frames.to(self.device)).float()
+            return self._network("clip")(_to_device(frames, self.device)).float()
 
     @torch.no_grad()
     def encode_sync(self, frames: Tensor) -> Tensor:
         """Sync features (B, S, 768) of 25 fps frames (B, F, 3, 224, 224)."""
         with self._autocast():
-            return self._network("sync")(frames.to(self.device)).float()
+            return self._network("sync")(_to_device(frames, self.device)).float()
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -87,7 +87,7 @@ class Encoders:
 
         `sequence_lengths(mode, duration).audio_samples` samples give the lengths of the schema.
         """
-        return self._network("latent")(waveform.to(self.device))
+        return self._network("latent")(_to_device(waveform, self.device))
 
     @torch.no_grad()
     def decode_latent(self, latent_BNC: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def _released_networks(config: EncoderConfig, mode: str, device: torch.device, c
         networks["clip"] = lambda frames: _clip_batch(encoder, frames)
         if "text" in components:
             tokenizer = ClipTokenizer.from_files(_tokenizer_source(clip))
-            networks["text"] = lambda captions: encoder.encode_text(tokenizer(captions).to(device))
+            networks["text"] = lambda captions: encoder.encode_text(_to_device(tokenizer(captions), device))
     if "sync" in components:
         from mmaudio_hf.features.synchformer import SynchformerVisual
 
@@ -292,6 +292,13 @@ def _tokenizer_source(clip: str) -> str | Path:
         return clip
     table = Path(clip).parent / BPE_FILE
     return table if table.is_file() else table.parent
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """To CUDA from page-locked memory, so that the host does not wait and prepares what follows."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _clip_batch(encoder: Any, frames: Tensor) -> Tensor:
