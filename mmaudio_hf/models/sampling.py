@@ -1,7 +1,7 @@
 """Sampling with classifier-free guidance: what steps, branches and tokens have in common is computed once.
 
-Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`;
-`winograd_convolutions` makes the convolutions of the blocks about 1.5 times as fast on a CPU meanwhile.
+Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`. Weights do not
+change meanwhile, so `winograd_convolutions` transforms them once: 1.1 to 1.4 times as fast as in training on a CPU.
 """
 
 import contextlib
