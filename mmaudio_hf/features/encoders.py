@@ -295,7 +295,7 @@ def _tokenizer_source(clip: str) -> str | Path:
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """To CUDA from page-locked memory, so that the host does not wait and prepares what follows."""
+    """To CUDA from pinned memory, so that the host does not wait and prepares what follows."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
