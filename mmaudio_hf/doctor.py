@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,8 @@ def _software(launch: Launch) -> Iterator[tuple[str, str]]:
     yield "ok", f"Python {platform.python_version()}, {versions}"
     if launch.recipe.finetune.lora.rank and importlib.util.find_spec("peft") is None:
         yield "FAIL", "finetune.lora needs peft: run `pip install 'mmaudio-hf[lora]'`"
+    if launch.recipe.optim.moments == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        yield "FAIL", "optim.moments=8bit needs bitsandbytes: run `pip install 'mmaudio-hf[8bit]'`"
 
 
 def _device(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -385,14 +387,16 @@ def _smaller(launch: Launch, available: float) -> str:
 def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[str, bool]:
     """What the recipe needs on a GPU of `size` bytes, and the settings that make it fit; whether there are any.
 
-    Tried in the order of what they cost in time: accumulation changes nothing but the order of sums, recomputed
-    activations cost a third more operations, an adapter trains another thing.
+    Tried in the order of what they cost: accumulation changes nothing but the order of sums, recomputed activations
+    take a third more operations, frozen weights and moments lose digits, an adapter trains another thing.
     """
     lines: list[str] = []
-    training = recipe.training
-    for key in ("", "training.activation_checkpointing=true"):
-        changed = replace(training, activation_checkpointing=bool(key) or training.activation_checkpointing)
-        launch = Launch(replace(recipe, training=changed), processes)
+    training, keys = recipe.training, list[str]()
+    for section, name, value in (("training", "batch_size", training.batch_size), *_savings(recipe)):
+        if getattr(getattr(recipe, section), name) != value:
+            recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+            keys.append(f"{section}.{name}={str(value).lower()}")
+        launch = Launch(recipe, processes)
         per_process = training.batch_size // processes
         for steps in (n for n in range(training.accumulation_steps, per_process + 1) if per_process % n == 0):
             tensors = sum(launch.estimate.on_device(processes, steps).values())
@@ -400,12 +404,20 @@ def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[s
             if not lines:
                 lines.append(f"{recipe.name} needs about {_gb(need)} on each GPU as it is")
             if need <= TIGHT * size:
-                settings = [key] if key else []
-                settings += [f"training.accumulation_steps={steps}"] if steps != training.accumulation_steps else []
+                accumulates = steps != training.accumulation_steps
+                settings = keys + [f"training.accumulation_steps={steps}"] * accumulates
                 lines.append(f"{_gb(need)} with {' '.join(settings)}" if settings else f"it fits {_gb(size)}")
                 return "; ".join(lines), True
     adapter = "take a smaller model" if recipe.finetune.lora.rank else "train an adapter: finetune.lora.rank=8"
-    return f"{'; '.join(lines)}; no accumulation or recomputation fits {_gb(size)}: {adapter}", False
+    return f"{'; '.join(lines)}; no accumulation{''.join(f' or {k}' for k in keys)} fits {_gb(size)}: {adapter}", False
+
+
+def _savings(recipe: Recipe) -> list[tuple[str, str, Any]]:
+    """Section, name and value of the settings that take less memory, apart from accumulation."""
+    freezes = recipe.finetune.lora.rank or recipe.finetune.freeze
+    bf16 = recipe.training.mixed_precision == "bf16" and freezes
+    frozen: list[tuple[str, str, Any]] = [("finetune", "frozen_dtype", "bfloat16")] if bf16 else []
+    return [("training", "activation_checkpointing", True), *frozen, ("optim", "moments", "8bit")]
 
 
 def available_memory() -> int:

@@ -71,6 +71,8 @@ def import_checkpoint(
     """
     if list_checkpoints(recipe.run_dir):
         raise ValueError(f"{recipe.run_dir} holds checkpoints: import into a new folder")
+    if recipe.optim.moments == "8bit":
+        raise ValueError("optim.moments=8bit cannot take the moments of another trainer: set optim.moments=float32")
     content = read_file(file)
     weights = load_state(file, key="weights")
     model = trainable_model(recipe, infer_config(weights, file), weights, file)
@@ -254,6 +256,8 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
     }
     if recipe.finetune.freeze or recipe.finetune.lora.rank:
         log("note: only a part of the network is trained, so there is nothing that could resume there, nor snapshots")
+    elif recipe.optim.moments == "8bit":
+        log("note: moments of 8 bits cannot be resumed there: the weights alone are exported")
     else:
         contents[f"{recipe.name}_ckpt_last.pth"] = lambda: _training_checkpoint(recipe, state, names)
         for snapshot in find_snapshots(run_dir / "ema", lambda _, reason: log(f"warning: {reason}; it is left out")):

@@ -14,7 +14,7 @@ def test_the_base_is_trained_once_and_every_method_starts_from_it(tmp_path, monk
     monkeypatch.setattr(bench, "write_example_media", lambda folder: write_example_media(folder, small=True))
     monkeypatch.setattr(bench, "CLIPS", {"train": 3, "val": 1, "test": 2})
     monkeypatch.setattr(bench, "STEPS", 2)
-    monkeypatch.setattr(bench, "BASE_STEPS", (4, 2))
+    monkeypatch.setattr(bench, "BASE_STEPS", 4)
     words = ["bench", "finetune", "--folder", str(tmp_path), "--kind", "frog", "--rounds", "1", "--json"]
     assert main([*words, "--methods", "full_replay"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -352,6 +352,7 @@ class OptimConfig(Settings):
     eps: float = setting(1e-6, "epsilon of AdamW", above=0)
     weight_decay: float = setting(1e-6, "decoupled weight decay", least=0)
     max_grad_norm: float = setting(1.0, "norm to which gradients are clipped", above=0)
+    moments: Literal["float32", "8bit"] = setting("float32", "type of the two moments; 8bit needs bitsandbytes")
     schedule: Literal["step", "constant", "poly"] = setting(
         "step", "times gamma at milestones, constant, or to 0 as (1 - step / steps)^0.9"
     )
@@ -465,6 +466,9 @@ class FinetuneConfig(Settings):
         "keep", "features of the empty caption: from the weights, or from the encoders"
     )
     freeze: tuple[str, ...] = setting((), "prefixes of parameters, as fused_blocks.0-3, or text, clip, sync")
+    frozen_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of frozen linear maps and convolutions; bfloat16 needs training.mixed_precision: bf16"
+    )
     lora: LoraConfig = LoraConfig()
 
     def check(self) -> None:
@@ -472,6 +476,10 @@ class FinetuneConfig(Settings):
         _require(
             bool(self.init_from) or not (self.lora.rank or self.freeze),
             "finetune.freeze and finetune.lora keep weights as they are: name the trained ones in finetune.init_from",
+        )
+        _require(
+            bool(self.lora.rank or self.freeze) or self.frozen_dtype == "float32",
+            "finetune.frozen_dtype has no effect without finetune.freeze or finetune.lora: leave it out",
         )
 
 
@@ -615,6 +623,10 @@ class Recipe(Settings):
         _require(
             self.ema.start < self.training.steps,
             f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
+        )
+        _require(
+            self.training.mixed_precision == "bf16" or self.finetune.frozen_dtype == "float32",
+            "finetune.frozen_dtype=bfloat16 needs training.mixed_precision=bf16, which computes in that type",
         )
         for key, split in self._splits_by_key().items():
             _require(

@@ -102,6 +102,8 @@ def configure_model(model: MMAudio, training: TrainingConfig, accelerator: Accel
         with accelerator.autocast():  # what is tried must be what training compiles
             compile_blocks(model, accelerator.print, required=training.compile == "on")
     if plugin := fsdp_plugin():
+        if any(p.dtype != torch.float32 for p in model.parameters()):
+            raise ValueError("finetune.frozen_dtype=bfloat16 does not shard: set float32, or launch without FSDP")
         apply_fsdp(model, accelerator, plugin)
     return model
 

@@ -120,6 +120,10 @@ def set_trainable(model: MMAudio, settings: FinetuneConfig) -> MMAudio:
         add_adapter(model, settings.lora)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("finetune.freeze leaves nothing to train: take a pattern out")
+    if settings.frozen_dtype == "bfloat16":
+        for module in model.modules():  # norms, biases and embeddings are small, and not cast by autocast
+            if isinstance(module, (nn.Linear, nn.Conv1d)) and not module.weight.requires_grad:
+                module.weight.data = module.weight.data.to(torch.bfloat16)
     return model
 
 

@@ -72,7 +72,10 @@ class MemoryEstimate:
             model = make_model().train()
             frozen, blocks = set(frozen_parameters(model)), [_count(block.parameters()) for block in model.blocks]
             self.parameters = _count(model.parameters())
+            self.weights = sum(p.nbytes for p in model.parameters())  # frozen ones may be in bfloat16
             self.trained = _count(p for p in model.parameters() if p.requires_grad)
+            # Of 8 bits: a byte, and a float32 maximum for 256 of them.
+            self.moments = int(2 * self.trained * (FLOAT32 if recipe.optim.moments == "float32" else 1 + FLOAT32 / 256))
             self.in_ema = _count(p for name, p in model.named_parameters() if name not in frozen)
             # FSDP gathers what is outside the blocks and one block, and copies it for the computation: the buffers are
             # those of another stream, whose memory the computation cannot take.
@@ -92,8 +95,8 @@ class MemoryEstimate:
         fixed, per_sample, gradients = self._trace
         activations = fixed + size * per_sample + (0 if kept else gradients)
         return {
-            "parameters": FLOAT32 * (self.parameters // shards + self._gathered * fsdp),
-            "optimizer": 2 * FLOAT32 * self.trained // shards,
+            "parameters": self.weights // shards + FLOAT32 * self._gathered * fsdp,
+            "optimizer": self.moments // shards,
             "EMA": FLOAT32 * self.in_ema * len(recipe.ema.sigma_rels) // shards,
             "gradients": FLOAT32 * self.trained * kept // shards,
             "activations": int(activations.max()),
@@ -108,7 +111,7 @@ class MemoryEstimate:
         Without FSDP the first process alone copies; with it each copies its shards, and the first what is published.
         """
         training, here = self.recipe.training, processes // machines
-        state = FLOAT32 * (self.parameters + 2 * self.trained) + self.snapshot
+        state = self.weights + self.moments + self.snapshot
         shards = here * _pinned(state // processes) + FLOAT32 * self.parameters  # what is published is not pinned
         size = training.batch_size // processes // accumulation_steps
         buffers = accumulation_steps + max(self.recipe.data.prefetch_batches, accumulation_steps)  # of `BatchLoader`
@@ -127,7 +130,7 @@ class MemoryEstimate:
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: weights, moments, EMA weights, and the EMA weights that are published."""
-        return FLOAT32 * (2 * self.parameters + 2 * self.trained) + self.snapshot
+        return self.weights + FLOAT32 * self.parameters + self.moments + self.snapshot
 
     @property
     def snapshot(self) -> int:

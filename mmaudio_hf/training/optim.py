@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,19 +35,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW on all trainable parameters in one group: biases, norms and embeddings are decayed like the rest.
 
-    The fused kernel is one pass over memory, and takes `found_inf` on the device: see `step_unless_nonfinite`.
+    The fused kernel is one pass over memory, and takes `found_inf` on the device: see `step_unless_nonfinite`. Moments
+    of 8 bits (Dettmers et al. 2022, arXiv 2110.02861) are those of bitsandbytes; ValueError without it, or sharded.
     """
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas}
+    settings |= {"eps": config.eps, "weight_decay": config.weight_decay}
+    if config.moments == "float32":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError("optim.moments=8bit does not shard: set optim.moments=float32, or launch without FSDP")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("optim.moments=8bit needs bitsandbytes: run `pip install 'mmaudio-hf[8bit]'`") from None
+    return AdamW8bit(parameters, **settings)
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -70,20 +76,32 @@ def clip_gradients(
     return total
 
 
-def step_unless_nonfinite(optimizer: torch.optim.AdamW, found_inf: torch.Tensor) -> None:
-    """One optimizer update, or none where `found_inf` (a boolean scalar on the device) is true; no host sync.
+def step_unless_nonfinite(optimizer: torch.optim.Optimizer, found_inf: torch.Tensor) -> None:
+    """One optimizer update, or none where `found_inf` (a boolean scalar on the device) is true.
 
-    Fused AdamW reads the flag as a GradScaler would set it: weights, moments and the update count then stay.
+    Fused AdamW reads the flag as a GradScaler would set it, without a host sync: weights, moments and the update count
+    then stay.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes reads no flag: the host waits for it
+        if not found_inf:
+            optimizer.step()
+        return
     optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are set by GradScaler, not by the class
     optimizer.found_inf = found_inf.to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as named tensors: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`."""
+    """Optimizer state as named tensors: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, `step.<parameter>`.
+
+    bitsandbytes has `state1` and `state2`, with `absmax1` and 2 of blocks and `qmap1` and 2, in place of the first two.
+    """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    return {
+        f"{key}.{names[p]}": torch.as_tensor(value)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
 
 
 def load_optimizer_tensors(
@@ -91,14 +109,16 @@ def load_optimizer_tensors(
 ) -> None:
     """Load what `optimizer_tensors` returned. ValueError when names or shapes do not fit the model."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    state: dict[torch.Tensor, dict[str, Any]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+        of_elements = value.ndim > 0 and not kind.startswith(("absmax", "qmap"))
+        if name not in parameters or (of_elements and value.shape != parameters[name].shape):
             raise ValueError(f"optimizer state {key} does not fit the network: the checkpoint is of another model")
         parameter = parameters[name]
-        value = shard_like(parameter, value) if value.ndim else value.to(parameter.device)
-        state.setdefault(parameter, {})[kind] = value.clone()
+        value = shard_like(parameter, value) if of_elements else value.to(parameter.device)
+        counts = value.dtype == torch.int64  # bitsandbytes counts updates in Python
+        state.setdefault(parameter, {})[kind] = int(value) if counts else value.clone()
     missing = [name for name, parameter in parameters.items() if parameter not in state] if tensors else []
     if missing:
         raise ValueError(

@@ -31,7 +31,7 @@ from mmaudio_hf.training.ema import find_snapshots, set_aside
 from mmaudio_hf.training.logs import truncate_lines
 
 # What the tensors of a checkpoint depend on: it cannot change at all.
-FIXED = ("model", "finetune", "ema.sigma_rels", "ema.update_every")
+FIXED = ("model", "finetune", "optim.moments", "ema.sigma_rels", "ema.update_every")
 # What leaves the weights as they would have been, up to the order of sums. Any other key is taken to alter training.
 HARMLESS = (
     *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "evaluation", "card", "hub"),
