@@ -4,11 +4,14 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from golden_data import GOLDEN
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_store
@@ -56,6 +59,11 @@ def last(folder: Path, name: str) -> Path:
 
 def model_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(last(folder, name) / "pretrained_model" / "model.safetensors")
+
+
+def random_inputs(config) -> tuple[torch.Tensor, ...]:
+    lengths = ((config.latent_length, 20), (config.clip_length, 1024), (config.sync_length, 768), (77, 1024))
+    return *(torch.randn(2, *length) for length in lengths), torch.rand(2)
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -212,10 +220,7 @@ def test_an_adapter_in_training_is_its_merged_model():
     for name in trained:
         torch.nn.init.normal_(network.get_parameter(name), std=0.1)
     config = network.config
-    inputs = (
-        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
-        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
-    )  # fmt: skip
+    inputs = random_inputs(config)
     with torch.no_grad():
         adapted_output = network(*inputs)
         merged = MMAudio.from_config_and_state(config, merge_adapter(network.state_dict(), 6.0), "merged").eval()
@@ -286,10 +291,7 @@ def test_every_kind_of_adapter_is_what_peft_makes_of_its_files(base, kind):
     published, folder = model_tensors(base, kind), last(base, kind) / "adapter"
     start = MMAudio.from_pretrained(last(base, "base") / "pretrained_model").eval()
     config = start.config
-    inputs = (
-        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
-        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
-    )  # fmt: skip
+    inputs = random_inputs(config)
     with torch.no_grad():
         before = start(*inputs)
         merged = PeftModel.from_pretrained(start, folder).merge_and_unload()
@@ -310,10 +312,7 @@ def test_an_adapter_starts_as_the_base_and_trains_as_its_merged_model(kind):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     config, lora = network.config, LoraConfig(**{"rank": 2, "alpha": 4.0, **KINDS[kind], "dropout": 0.0})
-    inputs = (
-        torch.randn(2, config.latent_length, 20), torch.randn(2, config.clip_length, 1024),
-        torch.randn(2, config.sync_length, 768), torch.randn(2, 77, 1024), torch.rand(2),
-    )  # fmt: skip
+    inputs = random_inputs(config)
     with torch.no_grad():
         plain = network(*inputs)
         add_adapter(network, lora)
@@ -337,9 +336,61 @@ def test_an_adapter_that_is_stopped_resumes_with_the_same_bytes(adapted):
     assert train(adapted, "resumed", settings, steps=4, checkpoint_every=2, overrides=["training.steps=2"]) == 0
     moved.unlink()
     assert train(adapted, "resumed", settings, steps=4, checkpoint_every=2) == 0
+    assert_same_bytes(adapted, "resumed", "adapted")
+
+
+def assert_same_bytes(folder: Path, first: str, second: str) -> None:
     for file in ("training_state/model", "training_state/ema", "training_state/optimizer", "pretrained_model/model"):
-        ours, theirs = (last(adapted, name) / f"{file}.safetensors" for name in ("resumed", "adapted"))
+        ours, theirs = (last(folder, name) / f"{file}.safetensors" for name in (first, second))
         assert ours.read_bytes() == theirs.read_bytes(), file
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate keeps the precision of the first run of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_frozen_weights_in_bfloat16_train_resume_and_are_published_in_float32(base, other_precision, capsys):
+    settings = {"init_from": str(base / "released.pth"), "frozen_dtype": "bfloat16", "lora": {"rank": 2, "dora": True}}
+    bf16 = ["training.mixed_precision=bf16", "optim.learning_rate=0.01"]
+    assert train(base, "half", settings, bf16, steps=4, checkpoint_every=2) == 0
+    assert train(base, "half_again", settings, [*bf16, "training.steps=2"], steps=4, checkpoint_every=2) == 0
+    assert train(base, "half_again", settings, bf16, steps=4, checkpoint_every=2) == 0
+    assert_same_bytes(base, "half", "half_again")
+    state, published = (
+        load_file(last(base, "half") / "training_state" / "model.safetensors"),
+        model_tensors(base, "half"),
+    )
+    halved = {name for name, value in state.items() if value.dtype == torch.bfloat16}
+    assert {"fused_blocks.0.ffn.w1.base_layer.weight", "t_embed.mlp.0.weight"} <= halved
+    assert not any(name.endswith((".bias", "norm.weight")) or ".lora_" in name for name in halved)
+    assert all(value.dtype == torch.float32 for value in published.values())
+    before = model_tensors(base, "base")
+    torch.testing.assert_close(published["t_embed.mlp.0.weight"], before["t_embed.mlp.0.weight"].bfloat16().float())
+    assert train(base, "refused", settings) == 2 and "needs training.mixed_precision=bf16" in capsys.readouterr().err
+    full = {"init_from": str(base / "released.pth"), "frozen_dtype": "bfloat16"}
+    assert train(base, "refused", full, bf16) == 2 and "frozen_dtype has no effect" in capsys.readouterr().err
+
+
+def test_moments_of_8_bits_resume_with_the_same_bytes_or_are_refused(base, capsys):
+    settings, eight = {"init_from": str(base / "released.pth")}, ["optim.moments=8bit", "optim.learning_rate=0.01"]
+    if find_spec("bitsandbytes") is None:
+        assert train(base, "eight", settings, eight) == 2
+        assert "optim.moments=8bit needs bitsandbytes: run `pip install" in capsys.readouterr().err
+        pytest.skip("bitsandbytes is not installed: only the refusal was tested")
+    assert train(base, "eight", settings, eight, steps=4, checkpoint_every=2) == 0
+    assert train(base, "eight_again", settings, [*eight, "training.steps=2"], steps=4, checkpoint_every=2) == 0
+    assert train(base, "eight_again", settings, eight, steps=4, checkpoint_every=2) == 0
+    assert_same_bytes(base, "eight", "eight_again")
+    moments = load_file(last(base, "eight") / "training_state" / "optimizer.safetensors")
+    assert moments["state1.fused_blocks.0.ffn.w1.weight"].dtype == torch.uint8
+    assert moments["step.fused_blocks.0.ffn.w1.weight"] == 4
+    paths = export_run(base / "output" / "eight", base / "exported_eight")
+    assert [path.name for path in paths if "ckpt" in path.name] == []
+    assert "moments of 8 bits cannot be resumed there" in capsys.readouterr().out
 
 
 # --- Other durations -------------------------------------------------------------------------------------------------

@@ -22,10 +22,17 @@ from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, r
 from mmaudio_hf.models.blocks import ChannelLastConv1d
 from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.models.pretrained import DERIVED_TENSORS, ENCODERS_FILE, merge_adapters, read_adapter, read_network
+from mmaudio_hf.models.pretrained import (
+    ADAPTER_FILES,
+    DERIVED_TENSORS,
+    ENCODERS_FILE,
+    merge_adapters,
+    read_adapter,
+    read_network,
+)
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import list_checkpoints
-from mmaudio_hf.weights import load_state, save_tensors
+from mmaudio_hf.weights import save_tensors
 
 # Short names in finetune.freeze for everything that one condition passes through on its own.
 STREAMS = {
@@ -43,7 +50,7 @@ LORA_TARGETS = {
     "conditions": r"(clip_cond_proj|text_cond_proj|global_cond_mlp)(\..*)?",
     "output": r"final_layer\.conv",
 }
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
 _PEFT_PREFIX = "base_model.model."
 # In training `X.lora_A.default.weight` and `X.lora_magnitude_vector.default.weight`; files have no adapter name.
 _FACTOR = re.compile(
@@ -300,7 +307,8 @@ def merge_adapter(state: Mapping[str, torch.Tensor], alpha: float, rslora: bool 
 
 def published_state(state: Mapping[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
     """The tensors of a model that is trained with these settings, under the released names: adapters are merged."""
-    return merge_adapter(state, lora.alpha, lora.rslora) if lora.rank else dict(state)
+    merged = merge_adapter(state, lora.alpha, lora.rslora) if lora.rank else state
+    return {name: value.float() for name, value in merged.items()}  # frozen ones may be in bfloat16
 
 
 def save_adapter(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> None:
@@ -341,10 +349,10 @@ def save_adapter(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path
 
 def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter in `folder` under the keys of ComfyUI's loader of LoRA, whose scale is alpha / rank."""
-    config, tensors = read_json(folder / ADAPTER_CONFIG), dict[str, torch.Tensor]()
-    for layer, factors in _group_factors(load_state(folder / ADAPTER_WEIGHTS)).items():
+    adapter, tensors = read_adapter(folder), dict[str, torch.Tensor]()
+    for layer, factors in _group_factors(adapter.state).items():
         name, rank = f"diffusion_model.{layer.removeprefix(_PEFT_PREFIX)}", len(factors["A"])
-        alpha = config["lora_alpha"] * (math.sqrt(rank) if config["use_rslora"] else 1)
+        alpha = adapter.config.lora_alpha * (math.sqrt(rank) if adapter.config.use_rslora else 1)
         tensors |= {f"{name}.lora_A.weight": factors["A"], f"{name}.lora_B.weight": factors["B"]}
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
         if "magnitude_vector" in factors:
@@ -354,7 +362,7 @@ def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def check_effect(folder: Path) -> None:
     """RunError when no layer of the adapter in `folder` changes anything: B A is zero, as at the start."""
-    layers = _group_factors(load_state(folder / ADAPTER_WEIGHTS))
+    layers = _group_factors(read_adapter(folder).state)
     if not any(_update(f["A"], f["B"]).norm() > 1e-6 * f["A"].norm() * f["B"].norm() for f in layers.values()):
         raise RunError(
             f"{folder}: the adapter has no effect, B is zero in all {len(layers)} layers: the run trained nothing."

@@ -98,7 +98,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{key}.{names[p]}": torch.as_tensor(value)
+        # A copy of what all parameters share: safetensors takes no tensor twice.
+        f"{key}.{names[p]}": value.clone() if key.startswith("qmap") else torch.as_tensor(value)
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
