@@ -375,12 +375,12 @@ def test_frozen_weights_in_bfloat16_train_resume_and_are_published_in_float32(ba
     assert train(base, "refused", full, bf16) == 2 and "frozen_dtype has no effect" in capsys.readouterr().err
 
 
-def test_moments_of_8_bits_resume_with_the_same_bytes_or_are_refused(base, capsys):
+def test_moments_of_8_bits_resume_with_the_same_bytes_or_are_an_error(base, capsys):
     settings, eight = {"init_from": str(base / "released.pth")}, ["optim.moments=8bit", "optim.learning_rate=0.01"]
     if find_spec("bitsandbytes") is None:
         assert train(base, "eight", settings, eight) == 2
         assert "optim.moments=8bit needs bitsandbytes: run `pip install" in capsys.readouterr().err
-        pytest.skip("bitsandbytes is not installed: only the refusal was tested")
+        pytest.skip("bitsandbytes is not installed: only the error was tested")
     assert train(base, "eight", settings, eight, steps=4, checkpoint_every=2) == 0
     assert train(base, "eight_again", settings, [*eight, "training.steps=2"], steps=4, checkpoint_every=2) == 0
     assert train(base, "eight_again", settings, eight, steps=4, checkpoint_every=2) == 0

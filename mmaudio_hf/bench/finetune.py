@@ -125,7 +125,7 @@ def run(recipe: Recipe) -> float:
     model = initial_model(recipe, mixture.latent_statistics, lambda: text_features([""])[0])
     result = train(recipe, model, mixture, validation)
     if result.stopped_by is not None:
-        raise RunError(f"stopped at step {result.step} of {recipe.name}: the same command goes on")
+        raise RunError(f"stopped at step {result.step} of {recipe.name}: the same command resumes it")
     mixture.close()
     validation.close()
     return time.perf_counter() - began
