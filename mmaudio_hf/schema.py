@@ -6,12 +6,18 @@ Shape legend, used in names (`latent_BNC`) and docstrings everywhere:
     C latent channels                D hidden size     H attention heads
 """
 
+import inspect
 import math
+import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from functools import cache, wraps
+from numbers import Integral, Real
+from pathlib import Path, PurePosixPath
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +117,57 @@ MODES = {
     "44k": AudioMode("44k", 44_100, 512, 2048, 128, 22_050, 40),
 }
 
+# --- Arguments of what others call -----------------------------------------------------------------------------------
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, with a ValueError that names an argument which is not of its annotated type, NaN, or no path.
+
+    For what other programs call: an operator of torch would end with an error of its own about what it was handed.
+    """
+    signature, hints = inspect.signature(function), cache(lambda: get_type_hints(function))
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        for name, value in signature.bind(*args, **options).arguments.items():
+            known = name in hints() and not str(signature.parameters[name]).startswith("*")
+            if known and not _fits(value, hints()[name]):
+                words = re.sub(r"\w+\.|<class '|'>", "", str(hints()[name]))
+                raise ValueError(f"{function.__qualname__}: {name} must be {words}, not {repr(value)[:80]}")
+            # The suffix of a name is the shape: see the legend at the top.
+            if (axes := re.search("_([A-Z]+)$", name)) and value.ndim != len(axes[1]):
+                raise ValueError(f"{function.__qualname__}: {name} must have axes {axes[1]}, not {tuple(value.shape)}")
+        return function(*args, **options)
+
+    return call
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`; of a list the first entry counts, and NaN is no number."""
+    kind, entries = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        path = {Path, os.PathLike} & set(entries) and isinstance(value, str)
+        return any(_fits(value, entry) for entry in entries) and (not path or _is_path(value))
+    if kind is Literal:
+        return value in entries
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and abs(value) < 2**63 and value == value  # not NaN
+    if kind is Any or not isinstance(kind, type):  # a type variable
+        return True
+    if kind is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str) and (not value or _fits(value[0], entries[0]))
+    return isinstance(value, kind)
+
+
+def _is_path(text: str) -> bool:
+    return bool(text.strip()) and all(len(os.fsencode(part)) < 256 for part in Path(text).parts)
+
+
+@checked
 def audio_mode(name: str) -> AudioMode:
     """Return the audio mode called `name` ("16k" or "44k"); ValueError for any other name."""
     if name not in MODES:
@@ -130,6 +186,7 @@ class SequenceLengths:
     audio_samples: int
 
 
+@checked
 def sequence_lengths(mode: str, duration: float = 8.0) -> SequenceLengths:
     """Lengths of a clip of `duration` seconds. ValueError when it is too short for one sync segment (0.64 s).
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.hub_client import api, hub_errors, one_line
+from mmaudio_hf.schema import checked
 
 RELEASE_URL = "https://github.com/hkchengrex/MMAudio/releases/download/v0.1"
 RELEASE_VARIABLE = "MMAUDIO_RELEASE_URL"  # address of a mirror of the release
@@ -510,6 +511,7 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is damaged: it is not what was written (its checksum differs)")
 
 
+@checked
 def load_state(
     source: Source, *, prefix: str = "", key: str | None = None, keep_dtype: bool = False
 ) -> dict[str, torch.Tensor]:

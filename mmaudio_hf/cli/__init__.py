@@ -119,10 +119,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    for name, value in vars(options).items():  # a shell leaves --out=~/x as it is
-        if isinstance(value, Path):
-            setattr(options, name, Path(os.path.expandvars(value)).expanduser())
     return options
+
+
+def _path(text: str) -> Path:
+    """A path with `~` and variables, which a shell leaves in --out=~/x; "" would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def _expand_paths(parser: argparse.ArgumentParser) -> None:
+    """Let the options of all commands that are paths be read by `_path`."""
+    for action in parser._actions:
+        action.type = _path if action.type is Path else action.type
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _expand_paths(command)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,4 +165,5 @@ def _build_parser() -> argparse.ArgumentParser:
 
     for add_commands in COMMANDS:
         add_commands(add)
+    _expand_paths(parser)
     return parser

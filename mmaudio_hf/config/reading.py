@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from mmaudio_hf.config.settings import VARIANTS, ModelConfig, Recipe, RecipeError, limit_words, nearest
+from mmaudio_hf.schema import checked
 
 COMMAND_LINE = "the command line"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -54,6 +55,7 @@ REFERENCE_OPTIONS = {
 }
 
 
+@checked
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path`, with its bases, then apply `key.sub=value` overrides.
 

@@ -20,6 +20,7 @@ from mmaudio_hf.schema import (
     TEXT_TOKENS,
     AuditVerdict,
     audio_mode,
+    checked,
     sequence_lengths,
     split_hub_id,
 )
@@ -191,6 +192,7 @@ def is_released(source: Any) -> bool:
     return isinstance(source, (str, Path)) and bool(re.fullmatch(rf"mmaudio_({names})(\.\w+)?", Path(source).name))
 
 
+@checked
 def variant_config(variant: str, **changes: Any) -> ModelConfig:
     """Configuration of a released network, with `changes` to single fields. ValueError for unknown names."""
     if variant not in VARIANTS:

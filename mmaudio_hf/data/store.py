@@ -63,6 +63,7 @@ from mmaudio_hf.schema import (
     VIDEO_COLUMNS,
     audio_mode,
     check_id,
+    checked,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class FeatureStore:
         self._maps = {name: _MappedColumn(column_file(path, name), *contents.files[name]) for name in self.columns}
 
     @classmethod
+    @checked
     def open(cls, path: str | Path) -> "FeatureStore":
         """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
 
@@ -171,12 +173,18 @@ class FeatureStore:
         fingerprints = {name: str(entry.get("fingerprint", entry)) for name, entry in encoders.items()}
         return {"rows": len(self), "content": self.content_hash, "encoders": fingerprints}
 
+    @checked
     def read(self, indices: Any, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Rows `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
 
         IndexError for an index outside the store; OSError naming a file that was truncated since the store was opened.
         """
-        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        rows = np.asarray(indices).reshape(-1)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise ValueError(f"{self.path}: indices must be whole numbers, not {repr(indices)[:80]}")
+        if unknown := sorted(set(columns or ()) - set(self.columns)):
+            raise ValueError(f"{self.path} has no column {unknown[0]}: it has {', '.join(self.columns)}")
+        rows = rows.astype(np.int64)
         values = {}
         for name in self.columns if columns is None else columns:
             column = self.columns[name]
@@ -447,6 +455,7 @@ class StoreWriter:
     Raises ValueError when the store exists, OSError when the disk is too small for it.
     """
 
+    @checked
     def __init__(
         self,
         path: str | Path,

@@ -22,7 +22,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import log_softmax
 from torch import Tensor, nn
 
-from mmaudio_hf.schema import SYNC_DIM
+from mmaudio_hf.schema import SYNC_DIM, checked
 from mmaudio_hf.weights import load_state, load_strict
 
 SYNC_CLASSES = np.linspace(-2, 2, 21, dtype=np.float32)  # s
@@ -99,11 +99,14 @@ def _root_trace(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.trace(root))
 
 
+@checked
 def kl_divergence(predicted: ArrayLike, reference: ArrayLike, activation: str = "softmax") -> float:
     """Mean over rows of KL(reference || predicted) for logits (n, classes).
 
     activation "sigmoid" takes every class as its own probability, without its complement, as the published code does.
     """
+    if any(np.asarray(x).dtype.kind not in "fiu" for x in (predicted, reference)):
+        raise ValueError("logits must be numbers")
     q, p = (torch.as_tensor(np.asarray(x)) for x in (predicted, reference))
     if p.shape != q.shape or p.ndim != 2 or not len(p):
         shapes = f"{tuple(q.shape)}, {tuple(p.shape)}"
@@ -121,11 +124,14 @@ def _divergences(q: Tensor, p: Tensor, log: Callable[[Tensor], Tensor] = lambda 
     return torch.cat([(log_p.exp() * (log_p - log_q)).sum(1) for log_q, log_p in pairs])
 
 
+@checked
 def inception_score(logits: ArrayLike, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
     """Mean and population standard deviation over splits of exp E KL(p || mean p) for logits (n, classes).
 
     (Salimans et al. 2016.) Rows are shuffled with a fixed seed; fewer rows than splits give NaN.
     """
+    if splits < 1 or np.ndim(logits) != 2:
+        raise ValueError(f"logits must be (n, classes) and splits at least 1, not {np.shape(logits)} and {splits}")
     log_p = log_softmax(np.asarray(logits, np.float64), axis=1)
     if len(log_p) < splits:
         return math.nan, math.nan
@@ -439,6 +445,7 @@ def score_caches(
     return scores
 
 
+@checked
 def evaluate_caches(
     gt_dir: str | PathLike,
     pred_dir: str | PathLike,

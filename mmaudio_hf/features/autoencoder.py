@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmaudio_hf.schema import LATENT_STRIDE, audio_mode
+from mmaudio_hf.schema import LATENT_STRIDE, audio_mode, checked
 from mmaudio_hf.weights import Source, check_state, load_state, load_strict
 
 WIDTHS = {"16k": 384, "44k": 512}
@@ -196,6 +196,7 @@ class MelVAE(nn.Module):
         return load_strict(self, _fold(state), source)
 
     @torch.no_grad()
+    @checked
     def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent, each (B, N, C) float32, of mel (B, bins, 2N)."""
         if mel.ndim != 3 or mel.shape[1] != self.mode.mel_bins or mel.shape[2] < LATENT_STRIDE:
@@ -205,6 +206,7 @@ class MelVAE(nn.Module):
         return mean.contiguous(), (logvar.clamp(-30, 20) / 2).exp()
 
     @torch.no_grad()
+    @checked
     def decode(self, latent_BNC: Tensor) -> Tensor:
         """Mel (B, bins, 2N) float32 of latents (B, N, C) that are not normalised."""
         if latent_BNC.ndim != 3 or latent_BNC.shape[2] != self.mode.latent_channels:

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from mmaudio_hf.schema import CLIP_DIM, CLIP_PIXELS, TEXT_DIM, TEXT_TOKENS
+from mmaudio_hf.schema import CLIP_DIM, CLIP_PIXELS, TEXT_DIM, TEXT_TOKENS, checked
 from mmaudio_hf.weights import Source, load_state, load_strict, read_file
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -100,6 +100,7 @@ class ClipEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
+    @checked
     def from_pretrained(cls, name: str | Path, revision: str | None = None, batch_size: int = 16) -> "ClipEncoder":
         """Encoder from transformers files: a directory, or a Hub id; ValueError where they are absent or do not fit."""
         read: Any = CLIPModel.from_pretrained  # its types do not know output_loading_info, which adds a second result

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmaudio_hf.schema import audio_mode
+from mmaudio_hf.schema import audio_mode, checked
 
 MAGNITUDE_EPS = 1e-9
 MEL_FLOOR = 1e-5
@@ -58,6 +58,7 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("window", torch.hann_window(self.mode.mel_window), persistent=False)
 
     @torch.no_grad()
+    @checked
     def forward(self, waveform: Tensor) -> Tensor:
         n_fft, hop = self.mode.mel_window, self.mode.mel_hop
         padding = (n_fft - hop) // 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmaudio_hf.schema import audio_mode
+from mmaudio_hf.schema import audio_mode, checked
 from mmaudio_hf.weights import Source, check_state, describe, load_state, load_strict
 
 WIDTH = 1536
@@ -166,6 +166,7 @@ class Vocoder(nn.Module):
         return load_strict(self, _fold(state), source)
 
     @torch.no_grad()
+    @checked
     def forward(self, mel: Tensor) -> Tensor:
         if mel.ndim != 3 or mel.shape[1] != self.mode.mel_bins:
             raise ValueError(f"mel has shape {tuple(mel.shape)}: give (batch, {self.mode.mel_bins}, frames)")

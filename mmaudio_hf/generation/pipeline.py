@@ -89,6 +89,7 @@ from mmaudio_hf.schema import (
     TEXT_FEATURES,
     SequenceLengths,
     audio_mode,
+    checked,
 )
 
 # Published cards import these from here.
@@ -165,6 +166,7 @@ class MMAudioPipeline:
         self._compiled = False
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         source: str | os.PathLike,

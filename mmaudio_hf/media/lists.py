@@ -29,7 +29,7 @@ from mmaudio_hf.files import Share, hash_of, locked, read_json, write_text
 from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import video_seconds
-from mmaudio_hf.schema import check_id
+from mmaudio_hf.schema import check_id, checked
 
 # In order of preference where several files have one name; in any case of letters.
 AUDIO_ENDINGS = (
@@ -350,6 +350,7 @@ class ClipReport:
     pending_shards: int
 
 
+@checked
 def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
     """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
 

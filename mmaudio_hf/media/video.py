@@ -47,6 +47,7 @@ from mmaudio_hf.schema import (
     SYNC_PIXELS,
     SequenceLengths,
     audio_mode,
+    checked,
     sequence_lengths,
 )
 
@@ -67,6 +68,7 @@ class VideoClip(NamedTuple):
     audio: torch.Tensor | None  # (samples,) float32
 
 
+@checked
 def read_video(
     path: str | os.PathLike,
     *,

@@ -28,7 +28,7 @@ from mmaudio_hf.models.blocks import (
 )
 from mmaudio_hf.models.pretrained import PretrainedModel
 from mmaudio_hf.models.pretrained import read_model_config as read_model_config  # scripts import it from here
-from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
+from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT, checked
 
 FROZEN_TENSORS = ("latent_mean", "latent_std", "empty_string_feat")
 
@@ -43,6 +43,7 @@ class MMAudio(PretrainedModel):
     _latent_table: torch.Tensor  # rotary tables: not in state dicts, rebuilt when lengths change
     _clip_table: torch.Tensor
 
+    @checked
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -85,6 +86,7 @@ class MMAudio(PretrainedModel):
             block.compile()
 
     @classmethod
+    @checked
     def from_variant(cls, variant: str, **changes: Any) -> Self:
         """Untrained model with the sizes of a released one; `changes` are fields of ModelConfig."""
         return cls(variant_config(variant, **changes))
@@ -110,6 +112,7 @@ class MMAudio(PretrainedModel):
         for parameter in (self.latent_mean, self.latent_std):
             nn.init.constant_(parameter, float("nan"))
 
+    @checked
     def set_lengths(self, latent: int, clip: int, sync: int) -> None:
         """Set token counts for another duration (N, T, S) and rebuild the rotary tables."""
         if min(latent, clip, sync) < 1 or sync % SYNC_TOKENS_PER_SEGMENT:
@@ -171,6 +174,7 @@ class MMAudio(PretrainedModel):
         conditions = self.preprocess_conditions(clip_features, sync_features, text_features)
         return self.predict_velocity(latent_BNC, t_B, conditions)
 
+    @checked
     def preprocess_conditions(
         self, clip_features: torch.Tensor, sync_features: torch.Tensor, text_features: torch.Tensor
     ) -> Conditions:
@@ -191,8 +195,11 @@ class MMAudio(PretrainedModel):
         if features.shape[1:] != (length, dim):
             raise ValueError(f"{name} must be (batch, {length}, {dim}), not {tuple(features.shape)}; see set_lengths")
 
+    @checked
     def empty_conditions(self, batch: int, negative_text_features: torch.Tensor | None = None) -> Conditions:
         """Unconditional (null) conditions for guidance. Negative text (B or 1, 77, 1024) replaces the empty text."""
+        if not 0 < batch < 2**31:
+            raise ValueError(f"batch must be at least 1 and below 2**31, not {batch}")
         clip = self.empty_clip_feat.expand(1, self.clip_length, -1)
         sync = self.empty_sync_feat.expand(1, self.sync_length, -1)
         text = self.empty_string_feat[None] if negative_text_features is None else negative_text_features
@@ -201,10 +208,14 @@ class MMAudio(PretrainedModel):
         conditions = self.preprocess_conditions(clip, sync, text)  # those of video with a batch of 1
         return Conditions(*(c.expand(batch, *c.shape[1:]) for c in conditions))
 
+    @checked
     def predict_velocity(self, latent_BNC: torch.Tensor, t_B: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Velocity (B, N, C) at times (B,), given projected conditions."""
         if latent_BNC.shape[1] != self.latent_length:
             raise ValueError(f"the latent has {latent_BNC.shape[1]} tokens, the model is set to {self.latent_length}")
+        self._check_channels(latent_BNC)
+        if len(t_B) not in (1, len(latent_BNC)):
+            raise ValueError(f"t_B has {len(t_B)} times, the latent {len(latent_BNC)} samples")
         streams = (self.audio_input_proj(latent_BNC), conditions.clip, conditions.text)
         global_BD = self.t_embed(t_B) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
         global_B1D = global_BD[:, None]
@@ -224,10 +235,18 @@ class MMAudio(PretrainedModel):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    @checked
     def normalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
         """VAE latent to network latent; not in place."""
+        self._check_channels(latent_BNC)
         return (latent_BNC - self.latent_mean) / self.latent_std
 
+    @checked
     def unnormalize(self, latent_BNC: torch.Tensor) -> torch.Tensor:
         """Network latent to VAE latent; not in place."""
+        self._check_channels(latent_BNC)
         return latent_BNC * self.latent_std + self.latent_mean
+
+    def _check_channels(self, latent_BNC: torch.Tensor) -> None:
+        if latent_BNC.shape[-1] != self.config.latent_channels:
+            raise ValueError(f"the latent has {latent_BNC.shape[-1]} channels, not {self.config.latent_channels}")

@@ -26,7 +26,7 @@ from mmaudio_hf.hub_client import (
     hub_errors,
     merge_cards,
 )
-from mmaudio_hf.schema import audio_mode, split_hub_id
+from mmaudio_hf.schema import audio_mode, checked, split_hub_id
 from mmaudio_hf.weights import check_state, load_state, save_tensors
 
 CONFIG_FILE = "config.json"
@@ -85,6 +85,13 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         model._load(state, source)
         return model
 
+    @checked
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Like `ModelHubMixin.save_pretrained`: write config.json, model.safetensors and a card into a folder."""
+        if Path(save_directory).is_file():
+            raise ValueError(f"{save_directory} is a file, not a folder to save to")
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
@@ -111,6 +118,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"map_location {map_location!r}: {str(error).splitlines()[0]}") from None
 
+    @checked
     def push_to_hub(self, repo_id: str, *, token: str | None = None, branch: str | None = None, **options: Any) -> str:
         """Like `ModelHubMixin.push_to_hub`, but what people wrote into the card of the repository is kept."""
         card = {"repo_id": repo_id, "existing": download_card(repo_id, token=token, revision=branch)}

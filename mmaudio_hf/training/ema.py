@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+from mmaudio_hf.schema import checked
 from mmaudio_hf.training.distributed import copy_full_tensor, local_shard
 from mmaudio_hf.weights import check_file, save_tensors
 
@@ -43,6 +44,7 @@ def decay(step: int, gamma: float, update_every: int = 1, step_size_correction: 
 
 
 @torch.no_grad()
+@checked
 def update(
     ema_weights: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -55,6 +57,8 @@ def update(
 
     With `update_every` q, only the calls 1, 1 + q, 1 + 2q, ... change anything.
     """
+    if step < 1 or update_every < 1 or not ema_weights or not weights:
+        raise ValueError(f"update {step} every {update_every} of {len(ema_weights)} tensors: each must be at least 1")
     if (step - 1) % update_every:
         return
     if step == 1:
@@ -203,6 +207,7 @@ def synthesis_weights(steps: Sequence[int], sigma_rels: Sequence[float], sigma_r
     return np.linalg.solve(gram_SS, _inner_product(times, gammas, np.array(float(step)), target))
 
 
+@checked
 def synthesize(
     snapshots: Sequence[Snapshot],
     sigma_rel: float,

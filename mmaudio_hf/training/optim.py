@@ -9,9 +9,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mmaudio_hf.config import OptimConfig
+from mmaudio_hf.schema import checked
 from mmaudio_hf.training.distributed import shard_like
 
 
+@checked
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """Learning rate of the update that follows `step` completed ones.
 
@@ -19,6 +21,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     `(1 - progress)^0.9` where `total_steps` are the optimizer updates of the whole run. A pure function of the step in
     place of a torch scheduler: nothing to save, and a resumed run needs no replay.
     """
+    if step < 0 or total_steps < 1:
+        raise ValueError(f"step {step} of {total_steps}: the first is 0, and there is at least one")
     base, after_warmup = config.learning_rate, step - config.warmup_steps
     if after_warmup < 0:
         return base * ((step + 1) / (config.warmup_steps + 1))

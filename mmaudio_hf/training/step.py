@@ -11,6 +11,7 @@ import torch
 from mmaudio_hf.config import FlowConfig
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.models.flow import flow_loss, interpolate, sample_time, velocity_target
+from mmaudio_hf.schema import checked
 
 
 class Objective(NamedTuple):
@@ -31,6 +32,7 @@ class StepResult(NamedTuple):
     t: torch.Tensor
 
 
+@checked
 def make_objective(batch: Batch, flow: FlowConfig, latent_mean: torch.Tensor, latent_std: torch.Tensor) -> Objective:
     """Noise, time, path and condition dropout of a batch; all randomness is in `batch.noise`.
 
@@ -66,6 +68,7 @@ def expand_video_rows(features: torch.Tensor, video_rows: torch.Tensor, batch_si
     return features.new_zeros(batch_size, *features.shape[1:]).index_copy_(0, video_rows, features)
 
 
+@checked
 def flow_step(
     forward: Callable[..., torch.Tensor],
     batch: Batch,
