@@ -136,6 +136,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             known = name in hints() and not str(signature.parameters[name]).startswith("*")
             if known and not _fits(value, hints()[name]):
                 words = re.sub(r"\w+\.|<class '|'>", "", str(hints()[name]))
+                words = {"int": "a whole number", "float": "a number", "str": "text"}.get(words, words)
                 raise ValueError(f"{function.__qualname__}: {name} must be {words}, not {repr(value)[:80]}")
             # The suffix of a name is the shape: see the legend at the top.
             if (axes := re.search("_([A-Z]+)$", name)) and value.ndim != len(axes[1]):

@@ -1,29 +1,38 @@
 """Commands and public functions with wrong arguments: one sentence, never a traceback; and the examples of --help."""
 
 import argparse
+import math
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from toy_stores import recipe_tree, write_recipe
+from toy_stores import MODEL, recipe_tree, write_recipe
 
 import mmaudio_hf
 from mmaudio_hf import cli
-from mmaudio_hf.config import variant_config
+from mmaudio_hf.config import VARIANTS, ModelConfig, OptimConfig, variant_config
 from mmaudio_hf.data import tools
-from mmaudio_hf.evaluation import evaluate_caches, frechet_distance
+from mmaudio_hf.data.store import StoreWriter
+from mmaudio_hf.evaluation import evaluate_caches, frechet_distance, inception_score, kl_divergence
 from mmaudio_hf.features.autoencoder import MelVAE
+from mmaudio_hf.features.clip import ClipEncoder
+from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import ToyMelCodec
+from mmaudio_hf.features.vocoder import Vocoder
 from mmaudio_hf.interop import export_run
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.lists import partition
 from mmaudio_hf.media.video import read_video
+from mmaudio_hf.models import flow
 from mmaudio_hf.models.convert import convert_file
 from mmaudio_hf.models.flow import sample_euler
-from mmaudio_hf.schema import sequence_lengths
-from mmaudio_hf.training.ema import synthesize
+from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import column_shapes, sequence_lengths
+from mmaudio_hf.training.ema import synthesize, update
+from mmaudio_hf.training.optim import learning_rate
+from mmaudio_hf.weights import load_state
 
 ROOT = Path(__file__).parent.parent
 # Arguments that work, except for the one that a test replaces; nothing is called new/.
@@ -176,6 +185,105 @@ def test_readers_name_a_path_that_is_wrong(folder, name, monkeypatch):
             READERS[name](path)
 
 
+def public_calls(folder: Path) -> dict:
+    """Callables of the names that others rely on, each with arguments that it takes."""
+    sizes = MODEL | {"mode": "16k"}
+    network = MMAudio(ModelConfig(**{**VARIANTS["small_16k"], **sizes}))
+    network.set_latent_statistics(torch.zeros(20), torch.ones(20))
+    config, times = network.config, torch.zeros(2)
+    latent = torch.zeros(2, network.latent_length, 20)
+    clip, sync = torch.zeros(2, network.clip_length, 1024), torch.zeros(2, config.sync_length, 768)
+    text, rows = torch.zeros(2, 77, 1024), torch.zeros(4, 3).numpy()
+    conditions = network.preprocess_conditions(clip, sync, text)
+    gone = folder / "gone"
+    calls = [
+        (mmaudio_hf.load_recipe, {"path": folder / "run.yaml", "overrides": []}),
+        (mmaudio_hf.FeatureStore.open, {"path": folder / "videos"}),
+        (mmaudio_hf.FeatureStore.open(folder / "videos").read, {"indices": [0], "columns": ["mean"]}),
+        (
+            StoreWriter,
+            {"path": gone, "shapes": column_shapes("16k", 1.0, video=True), "num_rows": 3}
+            | {"mode": "16k", "duration": 1.0, "encoders": {}},
+        ),
+        (MMAudio, {"config": config}),
+        (MMAudio.from_variant, {"variant": "small"}),
+        (MMAudio.from_pretrained, {"pretrained_model_name_or_path": gone}),
+        (MMAudio.push_to_hub, {"self": network, "repo_id": 3}),
+        (network.save_pretrained, {"save_directory": folder / "text.txt"}),
+        (network.preprocess_conditions, {"clip_features": clip, "sync_features": sync, "text_features": text}),
+        (network.empty_conditions, {"batch": 2, "negative_text_features": text}),
+        (network.predict_velocity, {"latent_BNC": latent, "t_B": times, "conditions": conditions}),
+        (
+            network.set_lengths,
+            {"latent": network.latent_length, "clip": network.clip_length} | {"sync": config.sync_length},
+        ),
+        (network.normalize, {"latent_BNC": latent}),
+        (network.unnormalize, {"latent_BNC": latent}),
+        (flow.interpolate, {"x0": latent, "x1": latent, "t": times, "min_sigma": 0.0}),
+        (flow.velocity_target, {"x0": latent, "x1": latent, "min_sigma": 0.0}),
+        (flow.flow_loss, {"velocity": latent, "target": latent}),
+        (flow.sample_time, {"z_B": times, "mean": 0.0, "scale": 1.0}),
+        (flow.sample_euler, {"velocity_fn": lambda x, t: x, "x0": latent, "num_steps": 2, "min_sigma": 0.0}),
+        (MelSpectrogram, {"mode": "16k"}),
+        (MelSpectrogram("16k"), {"waveform": torch.zeros(1, 16_000)}),
+        (MelVAE, {"mode": "16k"}),
+        (Vocoder, {"mode": "44k"}),
+        (load_state, {"source": gone}),
+        (ClipEncoder.from_pretrained, {"name": 3}),
+        (read_video, {"path": gone, "mode": "16k", "duration": 1.0, "start": 0.0, "alignment": "timestamps"}),
+        (partition, {"num_samples": 200_000, "sample_rate": 16_000}),
+        (variant_config, {"variant": "small_16k"}),
+        (sequence_lengths, {"mode": "16k", "duration": 8.0}),
+        (update, {"ema_weights": [latent], "weights": [latent], "step": 1, "gamma": 1.0, "update_every": 1}),
+        (synthesize, {"snapshots": [], "sigma_rel": 0.1, "step": 1}),
+        (learning_rate, {"step": 1, "config": OptimConfig(), "total_steps": 10}),
+        (frechet_distance, {"predicted": rows, "reference": rows}),
+        (kl_divergence, {"predicted": rows, "reference": rows, "activation": "softmax"}),
+        (inception_score, {"logits": rows, "splits": 2}),
+        (evaluate_caches, {"gt_dir": gone, "pred_dir": gone}),
+        (mmaudio_hf.MMAudioPipeline.from_pretrained, {"source": gone, "device": "cpu", "precision": "fp32"}),
+    ]
+    return {getattr(call, "__qualname__", type(call).__name__): (call, options) for call, options in calls}
+
+
+def wrong_arguments(value: object) -> list:
+    """Values of other kinds than `value`: none of them means anything in its place."""
+    anything = [None, b"x", {}, object()]
+    if isinstance(value, Path):
+        return [*anything, 3, 1.5, "", " ", [], "x" * 300, "gone", "empty", "binary"]
+    if isinstance(value, torch.Tensor):
+        return [*anything, 3, "x", [], torch.zeros(0), torch.zeros(3, 1, 7, 2)]
+    if isinstance(value, int | float):
+        return [*anything, "x", "", math.nan, [], True, 10**30, torch.zeros(2)]
+    return [*anything, "nonsense", 1.5]
+
+
+def test_every_public_callable_names_a_wrong_argument(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    problems, refused = [], 0
+    for name, (call, options) in public_calls(folder).items():
+        for key, value in options.items():
+            for wrong in wrong_arguments(value):
+                try:
+                    call(**options | {key: wrong})
+                except (ValueError, ConnectionError) as error:
+                    refused += 1
+                    if len(str(error).splitlines()) > 3 or not str(error):
+                        problems.append(f"{name}({key}={repr(wrong)[:30]}): {error}")
+                except Exception as error:
+                    problems.append(f"{name}({key}={repr(wrong)[:30]}): {type(error).__name__}: {error}")
+    assert not problems, "\n".join(problems)
+    assert refused > 500
+
+
+@pytest.mark.parametrize("words", [["ema", RUN, "--sigma-rel", "0.1", "--out", ""], ["report", "--run", " "]])
+def test_an_empty_path_is_not_the_current_folder(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2 and "a path must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -190,7 +298,7 @@ def test_readers_name_a_path_that_is_wrong(folder, name, monkeypatch):
         (lambda: sequence_lengths("16k", -1.0), "-1"),
         (lambda: partition(-1, 16_000), "-1 samples at 16000 Hz are no audio"),
         (lambda: partition(16_000, 0), "at 0 Hz are no audio"),
-        (lambda: sample_euler(lambda x, t: x, torch.zeros(1, 2, 3), 1.5), "whole number of at least 1, not 1.5"),
+        (lambda: sample_euler(lambda x, t: x, torch.zeros(1, 2, 3), 1.5), "num_steps must be a whole number, not 1.5"),
         (lambda: frechet_distance(torch.zeros(3, 4), torch.zeros(3, 5)), "4|5"),
         (lambda: synthesize([], 0.1, 5), "snapshot"),
     ],

@@ -20,7 +20,6 @@ from mmaudio_hf.schema import (
     TEXT_TOKENS,
     AuditVerdict,
     audio_mode,
-    checked,
     sequence_lengths,
     split_hub_id,
 )
@@ -192,10 +191,9 @@ def is_released(source: Any) -> bool:
     return isinstance(source, (str, Path)) and bool(re.fullmatch(rf"mmaudio_({names})(\.\w+)?", Path(source).name))
 
 
-@checked
 def variant_config(variant: str, **changes: Any) -> ModelConfig:
     """Configuration of a released network, with `changes` to single fields. ValueError for unknown names."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"unknown model variant {variant!r}: {nearest(str(variant), VARIANTS)}")
     if unknown := next((name for name in changes if name not in ModelConfig.__dataclass_fields__), None):
         raise ValueError(f"unknown key model.{unknown}: {nearest(unknown, ModelConfig.__dataclass_fields__)}")

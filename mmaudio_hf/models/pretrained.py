@@ -98,6 +98,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
         save_tensors(state, save_directory / WEIGHTS_FILE, {"format": "pt"})
 
     @classmethod
+    @checked
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *, map_location: str = "cpu", **options: Any
     ) -> Self:
@@ -121,8 +122,9 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
     @checked
     def push_to_hub(self, repo_id: str, *, token: str | None = None, branch: str | None = None, **options: Any) -> str:
         """Like `ModelHubMixin.push_to_hub`, but what people wrote into the card of the repository is kept."""
-        card = {"repo_id": repo_id, "existing": download_card(repo_id, token=token, revision=branch)}
-        return super().push_to_hub(repo_id, token=token, branch=branch, model_card_kwargs=card, **options)
+        with hub_errors(repo_id):
+            card = {"repo_id": repo_id, "existing": download_card(repo_id, token=token, revision=branch)}
+            return super().push_to_hub(repo_id, token=token, branch=branch, model_card_kwargs=card, **options)
 
     def generate_model_card(self, repo_id: str = PLACEHOLDER, existing: str | None = None) -> ModelCard:
         """The card the model was loaded with, else one of its sizes; see `hub_client.merge_cards` for `existing`."""
