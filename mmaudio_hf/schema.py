@@ -165,7 +165,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    return bool(text.strip()) and all(len(os.fsencode(part)) < 256 for part in Path(text).parts)
+    return bool(text.strip()) and all(len(os.fsencode(name)) < 256 for name in Path(text).parts)
 
 
 @checked
