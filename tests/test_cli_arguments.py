@@ -261,20 +261,20 @@ def wrong_arguments(value: object) -> list:
 def test_every_public_callable_names_a_wrong_argument(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    problems, refused = [], 0
+    problems, errors = [], 0
     for name, (call, options) in public_calls(folder).items():
         for key, value in options.items():
             for wrong in wrong_arguments(value):
                 try:
                     call(**options | {key: wrong})
                 except (ValueError, ConnectionError) as error:
-                    refused += 1
+                    errors += 1
                     if len(str(error).splitlines()) > 3 or not str(error):
                         problems.append(f"{name}({key}={repr(wrong)[:30]}): {error}")
                 except Exception as error:
                     problems.append(f"{name}({key}={repr(wrong)[:30]}): {type(error).__name__}: {error}")
     assert not problems, "\n".join(problems)
-    assert refused > 500
+    assert errors > 500
 
 
 @pytest.mark.parametrize("words", [["ema", RUN, "--sigma-rel", "0.1", "--out", ""], ["report", "--run", " "]])
