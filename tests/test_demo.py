@@ -3,23 +3,30 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
 import yaml
 from forked import PATIENCE
+from odd_media import code_image
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from toy_stores import recipe_tree, write_store
 from training_runs import environment, train
 
-from mmaudio_hf import MMAudioPipeline
+from mmaudio_hf import MMAudio, MMAudioPipeline
 from mmaudio_hf.cli import main
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.pages import demo
@@ -73,19 +80,35 @@ def served(run: Path, scratch: Path, *options: str):
         finally:
             process.kill()
     errors = log.read_text()
-    # gradio logs each file that it does not open with a traceback; nothing else may have one.
-    assert errors.count("Traceback") == errors.count("gradio.exceptions.InvalidPathError:"), errors
+    # Each file that is not opened, and each address that is not fetched, is logged with a traceback; nothing else is.
+    refused = [errors.count(f"{name}:") for name in ("gradio.exceptions.InvalidPathError", "HTTPException: 403")]
+    assert errors.count("Traceback") == sum(refused), errors
     assert process.returncode == 0, errors
     assert not [path for path in scratch.rglob("*") if path.is_file()]
 
 
 @pytest.fixture(scope="module")
-def address(run, tmp_path_factory):
+def adapter(run, tmp_path_factory):
+    """An adapter for the run, which changes much."""
+    path = tmp_path_factory.mktemp("adapters") / "bells"
+    network = MMAudio.from_pretrained(run / "last" / "pretrained_model")
+    wrapped = get_peft_model(network, LoraConfig(r=2, target_modules=["qkv", "linear1"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.3)
+    wrapped.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(run, adapter, tmp_path_factory):
     """Of the page of the run, where the port that was requested is taken."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         scratch = tmp_path_factory.mktemp("served") / "tmp"
-        with served(run, scratch, "--port", str(taken), "--max-upload-mb", "1") as lines:
+        adapters = ("--lora", str(adapter), "--lora-scale", "0.5")
+        with served(run, scratch, "--port", str(taken), "--max-upload-mb", "1", *adapters) as lines:
             assert lines[0] == f"port {taken} is taken\n"
             yield lines[1].split()[0]
 
@@ -139,7 +162,7 @@ def wait_until(page, player, condition: str) -> None:
     page.wait_for_function(f"e => {condition}", arg=player.element_handle())
 
 
-def test_from_upload_to_playback(page, run, media, tmp_path):
+def test_from_upload_to_playback(page, run, adapter, media, tmp_path):
     video = media / "videos" / "test_00_ball.mp4"
     assert number(page, "Seconds") == 1  # as trained
     page.locator("input[type=file]").first.set_input_files(video)
@@ -168,7 +191,8 @@ def test_from_upload_to_playback(page, run, media, tmp_path):
         page.get_by_test_id("download-link").last.click()
     download.value.save_as(tmp_path / "audio.wav")
     options = {"duration": 2.0, "num_steps": 3, "guidance_scale": 3.0, "seed": 7}
-    expected = MMAudioPipeline.from_pretrained(run, device="cpu")(video, "a ball", "hum", **options)
+    pipeline = MMAudioPipeline.from_pretrained(run, device="cpu").load_lora_weights(adapter, 0.5)
+    expected = pipeline(video, "a ball", "hum", **options)
     waveform, rate = read_waveform(tmp_path / "audio.wav")
     assert rate == 16000 and torch.allclose(waveform, expected.waveform, atol=1e-3)
 
@@ -181,9 +205,63 @@ def message_on(page, words: str):
     return message.first.inner_text()
 
 
+def generated(page, tmp_path) -> torch.Tensor:
+    """The audio that the page makes now; the one before is waited away."""
+    image = page.locator("figure.spectrogram img")
+    before = image.get_attribute("src") if image.count() else ""
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function(
+        "before => ![undefined, before].includes(document.querySelector('figure.spectrogram img')?.src)", arg=before
+    )
+    with page.expect_download() as download:
+        page.get_by_test_id("download-link").last.click()
+    download.value.save_as(tmp_path / "audio.wav")
+    return read_waveform(tmp_path / "audio.wav")[0]
+
+
+def test_an_image_a_random_seed_and_adapters(page, run, adapter, tmp_path):
+    details = page.locator(".prose.details").inner_text()
+    assert "small_16k" in details and "step 2, EMA weights" in details and "adapters: bells x 0.5" in details
+    page.get_by_role("tab", name="Image").click()
+    picture = Image.fromarray(code_image(3, 96, 80))
+    picture.save(tmp_path / "picture.png")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "picture.png")
+    page.locator("img[src*='picture.png']").first.wait_for()
+    page.get_by_label("bells").uncheck()
+    set_number(page, "Steps", 2)
+    plain = generated(page, tmp_path)
+    settings = {"image": picture, "duration": 1.0, "num_steps": 2}
+    pipeline = MMAudioPipeline.from_pretrained(run, device="cpu")
+    assert torch.allclose(plain, pipeline(**settings, seed=0).waveform, atol=1e-3)
+    page.get_by_label("bells").check()
+    page.get_by_label("Random seed").check()
+    adapted = generated(page, tmp_path)
+    drawn = int(number(page, "Seed"))
+    assert not torch.allclose(adapted, pipeline(**settings, seed=drawn).waveform, atol=1e-3)
+    pipeline.load_lora_weights(adapter, 0.5)
+    assert torch.allclose(adapted, pipeline(**settings, seed=drawn).waveform, atol=1e-3)
+
+
+def test_steps_are_counted_on_the_page(page):
+    page.get_by_label("Prompt", exact=True).fill("a ball")
+    set_number(page, "Seconds", 4)  # in windows
+    set_number(page, "Steps", 100)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile(r"\b\d+/100 steps")).first.wait_for()
+    page.get_by_alt_text("Mel spectrogram, 4.0 s").wait_for(timeout=60_000)
+
+
 def test_what_cannot_be_used_is_one_sentence_on_the_page(page, media, tmp_path):
     page.get_by_role("button", name="Generate").click()
-    message_on(page, "Nothing to generate from: choose a video, write a prompt, or both")
+    message_on(page, "Nothing to generate from: choose a video or an image, write a prompt, or both")
+    page.get_by_test_id("toast-body").first.wait_for(state="detached", timeout=60_000)  # it goes by itself
+    page.get_by_role("tab", name="Image").click()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "broken.png")
+    page.locator("img[src*='broken.png']").first.wait_for(state="attached")
+    page.get_by_role("button", name="Generate").click()
+    assert str(tmp_path.parent) not in message_on(page, "broken.png: ")
+    page.reload()
     (tmp_path / "large.mp4").write_bytes(bytes(2**20 + 1))
     page.locator("input[type=file]").first.set_input_files(tmp_path / "large.mp4")
     assert "large.mp4" in message_on(page, "maximum allowed size")
@@ -230,22 +308,26 @@ def upload(address: str, file: Path) -> str:
         return json.load(response)[0]
 
 
+def calls_with(file: dict, settings: list) -> list[tuple[str, list]]:
+    """Every endpoint and place in which a request may name a file."""
+    return [("check_video", [file]), ("generate", [file, None, *settings]), ("generate", [None, file, *settings])]
+
+
 def test_a_request_can_name_uploads_alone(address, media, tmp_path):
     """No file of the machine is opened, copied or told to exist; an upload is used, and so is an example once shown."""
     secret = Path(shutil.copy(media / "videos" / "test_00_ball.mp4", tmp_path / "secret.mp4"))
     example = media / "videos" / "test_01_lamp.mp4"
-    settings = ["", "", 1, 1, 1, 0]
+    settings = ["", "", 1, 1, 1, 0, False, []]
     with urllib.request.urlopen(f"{address}/gradio_api/info") as response:
         endpoints = [name.strip("/") for name in json.load(response)["named_endpoints"]]
-    with_video = {"check_video": [], "generate": settings}
-    assert set(with_video) <= set(endpoints)
+    assert {"check_video", "generate"} <= set(endpoints)
     link = tmp_path / "link.mp4"
     link.symlink_to(secret)
     files = (secret, link, tmp_path / "absent.mp4", example, "/etc/passwd", tmp_path / "../../etc/passwd")
     for path in (*files, f"file://{secret}"):
         file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-        for endpoint, others in with_video.items():
-            answer = call(address, endpoint, [file, *others])
+        for endpoint, values in calls_with(file, settings):
+            answer = call(address, endpoint, values)
             assert "event: error" in answer and "event: complete" not in answer and str(path) not in answer, answer
     for path in (secret, "/etc/passwd"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -256,8 +338,40 @@ def test_a_request_can_name_uploads_alone(address, media, tmp_path):
     assert "event: error" in call(address, "check_video", [beyond])
     remote = {"path": uploaded["path"], "url": f"file://{secret}", "meta": {"_type": "gradio.FileData"}}
     assert "9.4" in call(address, "check_video", [remote])  # the path counts, and it was uploaded
-    answer = call(address, "generate", [uploaded, *settings])
+    answer = call(address, "generate", [uploaded, None, *settings])
     assert "event: complete" in answer and "video.mp4" in answer
+
+
+def test_no_address_is_fetched_and_no_folder_is_told(address, media, tmp_path):
+    """Neither services of the machine nor others are reached through the page; uploads of others are not listed."""
+    reached = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            reached.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    settings, kind = ["", "", 1, 1, 1, 0, False, []], {"meta": {"_type": "gradio.FileData"}}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        local = f"http://127.0.0.1:{server.server_port}/clip.mp4"
+        for url in (local, local.replace("127.0.0.1", "2130706433"), f"{address}/x.mp4"):
+            for more in ({}, {"url": url}, {"is_stream": True}):
+                for endpoint, values in calls_with({"path": url, **kind, **more}, settings):
+                    answer = call(address, endpoint, values)
+                    assert "event: error" in answer and "event: complete" not in answer, (url, more, answer)
+            for route in (f"file={url}", f"proxy={url}", f"file={quote(url, safe='')}"):
+                with pytest.raises(urllib.error.HTTPError) as caught:
+                    urllib.request.urlopen(f"{address}/gradio_api/{route}", timeout=60)
+                assert caught.value.code in (400, 403, 404), (route, caught.value)
+        server.shutdown()
+    assert not reached
+    theirs = Path(upload(address, Path(shutil.copy(media / "videos" / "test_01_lamp.mp4", tmp_path / "theirs.mp4"))))
+    for path in (theirs.parent, theirs.parent.parent, theirs.parent / "*", theirs.parent.parent.parent / "results"):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+        assert "event: error" in call(address, "check_video", [{"path": str(path), **kind}])
 
 
 def test_limits_of_a_video(media, monkeypatch):

@@ -52,8 +52,7 @@ def add_commands(add: Add) -> None:
     generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
     generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
     generate.add_argument("--seed", type=_seed, default=0, help="a number, or random: one is drawn and printed")
-    generate.add_argument("--lora", metavar="DIR", action="append", default=[], help="adapter to add; may be repeated")
-    generate.add_argument("--lora-scale", type=float, action="append", default=[], help="of each adapter (default 1)")
+    _add_adapters(generate, "adapter to add; may be repeated")
     generate.add_argument("--batch-size", type=int, default=8, help="clips or windows generated at once (default 8)")
     generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N, mps (default auto)")
@@ -72,6 +71,7 @@ def add_commands(add: Add) -> None:
     demo.add_argument("--port", type=int, default=7860, help="default 7860, or a free one when it is taken")
     demo.add_argument("--max-upload-mb", type=float, default=200, help="largest upload in MB (default 200)")
     demo.add_argument("--device", default="auto")
+    _add_adapters(demo, "adapter that visitors can choose; may be repeated")
 
     report = add("report", _report, "generate a held-out split of a run, score it and write report/index.html")
     report.add_argument("--run", required=True, type=Path, help="run folder")
@@ -79,6 +79,21 @@ def add_commands(add: Add) -> None:
     report.add_argument("--events", type=Path, help="events.json of example media: adds onset scores")
     report.add_argument("--clips", type=int, default=6, help="clips shown on the page (default 6)")
     report.add_argument("--started", type=float, help="time in s since the epoch that `seconds` counts from")
+
+
+def _add_adapters(command: argparse.ArgumentParser, meaning: str) -> None:
+    command.add_argument("--lora", metavar="DIR", action="append", default=[], help=meaning)
+    command.add_argument("--lora-scale", type=float, action="append", default=[], help="of each adapter (default 1)")
+
+
+def _adapters(options: argparse.Namespace) -> dict[str, float]:
+    """Source and scale of each adapter."""
+    scales = options.lora_scale or [1.0] * len(options.lora)
+    if len(scales) != len(options.lora):
+        raise ValueError(f"--lora is given {len(options.lora)} times, --lora-scale {len(scales)} times: one for each")
+    if twice := {source for source in options.lora if options.lora.count(source) > 1}:
+        raise ValueError(f"--lora {min(twice)} is given twice: add its scales")
+    return dict(zip(options.lora, scales, strict=True))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -126,6 +141,7 @@ def _demo(options: argparse.Namespace) -> None:
         port=options.port,
         max_upload_mb=options.max_upload_mb,
         device=options.device,
+        adapters=_adapters(options),
     )
     sys.stdout.flush()
     os._exit(0)  # without waiting for a thread that still generates
@@ -167,11 +183,9 @@ def _pipeline(options: argparse.Namespace, local_rank: int = 0) -> "MMAudioPipel
 
     device = pick_device(options.device, local_rank)
     settings = {"precision": options.precision, "alignment": options.alignment}
-    scales = options.lora_scale or [1.0] * len(options.lora)
-    if len(scales) != len(options.lora):
-        raise ValueError(f"--lora is given {len(options.lora)} times, --lora-scale {len(scales)} times: one for each")
+    adapters = _adapters(options)
     pipeline = MMAudioPipeline.from_pretrained(options.run, device=device, **settings)
-    for adapter, scale in zip(options.lora, scales, strict=True):
+    for adapter, scale in adapters.items():
         pipeline.load_lora_weights(adapter, scale)
     return pipeline
 

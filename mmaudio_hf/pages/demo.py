@@ -1,4 +1,4 @@
-"""A page to try a trained model: a video and/or a text in, audio out, as a player and a spectrogram. Needs `[demo]`.
+"""A page to try a trained model: a video, an image or a text in, audio out, with its spectrogram. Needs `[demo]`.
 
 Everything the page shows comes from this process, so it works offline. One request runs at a time; uploads and results
 lie in a temporary folder that is removed with the process.
@@ -6,26 +6,30 @@ lie in a temporary folder that is removed with the process.
 
 import contextlib
 import errno
+import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
 from mmaudio_hf.config import load_recipe
-from mmaudio_hf.generation.pipeline import RECIPE_FILE, Generated, MMAudioPipeline, Request, save_with_note
+from mmaudio_hf.generation import RECIPE_FILE, Generated, Request, save_with_note
+from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.lists import find_video, read_media_list
 from mmaudio_hf.media.video import video_seconds
+from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.pages import data_uri, decibels, render, spectrogram_image
 
 MAX_VIDEO_SECONDS = 600.0  # of an upload; the audio is shorter
@@ -33,6 +37,8 @@ MAX_FRAME_SIZE = 4096, 2304  # pixels; what counts is their product
 MIN_SECONDS, MAX_SECONDS = 0.7, 30.0  # of audio
 MAX_EXAMPLES = 6
 KEEP_SECONDS = 3600  # how long an upload and a result stay on disk
+MAX_SEED = 9999  # of the slider, and of the seeds that are drawn
+MESSAGE_SECONDS = 10  # how long an error stays on the page
 _MAX_SIZE = "x".join(map(str, MAX_FRAME_SIZE))
 _HEIGHT = 320  # of the videos, in pixels
 
@@ -40,6 +46,7 @@ _HEIGHT = 320  # of the videos, in pixels
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _STYLE = """
 footer, button[aria-label="Trim video to selection"] { display: none !important; }
+.details { opacity: .75; font-size: .875rem; overflow-wrap: anywhere; }
 .spectrogram { margin: 24px 0 0; }
 .spectrogram img { display: block; width: 100%; height: 150px; border-radius: 4px; }
 .spectrogram .seconds { display: flex; justify-content: space-between; font-size: .75rem; opacity: .7; }
@@ -53,15 +60,19 @@ def serve(
     port: int = 7860,
     max_upload_mb: float = 200,
     device: str = "auto",
+    adapters: Mapping[str, float] | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Show the page of a run folder or Hub id at `host` until Ctrl-C or SIGTERM; `log` gets its address.
 
-    Another port is chosen when `port` is taken. ValueError for a RUN without weights, or a host that is not this one.
+    adapters: folder or Hub id, and scale, of each that a visitor can choose. Another port is chosen when `port` is
+    taken. ValueError for a RUN without weights, or a host that is not this one.
     """
     if max_upload_mb <= 0:
         raise ValueError(f"--max-upload-mb must be more than 0, not {max_upload_mb:g}")
     pipeline = MMAudioPipeline.from_pretrained(run, device=device)
+    for source, scale in (adapters or {}).items():
+        pipeline.load_lora_weights(source, scale, Path(source).resolve().name if Path(source).is_dir() else source)
     # The generator is not consumed, so no video is opened: this checks the encoder files that a visitor may need.
     pipeline.generate([Request(video="any", prompt="any")], on_reject=lambda *_: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is removed in any case
@@ -72,6 +83,8 @@ def serve(
         # gradio checks that inputs were uploaded only in pages that were launched, not in mounted ones: without this,
         # a request may name any file of the machine and see its frames.
         page.has_launched = True
+        # Nor may it name an address: gradio would fetch it.
+        gr.processing_utils.async_ssrf_protected_download = gr.routes.secure_url_stream_response = _refuse_address
         app = gr.mount_gradio_app(
             FastAPI(),
             page,
@@ -82,7 +95,12 @@ def serve(
             max_file_size=round(max_upload_mb * 2**20),
             allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+                input_placeholder_color="*neutral_500",
+                input_placeholder_color_dark="*neutral_400",
+                checkbox_border_color="*neutral_500",
+                checkbox_border_color_dark="*neutral_400",
+            ),
             css=_STYLE,
         )
         actual = listener.getsockname()[1]
@@ -111,10 +129,16 @@ def build_page(
     name = Path(run).resolve().name if Path(run).is_dir() else str(run)
     with gr.Blocks(title=f"{name}: demo", analytics_enabled=False, delete_cache=(60, KEEP_SECONDS)) as page:
         limits = f"{max_upload_mb:g} MB, {MAX_VIDEO_SECONDS / 60:g} minutes and {_MAX_SIZE} pixels"
-        gr.Markdown(f"# {name}\nGenerates audio for a video, a text, or both. Videos: up to {limits}.")
+        gr.Markdown(f"# {name}\nGenerates audio for a video, an image, a text, or both. Videos: up to {limits}.")
+        gr.HTML("<br>".join(map(escape, _details(pipeline, run))), elem_classes="details")
         with gr.Row():
             with gr.Column():
-                video = gr.Video(label="Video", sources=["upload"], height=_HEIGHT)
+                with gr.Tab("Video"):
+                    video = gr.Video(label="Video", sources=["upload"], height=_HEIGHT)
+                with gr.Tab("Image"):
+                    image = gr.Image(label="Image", sources=["upload"], height=_HEIGHT, type="filepath")
+                    # As it was uploaded: what is no image becomes a message of ours.
+                    image.preprocess = lambda file: file and file.path  # type: ignore
                 prompt = gr.Textbox(label="Prompt", placeholder="what should be heard")
                 negative = gr.Textbox(label="Negative prompt", placeholder="what should not be heard")
                 with gr.Row():
@@ -122,7 +146,10 @@ def build_page(
                     steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=220)
                 with gr.Row():
                     guidance = gr.Slider(0, 10, 4.5, step=0.1, label="Guidance", min_width=220)
-                    seed = gr.Slider(0, 9999, 0, step=1, label="Seed", min_width=220)
+                    seed = gr.Slider(0, MAX_SEED, 0, step=1, label="Seed", min_width=220)
+                random = gr.Checkbox(label="Random seed: drawn for each audio, and then shown")
+                names = list(pipeline.adapters)
+                chosen = gr.CheckboxGroup(names, value=names, label="Adapters", visible=bool(names))
                 button = gr.Button("Generate", variant="primary")
             with gr.Column():
                 video_out = gr.Video(label="Video with generated audio", interactive=False, height=_HEIGHT)
@@ -131,24 +158,54 @@ def build_page(
         if examples := _examples(run):
             gr.Examples(examples, [video, prompt], examples_per_page=MAX_EXAMPLES)
         video.change(lambda path: _usable_seconds(path, longest), video, duration, api_name="check_video")
+        scales = dict(pipeline.adapters)
+
+        def generate(progress: gr.Progress = gr.Progress(), *values: Any) -> tuple:  # noqa: B008  # as gradio finds it
+            *inputs, adapters = values
+            with _gradio_errors(*inputs[:2]):
+                pipeline.set_adapters(adapters, [scales[adapter] for adapter in adapters])
+                return _generate(pipeline, out_dir, progress, *inputs)
+
         button.click(
-            lambda *values: _generate(pipeline, out_dir, *values),
-            [video, prompt, negative, duration, steps, guidance, seed],
-            [video_out, audio_out, image_out],
+            generate,
+            [video, image, prompt, negative, duration, steps, guidance, seed, random, chosen],
+            [video_out, audio_out, image_out, seed],
             concurrency_limit=1,
             api_name="generate",
         )
     return page
 
 
+def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
+    """Lines on the network: sizes, which weights of which step, what it was fine-tuned from, adapters."""
+    config, millions = pipeline.model.config, sum(p.numel() for p in pipeline.model.parameters()) / 1e6
+    lines = [f"{config.variant}, {millions:.1f} M parameters, {config.duration:g} s at {pipeline.sample_rate} Hz"]
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        weights = json.loads((find_pretrained(run) / "weights.json").read_text())
+        width = "" if weights["sigma_rel"] is None else f" (sigma_rel {weights['sigma_rel']:g})"
+        lines.append(f"step {weights['step']:,}, {weights['weights'].replace('ema', 'EMA')} weights{width}")
+    if (recipe_file := Path(run) / RECIPE_FILE).is_file():
+        settings = load_recipe(recipe_file).finetune
+        kind = f"LoRA of rank {settings.lora.rank} on" if settings.lora.rank else "all weights from"
+        lines += [f"fine-tuned: {kind} {settings.init_from}"] if settings.init_from else []
+    adapters = ", ".join(f"{name} x {scale:g}" for name, scale in pipeline.adapters.items())
+    return lines + ([f"adapters: {adapters}"] if adapters else [])
+
+
+async def _refuse_address(url: str, *_: Any, **__: Any) -> Any:
+    raise HTTPException(403, "a request may name an upload, not an address")
+
+
 @contextlib.contextmanager
-def _gradio_errors(path: str | None) -> Iterator[None]:
-    """A ValueError becomes a message on the page, with the file's name in place of its path on this machine."""
+def _gradio_errors(*paths: str | None) -> Iterator[None]:
+    """A ValueError becomes a message on the page, with the names of files in place of their paths on this machine."""
     try:
         yield
     except ValueError as error:
-        text = str(error) if path is None else str(error).replace(str(path), Path(path).name)
-        raise gr.Error(escape(text), duration=None, print_exception=False) from None
+        text = str(error)
+        for path in filter(None, paths):
+            text = text.replace(str(path), Path(path).name)
+        raise gr.Error(escape(text), duration=MESSAGE_SECONDS, print_exception=False) from None
 
 
 def _usable_seconds(path: str | None, longest: float) -> Any:
@@ -157,14 +214,19 @@ def _usable_seconds(path: str | None, longest: float) -> Any:
         return gr.skip() if path is None else min(longest, _check_video(path))
 
 
-def _check_video(path: str) -> float:
-    """Length of a video in s, down to a tenth; ValueError for a file without frames, or beyond the limits."""
+def _check_size(path: str, otherwise: str) -> None:
+    """ValueError for a file without frames, in the words of `otherwise`, or with frames beyond the limit."""
     stream = probe(path).get("video")
     if stream is None:
-        raise ValueError(f"{path} has no video frames: give a video, or only a prompt")
+        raise ValueError(f"{path} {otherwise}")
     width, height = stream["width"], stream["height"]
     if width * height > math.prod(MAX_FRAME_SIZE):
         raise ValueError(f"{path} has frames of {width}x{height}, the limit is {_MAX_SIZE}: scale it down")
+
+
+def _check_video(path: str) -> float:
+    """Length of a video in s, down to a tenth; ValueError for a file without frames, or beyond the limits."""
+    _check_size(path, "has no video frames: give a video, or only a prompt")
     seconds = video_seconds(path)
     if seconds > MAX_VIDEO_SECONDS:
         raise ValueError(f"{path} is {seconds:.0f} s long, the limit is {MAX_VIDEO_SECONDS:.0f} s: cut it")
@@ -174,39 +236,47 @@ def _check_video(path: str) -> float:
 def _generate(
     pipeline: MMAudioPipeline,
     out_dir: Path,
+    progress: Callable[..., Any],
     video: str | None,
+    image: str | None,
     prompt: str,
     negative: str,
     duration: float,
     steps: float,
     guidance: float,
     seed: float,
-) -> tuple[Any, str, Any]:
-    """What the page shows: the video with generated audio, the audio, and its spectrogram."""
-    with _gradio_errors(video):
-        if video is None and not prompt.strip():
-            raise ValueError("Nothing to generate from: choose a video, write a prompt, or both")
-        if video is not None:
-            _check_video(video)
-        result = pipeline(
-            video,
-            prompt.strip(),
-            negative.strip(),
-            duration=duration,
-            num_steps=int(steps),
-            guidance_scale=guidance,
-            seed=int(seed),
-            progress=False,
-        )
-        # One request runs at a time, and gradio has copied the results of the one before.
-        shutil.rmtree(out_dir, ignore_errors=True)
-        out_dir.mkdir(parents=True)
-        audio_file, video_file = out_dir / "audio.wav", None if video is None else out_dir / "video.mp4"
-        notes = [result.note, save_with_note(result, audio_file)]
-        if video_file is not None:
-            notes.append(save_with_note(result, video_file, video))
-    image = _spectrogram(result, [note for note in notes if note])
-    return gr.update(value=video_file, visible=video is not None), str(audio_file), gr.update(value=image, visible=True)
+    random: bool,
+) -> tuple[Any, str, Any, int]:
+    """What the page shows: the video with generated audio, the audio, its spectrogram, the seed that was used."""
+    if video is None and image is None and not prompt.strip():
+        raise ValueError("Nothing to generate from: choose a video or an image, write a prompt, or both")
+    if video is not None and image is not None:
+        raise ValueError("There is a video and an image: remove one of them")
+    if video is not None:
+        _check_video(video)
+    if image is not None:
+        _check_size(image, "is not an image")
+    result = pipeline(
+        video,
+        prompt.strip(),
+        negative.strip(),
+        image=image,
+        duration=duration,
+        num_steps=int(steps),
+        guidance_scale=guidance,
+        seed=secrets.randbelow(MAX_SEED + 1) if random else int(seed),
+        callback_on_step_end=lambda _, step, *__: progress((step + 1, int(steps)), desc="Generating", unit="steps"),
+        progress=False,
+    )
+    # One request runs at a time, and gradio has copied the results of the one before.
+    shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True)
+    audio_file, video_file = out_dir / "audio.wav", None if video is None else out_dir / "video.mp4"
+    notes = [result.note, save_with_note(result, audio_file)]
+    if video_file is not None:
+        notes.append(save_with_note(result, video_file, video))
+    picture = gr.update(value=_spectrogram(result, [note for note in notes if note]), visible=True)
+    return gr.update(value=video_file, visible=video is not None), str(audio_file), picture, result.seed or 0
 
 
 def _spectrogram(result: Generated, notes: list[str]) -> str:
