@@ -95,12 +95,7 @@ def serve(
             max_file_size=round(max_upload_mb * 2**20),
             allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
-                input_placeholder_color="*neutral_500",
-                input_placeholder_color_dark="*neutral_400",
-                checkbox_border_color="*neutral_500",
-                checkbox_border_color_dark="*neutral_400",
-            ),
+            theme=_theme(),
             css=_STYLE,
         )
         actual = listener.getsockname()[1]
@@ -174,6 +169,14 @@ def build_page(
             api_name="generate",
         )
     return page
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the system; placeholders and boxes that are seen on their background, light and dark."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    light, dark = "*neutral_500", "*neutral_400"
+    theme.set(input_placeholder_color=light, input_placeholder_color_dark=dark)
+    return theme.set(checkbox_border_color=light, checkbox_border_color_dark=dark)
 
 
 def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
