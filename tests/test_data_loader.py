@@ -19,7 +19,6 @@ from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 from mmaudio_hf.data.loader import (
     BatchIndices,
     BatchLoader,
-    block_bytes,
     pack,
     sample_bytes,
     training_batch_indices,
@@ -285,9 +284,7 @@ def test_pinned_buffers_waste_little():
     sample = [77 * 1024, 64 * 1024, 192 * 768, *[250 * 20] * 4]
     for batch, count in ((64, 4), (32, 3), (256, 3), (7, 2)):
         sizes = [4 * batch * elements for elements in sample]
-        blocks, positions = pack(
-            {(i, j): size for i in range(count) for j, size in enumerate(sizes)}, block_bytes(sizes)
-        )
+        blocks, positions = pack({(i, j): size for i in range(count) for j, size in enumerate(sizes)})
         ends = sorted((block, start, start + sizes[key[1]]) for key, (block, start) in positions.items())
         assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(ends)), "none overlaps another"
         pinned = sum(1 << (size - 1).bit_length() for size in blocks)

@@ -22,15 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from mmaudio_hf.schema import (
-    CLIP_FEATURES,
-    MEAN,
-    SCHEMA_VERSION,
-    STD,
-    SYNC_FEATURES,
-    TEXT_FEATURES,
-    check_id,
-)
+from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, STD, SYNC_FEATURES, TEXT_FEATURES, check_id
 
 LAYOUTS = ("reference", "compact")
 SYNC_DTYPES = ("float32", "bfloat16")

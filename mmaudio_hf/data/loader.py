@@ -409,21 +409,18 @@ def _make_buffers(mixture: Mixture, batch_size: int, count: int, pinned: bool) -
     kinds |= {n: ((batch_size, *shape), torch.float32) for n, shape in Draws.shapes(mixture.latent_shape).items()}
     like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
     ring = {(i, name): tensor for i in range(count) for name, tensor in like.items()}
-    memory = allocate_packed(ring, pinned, block_bytes([tensor.nbytes for tensor in like.values()]))
+    memory = allocate_packed(ring, pinned)
     return [_Buffers({name: memory[i, name] for name in like}) for i in range(count)]
 
 
-def block_bytes(sizes: Iterable[int]) -> int:
-    """Size of the blocks for tensors of at most these bytes."""
-    return 1 << (max(sizes) - 1).bit_length()
-
-
-def pack(sizes: Mapping[Key, int], block_bytes: int) -> tuple[list[int], dict[Key, tuple[int, int]]]:
+def pack(sizes: Mapping[Key, int], block_bytes: int = 0) -> tuple[list[int], dict[Key, tuple[int, int]]]:
     """Bytes of the blocks that hold all `sizes`, and for each its block and its start there.
 
     torch rounds every pinned allocation up to a power of two; full blocks of a power of two waste next to nothing.
     Largest first, each into the first block that has space; what is larger than a block has one of its own.
+    block_bytes: 0 is the power of two that holds the largest.
     """
+    block_bytes = block_bytes or 1 << (max(sizes.values()) - 1).bit_length()
     blocks: list[int] = []
     positions: dict[Key, tuple[int, int]] = {}
     for key in sorted(sizes, key=lambda key: sizes[key], reverse=True):
@@ -436,7 +433,7 @@ def pack(sizes: Mapping[Key, int], block_bytes: int) -> tuple[list[int], dict[Ke
     return blocks, positions
 
 
-def allocate_packed(like: Mapping[Key, torch.Tensor], pinned: bool, block_bytes: int) -> dict[Key, torch.Tensor]:
+def allocate_packed(like: Mapping[Key, torch.Tensor], pinned: bool, block_bytes: int = 0) -> dict[Key, torch.Tensor]:
     """Host memory for tensors of the shapes and types of `like`, as views of a few blocks (`pack`)."""
     sizes, positions = pack({key: tensor.nbytes for key, tensor in like.items()}, block_bytes)
     blocks = [_block(size, pinned) for size in sizes]

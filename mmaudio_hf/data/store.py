@@ -95,7 +95,6 @@ class FeatureStore:
         self.captions = captions
         self.manifest = manifest
         self.text_index = text_index  # (rows,) row of text_features.memmap for every row; None: its own
-        self._statistics: tuple[torch.Tensor, torch.Tensor] | None = None
         self._maps = {name: _MappedColumn(column_file(path, name), *contents.files[name]) for name in self.columns}
 
     @classmethod
@@ -238,15 +237,17 @@ class FeatureStore:
 
         The network sees (latent - mean) / std. From the manifest; a store without one is read through once.
         """
-        if self._statistics is None and self.manifest is not None:
-            stored = self.manifest["latent_statistics"]
-            self._statistics = (torch.tensor(stored["mean"]), torch.tensor(stored["std"]))
-        if self._statistics is None:
-            moments = Moments(self.columns[MEAN].shape[-1])
-            for _, block in self.blocks(MEAN):
-                moments.add(block)
-            self._statistics = (moments.mean.float(), moments.std().float())
         return self._statistics
+
+    @cached_property
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.manifest is not None:
+            stored = self.manifest["latent_statistics"]
+            return torch.tensor(stored["mean"]), torch.tensor(stored["std"])
+        moments = Moments(self.columns[MEAN].shape[-1])
+        for _, block in self.blocks(MEAN):
+            moments.add(block)
+        return moments.mean.float(), moments.std().float()
 
     def to_dataset(self) -> "datasets.Dataset":
         """The rows as a `datasets.Dataset`: `id`, `caption`, and a nested list of float32 for each column.
@@ -423,6 +424,15 @@ class Moments:
         self.mean = torch.zeros(channels, dtype=torch.float64)
         self._squares = torch.zeros(channels, dtype=torch.float64)  # sum of squared distances from the mean
 
+    @classmethod
+    def of_file(cls, file: Path, column: Column) -> "Moments":
+        """Of the file of a column, row by row as `StoreWriter` adds them: equal to the last bit."""
+        moments = cls(column.shape[-1])
+        with open(file, "rb") as handle:
+            while row := handle.read(column.row_bytes):
+                moments.add(torch.frombuffer(bytearray(row), dtype=column.dtype).view(column.shape))
+        return moments
+
     def add(self, values: torch.Tensor) -> None:
         """Add values (..., C)."""
         values = values.reshape(-1, values.shape[-1]).double()
@@ -575,8 +585,8 @@ class StoreWriter:
             raise ValueError(
                 f"{self.path}: {len(missing)} of {self.num_rows} rows were never written, first {missing[0]}"
             )
-        if not self._in_order:
-            self._moments = self._moments_in_order()
+        if not self._in_order:  # the last digits depend on the order
+            self._moments = Moments.of_file(column_file(self._partial, MEAN), self.columns[MEAN])
         texts = None if self._texts is None else self._texts.finish()
         for file in self._files.values():
             os.fsync(file.fileno())
@@ -596,15 +606,6 @@ class StoreWriter:
         os.rename(self._partial, self.path)
         self._renamed = []
         fsync_path(self.path.parent)
-
-    def _moments_in_order(self) -> Moments:
-        """The sums as if rows had come in order; the last digits depend on it."""
-        column = self.columns[MEAN]
-        moments = Moments(column.shape[-1])
-        for row in range(self.num_rows):
-            data = os.pread(self._files[MEAN].fileno(), column.row_bytes, row * column.row_bytes)
-            moments.add(torch.frombuffer(bytearray(data), dtype=column.dtype).view(column.shape))
-        return moments
 
     def abort(self) -> None:
         """Remove what was written."""

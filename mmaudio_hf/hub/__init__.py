@@ -202,11 +202,7 @@ def fetch(contents: RepoContents, names: Sequence[str], folder: Path) -> None:
         return
     with hub_errors(contents.repo, contents.kind):
         snapshot_download(
-            contents.repo,
-            repo_type=contents.kind,
-            revision=contents.commit,
-            local_dir=folder,
-            allow_patterns=missing,
+            contents.repo, repo_type=contents.kind, revision=contents.commit, local_dir=folder, allow_patterns=missing
         )
     for name in missing:
         if not (folder / name).is_file():

@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmaudio_hf.config import read_json, read_json_lines
-from mmaudio_hf.hub import (
-    RepoContents,
-    Upload,
-    changed_files,
-    commit_files,
-    fetch,
-    fetch_json,
-    read_contents,
-    readable,
-)
+from mmaudio_hf.hub import RepoContents, Upload, changed_files, commit_files, fetch, fetch_json, read_contents, readable
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.weights import check_file

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -595,7 +594,8 @@ def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
     write_text(store / "meta.json", [meta_text(contents)])
     text = "label" if CLIP_FEATURES in contents.columns else "caption"
     write_text(new_table_file(store), table_lines(ids, captions, text))
-    inherited, moments = _inherited_metadata(manifest or {}, plan), _moments(store, contents)
+    inherited = _inherited_metadata(manifest or {}, plan)
+    moments = Moments.of_file(column_file(store, MEAN), contents.columns[MEAN])
     write_text(manifest_file(store), manifest_text(manifest_of(store, contents, inherited, ids, captions, moments)))
 
 
@@ -606,13 +606,3 @@ def _inherited_metadata(manifest: dict[str, Any], plan: StorePull) -> dict[str, 
     if len(plan.rows) != plan.whole.rows:
         counts = {"chosen": len(plan.rows), "of": plan.whole.rows}
     return metadata | {"encoders": metadata["encoders"] or {}, "counts": counts}
-
-
-def _moments(store: Path, contents: Contents) -> Moments:
-    """Statistics of the latents, summed row by row as a writer does, so that they are equal to the last bit."""
-    column = contents.columns[MEAN]
-    moments = Moments(column.shape[-1])
-    with open(column_file(store, MEAN), "rb") as file:
-        while record := file.read(column.row_bytes):
-            moments.add(torch.frombuffer(bytearray(record), dtype=column.dtype).reshape(column.shape))
-    return moments

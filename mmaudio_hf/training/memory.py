@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmaudio_hf.config import ModelConfig, Recipe
-from mmaudio_hf.data.loader import Batch, block_bytes, pack
+from mmaudio_hf.data.loader import Batch, pack
 from mmaudio_hf.data.noise import Draws
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.checkpointer import BLOCK_BYTES
@@ -116,7 +116,7 @@ class MemoryEstimate:
         size = training.batch_size // processes // accumulation_steps
         buffers = accumulation_steps + max(self.recipe.data.prefetch_batches, accumulation_steps)  # of `BatchLoader`
         tensors = [FLOAT32 * size * count for count in self._sample_elements]
-        blocks, _ = pack(dict(enumerate(buffers * tensors)), block_bytes(tensors))
+        blocks, _ = pack(dict(enumerate(buffers * tensors)))
         batches = here * sum(map(_pinned, blocks))
         return {"checkpoint copy": shards if fsdp else _pinned(state), "batches": batches}
 
