@@ -479,9 +479,12 @@ def _content(value: Mapping[str, Any], remote: bool) -> bytes | Path:
     """
     import datasets
 
-    path = value.get("path")
+    path = value.get("path") or ""
     if value.get("bytes") is not None:
         return value["bytes"]
+    # `datasets` downloads the files whose ending it knows; others, as .ts, are named by where they would be.
+    if remote and not Path(path).is_file() and (file := re.search(r"/datasets--(\w.*)/snapshots/(\w+)/(.+)$", path)):
+        path = f"hf://datasets/{file[1].replace('--', '/', 1)}@{file[2]}/{file[3]}"
     if not path:
         raise FileNotFoundError
     if "://" in path:

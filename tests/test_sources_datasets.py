@@ -15,7 +15,7 @@ import torch
 import yaml
 from hub_server import TOKEN, Hub
 from huggingface_hub import HfFileSystem
-from odd_media import Odd, steady, truncate, write_odd
+from odd_media import Odd, joined_audio, remux, retime_audio, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import DatasetConfig, VideoSource
@@ -47,12 +47,22 @@ def media(tmp_path_factory) -> Path:
     write_odd(videos / "late.mkv", Odd(steady(2.5), audio_start=0.3))
     write_odd(videos / "rotated.MOV", Odd(steady(2.5), size=(96, 64), rotation=90))
     write_odd(videos / "short.mp4", Odd(steady(0.5)))
+    shutil.move(joined_audio(folder / "joined.mp4", 2.5, 0.5, 44_100), videos)
+    for ending in ("ts", "flv", "3gp", "mkv", "m2ts"):
+        remux(videos / "plain.mp4", videos / f"in_{ending}.{ending}")
     truncate(videos / "plain.mp4", videos / "damaged.mp4", 0.5)
     noise = torch.rand(9 * 44_100, generator=torch.Generator().manual_seed(0)) - 0.5
     write_audio(audios / "a.wav", noise, 44_100)
     write_audio(audios / "b.flac", noise * 0.1, 44_100)
     write_compressed(audios / "c.mp3", "libmp3lame", noise)
     write_compressed(audios / "d.ogg", "libopus", noise, 48_000)
+    codecs = {"m4a": "aac", "aac": "aac", "opus": "libopus", "webm": "libopus", "mka": "libopus", "mp4": "aac"}
+    for ending, codec in codecs.items():
+        write_compressed(audios / f"e_{ending}.{ending}", codec, noise, 48_000)
+    retime_audio(audios / "e_mka.mka", audios / "paused.mka", lambda _, time: time + (time >= 3))
+    for name in ("e_aac.aac", "c.mp3"):
+        (audios / f"tail_{name}").write_bytes((audios / name).read_bytes() + bytes(3000))
+    write_audio(audios / "shouting.FLAC", noise, 44_100)
     truncate(audios / "a.wav", audios / "damaged.wav", 0.5)
     for kind in (videos, audios):
         rows = [f"{path.stem}\tof {path.stem}" for path in sorted(kind.iterdir())]
@@ -127,7 +137,7 @@ def test_features_are_those_of_the_files(media, tmp_path, form, hub):
         for kind in ("videos", "audios")
     }
     extract(tmp_path, media, **sources)
-    for kind, accepted in (("videos", 3), ("audios", 4)):
+    for kind, accepted in (("videos", 9), ("audios", 14)):
         with FeatureStore.open(media / "out" / kind) as ours, FeatureStore.open(tmp_path / "out" / kind) as theirs:
             assert len(ours) == len(theirs) >= accepted
             order = [theirs.ids.index(item_id) for item_id in ours.ids]
