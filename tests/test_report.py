@@ -1,8 +1,11 @@
 """The page of a run: its structure, its content, and that it loads nothing from outside."""
 
 import base64
+import contextlib
 import io
+import itertools
 import json
+import time
 from html.parser import HTMLParser
 
 import av
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import PATIENCE
+from test_demo import browser  # noqa: F401
 from toy_stores import MODEL, write_store
 
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
@@ -82,8 +87,8 @@ def run_dir(tmp_path):
 def clicks(times, seconds=2.0, rate=16000) -> torch.Tensor:
     waveform = torch.zeros(int(seconds * rate))
     noise = torch.randn(800, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 0, 800)
-    for time in times:
-        waveform[int(time * rate) :][:800] = noise
+    for start in times:
+        waveform[int(start * rate) :][:800] = noise
     return waveform
 
 
@@ -132,8 +137,46 @@ def test_the_page_names_the_step_that_each_score_would_choose(run_dir):
              ((1, 0.5), (2, 0.75), (3, 0.25))]  # fmt: skip
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = " ".join(Page(write_report(run_dir, [], heading="test split: 3 clips").read_text()).text.split())
+    page = Page(write_report(run_dir, []).read_text())
+    rings = [tags for tags in page.all("circle") if tags["class"] == "ring"]
+    assert len(rings) == 3 and page.text.count("the best:") == 3 and "the best: 0.75 at 2" in page.text
     assert "val_ema/loss3-1" in text.replace(" ", "") and "eval/onset_f120.75" in text.replace(" ", "")
     assert "eval/log_mel_distance28.25" in text.replace(" ", "") and "test split: 3 clips" in text
+
+
+def wait_for(shown, condition: str) -> None:
+    """Until a condition in JavaScript holds; the policy of the page forbids playwright's own waiting."""
+    end = time.monotonic() + PATIENCE
+    while not shown.evaluate(condition):
+        assert time.monotonic() < end, condition
+        shown.wait_for_timeout(50)
+
+
+def test_pages_are_read_and_heard_in_a_browser(browser, page, run_dir):  # noqa: F811
+    """Wide and narrow, light and dark: nothing hangs over, text has contrast, players a length; a switch plays on."""
+    contrast = """() => {
+      const rgb = text => text.match(/[\\d.]+/g).map(Number);
+      const light = c => c.slice(0, 3).map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+      const behind = e => { const c = rgb(getComputedStyle(e).backgroundColor);
+        return c.length == 4 && c[3] == 0 ? (e.parentElement ? behind(e.parentElement) : [255, 255, 255]) : c };
+      return [...document.querySelectorAll("h1, h2, h3, p, dt, dd, td, th, figcaption, button, .note, .seconds, li")]
+        .map(e => { const pair = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((a, b) => a - b);
+          return (pair[1] + 0.05) / (pair[0] + 0.05) }).reduce((a, b) => Math.min(a, b)) }"""
+    for width, scheme in itertools.product((1400, 400), ("light", "dark")):
+        size = {"width": width, "height": 900}
+        with contextlib.closing(browser.new_page(viewport=size, color_scheme=scheme)) as shown:
+            shown.goto((run_dir / "report" / "index.html").as_uri())
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width and shown.evaluate(contrast) >= 4.5
+            players = "[...document.querySelectorAll('video, audio')]"
+            wait_for(shown, f"{players}.every(e => e.duration > 1.9 && e.duration < 2.2)")
+    first, second = (f"document.querySelectorAll('article video')[{i}]" for i in (0, 1))
+    with contextlib.closing(browser.new_page()) as shown:
+        shown.goto((run_dir / "report" / "index.html").as_uri())
+        shown.evaluate(f"{first}.muted = {second}.muted = true; {first}.play()")
+        wait_for(shown, f"{first}.currentTime > 0.5")
+        shown.get_by_role("button", name="Switch A | B").click()
+        wait_for(shown, f"{first}.paused && {second}.currentTime > 0.5 && !{second}.error")
 
 
 def test_cards_of_several_players_have_a_switch(page):

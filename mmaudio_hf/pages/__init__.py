@@ -60,6 +60,7 @@ class Curve:
     label: str
     style: str
     points: list[tuple[float, float]]
+    best: float | None = None  # x of a point that is marked by a ring
 
 
 def line_chart(
@@ -86,7 +87,8 @@ def line_chart(
     y_pixel = lambda y: round(float(np.interp(y, (y_ticks[0], y_ticks[-1]), (_BOTTOM, _TOP))), 1)  # noqa: E731
     for curve in curves:
         dots = [(x_pixel(x), y_pixel(y), f"{y:.4g} at {x:g}") for x, y in curve.points]
-        lines.append({"curve": curve, "dots": dots, "marked": len(dots) <= _MAX_DOTS})
+        ring = next((dot for dot, (x, _) in zip(dots, curve.points, strict=True) if x == curve.best), None)
+        lines.append({"curve": curve, "dots": dots, "marked": len(dots) <= _MAX_DOTS, "ring": ring})
     return render(
         "line_chart.html.jinja",
         title=title,

@@ -48,7 +48,9 @@ from mmaudio_hf.schema import check_id
 
 MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
 _LOSS = "mean squared error"
-_ITEMS, _STEPS = 3, 4  # of the samples made during training: audio is the heaviest content of the page
+# Of the samples made during training, since audio is the heaviest content of the page: items, those of the user's own
+# prompts and videos among them, and steps.
+_ITEMS, _OWN, _STEPS = 3, 4, 4
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def write_report(
         tiles=_tiles(summary, timing or {}),
         charts=_charts(metrics),
         choices=_choices(metrics),
+        kept=_kept_score(run_dir),
         heading=heading,
         scores=_scores_table(list(scores.values())) if scores else None,
         sampled_steps=sampled_steps,
@@ -265,7 +268,8 @@ def _tiles(summary: Mapping[str, Any], timing: Mapping[str, float]) -> list[tupl
 
 def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     def curves(*chosen: tuple[str, str, str]) -> list[Curve]:
-        named = [Curve(name, label, style, _series(metrics, name)) for name, label, style in chosen]
+        best = {name: step for name, (step, _) in _choices(metrics).items()}
+        named = [Curve(name, label, style, _series(metrics, name), best.get(name)) for name, label, style in chosen]
         return [curve for curve in named if curve.points]
 
     loss = curves(
@@ -290,18 +294,23 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     return charts
 
 
-def _choices(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Name, step and value of what each score would choose as `best`: losses improve past the best audio."""
+def _kept_score(run_dir: Path) -> str:
+    """Name of the score whose choice is the checkpoint `best`; "" without one."""
+    recipe = run_dir / "config.yaml"
+    return load_recipe(recipe).training.best_metric if recipe.is_file() and (run_dir / "best").exists() else ""
+
+
+def _choices(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Step and value that each score would choose as `best`: losses improve past the best audio."""
     better = {"val/loss": "lower", "val_ema/loss": "lower"}
     evaluated = {name for entry in metrics for name in entry if name.startswith("eval")}
     directions = {name: entry[-1] for name, entry in {**BUILT_IN, **METRICS}.items()}
     better |= {name: directions.get(name.partition("/")[2], "") for name in sorted(evaluated)}
-    chosen = []
-    for name, direction in better.items():
-        if direction in _RANK and (points := _series(metrics, name)):
-            step, value = min(points, key=lambda point: _RANK[direction](point[1]))
-            chosen.append((name, f"{step:,}", f"{value:.4g}"))
-    return chosen
+    return {
+        name: min(points, key=lambda point: _RANK[direction](point[1]))
+        for name, direction in better.items()
+        if direction in _RANK and (points := _series(metrics, name))
+    }
 
 
 def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -417,14 +426,14 @@ def _samples(run_dir: Path) -> tuple[int, int, list[dict[str, Any]]]:
         listed = json.loads((folders[step] / SAMPLES_FILE).read_text())
         rows[step] = {row["id"]: row | {"folder": folders[step]} for row in listed}
     items = list(rows[steps[-1]])
-    own = [item_id for item_id in items if "scores" not in rows[steps[-1]][item_id]][: _ITEMS - 1]
-    items = own + [item_id for item_id in items if item_id not in own]
+    own = [item_id for item_id in items if "scores" not in rows[steps[-1]][item_id]]
+    shown = own[:_OWN] + [item_id for item_id in items if item_id not in own][: max(1, _ITEMS - len(own))]
     return (
         len(steps),
         len(items),
         [
             _sample_card(run_dir, {step: rows[step][item_id] for step in chosen if item_id in rows[step]})
-            for item_id in items[:_ITEMS]
+            for item_id in shown
         ],
     )
 
