@@ -29,7 +29,7 @@ DURATION = 2.0  # s; short, so that the tests are
 @pytest.fixture(scope="module")
 def example(example_media):
     folder = example_media()
-    write_clips(AudioSource("a", str(folder / "audios"), ""), folder / "clips.tsv")
+    write_clips(AudioSource("a", str(folder / "audios"), str(folder / "audios.tsv")), folder / "clips.tsv")
     return folder
 
 
@@ -206,7 +206,7 @@ def test_problems_of_an_audit_are_rejects_of_their_own_stage(example, weights, t
     assert run(known).reused_shards == 1
     assert run({first: ("silent", "no audio")}).reused_shards == 0
     assert (run(None).accepted, run({}).reused_shards) == (2, 1)
-    write_clips(AudioSource("a", str(example / "audios"), ""), tmp_path / "clips.tsv")
+    write_clips(AudioSource("a", str(example / "audios"), "captions.tsv"), tmp_path / "clips.tsv")
     source = AudioSource("a", str(example / "audios"), str(example / "audios.tsv"), str(tmp_path / "clips.tsv"))
     problems = {read_clips(tmp_path / "clips.tsv")[0].name: ("silent", "nothing is heard")}
     report = extract(toy_recipe(tmp_path, weights), source, problems=problems)
@@ -220,7 +220,7 @@ def test_audio_files_give_a_row_for_each_clip_and_caption(example, weights, tmp_
     for path in (example / "audios").glob("*.flac"):
         shutil.copy(path, media / f"{path.stem[:12]}.flac")
     write_audio(media / "quiet.wav", torch.zeros(9 * 16_000), 16_000)
-    write_clips(AudioSource("a", str(media), ""), tmp_path / "clips.tsv")
+    write_clips(AudioSource("a", str(media), "captions.tsv"), tmp_path / "clips.tsv")
     with open(tmp_path / "clips.tsv", "a") as file:
         file.write("gone_0\tgone\t0\t400000\nrecording_00_9\trecording_00\t900000\t99000000\n")
     captions = [("recording_00", "one"), ("recording_01", "two"), ("recording_00", "three"), ("recording_00", "one")]

@@ -487,9 +487,9 @@ def test_two_thousand_items_with_every_kind_of_fault_take_no_more_memory(tmp_pat
 
     few, many = run(200), run(2000)
     print(f"peak memory: {few:.0f} MB with 200 items, {many:.0f} MB with 2000")
-    # 1.12 and 1.36 GB were measured. The difference is free memory in glibc's heaps: with one heap (MALLOC_ARENA_MAX=1)
-    # 900 items end where 100 do. The frames of all would be more than 4 GB.
-    assert many < few + 400, (few, many)
+    # 1.09 and 1.15 GB were measured, 1.12 and 1.36 before shards gave back what they leave: more draws of the largest
+    # batch. The frames of all would be more than 4 GB.
+    assert many < few + 150, (few, many)
 
 
 MEMORY = """

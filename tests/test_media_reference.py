@@ -148,7 +148,7 @@ def test_decoded_audio(video_id, arrays):
 
 def test_audio_files(tmp_path, arrays):
     folder = EXAMPLES / "training" / "example_audios"
-    report = write_clips(AudioSource("a", str(folder), ""), tmp_path / "clips.tsv")
+    report = write_clips(AudioSource("a", str(folder), "captions.tsv"), tmp_path / "clips.tsv")
     assert (tmp_path / "clips.tsv").read_bytes() == (GOLDEN / "media_clips.tsv").read_bytes()
     assert not report.rejects and not report.ignored
     for clip in read_clips(tmp_path / "clips.tsv"):
