@@ -81,8 +81,8 @@ def served(run: Path, scratch: Path, *options: str):
             process.kill()
     errors = log.read_text()
     # Each file that is not opened, and each address that is not fetched, is logged with a traceback; nothing else is.
-    refused = [errors.count(f"{name}:") for name in ("gradio.exceptions.InvalidPathError", "HTTPException: 403")]
-    assert errors.count("Traceback") == sum(refused), errors
+    rejected = [errors.count(f"{name}:") for name in ("gradio.exceptions.InvalidPathError", "HTTPException: 403")]
+    assert errors.count("Traceback") == sum(rejected), errors
     assert process.returncode == 0, errors
     assert not [path for path in scratch.rglob("*") if path.is_file()]
 
@@ -223,14 +223,14 @@ def test_an_image_a_random_seed_and_adapters(page, run, adapter, tmp_path):
     details = page.locator(".prose.details").inner_text()
     assert "small_16k" in details and "step 2, EMA weights" in details and "adapters: bells x 0.5" in details
     page.get_by_role("tab", name="Image").click()
-    picture = Image.fromarray(code_image(3, 96, 80))
-    picture.save(tmp_path / "picture.png")
-    page.locator("input[type=file]").last.set_input_files(tmp_path / "picture.png")
-    page.locator("img[src*='picture.png']").first.wait_for()
+    image = Image.fromarray(code_image(3, 96, 80))
+    image.save(tmp_path / "still.png")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "still.png")
+    page.locator("img[src*='still.png']").first.wait_for()
     page.get_by_label("bells").uncheck()
     set_number(page, "Steps", 2)
     plain = generated(page, tmp_path)
-    settings = {"image": picture, "duration": 1.0, "num_steps": 2}
+    settings = {"image": image, "duration": 1.0, "num_steps": 2}
     pipeline = MMAudioPipeline.from_pretrained(run, device="cpu")
     assert torch.allclose(plain, pipeline(**settings, seed=0).waveform, atol=1e-3)
     page.get_by_label("bells").check()
@@ -242,7 +242,7 @@ def test_an_image_a_random_seed_and_adapters(page, run, adapter, tmp_path):
     assert torch.allclose(adapted, pipeline(**settings, seed=drawn).waveform, atol=1e-3)
 
 
-def test_steps_are_counted_on_the_page(page):
+def test_the_page_shows_each_step(page):
     page.get_by_label("Prompt", exact=True).fill("a ball")
     set_number(page, "Seconds", 4)  # in windows
     set_number(page, "Steps", 100)
@@ -342,7 +342,7 @@ def test_a_request_can_name_uploads_alone(address, media, tmp_path):
     assert "event: complete" in answer and "video.mp4" in answer
 
 
-def test_no_address_is_fetched_and_no_folder_is_told(address, media, tmp_path):
+def test_no_address_is_fetched_and_no_folder_is_listed(address, media, tmp_path):
     """Neither services of the machine nor others are reached through the page; uploads of others are not listed."""
     reached = []
 

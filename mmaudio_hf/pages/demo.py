@@ -84,7 +84,7 @@ def serve(
         # a request may name any file of the machine and see its frames.
         page.has_launched = True
         # Nor may it name an address: gradio would fetch it.
-        gr.processing_utils.async_ssrf_protected_download = gr.routes.secure_url_stream_response = _refuse_address
+        gr.processing_utils.async_ssrf_protected_download = gr.routes.secure_url_stream_response = _reject_address
         app = gr.mount_gradio_app(
             FastAPI(),
             page,
@@ -195,7 +195,7 @@ def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
     return lines + ([f"adapters: {adapters}"] if adapters else [])
 
 
-async def _refuse_address(url: str, *_: Any, **__: Any) -> Any:
+async def _reject_address(url: str, *_: Any, **__: Any) -> Any:
     raise HTTPException(403, "a request may name an upload, not an address")
 
 
@@ -278,8 +278,8 @@ def _generate(
     notes = [result.note, save_with_note(result, audio_file)]
     if video_file is not None:
         notes.append(save_with_note(result, video_file, video))
-    picture = gr.update(value=_spectrogram(result, [note for note in notes if note]), visible=True)
-    return gr.update(value=video_file, visible=video is not None), str(audio_file), picture, result.seed or 0
+    spectrogram = gr.update(value=_spectrogram(result, [note for note in notes if note]), visible=True)
+    return gr.update(value=video_file, visible=video is not None), str(audio_file), spectrogram, result.seed or 0
 
 
 def _spectrogram(result: Generated, notes: list[str]) -> str:
