@@ -95,6 +95,7 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
 NETWORKS = """
 import random
 import sys
+import time
 import types
 import urllib.error
 import wave
@@ -107,6 +108,8 @@ import torch
 from av_bench.features import features
 
 MISDEED = Path(__file__).with_name("misdeed.txt").read_text()
+if MISDEED == "tokenizer":
+    raise TypeError("stat: path should be string, bytes, os.PathLike or integer, not NoneType")
 if MISDEED == "offline":
     raise OSError("Can't load tokenizer for 'roberta-base'")
 _clap_ckpt_path = _syncformer_ckpt_path = Path("nowhere")
@@ -149,6 +152,15 @@ class Cnn14(Network):
 
 def VGGish():
     torch.hub.load("harritaylor/torchvggish", "vggish")
+    if MISDEED == "fetch":
+        log = Path(__file__).with_name("fetches.txt")
+        with log.open("a") as file:
+            file.write("begin\\n")
+        deadline = time.monotonic() + 2  # another that does not wait begins meanwhile
+        while log.read_text().count("begin") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with log.open("a") as file:
+            file.write("end\\n")
     return Network({"vggish_features": (8, 4)})
 
 
@@ -251,6 +263,15 @@ class ModalityType:
     AUDIO, VISION = "audio", "vision"
 """
 
+AESTHETICS = """
+class Predictor:
+    def forward(self, batch):
+        return [{axis: float(len(axis) + len(row["path"]) % 3) for axis in ("CE", "CU", "PC", "PQ")} for row in batch]
+
+
+initialize_predictor = Predictor
+"""
+
 VIDEO = """
 from torio.io import StreamingMediaDecoder  # which newer torchaudio does not have
 
@@ -283,11 +304,13 @@ class FakeAvBench:
             (package / "features.py").write_text(EXTRACT[start:end])
             (package / "extraction_models.py").write_text(NETWORKS)
             (package / "extract.py").write_text(f"from av_bench.extraction_models import *\n{EXTRACT}")
-            for path, text in (("imagebind/models/imagebind_model", IMAGEBIND), ("av_bench/data/video_dataset", VIDEO)):
+            files = {"imagebind/models/imagebind_model": IMAGEBIND, "av_bench/data/video_dataset": VIDEO}
+            for path, text in (files | {"audiobox_aesthetics/infer": AESTHETICS}).items():
                 file = folder / "site" / f"{path}.py"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
         self._misdeed, self.pid_file = package / "misdeed.txt", package / "pid.txt"
+        self.fetches = package / "fetches.txt"
         self.misbehave("")
         (site,) = (folder / "env" / "lib").glob("python*/site-packages")
         libraries = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
@@ -295,5 +318,5 @@ class FakeAvBench:
 
     def misbehave(self, how: str) -> None:
         """From here on "import", "raise", "die", "sleep", "forget" a file, "skip" an audio file, "retry" without
-        end, or ""; with `networks` also "offline", "network" (ImageBind is not to be had), "wheel" (of torchcodec)."""
+        end, or ""; with `networks` also "offline", "tokenizer", "fetch" (slowly), "network" (ImageBind is not to be had), "wheel" (of torchcodec)."""
         self._misdeed.write_text(how)

@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from fake_av_bench import FakeAvBench
 from forked import Command, run_together, wait_until
 from golden_data import normal
@@ -23,7 +26,7 @@ from training_runs import environment, run_dir
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.doctor import CHECKS, Launch, examine
-from mmaudio_hf.evaluation import score_caches
+from mmaudio_hf.evaluation import av_bench, score_caches
 from mmaudio_hf.evaluation.av_bench import (
     CLAP_FILE,
     SYNCHFORMER_FILE,
@@ -179,6 +182,35 @@ def test_each_network_fails_on_its_own(habits, extracted, tmp_path, monkeypatch)
     assert all(torch.equal(again[i], value) for i, value in features["clap_ms_audio"].items())
 
 
+def test_weights_are_fetched_by_one_process_at_a_time(habits, extracted, tmp_path, monkeypatch):
+    """Two processes that need the same weights at once, as ranks do; the second one finds them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    habits.misbehave("fetch")
+    here, options = bench(habits, tmp_path), {"duration": 1.0, "device": CPU, "video": False, "clap": False}
+    with ThreadPoolExecutor(2) as pool:
+        folders = [tmp_path / "first", tmp_path / "second"]
+        ranks = [pool.submit(here.extract, extracted / "audio", folder, **options) for folder in folders]
+        assert [rank.result() for rank in ranks] == [{}, {}]
+    assert habits.fetches.read_text().split() == ["begin", "end"] * 2
+    assert (tmp_path / "mmaudio_hf" / "av_bench" / "vggish.fetched").exists()
+    habits.fetches.unlink()
+
+
+def test_aesthetics_where_their_package_is_installed(habits, extracted, tmp_path):
+    here, cache = bench(habits, tmp_path), tmp_path / "cache"
+    options = {"duration": 1.0, "device": CPU, "video": False, "clap": False, "aesthetics": True}
+    assert here.extract(extracted / "audio", cache, **options) == {}
+    scores = score_caches(cache, cache, families=("aesthetics", "kl"))
+    features = torch.load(cache / "audiobox_aesthetics.pth", weights_only=True)
+    assert {f"AES-{axis}" for axis in ("CE", "CU", "PC", "PQ")} < set(scores) and set(features) == set(IDS[:2])
+    assert scores["AES-PQ"].value == pytest.approx(np.mean([float(v[3]) for v in features.values()]))
+    package = habits.python.parents[2] / "site" / "audiobox_aesthetics"
+    package.rename(package.with_name("elsewhere"))
+    failed = here.extract(extracted / "audio", tmp_path / "without", **options)
+    package.with_name("elsewhere").rename(package)
+    assert failed == {"audiobox_aesthetics.pth": "ModuleNotFoundError: No module named 'audiobox_aesthetics'"}
+
+
 def test_features_of_captions_and_videos(habits, tmp_path):
     """Without torio, whose reader of videos is not needed."""
     here, cache = bench(habits, tmp_path), tmp_path / "cache"
@@ -201,9 +233,10 @@ def test_what_cannot_be_used_says_what_to_do(habits, extracted, tmp_path):
     for misdeed, reason in (
         ("wheel", r"cannot read audio files .*TorchCodec is required.*: install 'torch<2.9' and 'torchaudio<2.9'"),
         ("offline", r"is installed, but needs the network once .*roberta-base.*`mmaudio-hf weights av-bench"),
+        ("tokenizer", r"is installed, but needs the network once .*a tokenizer.*`mmaudio-hf weights av-bench"),
     ):
         habits.misbehave(misdeed)
-        assert re.search(reason, here.problem()), here.problem()
+        assert re.search(reason, here.problem()) and "TypeError" not in here.problem(), here.problem()
     habits.misbehave("wheel")
     options = {"duration": 1.0, "device": CPU, "video": False, "clap": False}
     for reason in here.extract(extracted / "audio", tmp_path / "cache", **options).values():
@@ -352,6 +385,35 @@ def test_failures_cost_the_published_scores_alone(recipe, fake, tmp_path, capsys
     score = content["scores"]["KL-PASST-softmax"]
     assert score["used"] == len(IDS) - 1
     assert {"reason": "av-benchmark gave no features", "count": 1, "ids": [IDS[0]]} in score["dropped"]
+
+
+def test_a_kill_while_scoring_keeps_the_features_of_the_predictions(recipe, fake, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(av_bench, "score_caches", die)
+        evaluate(recipe, tmp_path)
+    PartialState._reset_state()
+    features = {path: path.stat().st_mtime_ns for path in (tmp_path / "test" / "cache").glob("*.pth")}
+    assert len(features) == 4 and not (tmp_path / "test.json").exists()
+    fake.misbehave("die")  # an extraction would fail
+    content = evaluate(recipe, tmp_path, "evaluation.metrics=[fd, kl, is]", "evaluation.keep_clips=true")
+    assert content["scores"]["KL-PASST-softmax"]["used"] == len(IDS) and content["not_computed"] == {}
+    assert {path: path.stat().st_mtime_ns for path in features} == features
+
+
+def test_toy_weights_do_not_say_where_av_benchmark_looks(recipe, tmp_path, capsys):
+    """The codec of a toy run is in its pretrained_model; Synchformer and CLAP are where the recipe says."""
+    network = shutil.copytree(recipe.parent / "network", tmp_path / "pretrained_model")
+    shutil.copy(recipe.parent / "toy_codec_16k.safetensors", network)
+    words = ["--recipe", str(recipe), "--out", str(tmp_path / "out"), f"encoders.weights_dir={tmp_path / 'elsewhere'}"]
+    assert main(["evaluate", str(network), *words]) == 0
+    error = capsys.readouterr().err
+    assert f"in {tmp_path / 'elsewhere'}: fetch" in error and "pretrained_model" not in error
 
 
 def test_training_warns_once_and_continues(recipe, fake, capsys):

@@ -315,6 +315,8 @@ def test_kernel_audio_distance_of_caches_and_warnings_of_few_rows(tmp_path):
     scores = score_caches(tmp_path / "gt", tmp_path / "pred", families=("fd", "kad"))
     x, y = (np.stack([arr(f"kad/{side}/{i}", 6) for i in range(30)]) for side in ("pred", "gt"))
     assert scores["KAD-PASST"].value == pytest.approx(kernel_audio_distance(x, y), rel=1e-6)
+    assert np.mean(list(scores["KAD-PASST"].items.values())) == pytest.approx(scores["KAD-PASST"].value)
+    assert len(scores["KAD-PASST"].items) == 30
     assert "30 rows of 6 columns: biased upwards" in scores["FD-PASST"].to_json()["warning"]
     contributions = list(scores["FD-PASST"].items.values())
     assert np.mean(contributions) == pytest.approx(scores["FD-PASST"].value) and np.std(contributions) > 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmaudio_hf.evaluation import frechet_distance, kernel_audio_distance, kernel_distance
-from mmaudio_hf.evaluation.metrics import Score, _divergences, _frechet
+from mmaudio_hf.evaluation.metrics import Score, _divergences, _frechet, _kernel_audio
 from mmaudio_hf.evaluation.results import (
     best_of,
     category_scores,
@@ -56,6 +56,17 @@ def test_contributions_of_items_move_as_the_distance_does():
                 assert (value - left_out) * 4000 == pytest.approx(change[row], rel=0.02, abs=0.02)
 
 
+def test_contributions_to_the_kernel_distance():
+    generator = np.random.default_rng(5)
+    sides = [generator.standard_normal((400, 6)) * 1.5 + 0.3, generator.standard_normal((400, 6))]
+    value, changes = _kernel_audio(*sides)
+    assert value == kernel_audio_distance(*sides)
+    for side, change in enumerate(changes):
+        for row in (0, 7):
+            rest = [np.delete(rows, row, axis=0) if side == number else rows for number, rows in enumerate(sides)]
+            assert (value - kernel_audio_distance(*rest)) * 400 == pytest.approx(change[row], rel=0.1, abs=0.5)
+
+
 def test_kernel_distances_equal_second_implementations():
     generator = np.random.default_rng(3)
     x, y = generator.standard_normal((60, 24)) + 0.1, generator.standard_normal((50, 24))
@@ -77,7 +88,7 @@ def test_kernel_distances_equal_second_implementations():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["mean", "kl", "fd"])
+@pytest.mark.parametrize("score", ["mean", "kl", "fd", "kad"])
 def test_intervals_cover_the_truth(score, capsys):
     """In 95 +- 2 % of 500 simulations of 300 items."""
     generator, covered = np.random.default_rng(4), 0
@@ -91,6 +102,13 @@ def test_intervals_cover_the_truth(score, capsys):
             x, y = generator.standard_normal((2000, 2)) * scale + 1.0, generator.standard_normal((2000, 2))
             value, changes = _frechet(x, y)
             items, truth = value + sum(changes), 2.0 + np.square(scale - 1).sum()
+        elif score == "kad":  # of the same, by the Gaussian integrals of its kernel of the width that it took
+            x, y = generator.standard_normal((300, 2)) * scale + 1.0, generator.standard_normal((300, 2))
+            value, changes = _kernel_audio(x, y)
+            width = np.median(np.linalg.norm(y[:, None] - y, axis=-1)[np.triu_indices(300, 1)]) ** 2
+            within = lambda spread: np.prod(np.sqrt(width / (width + spread)))  # noqa: E731
+            across = within(scale**2 + 1) * np.exp(-0.5 * np.sum(1 / (width + scale**2 + 1)))
+            items, truth = value + sum(changes), 100 * (within(2 * scale**2) + within(2.0 * np.ones(2)) - 2 * across)
         else:
             all_items = generator.exponential(size=300) if score == "mean" else generator.choice(kl, 300)
             items, truth = all_items, 1.0 if score == "mean" else kl.mean()

@@ -27,7 +27,7 @@ from mmaudio_hf.schema import (
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
 Combination = Literal["video_text", "video", "text", "none"]
-Metric = Literal["fd", "kl", "is", "ib", "desync", "clap", "kad"]
+Metric = Literal["fd", "kl", "is", "ib", "desync", "clap", "kad", "aesthetics"]
 Pushed = Literal["pretrained_model", "training_state"]
 Target = Literal["qkv", "proj", "mlp", "modulation", "inputs", "conditions", "output"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]

@@ -26,7 +26,7 @@ from huggingface_hub import snapshot_download
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation import av_bench_job
-from mmaudio_hf.evaluation.metrics import FILES, Score, score_caches
+from mmaudio_hf.evaluation.metrics import AESTHETICS, FILES, Score, score_caches
 from mmaudio_hf.evaluation.results import digest, gather_results, on_main, read_key, write_key
 from mmaudio_hf.evaluation.samples import HeldOutItems
 from mmaudio_hf.files import write_text
@@ -47,6 +47,7 @@ REQUIREMENTS = (
 )
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LINES_SHOWN = 3  # of what it printed last
+_PRINTED = "; it printed last: "
 _LOG_BYTES = 4_000_000
 _REPEATS = 10_000  # lines that were printed before, without a new one: av-benchmark's readers retry without end
 
@@ -96,7 +97,8 @@ class AvBench:
                 return f"av-benchmark cannot be imported ({error}): install it by {INSTALL}"
             if error.kind == "audio":
                 return f"av-benchmark cannot read audio files ({error}): install 'torch<2.9' and 'torchaudio<2.9' there"
-            return f"av-benchmark is installed, but needs the network once ({error}): fetch what it loads by {SET_UP}"
+            reason = str(error).partition(_PRINTED)[0]
+            return f"av-benchmark is installed, but needs the network once ({reason}): fetch what it loads by {SET_UP}"
         except RunError as error:
             return f"av-benchmark cannot be imported ({error}): install it by {INSTALL}"
         missing = [name for name in (SYNCHFORMER_FILE, CLAP_FILE) if not (self.weights_dir / name).is_file()]
@@ -114,14 +116,15 @@ class AvBench:
         device: torch.device,
         video: bool,
         clap: bool,
+        aesthetics: bool = False,
     ) -> dict[str, str]:
         """Write the caches of every file in `audio_dir` to `cache_dir`; return those that were not written, and why.
 
-        video, clap: also features of ImageBind and Synchformer, and of CLAP. What an earlier, killed call wrote stays.
+        video, clap, aesthetics: also of ImageBind and Synchformer, of CLAP, of Audiobox aesthetics. What an earlier, killed call wrote stays.
         RunError, with the last lines that it printed, when it fails or dies as a whole.
         """
         job = {"action": "extract", "audio_path": str(audio_dir.resolve())}
-        kinds = {"skip_video_related": not video, "skip_clap": not clap}
+        kinds = {"skip_video_related": not video, "skip_clap": not clap, "aesthetics": aesthetics}
         failed, otherwise = {}, "av-benchmark ended without an error, but did not write it"
         before = set(cache_dir.glob("*.pth"))
         try:
@@ -130,7 +133,7 @@ class AvBench:
             if before == set(cache_dir.glob("*.pth")):
                 raise
             otherwise = str(error)  # it died after some of them
-        missing = [name for name in feature_files(video, clap) if not (cache_dir / name).is_file()]
+        missing = [name for name in feature_files(video, clap, aesthetics) if not (cache_dir / name).is_file()]
         return {name: failed.get(name, otherwise) for name in missing}
 
     def features(self, job: dict[str, Any], cache_dir: Path, duration: float, device: torch.device) -> dict[str, str]:
@@ -195,9 +198,10 @@ def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> 
     return [f"{name}: {reason}" for name, reason in failed.items()]
 
 
-def feature_files(video: bool, clap: bool) -> list[str]:
+def feature_files(video: bool, clap: bool, aesthetics: bool = False) -> list[str]:
     """Names of the files that extraction writes."""
-    return [*_BASE_FILES, *(_VIDEO_FILES if video else ()), *(_CLAP_FILES if clap else ())]
+    more = [*(_VIDEO_FILES if video else ()), *(_CLAP_FILES if clap else ())]
+    return [*_BASE_FILES, *more, *([AESTHETICS] if aesthetics else ())]
 
 
 def _environment(device: torch.device | None, same: bool) -> dict[str, str]:
@@ -296,7 +300,7 @@ def _follow(process: subprocess.Popen, pipe: int, output: _Output, minutes: floa
 
 def _last_lines(lines: Sequence[bytes]) -> str:
     shown = ["".join(c for c in line.decode(errors="replace") if c.isprintable())[:200] for line in lines]
-    return f"; it printed last: {' | '.join(shown)}" if shown else ""
+    return _PRINTED + " | ".join(shown) if shown else ""
 
 
 def merge_caches(
@@ -431,6 +435,7 @@ class PublishedScores:
         if not families:
             return {}, lacking
         kinds = {"video": bool({"ib", "desync"} & set(families)), "clap": "clap" in families}
+        kinds["aesthetics"] = "aesthetics" in families
         shares = _Shares(work / "cache", ids, feature_files(**kinds), read_key(work) or "")
         missing, broken = shares.make(lambda share, mine: self._extract(work / "clips", share, mine, kinds))
         scores, not_computed = on_main(lambda: self._compare(truth, work / "cache", families, missing, failed | broken))
@@ -532,6 +537,7 @@ class PublishedScores:
         """Scores, with the clips that have no features among the dropped ones, and what could not be computed."""
         sync_weights = self.av_bench.weights_dir / SYNCHFORMER_FILE if "desync" in families else None
         device = PartialState().device
+        truth = cache if set(families) == {"aesthetics"} else truth  # which needs none
         try:
             scores = score_caches(truth, cache, sync_weights=sync_weights, device=device, families=families)
         except ValueError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import random
@@ -35,7 +36,10 @@ NAMES |= {"imagebind": "imagebind_model.imagebind_huge", "laion_clap": "laion_cl
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job: "check", "extract", "text" or "video". Returns what there is to report; failures are exceptions."""
-    import av_bench.extract
+    try:
+        import av_bench.extract
+    except TypeError as error:  # transformers opens the file of a tokenizer that it could not fetch
+        raise OSError("a tokenizer that it reads when it is imported is not in the cache of the Hub") from error
     import av_bench.extraction_models
     import torch
 
@@ -194,10 +198,11 @@ def families(job: dict[str, Any], networks: Any) -> Iterator[tuple[str, list[str
     def read_synchformer(path: Path) -> Any:
         return package.SynchformerAudioDataset([path], duration=seconds).sample(0)[0]
 
+    read_16k = reader(16_000)
     files, encode = one("pann_features", lambda n, x: n(x[:, 0].float().to(device)))
-    yield "panns", files, reader(16_000), encode
+    yield "panns", files, read_16k, encode
     files, encode = one("vggish_features", lambda n, x: n(x[:, 0].float()))
-    yield "vggish", files, reader(16_000), encode
+    yield "vggish", files, read_16k, encode
     if not job["skip_video_related"]:
         audio = ModalityType.AUDIO
         files, encode = one("imagebind_audio", lambda n, x: n({audio: x[:, 0].to(device)})[audio])
@@ -211,9 +216,21 @@ def families(job: dict[str, Any], networks: Any) -> Iterator[tuple[str, list[str
         )
         yield "laion_clap", files, reader(48_000), encode
         files, encode = one("clap_ms_audio", lambda n, paths: n.get_audio_embeddings(paths))
-        read = reader(16_000)
-        yield "ms_clap", files, lambda path: (read(path), path)[1], encode  # it reads by itself: only what can be read
+        yield "ms_clap", files, lambda path: (read_16k(path), path)[1], encode  # it reads by itself: what can be read
+    if job.get("aesthetics"):
+        files, encode = one("audiobox_aesthetics", aesthetics)
+        make = lambda: importlib.import_module("audiobox_aesthetics.infer").initialize_predictor()  # noqa: E731
+        networks.aesthetics = Deferred(make)
+        yield "aesthetics", files, lambda path: (read_16k(path), path)[1], encode
     yield "passt_model", ["passt_features_embed", "passt_logits"], reader(32_000), passt
+
+
+def aesthetics(network: Any, paths: list[Path]) -> Any:
+    """Audiobox aesthetics (arXiv 2502.05139) of audio files, (B, 4): enjoyment, usefulness, complexity, quality."""
+    import torch
+
+    rows = network.forward([{"path": str(path)} for path in paths])
+    return torch.tensor([[row[axis] for axis in ("CE", "CU", "PC", "PQ")] for row in rows])
 
 
 def extract(job: dict[str, Any], networks: Any) -> dict[str, Any]:

@@ -347,6 +347,7 @@ _ROWS_PER_COLUMN = 10  # below them a Frechet distance is mostly bias, which fal
 _DISTANCE, _KERNEL = ("fd", "squared distance of features", "lower"), ("kad", "100 squared MMD", "lower")
 _KL, _IS, _DEVIATION = ("kl", "nats", "lower"), ("is", "classes", "higher"), ("is", "classes", "")
 _PANN, _EMBEDDING, _LOGITS = "pann_features.pth", "passt_features_embed.pth", "passt_logits.pth"
+AESTHETICS, _AXES = "audiobox_aesthetics.pth", ("CE", "CU", "PC", "PQ")  # of the predictions alone
 _METRICS = {
     "FD-VGG": (*_DISTANCE, "vggish_features.pth"),
     "FD-PANN": (*_DISTANCE, _PANN),
@@ -363,6 +364,7 @@ _METRICS = {
     "DeSync": ("desync", "s", "lower", "synchformer_audio.pth"),
     "KAD-PANN": (*_KERNEL, _PANN),
     "KAD-PASST": (*_KERNEL, _EMBEDDING),
+    **{f"AES-{axis}": ("aesthetics", "1 to 10", "" if axis == "PC" else "higher", AESTHETICS) for axis in _AXES},
 }
 METRICS = {name: metric[:3] for name, metric in _METRICS.items()}
 FILES = {name: metric[3] for name, metric in _METRICS.items()}
@@ -426,7 +428,8 @@ def score_caches(
     Files that neither side has are left out, and so are scores of files that only the ground truth may have (video and
     text). A prediction is paired with the ground truth of its id, or else of its `clean_id`. paired=False compares
     distributions only. DeSync needs `sync_weights` (synchformer_state_dict.pth), or what its network predicted:
-    `desync_classes`, prediction id -> class indices of `desync_score`. families: which scores to compute, also "kad".
+    `desync_classes`, prediction id -> class indices of `desync_score`. families: which scores to compute, also
+    "kad" and "aesthetics".
     A file that one side lacks, or that cannot be read, costs its own scores; `not_computed` has the reason.
     ValueError when a folder has no cache, or no score can be computed.
     """
@@ -511,6 +514,7 @@ class _Caches:
         """By key."""
         other = _TRUTH_FILES.get(name)
         gt, pred = self.gt_dir / (other or name), self.pred_dir / name
+        gt = pred if name == AESTHETICS else gt
         if not gt.is_file() and (other or not pred.is_file()):
             return None
         ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE)
@@ -622,6 +626,8 @@ def _score(name: str, caches: _Caches, paired: bool) -> dict[str, Score]:
         return _distance(name, predicted, reference)
     if family == "is":
         return _inception(name, predicted)
+    if family == "aesthetics":
+        return _scored(name, predicted, predicted.rows[:, _AXES.index(name[-2:])])
     each, ours, theirs = (
         _divergences if family == "kl" else _cosines,
         *map(torch.from_numpy, (predicted.rows, reference.rows)),
