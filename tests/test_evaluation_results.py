@@ -106,7 +106,7 @@ def test_intervals_cover_the_truth(score, capsys):
             x, y = generator.standard_normal((300, 2)) * scale + 1.0, generator.standard_normal((300, 2))
             value, changes = _kernel_audio(x, y)
             width = np.median(np.linalg.norm(y[:, None] - y, axis=-1)[np.triu_indices(300, 1)]) ** 2
-            within = lambda spread: np.prod(np.sqrt(width / (width + spread)))  # noqa: E731
+            within = lambda spread, w=width: np.prod(np.sqrt(w / (w + spread)))  # noqa: E731
             across = within(scale**2 + 1) * np.exp(-0.5 * np.sum(1 / (width + scale**2 + 1)))
             items, truth = value + sum(changes), 100 * (within(2 * scale**2) + within(2.0 * np.ones(2)) - 2 * across)
         else:

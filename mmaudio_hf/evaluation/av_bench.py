@@ -120,7 +120,8 @@ class AvBench:
     ) -> dict[str, str]:
         """Write the caches of every file in `audio_dir` to `cache_dir`; return those that were not written, and why.
 
-        video, clap, aesthetics: also of ImageBind and Synchformer, of CLAP, of Audiobox aesthetics. What an earlier, killed call wrote stays.
+        video, clap, aesthetics: also features of ImageBind and Synchformer, of CLAP, of Audiobox aesthetics. What an
+        earlier, killed call wrote stays.
         RunError, with the last lines that it printed, when it fails or dies as a whole.
         """
         job = {"action": "extract", "audio_path": str(audio_dir.resolve())}
