@@ -317,6 +317,6 @@ class FakeAvBench:
         (site / "fake.pth").write_text(f"{folder / 'site'}\n{libraries}\n")
 
     def misbehave(self, how: str) -> None:
-        """From here on "import", "raise", "die", "sleep", "forget" a file, "skip" an audio file, "retry" for ever, or "".
-        With `networks` also "offline", "tokenizer", "fetch" slowly, "network" (no ImageBind), "wheel" (no torchcodec)."""
+        """From here on "import", "raise", "die", "sleep", "forget" a file, "skip" an audio file, "retry" for ever, "".
+        With `networks` also "offline", "tokenizer", "fetch" slowly, "network" (no ImageBind), "wheel" (torchcodec)."""
         self._misdeed.write_text(how)
