@@ -406,7 +406,7 @@ def test_a_kill_while_scoring_keeps_the_features_of_the_predictions(recipe, fake
     assert {path: path.stat().st_mtime_ns for path in features} == features
 
 
-def test_toy_weights_do_not_say_where_av_benchmark_looks(recipe, tmp_path, capsys):
+def test_av_benchmark_does_not_look_beside_toy_weights(recipe, tmp_path, capsys):
     """The codec of a toy run is in its pretrained_model; Synchformer and CLAP are where the recipe says."""
     network = shutil.copytree(recipe.parent / "network", tmp_path / "pretrained_model")
     shutil.copy(recipe.parent / "toy_codec_16k.safetensors", network)
