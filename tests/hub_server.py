@@ -154,7 +154,7 @@ class Server(ThreadingHTTPServer):
         self.root, self.multipart_bytes = root, multipart_bytes
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.storage = f"http://localhost:{self.server_address[1]}"
-        self.lock, self.faults = threading.Lock(), []
+        self.lock, self.log_lock, self.faults = threading.Lock(), threading.Lock(), []
         for name in ("blobs", "uploads", "repos"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
@@ -190,6 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.route, self.query = unquote(url.path), parse_qs(url.query)
         self.raw_route, self.status, self.arrived, self.user, self.body = url.path, 0, 0, None, None
+        self.is_logged = False
         self.fault = self.server.fault(f"{self.command} {self.route}")
         try:
             if self.fault.get("status"):
@@ -208,9 +209,13 @@ class Handler(BaseHTTPRequestHandler):
             self.note()
 
     def note(self):
+        """Log the request, once."""
+        if self.is_logged:
+            return
+        self.is_logged = True
         line = {"method": self.command, "path": self.route, "range": self.headers.get("Range"), "status": self.status}
         line |= {"user": self.user, "with_token": "Authorization" in self.headers, "arrived": self.arrived}
-        with self.server.lock, open(self.server.root / "requests.jsonl", "a") as log:
+        with self.server.log_lock, open(self.server.root / "requests.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
 
     # --- bodies -----------------------------------------------------------------------------------------------------
@@ -254,7 +259,10 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None, length: int | None = None):
         self.read_body()  # the next request of this connection begins after it
         self.status = status
-        time.sleep(self.fault.get("delay", 0))
+        end = time.monotonic() + self.fault.get("delay", 0)
+        while time.monotonic() < end and self.fault in self.server.faults:
+            time.sleep(0.01)
+        self.note()  # before the answer: who has it may ask at once what was requested
         self.send_response(status)
         headers = {"Content-Type": "application/json"} | dict(headers or {})
         for name, value in headers.items():
@@ -662,7 +670,8 @@ class Hub:
     def faults(self, *faults: Mapping) -> None:
         """Replace the faults. Each has `match` (a pattern for "METHOD /path"), maybe `times`, and what happens:
 
-        `status` (an answer), `delay` (s), `bytes_per_second`, `drop_upload_after` or `drop_download_after` (bytes).
+        `status` (an answer), `delay` (s, or until the faults are replaced), `bytes_per_second`, `drop_upload_after` or
+        `drop_download_after` (bytes).
         """
         request = urllib.request.Request(f"{self.url}/_faults", json.dumps(faults).encode(), method="POST")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()

@@ -7,15 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from hub_server import TOKEN, USER, Hub
-from toy_stores import recipe_tree, write_recipe
+from toy_stores import recipe_tree, write_codec, write_recipe
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.doctor import available_memory, measure_reading
-from mmaudio_hf.features.toy import ToyMelCodec
 
 READER = "hf_thisonemayonlyread00000000"
 
@@ -25,8 +23,7 @@ def folder(tmp_path_factory):
     """Stores, and a codec fitted to noise."""
     folder = tmp_path_factory.mktemp("doctor")
     recipe_tree(folder)
-    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    write_codec(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from odd_media import Odd, code_image, steady, truncate, write_odd
 
 from mmaudio_hf.cli.training import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
-from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
+from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.generation.pipeline import MMAudioPipeline, Request, save_generated, starting_noise
 from mmaudio_hf.generation.windows import decode_chunks, window_starts
 from mmaudio_hf.media.audio import read_waveform
@@ -29,13 +29,6 @@ from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import column_shapes
 
 SIZES = {"hidden_dim": 64, "num_heads": 1, "depth": 2, "fused_depth": 1, "duration": 1.0}
-
-
-@pytest.fixture(scope="module")
-def media(example_media):
-    folder = example_media()
-    fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,11 @@ import torch
 import yaml
 from hub_server import Hub
 from huggingface_hub import ModelCard, RepoCard
-from toy_stores import MODEL, recipe_tree, write_store
+from toy_stores import MODEL, recipe_tree, write_codec, write_store
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import ModelConfig, load_recipe
-from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.hub.cards import code_version, model_card, run_samples, write_card
 from mmaudio_hf.hub_client import CARD_BEGIN, CARD_END, download_card, hub_errors, merge_cards, plain
 from mmaudio_hf.models.pretrained import find_pretrained
@@ -36,8 +35,7 @@ def run(tmp_path_factory) -> Path:
     write_store(folder / "vgg-train", 8)
     write_store(folder / "own|set", 8, seed=1)
     write_store(folder / "held_out", 5, seed=2)
-    mels = [torch.randn(80, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    (folder / "toy_codec_16k.safetensors").write_bytes(ToyMelCodec.fit("16k", mels).to_bytes())
+    write_codec(folder)
     (folder / "videos").mkdir()  # recipe_tree would make its own stores otherwise
     tree = recipe_tree(folder, steps=4, validate_every=2, checkpoint_every=2, log_every=2)
     tree["data"]["train"] = [{"path": str(folder / "vgg-train"), "repeats": 3}, {"path": str(folder / "own|set")}]

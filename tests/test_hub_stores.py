@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import yaml
 from data_stores import make_store
-from forked import Command
+from forked import PATIENCE, Command, wait_until
 from hub_server import TOKEN, Hub
 from huggingface_hub import DatasetCard
 from toy_stores import recipe_tree, write_store
@@ -175,9 +174,7 @@ def test_a_new_version_replaces_the_old_one(hub, here, tmp_path):
 def killed(hub: Hub, home: Path, words: list[str], reached) -> None:
     """Run a command beside this process and kill it as soon as `reached()`."""
     with Command("store", *words, env=hub.environment(home)) as process:
-        while not reached() and process.poll() is None:
-            threading.Event().wait(0.005)
-        assert process.poll() is None, process.output()
+        wait_until(reached, process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
 
@@ -185,7 +182,7 @@ def killed(hub: Hub, home: Path, words: list[str], reached) -> None:
 def test_a_killed_push_sends_nothing_twice(hub, here, tmp_path):
     store = make_store(tmp_path / "store", 50, seed=3)
     before = len(sent(hub))
-    hub.faults({"match": "PUT /storage", "delay": 0.05})
+    hub.faults({"match": "PUT /storage", "times": 7}, {"match": "PUT /storage", "delay": PATIENCE})
     words = ["push", str(store.path), "tester/killed", "--part-size", str(CHUNK / 2**20)]
     killed(hub, tmp_path / "home", words, lambda: len(sent(hub)) >= before + 7)
     assert "store.json" not in hub.files("tester/killed", "datasets")
@@ -206,7 +203,7 @@ def fetched(hub: Hub, before: int) -> tuple[int, int]:
 
 def test_a_killed_pull_fetches_nothing_twice(hub, here, tmp_path):
     before = len(hub.requests("GET /storage"))
-    hub.faults({"match": "GET /storage", "delay": 0.05})
+    hub.faults({"match": "GET /storage", "times": 8}, {"match": "GET /storage", "delay": PATIENCE})
     words = ["pull", "tester/reference", str(tmp_path / "back")]
     killed(hub, tmp_path / "home", words, lambda: len(hub.requests("GET /storage")) >= before + 8)
     hub.faults()

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 import yaml
+from forked import PATIENCE
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_recipe, write_store
 from training_runs import (
@@ -85,7 +86,7 @@ def test_several_processes_that_did_not_start_are_noticed(finished_run, tmp_path
     config.write_text(text)
     words = accelerate_command(str(ROOT / "train.py"), str(finished_run), processes=2)
     words = [str(config) if word.endswith("cpu.yaml") else word for word in words]
-    result = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    result = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=PATIENCE)
     assert result.returncode != 0
     assert "asked for several processes but started one" in result.stderr
 

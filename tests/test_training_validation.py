@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from forked import PATIENCE
 from toy_stores import recipe_tree, write_store
 from training_runs import ROOT, SCRIPTS, environment
 
@@ -99,7 +100,7 @@ def test_two_processes_find_the_same_scores(recipe_file, tmp_path):
     )
     command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", str(program), str(recipe_file), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     alone = scores_of(recipe_file)
     for rank in range(2):
