@@ -137,7 +137,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if known and not _fits(value, hints()[name]):
                 words = re.sub(r"\w+\.|<class '|'>", "", str(hints()[name]))
                 words = {"int": "a whole number", "float": "a number", "str": "text"}.get(words, words)
-                raise ValueError(f"{function.__qualname__}: {name} must be {words}, not {repr(value)[:80]}")
+                given = " ".join(repr(value).split())[:80]  # a tensor is shown on several lines
+                raise ValueError(f"{function.__qualname__}: {name} must be {words}, not {given}")
             # The suffix of a name is the shape: see the legend at the top.
             if (axes := re.search("_([A-Z]+)$", name)) and value.ndim != len(axes[1]):
                 raise ValueError(f"{function.__qualname__}: {name} must have axes {axes[1]}, not {tuple(value.shape)}")

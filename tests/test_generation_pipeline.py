@@ -437,7 +437,7 @@ def test_frames_need_a_rate(pipeline, frames, rate):
         ({"precision": "fp8"}, "precision 'fp8'"),
         ({"alignment": "left"}, "alignment 'left'"),
         ({"encoders": "toy"}, "encoders"),
-        ({"torch_dtype": 3}, "torch_dtype 3"),
+        ({"torch_dtype": 3}, "torch_dtype must be .*, not 3"),
     ],
 )
 def test_every_wrong_argument_of_from_pretrained_is_named(folder, options, words):

@@ -295,4 +295,4 @@ def test_a_broken_download_is_resumed(media, tmp_path, capsys, hub, monkeypatch)
         config = VideoSource("v", str(tmp_path / "videos"), source["list"], dataset=DatasetConfig(section["path"]))
         written = list(pool.map(write_dataset, [config] * 2))
     assert written.count(None) == 1 and before.items() <= state(tmp_path / "videos").items()
-    assert len(read_media_list(tmp_path / "list.tsv")) == 5
+    assert len(read_media_list(tmp_path / "list.tsv")) == len(list((media / "videos").iterdir()))
