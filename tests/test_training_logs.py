@@ -20,7 +20,7 @@ from mmaudio_hf.training.logs import JsonLines, RunLog, RunningMetrics, device_p
 
 
 def test_running_metrics_are_means_over_steps_and_over_samples_of_a_store():
-    running = RunningMetrics(["videos", "audios", "unused"], 4, Accelerator(cpu=True))
+    running = RunningMetrics(["videos", "audios", "unused"], Accelerator(cpu=True))
     no, yes = torch.tensor(False), torch.tensor(True)
     source = torch.tensor([0, 0, 1, 0])
     running.add(torch.tensor([1.0, 2.0, 3.0, 6.0]), source, torch.tensor(0.5), no)

@@ -3,11 +3,14 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from forked import PATIENCE
+from forked import PATIENCE, wait_until
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_recipe, write_store
 from training_runs import (
@@ -17,18 +20,26 @@ from training_runs import (
     assert_same_metrics,
     checkpoint_names,
     environment,
+    finished,
+    last_step,
     launch,
     lines,
     metrics,
     run_dir,
     same_bytes,
+    start,
     tensors,
     train,
 )
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import config_of_duration, load_recipe
+from mmaudio_hf.data.loader import BatchIndices, BatchLoader
+from mmaudio_hf.data.mixture import Mixture, open_mixture
+from mmaudio_hf.data.noise import sample_noise
+from mmaudio_hf.training.loop import Run
+from mmaudio_hf.training.step import flow_step
 
 
 def test_a_run_leaves_what_is_promised(finished_run):
@@ -96,6 +107,86 @@ def test_a_batch_that_does_not_split_is_an_error(finished_run, monkeypatch, caps
     assert main(["train", str(finished_run), "training.batch_size=5", "name=uneven"]) == 2
     expected = "batch_size 5 does not split over 2 processes x 1 accumulation steps: use 4 or 6"
     assert expected in capsys.readouterr().err
+
+
+DURATIONS = {1.0: 12, 2.0: 10, 1.5: 9}
+
+
+@pytest.fixture(scope="module")
+def durations(tmp_path_factory) -> Path:
+    """A finished run on clips of 1, 2 and 1.5 s, whose batches are of 250 latents: 6, 4 and 4 clips."""
+    folder = tmp_path_factory.mktemp("durations")
+    stores = [write_store(folder / f"s{d * 10:g}", rows, duration=d, seed=5) for d, rows in DURATIONS.items()]
+    held_out = [write_store(folder / f"held_{d:g}", 5, duration=d, seed=6) for d in (1.0, 2.0)]
+    tree = recipe_tree(folder, batch_size=0, batch_tokens=250, batch_size_multiple=2, log_every=1)
+    tree["data"] = {"train": [{"path": str(p)} for p in stores], "validation": [{"path": str(p)} for p in held_out]}
+    for name in ("whole", "killed", "two"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"name": name}))
+    return finished(folder / "whole.yaml")
+
+
+def test_a_run_on_several_durations_validates_each(durations):
+    log = metrics(durations)
+    last = log[-1]
+    assert last["val/loss"] == pytest.approx((last["val/loss_1s"] + last["val/loss_2s"]) / 2, rel=1e-5)
+    assert {"val/loss_held_1", "val_ema/loss_2s"} <= last.keys() and last["val/loss_1s"] != last["val/loss_2s"]
+    steps = [{name for name in line if name.startswith("train/loss_")} for line in log if "train/loss" in line]
+    assert len(steps) == 12 and all(len(stores) == 1 for stores in steps) and len(set.union(*steps)) == 3
+    assert all(line["speed/latents_per_second"] > 63 for line in lines(durations, "speed.jsonl"))
+    state = json.loads((run_dir(durations) / "last" / "training_state" / "state.json").read_text())
+    assert [state["facts"]["depends_on"][f"data.train.{i}"]["duration"] for i in range(3)] == [1.0, 2.0, 1.5]
+    config = json.loads((run_dir(durations) / "last" / "pretrained_model" / "config.json").read_text())
+    assert config["duration"] == 1.0
+
+
+def test_a_run_on_several_durations_that_was_killed_ends_with_the_same_bytes(durations):
+    killed = durations.parent / "killed.yaml"
+    with start(killed, freeze=("mmaudio_hf.training.checkpoint.save_file", 7)) as process:  # of the second checkpoint
+        wait_until(lambda: last_step(killed), process)
+        process.kill()
+    assert last_step(killed) == 4
+    result = train(killed)
+    assert result.returncode == 0, result.stderr
+    same_bytes(durations, killed)
+
+
+def test_two_processes_train_the_same_model_on_several_durations(durations):
+    two = durations.parent / "two.yaml"
+    result = train(two, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "batch 4 of 1 s = 2 x 1 x 2" not in result.stdout and "6 of 1 s = 2 x 1 x 3" in result.stdout
+    assert_close(two, durations, 1e-5)
+    assert_same_metrics(two, durations)
+    uneven = train(two, "training.batch_size_multiple=1", "name=uneven", processes=2)
+    assert "does not split over 2 processes" in uneven.stderr and uneven.returncode == 2
+
+
+def test_losses_are_those_of_a_run_of_one_duration(durations):
+    """Of every sample, from a network that was built for its duration and has no other rows around."""
+    recipe = load_recipe(durations)
+    model = MMAudio.from_pretrained(run_dir(durations) / "last" / "pretrained_model").train()
+    run = Run(recipe, model, open_mixture(recipe.data.train, recipe.model, seed=recipe.seed))
+    seen = set()
+    with run.loader(6) as loader:
+        for (batch,) in loader:
+            run.unwrapped_model.set_lengths(*batch.lengths)
+            with torch.no_grad():
+                losses = flow_step(model, batch, recipe.flow, *run.latent_statistics).loss
+            store = run.mixture.stores[int(batch.source[0])]
+            own = MMAudio(config_of_duration(recipe.model, store.manifest["duration"]))
+            own.load_state_dict(model.state_dict())
+            alone = Mixture([(store, 1)], own.config)
+            assert alone.buckets[0].lengths == batch.lengths
+            for row, index in enumerate(batch.sample_indices):
+                noise = sample_noise(recipe.seed, "train", batch.step, [index], alone.latent_shape)
+                rows = np.array([store.ids.index(batch.ids[row])])
+                values = BatchIndices(batch.step, rows, np.array([index]), np.ones(1, dtype=bool), lambda *_: None)
+                with BatchLoader(alone, [[values]], 1, 1) as one, torch.no_grad():
+                    single = replace(next(one)[0], noise=noise)
+                    loss = flow_step(own, single, recipe.flow, *run.latent_statistics).loss
+                torch.testing.assert_close(losses[row], loss[0], rtol=1e-6, atol=1e-6)
+            seen.add(batch.lengths)
+    assert len(seen) == 3
 
 
 def test_bf16_trains_close_to_float32(finished_run):

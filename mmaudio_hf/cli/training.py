@@ -117,7 +117,7 @@ def _train(options: argparse.Namespace) -> int:
 
     check_launch()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch_size(recipe.training, world)
+    micro_batch_size(recipe.training, world, recipe.model.latent_length)
     if options.dry_run:
         print(dry_run_text(recipe, world))
         return 0
@@ -139,7 +139,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     processes = options.processes or max(1, torch.cuda.device_count())
     if options.fits:
-        micro_batch_size(recipe.training, processes)
+        micro_batch_size(recipe.training, processes, recipe.model.latent_length)
         text, fits = fitting_settings(recipe, options.fits, processes)
         print(text)
         return 0 if fits else 1

@@ -8,7 +8,7 @@ import difflib
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -198,6 +198,13 @@ def variant_config(variant: str, **changes: Any) -> ModelConfig:
     if unknown := next((name for name in changes if name not in ModelConfig.__dataclass_fields__), None):
         raise ValueError(f"unknown key model.{unknown}: {nearest(unknown, ModelConfig.__dataclass_fields__)}")
     return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
+
+
+def config_of_duration(model: ModelConfig, duration: float) -> ModelConfig:
+    """The same network set to clips of another duration; with its own duration, the lengths that it was given."""
+    if duration == model.duration:
+        return model
+    return replace(model, duration=duration, latent_length=0, clip_length=0, sync_length=0)
 
 
 @dataclass(frozen=True)
@@ -401,7 +408,13 @@ class TrainingConfig(Settings):
 
     key = "training"
     steps: int = setting(300_000, "optimizer updates", least=1)
-    batch_size: int = setting(512, "samples per step, over all processes and accumulation", least=1)
+    batch_size: int = setting(512, "samples per step, over all processes and accumulation; 0: batch_tokens", least=0)
+    batch_tokens: int = setting(
+        0, "latents per step, in place of batch_size: a step of short clips has more of them; 0: batch_size", least=0
+    )
+    batch_size_multiple: int = setting(
+        8, "what batch_tokens gives is rounded down to a multiple of this many samples", least=1
+    )
     accumulation_steps: int = setting(1, "forward and backward passes per step", least=1)
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "autocast of the forward pass; weights stay float32")
     tf32: bool = setting(True, "float32 products with inputs rounded to TF32; CUDA only")
@@ -422,7 +435,12 @@ class TrainingConfig(Settings):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
     def check(self) -> None:
-        """The batch splits evenly over accumulation."""
+        """One size of the batch, which splits evenly over accumulation."""
+        _require(
+            bool(self.batch_size) != bool(self.batch_tokens),
+            f"training.batch_size {self.batch_size} and training.batch_tokens {self.batch_tokens}: one of them gives"
+            " the size of a step, set the other to 0",
+        )
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"
@@ -680,13 +698,35 @@ class Recipe(Settings):
         return Path(self.output_dir) / self.name
 
 
-def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
-    """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated."""
-    passes = world_size * training.accumulation_steps
-    if training.batch_size % passes:
-        near = training.batch_size // passes * passes or passes
+def samples_per_step(training: TrainingConfig, latent_length: int) -> int:
+    """Samples of a step whose clips have so many latents; it depends on the recipe alone, not on the processes."""
+    if training.batch_size:
+        return training.batch_size
+    multiple = training.batch_size_multiple
+    if not (size := training.batch_tokens // latent_length // multiple * multiple):
         raise RecipeError(
-            f"training.batch_size {training.batch_size} does not split over {world_size} processes x"
-            f" {training.accumulation_steps} accumulation steps: use {near} or {near + passes}"
+            f"training.batch_tokens {training.batch_tokens} holds no {multiple} clips of {latent_length} latents:"
+            f" use {multiple * latent_length} or more, or lower training.batch_size_multiple"
         )
-    return training.batch_size // passes
+    return size
+
+
+def micro_batch_size(training: TrainingConfig, world_size: int, latent_length: int = 0) -> int:
+    """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated.
+
+    latent_length: latents of the clips, which training.batch_tokens needs.
+    """
+    passes = world_size * training.accumulation_steps
+    size = samples_per_step(training, latent_length)
+    if size % passes:
+        near = size // passes * passes or passes
+        what, way = f"training.batch_size {size}", f"use {near} or {near + passes}"
+        if training.batch_tokens:
+            what = f"training.batch_tokens {training.batch_tokens} gives {size} samples of {latent_length} latents,"
+            way = f"set training.batch_size_multiple to a multiple of {passes}"
+            what += " which"
+        raise RecipeError(
+            f"{what} does not split over {world_size} processes x {training.accumulation_steps} accumulation steps:"
+            f" {way}"
+        )
+    return size // passes

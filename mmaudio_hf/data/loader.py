@@ -15,17 +15,18 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from mmaudio_hf.data.mixture import Mixture
+from mmaudio_hf.data.mixture import Bucket, Mixture
 from mmaudio_hf.data.noise import Draws, fill_noise, fill_noise_for_ids
-from mmaudio_hf.data.sampler import dataset_indices, validation_indices
+from mmaudio_hf.data.sampler import bucket_of_step, dataset_indices, validation_indices
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.schema import CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES
+from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES
 
 _VIDEO = (CLIP_FEATURES, SYNC_FEATURES)
 _READAHEAD = 2  # batches that are requested from the disk before they are read
@@ -36,7 +37,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples, grouped by store; the Bv that have video are listed in `video_rows`. Absent text is zeros."""
+    """B samples of one duration, grouped by store; the Bv that have video are in `video_rows`. Absent text is zeros."""
 
     step: int
     mean: torch.Tensor  # (B, N, C), of the latent before normalisation
@@ -52,6 +53,11 @@ class Batch:
     ids: list[str]
     noise: Draws
     sample_indices: Sequence[int] = ()  # (B,) which sample of the step each batch row is
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """(N, T, S), for `MMAudio.set_lengths`."""
+        return self.mean.shape[1], self.clip_features.shape[1], self.sync_features.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
@@ -82,8 +88,8 @@ def training_batches(
     mixture: Mixture,
     *,
     seed: int,
-    global_batch: int,
-    sample_indices: Sequence[np.ndarray],
+    global_batch: int | Sequence[int],
+    sample_indices: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]],
     start_step: int,
     num_steps: int,
     prefetch: int = 2,
@@ -93,34 +99,50 @@ def training_batches(
     """Loader of this process's share of steps `start_step` to `start_step + num_steps - 1`.
 
     sample_indices: those of each accumulation micro batch, from `sampler.process_sample_indices`. Iterating yields one
-    list of batches per step, one batch per micro batch. `device` None leaves them on the CPU.
+    list of batches per step, one batch per micro batch. `device` None leaves them on the CPU. Of a mixture of several
+    durations, `global_batch` and `sample_indices` are lists of these, one for each bucket.
     """
+    sizes: Sequence[int] = (global_batch,) if isinstance(global_batch, int) else global_batch
+    shares: Any = (sample_indices,) if isinstance(global_batch, int) else sample_indices
     steps = range(start_step, start_step + num_steps)
-    indices = training_batch_indices(len(mixture), seed, global_batch, sample_indices, steps)
-    size, count = max(map(len, sample_indices)), len(sample_indices)
-    return BatchLoader(mixture, indices, size, count, prefetch=prefetch, threads=threads, device=device)
+    indices = bucketed_batch_indices(mixture, seed, sizes, shares, steps)
+    largest = [max(map(len, share)) for share in shares]
+    return BatchLoader(mixture, indices, largest, len(shares[0]), prefetch=prefetch, threads=threads, device=device)
+
+
+def bucketed_batch_indices(
+    mixture: Mixture, seed: int, sizes: Sequence[int], shares: Sequence[Sequence[np.ndarray]], steps: range
+) -> Iterator[list[BatchIndices]]:
+    """Indices of the micro batches of each step: sizes and sample indices of a step for each bucket of the mixture."""
+    epochs = [bucket.samples for bucket in mixture.buckets]
+    for step in steps:
+        bucket, before = bucket_of_step(step, epochs, sizes)
+        of_step = partial(dataset_indices, seed, before, global_batch=sizes[bucket], epoch_length=epochs[bucket])
+        indices = (mixture.of_bucket(bucket, of_step(samples, bucket=bucket)) for samples in shares[bucket])
+        yield [_training_indices(step, seed, *pair) for pair in zip(shares[bucket], indices, strict=True)]
 
 
 def training_batch_indices(
     epoch_length: int, seed: int, global_batch: int, sample_indices: Sequence[np.ndarray], steps: range
 ) -> Iterator[list[BatchIndices]]:
-    """Indices of the micro batches of each step."""
+    """The same for a mixture of one duration."""
+    for step in steps:
+        indices = (dataset_indices(seed, step, samples, global_batch, epoch_length) for samples in sample_indices)
+        yield [_training_indices(step, seed, *pair) for pair in zip(sample_indices, indices, strict=True)]
 
-    def micro_batch(step: int, samples: np.ndarray) -> BatchIndices:
-        def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
-            fill_noise(out, seed, "train", step, samples)
 
-        indices = dataset_indices(seed, step, samples, global_batch, epoch_length)
-        return BatchIndices(step, indices, samples, np.ones(len(samples), dtype=bool), fill)
+def _training_indices(step: int, seed: int, samples: np.ndarray, indices: np.ndarray) -> BatchIndices:
+    def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
+        fill_noise(out, seed, "train", step, samples)
 
-    return ([micro_batch(step, samples) for samples in sample_indices] for step in steps)
+    return BatchIndices(step, indices, samples, np.ones(len(samples), dtype=bool), fill)
 
 
 def validation_batches(
     mixture: Mixture,
     *,
     seed: int,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     dataset_indices: np.ndarray | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -131,16 +153,23 @@ def validation_batches(
     """Batches of process `rank` over the whole mixture, or those `dataset_indices` of it; as many everywhere.
 
     The noise depends on the seed and an item's id alone; rows that are not `valid` are padding. A batch may be used
-    until the next one is requested.
+    until the next one is requested. batch_size: one number, or one for each bucket; these follow one another.
     """
+    sizes = [batch_size] * len(mixture.buckets) if isinstance(batch_size, int) else list(batch_size)
 
     def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
         fill_noise_for_ids(out, seed, ids)
 
     items = np.arange(len(mixture)) if dataset_indices is None else dataset_indices
-    batches = enumerate(validation_indices(len(items), batch_size, rank, world_size))
+    buckets = mixture.bucket_of[mixture.locate(items)[0]]
+    of_bucket = [np.flatnonzero(buckets == bucket) for bucket in range(len(sizes))]  # indices into items
+    batches = enumerate(
+        (of_bucket[bucket][chosen], valid)
+        for bucket, size in enumerate(sizes)
+        for chosen, valid in validation_indices(len(of_bucket[bucket]), size, rank, world_size)
+    )
     indices = ([BatchIndices(step, items[chosen], chosen, valid, fill)] for step, (chosen, valid) in batches)
-    with BatchLoader(mixture, indices, batch_size, 1, prefetch=prefetch, threads=threads, device=device) as loader:
+    with BatchLoader(mixture, indices, sizes, 1, prefetch=prefetch, threads=threads, device=device) as loader:
         for (batch,) in loader:
             yield batch
 
@@ -151,7 +180,8 @@ class BatchLoader:
     On the CPU the tensors of a step are views of reused buffers: they may be used until the next step is requested. On
     another device they are copies that stay. For CUDA they are copied from pinned buffers on a stream of its own, one
     batch ahead, so that the copy runs beside the computation of the step before; the host waits for neither.
-    `prefetch` batches are read ahead, and at least one whole step. `wait_seconds` adds up how long the consumer
+    `prefetch` batches are read ahead, and at least one whole step. `batch_size` is that of the largest batch, or a list
+    of one for each bucket. `wait_seconds` adds up how long the consumer
     waited. Errors while reading (OSError with the file name) are raised by the iterator.
 
     threads: in all, no more than there are cores. As many of them as batches are read ahead fill one batch each, since
@@ -164,7 +194,7 @@ class BatchLoader:
         self,
         mixture: Mixture,
         steps: Iterable[list[BatchIndices]],
-        batch_size: int,
+        batch_size: int | Sequence[int],
         micro_batches: int,
         *,
         prefetch: int = 2,
@@ -186,7 +216,8 @@ class BatchLoader:
         self._samples, self._taking, self._ended = self._located(), threading.Lock(), False
         self._stopped = False
         ahead = max(prefetch, micro_batches)
-        for buffers in _make_buffers(mixture, batch_size, micro_batches + ahead, self._copy_stream is not None):
+        sizes = [batch_size] * len(mixture.buckets) if isinstance(batch_size, int) else batch_size
+        for buffers in _make_buffers(mixture, sizes, micro_batches + ahead, self._copy_stream is not None):
             self._free.put(buffers)
         threads = max(1, min(threads, len(os.sched_getaffinity(0))))
         count, own = min(threads, ahead), torch.get_num_threads()
@@ -356,6 +387,8 @@ class _Samples:
         self.step, self.fill_noise = indices.step, indices.fill_noise
         self.sample_indices: list[int] = indices.sample_indices[order].tolist()
         self.ids = [stores[s].ids[row] for s, row in zip(source.tolist(), rows.tolist(), strict=True)]
+        self.bucket = int(mixture.bucket_of[source[0]])
+        assert (mixture.bucket_of[source] == self.bucket).all(), "a batch of two durations"
         self.bytes = int(mixture.row_bytes[source].sum())
         has_video = np.array([store.has_video for store in stores])[source]
         has_text = np.array([store.has_text for store in stores])[source]
@@ -375,11 +408,15 @@ class _Samples:
 
 
 class _Buffers:
-    """The memory of one batch. Pages that no row is ever read into are never touched, unless they are pinned."""
+    """The memory of one batch, shared by the buckets, whose tensors it has views of.
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self._tensors = {name: tensor for name, tensor in tensors.items() if name not in Draws.__annotations__}
-        self._noise = Draws(**{name: tensors[name] for name in Draws.__annotations__})
+    Pages that no row is ever read into are never touched, unless they are pinned.
+    """
+
+    def __init__(self, buckets: Sequence[dict[str, torch.Tensor]]):
+        draws = Draws.__annotations__
+        self._tensors = [{name: t for name, t in tensors.items() if name not in draws} for tensors in buckets]
+        self._noise = [Draws(**{name: tensors[name] for name in draws}) for tensors in buckets]
         self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
     def fill(self, samples: _Samples) -> Batch:
@@ -387,30 +424,43 @@ class _Buffers:
         if self.copied is not None:
             self.copied.synchronize()
         size, video_size = len(samples.ids), len(samples.flags["video_rows"])
-        tensors = {n: buffer[: video_size if n in _VIDEO else size] for n, buffer in self._tensors.items()}
+        buffers = self._tensors[samples.bucket]
+        tensors = {n: buffer[: video_size if n in _VIDEO else size] for n, buffer in buffers.items()}
         for name, values in samples.flags.items():
-            tensors[name] = self._tensors[name][: len(values)]
+            tensors[name] = buffers[name][: len(values)]
             tensors[name].numpy()[:] = values
         absent = np.flatnonzero(~samples.flags["has_text"])
         if len(absent):  # indexing with an empty mask still costs a millisecond
             tensors[TEXT_FEATURES][torch.from_numpy(absent)] = 0
         for store, name, rows, start in samples.pieces:
             store.read_into(name, rows, tensors[name][start : start + len(rows)])
-        noise = self._noise[:size]
+        noise = self._noise[samples.bucket][:size]
         samples.fill_noise(noise, samples.sample_indices, samples.ids)
         return Batch(step=samples.step, ids=samples.ids, noise=noise, sample_indices=samples.sample_indices, **tensors)
 
 
-def _make_buffers(mixture: Mixture, batch_size: int, count: int, pinned: bool) -> list[_Buffers]:
-    video_size = batch_size if any(store.has_video for store in mixture.stores) else 0
-    kinds = {n: ((video_size if n in _VIDEO else batch_size, *c.shape), c.dtype) for n, c in mixture.columns.items()}
+def _make_buffers(mixture: Mixture, batch_sizes: Sequence[int], count: int, pinned: bool) -> list[_Buffers]:
+    pairs = zip(mixture.buckets, batch_sizes, strict=True)
+    like = [_batch_like(mixture, bucket, batch_size) for bucket, batch_size in pairs]
+    largest = {name: max((tensors[name] for tensors in like), key=torch.Tensor.numel) for name in like[0]}
+    memory = allocate_packed({(i, name): tensor for i in range(count) for name, tensor in largest.items()}, pinned)
+
+    def views(index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        flat = {name: memory[index, name].flatten()[: tensor.numel()] for name, tensor in tensors.items()}
+        return {name: flat[name].view(tensor.shape) for name, tensor in tensors.items()}
+
+    return [_Buffers([views(i, tensors) for tensors in like]) for i in range(count)]
+
+
+def _batch_like(mixture: Mixture, bucket: Bucket, batch_size: int) -> dict[str, torch.Tensor]:
+    """Tensors without memory of the shapes and types of a batch of a bucket."""
+    video_size = batch_size if any(mixture.stores[index].has_video for index in bucket.stores) else 0
+    kinds = {n: ((video_size if n in _VIDEO else batch_size, *c.shape), c.dtype) for n, c in bucket.columns.items()}
     kinds |= dict.fromkeys(("has_video", "has_text", "valid"), ((batch_size,), torch.bool))
     kinds |= dict.fromkeys(("source", "video_rows"), ((batch_size,), torch.int64))
-    kinds |= {n: ((batch_size, *shape), torch.float32) for n, shape in Draws.shapes(mixture.latent_shape).items()}
-    like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
-    ring = {(i, name): tensor for i in range(count) for name, tensor in like.items()}
-    memory = allocate_packed(ring, pinned)
-    return [_Buffers({name: memory[i, name] for name in like}) for i in range(count)]
+    shapes = Draws.shapes(bucket.columns[MEAN].shape)
+    kinds |= {name: ((batch_size, *shape), torch.float32) for name, shape in shapes.items()}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
 
 
 def pack(sizes: Mapping[Key, int], block_bytes: int = 0) -> tuple[list[int], dict[Key, tuple[int, int]]]:

@@ -4,17 +4,19 @@ A store of n rows with `repeats` r gives round(r * n) samples to every epoch. Ov
 all rows again and again, so after k epochs every row has been visited k * round(r * n) // n times or once more.
 A whole r visits every row r times an epoch. Where an epoch ends inside a round through the rows (r = 0.5: after one
 half), the round has an order of its own, drawn from the seed, the store's index in the mixture and the round's number.
+
+Stores of clips of several durations mix too: those of one duration form a bucket, and a batch is of one bucket.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mmaudio_hf.config import EncoderConfig, ExtractionConfig, ModelConfig, StoreConfig
+from mmaudio_hf.config import EncoderConfig, ExtractionConfig, ModelConfig, StoreConfig, config_of_duration
 from mmaudio_hf.data.layout import Column, dtype_name
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import (
@@ -29,7 +31,23 @@ from mmaudio_hf.schema import (
     TEXT_TOKENS,
 )
 
+_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
 _ROUND_STREAM = 0x0B5E_55ED_1D1C_E500  # second word of the key: keeps these orders apart from other uses of a seed
+
+
+class Bucket(NamedTuple):
+    """The stores whose clips have one duration."""
+
+    duration: float | None  # s; None: of stores without a manifest, where there is no model
+    columns: dict[str, Column]  # of a batch
+    stores: list[int]  # indices in the mixture
+    samples: int  # per epoch
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """(N, T, S), for `MMAudio.set_lengths`."""
+        latent, clip, sync = (self.columns[name].shape[0] for name in (MEAN, CLIP_FEATURES, SYNC_FEATURES))
+        return latent, clip, sync
 
 
 class Mixture:
@@ -37,7 +55,9 @@ class Mixture:
 
     Stores with and without video mix freely; one of either kind is enough. Raises ValueError naming both sides when
     stores disagree with each other, or with what `model` and `encoders` expect, in shapes, number types, mode,
-    duration, encoders or normalisation.
+    encoders or normalisation, or when no store has the duration of the model.
+
+    buckets: in the order of their durations. bucket_of: (stores,) the bucket of each store.
     """
 
     def __init__(
@@ -55,18 +75,40 @@ class Mixture:
         for store, repeats in stores_with_repeats:
             if not repeats > 0:
                 raise ValueError(f"repeats of {store.path} must be positive, not {repeats}")
-            if model is not None:
-                _check_against_model(store, model)
-            if encoders is not None:
-                _check_encoder_settings(store, encoders)
-        self.columns = _common_columns(self.stores, model)
-        for key in ("mode", "duration", "normalisation"):
+            check_store(store, model, encoders)
+        for key in ("mode", "normalisation"):
             check_agreement(self.stores, key)
         check_encoders(self.stores)
         self.row_bytes = np.array([self._row_bytes(store) for store in self.stores])  # of one row of each store
         self._lengths = np.array([len(store) for store in self.stores], dtype=np.int64)
         self._counts = np.array([samples_per_epoch(len(store), repeats) for store, repeats in stores_with_repeats])
         self._ends = np.cumsum(self._counts)
+        latents = [store.columns[MEAN].shape[0] for store in self.stores]
+        self.bucket_of = np.searchsorted(np.unique(latents), latents)
+        self.buckets = tuple(self._bucket(index, model) for index in range(int(self.bucket_of.max()) + 1))
+        _check_dtypes(self.stores)
+        if model is not None and model.latent_length not in latents:
+            raise ValueError(
+                f"{self.stores[0].path} has duration {manifest_value(self.stores[0], 'duration')}, model"
+                f" {model.variant} expects {model.duration}: set model.duration to that of a store, or add one of it"
+            )
+
+    def _bucket(self, index: int, model: ModelConfig | None) -> Bucket:
+        members = np.flatnonzero(self.bucket_of == index).tolist()
+        stores = [self.stores[i] for i in members]
+        check_agreement(stores, "duration")
+        durations = (manifest_value(store, "duration") for store in stores)
+        duration = next((d for d in durations if d is not None), None)
+        if model is not None:
+            model = config_of_duration(model, model.duration if duration is None else duration)
+            duration = model.duration
+        columns = _common_columns(stores, model)
+        return Bucket(duration, columns, members, int(self._counts[members].sum()))
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Columns of a batch of the first bucket; their names and number types are those of all."""
+        return self.buckets[0].columns
 
     def __len__(self) -> int:
         """Length of an epoch: the sum of `samples_per_epoch` of all stores."""
@@ -74,11 +116,11 @@ class Mixture:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(N, C)."""
+        """(N, C), of the first bucket."""
         return self.columns[MEAN].shape
 
     def _row_bytes(self, store: FeatureStore) -> int:
-        return sum(column.row_bytes for name, column in store.columns.items() if name in self.columns)
+        return sum(column.row_bytes for name, column in store.columns.items() if name in _COLUMNS)
 
     def locate(self, dataset_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Store index and row (int64) of samples, where index d means sample d % len(self) of epoch d // len(self)."""
@@ -92,6 +134,19 @@ class Mixture:
             in_round = split & (source == store) & (rounds == number)
             rows[in_round] = _round_order(self.seed, store, number, len(self.stores[store]))[rows[in_round]]
         return source, rows
+
+    def of_bucket(self, bucket: int, indices: np.ndarray) -> np.ndarray:
+        """Dataset indices of samples of a bucket, where index d means its sample d % n of its epoch d // n.
+
+        n is the number of its samples per epoch.
+        """
+        if len(self.buckets) == 1:
+            return indices
+        members = self.buckets[bucket].stores
+        ends = np.cumsum(self._counts[members])
+        epochs, offsets = np.divmod(indices, ends[-1])
+        store = np.searchsorted(ends, offsets, side="right")
+        return epochs * len(self) + offsets + (self._ends[members] - ends)[store]
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`latent_mean`, `latent_std` (C,) of the first store with video, or the first store when none has any."""
@@ -141,11 +196,23 @@ def _model_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def check_store(store: FeatureStore, model: ModelConfig | None, encoders: EncoderConfig | None) -> None:
+    """ValueError for a store that is not what `model`, set to the store's duration, and `encoders` expect."""
+    if model is not None:
+        _check_against_model(store, model)
+    if encoders is not None:
+        _check_encoder_settings(store, encoders)
+
+
 def _check_against_model(store: FeatureStore, model: ModelConfig) -> None:
+    duration = manifest_value(store, "duration")
+    if duration is not None and store.columns[MEAN].shape[0] != model.latent_length:
+        model = config_of_duration(model, duration)
     for name, shape in _model_shapes(model).items():
         if name in store.columns and store.columns[name].shape != shape:
             raise ValueError(
-                f"{store.path}: {name} has shape {store.columns[name].shape}, model {model.variant} expects {shape};"
+                f"{store.path}: {name} has shape {store.columns[name].shape}, model {model.variant} expects {shape} at"
+                f" {model.duration:g} s;"
                 " use the variant the store was made for or export it again"
             )
     for key, expected in (("mode", model.mode), ("duration", model.duration)):
@@ -201,10 +268,17 @@ def _common_columns(stores: Sequence[FeatureStore], model: ModelConfig | None) -
             if first != column:
                 raise different_columns(owner, store, name)
     dtype = columns[MEAN][0].dtype
-    return {
-        name: columns[name][0] if name in columns else Column(absent[name], dtype)
-        for name in (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
-    }
+    return {name: columns[name][0] if name in columns else Column(absent[name], dtype) for name in _COLUMNS}
+
+
+def _check_dtypes(stores: Sequence[FeatureStore]) -> None:
+    """The buffers of a batch serve all buckets, and their shapes differ in the lengths alone."""
+    first: dict[str, FeatureStore] = {}
+    for store in stores:
+        for name, column in store.columns.items():
+            owner = first.setdefault(name, store)
+            if (owner.columns[name].dtype, owner.columns[name].shape[1:]) != (column.dtype, column.shape[1:]):
+                raise different_columns(owner, store, name)
 
 
 def different_columns(first: FeatureStore, second: FeatureStore, name: str) -> ValueError:
@@ -214,7 +288,7 @@ def different_columns(first: FeatureStore, second: FeatureStore, name: str) -> V
         f"{first.path} has {name} as {dtype_name(column.dtype)} {column.shape},"
         f" {second.path} as {dtype_name(other.dtype)} {other.shape}"
     )
-    if column.shape != other.shape:
+    if column.dtype == other.dtype:
         return ValueError(f"{difference}: they cannot be mixed, export one again")
     sync = first.columns.get(SYNC_FEATURES)
     option = f" --sync-dtype {dtype_name(sync.dtype)}" if first.layout == "compact" and sync is not None else ""

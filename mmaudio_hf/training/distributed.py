@@ -195,7 +195,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"the launch started {os.environ['WORLD_SIZE']} processes that do not find each other: on a machine with"
             " GPUs that are not to be used, set ACCELERATE_USE_CPU=true"
         )
-    micro_batch_size(recipe.training, accelerator.num_processes)  # an error before anything is allocated
+    # An error before anything is allocated.
+    micro_batch_size(recipe.training, accelerator.num_processes, recipe.model.latent_length)
     return accelerator
 
 

@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 import wave
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
 
-from mmaudio_hf.config import Recipe, micro_batch_size, read_json_lines, to_dict
+from mmaudio_hf.config import Recipe, micro_batch_size, read_json_lines, samples_per_step, to_dict
+from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.schema import AudioSample, RunError
 from mmaudio_hf.training.guard import write_diagnostics
 from mmaudio_hf.training.memory import training_flops
@@ -35,7 +39,7 @@ class RunLog:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, stores: Sequence[str]):
         check_trackers(recipe.training.trackers)
         self.recipe, self.accelerator = recipe, accelerator
-        self.running = RunningMetrics(stores, recipe.training.batch_size, accelerator)
+        self.running = RunningMetrics(stores, accelerator)
         self.history: list[dict[str, Any]] = []  # lines of metrics.jsonl, on the main process
         files = (JsonLines(recipe.run_dir / f"{name}.jsonl", self.warn) for name in ("metrics", "speed", "skipped"))
         self.metrics, self.speed, self.skipped = files
@@ -49,18 +53,24 @@ class RunLog:
         """Report what has failed and does not end the run."""
         tqdm.write(f"warning: {message}; training continues")
 
-    def start(self, step: int, model: torch.nn.Module, rows: int, sharded: bool) -> None:
+    def start(self, step: int, model: torch.nn.Module, mixture: Mixture, sharded: bool) -> None:
         """Start the trackers and print what is trained on what, from `step` on."""
         recipe, training, world_size = self.recipe, self.recipe.training, self.accelerator.num_processes
         if self.accelerator.is_main_process:
             self._start_trackers()
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        batches, steps = [], 0.0
+        for bucket in mixture.buckets:
+            latents = bucket.lengths[0]
+            size, micro = samples_per_step(training, latents), micro_batch_size(training, world_size, latents)
+            of_duration = f" of {bucket.duration:g} s" if len(mixture.buckets) > 1 else ""
+            batches.append(f"{size}{of_duration} = {world_size} x {training.accumulation_steps} x {micro}")
+            steps += bucket.samples / size
         self.accelerator.print(
             f"{recipe.name}: {world_size} process{'es' * (world_size > 1)} on {self.accelerator.device.type},"
-            f" batch {training.batch_size} = {world_size} x {training.accumulation_steps} x"
-            f" {micro_batch_size(training, world_size)}, precision {training.mixed_precision},"
+            f" batch {', '.join(batches)}, precision {training.mixed_precision},"
             f" {parameters / 1e6:.1f} M trainable parameters{', sharded' if sharded else ''},"
-            f" {rows} rows per epoch ({rows / training.batch_size:.1f} steps), from step {step} to {training.steps}"
+            f" {len(mixture)} rows per epoch ({steps:.1f} steps), from step {step} to {training.steps}"
         )
 
     def _start_trackers(self) -> None:
@@ -124,14 +134,14 @@ class RunningMetrics:
     (3 + 2 S,): loss, gradient norm and steps, then the loss and the number of samples of each of S stores.
     """
 
-    def __init__(self, stores: Sequence[str], batch_size: int, accelerator: Accelerator):
-        self._stores, self._batch_size, self._accelerator = stores, batch_size, accelerator
+    def __init__(self, stores: Sequence[str], accelerator: Accelerator):
+        self._stores, self._accelerator = stores, accelerator
         self.sums = torch.zeros(3 + 2 * len(stores), device=accelerator.device)
 
     def add(self, loss: torch.Tensor, source: torch.Tensor, gradient_norm: torch.Tensor, skipped: torch.Tensor) -> None:
         """Add a step: loss and store (B,) of the samples of this process. A `skipped` one, (), counts for nothing."""
         step = torch.zeros_like(self.sums)
-        step[0] = loss.sum() / self._batch_size
+        step[0] = loss.sum() / (len(loss) * self._accelerator.num_processes)  # the size of the step
         step[1] = gradient_norm / self._accelerator.num_processes  # the same on every process, which are summed
         step[2].fill_(float(self._accelerator.is_main_process))  # `step[2] = 1` would be a copy from the host
         losses, counts = step[3:].view(2, -1)
@@ -284,7 +294,7 @@ class Progress:
         self._log, self._first_step = log, first_step
         training = log.recipe.training
         self._peak = device_peak(log.accelerator.device, training.mixed_precision)
-        self._flops = training_flops(log.recipe.model)
+        self._flops_of = {log.recipe.model.latent_length: training_flops(log.recipe.model)}  # of one sample
         self._bar = tqdm(
             total=training.steps,
             initial=first_step,
@@ -292,7 +302,7 @@ class Progress:
             unit="step",
             dynamic_ncols=True,
         )
-        self._steps, self._seconds = 0, 0.0  # since the last report
+        self._steps, self._seconds, self._samples = 0, 0.0, Counter[int]()  # since the last report, samples by latents
         self._began = self._step_began = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -305,10 +315,15 @@ class Progress:
         """Start the clock, before the batches of a step are read."""
         self._step_began = time.perf_counter()
 
-    def end_step(self) -> None:
-        """Stop the clock."""
+    def end_step(self, batches: Sequence[Batch]) -> None:
+        """Stop the clock, after a step of these micro-batches."""
         self._steps += 1
         self._seconds += time.perf_counter() - self._step_began
+        latents, clip, sync = batches[0].lengths
+        self._samples[latents] += sum(len(batch.ids) for batch in batches) * self._log.accelerator.num_processes
+        if latents not in self._flops_of:
+            config = replace(self._log.recipe.model, latent_length=latents, clip_length=clip, sync_length=sync)
+            self._flops_of[latents] = training_flops(config)
         self._bar.update()
 
     def report(self, step: int, wait_seconds: float, stall_seconds: float, line: Mapping[str, float | None]) -> None:
@@ -321,14 +336,17 @@ class Progress:
         seconds, device = max(self._seconds, 1e-9), accelerator.device
         own = [seconds, wait_seconds / seconds, self._peak.flops_per_second, peak_memory_gb(device)]
         times, waits, peaks, memory = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).T
-        samples = self._steps / times.mean().item() * training.batch_size
-        self._steps, self._seconds = 0, 0.0
+        mean, done, by_latents = times.mean().item(), self._steps, self._samples
+        samples = by_latents.total() / mean
+        flops = sum(self._flops_of[latents] * count for latents, count in by_latents.items())
+        self._steps, self._seconds, self._samples = 0, 0.0, Counter()
         elapsed = time.perf_counter() - self._began
         speed = {
-            "speed/steps_per_second": samples / training.batch_size,
+            "speed/steps_per_second": done / mean,
             "speed/samples_per_second": samples,
+            "speed/latents_per_second": sum(latents * count for latents, count in by_latents.items()) / mean,
             "speed/data_wait": waits.mean().item(),
-            "speed/model_flop_utilisation": samples * self._flops / peaks.sum().item(),
+            "speed/model_flop_utilisation": flops / mean / peaks.sum().item(),
             "speed/peak_memory_gb": memory.max().item(),
             "speed/seconds_left": elapsed / (step - self._first_step) * (training.steps - step),
             "speed/checkpoint_stall_seconds": stall_seconds,

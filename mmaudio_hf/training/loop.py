@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mmaudio_hf.config import Recipe
+from mmaudio_hf.config import Recipe, samples_per_step
 from mmaudio_hf.data.loader import Batch, BatchLoader, training_batches
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import process_sample_indices
@@ -126,7 +126,7 @@ class Run:
             self.load(state)
         self.log.history = resume.open_run_dir(recipe, accelerator, lock, self.step, self.ema.step, self.best.step)
         self.prepare()
-        self.log.start(self.step, self.unwrapped_model, len(self.mixture), self.checkpointer.sharded)
+        self.log.start(self.step, self.unwrapped_model, self.mixture, self.checkpointer.sharded)
         if self.step == 0:  # a name that no validation computes is an error now, and not after hours
             check_metrics(recipe.training, self._validate())
             self._evaluate([evaluator for evaluator in self.evaluators if evaluator.at_start], finished=False)
@@ -145,7 +145,7 @@ class Run:
                 with distributed.step_timeout(self.step):
                     self.update(batches)
                     signal = self.guard.poll()  # of the step before, whose flags have arrived: the host need not wait
-                progress.end_step()  # what follows is not time of training
+                progress.end_step(batches)  # what follows is not time of training
                 finished, stop = self._after_step(signal, progress, loader)
                 if stop:
                     break
@@ -188,12 +188,17 @@ class Run:
 
     # --- read -------------------------------------------------------------------------------------------------------
 
-    def sample_indices(self) -> list[np.ndarray]:
-        """Indices in the global batch of the samples of this process, per micro-batch."""
-        training, accelerator = self.recipe.training, self.accelerator
-        return process_sample_indices(
-            training.batch_size, accelerator.num_processes, accelerator.process_index, training.accumulation_steps
-        )
+    @cached_property
+    def batch_sizes(self) -> dict[int, int]:
+        """Latents of a clip -> samples of a step, for each bucket of the mixture."""
+        lengths = [bucket.lengths[0] for bucket in self.mixture.buckets]
+        return {length: samples_per_step(self.recipe.training, length) for length in lengths}
+
+    def sample_indices(self) -> list[list[np.ndarray]]:
+        """Indices in the global batch of the samples of this process, per micro-batch, for each bucket."""
+        accelerator, passes = self.accelerator, self.recipe.training.accumulation_steps
+        share = (accelerator.num_processes, accelerator.process_index, passes)
+        return [process_sample_indices(size, *share) for size in self.batch_sizes.values()]
 
     def loader(
         self,
@@ -208,11 +213,12 @@ class Run:
         They are those of this process, or of `sample_indices`, and on its device, or on `device`.
         """
         start = self.step if start is None else start
+        shares = self.sample_indices() if sample_indices is None else [sample_indices] * len(self.batch_sizes)
         return training_batches(
             self.mixture,
             seed=self.recipe.seed,
-            global_batch=self.recipe.training.batch_size,
-            sample_indices=self.sample_indices() if sample_indices is None else sample_indices,
+            global_batch=[*self.batch_sizes.values()],
+            sample_indices=shares,
             start_step=start,
             num_steps=until - start,
             prefetch=self.recipe.data.prefetch_batches,
@@ -237,6 +243,8 @@ class Run:
         training, settings = self.recipe.training, self.recipe.optim
         optim.set_learning_rate(self.optimizer, optim.learning_rate(self.step, settings, training.steps))
         self.optimizer.zero_grad(set_to_none=True)
+        if len(self.batch_sizes) > 1:  # a step is of one duration, the same on all processes
+            self.unwrapped_model.set_lengths(*batches[0].lengths)
         results = []
         for index, batch in enumerate(batches):
             # Processes exchange gradients once per update, in the backward pass of the last micro-batch.
@@ -246,7 +254,7 @@ class Run:
                     seed_dropout(self.recipe.seed, self.step, index, self.accelerator.process_index)
                 result = flow_step(self.model, batch, self.recipe.flow, *self.latent_statistics)
                 # DDP averages over processes: scaled so that the sum is the mean over the global batch.
-                scale = self.accelerator.num_processes / training.batch_size
+                scale = self.accelerator.num_processes / self.batch_sizes[batch.lengths[0]]
                 self.accelerator.backward(result.loss.sum() * scale)
             results.append((batch.source, result.loss.detach(), result.t))
         norms = optim.gradient_norms(self.unwrapped_model.parameters())
@@ -326,7 +334,9 @@ class Run:
         model = self.unwrapped_model.eval()
         for kind, values in weights.items():
             with distributed.swap_weights(model, values):  # in place: there is no memory for a second model
-                losses = self.validator.scores(self.accelerator.autocast()(model.__call__), *self.latent_statistics)
+                forward = self.accelerator.autocast()(model.__call__)
+                mean, std = self.latent_statistics
+                losses = self.validator.scores(forward, mean, std, model.set_lengths)
             scores |= {f"{kind}/{name}": value for name, value in losses.items()}
         model.train()
         self.log.scores(self.step, scores)

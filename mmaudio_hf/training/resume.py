@@ -56,9 +56,10 @@ def dependencies(mixture: Mixture, validation: Mixture | None, device: torch.dev
     """What the numbers of a run depend on besides its recipe, by name, for state.json; see docs/training.md."""
     splits = {"train": mixture, "validation": validation}
     stores = {
-        f"data.{name}.{i}": store.identity
+        f"data.{name}.{i}": store.identity | {"duration": split.buckets[split.bucket_of[i]].duration}
         for name, split in splits.items()
-        for i, store in enumerate(split.stores if split else ())
+        if split is not None
+        for i, store in enumerate(split.stores)
     }
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rounding = {"torch": torch.__version__, "numpy": np.__version__, "device": processor}
@@ -222,6 +223,8 @@ def _words(value: Any, other: Any) -> str:
     theirs = other.get("encoders", {})
     encoders = {name: text for name, text in value.get("encoders", {}).items() if theirs.get(name, text) != text}
     words = [f"{value['rows']} rows"] if "rows" in value else []
+    if _differ(*({"duration": side.get("duration")} for side in (value, other))):
+        words.append(f"clips of {value['duration']} s")
     words += [f"content {value['content'][:12]}", *(f"{name} encoder {text}" for name, text in encoders.items())]
     return ", ".join(words)
 

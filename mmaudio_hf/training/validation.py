@@ -35,11 +35,15 @@ class Validator:
         self._names = ["loss", *(f"loss_{name}" for name in stores)]
         self._names += [f"loss_t_{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]
         self._names += [f"loss_{name}" for name in self.combinations]
+        self._durations = len(self._names)  # column of the first
+        if len(mixture.buckets) > 1:
+            self._names += [f"loss_{bucket.duration:g}s" for bucket in mixture.buckets]
         if twice := sorted({name for name in self._names if self._names.count(name) > 1}):
             raise ValueError(
                 f"data.validation: {', '.join(twice)} would be the name of two scores (stores {', '.join(stores)});"
                 " give the stores other names, or leave the combination out of training.validation_combinations"
             )
+        self._bucket_of = torch.from_numpy(mixture.bucket_of).to(accelerator.device)
         self._all = np.arange(len(mixture))  # dataset indices
         sources, rows = mixture.locate(self._all)
         ids = [mixture.stores[s].ids[row] for s, row in zip(sources.tolist(), rows.tolist(), strict=True)]
@@ -57,13 +61,20 @@ class Validator:
 
     @torch.no_grad()
     def scores(
-        self, forward: Callable[..., torch.Tensor], latent_mean: torch.Tensor, latent_std: torch.Tensor
+        self,
+        forward: Callable[..., torch.Tensor],
+        latent_mean: torch.Tensor,
+        latent_std: torch.Tensor,
+        set_lengths: Callable[[int, int, int], None] | None = None,
     ) -> dict[str, float]:
         """Mean losses of `forward` (an `MMAudio` in evaluation mode), the same on every process; a collective.
 
-        "loss" is over the whole split with the condition dropout of training; "loss_STORE" and "loss_t_X" split it by
-        store and by time from X to X + 0.1. "loss_video_text" and the other combinations are over the same
-        `training.validation_items` items each, as far as they have the condition, with the others left out.
+        set_lengths: that of the model, where the split has other durations than it is set to.
+
+        "loss" is over the whole split with the condition dropout of training; "loss_STORE", "loss_t_X" and, of several
+        durations, "loss_Ns" split it by store, by time from X to X + 0.1 and by duration. "loss_video_text" and the
+        other combinations are over the same `training.validation_items` items each, as far as they have the condition,
+        with the others left out.
         """
         flow, statistics, num_stores = self.recipe.flow, (latent_mean, latent_std), len(self.mixture.stores)
         # Row 0: sum of the losses of each score, row 1: how many there are. In float64: sums over a whole split.
@@ -73,13 +84,16 @@ class Validator:
             sums[0].index_add_(0, column_B, loss_B.double() * valid_B)
             sums[1].index_add_(0, column_B, valid_B.double())
 
-        for batch in self._batches(self._all):
+        for batch in self._batches(self._all, set_lengths):
             result = flow_step(forward, batch, flow, *statistics)
             time_bin_B = (result.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-            for column_B in (torch.zeros_like(time_bin_B), 1 + batch.source, 1 + num_stores + time_bin_B):
+            columns = [torch.zeros_like(time_bin_B), 1 + batch.source, 1 + num_stores + time_bin_B]
+            if self._durations < len(self._names):
+                columns.append(self._durations + self._bucket_of[batch.source])
+            for column_B in columns:
                 add(column_B, result.loss, batch.valid)
         first = 1 + num_stores + TIME_BINS
-        for batch in self._batches(self._subset) if self.combinations else ():
+        for batch in self._batches(self._subset, set_lengths) if self.combinations else ():
             for column, name in enumerate(self.combinations, first):
                 video, text = COMBINATIONS[name]
                 loss_B = flow_step(forward, _with_conditions(batch, video, text), flow, *statistics).loss
@@ -88,21 +102,26 @@ class Validator:
         totals, counts = self.accelerator.reduce(sums, "sum").tolist()
         return {name: total / n for name, total, n in zip(self._names, totals, counts, strict=True) if n}
 
-    def _batches(self, dataset_indices: np.ndarray) -> Iterable[Batch]:
-        """This process's share of the items, with their stratified times."""
-        world = self.accelerator.num_processes
+    def _batches(
+        self, dataset_indices: np.ndarray, set_lengths: Callable[[int, int, int], None] | None
+    ) -> Iterable[Batch]:
+        """This process's share of the items, with their stratified times; the model is set to the lengths of each."""
+        world, training = self.accelerator.num_processes, self.recipe.training
         largest = -(-len(dataset_indices) // world)
+        latents = [bucket.lengths[0] for bucket in self.mixture.buckets]
         batches = validation_batches(
             self.mixture,
             dataset_indices=dataset_indices,
             seed=self.recipe.seed,
-            batch_size=max(1, min(micro_batch_size(self.recipe.training, world), largest)),
+            batch_size=[max(1, min(micro_batch_size(training, world, length), largest)) for length in latents],
             rank=self.accelerator.process_index,
             world_size=world,
             threads=self.recipe.data.read_threads,
             device=self.accelerator.device,
         )
         for batch in batches:
+            if set_lengths is not None:
+                set_lengths(*batch.lengths)
             z_B = torch.tensor([self._z[item_id] for item_id in batch.ids], dtype=torch.float32)
             yield replace(batch, noise=replace(batch.noise, z=z_B.to(batch.mean.device)))
 
