@@ -13,7 +13,7 @@ from toy_stores import recipe_tree, write_codec, write_recipe
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.mixture import open_mixture
-from mmaudio_hf.doctor import available_memory, measure_reading
+from mmaudio_hf.doctor import TIGHT, available_memory, fitting_settings, measure_reading
 
 READER = "hf_thisonemayonlyread00000000"
 
@@ -159,3 +159,25 @@ def test_the_doctor_names_settings_with_which_a_recipe_fits(capsys):
     assert settings.startswith("training.accumulation_steps=")
     assert main([*words, settings, "--fits", "4GB"]) == 0 and "it fits 4 GB" in capsys.readouterr().out
     assert main([*words, "--fits", "1.1GB"]) == 1 and "take a smaller model" in capsys.readouterr().out
+
+
+def test_fitting_settings_fit_and_more_memory_never_needs_more_of_them():
+    """Over a ladder of sizes; with the proposed settings the recipe fits as it is, below the size by a margin."""
+    sizes = ["model.hidden_dim=64", "model.num_heads=1", "model.depth=2", "model.fused_depth=1"]
+    words = [*sizes, "training.batch_size=64"]
+    recipe, costs = load_recipe("recipes/lora_own.yaml", words), []
+    for size in (0.75e9, 1.15e9, 1.3e9, 2.5e9):  # the first is less than CUDA alone takes
+        text, fits = fitting_settings(recipe, size)
+        settings = re.findall(r"[a-z]+\.\w+=\w+", text) if fits else []
+        accumulation = [int(number) for number in re.findall(r"accumulation_steps=(\d+)", text)]
+        costs.append((not fits, len(settings), accumulation))
+        if not fits:
+            assert "no accumulation" in text and "fits 0.75 GB: take a smaller model" in text
+            continue
+        again, fits = fitting_settings(load_recipe("recipes/lora_own.yaml", [*words, *settings]), size)
+        assert fits and "as it is; it fits" in again
+        assert float(re.search(r"about ([\d.]+) GB", again)[1]) * 1e9 <= TIGHT * size * 1.01  # of rounding
+    assert costs == sorted(costs, reverse=True) and [cost[0] for cost in costs] == [True, False, False, False]
+    assert costs[1] > costs[2] > costs[3] == (False, 0, [])
+    text, fits = fitting_settings(load_recipe("recipes/finetune_own.yaml", words), 0.75e9, processes=2)
+    assert not fits and "train an adapter: finetune.lora.rank=8" in text

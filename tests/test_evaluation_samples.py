@@ -127,8 +127,10 @@ def test_a_fine_tuned_run_samples_its_base_and_what_the_user_names(finished, fol
     assert files["step_0/held_out_0000.wav"] == base["step_4/held_out_0000.wav"]
     assert files["step_0/prompt_1.wav"] != files["step_0/prompt_2.wav"]
     assert [line["step"] for line in metrics(recipe) if "eval/log_mel_distance" in line] == [0, 2]
-    page = Page(write_report(run_dir(recipe), []).read_text()).text
-    assert "Step 0 (base)" in page and "a dog barks" in page
+    page = Page(write_report(run_dir(recipe), []).read_text())
+    assert "Step 0 (base)" in page.text and "a dog barks" in page.text
+    labels = [tag["aria-label"] for tag in page.all("video")]  # its frames with the audio of each step
+    assert labels == [f"Step 0 (base), {video.stem}", f"Step 2, {video.stem}"]
     held_out = folder / "held_out_0000.mp4"
     held_out.write_bytes(video.read_bytes())
     with pytest.raises(ValueError, match="held_out_0000: rename the file"):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from mmaudio_hf import MMAudio, MMAudioPipeline
 from mmaudio_hf.cli import main
+from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.generation import Generated, Request, save_generated
 from mmaudio_hf.media.video import array_windows, read_windows
 
@@ -298,6 +299,50 @@ def test_adapters_that_do_not_fit_leave_the_pipeline_as_it_was(pipeline, adapter
             wrong()
     assert pipeline.adapters == {"mine": 0.5}
     assert all(torch.equal(value, before[name]) for name, value in pipeline.model.state_dict().items())
+
+
+def test_a_pipeline_is_saved_and_loaded(folder, adapters, tmp_path):
+    """As pipelines of diffusers: the folder alone gives the same audio, with the adapters that were set."""
+    pipeline = MMAudioPipeline.from_pretrained(folder, alignment="reference")
+    plain = pipeline(prompt="a bell", num_steps=2, progress=False)
+    pipeline.load_lora_weights(next(iter(adapters)), 0.8, "bells")
+    expected = pipeline(folder / "source.mp4", "a bell", num_steps=2, progress=False)
+    pipeline.save_pretrained(tmp_path / "saved")
+    names = ["README.md", "config.json", "encoders.json", "model.safetensors", "toy_codec_16k.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == names
+    assert "Merged into these weights: bells x 0.8." in (tmp_path / "saved" / "README.md").read_text()
+    moved = (tmp_path / "saved").rename(tmp_path / "moved")
+    again = MMAudioPipeline.from_pretrained(moved)
+    assert again.alignment == "reference" and again.adapters == {}
+    result = again(folder / "source.mp4", "a bell", num_steps=2, progress=False)
+    assert torch.equal(result.waveform, expected.waveform) and torch.equal(result.latent, expected.latent)
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(moved)  # over what is there, and then to where it was loaded from
+    MMAudioPipeline.from_pretrained(moved).save_pretrained(moved)
+    last = MMAudioPipeline.from_pretrained(moved)(prompt="a bell", num_steps=2, progress=False)
+    assert torch.equal(last.waveform, plain.waveform) and "bells" not in (moved / "README.md").read_text()
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", 3):
+        with pytest.raises(ValueError, match=r"is a file, not a folder|save_directory must be"):
+            pipeline.save_pretrained(wrong)
+
+
+def test_encoder_files_are_named_or_copied(folder, tmp_path):
+    """Those of a release: by their paths, or beside the weights, where they are found again."""
+    encoders = EncoderConfig(weights_dir=str(tmp_path / "ext"), clip="me/clip")
+    pipeline = MMAudioPipeline(MMAudio.from_pretrained(folder), encoders)
+    pipeline.save_pretrained(tmp_path / "named")
+    assert MMAudioPipeline.from_pretrained(tmp_path / "named")._source == encoders
+    with pytest.raises(ValueError, match=r"synchformer_state_dict\.pth is missing"):
+        pipeline.save_pretrained(tmp_path / "copied", copy_encoders=True)
+    assert not (tmp_path / "copied").exists()
+    (tmp_path / "ext").mkdir()
+    for name in ("synchformer_state_dict.pth", "v1-16.pth", "best_netG.pt"):
+        (tmp_path / "ext" / name).write_bytes(name.encode())
+    pipeline.save_pretrained(tmp_path / "copied", copy_encoders=True)
+    assert (tmp_path / "copied" / "best_netG.pt").read_bytes() == b"best_netG.pt"
+    loaded = MMAudioPipeline.from_pretrained(tmp_path / "copied")._source
+    assert (loaded.weights_dir, loaded.clip) == (str(tmp_path / "copied"), "me/clip")
 
 
 def test_the_command_takes_adapters_seeds_and_devices(folder, adapters, tmp_path, capsys):

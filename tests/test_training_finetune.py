@@ -207,6 +207,11 @@ def test_an_export_of_an_adapter_has_merged_weights_and_nothing_to_resume(adapte
     assert torch.load(tmp_path / "adapted_last.pth", weights_only=True).keys() == published.keys()
 
 
+def assert_equal_to_scale(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Within 1e-5 of the largest value: float32 alone leaves up to 7e-6 here, against float64."""
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_an_adapter_in_training_is_its_merged_model():
     """Outputs agree before and after the merge, for linear maps and for convolutions over tokens."""
     torch.manual_seed(0)
@@ -224,7 +229,7 @@ def test_an_adapter_in_training_is_its_merged_model():
     with torch.no_grad():
         adapted_output = network(*inputs)
         merged = MMAudio.from_config_and_state(config, merge_adapter(network.state_dict(), 6.0), "merged").eval()
-        torch.testing.assert_close(merged(*inputs), adapted_output, rtol=1e-4, atol=1e-4)
+        assert_equal_to_scale(merged(*inputs), adapted_output)
         without = MMAudio.from_config_and_state(config, plain, "plain").eval()
         assert not torch.allclose(without(*inputs), adapted_output, atol=1e-2)
 
@@ -316,13 +321,13 @@ def test_an_adapter_starts_as_the_base_and_trains_as_its_merged_model(kind):
     with torch.no_grad():
         plain = network(*inputs)
         add_adapter(network, lora)
-        torch.testing.assert_close(network(*inputs), plain, rtol=1e-4, atol=1e-5)
+        assert_equal_to_scale(network(*inputs), plain)
         for parameter in (p for p in network.parameters() if p.requires_grad):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
         adapted = network(*inputs)
         merged = MMAudio.from_config_and_state(config, published_state(network.state_dict(), lora), "merged").eval()
         assert not torch.allclose(adapted, plain, atol=1e-2)
-        torch.testing.assert_close(merged(*inputs), adapted, rtol=1e-4, atol=1e-5)
+        assert_equal_to_scale(merged(*inputs), adapted)
     network.train()
     network(*inputs).square().mean().backward()
     assert all((p.grad is not None) == p.requires_grad for p in network.parameters())

@@ -287,17 +287,12 @@ def write_encoder_files(recipe: Recipe, folder: Path) -> None:
 
     The folder is meant to be published, so paths that hold for this machine alone stay out of it.
     """
-    from mmaudio_hf.models.pretrained import ENCODERS_FILE
+    from mmaudio_hf.models.pretrained import write_encoders
 
     encoders = recipe.encoders
-    content: dict[str, str] = {
-        "kind": encoders.kind,
-        "precision": encoders.precision,
-        "alignment": recipe.extraction.alignment,
-    }
     paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
-    content |= {name: path for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()}
-    (folder / ENCODERS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    relative = [name for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()]
+    write_encoders(folder, encoders, recipe.extraction.alignment, relative)
     if recipe.encoders.kind == "toy":
         from mmaudio_hf.features.toy import toy_codec_file
 

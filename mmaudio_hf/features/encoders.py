@@ -158,7 +158,7 @@ def check_encoders(config: EncoderConfig, mode: str, components: Sequence[str] =
             raise ValueError(f"encoders.{name} {getattr(config, name)!r}: use one of {', '.join(options)}")
     if unknown := sorted(set(components) - set(COMPONENTS)):
         raise ValueError(f"unknown components {', '.join(unknown)}: there are {', '.join(COMPONENTS)}")
-    for file in (file for component in components for file in _files(config, mode, component)):
+    for file in (file for component in components for file in encoder_files(config, mode, component)):
         if not file.is_file():
             hint = "fetch it with `mmaudio-hf weights download` or set encoders.weights_dir"
             if config.kind == "toy":
@@ -166,7 +166,7 @@ def check_encoders(config: EncoderConfig, mode: str, components: Sequence[str] =
             raise ValueError(f"{file} is missing: {hint}")
 
 
-def _files(config: EncoderConfig, mode: str, component: str) -> list[Path]:
+def encoder_files(config: EncoderConfig, mode: str, component: str) -> list[Path]:
     """The files of a component below `weights_dir`; CLIP, for "clip" and "text", has a place of its own."""
     if config.kind == "toy":
         return [toy_codec_file(config.weights_dir, mode)] if component in ("latent", "decode") else []
@@ -187,7 +187,7 @@ def fingerprints(config: EncoderConfig, mode: str, components: Sequence[str] = C
     for component in components:
         if component == "decode":
             continue
-        files = _files(config, mode, component)
+        files = encoder_files(config, mode, component)
         if config.kind == "toy":
             name, content = f"toy_{component}", " ".join([f"version {toy.VERSION}", *map(_file_hash, files)])
         elif component in ("clip", "text"):
@@ -203,7 +203,7 @@ def fingerprints(config: EncoderConfig, mode: str, components: Sequence[str] = C
 def decoder_fingerprint(config: EncoderConfig, mode: str) -> str:
     """A hash of the files that decode latents to audio; reads each once per process."""
     version = [f"toy version {toy.VERSION}"] if config.kind == "toy" else []
-    return " ".join([*version, *map(_file_hash, _files(config, mode, "decode"))])
+    return " ".join([*version, *map(_file_hash, encoder_files(config, mode, "decode"))])
 
 
 def _clip_fingerprint(clip: str) -> tuple[str, str]:

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from mmaudio_hf.config import EncoderConfig, load_recipe
-from mmaudio_hf.features.encoders import check_encoders
-from mmaudio_hf.features.toy import toy_codec_file
+from mmaudio_hf.features.encoders import check_encoders, encoder_files
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import VIDEO_FORMATS, write_video_with_audio
 from mmaudio_hf.media.video import ALIGNMENTS, check_frames
@@ -347,8 +346,8 @@ def precision_of(name: str, dtype: torch.dtype | str | None) -> str:
 def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
     """The encoders and the alignment that were saved with a model; the defaults without a folder.
 
-    A toy codec beside the weights is preferred to the folder it was fitted in. Paths that were not saved are those of
-    the recipe while the folder is part of its run, else the defaults.
+    Encoder files beside the weights are preferred to those of the folder that is named. Paths that were not saved are
+    those of the recipe while the folder is part of its run, else the defaults.
     """
     path = None if folder is None else folder / ENCODERS_FILE
     if folder is None or path is None or not path.is_file():
@@ -364,9 +363,14 @@ def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
         check_encoders(config, "16k", ())  # values of kind and precision
     except Exception as error:
         raise ValueError(f"{path} does not describe encoders: {error.__cause__ or error}") from error
-    if config.kind == "toy" and any(toy_codec_file(folder, mode).is_file() for mode in MODES):
-        config = dataclasses.replace(config, weights_dir=str(folder))
-    return config, alignment
+    beside = dataclasses.replace(config, weights_dir=str(folder))
+    complete = any(all(file.is_file() for file in files_to_copy(beside, mode)) for mode in MODES)
+    return beside if complete else config, alignment
+
+
+def files_to_copy(config: EncoderConfig, mode: str) -> list[Path]:
+    """Encoder files that may lie beside the weights of a model; CLIP has a place of its own."""
+    return [file for component in ("sync", "latent", "decode") for file in encoder_files(config, mode, component)]
 
 
 def _paths_of_run(folder: Path) -> dict[str, str]:

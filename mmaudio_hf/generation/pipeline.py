@@ -10,9 +10,12 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import re
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -43,6 +46,7 @@ from mmaudio_hf.generation import (
     check_number,
     described,
     draw_seed,
+    files_to_copy,
     precision_of,
     read_encoders,
     requests_of,
@@ -74,12 +78,14 @@ from mmaudio_hf.media.video import (
 from mmaudio_hf.models.flow import VelocityFunction, sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import (
+    CARD_FILE,
     Adapter,
     check_hub_options,
     find_pretrained,
     is_weights_file,
     merge_adapters,
     read_adapter,
+    write_encoders,
 )
 from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import (
@@ -201,6 +207,34 @@ class MMAudioPipeline:
             alignment = saved_alignment if alignment is None else alignment
         model = MMAudio.from_pretrained(source if folder is None else folder)
         return cls(model, encoders, device=where, precision=next(iter(chosen), "fp32"), alignment=alignment)
+
+    @checked
+    def save_pretrained(self, save_directory: str | os.PathLike, *, copy_encoders: bool = False) -> None:
+        """Write what `from_pretrained` reads: config.json, model.safetensors, encoders.json and a card.
+
+        The weights are those that generate now: adapters that are set are merged into them, and named in the card.
+        Encoders are named, with their paths; only a toy codec is copied, or with `copy_encoders` the files of
+        Synchformer, mel VAE and vocoder, which are then found beside the weights. CLIP stays where it is. Device and
+        precision belong to `from_pretrained`. ValueError for a file in place of a folder, or a missing encoder file.
+        """
+        folder = Path(save_directory)
+        encoders = self._source.config if isinstance(self._source, Encoders) else self._source
+        copied = copy_encoders or encoders.kind == "toy"
+        if copied:
+            check_encoders(encoders, self.mode, ("sync", "latent", "decode"))
+        with self._lock:
+            self.model.save_pretrained(folder)
+            merged = ", ".join(f"{name} x {scale:g}" for name, scale in self.adapters.items() if scale)
+        card = folder / CARD_FILE  # that of an earlier call stays, apart from this
+        text = re.sub(r"\n## Adapters\n\nMerged into .*\n", "", card.read_text(encoding="utf-8"))
+        text += f"\n## Adapters\n\nMerged into these weights: {merged}.\n" if merged else ""
+        card.write_text(text, encoding="utf-8")
+        write_encoders(folder, encoders, self.alignment, ("clip",) if copied else ("weights_dir", "clip"))
+        for file in set(files_to_copy(encoders, self.mode)) if copied else ():
+            target = folder / file.relative_to(encoders.weights_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not (target.exists() and target.samefile(file)):  # the folder it was loaded from
+                shutil.copyfile(file, target)
 
     # --- settings ----------------------------------------------------------------------------------------------------
 

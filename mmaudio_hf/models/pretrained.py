@@ -16,7 +16,15 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import nn
 
-from mmaudio_hf.config import RELEASED_LICENSE, ModelConfig, is_released, model_config, read_json, to_dict
+from mmaudio_hf.config import (
+    RELEASED_LICENSE,
+    EncoderConfig,
+    ModelConfig,
+    is_released,
+    model_config,
+    read_json,
+    to_dict,
+)
 from mmaudio_hf.hub_client import (
     CARD_FILE,
     card_section,
@@ -135,6 +143,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
 def read_model_config(path: str | Path) -> ModelConfig:
     """Read a `config.json` written by `save_pretrained`; ValueError naming the file and key when it does not fit."""
     return model_config(read_json(path), path)
+
+
+def write_encoders(folder: Path, encoders: EncoderConfig, alignment: str, paths: Iterable[str]) -> None:
+    """Write the file of a folder that says how its features are made; `paths`: settings of places that it names too."""
+    content = {name: getattr(encoders, name) for name in ("kind", "precision", *paths)} | {"alignment": alignment}
+    (folder / ENCODERS_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def check_hub_options(options: Mapping[str, Any], others: Sequence[str] = ()) -> None:

@@ -81,8 +81,8 @@ def line_chart(
     if curves:
         xs, ys = ([point[axis] for curve in curves for point in curve.points] for axis in (0, 1))
         xs += x_range
-        x_ticks = _ticks(min(xs), max(xs))
-        y_ticks = _ticks(0 if from_zero else min(ys), max(ys))
+        x_ticks = ticks(min(xs), max(xs))
+        y_ticks = ticks(0 if from_zero else min(ys), max(ys))
     x_pixel = lambda x: round(float(np.interp(x, (x_ticks[0], x_ticks[-1]), (_LEFT, _RIGHT))), 1)  # noqa: E731
     y_pixel = lambda y: round(float(np.interp(y, (y_ticks[0], y_ticks[-1]), (_BOTTOM, _TOP))), 1)  # noqa: E731
     for curve in curves:
@@ -101,13 +101,13 @@ def line_chart(
     )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that enclose [low, high]."""
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers that enclose [low, high]."""
     span = high - low or abs(high) or 1.0
     unit = 10 ** math.floor(math.log10(span / 4))
     step = next(unit * k for k in (1, 2, 5, 10) if span / (unit * k) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * n for n in range(first, max(last, first + 1) + 1)]
+    return [round(step * n, 12) if step > 1e-9 else step * n for n in range(first, max(last, first + 1) + 1)]
 
 
 def _number(value: float) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mmaudio_hf.media.audit import HARMLESS, VERDICTS
+from mmaudio_hf.pages import ticks
 from mmaudio_hf.pages import write_page as write_template
 
 SHOWN = 12  # examples per verdict
@@ -216,8 +217,9 @@ def _histogram(figure: _Figure, values: list[np.ndarray]) -> dict[str, Any]:
     if not numbers.size:
         return {}
     low, high = (0.0, 1.0) if figure.is_share else (float(numbers.min()), float(numbers.max()))
-    ticks = _ticks(low, high)
-    counts, edges = np.histogram(numbers, BARS, (ticks[0], ticks[-1]))
+    x_ticks = ticks(low, high)
+    x_range = x_ticks[0], x_ticks[-1]
+    counts, edges = np.histogram(numbers, BARS, x_range)
     scale = (_BOTTOM - _TOP) / math.log1p(counts.max())
     width = (_RIGHT - _LEFT) / BARS
     bars = [
@@ -231,15 +233,6 @@ def _histogram(figure: _Figure, values: list[np.ndarray]) -> dict[str, Any]:
         "unit": figure.unit,
         "summary": f"{numbers.size:,} items, median {np.median(numbers):.4g}",
         "bars": bars,
-        "x_ticks": [(round(float(np.interp(x, (ticks[0], ticks[-1]), (_LEFT, _RIGHT))), 1), f"{x:.4g}") for x in ticks],
+        "x_ticks": [(round(float(np.interp(x, x_range, (_LEFT, _RIGHT))), 1), f"{x:.4g}") for x in x_ticks],
         "y_ticks": [(round(_BOTTOM - scale * math.log1p(count), 1), f"{count:,}") for count in powers],
     }
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers that enclose [low, high]."""
-    span = high - low or abs(high) or 1.0
-    unit = 10 ** math.floor(math.log10(span / 4))
-    step = next(unit * k for k in (1, 2, 5, 10) if span / (unit * k) <= 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * n, 12) for n in range(first, max(last, first + 1) + 1)]

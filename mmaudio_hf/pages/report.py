@@ -27,6 +27,7 @@ from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
 from mmaudio_hf.evaluation.results import ALIGNED, SHOWN, audio_folder, best_of, find_scores, read_clips
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, HeldOutItems, generate_items
+from mmaudio_hf.generation import RECIPE_FILE
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.media.container import MediaError
@@ -89,9 +90,9 @@ def report_run(
     ValueError when the run has no checkpoint, a store of the split is missing, or an encoder file is.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / RECIPE_FILE).is_file():
         raise ValueError(f"{run_dir} is no run folder: it has no config.yaml")
-    recipe = load_recipe(run_dir / "config.yaml")
+    recipe = load_recipe(run_dir / RECIPE_FILE)
     times = {} if events is None else {name: e.times for name, e in read_events(events).items()}
     split = split or ("test" if recipe.data.test else "validation")
     pipeline = MMAudioPipeline.from_pretrained(run_dir, device=device)
@@ -218,9 +219,11 @@ def write_report(
     run_dir = Path(run_dir)
     metrics, summary = read_json_lines(run_dir / "metrics.jsonl")[0], run_summary(run_dir)
     scores = {content["split"]: content for content in find_scores(run_dir)}  # the last of each split
-    sampled_steps, sampled_items, samples = _samples(run_dir)
+    recipe = load_recipe(run_dir / RECIPE_FILE) if (run_dir / RECIPE_FILE).is_file() else None
     with tempfile.TemporaryDirectory() as scratch:
         cards = [_clip_card(clip, Path(scratch)) for clip in clips]
+        videos = {Path(path).stem: Path(path) for path in recipe.samples.videos} if recipe else {}
+        sampled_steps, sampled_items, samples = _samples(run_dir, videos, Path(scratch))
     return write_page(
         run_dir / "report" / "index.html",
         "report.html.jinja",
@@ -229,7 +232,7 @@ def write_report(
         tiles=_tiles(summary, timing or {}),
         charts=_charts(metrics),
         choices=_choices(metrics),
-        kept=_kept_score(run_dir),
+        kept=recipe.training.best_metric if recipe and (run_dir / "best").exists() else "",
         heading=heading,
         scores=_scores_table(list(scores.values())) if scores else None,
         sampled_steps=sampled_steps,
@@ -292,12 +295,6 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     if onsets := curves(("eval/onset_f1", "onset F1", "c")):
         charts.append(line_chart("Samples: onset F1", "step", onsets, y_label="share"))
     return charts
-
-
-def _kept_score(run_dir: Path) -> str:
-    """Name of the score whose choice is the checkpoint `best`; "" without one."""
-    recipe = run_dir / "config.yaml"
-    return load_recipe(recipe).training.best_metric if recipe.is_file() and (run_dir / "best").exists() else ""
 
 
 def _choices(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -390,26 +387,27 @@ def _clip_track(clip: ReportClip, title: str, waveform: torch.Tensor, scratch: P
         precision, recall, f1 = onset_f1(onsets, clip.events)
         note = f"onset F1 {f1:.2f} (precision {precision:.2f}, recall {recall:.2f})"
     label = f"{title.lower()} audio of {clip.name}, {len(onsets)} onsets"
-    return _Track(title, waveform, clip.sample_rate, _media(clip, waveform, scratch), label, note, marks)
+    media = _media(clip.video, waveform, clip.sample_rate, scratch)
+    return _Track(title, waveform, clip.sample_rate, media, label, note, marks)
 
 
-def _media(clip: ReportClip, waveform: torch.Tensor, scratch: Path) -> str:
+def _media(video: Path | None, waveform: torch.Tensor, rate: int, scratch: Path) -> str:
     """The video with this audio as a data URI, or the audio alone where there is no video or it is too large."""
-    if clip.video is not None:
+    if video is not None:
         path = scratch / "clip.mp4"
         with contextlib.suppress(MediaError):
-            write_video_with_audio(clip.video, waveform, clip.sample_rate, path)
+            write_video_with_audio(video, waveform, rate, path)
             if path.stat().st_size <= MEDIA_LIMIT:
                 return data_uri("video/mp4", path.read_bytes())
     path = scratch / "clip.wav"
-    write_audio(path, waveform, clip.sample_rate)
+    write_audio(path, waveform, rate)
     return data_uri("audio/wav", path.read_bytes())
 
 
-def _samples(run_dir: Path) -> tuple[int, int, list[dict[str, Any]]]:
+def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[int, int, list[dict[str, Any]]]:
     """How many steps have `samples/`, of how many items, and cards of its first ones from the first step to the last.
 
-    Prompts and videos of the user's own come before the other items: they were chosen.
+    Prompts and videos of the user's own come before the other items: they were chosen. `videos` are these by item.
     """
     folders = {
         int(folder.name.removeprefix("step_")): folder
@@ -432,14 +430,21 @@ def _samples(run_dir: Path) -> tuple[int, int, list[dict[str, Any]]]:
         len(steps),
         len(items),
         [
-            _sample_card(run_dir, {step: rows[step][item_id] for step in chosen if item_id in rows[step]})
+            _sample_card(
+                run_dir,
+                {step: rows[step][item_id] for step in chosen if item_id in rows[step]},
+                videos.get(item_id),
+                scratch,
+            )
             for item_id in shown
         ],
     )
 
 
-def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The card of one item, from its rows by step."""
+def _sample_card(
+    run_dir: Path, rows: Mapping[int, Mapping[str, Any]], video: Path | None, scratch: Path
+) -> dict[str, Any]:
+    """The card of one item, from its rows by step, with its own `video`."""
     row = rows[max(rows)]
     name = f"{check_id(row['id'], SAMPLES_FILE)}.wav"
     files: list[tuple[str, Path, Mapping[str, float]]] = [
@@ -455,8 +460,9 @@ def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]]) -> dict[s
         distance = scores.get("log_mel_distance")
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
-        tracks.append(_Track(title, waveform, rate, data_uri("audio/wav", path.read_bytes()), label, note))
-    return {"name": row["id"], "caption": row["caption"], "note": row["id"], "players": _players(tracks)}
+        tracks.append(_Track(title, waveform, rate, _media(video, waveform, rate, scratch), label, note))
+    lost = f" · audio alone, since {video} is not there any more" if video and not video.exists() else ""
+    return {"name": row["id"], "caption": row["caption"], "note": f"{row['id']}{lost}", "players": _players(tracks)}
 
 
 # --- scores of one or several evaluations in one table ---------------------------------------------------------------
