@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_hashes: dict[tuple, str] = {}  # of this process
+
+
+def hash_once(compute: Callable[..., str], *files: Path) -> str:
+    """`compute(*files)`, once as long as none of the files changes."""
+    stats = [file.stat() for file in files]
+    key = (compute, *((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    if key not in _hashes:
+        _hashes[key] = compute(*files)
+    return _hashes[key]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a file of ours, {} if there is none or it is damaged."""
     try:
@@ -87,17 +99,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically; it is on the disk when this returns."""
-    partial = path.with_name(f"{path.name}.part")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: the file becomes `path` at the end, and is removed after an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with add_path_to_oserror(path):
-            partial.write_text(text, encoding="utf-8")
-            fsync_path(partial)
-            os.replace(partial, path)
-            fsync_path(path.parent)
+        yield partial
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically; it is on the disk when this returns."""
+    with add_path_to_oserror(path):
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+            fsync_path(partial)
+        fsync_path(path.parent)
 
 
 def fsync_path(path: Path) -> None:

@@ -92,23 +92,23 @@ def _explain(error: Exception, where: str) -> Exception:
 def _explain_answer(error: HfHubHTTPError, where: str) -> Exception:
     status = error.response.status_code if error.response is not None else 0
     answer = one_line(error.server_message or error)
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{where} has no such revision: see its branches and commits on the Hub")
-    if isinstance(error, GatedRepoError):
-        return ValueError(f"{where} is gated: ask for access on its page, then {LOGIN}")
-    if isinstance(error, EntryNotFoundError):
-        return ValueError(f"{where} has no such file ({answer})")
-    if isinstance(error, RepositoryNotFoundError):
-        return ValueError(f"{where} is not there, or private to others: check its name, or {LOGIN}")
-    if status == 401:
-        return ValueError(f"{where}: the Hub does not know this token: {LOGIN}")
-    if status == 403:
-        return ValueError(f"{where}: this token does not allow it ({answer}): use one that may write there; {LOGIN}")
     if status == 412:
         return ConnectionError(f"{where}: another commit came first")
     if status in (408, 429) or status >= 500:
         return ConnectionError(f"{where} cannot be reached (the server answers {status})")
-    return ValueError(f"{where}: the Hub refuses ({status}: {answer})")
+    by_kind = {  # a gated repository is one that is not found, too
+        RevisionNotFoundError: " has no such revision: see its branches and commits on the Hub",
+        GatedRepoError: f" is gated: ask for access on its page, then {LOGIN}",
+        EntryNotFoundError: f" has no such file ({answer})",
+        RepositoryNotFoundError: f" is not there, or private to others: check its name, or {LOGIN}",
+    }
+    by_status = {
+        401: f": the Hub does not know this token: {LOGIN}",
+        403: f": this token does not allow it ({answer}): use one that may write there; {LOGIN}",
+    }
+    kind = next((kind for kind in by_kind if isinstance(error, kind)), None)
+    problem = by_kind[kind] if kind else by_status.get(status, f": the Hub refuses ({status}: {answer})")
+    return ValueError(where + problem)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -27,7 +27,7 @@ import fsspec
 from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, DatasetConfig, VideoSource
-from mmaudio_hf.files import add_path_to_oserror, hash_of, locked, read_json, write_text
+from mmaudio_hf.files import add_path_to_oserror, hash_of, locked, read_json, replacing, write_text
 from mmaudio_hf.media.lists import AUDIO_ENDINGS, ENDINGS, VIDEO_ENDINGS, normal_name, read_rows, write_table
 from mmaudio_hf.schema import check_id
 
@@ -507,25 +507,19 @@ def _write_media(target: Path, content: bytes | Path, files: dict[str, tuple[str
     key, entry = normal_name(target.stem), (target.name, checksum)
     if key in files:  # another caption of the same file, or another file
         return "" if files[key] == entry else "with the id of another file"
+    files[key] = entry
     if target.exists():
         same = target.samefile(content) if isinstance(content, Path) else target.read_bytes() == content
         if not same:
             raise ValueError(f"{target} exists and is another file: choose another folder for the media, or remove it")
-        files[key] = entry
         return ""
-    files[key] = entry
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with add_path_to_oserror(target):
-            if isinstance(content, Path):
-                partial.symlink_to(content)
-            else:
-                partial.write_bytes(content)
-                # Shards are made again when times change. This one is that of the content, so not where a file is
-                # written again or on another machine.
-                seconds = 2**29 + int(checksum[:7], 16)
-                os.utime(partial, (seconds, seconds))
-            partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with add_path_to_oserror(target), replacing(target) as partial:
+        if isinstance(content, Path):
+            partial.symlink_to(content)
+        else:
+            partial.write_bytes(content)
+            # Shards are made again when times change. This one is that of the content, so not where a file is
+            # written again or on another machine.
+            seconds = 2**29 + int(checksum[:7], 16)
+            os.utime(partial, (seconds, seconds))
     return ""

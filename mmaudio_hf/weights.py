@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
+from mmaudio_hf.files import sha256_of
 from mmaudio_hf.hub_client import api, hub_errors, one_line
 from mmaudio_hf.schema import checked
 
@@ -211,10 +212,8 @@ def _check(weight: Weight, path: Path, checks: Mapping[str, Check]) -> None:
 def _check_cached(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         name = file.resolve().name  # of the blob: SHA-256 of large files
-        if re.fullmatch("[0-9a-f]{64}", name):
-            with open(file, "rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != name:
-                    raise ValueError(f"{file} is damaged: its sha256 is not {name}")
+        if re.fullmatch("[0-9a-f]{64}", name) and sha256_of(file) != name:
+            raise ValueError(f"{file} is damaged: its sha256 is not {name}")
 
 
 # --- downloading ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import AudioSource, EncoderConfig, VideoSource
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
-from mmaudio_hf.features import workers
+from mmaudio_hf.features import shards
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_clips, write_clips
@@ -363,7 +363,7 @@ def test_shards_of_a_complete_store_may_be_deleted(example, weights, tmp_path, m
     assert (tmp_path / "scratch" / "val.shards" / "shard_00000.arrow").is_file()
     before = content(tmp_path / "out", "val")
     shutil.rmtree(tmp_path / "scratch")
-    monkeypatch.setattr(workers, "load_encoders", None)  # nothing is encoded
+    monkeypatch.setattr(shards, "load_encoders", None)  # nothing is encoded
     again = extract(recipe, videos(example, "val"))
     assert replace(again, seconds=0.0) == replace(first, reused_shards=first.shards, seconds=0.0)
     assert content(tmp_path / "out", "val") == before and not (tmp_path / "scratch").exists()

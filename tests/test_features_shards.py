@@ -28,7 +28,7 @@ from odd_media import Odd, steady, truncate, write_odd
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import AudioSource, EncoderConfig
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
-from mmaudio_hf.features import workers
+from mmaudio_hf.features import shards
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders
 from mmaudio_hf.files import RESUME_HINT, Share, locked
 from mmaudio_hf.media.audio import write_audio
@@ -115,7 +115,7 @@ def watched(monkeypatch):
         networks = {name: functools.partial(watch, name, network) for name, network in encoders.networks.items()}
         return dataclasses.replace(encoders, networks=networks)
 
-    monkeypatch.setattr(workers, "load_encoders", load)
+    monkeypatch.setattr(shards, "load_encoders", load)
     return seen
 
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from mmaudio_hf.files import sha256_of
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, STD, SYNC_FEATURES, TEXT_FEATURES, check_id
 
 LAYOUTS = ("reference", "compact")
@@ -233,8 +234,7 @@ def manifest_columns(path: Path, contents: Contents) -> dict[str, dict[str, Any]
         entries[name] = {"dtype": dtype_name(column.dtype), "shape": list(column.shape)}
         if rows != contents.rows:
             entries[name]["records"] = rows
-        with open(column_file(path, name), "rb") as file:
-            entries[name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[name]["sha256"] = sha256_of(column_file(path, name))
     return entries
 
 

@@ -193,7 +193,7 @@ def _model_file(source: str | Path, name: str) -> Path | None:
         ) from error
 
 
-def hash_tensors(files: Sequence[Path]) -> str:
+def hash_tensors(*files: Path) -> str:
     """sha256 of the tensors of a CLIP model, whatever files and names they are in: transformers' or open_clip's."""
     states = [load_state(file, key="state_dict", keep_dtype=True) for file in files]
     state = {name: value for tensors in states for name, value in tensors.items()}

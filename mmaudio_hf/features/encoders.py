@@ -1,11 +1,11 @@
 """The frozen encoders and decoders of one audio mode, loaded in one place for extraction and for generation."""
 
 import contextlib
-import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.media.audio import SILENCE, peak_of, read_waveform, resample
+from mmaudio_hf.files import hash_once, replacing, sha256_of
+from mmaudio_hf.media.audio import SILENCE, read_waveform, resample
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode, sequence_lengths
 
@@ -211,25 +212,10 @@ def _clip_fingerprint(clip: str) -> tuple[str, str]:
     from mmaudio_hf.features.clip import hash_tensors, weight_files
 
     name = Path(clip).name if Path(clip).exists() else clip
-    return name, "tensors " + _hash_once(tuple(weight_files(clip)), hash_tensors)
+    return name, "tensors " + hash_once(hash_tensors, *weight_files(clip))
 
 
-_HASHES: dict[tuple, str] = {}  # of this process, by path, size and modification time
-
-
-def _hash_once(files: tuple[Path, ...], hash_files: Callable[[tuple[Path, ...]], str]) -> str:
-    key = tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    if key not in _HASHES:
-        _HASHES[key] = hash_files(files)
-    return _HASHES[key]
-
-
-def _file_hash(file: Path) -> str:
-    def sha256(files: tuple[Path, ...]) -> str:
-        with open(files[0], "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-
-    return _hash_once((file,), sha256)
+_file_hash = partial(hash_once, sha256_of)
 
 
 # --- Building the networks -------------------------------------------------------------------------------------------
@@ -352,17 +338,16 @@ def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str
         raise ValueError(f"the toy codec cannot be fitted: none of {len(media)} files has usable audio")
     file = toy_codec_file(weights_dir, mode)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-    partial.write_bytes(toy.ToyMelCodec.fit(mode, mels).to_bytes())
-    os.replace(partial, file)
+    with replacing(file) as temporary:
+        temporary.write_bytes(toy.ToyMelCodec.fit(mode, mels).to_bytes())
     return file
 
 
 def _fitting_mel(path: str | os.PathLike, spectrogram: MelSpectrogram) -> Tensor:
     """Mel (bins, frames) of a file."""
     waveform, rate = read_waveform(path, _FIT_FILE_SECONDS)
-    peak = peak_of(waveform, str(path))
-    if peak < SILENCE or len(waveform) < rate:
-        raise MediaError("silent", f"{path}: has less than a second of audio")
+    peak = float(waveform.abs().max())
+    if not SILENCE <= peak < math.inf or len(waveform) < rate:
+        raise MediaError("silent", f"{path}: has less than a second of audio, or samples that are not finite")
     waveform = resample(waveform / peak * _FIT_PEAK, rate, spectrogram.mode.sample_rate)
     return _even(spectrogram(waveform[None]))[0]

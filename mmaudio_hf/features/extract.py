@@ -29,9 +29,8 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
-from mmaudio_hf.features.shards import Item, Job, Shard
+from mmaudio_hf.features.shards import Item, Job, Shard, make_shards
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.features.workers import make_shards
 from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import (
@@ -350,20 +349,24 @@ def _finished(job: Job, key: str, shards: int) -> ExtractionReport | None:
     rejects_path = job.output_dir / f"{job.name}.rejects.jsonl"
     if _key_of_store(job) != key or not rejects_path.is_file():
         return None
-    counts = _manifest(job)["counts"]
-    rejects = [json.loads(line) for line in rejects_path.read_text(encoding="utf-8").splitlines()]
+    counts, lines = _manifest(job)["counts"], rejects_path.read_text(encoding="utf-8").splitlines()
+    return _report(job, counts["listed"], counts["accepted"], list(map(json.loads, lines)), shards)
+
+
+def _report(
+    job: Job, listed: int, accepted: int, rejects: Sequence[Mapping], shards: int, **more: Any
+) -> ExtractionReport:
+    """rejects: with those that the list does not name, as they are in the file."""
     return ExtractionReport(
         name=job.name,
-        listed=counts["listed"],
-        accepted=counts["accepted"],
-        rejected=counts["rejected"],
+        listed=listed,
+        accepted=accepted,
+        rejected=sum(reject["stage"] != "folder" for reject in rejects),
         missing=sum(reject["reason"] == "not_found" for reject in rejects),
         shards=shards,
-        reused_shards=shards,
-        pending_shards=0,
         store_path=job.output_dir / job.name,
-        rejects_path=rejects_path,
-        seconds=0.0,
+        rejects_path=job.output_dir / f"{job.name}.rejects.jsonl",
+        **{"reused_shards": shards, "pending_shards": 0, "seconds": 0.0} | more,
     )
 
 
@@ -402,19 +405,9 @@ def _summary(job: Job, listed: int, metadata: Sequence[Mapping]) -> ExtractionRe
     reduced: dict[str, int] = {}
     for component, size in (pair for shard in complete for pair in shard.get("halved", {}).items()):
         reduced[component] = max(size, reduced.get(component, 0))
-    return ExtractionReport(
-        name=job.name,
-        listed=listed,
-        accepted=accepted,
-        rejected=len(rejects),
-        missing=sum(reject["reason"] == "not_found" for reject in rejects),
-        shards=len(metadata),
-        reused_shards=0,
-        pending_shards=len(metadata) - len(complete),
-        store_path=job.output_dir / job.name,
-        rejects_path=job.output_dir / f"{job.name}.rejects.jsonl",
-        seconds=0.0,
-        reduced=reduced,
+    pending = len(metadata) - len(complete)
+    return _report(
+        job, listed, accepted, rejects, len(metadata), reused_shards=0, pending_shards=pending, reduced=reduced
     )
 
 

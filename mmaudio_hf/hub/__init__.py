@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mmaudio_hf.config import read_json
+from mmaudio_hf.files import hash_once, sha256_of
 from mmaudio_hf.hub_client import LOGIN, api, check_name, hub_errors
 
 MAX_JSON_BYTES = 10_000_000  # of a file that is read as JSON; a store.json of 1 TB has about 9 MB
@@ -129,26 +130,13 @@ def ensure_repository(repo: str, private: bool, kind: str = "model") -> None:
         api().preupload_lfs_files(repo, [CommitOperationAdd("weights.json", b"{}")], repo_type=kind)
 
 
-_digests: dict[tuple[int, ...], str] = {}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, computed once as long as the file does not change."""
-    stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        with open(path, "rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digests[key]
-
-
 def is_same(local: Path | bytes, remote: RemoteFile) -> bool:
     """Whether a local file, or bytes, have the content of a file on the Hub."""
     size = len(local) if isinstance(local, bytes) else local.stat().st_size
     if size != remote.size:
         return False
     if remote.sha256:
-        digest = hashlib.sha256(local).hexdigest() if isinstance(local, bytes) else sha256_of(local)
+        digest = hashlib.sha256(local).hexdigest() if isinstance(local, bytes) else hash_once(sha256_of, local)
         return digest == remote.sha256
     content = local if isinstance(local, bytes) else local.read_bytes()
     return hashlib.sha1(b"blob %d\0" % size + content).hexdigest() == remote.git_sha1
@@ -168,7 +156,7 @@ def commit_files(contents: RepoContents, uploads: Sequence[Upload], message: str
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in removed]
     for upload in uploads:
         add = CommitOperationAdd(upload.name, str(upload.path))
-        add.upload_info.sha256 = bytes.fromhex(sha256_of(upload.path))
+        add.upload_info.sha256 = bytes.fromhex(hash_once(sha256_of, upload.path))
         operations.append(add)
     return create_commit(contents.repo, operations, message, contents.kind, contents.commit)
 

@@ -45,7 +45,7 @@ from mmaudio_hf.data.layout import (
     write_text,
 )
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
-from mmaudio_hf.files import fsync_path
+from mmaudio_hf.files import fsync_path, hash_once, sha256_of
 from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES
@@ -420,7 +420,7 @@ def _fetch_small(index: StoreIndex, folder: Path) -> None:
             raise ValueError(f"{index.label}: {name} {differs}")
     hub.fetch(index.contents, list(index.small), folder)
     for name, digest in index.small.items():
-        if hub.sha256_of(folder / name) != digest:
+        if hash_once(sha256_of, folder / name) != digest:
             raise ValueError(f"{index.label}: {name} {differs}")
 
 

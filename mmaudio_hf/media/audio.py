@@ -18,6 +18,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from torchaudio.transforms import Resample
 
+from mmaudio_hf.files import replacing
 from mmaudio_hf.media.container import (
     MediaError,
     audio_stream,
@@ -345,15 +346,14 @@ def read_audio_clips(
     Memory is bounded by the lengths of the clips, however long the file is. Raises MediaError where the file as a
     whole cannot be used.
     """
-    needed = sequence_lengths(mode, duration).audio_samples
+    needed, target = sequence_lengths(mode, duration).audio_samples, audio_mode(mode).sample_rate
     buffers: list[WaveformBuffer] = []
-    count = rate = 0
+    whole, count, rate = WaveformBuffer(0, 0, 0), 0, 0  # `whole`: for its peak
     for silence, samples, rate in _decode_mono(path):
         if not buffers:
-            most = math.ceil(needed * rate / audio_mode(mode).sample_rate) + rate  # the filter is far shorter than 1 s
+            most = math.ceil(needed * rate / target) + rate  # the filter is far shorter than 1 s
             keeps = [most if end is None else max(0, min(most, end - start)) for start, end in spans]
             buffers = [WaveformBuffer(start, keep, keep) for (start, _), keep in zip(spans, keeps, strict=True)]
-            whole = WaveformBuffer(0, 0, 0)  # for its peak
         for buffer in (whole, *buffers):
             buffer.add(samples, silence)
         count += silence + samples.size
@@ -361,43 +361,24 @@ def read_audio_clips(
         raise MediaError("audio_too_short", f"{path}: has no samples; remove it from the list")
     if not math.isfinite(whole.peak):
         raise media_error(path, "decode_error", "has samples that are not finite numbers; write the file again")
+
+    def finish(buffer: WaveformBuffer, start: int, end: int) -> torch.Tensor | MediaError:
+        """Normalise, resample and cut, in the order of the published reader."""
+        if not 0 <= start < end <= count:
+            problem = f"clip [{start}, {end}) is outside its {count} samples; make the clip list again"
+            return media_error(path, "clip_out_of_range", problem)
+        if whole.peak < SILENCE:
+            return media_error(path, "silent", "is silent; remove it from the list")
+        clip = resample(buffer.waveform() / whole.peak * PEAK, rate, target)
+        if len(clip) < needed:
+            problem = f"{(end - start) / rate:.3f} s of audio, {needed / target:.3f} s needed; remove it"
+            return media_error(path, "audio_too_short", problem)
+        return clip[:needed].clone()
+
     return [
-        _finish_clip(path, buffer, (start, count if end is None else end), count, whole.peak, rate, mode, needed)
+        finish(buffer, start, count if end is None else end)
         for buffer, (start, end) in zip(buffers, spans, strict=True)
     ]
-
-
-def _finish_clip(
-    path: str | os.PathLike,
-    buffer: WaveformBuffer,
-    span: tuple[int, int],
-    count: int,
-    peak: float,
-    rate: int,
-    mode: str,
-    needed: int,
-) -> torch.Tensor | MediaError:
-    """Normalise, resample and cut, in the order of the published reader."""
-    start, end = span
-    if not 0 <= start < end <= count:
-        problem = f"clip [{start}, {end}) is outside its {count} samples; make the clip list again"
-        return media_error(path, "clip_out_of_range", problem)
-    if peak < SILENCE:
-        return media_error(path, "silent", "is silent; remove it from the list")
-    target = audio_mode(mode).sample_rate
-    clip = resample(buffer.waveform() / peak * PEAK, rate, target)
-    if len(clip) < needed:
-        problem = f"{(end - start) / rate:.3f} s of audio, {needed / target:.3f} s needed; remove it"
-        return media_error(path, "audio_too_short", problem)
-    return clip[:needed].clone()
-
-
-def peak_of(waveform: torch.Tensor, source: str) -> float:
-    """Largest magnitude; MediaError when a sample is not finite (possible in float files)."""
-    peak = float(waveform.abs().max())
-    if not math.isfinite(peak):
-        raise MediaError("decode_error", f"{source}: has samples that are not finite numbers; write the file again")
-    return peak
 
 
 def resample(waveform: torch.Tensor, source_rate: int, target_rate: int) -> torch.Tensor:
@@ -450,18 +431,14 @@ def write_audio(path: str | os.PathLike, waveform: torch.Tensor, sample_rate: in
     if path.suffix.lower() not in codecs:
         raise ValueError(f"{path}: audio is written as .wav or .flac, not {path.suffix!r}")
     frame = audio_frame(waveform, sample_rate, "s16")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with av.open(str(partial), "w", format=path.suffix.lower()[1:]) as container:
+        with replacing(path) as partial, av.open(str(partial), "w", format=path.suffix.lower()[1:]) as container:
             stream = container.add_stream(codecs[path.suffix.lower()], rate=sample_rate, layout=frame.layout)
             assert isinstance(stream, AudioStream)
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-        os.replace(partial, path)
     except av.error.FFmpegError as error:  # the file is opened with the first packet, and the error does not name it
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def audio_frame(waveform: torch.Tensor, sample_rate: int, sample_format: str) -> av.AudioFrame:

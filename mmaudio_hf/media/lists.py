@@ -25,7 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
-from mmaudio_hf.files import Share, hash_of, locked, read_json, write_text
+from mmaudio_hf.files import Share, hash_of, locked, read_json, replacing, write_text
 from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import video_seconds
@@ -196,15 +196,10 @@ def read_media_list(
     return items
 
 
-def write_table(path: str | os.PathLike, rows: list[Sequence]) -> None:
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_table(path: str | os.PathLike, rows: Iterable[Sequence]) -> None:
+    """Replace a tab-separated file."""
+    with replacing(Path(path)) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 
 def read_table(

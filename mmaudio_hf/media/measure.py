@@ -24,6 +24,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
+from mmaudio_hf.files import sha256_of
 from mmaudio_hf.media.audio import AudioTrack, channel_samples
 from mmaudio_hf.media.container import (
     MediaError,
@@ -69,7 +70,7 @@ def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[s
     that and the hash of its bytes. OSError for faults of the machine.
     """
     assert kind in ("video", "audio"), kind
-    figures: dict[str, Any] = {"file_sha256": _file_hash(path), "damage": "", "opened": False}
+    figures: dict[str, Any] = {"file_sha256": sha256_of(Path(path)), "damage": "", "opened": False}
     try:
         with open_media(path) as container:
             measured, samples = _measured(path, container, kind, Fraction(duration).limit_denominator(1_000_000))
@@ -80,11 +81,6 @@ def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[s
         movement = _movement(path, samples)
         figures |= movement | {"damage": figures["damage"] or movement.get("damage", "")}
     return figures
-
-
-def _file_hash(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _Samples = list[tuple[Fraction, Fraction]]

@@ -15,6 +15,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
+from mmaudio_hf.files import replacing
 from mmaudio_hf.media.audio import audio_frame
 from mmaudio_hf.media.container import frame_time, media_error, open_media, seconds, video_stream
 from mmaudio_hf.media.video import RgbConverter, video_extent
@@ -43,13 +44,16 @@ def write_video_with_audio(
     if out_path.suffix.lower() not in VIDEO_FORMATS:
         raise ValueError(f"{out_path}: a video is written as {' or '.join(VIDEO_FORMATS)}, not {out_path.suffix!r}")
     audio_frame(waveform, sample_rate, "fltp")  # raises for a bad waveform before any file is written
-    partial = out_path.with_name(f".{out_path.name}.{os.getpid()}.part")
     try:
         start, length, has_timestamps = video_extent(video_path)
         length = min(length, Fraction(waveform.shape[-1], sample_rate))
         audio = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
         target_format = VIDEO_FORMATS[out_path.suffix.lower()]
-        with open_media(video_path) as source, av.open(str(partial), "w", format=target_format) as target:
+        with (
+            open_media(video_path) as source,
+            replacing(out_path) as partial,
+            av.open(str(partial), "w", format=target_format) as target,
+        ):
             video = video_stream(source)
             assert video is not None, "its first frame was decoded"
             copy = has_timestamps and video.codec_context.codec.canonical_name in target.supported_codecs
@@ -59,15 +63,12 @@ def write_video_with_audio(
             assert isinstance(stream, AudioStream)
             for packet in heapq.merge(frames, _encoded_audio(stream, audio), key=_packet_time):
                 target.mux(packet)
-        os.replace(partial, out_path)
         return copy
     except av.error.FFmpegError as error:
         if error.errno in _TARGET_FAULTS:  # the error need not name its file; the video was there and could be opened
             raise OSError(error.errno, error.strerror or str(error), str(out_path)) from error
         problem = f"no audio can be added to it ({error.strerror or error}); re-encode it as H.264 mp4"
         raise media_error(video_path, "decode_error", problem) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _packet_time(packet: av.Packet) -> Fraction:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mmaudio_hf.features.mel import MelSpectrogram, mel_filter_bank
+from mmaudio_hf.files import replacing
 from mmaudio_hf.schema import MODES, audio_mode
 
 
@@ -35,13 +36,9 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> Path:
     """Render a template that extends `base.html.jinja` into `path`, which is replaced as a whole; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as partial:
         # File names on Linux are bytes: what is not UTF-8 arrives as surrogates, which no page can hold.
         partial.write_text(render(template, **values), encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -13,7 +13,6 @@ Where the tensors of a run are sharded over its processes (FSDP), each of them w
 and state.json has the full shapes. Reading either kind gives full tensors.
 """
 
-import hashlib
 import json
 import re
 import secrets
@@ -29,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmaudio_hf.files import fsync_path
+from mmaudio_hf.files import fsync_path, sha256_of
 from mmaudio_hf.training.distributed import TensorGroups
 
 STATE_FILE = "state.json"
@@ -196,13 +195,7 @@ def _write(
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, str]:
     """Write the tensors called `names`; the checksum by the name of the file."""
     save_file({name: value.detach().contiguous() for name, value in tensors.items() if name in names}, path)
-    return {path.name: sha256(path)}
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: sha256_of(path)}
 
 
 # --- Sharded tensors: each process writes its own, the first one waits for all ---------------------------------------
@@ -342,7 +335,7 @@ def _verify(paths: list[Path], checksums: Mapping[str, str], share: tuple[int, i
     rank, processes = share
     for path in sorted(paths, key=lambda path: (-path.stat().st_size, path.name))[rank::processes]:
         try:
-            intact = sha256(path) == checksums[path.name]
+            intact = sha256_of(path) == checksums[path.name]
         except OSError as error:  # of the disk
             raise ValueError(f"{path} cannot be read ({error}): {OTHER}") from error
         if not intact:
