@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from mmaudio_hf import weights
-from mmaudio_hf.config import Recipe, StoreConfig, micro_batch_size
-from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture, samples_per_epoch
+from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
+from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
@@ -79,8 +79,36 @@ class Launch:
         self.device = pick_device("auto")
 
     @cached_property
+    def of_durations(self) -> list[tuple[Recipe, float]]:
+        """The recipe with clips of each duration alone, and its share of the steps, as far as the stores are there."""
+        training, pairs = self.recipe.training, [(self.recipe.model.duration, 1)]
+        with contextlib.suppress(ValueError, OSError):  # the check of data.train says what is wrong with it
+            mixture = open_mixture(self.recipe.data.train, self.recipe.model)
+            pairs = [(bucket.duration or 0, bucket.samples) for bucket in mixture.buckets]
+            mixture.close()
+        recipes, weights = [], []
+        for duration, samples in pairs:
+            config = config_of_duration(self.recipe.model, duration)
+            size = samples_per_step(training, config.latent_length)
+            alone = replace(training, batch_size=size, batch_tokens=0)
+            recipes.append(replace(self.recipe, model=config, training=alone))
+            weights.append(samples / size)
+        return [(recipe, weight / sum(weights)) for recipe, weight in zip(recipes, weights, strict=True)]
+
+    def splits(self, accumulation_steps: int) -> bool:
+        """Whether the steps of every duration split evenly over the processes, with so many passes."""
+        sizes = [recipe.training.batch_size for recipe, _ in self.of_durations]
+        return all(size % (self.world * accumulation_steps) == 0 for size in sizes)
+
+    @cached_property
     def estimate(self) -> MemoryEstimate:
-        return MemoryEstimate(self.recipe, lambda: set_trainable(MMAudio(self.recipe.model), self.recipe.finetune))
+        """That of the duration which takes most."""
+        estimates = [
+            MemoryEstimate(recipe, lambda of=recipe: set_trainable(MMAudio(of.model), of.finetune))  # type: ignore[misc]
+            for recipe, _ in self.of_durations
+        ]
+        passes = self.recipe.training.accumulation_steps
+        return max(estimates, key=lambda each: sum(each.on_device(self.world, passes, self.fsdp).values()))
 
     @property
     def has_stores(self) -> bool:
@@ -94,11 +122,11 @@ Check = Callable[[Launch], Iterator[tuple[str, str]]]
 
 def examine(launch: Launch, checks: Mapping[str, Check] | None = None) -> Iterator[Finding]:
     """The findings of `checks`, by default all of `CHECKS`."""
-    splits_evenly = launch.recipe.training.batch_size % (launch.world * launch.recipe.training.accumulation_steps) == 0
+    passes = launch.recipe.training.accumulation_steps
     for subject, check in (CHECKS if checks is None else checks).items():
-        if not splits_evenly and subject in PER_DEVICE:
-            continue
         try:
+            if subject in PER_DEVICE and not launch.splits(passes):
+                continue
             for level, message in check(launch):
                 yield Finding(level, subject, message)
         except (ValueError, ConnectionError) as error:
@@ -147,9 +175,12 @@ def _device(launch: Launch) -> Iterator[tuple[str, str]]:
 
 
 def _batch(launch: Launch) -> Iterator[tuple[str, str]]:
-    training, size = launch.recipe.training, micro_batch_size(launch.recipe.training, launch.world)
-    passes = training.accumulation_steps
-    yield "ok", f"{training.batch_size} = processes {launch.world} x passes {passes} x samples {size}"
+    training, several = launch.recipe.training, len(launch.of_durations) > 1
+    for recipe, share in launch.of_durations:
+        size = micro_batch_size(training, launch.world, recipe.model.latent_length)
+        of = f" of {recipe.model.duration:g} s in {share:.0%} of the steps" if several else ""
+        passes = f"processes {launch.world} x passes {training.accumulation_steps}"
+        yield "ok", f"{recipe.training.batch_size}{of} = {passes} x samples {size}"
 
 
 def _run_folder(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -272,15 +303,17 @@ def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield level, str(error)
         return
-    shares = [samples_per_epoch(len(s), r) / len(mixture) for s, r in zip(mixture.stores, mixture.repeats, strict=True)]
-    rows = [f"{s.path.name} {len(s):,} rows ({share:.0%})" for s, share in zip(mixture.stores, shares, strict=True)]
-    yield "ok", f"{', '.join(rows)}; {len(mixture):,} an epoch"
+    pairs = zip(mixture.stores, mixture.shares.items(), strict=True)
+    rows = [f"{name} {len(store):,} rows ({share:.0%})" for store, (name, share) in pairs]
+    shares = [f"{b.samples / len(mixture):.0%} of {b.duration:g} s" for b in mixture.buckets if b.duration]
+    durations = f": {', '.join(shares)}" if len(shares) > 1 else ""
+    yield "ok", f"{', '.join(rows)}; {len(mixture):,} an epoch{durations}"
 
 
 def _store_problem(source: StoreConfig, expected: tuple) -> str | None:
     """What is wrong with one store by itself: every one that is missing is named, not the first alone."""
     try:
-        mixture = open_mixture([source], *expected)
+        mixture = open_mixture([source], *expected, False)
         _check_sampled_rows(mixture.stores[0])
         mixture.close()
     except (ValueError, OSError) as error:
@@ -343,7 +376,8 @@ def _memory(launch: Launch) -> Iterator[tuple[str, str]]:
     else:
         available, owner = available_memory() // launch.processes, "each process can have"
     need = tensors + sum(allowance.values())
-    message = f"about {_gb(need)} a device ({_listed(components | allowance)}); {owner} {_gb(available)}"
+    of = f", for clips of {launch.estimate.recipe.model.duration:g} s" if len(launch.of_durations) > 1 else ""
+    message = f"about {_gb(need)} a device{of} ({_listed(components | allowance)}); {owner} {_gb(available)}"
     if need > available:
         yield "FAIL", f"{message}: {_smaller(launch, available - sum(allowance.values()))}"
     elif need > TIGHT * available:
@@ -373,8 +407,8 @@ def _listed(components: Mapping[str, float]) -> str:
 def _smaller(launch: Launch, available: float) -> str:
     """What makes the recipe fit into `available` bytes."""
     training, world = launch.recipe.training, launch.world
-    per_process = training.batch_size // world
-    for steps in (n for n in range(training.accumulation_steps + 1, per_process + 1) if per_process % n == 0):
+    per_process = launch.estimate.recipe.training.batch_size // world
+    for steps in filter(launch.splits, range(training.accumulation_steps + 1, per_process + 1)):
         if sum(launch.estimate.on_device(world, steps, launch.fsdp).values()) <= available * TIGHT:
             return f"set training.accumulation_steps={steps}"
     if not training.activation_checkpointing:
@@ -397,8 +431,8 @@ def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[s
             recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
             keys.append(f"{section}.{name}={str(value).lower()}")
         launch = Launch(recipe, processes)
-        per_process = training.batch_size // processes
-        for steps in (n for n in range(training.accumulation_steps, per_process + 1) if per_process % n == 0):
+        per_process = launch.estimate.recipe.training.batch_size // processes
+        for steps in filter(launch.splits, range(training.accumulation_steps, per_process + 1)):
             tensors = sum(launch.estimate.on_device(processes, steps).values())
             need = tensors * (1 + FRAGMENTATION) + CUDA_CONTEXT + (NCCL_BUFFERS if processes > 1 else 0)
             if not lines:
@@ -455,18 +489,24 @@ def _expected_speed(launch: Launch) -> tuple[float, str]:
             return json.loads(line)["speed/samples_per_second"], "as the run had it last"
     peak = device_peak(launch.device, launch.recipe.training.mixed_precision)
     devices = launch.machines if launch.device.type == "cpu" else launch.world  # processes share the cores
-    rate = UTILISATION * peak.flops_per_second * devices / training_flops(launch.recipe.model)
+    of_step = sum(r.training.batch_size * training_flops(r.model) * share for r, share in launch.of_durations)
+    rate = UTILISATION * peak.flops_per_second * devices / of_step * _mean_batch(launch)
     source = "a measured" if peak.measured else "the"
     return rate, f"if {UTILISATION:.0%} of {source} peak of {peak.flops_per_second / 1e12:.3g} TFLOP/s is reached"
+
+
+def _mean_batch(launch: Launch) -> float:
+    """Samples of an average step."""
+    return sum(recipe.training.batch_size * share for recipe, share in launch.of_durations)
 
 
 def _speed(launch: Launch) -> Iterator[tuple[str, str]]:
     if launch.quick:
         return
     training, (rate, source) = launch.recipe.training, _expected_speed(launch)
-    seconds = training.steps * training.batch_size / rate
+    seconds = training.steps * _mean_batch(launch) / rate
     duration = f"{seconds:.3g} s" if seconds < 7200 else f"{seconds / 3600:.3g} h"
-    per_step = f"{rate / training.batch_size:.3g} steps/s"
+    per_step = f"{rate / _mean_batch(launch):.3g} steps/s"
     message = f"{rate:.3g} samples/s, {per_step}, {duration} for {training.steps:,} steps, {source}"
     if seconds < LONGEST:
         yield "ok", message

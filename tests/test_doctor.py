@@ -7,8 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from hub_server import TOKEN, USER, Hub
-from toy_stores import recipe_tree, write_codec, write_recipe
+from toy_stores import recipe_tree, write_codec, write_recipe, write_store
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
@@ -123,6 +124,29 @@ def test_released_weights_that_training_needs_are_checked(folder, capsys):
     lines = {name: f"{name} is missing" in text for name in ("empty_string.pth", "v1-16.pth", "clip")}
     assert all(lines.values())
     assert text.count("(training does without") == 4 and text.count("mmaudio-hf weights download") == 1
+
+
+def test_several_durations_are_counted_at_the_one_that_takes_most(folder, capsys):
+    write_store(folder / "longer", 8, duration=2.0)
+    recipe = write_recipe(folder, "durations", batch_size=0, batch_tokens=256, batch_size_multiple=2)
+    changes = (f"data.train.2.path={folder / 'longer'}", "samples.every=2", "--quick")
+    code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "2")
+    assert code == 0 and set(levels.values()) == {"ok"}, text
+    assert "videos (1 s) 24 rows (50%), audios (1 s) 8 rows (33%), longer (2 s) 8 rows (17%); 48 an epoch" in text
+    assert "48 an epoch: 83% of 1 s, 17% of 2 s" in text and "a device, for clips of 1 s (" in text
+    assert "8 of 1 s in 71% of the steps = processes 2 x passes 1 x samples 4" in text
+    assert "4 of 2 s in 29% of the steps = processes 2 x passes 1 x samples 2" in text
+    code, levels, text = doctor(capsys, str(recipe), *changes, "training.batch_size=4", "training.batch_tokens=0")
+    assert code == 0 and "a device, for clips of 2 s (" in text  # as many clips of 1 s have half as many latents
+    code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "4")
+    assert code == 0 and "4 of 2 s in 29% of the steps = processes 4 x passes 1 x samples 1" in text
+    code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "3")
+    assert code == 1 and levels["batch"] == "FAIL" and "memory" not in levels
+    assert "gives 8 samples of 32 latents, which does not split over 3 processes" in text
+    assert main(["train", str(recipe), changes[0], "--dry-run"]) == 0
+    derived = yaml.safe_load(capsys.readouterr().out)["derived"]
+    assert derived["batch"]["2 s"]["global"] == 4 and derived["batch"]["1 s"]["per_process_and_pass"] == 8
+    assert derived["steps_per_epoch"] == 7.0 and derived["epochs"] == round(12 / 7, 2)
 
 
 def test_reading_is_measured(folder):

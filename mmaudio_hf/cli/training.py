@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import hub_session, resolve_resume
-from mmaudio_hf.config import Recipe, load_recipe, micro_batch_size
+from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.config.reading import settings_text
 
 if TYPE_CHECKING:
@@ -242,10 +242,7 @@ def _start_text(recipe: Recipe, mixture: "Mixture") -> str:
 
 def shares(mixture: "Mixture") -> str:
     """What share of every epoch each store has."""
-    from mmaudio_hf.data.mixture import samples_per_epoch
-
-    pairs = zip(mixture.stores, mixture.repeats, strict=True)
-    return ", ".join(f"{s.path.name} {samples_per_epoch(len(s), n) / len(mixture):.0%}" for s, n in pairs)
+    return ", ".join(f"{name} {share:.0%}" for name, share in mixture.shares.items())
 
 
 def _end_text(recipe: Recipe, result: "RunResult") -> str:
@@ -321,30 +318,39 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
         "sample_rate": audio_mode(recipe.model.mode).sample_rate,
         "lengths": asdict(lengths),
         "trainable_parameters": trainable,
-        "batch": {
-            "global": training.batch_size,
-            "processes": world_size,
-            "accumulation_steps": training.accumulation_steps,
-            "per_process_and_pass": micro_batch_size(training, world_size),
-        },
+        "batch": _batch_numbers(training, world_size, recipe.model.latent_length),
         "rows_per_epoch": "unknown: a store of data.train is missing",
     }
-    per_epoch = 0
+    per_epoch, steps_per_epoch = 0, 0.0
     for split in (recipe.data.test, recipe.data.validation, recipe.data.train):
         # Stores that are there must fit the recipe, whether or not the others are.
         per_epoch, present = 0, [store for store in split if Path(store.path).exists()]
         if present:
-            mixture = open_mixture(present, recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
-            per_epoch = len(mixture) if len(present) == len(split) else 0
+            complete = len(present) == len(split)
+            mixture = open_mixture(present, recipe.model, recipe.encoders, recipe.seed, recipe.extraction, complete)
+            per_epoch = len(mixture) if complete else 0
             if per_epoch and split is recipe.data.train:
                 derived["shares"] = shares(mixture)
+                of = {bucket.duration: bucket.lengths[0] for bucket in mixture.buckets}
+                numbers = {f"{d:g} s": _batch_numbers(training, world_size, latents) for d, latents in of.items()}
+                derived["batch"] = derived["batch"] if len(numbers) == 1 else numbers
+                steps_per_epoch = sum(b.samples / samples_per_step(training, b.lengths[0]) for b in mixture.buckets)
             mixture.close()
     if per_epoch:
         derived["rows_per_epoch"] = per_epoch
-        derived["steps_per_epoch"] = round(per_epoch / training.batch_size, 2)
-        derived["epochs"] = round(training.steps * training.batch_size / per_epoch, 2)
+        derived["steps_per_epoch"] = round(steps_per_epoch, 2)
+        derived["epochs"] = round(training.steps / steps_per_epoch, 2)
     plain = {"recipe": to_dict(recipe), "derived": derived}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _batch_numbers(training: TrainingConfig, world_size: int, latent_length: int) -> dict[str, int]:
+    return {
+        "global": samples_per_step(training, latent_length),
+        "processes": world_size,
+        "accumulation_steps": training.accumulation_steps,
+        "per_process_and_pass": micro_batch_size(training, world_size, latent_length),
+    }
 
 
 def weight_checks() -> dict[str, Callable[[Path], None]]:

@@ -414,9 +414,9 @@ class _Buffers:
     """
 
     def __init__(self, buckets: Sequence[dict[str, torch.Tensor]]):
-        draws = Draws.__annotations__
-        self._tensors = [{name: t for name, t in tensors.items() if name not in draws} for tensors in buckets]
-        self._noise = [Draws(**{name: tensors[name] for name in draws}) for tensors in buckets]
+        noise = Draws.__annotations__
+        self._tensors = [{name: t for name, t in tensors.items() if name not in noise} for tensors in buckets]
+        self._noise = [Draws(**{name: tensors[name] for name in noise}) for tensors in buckets]
         self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
     def fill(self, samples: _Samples) -> Batch:

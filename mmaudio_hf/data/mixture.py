@@ -57,6 +57,7 @@ class Mixture:
     stores disagree with each other, or with what `model` and `encoders` expect, in shapes, number types, mode,
     encoders or normalisation, or when no store has the duration of the model.
 
+    complete: whether these are all stores of a split, of which one must have that duration.
     buckets: in the order of their durations. bucket_of: (stores,) the bucket of each store.
     """
 
@@ -66,6 +67,7 @@ class Mixture:
         model: ModelConfig | None = None,
         encoders: EncoderConfig | None = None,
         seed: int = 0,
+        complete: bool = True,
     ):
         if not stores_with_repeats:
             raise ValueError("the mixture is empty: data.train (or data.validation) names no store")
@@ -87,7 +89,7 @@ class Mixture:
         self.bucket_of = np.searchsorted(np.unique(latents), latents)
         self.buckets = tuple(self._bucket(index, model) for index in range(int(self.bucket_of.max()) + 1))
         _check_dtypes(self.stores)
-        if model is not None and model.latent_length not in latents:
+        if complete and model is not None and model.latent_length not in latents:
             raise ValueError(
                 f"{self.stores[0].path} has duration {manifest_value(self.stores[0], 'duration')}, model"
                 f" {model.variant} expects {model.duration}: set model.duration to that of a store, or add one of it"
@@ -121,6 +123,13 @@ class Mixture:
 
     def _row_bytes(self, store: FeatureStore) -> int:
         return sum(column.row_bytes for name, column in store.columns.items() if name in _COLUMNS)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Store, with its duration where there are several, -> share of the samples of every epoch."""
+        durations = [f" ({self.buckets[b].duration:g} s)" if len(self.buckets) > 1 else "" for b in self.bucket_of]
+        names = [f"{store.path.name}{text}" for store, text in zip(self.stores, durations, strict=True)]
+        return dict(zip(names, (self._counts / len(self)).tolist(), strict=True))
 
     def locate(self, dataset_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Store index and row (int64) of samples, where index d means sample d % len(self) of epoch d // len(self)."""
@@ -164,12 +173,13 @@ def open_mixture(
     encoders: EncoderConfig | None = None,
     seed: int = 0,
     extraction: ExtractionConfig | None = None,
+    complete: bool = True,
 ) -> Mixture:
     """Open the stores of a recipe's `data.train`, `data.validation` or `data.test` as one mixture."""
     stores = [(FeatureStore.open(source.path), source.repeats) for source in sources]
     if extraction is not None:
         check_extraction([store for store, _ in stores], extraction)
-    return Mixture(stores, model, encoders, seed)
+    return Mixture(stores, model, encoders, seed, complete)
 
 
 def samples_per_epoch(rows: int, repeats: float) -> int:
