@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +79,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_key(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(bytes, mtime in ns) of a file, None if there is none: what is known of it without reading it."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = os.stat(path)
+        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+    return None
+
+
 _hashes: dict[tuple, str] = {}  # of this process
 
 
 def hash_once(compute: Callable[..., str], *files: Path) -> str:
     """`compute(*files)`, once as long as none of the files changes."""
     stats = [file.stat() for file in files]
-    key = (compute, *((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    key = (compute, *((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
     if key not in _hashes:
         _hashes[key] = compute(*files)
     return _hashes[key]

@@ -36,12 +36,18 @@ def example_media(tmp_path_factory) -> Callable[[], Path]:
     return lambda: Path(shutil.copytree(original, tmp_path_factory.mktemp("media") / "example"))
 
 
-@pytest.fixture(scope="module")
-def media(example_media) -> Path:
-    """A folder of example media for the tests of a file, with a toy codec that is fitted to their audio."""
+@pytest.fixture(scope="session")
+def fitted_media(example_media) -> Path:
+    """A folder of example media with a toy codec that is fitted to their audio: nobody changes it."""
     folder = example_media()
     fit_toy_codec(folder, "16k", sorted((folder / "videos").glob("*.mp4")))
     return folder
+
+
+@pytest.fixture(scope="module")
+def media(fitted_media, tmp_path_factory) -> Path:
+    """The same for the tests of a file alone."""
+    return Path(shutil.copytree(fitted_media, tmp_path_factory.mktemp("fitted") / "example"))
 
 
 @pytest.fixture(scope="session")

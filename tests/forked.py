@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,8 @@ PATIENCE = 600  # s: nothing takes that long, on no machine; what waits longer w
 class Command:
     """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block.
 
-    With `freeze`, a function and a number, that call of the function does not begin before a signal comes. So a process
-    is where a test wants it, however slow the machine is.
+    words: of `mmaudio-hf`, or a Python program and its arguments. With `freeze`, a function and a number, that call of
+    the function does not begin before a signal comes: a process is where a test wants it, however slow the machine is.
     """
 
     def __init__(
@@ -132,6 +133,10 @@ def _run(
     torch.set_num_threads(1)
     if freeze:
         _freeze(*freeze)
+    if words[0].endswith(".py"):
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+        sys.exit()
     sys.exit(main(words))
 
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"  # may write as USER
@@ -650,7 +651,7 @@ class Hub:
         return kept | ({"HF_TOKEN": token} if token else {})
 
     def use_here(self, monkeypatch, home: Path, token: str | None = TOKEN) -> None:
-        """Let huggingface_hub in this process, which has read its variables already, use this Hub."""
+        """Let huggingface_hub in this process, which has read its variables already, use this Hub without pauses."""
         from huggingface_hub import constants
 
         for name, value in self.environment(home, token).items():
@@ -666,6 +667,8 @@ class Hub:
         values |= {"HF_HUB_OFFLINE": False, "HF_HOME": str(home)}
         for name, value in values.items():
             monkeypatch.setattr(constants, name, value)
+        for module in ("utils._http", "file_download"):  # its pauses between attempts
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
 
     def faults(self, *faults: Mapping) -> None:
         """Replace the faults. Each has `match` (a pattern for "METHOD /path"), maybe `times`, and what happens:

@@ -279,16 +279,16 @@ def test_the_check_of_the_copies_finds_a_wait_that_is_left_out(mixture, monkeypa
     assert wrong_tensors(mixture, monkeypatch, 1, broken) > 0
 
 
-def test_pinned_buffers_waste_little():
+@pytest.mark.parametrize(("batch", "count"), [(64, 4), (32, 3), (256, 3), (7, 2)])
+def test_pinned_buffers_waste_little(batch, count):
     """torch rounds each pinned allocation up to a power of two: 503 MB for the tensors of four batches of small_16k."""
     sample = [77 * 1024, 64 * 1024, 192 * 768, *[250 * 20] * 4]
-    for batch, count in ((64, 4), (32, 3), (256, 3), (7, 2)):
-        sizes = [4 * batch * elements for elements in sample]
-        blocks, positions = pack({(i, j): size for i in range(count) for j, size in enumerate(sizes)})
-        ends = sorted((block, start, start + sizes[key[1]]) for key, (block, start) in positions.items())
-        assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(ends)), "none overlaps another"
-        pinned = sum(1 << (size - 1).bit_length() for size in blocks)
-        assert len(positions) == 7 * count and count * sum(sizes) <= pinned < 1.25 * count * sum(sizes), (batch, pinned)
+    sizes = [4 * batch * elements for elements in sample]
+    blocks, positions = pack({(i, j): size for i in range(count) for j, size in enumerate(sizes)})
+    ends = sorted((block, start, start + sizes[key[1]]) for key, (block, start) in positions.items())
+    assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(ends)), "none overlaps another"
+    pinned = sum(1 << (size - 1).bit_length() for size in blocks)
+    assert len(positions) == 7 * count and count * sum(sizes) <= pinned < 1.25 * count * sum(sizes)
 
 
 # --- reading ahead -----------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from forked import PATIENCE, Command, wait_until
+from forked import Command, wait_until
 from hub_server import USER, Hub
 from test_report import Page
 from toy_stores import recipe_tree, write_codec
@@ -271,11 +269,12 @@ for join in (train, evaluate, hub):
 """
 
 
-def test_processes_wait_for_what_the_first_one_does_alone(finished, run):
+def test_processes_wait_for_what_the_first_one_does_alone(finished, run, tmp_path):
     """Nobody gives up after the ten minutes of NCCL while features are fetched or scores computed."""
     launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    words = [sys.executable, "-c", WAITS, str(run), str(finished)]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment() | launched)
+    program = tmp_path / "waits.py"
+    program.write_text(WAITS)
+    result = Command(str(program), str(run), str(finished), env=environment() | launched).result()
     assert result.stdout.split() == ["6:00:00"] * 3, result.stderr
 
 

@@ -6,7 +6,6 @@ import math
 import re
 import signal
 import sqlite3
-import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,11 @@ import av
 import numpy as np
 import pytest
 import yaml
-from forked import PATIENCE, wait_until
+from forked import Command, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page
 from toy_stores import recipe_tree, write_codec
-from training_runs import command, environment, metrics, run_dir, start, train
+from training_runs import environment, metrics, run_dir, start, train
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
@@ -143,10 +142,8 @@ def test_trackers_of_other_packages_get_scores_and_audio(folder, tmp_path):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'mmaudio-hf[{name}]'")
     recipe = write_recipe(folder, "tracked", trackers=["wandb", "trackio"])
     settings = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "TRACKIO_DIR": str(tmp_path / "trackio")}
-    result = subprocess.run(
-        command(recipe, "training.steps=2", processes=0), env=environment() | settings, cwd=tmp_path,
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    words = ["train", str(recipe), "training.steps=2"]
+    result = Command(*words, env=environment() | settings, cwd=tmp_path).result()
     assert result.returncode == 0, result.stderr
     logged = {"train/loss", "val_ema/loss", "eval/log_mel_distance", "speed/samples_per_second"}
     [run] = (run_dir(recipe) / "trackers" / "wandb").glob("offline-run-*")

@@ -220,16 +220,19 @@ def test_encoders_that_were_not_saved_are_those_of_the_run_or_the_defaults(publi
         MMAudioPipeline.from_pretrained(published, device="cpu")(prompt="a lamp", num_steps=1)
 
 
-def test_paths_of_this_machine_are_not_published(tmp_path):
-    for weights_dir, clip, expected in (
+@pytest.mark.parametrize(
+    ("weights_dir", "clip", "expected"),
+    [
         ("/home/someone/weights", "~/clip", {}),
         ("weights", "/home/someone/clip.pt", {"weights_dir": "weights"}),
         ("weights", "someone/clip", {"weights_dir": "weights", "clip": "someone/clip"}),
-    ):
-        encoders = EncoderConfig(weights_dir=weights_dir, clip=clip, precision="bf16", device="cuda:1")
-        write_encoder_files(Recipe("r", encoders=encoders), tmp_path)
-        saved = json.loads((tmp_path / "encoders.json").read_text())
-        assert saved == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
+    ],
+)
+def test_paths_of_this_machine_are_not_published(weights_dir, clip, expected, tmp_path):
+    encoders = EncoderConfig(weights_dir=weights_dir, clip=clip, precision="bf16", device="cuda:1")
+    write_encoder_files(Recipe("r", encoders=encoders), tmp_path)
+    saved = json.loads((tmp_path / "encoders.json").read_text())
+    assert saved == {"kind": "released", "precision": "bf16", "alignment": "timestamps", **expected}
 
 
 def test_frames_are_aligned_as_for_training(published, model, config, tmp_path):

@@ -1,6 +1,5 @@
 """Runs that travel to a Hub and back: pushed by hand and while they train, pulled, resumed; and what is in the way."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -9,12 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -23,7 +19,7 @@ from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
 from sharded import save_sharded
 from toy_stores import MODEL, recipe_tree
-from training_runs import ROOT, environment, gated_command, run_dir, same_bytes, train
+from training_runs import environment, gated_program, run_dir, same_bytes, train
 
 from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
@@ -67,8 +63,6 @@ def undisturbed(tmp_path_factory) -> Path:
 def hub(tmp_path, monkeypatch):
     with Hub(tmp_path / "hub", tokens={READER: f"{USER}:read"}) as hub:
         hub.use_here(monkeypatch, tmp_path / "home")
-        for module in ("utils._http", "file_download"):  # the client's own pauses between attempts
-            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub
 
 
@@ -645,20 +639,6 @@ def test_what_is_looked_at_before_training(hub, run, tmp_path, monkeypatch):
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def launched(recipe: Path, *words: str, gates: dict[int, Path], env: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """Two training processes in the folder of `recipe`; the body ends with the loss of their machine."""
-    process = subprocess.Popen(
-        gated_command(gates, recipe, *words, processes=2), env=env | {"PYTHONPATH": str(ROOT)}, cwd=recipe.parent,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            each.kill()
-
-
 def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undisturbed, tmp_path):
     """The server dies in the middle of an upload and comes back, the machine is lost, and another one with nothing but
 
@@ -673,7 +653,9 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
     with Hub(tmp_path / "hub") as hub:
         variables = hub.environment(tmp_path / "home")
         gates = {EVERY + 1: tmp_path / "go", 2 * EVERY + 1: tmp_path / "never"}
-        with launched(recipes[0], *settings, gates=gates, env=variables) as process:
+        words = gated_program(gates, recipes[0], *settings)
+        with together(2, *words, cwd=recipes[0].parent, env=variables) as group:  # its end: the machine is lost
+            process = group[0]
             wait_until(lambda: steps_pushed(hub) == [EVERY], process)
             hub.faults({"match": "PUT /storage", "bytes_per_second": 50_000})
             gates[EVERY + 1].touch()
@@ -681,7 +663,7 @@ def test_a_run_that_lost_its_hub_and_its_machine_ends_as_an_undisturbed_one(undi
             hub.kill()
             hub.start()
             wait_until(lambda: steps_pushed(hub) == [EVERY, 2 * EVERY], process)
-        output, _ = process.communicate(timeout=PATIENCE)
+            output = "".join(process.output())
         assert f"{NAME} holds no training state yet: output/run begins at step 0" in output
         step = 2 * EVERY
         done = run_together(2, "train", str(recipes[1]), *settings, cwd=recipes[1].parent, env=variables)

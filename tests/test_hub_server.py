@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, USER, Hub
@@ -90,7 +89,6 @@ def test_faults_and_restarts(hub, tmp_path, monkeypatch):
     hub.start()
     assert hub.files(NAME) == {"x.bin": LARGE} and api.whoami()["name"] == USER
     hub.faults({"match": "GET /storage/", "drop_download_after": 100_000, "times": 1})
-    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)
     path = hf_hub_download(NAME, "x.bin", local_dir=tmp_path / "here")
     assert Path(path).read_bytes() == LARGE

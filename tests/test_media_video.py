@@ -7,6 +7,7 @@ times at which the test files were written.
 import math
 import pickle
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -333,16 +334,6 @@ def test_refusals(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     assert reason_of(tmp_path / "text.mp4") == "unreadable"
     assert reason_of(truncate(plain, tmp_path / "no_index.mp4", 0.9)) == "unreadable"
-    silent = write_odd(tmp_path / "silent.mp4", Odd(steady(1.5), silent=True))
-    mute = write_odd(tmp_path / "mute.mp4", Odd(steady(1.5), audio_seconds=None))
-    for alignment in ("timestamps", "reference"):
-        assert reason_of(mute, alignment=alignment) == "no_audio"
-        assert reason_of(silent, alignment=alignment) == "silent"
-        assert not read(silent, alignment=alignment, normalize_audio=False).audio.any()
-        short = write_odd(tmp_path / "short.mp4", Odd(steady(0.96)))
-        assert reason_of(short, alignment=alignment) == "video_too_short"
-        brief = write_odd(tmp_path / "brief.mp4", Odd(steady(1.5), audio_seconds=0.95))
-        assert reason_of(brief, alignment=alignment) == "audio_too_short"
     with av.open(str(tmp_path / "audio.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16_000, layout="mono")
         for packet in odd_media.audio_packets(stream, Odd((), rate=16_000, layout="mono")):
@@ -372,19 +363,40 @@ def test_missing_audio_is_no_error_when_it_is_not_needed(tmp_path):
     assert read(write_odd(tmp_path / "b.mp4", Odd(steady(1.5))), need_audio=False).audio is not None
 
 
-def test_damage_counts_only_inside_the_clip(tmp_path):
+@pytest.mark.parametrize("alignment", ["timestamps", "reference"])
+def test_refusals_of_either_alignment(tmp_path, alignment):
+    mute = write_odd(tmp_path / "mute.mp4", Odd(steady(1.5), audio_seconds=None))
+    assert reason_of(mute, alignment=alignment) == "no_audio"
+    silent = write_odd(tmp_path / "silent.mp4", Odd(steady(1.5), silent=True))
+    assert reason_of(silent, alignment=alignment) == "silent"
+    assert not read(silent, alignment=alignment, normalize_audio=False).audio.any()
+    short = write_odd(tmp_path / "short.mp4", Odd(steady(0.96)))
+    assert reason_of(short, alignment=alignment) == "video_too_short"
+    brief = write_odd(tmp_path / "brief.mp4", Odd(steady(1.5), audio_seconds=0.95))
+    assert reason_of(brief, alignment=alignment) == "audio_too_short"
+
+
+@pytest.fixture
+def fast_start(tmp_path) -> Path:
+    """Five seconds, with the index before the packets."""
     odd = Odd(steady(5), audio_seconds=5, options=(("g", "10"),))
-    source = write_odd(tmp_path / "a.mp4", odd, {"movflags": "faststart"})
-    whole = read(source, normalize_audio=False)
-    for kind in ("video", "audio"):
-        inside = overwrite_packet(source, tmp_path / "inside.mp4", kind, 1.0)
-        behind = overwrite_packet(source, tmp_path / "behind.mp4", kind, 4.5)
-        assert reason_of(inside) == reason_of(inside, alignment="reference") == "decode_error"
-        assert reason_of(behind, alignment="reference") == "decode_error"
-        ours = read(behind, normalize_audio=False)
-        assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
-        assert read(behind).audio is not None  # the peak is that of what can be decoded
-    tail, middle = (truncate(source, tmp_path / f"{share}.mp4", share) for share in (0.9, 0.3))
+    return write_odd(tmp_path / "a.mp4", odd, {"movflags": "faststart"})
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_damage_counts_only_inside_the_clip(fast_start, tmp_path, kind):
+    inside = overwrite_packet(fast_start, tmp_path / "inside.mp4", kind, 1.0)
+    behind = overwrite_packet(fast_start, tmp_path / "behind.mp4", kind, 4.5)
+    assert reason_of(inside) == reason_of(inside, alignment="reference") == "decode_error"
+    assert reason_of(behind, alignment="reference") == "decode_error"
+    ours, whole = (read(path, normalize_audio=False) for path in (behind, fast_start))
+    assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
+    assert read(behind).audio is not None  # the peak is that of what can be decoded
+
+
+def test_of_a_file_that_is_cut_off_the_beginning_is_read(fast_start, tmp_path):
+    whole = read(fast_start, normalize_audio=False)
+    tail, middle = (truncate(fast_start, tmp_path / f"{share}.mp4", share) for share in (0.9, 0.3))
     assert torch.equal(read(tail).sync_frames, whole.sync_frames)
     assert reason_of(tail, alignment="reference") == reason_of(middle, alignment="reference") == "decode_error"
     assert reason_of(middle) in ("decode_error", "video_too_short")

@@ -3,22 +3,22 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forked import PATIENCE, Command
+from forked import PATIENCE, Command, run_together
 from safetensors.torch import load_file
 from toy_stores import MODEL
 from training_runs import (
     EVERY,
     STEPS,
     TINY,
-    accelerate_command,
     checkpoint_names,
     copy_run,
     environment,
-    gated_command,
+    gated_program,
     lines,
     metrics,
     poisoned_recipe,
@@ -158,10 +158,7 @@ def test_the_last_snapshots_are_awaited_where_they_are_visible_later(tmp_path):
     recipe, program = poisoned_recipe(tmp_path, "late"), tmp_path / "program.py"
     program.write_text(LATE)
     changes = ["training.steps=2", "ema.sigma_rel=0.07", "training.best_metric=val/loss"]
-    result = subprocess.run(
-        accelerate_command(str(program), str(recipe), *changes, processes=2),
-        env=environment(), cwd=recipe.parent, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+    result = run_together(2, str(program), str(recipe), *changes, cwd=recipe.parent, env=environment())
     assert result.returncode == 0, result.stderr
     assert all(f"process {rank} has 2 snapshots" in result.stdout for rank in (0, 1)), result.stdout
 
@@ -212,7 +209,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(poisoned_run, tmp_path):
     variables = {"SIZE": str(size), "BALLAST": str(ballast), "DISK": str(disk), "LOGS": str(logs)}
     variables |= {"KEPT": str(run_dir(recipe))}
     gates = {STEPS - 2 * EVERY: logs / "freed"}  # no further before there is space
-    train = gated_command(gates, recipe, f"output_dir={disk}", processes=0)
+    train = [sys.executable, *gated_program(gates, recipe, f"output_dir={disk}")]
     result = subprocess.run(
         ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *train], env=environment(**variables), cwd=recipe.parent,
         capture_output=True, text=True, timeout=PATIENCE,

@@ -7,12 +7,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from forked import PATIENCE, wait_until
+from forked import PATIENCE, run_together, together, wait_until
 from safetensors.torch import load_file
 from toy_stores import recipe_tree
 from training_runs import (
@@ -114,22 +113,21 @@ sys.exit(train_main())
 """
 
 
-def watched_command(fault: str, recipe: Path, *overrides: str) -> list[str]:
+def watched(fault: str, recipe: Path, *overrides: str) -> list[str]:
+    """Words of the program, for a recipe."""
     program = recipe.parent / "watched.py"
     program.write_text(WATCHED)
-    return accelerate_command(str(program), fault, str(recipe), *overrides, processes=2, hardware="fsdp.yaml")
-
-
-def launch_watched(fault: str, recipe: Path, *overrides: str) -> subprocess.CompletedProcess:
-    words = watched_command(fault, recipe, *overrides)
-    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment(), cwd=recipe.parent)
+    return [str(program), fault, str(recipe), *overrides]
 
 
 @pytest.fixture(scope="module")
 def fsdp(two_processes) -> tuple[Path, subprocess.CompletedProcess]:
     """The same run under FSDP, with a skipped step and a checkpoint that one process cannot write; and its output."""
     recipe = write(two_processes.parent, "fsdp", training={"checkpoint_every": 2})
-    result = launch_watched("full step_4", recipe)
+    words = accelerate_command(*watched("full step_4", recipe), processes=2, hardware="fsdp.yaml")
+    result = subprocess.run(
+        words, capture_output=True, text=True, timeout=PATIENCE, env=environment(), cwd=recipe.parent
+    )
     assert result.returncode == 0, result.stderr
     return recipe, result
 
@@ -182,10 +180,11 @@ def test_a_process_that_cannot_write_costs_that_checkpoint_alone(fsdp):
 
 def test_where_it_is_the_last_checkpoint_the_run_ends_with_a_fault(fsdp):
     full = copy_run(fsdp[0], write(fsdp[0].parent, "full", training={"checkpoint_every": 2}))
-    result = launch_watched("full step_7", full, "training.steps=7")
+    words = watched("full step_7", full, "training.steps=7")
+    result = run_together(2, *words, cwd=full.parent, env=environment(**FSDP))
     assert result.returncode != 0
-    reports = re.findall(rf"(?<!: )error: [^\n]*{re.escape(FULL)} step_6: free", result.stderr)
-    assert len(reports) == 2, result.stderr  # of every process; the launcher repeats them below its traceback
+    reports = re.findall(rf"^error: [^\n]*{re.escape(FULL)} step_6: free", result.stderr, re.MULTILINE)
+    assert len(reports) == 2, result.stderr  # of every process
     assert last(full).resolve().name == "step_6"
     assert checkpoint_names(full) == {"step_2", "step_6"}
 
@@ -194,15 +193,11 @@ def test_where_it_is_the_last_checkpoint_the_run_ends_with_a_fault(fsdp):
 def killed(fsdp) -> Path:
     """A run under FSDP that was killed while its second checkpoint was written, and then finished."""
     recipe = write(fsdp[0].parent, "killed", training={"checkpoint_every": 2})
-    process = subprocess.Popen(
-        watched_command("stands step_4", recipe), env=environment(), cwd=recipe.parent,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
     checkpoints = run_dir(recipe) / "checkpoints"
-    wait_until(lambda: (checkpoints / "step_2").exists() and any(checkpoints.glob("step_4.*")), process)
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        each.kill()
-    process.communicate(timeout=PATIENCE)  # until no process has its output any more
+    with together(2, *watched("stands step_4", recipe), cwd=recipe.parent, env=environment(**FSDP)) as group:
+        wait_until(lambda: (checkpoints / "step_2").exists() and any(checkpoints.glob("step_4.*")), group[0])
+        for process in group:
+            process.kill()
     assert {path.name.partition(".")[0] for path in checkpoints.iterdir()} == {"step_2", "step_4"}
     assert re.search(r"sharded.* from step 2 to 6", train_two(recipe, **FSDP))
     return recipe
@@ -392,8 +387,7 @@ assert train_main([sys.argv[2], f"seed={rank}"]) == 2
 def test_what_processes_do_not_have_in_common_is_named(tmp_path):
     recipe, program = write(tmp_path, "differing"), tmp_path / "program.py"
     program.write_text(DIFFERING)
-    command = accelerate_command(str(program), str(tmp_path), str(recipe), processes=2)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    result = run_together(2, str(program), str(tmp_path), str(recipe), cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("not of one run: seed is 0 for process 0 and 1 for process 1") == 2, result.stderr
     assert not run_dir(recipe).exists()
@@ -446,8 +440,7 @@ except RuntimeError as error:
 def test_a_step_does_not_wait_for_long_and_evaluation_does(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(LATE)
-    command = accelerate_command(str(program), processes=2)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    result = run_together(2, str(program), cwd=tmp_path, env=environment())
     assert "process 0 waited" in result.stdout and "process 1 waited" in result.stdout, result.stderr
     expected = r"process 0: process 0 had no answer .* waited for the gradients of step 7 \(.*[Tt]imed out.*; the same"
     assert re.search(expected, result.stdout), result.stdout + result.stderr
@@ -465,7 +458,6 @@ def test_ddp_neither_copies_gradients_nor_broadcasts_buffers(tmp_path):
         "parallel.DistributedDataParallel.__init__ = init\n"
         "assert train_main([sys.argv[1], 'training.steps=1']) == 0\n"
     )
-    command = accelerate_command(str(program), str(recipe), processes=2)
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    result = run_together(2, str(program), str(recipe), cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("True False") == 2, result.stdout

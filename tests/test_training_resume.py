@@ -22,11 +22,12 @@ from toy_stores import recipe_tree, write_recipe, write_store
 from training_runs import (
     POISONED,
     STEPS,
+    accelerate_command,
     assert_close,
     assert_same_metrics,
     checkpoint_names,
     environment,
-    gated_command,
+    gated_program,
     last_step,
     lines,
     poisoned_recipe,
@@ -88,7 +89,8 @@ def test_ctrl_c_under_a_launcher_and_other_processes_afterwards(poisoned_run):
     """Two processes are interrupted as a terminal does it; four finish the run: same data, same noise, same model."""
     recipe = poisoned_recipe(poisoned_run.parent, "elastic")
     process = subprocess.Popen(
-        gated_command({16: recipe.parent / "never"}, recipe, processes=2), env=environment(), cwd=recipe.parent,
+        accelerate_command(*gated_program({16: recipe.parent / "never"}, recipe), processes=2),
+        env=environment(), cwd=recipe.parent,
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     wait_until(lambda: has_logged(recipe, 14), process)

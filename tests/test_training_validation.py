@@ -1,7 +1,6 @@
 """Validation losses: what each combination of conditions means, fixed times, the same figures on 1 and 2 processes."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from forked import PATIENCE
+from forked import run_together
 from toy_stores import recipe_tree, write_store
-from training_runs import ROOT, SCRIPTS, environment
+from training_runs import environment
 
 from mmaudio_hf.config import Recipe, load_recipe, save_recipe
 from mmaudio_hf.data.mixture import open_mixture
@@ -98,9 +97,7 @@ def test_two_processes_find_the_same_scores(recipe_file, tmp_path):
         "open(f'{sys.argv[2]}/{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(scores))\n"
         "import torch; torch.distributed.destroy_process_group()\n"  # its threads do not outlive the interpreter
     )
-    command = [str(SCRIPTS / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(program), str(recipe_file), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=PATIENCE)
+    result = run_together(2, str(program), str(recipe_file), str(tmp_path), cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     alone = scores_of(recipe_file)
     for rank in range(2):

@@ -81,12 +81,11 @@ sys.exit(train_main())
 """
 
 
-def gated_command(gates: Mapping[int, Path], recipe: Path, *overrides: str, processes: int, **how: str) -> list[str]:
-    """Words like those of `command` for a run that waits after some steps until a file is there: step -> file."""
+def gated_program(gates: Mapping[int, Path], recipe: Path, *overrides: str) -> list[str]:
+    """A program and its arguments: a run that waits after some steps until a file is there: step -> file."""
     program = recipe.parent / "gated.py"
     program.write_text(GATED)
-    words = [str(program), json.dumps({step: str(file) for step, file in gates.items()}), str(recipe), *overrides]
-    return accelerate_command(*words, processes=processes, **how) if processes else [sys.executable, *words]
+    return [str(program), json.dumps({step: str(file) for step, file in gates.items()}), str(recipe), *overrides]
 
 
 # --- finished runs -------------------------------------------------------------------------------------------------

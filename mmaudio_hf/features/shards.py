@@ -49,6 +49,7 @@ from mmaudio_hf.files import (
     RESUME_HINT,
     Share,
     add_path_to_oserror,
+    file_key,
     fsync_path,
     hash_of,
     locked,
@@ -171,14 +172,14 @@ class Job:
         processes are left out: they move results by rounding at most, and machines that share a folder may differ.
         """
         settings = {"schema": SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
-        stats: dict[str, list[int] | None] = {}
+        known: dict[str, tuple[int, int] | None] = {}
         rows: list[list] = []
         for item in items:
-            if item.path not in stats:
-                stats[item.path] = _size_and_time(item.path)
+            if item.path not in known:
+                known[item.path] = file_key(item.path)
             reason = item.problem and item.problem[:2]
             span = ["start", item.start] if item.start else item.span
-            rows.append([item.id, item.caption, Path(item.path).name, span, reason, stats[item.path]])
+            rows.append([item.id, item.caption, Path(item.path).name, span, reason, known[item.path]])
         size = self.recipe.extraction.shard_size
         blocks = [slice(first, first + size) for first in range(0, len(items), size)]
         shards = [Shard(i, hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
@@ -245,13 +246,6 @@ class Job:
 def reject_of(item: Item, stage: str, reason: str, message: str, probe: Mapping | None = None) -> dict[str, Any]:
     """A line of NAME.rejects.jsonl; probe: what is known of the streams of the file."""
     return {"id": item.id, "stage": stage, "reason": reason, "message": message, "facts": dict(probe or {})}
-
-
-def _size_and_time(path: str) -> list[int] | None:
-    with contextlib.suppress(OSError):
-        stat = os.stat(path)
-        return [stat.st_size, stat.st_mtime_ns]
-    return None
 
 
 # --- The processes that make them --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import DatasetCardData, EvalResult, ModelCardData, RepoCard, try_to_load_from_cache
+from huggingface_hub import CardData, DatasetCardData, EvalResult, ModelCardData, RepoCard, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import mmaudio_hf
@@ -49,7 +49,7 @@ from mmaudio_hf.models.pretrained import (
     readdress,
     usage,
 )
-from mmaudio_hf.schema import check_id
+from mmaudio_hf.schema import AUDIO_COLUMNS, check_id
 from mmaudio_hf.weights import needed
 
 MAX_SAMPLES = 4  # in a repository: 8 s of 44.1 kHz are 0.7 MB, and so is the true audio beside them
@@ -109,6 +109,10 @@ def _templates() -> Environment:
     return environment
 
 
+def _compose(template: str, data: CardData, **values: Any) -> str:
+    return compose_card(data, _templates().get_template(f"{template}.md.jinja").render(**values))
+
+
 def model_card(
     run_dir: str | Path,
     *,
@@ -150,34 +154,27 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
 def _adapter_card(recipe: Recipe, folder: Path, start: Start) -> str:
     """The card of an adapter folder: what it is, the base it needs, and how it is used."""
     config, name = read_json(folder / "adapter_config.json"), recipe.name
-    kind = "DoRA" if config["use_dora"] else "LoRA"
-    base = start.name or Path(recipe.finetune.init_from).name
+    licence, reason = _license(recipe, start)
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="text-to-audio",
-        license=_license(recipe, start)[0],
+        license=licence,
         base_model=start.base_model or None,
         tags=[*TAGS, "lora"],
         model_name=name,
     )
-    ranks = ", ".join(map(str, sorted({config["r"], *config["rank_pattern"].values()})))
-    layers = f"{len(config['target_modules'])} layers of MMAudio `{recipe.model.variant}`"
-    text = f"""# {plain(name)}
-
-A {kind} adapter of rank {ranks} for {layers}. It is no model of its own: it changes the weights `{plain(base)}`
-and is of no use with others.
-
-```bash
-mmaudio-hf generate --run BASE --lora {name} --lora-scale 1.0 --video clip.mp4 --out out.mp4
-```
-
-BASE is a folder or Hub id of those weights, `{name}` this folder. With peft alone:
-`PeftModel.from_pretrained(mmaudio_hf.MMAudio.from_pretrained(BASE), "{name}")`. To train on from it, name this
-folder in `finetune.init_from`.
-
-{_license(recipe, start)[1]}
-"""
-    return compose_card(data, text)
+    ranks = sorted({config["r"], *config["rank_pattern"].values()})
+    return _compose(
+        "adapter_card",
+        data,
+        name=name,
+        kind="DoRA" if config["use_dora"] else "LoRA",
+        ranks=ranks,
+        layers=len(config["target_modules"]),
+        variant=recipe.model.variant,
+        base=start.name or Path(recipe.finetune.init_from).name,
+        licence_reason=reason,
+    )
 
 
 def add_card(folder: Path, run_dir: Path | None, repo_id: str, commit: str | None, samples: bool = False) -> None:
@@ -340,33 +337,25 @@ def _card(
     )
     settings = _settings(recipe)
     files = [(sample.caption, {name.count("/"): name for name in sample.files}) for sample in samples]
-    body = _templates().get_template("model_card.md.jinja")
-    return compose_card(
+    return _compose(
+        "model_card",
         data,
-        body.render(
-            recipe=recipe,
-            network=describe_network(recipe.model),
-            weights_kind=f"post-hoc EMA of relative width {weights['sigma_rel']:g}"
-            if weights.get("weights") == "ema"
-            else "raw weights",
-            step=step,
-            start=start,
-            usage=usage(repo_id),
-            encoder_files=[weight.path for weight in needed(recipe) if weight.what != "flow network"],
-            stores=list(_store_rows(recipe)),
-            scores=scores,
-            samples=[(caption, paths.get(1), paths.get(2)) for caption, paths in files],
-            licence_reason=reason,
-            encoder_licences=dict.fromkeys(f"{weight.what}: {weight.licence}" for weight in needed(recipe))
-            if recipe.encoders.kind != "toy"
-            else {},
-            settings=settings,
-            # Longer than any run of backticks in the settings, so that nothing in them ends the block.
-            fence="`" * max(3, 1 + max(map(len, re.findall(r"`+", settings)), default=0)),
-            code={
-                key: str(code[key]) if isinstance(code, dict) and key in code else "" for key in ("version", "commit")
-            },
-        ),
+        recipe=recipe,
+        network=describe_network(recipe.model),
+        sigma_rel=weights["sigma_rel"] if weights.get("weights") == "ema" else None,
+        step=step,
+        start=start,
+        usage=usage(repo_id),
+        weights=needed(recipe),
+        stores=list(_store_rows(recipe)),
+        scores=scores,
+        samples=[(caption, paths.get(1), paths.get(2)) for caption, paths in files],
+        licence_reason=reason,
+        encoder_licences=dict.fromkeys(f"{weight.what}: {weight.licence}" for weight in needed(recipe)),
+        settings=settings,
+        # Longer than any run of backticks in the settings, so that nothing in them ends the block.
+        fence="`" * max(3, 1 + max(map(len, re.findall(r"`+", settings)), default=0)),
+        code=code,
     )
 
 
@@ -522,17 +511,15 @@ def store_card(path: str | Path, repo_id: str, *, license: str = "", source: str
         mmaudio_hf={"source": source} if source else None,
     )
     known_origin, known_licence = _published_origin(name)
-    body = _templates().get_template("store_card.md.jinja")
-    return compose_card(
+    return _compose(
+        "store_card",
         data,
-        body.render(
-            store=store,
-            name=name,
-            repo_id=repo_id,
-            origin=linked(source) if source else known_origin,
-            licence=plain(license) or known_licence,
-            audio_columns=[column for column in store["columns"] if column in ("mean", "std", "text_features")],
-        ),
+        store=store,
+        name=name,
+        repo_id=repo_id,
+        origin=linked(source) if source else known_origin,
+        licence=plain(license) or known_licence,
+        audio_columns=[column for column in store["columns"] if column in AUDIO_COLUMNS],
     )
 
 

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from mmaudio_hf.files import file_key
 from mmaudio_hf.media import measure
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import CLIP_SECONDS, MediaFolder, read_media_list, stem_of
@@ -261,7 +262,7 @@ def _items(source: AuditSource) -> Iterator[_Item]:
         with contextlib.suppress(MediaError):
             path = folder.find(row.id)
         texts = (row.caption,) if video else tuple(captions[name])
-        yield _Item(source, row.id, row.row, texts, str(path), measure.file_key(path))
+        yield _Item(source, row.id, row.row, texts, str(path), file_key(path))
 
 
 def _plain(source: AuditSource) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
-from mmaudio_hf.files import Share, hash_of, locked, read_json, replacing, write_text
+from mmaudio_hf.files import Share, file_key, hash_of, locked, read_json, replacing, write_text
 from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import video_seconds
@@ -94,7 +94,8 @@ class MediaFolder:
         """The file of an id; MediaError not_found, which names what was looked for and what is nearly it."""
         check_id(item_id)
         name = normal_name(item_id)
-        paths = self._by_name.get(name) or [p for p in self._by_name.get(stem_of(name, self.kind), ()) if _is(p, name)]
+        whole = lambda path: normal_name(path.name).lower() == name.lower()  # noqa: E731
+        paths = self._by_name.get(name) or [*filter(whole, self._by_name.get(stem_of(name, self.kind), ()))]
         nearest = min((len(path.parts) for path in paths), default=0)
         paths = [path for path in paths if len(path.parts) == nearest]  # the folder before its subfolders
         exact = [path for path in paths if path.stem == item_id] or paths
@@ -127,10 +128,6 @@ def stem_of(item_id: str, kind: str) -> str:
     """An id in the form in which names are compared, without the ending of a media file that it may have."""
     stem, ending = os.path.splitext(normal_name(item_id))
     return stem if ending.lower() in ENDINGS[kind] else normal_name(item_id)
-
-
-def _is(path: Path, name: str) -> bool:
-    return normal_name(path.name).lower() == name.lower()
 
 
 def _loose_name(name: str) -> str:
@@ -457,9 +454,7 @@ class _Shard:
 
     def __init__(self, path: Path, files: Sequence[Path], settings: list):
         self.path, self.files = path, files
-        stats = [file.stat() if file.is_file() else None for file in files]
-        known = [[f.name, s and [s.st_size, s.st_mtime_ns]] for f, s in zip(files, stats, strict=True)]
-        self.key = hash_of([settings, known])
+        self.key = hash_of([settings, [[file.name, file_key(file)] for file in files]])
 
     def outcomes(self) -> list[dict[str, Any]] | None:
         """None when it is not complete."""

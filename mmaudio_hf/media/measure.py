@@ -361,12 +361,3 @@ def _sampled(path: str | os.PathLike, samples: _Samples) -> Iterator[av.VideoFra
 
 def _rounded(value: float | Fraction | None) -> float | None:
     return None if value is None else round(float(value), 6)
-
-
-def file_key(path: str | os.PathLike) -> tuple[int, int] | None:
-    """(bytes, mtime in ns) of a file, None if there is none: with its path, the key of its figures."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return (status.st_size, status.st_mtime_ns) if Path(path).is_file() else None
