@@ -127,3 +127,19 @@ def test_every_stage_of_generation_is_measured(monkeypatch, tmp_path):
         "write_mp4": 1,
     }
     assert (tmp_path / "out.mp4").stat().st_size > 10_000
+
+
+def test_scores_of_random_caches_are_measured(tmp_path, monkeypatch, capsys):
+    """Of small features: a matrix root of 2,048 columns, of which 40 rows have need, takes a minute."""
+    small = {name: tuple((*shape[:-1], 5) for shape in shapes) for name, shapes in inference._CACHES.items()}
+    monkeypatch.setattr(inference, "_CACHES", small)
+    monkeypatch.setattr(inference, "PAIRS", 1)
+    command = ["bench", "scores", "--json", "--rounds", "1", "--items", "40", "--folder", str(tmp_path)]
+    assert main(command) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["items"], figures["scores"]) == (40, 12)  # all but DeSync
+    assert 0 < figures["peak_gb"] < 2 and figures["seconds"] > 0 and figures["processor_seconds"] > 0
+    assert figures["desync_of_matmul"] > 0 and figures["desync_seconds_a_pair"] > 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pth")}
+    inference.make_caches(tmp_path, 40)
+    assert len(written) == 14 and written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pth")}

@@ -20,7 +20,7 @@ from mmaudio_hf.evaluation import (
     mean_cosine,
     score_caches,
 )
-from mmaudio_hf.evaluation.metrics import OffsetHead
+from mmaudio_hf.evaluation.metrics import OffsetHead, read_tensors
 
 RECORDED = json.loads((GOLDEN / "media_metrics.json").read_text())
 DIRECT, CACHES = RECORDED["direct"], RECORDED["evaluate"]
@@ -151,6 +151,41 @@ def test_bad_caches(tmp_path, capsys):
     torch.save([1], pred / "passt_features_embed.pth")
     with pytest.raises(ValueError, match="must be a dictionary"):
         evaluate_caches(gt, pred)
+
+
+def test_caches_are_read_as_torch_reads_them(tmp_path, monkeypatch):
+    """Dictionaries of plain tensors by a reader of our own, all else by torch.load; neither runs what a file names."""
+    rows = torch.randn(2100, 3, 4, generator=torch.Generator().manual_seed(0))
+    own = {
+        "one batch": {f"id{i}": rows[i] for i in range(len(rows))},
+        "several types": {str(d): rows[1].to(d) for d in (torch.float64, torch.float16, torch.bfloat16)},
+        "numbers": {7: rows[7].clone(), 300: rows[8].clone(), 70_000: rows[9].clone()},
+        "two a clip": {f"id{i}": {"2048": rows[i, 0].clone(), "logits": rows[i, 1].clone()} for i in range(300)},
+        "views": {"t": rows[3].T, "steps": rows[4, :, ::2], "scalar": rows[0, 0, 0]},
+    }
+    others = {
+        "empty": {"a": torch.empty(0, 3)},
+        "gradients": {"a": torch.ones(2, requires_grad=True)},
+        "list": [rows[0]],
+        "integers": {"a": torch.arange(3)},
+    }
+    loaded = {}
+    for name, cache in {**own, **others}.items():
+        torch.save(cache, tmp_path / name)
+        loaded[name] = torch.load(tmp_path / name, weights_only=True)
+    torch.save(own["views"], tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_tensors(tmp_path / "legacy")["t"], rows[3].T)
+    for name in others:
+        torch.testing.assert_close(read_tensors(tmp_path / name), loaded[name], rtol=0, atol=0)
+    monkeypatch.setattr(torch, "load", None)
+    for name in own:
+        read = read_tensors(tmp_path / name)
+        assert list(read) == list(loaded[name])
+        torch.testing.assert_close(read, loaded[name], rtol=0, atol=0)
+    for bad in ({"id0": _Evil()}, {"id0": rows[0], "id1": print}):
+        torch.save(bad, tmp_path / "evil")
+        with pytest.raises(TypeError, match="NoneType"):  # it is left to torch.load
+            read_tensors(tmp_path / "evil")
 
 
 def test_pairing_by_cleaned_ids(tmp_path):

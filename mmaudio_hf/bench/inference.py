@@ -1,10 +1,12 @@
-"""Benchmarks without training: `bench extract` (reading and encoders) and `bench generate` (guided sampling, decoders).
+"""Benchmarks without training: `bench extract` (reading, encoders), `bench generate` (guided sampling, decoders) and
+`bench scores` (published scores of cached features).
 
 Reading is compared with one pass over the file per stream, encoders with a matrix product of the same precision,
 sampling with a plain loop that evaluates the model twice per step.
 """
 
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -21,11 +23,20 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchaudio.functional import resample
 from transformers import CLIPModel
 
 from mmaudio_hf.bench import Timed, emulates_bf16, median_rates, synchronize, time_matmul
 from mmaudio_hf.config import ModelConfig, variant_config
+from mmaudio_hf.evaluation.metrics import (
+    AUDIO_TOKENS,
+    PANN_KEYS,
+    SEGMENTS,
+    TRUTH_FILES,
+    VIDEO_TOKENS,
+    OffsetHead,
+)
 from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import write_video_with_audio
@@ -37,6 +48,7 @@ from mmaudio_hf.schema import (
     CLIP_FPS,
     CLIP_PIXELS,
     LATENT_STRIDE,
+    SYNC_DIM,
     SYNC_FPS,
     SYNC_PIXELS,
     SYNC_TOKENS_PER_SEGMENT,
@@ -447,3 +459,74 @@ def _stage_runs(mode: str, latents: int, device: torch.device, folder: Path) -> 
     waveform = 0.1 * torch.randn(latents * LATENT_STRIDE * rate.mel_hop, device="cpu")
     yield "write_flac", lambda: write_audio(folder / "out.flac", waveform, rate.sample_rate), 1
     yield "write_mp4", lambda: write_video_with_audio(video, waveform, rate.sample_rate, folder / "out.mp4"), 1
+
+
+# --- `mmaudio-hf bench scores`: published scores of cached features ---------------------------------------------------
+
+
+# File of the predictions -> shapes of the features of an item.
+_CACHES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "pann_features.pth": ((2048,), (527,)),
+    "vggish_features.pth": ((8, 128),),
+    "passt_features_embed.pth": ((768,),),
+    "passt_logits.pth": ((527,),),
+    "imagebind_audio.pth": ((1024,),),
+    "clap_laion_audio.pth": ((512,),),
+    "clap_ms_audio.pth": ((1024,),),
+}
+PAIRS = 8  # of one batch of DeSync
+
+
+def scores(items: int, rounds: int = 3, folder: Path | None = None) -> dict[str, float]:
+    """Seconds, processor time and peak memory of all scores of `items` random items but DeSync, with their intervals,
+    in a process of its own; seconds of DeSync for a pair of 8 s, and its operations against a matrix product.
+
+    folder: for the caches, 31 kB an item and side; they are used again. By default a temporary one.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        make_caches(folder or Path(scratch), items)
+        words = [sys.executable, "-c", _SCORING, str(folder or scratch)]
+        runs = [json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout) for _ in range(rounds)]
+    head = randomised(OffsetHead())
+    video, audio = (torch.randn(PAIRS, 2 * SEGMENTS, tokens, SYNC_DIM) for tokens in (VIDEO_TOKENS, AUDIO_TOKENS))
+    with FlopCounterMode(display=False) as counter:
+        head.classes(video, audio)
+    work = float(counter.get_total_flops())
+    timed = [(lambda: head.classes(video, audio), work), time_matmul(torch.device("cpu"), torch.float32)]
+    ours, matmul = median_rates(timed, rounds)
+    return {
+        "items": items,
+        **{name: statistics.median(run[name] for run in runs) for name in runs[0]},
+        "desync_seconds_a_pair": work / PAIRS / ours,
+        "desync_gflop_s": ours / 1e9,
+        "desync_of_matmul": ours / matmul,
+    }
+
+
+def make_caches(folder: Path, items: int) -> None:
+    """Write caches of as many random items to `folder`/gt and `folder`/pred; files that are there are kept."""
+    generator = torch.Generator().manual_seed(0)
+    for side in ("gt", "pred"):
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        for name, shapes in _CACHES.items():
+            path = folder / side / (TRUTH_FILES.get(name, name) if side == "gt" else name)
+            if path.is_file():
+                continue
+            cache: dict[str, Any] = {}
+            for number in range(items):
+                rows = [torch.randn(shape, generator=generator) for shape in shapes]
+                cache[f"item_{number:09d}"] = rows[0] if len(rows) == 1 else dict(zip(PANN_KEYS, rows, strict=True))
+            torch.save(cache, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+
+
+_SCORING = """
+import json, re, sys, time
+began, worked = time.perf_counter(), time.process_time()
+from mmaudio_hf.evaluation import score_caches
+from mmaudio_hf.evaluation.results import with_intervals
+count = len(with_intervals(score_caches(sys.argv[1] + "/gt", sys.argv[1] + "/pred")))
+times = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - worked}
+peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024 / 1e9
+print(json.dumps({"scores": count, **times, "peak_gb": peak}))
+"""

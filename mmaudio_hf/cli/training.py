@@ -487,6 +487,9 @@ def add_bench_commands(add: Add) -> None:
         "--audio-share", type=float, help="rows without video (default: as in the published mixture, 0.3)"
     )
     loader.add_argument("--threads", type=_count, default=4, help="data.read_threads (default 4)")
+    scores = benchmark("scores", _scores, "published scores of cached features, and DeSync against a matrix product")
+    scores.add_argument("--items", type=_count, default=15000, help="of random features (default 15000, 0.9 GB)")
+    scores.add_argument("--folder", type=Path, help="for the features, which are used again (default: temporary)")
     finetune = benchmark(
         "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
     )
@@ -547,6 +550,12 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
     return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
+
+
+def _scores(options: argparse.Namespace) -> dict[str, Any]:
+    from mmaudio_hf.bench.inference import scores
+
+    return scores(options.items, options.rounds, options.folder)
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
