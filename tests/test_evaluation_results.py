@@ -1,15 +1,23 @@
 """Intervals of scores, and which of several runs is called best."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from mmaudio_hf.evaluation import frechet_distance, kernel_audio_distance, kernel_distance
+from mmaudio_hf.evaluation import frechet_distance, kernel_audio_distance, kernel_distance, score_caches
 from mmaudio_hf.evaluation.metrics import Score, _divergences, _frechet, _kernel_audio
 from mmaudio_hf.evaluation.results import (
     best_of,
     category_scores,
+    ids_json,
     interval,
+    of_common_items,
     read_categories,
+    read_clips,
     resampled_means,
     with_intervals,
 )
@@ -92,13 +100,59 @@ def test_kernel_distances_equal_second_implementations():
         kernel_audio_distance(x, np.zeros((9, 24)))
 
 
+def evaluated(folder: Path, first: int, kept: bool) -> dict:
+    """Content of a file of scores of 40 items from the `first` on, and what lies beside it."""
+    generator, ids = np.random.default_rng(first), [f"id{i:02d}" for i in range(first, first + 40)]
+    for side in ("test_truth/cache", "test/cache"):
+        (folder / side).mkdir(parents=True)
+        rows = {i: torch.from_numpy(np.random.default_rng([int(i[2:]), len(side)]).standard_normal(4)) for i in ids}
+        torch.save(rows, folder / side / "passt_features_embed.pth")
+    scores = with_intervals(
+        score_caches(folder / "test_truth/cache", folder / "test/cache", families=("fd",))
+        | {"onset_f1": Score(0.5, "share", "higher", 40, items=dict(zip(ids, generator.random(40), strict=True)))}
+    )
+    lines = [{"id": i, **{name: score.items[i] for name, score in scores.items()}} for i in ids]
+    (folder / "test.clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not kept:
+        shutil.rmtree(folder / "test")
+    header = {"run": folder.name, "split": "test", "step": None, "truth": "true latents, decoded", "ids": ids_json(ids)}
+    return header | {
+        "items": {"listed": 40, "scored": 40, "dropped": []},
+        "not_computed": {},
+        "categories": {"rain": {}},
+        "scores": {name: score.to_json() for name, score in scores.items()},
+        "clips": str(folder / "test.clips.jsonl"),
+    }
+
+
+def test_scores_of_different_items_are_computed_again_over_the_common_ones(tmp_path):
+    contents = [evaluated(tmp_path / name, first, kept) for name, first, kept in (("a", 0, True), ("b", 10, False))]
+    first, second = of_common_items(contents)
+    ids = [f"id{i:02d}" for i in range(10, 40)]
+    assert first["ids"] == second["ids"] == ids_json(ids) and first["categories"] == {}
+    rows = [[np.random.default_rng([i, len(side)]).standard_normal(4) for i in range(10, 40)] for side in SIDES]
+    assert first["scores"]["FD-PASST"]["value"] == pytest.approx(frechet_distance(*rows), rel=1e-9)
+    assert first["scores"]["FD-PASST"]["used"] == 30 and "interval" in first["scores"]["FD-PASST"]
+    assert "FD-PASST" not in second["scores"] and "evaluation.keep_clips" in second["not_computed"]["FD-PASST"]
+    own = [read_clips({"clips": content["clips"]}) for content in contents]
+    for content, clips in zip((first, second), own, strict=True):
+        mean = content["scores"]["onset_f1"]
+        assert (mean["value"], mean["used"]) == (pytest.approx(np.mean([clips[i]["onset_f1"] for i in ids])), 30)
+        assert list(read_clips(content)) == ids and mean["value"] != 0.5
+    assert of_common_items([first, second]) == [first, second]
+    for change in ({"truth": "elsewhere"}, {"split": "validation"}):  # nothing to compare
+        others = [contents[0], contents[1] | change]
+        assert of_common_items(others) == others
+
+
+SIDES = ("test/cache", "test_truth/cache")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("score", ["mean", "kl", "fd", "kad"])
 def test_intervals_cover_the_truth(score, capsys):
     """In 95 +- 2 % of 500 simulations of 300 items."""
     generator, covered = np.random.default_rng(4), 0
-    import torch
-
     population = 3 * generator.standard_normal((200_000, 8)), 3 * generator.standard_normal((200_000, 8))
     kl = _divergences(*map(torch.from_numpy, population)).numpy()
     scale = np.array([1.5, 0.5])

@@ -122,11 +122,16 @@ def test_report_and_page_show_them(finished, run, capsys):
         best = best_of(columns, lambda means, sign=sign: sign * means)
         assert cells[row : row + 2 or None] == ["best" if column == best else None for column in (0, 1)]
     assert "95 %: " in page.text and "nothing is called best" not in page.text
-    # Other items: the table says so, and marks nothing.
+    # Of other items the common ones are compared; without any, the table says so and marks nothing.
     assert evaluate(run, "evaluation.items=2", "--out", run / "few") == 0
     files = [next((run / "few").glob("test_step_4*.clips.jsonl")), files[0]]
     contents = [read_scores(str(f).replace(".clips.jsonl", ".json")) | {"clips": str(f)} for f in files]
     assert contents[0]["ids"]["count"] == 2 and contents[0]["stores"] == ["videos"]
+    page = Page(write_comparison(contents, run / "other.html").read_text())
+    assert "over the 2 items that all have, of 2 and 6" in page.text and "nothing is called best" not in page.text
+    both = contents[0]["scores"]["log_mel_distance"]["value"]
+    assert page.text.count(f"{both:.4g}") == 2  # the same weights, so the same score of the same items
+    contents[1]["truth"] = "elsewhere"
     page = Page(write_comparison(contents, run / "other.html").read_text())
     assert "nothing is called best" in page.text and not any(cell.get("class") for cell in page.all("td"))
 

@@ -271,11 +271,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     folders = [_folder(source, options.out, len(sources)) for source in sources]
     results = [_evaluate_one(*pair, options.split) for pair in zip(sources, folders, strict=True)]
     if state.is_main_process:
+        from mmaudio_hf.evaluation.results import of_common_items
         from mmaudio_hf.pages.report import as_text, write_comparison
 
+        compared = of_common_items(results)
         together = folders[0] if len(sources) == 1 else options.out or Path("output") / "comparison"
-        print(as_text(results))
-        print(f"page: {write_comparison(results, options.page or together / 'index.html')}")
+        print(as_text(compared))
+        print(f"page: {write_comparison(compared, options.page or together / 'index.html')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 

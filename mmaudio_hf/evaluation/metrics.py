@@ -442,6 +442,7 @@ def score_caches(
     sync_weights: str | PathLike | None = None,
     device: str | torch.device = "cpu",
     families: Collection[str] = FAMILIES,
+    ids: Collection[str] | None = None,
 ) -> Scores:
     """The published scores of cached features in two folders, by their published names.
 
@@ -449,11 +450,11 @@ def score_caches(
     text). A prediction is paired with the ground truth of its id, or else of its `clean_id`. paired=False compares
     distributions only. DeSync needs `sync_weights` (synchformer_state_dict.pth), or what its network predicted:
     `desync_classes`, prediction id -> class indices of `desync_score`. families: which scores to compute, also
-    "kad" and "aesthetics".
+    "kad" and "aesthetics". ids: predictions to compare, with their ground truth; None: all, with all of it.
     A file that one side lacks, or that cannot be read, costs its own scores; `not_computed` has the reason.
     ValueError when a folder has no cache, or no score can be computed.
     """
-    caches, scores = _Caches(Path(gt_dir), Path(pred_dir)), Scores()
+    caches, scores = _Caches(Path(gt_dir), Path(pred_dir), ids), Scores()
     for file in dict.fromkeys(FILES.values()):  # one file of each side is in memory at a time
         for name in [name for name in METRICS if FILES[name] == file and METRICS[name][0] in families]:
             try:
@@ -513,8 +514,9 @@ class _Features:
 class _Caches:
     """The cache files of both folders."""
 
-    def __init__(self, gt_dir: Path, pred_dir: Path):
+    def __init__(self, gt_dir: Path, pred_dir: Path, ids: Collection[str] | None):
         self.gt_dir, self.pred_dir = gt_dir, pred_dir
+        self._ids = None if ids is None else {*ids, *map(clean_id, ids)}
         for folder in (gt_dir, pred_dir):
             if not any(folder.glob("*.pth")):
                 raise ValueError(f"{folder} holds no cached features (*.pth)")
@@ -537,8 +539,8 @@ class _Caches:
         gt = pred if name == AESTHETICS else gt
         if not gt.is_file() and (other or not pred.is_file()):
             return None
-        ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE)
-        theirs = _read_cache(gt, pred, TRUTH_NOT_FINITE, TRUTH_WRONG_SHAPE)
+        ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE, self._ids)
+        theirs = _read_cache(gt, pred, TRUTH_NOT_FINITE, TRUTH_WRONG_SHAPE, self._ids)
         for key, side in ours.items():
             widths = {np.shape(each.rows)[1:] for each in (side, theirs[key]) if isinstance(each.rows, np.ndarray)}
             if len(widths) > 1:
@@ -560,9 +562,11 @@ class _Caches:
         return predicted.take(common, dropped), reference.take([partners[i] for i in common], {})
 
 
-def _read_cache(path: Path, partner: Path, not_finite: str, wrong_shape: str) -> dict[str, _Features]:
-    """Features by key ("" where there are none) and id; those that are not finite, or of another shape than most, are
-    dropped for these reasons.
+def _read_cache(
+    path: Path, partner: Path, not_finite: str, wrong_shape: str, ids: Collection[str] | None = None
+) -> dict[str, _Features]:
+    """Features by key ("" where there are none) and id, of `ids` alone where they are given; those that are not finite,
+    or of another shape than most, are dropped for these reasons.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing, but there is {partner}: extract the features of both sides")
@@ -572,10 +576,11 @@ def _read_cache(path: Path, partner: Path, not_finite: str, wrong_shape: str) ->
         raise ValueError(f"{path} cannot be read as a cache of features: extract it again") from error
     if not isinstance(cache, dict) or not cache:
         raise ValueError(f"{path} must be a dictionary from ids to features: extract it again")
+    cache = {str(i): value for i, value in cache.items() if ids is None or str(i) in ids}
     features = {}
     try:
         for key in PANN_KEYS if path.name == _PANN else ("",):
-            values = {str(i): torch.as_tensor(value[key] if key else value) for i, value in cache.items()}
+            values = {i: torch.as_tensor(value[key] if key else value) for i, value in cache.items()}
             features[key] = _stack(values, path.name, not_finite, wrong_shape)
     except (TypeError, RuntimeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} holds entries that are not features: extract it again") from error

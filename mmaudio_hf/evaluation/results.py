@@ -16,7 +16,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -27,12 +27,13 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from mmaudio_hf.evaluation.metrics import METRICS, Score
+from mmaudio_hf.evaluation.metrics import METRICS, Score, score_caches
 from mmaudio_hf.files import write_text
 from mmaudio_hf.schema import RunError
 
 FORMAT = 1
 FOLDER = "evaluation"
+OWN_TRUTH = "true latents, decoded"
 RESAMPLES = 1000
 LEVEL = 0.95  # of intervals
 SHOWN = 6  # items whose audio is kept for the page that compares evaluations: 256 kB each
@@ -156,6 +157,7 @@ def interval(means: np.ndarray) -> np.ndarray:
 
 
 ALIGNED = "aligned"
+_DISTRIBUTIONS = ("fd", "is", "kad")  # families of scores that are no means over items
 _ID_COLUMNS, _LABEL_COLUMNS = ("video_id", "key", "id"), ("label", "ucs_category", "category")
 _FLAGS = ("background_music", "static_image", "voice_over")  # of VGGSounder: what is heard is not what is seen
 
@@ -187,7 +189,7 @@ def read_categories(path: str | PathLike) -> dict[str, set[str]]:
 
 def category_scores(scores: Mapping[str, Score], groups: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
     """Means over the items of each category, of scores that are means; categories without an item are left out."""
-    means = {n: s for n, s in scores.items() if METRICS.get(n, ("",))[0] not in ("fd", "is", "kad") and s.items}
+    means = {n: s for n, s in scores.items() if METRICS.get(n, ("",))[0] not in _DISTRIBUTIONS and s.items}
     results: dict[str, dict[str, Any]] = {}
     for group, ids in groups.items():
         chosen = {n: {i: v for i, v in s.items.items() if i in ids} for n, s in means.items()}
@@ -202,11 +204,67 @@ def category_scores(scores: Mapping[str, Score], groups: Mapping[str, set[str]])
     return results
 
 
+def ids_json(ids: Collection[str]) -> dict[str, Any]:
+    """Count and hash of the ids of items, as files of scores name them."""
+    return {"count": len(ids), "sha256": digest({}, *sorted(ids))}
+
+
 def read_clips(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Contributions by id of the file of scores whose content this is; {} where there are none."""
+    if "contributions" in content:  # of `of_common_items`
+        return content["contributions"]
     with suppress(OSError, ValueError, KeyError):
         lines = Path(content["clips"]).read_text().splitlines()
         return {line.pop("id"): line for line in map(json.loads, lines)}
+    return {}
+
+
+def of_common_items(contents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Contents of files of scores; of different items they are computed again over those that all of them have.
+
+    Means follow from the contributions of items, distances and inception scores from features, where
+    `evaluation.keep_clips` kept them: else they are left out, and `not_computed` says so. Contents of other splits or
+    truth, or without a common item, are returned as they are.
+    """
+    clips = [read_clips(content) for content in contents]
+    common = [i for i in clips[0] if all(i in each for each in clips)] if clips else []
+    known = {(c["split"], str(c.get("truth"))) for c in contents}
+    if not common or len(known) > 1 or all(c.get("ids") == contents[0].get("ids") for c in contents):
+        return list(contents)
+    return [_of_items(content, each, common) for content, each in zip(contents, clips, strict=True)]
+
+
+def _of_items(
+    content: Mapping[str, Any], clips: Mapping[str, Mapping[str, float]], ids: Sequence[str]
+) -> dict[str, Any]:
+    scores, lost = dict(_scored_again(content, ids)), dict(content["not_computed"])
+    for name, old in content["scores"].items():
+        items = {i: clips[i][name] for i in ids if name in clips[i]}
+        if name not in scores and METRICS.get(name, ("",))[0] in _DISTRIBUTIONS:
+            lost[name] = f"the features of the {len(ids)} common items are gone (evaluation.keep_clips keeps them)"
+        elif name not in scores and items:
+            scores[name] = Score(
+                float(np.mean(list(items.values()))), old["unit"], old["better"], len(items), items=items
+            )
+    plain = {name: score.to_json() for name, score in with_intervals(scores).items()}
+    contributions = {i: {name: score.items[i] for name, score in scores.items() if i in score.items} for i in ids}
+    counts = {**content["items"], "scored": len(ids)}
+    changed = {"ids": ids_json(ids), "items": counts, "scores": {n: plain[n] for n in content["scores"] if n in plain}}
+    return {**content, **changed, "categories": {}, "not_computed": lost, "contributions": contributions}
+
+
+def _scored_again(content: Mapping[str, Any], ids: Collection[str]) -> dict[str, Score]:
+    """Distances and inception scores of these items, from the features of an evaluation; {} where they are gone."""
+    clips = Path(content["clips"])
+    truth = Path(str(content.get("truth")))
+    if content.get("truth") == OWN_TRUTH:
+        truth = clips.parent / f"{content['split']}_truth" / "cache"
+    cache = clips.with_name(clips.name.partition(".clips.")[0]) / "cache"
+    families = [f for f in _DISTRIBUTIONS if any(METRICS.get(name, ("",))[0] == f for name in content["scores"])]
+    if not families or not any(truth.glob("*.pth")) or not any(cache.glob("*.pth")):
+        return {}
+    with suppress(ValueError):  # none of them can be computed
+        return score_caches(truth, cache, families=families, ids=ids)
     return {}
 
 

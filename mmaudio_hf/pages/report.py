@@ -25,7 +25,15 @@ from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
-from mmaudio_hf.evaluation.results import ALIGNED, SHOWN, audio_folder, best_of, find_scores, read_clips
+from mmaudio_hf.evaluation.results import (
+    ALIGNED,
+    SHOWN,
+    audio_folder,
+    best_of,
+    find_scores,
+    of_common_items,
+    read_clips,
+)
 from mmaudio_hf.evaluation.samples import REFERENCE, SAMPLES_FILE, HeldOutItem, HeldOutItems, generate_items
 from mmaudio_hf.generation import RECIPE_FILE
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
@@ -517,8 +525,12 @@ def _comparison_cards(contents: Sequence[Mapping[str, Any]], base: Path) -> list
 
 def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The table: `heads` (title, notes) of its columns, `rows` with cells (text, note, is best), and `notes` below."""
+    given, contents = contents, of_common_items(contents)
     heads = [(_title(c), (_weights(c), _item_count(c), _settings(c))) for c in contents]
     notes = []
+    if contents != given:
+        counts = " and ".join(f"{content['items']['scored']:,}" for content in given)
+        notes.append(f"over the {contents[0]['ids']['count']:,} items that all have, of {counts}")
     for content in contents:
         missing = [f"no {name}: {reason}" for name, reason in content["not_computed"].items()]
         notes += [f"{_title(content)}: {note}" for note in (*missing, *map(_dropped, content["items"]["dropped"]))]
