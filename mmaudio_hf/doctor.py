@@ -313,7 +313,7 @@ def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
 def _store_problem(source: StoreConfig, expected: tuple) -> str | None:
     """What is wrong with one store by itself: every one that is missing is named, not the first alone."""
     try:
-        mixture = open_mixture([source], *expected, False)
+        mixture = open_mixture([source], *(*expected, False))
         _check_sampled_rows(mixture.stores[0])
         mixture.close()
     except (ValueError, OSError) as error:

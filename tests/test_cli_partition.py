@@ -2,20 +2,26 @@
 
 import json
 import os
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from extraction import extract, toy_recipe
 from odd_media import Odd, steady, write_odd
+from toy_stores import MODEL
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import VideoSource
+from mmaudio_hf.config import VideoSource, load_recipe
+from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.lists import partition_video, read_clips, write_clips
+from mmaudio_hf.media.lists import partition_video, read_clips, read_video_clips, write_clips
 from mmaudio_hf.media.video import read_video
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_recipe(folder):
@@ -119,3 +125,67 @@ def test_starts_of_long_videos():
     assert partition_video(16.1, 8.0, 5) == [0.0, 8.0]
     starts = partition_video(3600.0, 8.0, 10)
     assert len(starts) == 10 and starts[-1] == pytest.approx(3600 - 8.1) and starts == sorted(starts)
+    assert len(partition_video(60.0, 8.0, 0)) == 7 and partition_video(9.0, 8.0, 0) == [0.0]
+
+
+def test_a_folder_with_a_long_take_gives_all_its_clips(tmp_path, monkeypatch, capsys):
+    """By the recipe for a folder of one's own, without a command besides extraction; a short video keeps its name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_clips").mkdir()
+    slow = tuple(Fraction(i, 5) for i in range(128))
+    write_odd(tmp_path / "my_clips" / "take.mp4", Odd(frame_times=slow, audio_seconds=25.6))
+    write_odd(tmp_path / "my_clips" / "short.mp4", Odd(frame_times=slow[:46], audio_seconds=9.2))
+    (tmp_path / "my_clips" / "captions.csv").write_text("file_name,caption\ntake.mp4,a horn\nshort.mp4,a bell\n")
+    assert main(["prepare", "folder", "my_clips", "--out", "data/sets"]) == 0
+    changes = ["encoders.kind=toy", "encoders.weights_dir=data/own", "encoders.device=cpu"]
+    sources = "[{name: own_train, media_dir: my_clips, list: data/sets/my_clips.tsv, max_clips: 0}]"
+    own = load_recipe(ROOT / "recipes" / "finetune_own.yaml").extraction.videos
+    assert [source.max_clips for source in own] == [0, 0]  # as here
+    words = ["extract-video", str(ROOT / "recipes" / "finetune_own.yaml"), *changes, f"extraction.videos={sources}"]
+    assert main(words) == 0
+    assert "own_train.clips.tsv: 4 clips, 0 files rejected" in capsys.readouterr().out
+    with FeatureStore.open("data/own/own_train") as store:
+        assert store.ids == ["take_0", "take_1", "take_2", "short"]
+        assert store.captions == ["a horn"] * 3 + ["a bell"]
+        first, *others = store.read(range(3))["clip_features"]
+    assert first.shape == (64, 1024) and not any(torch.allclose(first, other) for other in others)
+    assert [row.start for row in read_video_clips("data/own/own_train.clips.tsv")] == [0.0, 8.75, 17.5, 0.0]
+    (tmp_path / "data" / "own" / "own_train.clips.tsv").unlink()
+    assert main([*words, "--shard-index", "0", "--num-shards", "2"]) == 2
+    assert "own_train.clips.tsv is missing: run `mmaudio-hf partition" in capsys.readouterr().err
+
+
+def test_one_recipe_extracts_clips_of_several_durations(tmp_path):
+    write_odd(tmp_path / "long.mp4", Odd(frame_times=steady(4.5), audio_seconds=4.5))
+    write_audio(tmp_path / "noise.wav", torch.rand(8000 * 9, generator=torch.Generator().manual_seed(0)) - 0.5, 8000)
+    (tmp_path / "list.tsv").write_text("id\tlabel\nlong\ta\n")
+    (tmp_path / "captions.tsv").write_text("id\tcaption\nnoise\tb\n")
+    videos = {"media_dir": str(tmp_path), "list": str(tmp_path / "list.tsv"), "max_clips": 0}
+    audios = {"media_dir": str(tmp_path), "list": str(tmp_path / "captions.tsv"), "duration": 2.0}
+    tree = {
+        "model": MODEL | {"duration": 1.0},
+        "encoders": {"kind": "toy", "weights_dir": str(tmp_path / "out"), "device": "cpu"},
+        "extraction": {
+            "output_dir": str(tmp_path / "out"),
+            "videos": [videos | {"name": "one"}, videos | {"name": "two", "duration": 2.0}],
+            "audios": [audios | {"name": "noises"}],
+        },
+        "data": {"train": [{"path": str(tmp_path / "out" / name)} for name in ("one", "two", "noises")]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert [main([command, str(path)]) for command in ("partition", "extract-video", "extract-audio")] == [0, 0, 0]
+    recipe = load_recipe(path)
+    expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
+    mixture = open_mixture(recipe.data.train, *expected)
+    assert [(bucket.duration, len(bucket.stores), bucket.samples) for bucket in mixture.buckets] == [
+        (1, 1, 4),
+        (2, 2, 6),
+    ]
+    assert mixture.stores[2].ids == [f"noise_{i}" for i in range(4)]  # of 2.1 s, in 9 s
+    with FeatureStore.open(tmp_path / "out" / "two") as store:
+        assert store.read([0])["clip_features"].shape == (1, 16, 1024) and store.ids == ["long_0", "long_1"]
+    assert main(["verify", str(tmp_path / "out" / "two"), "--sample", "2", "--media", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match=r"two was made with duration 2\.0, the recipe's extraction has 3\.0"):
+        changed = load_recipe(path, ["extraction.videos.1.duration=3"])
+        open_mixture(changed.data.train, changed.model, extraction=changed.extraction)

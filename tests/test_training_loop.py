@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_recipe, write_store
 from training_runs import (
     ROOT,
+    TINY,
     accelerate_command,
     assert_close,
     assert_same_metrics,
@@ -119,6 +120,7 @@ def durations(tmp_path_factory) -> Path:
     stores = [write_store(folder / f"s{d * 10:g}", rows, duration=d, seed=5) for d, rows in DURATIONS.items()]
     held_out = [write_store(folder / f"held_{d:g}", 5, duration=d, seed=6) for d in (1.0, 2.0)]
     tree = recipe_tree(folder, batch_size=0, batch_tokens=250, batch_size_multiple=2, log_every=1)
+    tree["model"] = MODEL | TINY
     tree["data"] = {"train": [{"path": str(p)} for p in stores], "validation": [{"path": str(p)} for p in held_out]}
     for name in ("whole", "killed", "two"):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"name": name}))

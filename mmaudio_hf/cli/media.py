@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,45 +100,53 @@ def _write_datasets(sources: Sequence[VideoSource | AudioSource]) -> None:
 
 
 def _partition(options: argparse.Namespace) -> None:
-    from mmaudio_hf.media.lists import check_sources, write_clips
+    from mmaudio_hf.media.lists import check_sources
 
     recipe, share = load_recipe(options.recipe, options.overrides), share_of_process(options)
-    extraction = recipe.extraction
-    sources: list[VideoSource | AudioSource] = [source for source in extraction.videos if source.max_clips > 1]
-    sources += extraction.audios
+    sources: list[VideoSource | AudioSource] = [s for s in recipe.extraction.videos if s.max_clips != 1]
+    sources += recipe.extraction.audios
     if not sources:
-        raise ValueError(f"recipe {recipe.name} names nothing under extraction.audios, and no video with max_clips > 1")
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.audios, and all videos have max_clips 1")
     _write_datasets(sources)
-    check_sources(extraction, lists=False)
+    check_sources(recipe.extraction, lists=False)
     for source in sources:
-        path = extraction.clips_path(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        report = write_clips(
-            source,
-            path,
-            duration=recipe.model.duration,
-            shards_dir=Path(extraction.shards_dir or extraction.output_dir) / f"{source.name}.shards",
-            shard_size=extraction.shard_size,
-            share=share,
-            workers=extraction.num_proc,
-            progress=True,
+        _write_clips(recipe, source, share)
+
+
+def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Share") -> None:
+    from mmaudio_hf.media.lists import audio_clip_seconds, write_clips
+
+    extraction, duration = recipe.extraction, recipe.clip_seconds(source)
+    path = extraction.clips_path(source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = write_clips(
+        source,
+        path,
+        duration=duration,
+        shards_dir=Path(extraction.shards_dir or extraction.output_dir) / f"{source.name}.shards",
+        shard_size=extraction.shard_size,
+        share=share,
+        workers=extraction.num_proc,
+        progress=True,
+    )
+    if report.pending_shards:
+        complete = report.shards - report.pending_shards
+        print(f"{path}: {complete} of {report.shards} shards complete; the last one to finish writes it")
+        return
+    rejects = path.with_suffix(".rejects.jsonl")
+    lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects + report.ignored]
+    rejects.write_text("".join(lines))
+    if not report.clips:
+        path.unlink(missing_ok=True)
+        needed = "a track of frames"
+        if isinstance(source, AudioSource):
+            needed = f"{audio_clip_seconds(source, duration)} s of audio"
+        raise ValueError(
+            f"{source.media_dir}: no file gives a clip, each needs {needed} at least;"
+            f" {rejects} says what is wrong with each of {len(report.rejects)}"
         )
-        if report.pending_shards:
-            complete = report.shards - report.pending_shards
-            print(f"{path}: {complete} of {report.shards} shards complete; the last one to finish writes it")
-            continue
-        rejects = path.with_suffix(".rejects.jsonl")
-        lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects + report.ignored]
-        rejects.write_text("".join(lines))
-        if not report.clips:
-            path.unlink(missing_ok=True)
-            needed = "8.1 s of audio" if source in extraction.audios else "a track of frames"
-            raise ValueError(
-                f"{source.media_dir}: no file gives a clip, each needs {needed} at least;"
-                f" {rejects} says what is wrong with each of {len(report.rejects)}"
-            )
-        left_out = f"{len(report.rejects)} files rejected, {len(report.ignored)} other files ignored"
-        print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
+    left_out = f"{len(report.rejects)} files rejected, {len(report.ignored)} other files ignored"
+    print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
 def _sources(recipe: Recipe, kind: str) -> Sequence[VideoSource | AudioSource]:
@@ -192,9 +201,17 @@ def share_of_process(options: argparse.Namespace) -> "Share":
 
 
 def _extract_video(options: argparse.Namespace) -> None:
+    from mmaudio_hf.media.lists import check_sources
+
     recipe = load_recipe(options.recipe, options.overrides)
     sources = _sources(recipe, "videos")
-    _check_clip_lists(options, recipe, [source for source in recipe.extraction.videos if source.max_clips > 1])
+    share, cut = share_of_process(options), [source for source in recipe.extraction.videos if source.max_clips != 1]
+    for source in cut if share.count == 1 else ():
+        if source.max_clips == 0 and not source.clips:  # the list is ours, and reads only what is new
+            _write_datasets([source])
+            check_sources(replace(recipe.extraction, videos=(source,), audios=()), lists=False)
+            _write_clips(recipe, source, share)
+    _check_clip_lists(options, recipe, cut)
     _extract(options, recipe, sources)
 
 

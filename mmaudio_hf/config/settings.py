@@ -256,8 +256,9 @@ class VideoSource(MediaSource):
 
     key = "extraction.videos"
     normalize_audio: bool = setting(True, "scale the audio to a peak of 0.95")
-    max_clips: int = setting(1, "clips of each video that `mmaudio-hf partition` lists; 1: its first seconds", least=1)
+    max_clips: int = setting(1, "clips of each video, evenly spread; 0: all that fit; 1: its first seconds", least=0)
     clips: str = setting("", "list of the clips of long videos; empty: beside the store", path=True)
+    duration: float = setting(0.0, "seconds of its clips; 0: model.duration", least=0, most=3600)
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ class AudioSource(MediaSource):
     key = "extraction.audios"
     clips: str = setting("", "clips.tsv, which `mmaudio-hf partition` writes; empty: beside the store", path=True)
     captions: Literal["all", "last", "first"] = setting("all", "which captions of a file with several make rows")
+    duration: float = setting(0.0, "seconds of its clips, 0.1 less than is cut; 0: model.duration", least=0, most=3600)
 
 
 @dataclass(frozen=True)
@@ -673,6 +675,10 @@ class Recipe(Settings):
         splits: dict[str, str] = {"samples.every": self.samples.split} if self.samples.every else {}
         splits |= {"evaluation.every": self.evaluation.split} if self.evaluation.every else {}
         return splits | ({"evaluation.after_training": "test"} if self.evaluation.after_training else {})
+
+    def clip_seconds(self, source: VideoSource | AudioSource) -> float:
+        """Duration of the clips of a source of `extraction`."""
+        return source.duration or self.model.duration
 
     @property
     def generated_splits(self) -> set[str]:

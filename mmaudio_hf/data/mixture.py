@@ -178,7 +178,7 @@ def open_mixture(
     """Open the stores of a recipe's `data.train`, `data.validation` or `data.test` as one mixture."""
     stores = [(FeatureStore.open(source.path), source.repeats) for source in sources]
     if extraction is not None:
-        check_extraction([store for store, _ in stores], extraction)
+        check_extraction([store for store, _ in stores], extraction, model)
     return Mixture(stores, model, encoders, seed, complete)
 
 
@@ -251,14 +251,19 @@ def _check_encoder_settings(store: FeatureStore, encoders: EncoderConfig) -> Non
             )
 
 
-def check_extraction(stores: Sequence[FeatureStore], extraction: ExtractionConfig) -> None:
+def check_extraction(
+    stores: Sequence[FeatureStore], extraction: ExtractionConfig, model: ModelConfig | None = None
+) -> None:
     """ValueError for a store of the recipe's own extraction that was made with other settings than it has now."""
     sources = {(Path(extraction.output_dir) / source.name).resolve(): source for source in extraction.videos}
     for store in stores:
         source, settings = sources.get(store.path.resolve()), manifest_value(store, "preprocessing")
         if source is None or not isinstance(settings, dict):
             continue
-        for name, expected in (("alignment", extraction.alignment), ("normalize_audio", source.normalize_audio)):
+        expectations: dict[str, Any] = {"alignment": extraction.alignment, "normalize_audio": source.normalize_audio}
+        if seconds := source.duration or (model.duration if model else 0):
+            expectations["duration"] = seconds
+        for name, expected in expectations.items():
             if settings.get(name, expected) != expected:
                 raise ValueError(
                     f"{store.path} was made with {name} {settings[name]!r}, the recipe's extraction has {expected!r}:"

@@ -118,10 +118,10 @@ def extract_video(
 ) -> ExtractionReport:
     """Make the feature store `source.name` in `extraction.output_dir` of the videos that `source.list` lists.
 
-    recipe: gives `model.mode` and `model.duration`, `encoders` and `extraction`; the toy codec is fitted to these media
-    if there is none. extraction.batch_size items go through the encoders together, fewer after out-of-memory;
-    extraction.num_proc processes, process i on CUDA device i modulo their number, make shards of extraction.shard_size
-    rows. With source.max_clips > 1 each clip in `extraction.clips_path(source)` is a row.
+    recipe: gives `model.mode`, `encoders`, `extraction` and, for a source without a duration, `model.duration`; the toy
+    codec is fitted to these media if there is none. extraction.batch_size items go through the encoders together, fewer
+    after out-of-memory; extraction.num_proc processes, process i on CUDA device i modulo their number, make shards of
+    extraction.shard_size rows. Unless source.max_clips is 1, each clip in `extraction.clips_path(source)` is a row.
 
     A file that cannot be used is rejected, never fatal. Raises ValueError for mistakes in settings, lists and folders
     before any work, when the disk is too small, and when every item was rejected (then there is no store); OSError
@@ -150,11 +150,11 @@ def extract_audio(
 def _video_items(job: Job, source: VideoSource, problems: Problems | None) -> list[Item]:
     items: list[Item] = []
     folder = MediaFolder(source.media_dir, "video")
-    starts = _video_starts(job) if source.max_clips > 1 else {}
+    starts = _video_starts(job) if source.max_clips != 1 else {}
     for row in read_media_list(source.list, "label"):
         path, problem = _find(folder, row.id)
         problem, name = problem or _audit_problem(problems, row.id), stem_of(row.id, "video")
-        if source.max_clips > 1 and name not in starts:
+        if source.max_clips != 1 and name not in starts:
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
         for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):
             items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start))
@@ -214,7 +214,7 @@ def _check_settings(job: Job) -> None:
     if not Path(job.source.media_dir).is_dir():
         raise ValueError(f"{job.source.media_dir}: no such folder; it must hold the media of {job.name!r}")
     clips = job.recipe.extraction.clips_path(job.source)
-    if (isinstance(job.source, AudioSource) or job.source.max_clips > 1) and not clips.is_file():
+    if (isinstance(job.source, AudioSource) or job.source.max_clips != 1) and not clips.is_file():
         raise ValueError(f"{clips}: no such clip list; make it with `mmaudio-hf partition`")
     if job.output_dir.exists() and not job.output_dir.is_dir():
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
@@ -449,7 +449,7 @@ def _export(
             job.shapes,
             report.accepted,
             mode=job.recipe.model.mode,
-            duration=job.recipe.model.duration,
+            duration=job.duration,
             encoders=job.fingerprints,
             preprocessing=job.preprocessing,
             normalisation={"audio_peak": _AUDIO_PEAK if job.normalize_audio else None},

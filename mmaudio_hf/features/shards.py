@@ -134,6 +134,11 @@ class Job:
         return Path(self.recipe.extraction.shards_dir or self.output_dir) / f"{self.name}.shards"
 
     @property
+    def duration(self) -> float:
+        """Seconds of a clip."""
+        return self.recipe.clip_seconds(self.source)
+
+    @property
     def components(self) -> tuple[str, ...]:
         """The encoders that are needed."""
         return ("clip", "sync", "text", "latent") if self.is_video else ("text", "latent")
@@ -141,7 +146,7 @@ class Job:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of one row of every column."""
-        return column_shapes(self.recipe.model.mode, self.recipe.model.duration, video=self.is_video)
+        return column_shapes(self.recipe.model.mode, self.duration, video=self.is_video)
 
     @property
     def normalize_audio(self) -> bool:
@@ -152,7 +157,7 @@ class Job:
     def preprocessing(self) -> dict[str, Any]:
         """Settings that determine the inputs of the encoders."""
         model = self.recipe.model
-        settings: dict[str, Any] = {"version": VERSION, "mode": model.mode, "duration": float(model.duration)}
+        settings: dict[str, Any] = {"version": VERSION, "mode": model.mode, "duration": float(self.duration)}
         if self.is_video:
             alignment = self.recipe.extraction.alignment
             settings |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
@@ -371,7 +376,7 @@ class ShardMaker:
         datasets.disable_progress_bars()  # of every map
         _free_large_blocks()
         model = job.recipe.model
-        self.encoders = load_encoders(config, model.mode, job.components, device=device, duration=model.duration)
+        self.encoders = load_encoders(config, model.mode, job.components, device=device, duration=job.duration)
         self.limits: dict[str, int] = {}  # component -> batch size that did not fit; see FittingBatches
 
     def make(self, shard: Shard, wait_for_others: bool, advance: Callable[[int], Any]) -> bool:
@@ -594,7 +599,7 @@ def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
         if job.is_video:
             return [_read_video(job, item) for item in items]
         model, spans = job.recipe.model, list(dict.fromkeys(item.span for item in items if item.span))
-        clips = dict(zip(spans, read_audio_clips(path, spans, mode=model.mode, duration=model.duration), strict=True))
+        clips = dict(zip(spans, read_audio_clips(path, spans, mode=model.mode, duration=job.duration), strict=True))
         return [clips[item.span] for item in items if item.span]
     except MediaError as error:
         return [error] * len(items)
@@ -610,7 +615,7 @@ def _read_video(job: Job, item: Item) -> VideoClip:
         item.path,
         start=item.start,
         mode=model.mode,
-        duration=model.duration,
+        duration=job.duration,
         alignment=alignment,
         normalize_audio=job.normalize_audio,
         as_uint8=True,

@@ -343,26 +343,27 @@ class ClipReport:
 
 
 @checked
-def partition(num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
+def partition(num_samples: int, sample_rate: int, clip_seconds: float = CLIP_SECONDS) -> list[tuple[int, int]]:
     """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
 
-    Ends are exclusive; a file shorter than 8.1 s gives none. Float comparison and rounding are those of the published
+    Ends are exclusive; a file shorter than a clip gives none. Float comparison and rounding are those of the published
     clip lists.
     """
     if num_samples < 0 or sample_rate < 1:
         raise ValueError(f"{num_samples} samples at {sample_rate} Hz are no audio")
-    if num_samples < sample_rate * CLIP_SECONDS:
+    if num_samples < sample_rate * clip_seconds:
         return []
-    length = int(sample_rate * CLIP_SECONDS)
+    length = int(sample_rate * clip_seconds)
     count = min(_MAX_CLIPS, num_samples // length)
     step = (num_samples - length) // (count - 1) if count > 1 else 0
     return [(i * step, i * step + length) for i in range(count)]
 
 
 def partition_video(seconds: float, duration: float, max_clips: int) -> list[float]:
-    """Starts (s) of at most `max_clips` clips, evenly spread and not overlapping; [0] of a short video."""
+    """Starts (s) of at most `max_clips` clips (0: all that fit), evenly spread and not overlapping; [0] if short."""
     usable = seconds - _VIDEO_MARGIN
-    count = max(1, min(max_clips, int(usable / duration)))
+    fitting = int(usable / duration)
+    count = max(1, min(max_clips or fitting, fitting))
     return [round(i * (usable - duration) / (count - 1), 3) if i else 0.0 for i in range(count)]
 
 
@@ -390,7 +391,9 @@ def write_clips(
     that finds all of them complete replaces the list. ValueError if there is no file to read.
     """
     files, rejects, ignored, rows_of = _files_of(source, duration)
-    settings = [_VERSION, *([] if isinstance(source, AudioSource) else [duration, source.max_clips])]
+    settings: list[float] = [_VERSION, duration, source.max_clips] if isinstance(source, VideoSource) else [_VERSION]
+    if isinstance(source, AudioSource) and (seconds := audio_clip_seconds(source, duration)) != CLIP_SECONDS:
+        settings.append(seconds)
     with contextlib.ExitStack() as stack:
         folder = Path(shards_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -446,7 +449,8 @@ def _files_of(
     for path in folder.others:
         message = f"{path}: has no ending of an audio file"
         ignored.append(_reject(str(path.relative_to(folder.folder)), "ignored", message))
-    return list(files), rejects, ignored, partial(_outcome, _audio_rows)
+    cut_audio = partial(_audio_rows, clip_seconds=audio_clip_seconds(source, duration))
+    return list(files), rejects, ignored, partial(_outcome, cut_audio)
 
 
 class _Shard:
@@ -491,12 +495,18 @@ def _reject(file: str, reason: str, message: str) -> dict[str, str]:
     return {"file": file, "reason": reason, "message": message}
 
 
-def _audio_rows(path: Path) -> list[list]:
+def audio_clip_seconds(source: AudioSource, duration: float) -> float:
+    """What is cut for a clip of `duration`: 0.1 s more, and the published 8.1 s where the source has no duration."""
+    longer = round(duration + 0.1, 6)
+    return longer if source.duration else max(CLIP_SECONDS, longer)
+
+
+def _audio_rows(path: Path, clip_seconds: float) -> list[list]:
     num_samples, rate = count_samples(path)
-    spans = partition(num_samples, rate)
+    spans = partition(num_samples, rate, clip_seconds)
     if not spans:
         have = num_samples / rate if rate else 0.0
-        raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {CLIP_SECONDS} s needed")
+        raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {clip_seconds} s needed")
     name = normal_name(path.stem)
     return [[f"{name}_{i}", name, start, end] for i, (start, end) in enumerate(spans)]
 
@@ -504,6 +514,8 @@ def _audio_rows(path: Path) -> list[list]:
 def _video_rows(path: Path, duration: float, max_clips: int) -> list[list]:
     starts = partition_video(video_seconds(path), duration, max_clips)
     name = normal_name(path.stem)
+    if max_clips == 0 and len(starts) == 1:  # the row that it has without a list
+        return [[name, name, 0.0]]
     return [[f"{name}_{i}", name, start] for i, start in enumerate(starts)]
 
 
@@ -529,7 +541,7 @@ def source_problems(extraction: ExtractionConfig, source: VideoSource | AudioSou
             read_media_list(source.list, "caption" if isinstance(source, AudioSource) else "label")
         if lists and clips.is_file() and isinstance(source, AudioSource):
             read_clips(clips)
-        elif lists and clips.is_file() and isinstance(source, VideoSource) and source.max_clips > 1:
+        elif lists and clips.is_file() and isinstance(source, VideoSource) and source.max_clips != 1:
             read_video_clips(clips)
     except ValueError as error:
         problems.append(str(error))
