@@ -12,7 +12,7 @@ from toy_stores import MODEL
 
 from mmaudio_hf.bench import inference
 from mmaudio_hf.bench.inference import plain_read
-from mmaudio_hf.bench.training import _receive, compare_step, loop_overhead, scaling, step
+from mmaudio_hf.bench.training import _receive, compare_step, durations, loop_overhead, scaling, step
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import model_config, variant_config
 from mmaudio_hf.media.video import read_video
@@ -70,6 +70,14 @@ def test_the_step_is_compared_with_that_of_another_checkout(tmp_path):
     (bench.parent / "config.py").write_text("ModelConfig = dict\n")
     figures = compare_step(TINY, tmp_path, 2, 1)
     assert figures["fp32_throughput_of_other"] > 1 and figures["fp32_other_step_seconds"] > 1
+
+
+def test_a_mixture_of_durations_is_compared_with_each_alone():
+    figures = durations(TINY, (1.0, 2.0), 130, 1)
+    assert (figures["samples_of_1s"], figures["samples_of_2s"]) == (4, 2)
+    assert figures["tokens_per_second_2s"] > 0 and figures["of_1s_alone"] > 0
+    low, high = sorted((figures["of_1s_alone"], figures["of_2s_alone"]))
+    assert low <= figures["of_one_length"] <= high
 
 
 def test_two_processes_are_compared_with_one():

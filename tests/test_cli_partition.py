@@ -5,6 +5,7 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -156,12 +157,15 @@ def test_a_folder_with_a_long_take_gives_all_its_clips(tmp_path, monkeypatch, ca
 
 
 def test_one_recipe_extracts_clips_of_several_durations(tmp_path):
-    write_odd(tmp_path / "long.mp4", Odd(frame_times=steady(4.5), audio_seconds=4.5))
-    write_audio(tmp_path / "noise.wav", torch.rand(8000 * 9, generator=torch.Generator().manual_seed(0)) - 0.5, 8000)
+    (tmp_path / "audios").mkdir()
+    write_odd(tmp_path / "long.mp4", Odd(frame_times=steady(7.0), audio_seconds=7.0))
+    write_audio(
+        tmp_path / "audios" / "noise.wav", torch.rand(8000 * 9, generator=torch.Generator().manual_seed(0)) - 0.5, 8000
+    )
     (tmp_path / "list.tsv").write_text("id\tlabel\nlong\ta\n")
     (tmp_path / "captions.tsv").write_text("id\tcaption\nnoise\tb\n")
     videos = {"media_dir": str(tmp_path), "list": str(tmp_path / "list.tsv"), "max_clips": 0}
-    audios = {"media_dir": str(tmp_path), "list": str(tmp_path / "captions.tsv"), "duration": 2.0}
+    audios = {"media_dir": str(tmp_path / "audios"), "list": str(tmp_path / "captions.tsv"), "duration": 2.0}
     tree = {
         "model": MODEL | {"duration": 1.0},
         "encoders": {"kind": "toy", "weights_dir": str(tmp_path / "out"), "device": "cpu"},
@@ -179,13 +183,17 @@ def test_one_recipe_extracts_clips_of_several_durations(tmp_path):
     expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
     mixture = open_mixture(recipe.data.train, *expected)
     assert [(bucket.duration, len(bucket.stores), bucket.samples) for bucket in mixture.buckets] == [
-        (1, 1, 4),
-        (2, 2, 6),
+        (1, 1, 6),
+        (2, 2, 7),
     ]
     assert mixture.stores[2].ids == [f"noise_{i}" for i in range(4)]  # of 2.1 s, in 9 s
     with FeatureStore.open(tmp_path / "out" / "two") as store:
-        assert store.read([0])["clip_features"].shape == (1, 16, 1024) and store.ids == ["long_0", "long_1"]
+        assert store.read([0])["clip_features"].shape == (1, 16, 1024) and store.ids == [f"long_{i}" for i in range(3)]
     assert main(["verify", str(tmp_path / "out" / "two"), "--sample", "2", "--media", str(tmp_path)]) == 0
+    assert main(["audit", str(path), "extraction.videos.0.duration=8"]) == 0  # too long for the file, 2 s are not
+    table = pq.read_table(tmp_path / "out" / "audit.parquet").to_pylist()
+    short = {row["source"]: row["verdicts"] for row in table}
+    assert "too_short" in short["one"] and "too_short" not in [*short["two"], *short["noises"]]
     with pytest.raises(ValueError, match=r"two was made with duration 2\.0, the recipe's extraction has 3\.0"):
         changed = load_recipe(path, ["extraction.videos.1.duration=3"])
         open_mixture(changed.data.train, changed.model, extraction=changed.extraction)

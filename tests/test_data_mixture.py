@@ -2,14 +2,17 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from data_stores import MODEL, SHAPES, make_store
 from toy_stores import write_store
 
-from mmaudio_hf.config import ModelConfig, TrainingConfig, micro_batch_size, samples_per_step
+from mmaudio_hf.cli import main
+from mmaudio_hf.config import ModelConfig, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.data.loader import training_batches, validation_batches
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.noise import sample_noise
@@ -139,3 +142,23 @@ def test_tokens_give_the_size_of_a_step_and_are_never_truncated():
     for sizes in ({"batch_tokens": 5}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="one of them gives the size of a step, set the other to 0"):
             TrainingConfig(**sizes)
+
+
+def test_the_recipe_of_the_page(tmp_path, monkeypatch, capsys):
+    """As it stands in docs/stores.md, on stores of one or two rows: what --dry-run says is what the page says."""
+    root = Path(__file__).parent.parent
+    section = (root / "docs" / "stores.md").read_text().split("### Clips of several durations")[1]
+    recipe = section.split("```yaml\n")[1].split("```")[0].replace("recipes/", f"{root}/recipes/")
+    monkeypatch.chdir(tmp_path)
+    Path("mixed.yaml").write_text(recipe)
+    Path("data/features_16k").mkdir(parents=True)
+    for name, duration, rows in (("vgg-train", 8.0, 3), ("steps", 4.0, 1), ("takes", 10.0, 2)):
+        write_store(tmp_path / "data/features_16k" / name, rows, duration=duration)
+    changes = ["data.validation=[]", "data.test=[]", "samples.every=0", "evaluation.every=0"]
+    assert main(["train", "mixed.yaml", "--dry-run", *changes, "evaluation.after_training=false"]) == 0
+    derived = yaml.safe_load(capsys.readouterr().out)["derived"]
+    assert {d: batch["global"] for d, batch in derived["batch"].items()} == {"4 s": 1024, "8 s": 512, "10 s": 408}
+    assert all(f"{batch['global']} of {d}" in section for d, batch in derived["batch"].items())
+    assert derived["shares"] == "vgg-train (8 s) 38%, steps (4 s) 38%, takes (10 s) 25%"
+    extraction = load_recipe("mixed.yaml").extraction
+    assert [source.duration for source in extraction.videos] == [0.0, 4.0, 10.0]

@@ -126,7 +126,7 @@ def test_released_weights_that_training_needs_are_checked(folder, capsys):
     assert text.count("(training does without") == 4 and text.count("mmaudio-hf weights download") == 1
 
 
-def test_several_durations_are_counted_at_the_one_that_takes_most(folder, capsys):
+def test_memory_is_that_of_the_duration_that_takes_most(folder, capsys):
     write_store(folder / "longer", 8, duration=2.0)
     recipe = write_recipe(folder, "durations", batch_size=0, batch_tokens=256, batch_size_multiple=2)
     changes = (f"data.train.2.path={folder / 'longer'}", "samples.every=2", "--quick")

@@ -13,18 +13,21 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 import yaml
 from forked import Command, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Page
-from toy_stores import recipe_tree, write_codec
+from toy_stores import recipe_tree, write_codec, write_store
 from training_runs import environment, metrics, run_dir, start, train
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import config_of_duration, load_recipe
 from mmaudio_hf.evaluation import samples as samples_module
 from mmaudio_hf.evaluation.onsets import clip_scores
+from mmaudio_hf.evaluation.run import SplitEvaluator
 from mmaudio_hf.evaluation.samples import SampleEvaluator, read_items
+from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.pages.report import write_report
@@ -104,6 +107,37 @@ def test_samples_scores_and_trackers(finished, tmp_path):
     heard = events.Audio(f"eval/{ids[1]}")
     assert [event.step for event in heard] == [2, 4] and heard[0].sample_rate == 16000
     assert waveform(heard[1].encoded_audio_string, tmp_path) == pytest.approx(expected.clip(-1, 1), abs=1e-3)
+
+
+def test_items_of_each_duration_are_generated_in_one_piece(folder, tmp_path):
+    """As by a network that is set to that duration; and scores that know one duration alone are refused."""
+    write_store(tmp_path / "long", 2, duration=2.0, seed=8)
+    held_out = [{"path": str(folder / "held_out")}, {"path": str(tmp_path / "long")}]
+    tree = recipe_tree(folder) | {"name": "each", "output_dir": str(tmp_path / "output")}
+    tree["data"] |= {"validation": held_out}
+    tree |= {"samples": {"every": 2, "items": 1}, "sampling": {"num_steps": 2}}
+    (tmp_path / "each.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "each.yaml")
+    torch.manual_seed(0)
+    model = MMAudio(recipe.model).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.set_latent_statistics(torch.zeros(20), torch.ones(20))
+    result = SampleEvaluator(recipe).run(model, 2, {})
+    assert [sample.name for sample in result.samples] == ["held_out_0000", "long_0000"]
+    assert [len(sample.waveform) for sample in result.samples] == [16384, 32256]
+    rows = json.loads((run_dir(tmp_path / "each.yaml") / "samples/step_2/samples.json").read_text())
+    assert [row.get("duration") for row in rows] == [None, 2.0] and all(row["scores"] for row in rows)
+    longer = MMAudio(config_of_duration(recipe.model, 2.0)).eval()
+    longer.load_state_dict(model.state_dict())
+    encoders = load_encoders(recipe.encoders, "16k", ("decode",), device="cpu")
+    request = read_items(recipe.data.validation[1:], 1)[0].request
+    [alone] = MMAudioPipeline(longer, encoders, precision="fp32").generate([request], num_steps=2, seed=recipe.seed)
+    torch.testing.assert_close(result.samples[1].waveform, alone.waveform, atol=1e-4, rtol=1e-3)
+    assert model.latent_length == 32
+    with pytest.raises(ValueError, match=r"has clips of 2 s, and evaluation\.metrics compares clips of .* alone, 1 s"):
+        SplitEvaluator(load_recipe(tmp_path / "each.yaml", ["evaluation.metrics=[fd]"]), "validation")
+    assert len(SplitEvaluator(recipe, "validation").items) == 7
 
 
 def test_a_fine_tuned_run_samples_its_base_and_what_the_user_names(finished, folder, example_media):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch._dynamo.testing import CompileCounter
 from toy_stores import MODEL
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.bench.training import random_batch
-from mmaudio_hf.config import FlowConfig, TrainingConfig, variant_config
+from mmaudio_hf.config import FlowConfig, TrainingConfig, config_of_duration, variant_config
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, configure_model, should_compile
@@ -78,6 +79,30 @@ def test_compiled_blocks_train_the_same_model_up_to_rounding(model):
     for name, gradient in gradients.items():
         distance = (other_gradients[name] - gradient).norm()
         assert distance <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_durations_share_what_is_compiled(model):
+    """At most one graph for each kind of block and duration, and none when a duration comes again."""
+    counter = CompileCounter()
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in compiled.blocks:
+        block.compile(backend=counter)
+    graphs = []
+    for duration in (1.0, 2.0, 1.5, 1.0):
+        config = config_of_duration(model.config, duration)
+        losses = []
+        for network in (model, compiled):
+            network.set_lengths(config.latent_length, config.clip_length, config.sync_length)
+            batch = random_batch(config, round(4 / duration))
+            losses.append(flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss)
+        losses[1].sum().backward()
+        graphs.append(counter.frame_count)
+    kinds = 3  # joint blocks, the last of them, fused blocks
+    assert graphs[0] == kinds and graphs[2] <= 3 * kinds and graphs[3] == graphs[2], graphs
+    assert losses[1].shape == (4,) and losses[1].isfinite().all()
+    model.set_lengths(config.latent_length, config.clip_length, config.sync_length)  # as it was
+    torch._dynamo.reset()
 
 
 def test_where_the_compiler_fails_auto_continues_and_on_does_not(model, monkeypatch, tmp_path, capsys):

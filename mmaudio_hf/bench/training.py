@@ -1,4 +1,7 @@
-"""Benchmarks of training: steps against a matrix product, checkpoints against memcpy, two processes against one."""
+"""Benchmarks of training: steps against a matrix product, checkpoints against memcpy, two processes against one.
+
+And steps of clips of several durations against those of one.
+"""
 
 import json
 import multiprocessing
@@ -20,6 +23,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.other import get_free_port
 
 from mmaudio_hf.bench import (
+    ROWS,
     Timed,
     bench_recipe,
     emulates_bf16,
@@ -30,15 +34,27 @@ from mmaudio_hf.bench import (
     time_matmul,
     training_loop,
 )
-from mmaudio_hf.config import EmaConfig, FlowConfig, ModelConfig, OptimConfig, Recipe
+from mmaudio_hf.config import (
+    DataConfig,
+    EmaConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    StoreConfig,
+    config_of_duration,
+    samples_per_step,
+)
 from mmaudio_hf.data.loader import Batch
 from mmaudio_hf.data.noise import sample_noise
+from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import RunError
+from mmaudio_hf.schema import RunError, column_shapes
 from mmaudio_hf.training.checkpoint import TrainingState, save_checkpoint
 from mmaudio_hf.training.checkpointer import BackgroundWriter, write_pretrained
 from mmaudio_hf.training.distributed import TensorGroups
 from mmaudio_hf.training.ema import PostHocEMA
+from mmaudio_hf.training.loop import Run
 from mmaudio_hf.training.memory import empty_batch, training_flops
 from mmaudio_hf.training.optim import build_optimizer, clip_gradients, optimizer_tensors, step_unless_nonfinite
 from mmaudio_hf.training.step import flow_step
@@ -195,6 +211,58 @@ def random_batch(config: ModelConfig, size: int) -> Batch:
         values.normal_()
     noise = sample_noise(0, "bench", 0, range(size), (config.latent_length, config.latent_channels))
     return replace(batch, std=batch.std.fill_(1.0), noise=noise)
+
+
+# --- `mmaudio-hf bench durations` ------------------------------------------------------------------------------------
+
+
+def durations(config: ModelConfig, seconds_of: Sequence[float], batch_tokens: int, rounds: int) -> Figures:
+    """Steps of a mixture of clips of several durations against the same steps of a run of each duration alone.
+
+    Both are steps of the training loop, in turn in one process; each step of the mixture follows those of the other
+    durations, as in a run. `of_one_length` is the time of a round of them alone over that in the mixture. Tokens are
+    those that the blocks see: latents, CLIP frames and text. In float32.
+    """
+    times: dict[float, tuple[float, float]] = {}
+    figures: Figures = {"variant": config.variant, "batch_tokens": batch_tokens, "rounds": rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        alone = {d: _of_duration(config, d, batch_tokens, Path(folder) / f"{d:g}") for d in seconds_of}
+        stores = tuple(store for recipe in alone.values() for store in recipe.data.train)
+        first = alone[seconds_of[0]]
+        mixed = replace(first, name="mixed", data=replace(first.data, train=stores))
+        for duration, recipe in alone.items():
+            latents, model = recipe.model.latent_length, recipe.model
+            with training_loop(mixed) as (run, step), training_loop(recipe) as (_, own_step):
+                measures = [partial(_seconds_at, run, step, latents), partial(seconds, own_step)]
+                in_mixture, by_itself = map(statistics.median, in_turn(measures, rounds))
+            samples = samples_per_step(recipe.training, latents)
+            tokens = samples * (latents + model.clip_length + model.text_tokens)
+            times[duration] = in_mixture, by_itself
+            figures[f"samples_of_{duration:g}s"] = samples
+            figures[f"tokens_per_second_{duration:g}s"] = tokens / in_mixture
+            figures[f"of_{duration:g}s_alone"] = by_itself / in_mixture
+    in_mixture, by_itself = (sum(pair[i] for pair in times.values()) for i in range(2))
+    return figures | {"of_one_length": by_itself / in_mixture}
+
+
+def _seconds_at(run: Run, step: Callable[[], None], latents: int) -> float:
+    """Seconds of the next step whose clips have so many latents, after those of other durations before it."""
+    while True:
+        taken = seconds(step)
+        if run.unwrapped_model.latent_length == latents:
+            return taken
+
+
+def _of_duration(config: ModelConfig, duration: float, batch_tokens: int, folder: Path) -> Recipe:
+    """A recipe over random features of clips of one duration, in a store with a manifest, which states it."""
+    config, path = config_of_duration(config, duration), folder / "features" / f"of_{duration * 1000:.0f}_ms"
+    path.parent.mkdir(parents=True)
+    shapes, ids = column_shapes(config.mode, duration), [f"row_{row}" for row in range(ROWS)]
+    with StoreWriter(path, shapes, ROWS, mode=config.mode, duration=duration, encoders={}) as writer:
+        writer.write(0, ids, ids, {name: torch.rand(ROWS, *shape) for name, shape in shapes.items()})
+    recipe = bench_recipe(config, 1, "no", folder)
+    training = replace(recipe.training, batch_size=0, batch_tokens=batch_tokens, batch_size_multiple=1)
+    return replace(recipe, training=training, data=DataConfig(train=(StoreConfig(str(path)),)))
 
 
 # --- `mmaudio-hf bench scaling` --------------------------------------------------------------------------------------

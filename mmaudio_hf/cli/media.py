@@ -344,7 +344,7 @@ def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSou
         store = (Path(extraction.output_dir) / source.name).resolve()
         held_out, trains = store in held, store in trained or store not in held
         kind = "video" if isinstance(source, VideoSource) else "audio"
-        sources.append(make(source.name, kind, source.media_dir, source.list, trains, held_out))
+        sources.append(make(source.name, kind, source.media_dir, source.list, trains, held_out, source.duration))
     return sources
 
 

@@ -471,6 +471,10 @@ def add_bench_commands(add: Add) -> None:
     scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    durations = benchmark("durations", _durations, "steps of a mixture of several durations against each alone")
+    durations.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    durations.add_argument("--seconds", type=float, nargs="+", default=[2, 4, 8, 10], help="default 2 4 8 10")
+    durations.add_argument("--batch-tokens", type=_count, default=1000, help="latents of a step (default 1000)")
     extract = benchmark("extract", _extract, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: a generated one of 720p)")
     extract.add_argument("--against", type=Path, metavar="DIR", help="only reading, in turn with another checkout's")
@@ -535,6 +539,13 @@ def _scaling(options: argparse.Namespace) -> dict[str, Any]:
 
     config = variant_config(options.variant)
     return scaling(config, options.batch_size, options.rounds, "bf16" if options.precision == "bf16" else "no")
+
+
+def _durations(options: argparse.Namespace) -> dict[str, Any]:
+    from mmaudio_hf.bench.training import durations
+    from mmaudio_hf.config import variant_config
+
+    return durations(variant_config(options.variant), options.seconds, options.batch_tokens, options.rounds)
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:

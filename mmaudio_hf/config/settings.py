@@ -520,7 +520,7 @@ class SamplesConfig(Settings):
 
     key = "samples"
     every: int = setting(0, "steps between samples, which are also made after the last step; 0: never", least=0)
-    items: int = setting(4, "items, evenly spaced over the split", least=1)
+    items: int = setting(4, "items, evenly spaced over the split, and one of each duration at least", least=1)
     split: Literal["validation", "test"] = setting("validation", "split of the items")
     prompts: tuple[str, ...] = setting((), "texts of your own that are generated beside the items", unique=True)
     videos: tuple[str, ...] = setting((), "videos of your own, likewise, without a text", unique=True, path=True)
@@ -591,7 +591,7 @@ class EvaluationConfig(Settings):
     key = "evaluation"
     every: int = setting(0, "steps between evaluations, which also follow the last step; 0: never", least=0)
     split: Literal["validation", "test"] = setting("validation", "split that is evaluated during training")
-    items: int = setting(0, "items, evenly spaced over the split; 0: all", least=0)
+    items: int = setting(0, "items, evenly spaced over the split, and one of each duration at least; 0: all", least=0)
     after_training: bool = setting(False, "score data.test with the published weights after the last step")
     metrics: tuple[Metric, ...] = setting((), "published scores beside the built-in; need av-benchmark", unique=True)
     av_bench_python: str = setting("", "interpreter of av-benchmark's environment; empty: this one", path=True)

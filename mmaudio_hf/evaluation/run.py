@@ -108,6 +108,12 @@ class SplitEvaluator:
         if not stores:
             raise ValueError(f"data.{split} names no store: there is nothing to evaluate")
         self.items = HeldOutItems(stores, recipe.evaluation.items, spread=True)
+        if recipe.evaluation.metrics and (other := self.items.durations - {recipe.model.duration}):
+            raise ValueError(
+                f"data.{split} has clips of {', '.join(f'{d:g}' for d in sorted(other))} s, and evaluation.metrics"
+                f" compares clips of model.duration alone, {recipe.model.duration:g} s: set evaluation.metrics=[], or"
+                f" name only stores of that duration in data.{split}"
+            )
 
     def run(self, model: MMAudio, step: int, weights: Mapping[str, Any]) -> Evaluation:
         """`evaluate` for the training loop, which a full disk or a failing library must not end."""

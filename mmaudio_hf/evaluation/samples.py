@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ class HeldOutItem:
     request: Request
     latent: torch.Tensor  # (0, C) where there is no truth
     store: str  # name of the store; empty: none
+    duration: float | None = None  # s; None: that of the model
 
 
 class HeldOutItems(Sequence[HeldOutItem]):
     """The first `limit` rows of the stores one after the other, or with `spread` as many, evenly spaced; 0: all.
 
+    With `spread` a duration that would have no row has its first one besides.
     Items are read on access: the features of a test set fill memory. The first row of an id counts; `repeated` has the
     ids of the others. ValueError for a store that cannot be opened.
     """
@@ -51,9 +53,13 @@ class HeldOutItems(Sequence[HeldOutItem]):
         self._stores = [FeatureStore.open(source.path) for source in sources]
         rows = [(store, row) for store in self._stores for row in range(len(store))]
         count = min(limit, len(rows)) if limit else len(rows)
+        selected = [rows[i * len(rows) // count if spread else i] for i in range(count)]
+        first = {_duration(store): (store, 0) for store in reversed(self._stores)}
+        missing = first.keys() - {_duration(store) for store, _ in selected}
+        selected += [pair for duration, pair in first.items() if spread and duration in missing]
         chosen: dict[str, tuple[FeatureStore, int]] = {}
         self.repeated: list[str] = []
-        for store, row in (rows[i * len(rows) // count if spread else i] for i in range(count)):
+        for store, row in selected:
             item_id = check_id(store.ids[row], f"{store.path}.tsv")
             if item_id in chosen:
                 self.repeated.append(item_id)
@@ -76,12 +82,21 @@ class HeldOutItems(Sequence[HeldOutItem]):
             sync_features=columns.get(SYNC_FEATURES),
             text_features=columns.get(TEXT_FEATURES),
         )
-        return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name)
+        return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name, _duration(store))
+
+    @property
+    def durations(self) -> set[float]:
+        """Seconds of the clips of the stores, as far as they are known."""
+        return {duration for store in self._stores if (duration := _duration(store)) is not None}
 
     def close(self) -> None:
         """Close the stores; items that were read stay valid."""
         for store in self._stores:
             store.close()
+
+
+def _duration(store: FeatureStore) -> float | None:
+    return (store.manifest or {}).get("duration")
 
 
 def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
@@ -131,19 +146,21 @@ def generate_items(
 ) -> Iterator[tuple[HeldOutItem, Generated]]:
     """Each item with the audio generated from its features, as `sampling` says; the noise depends on `seed` and the id.
 
-    Items are read a batch at a time.
+    Each is generated in one piece of its own duration. Items are read a batch at a time.
     """
-    items = iter(items)
-    while batch := list(islice(items, sampling.batch_size)):
-        results = pipeline.generate(
-            [item.request for item in batch],
-            sampling.batch_size,
-            num_steps=sampling.num_steps,
-            guidance_scale=sampling.guidance_scale,
-            solver=sampling.solver,
-            seed=seed,
-        )
-        yield from zip(batch, results, strict=True)
+    for duration, of_duration in groupby(items, key=lambda item: item.duration):
+        window = None if duration == pipeline.model.config.duration else duration
+        while batch := list(islice(of_duration, sampling.batch_size)):
+            results = pipeline.generate(
+                [item.request for item in batch],
+                sampling.batch_size,
+                window=window,
+                num_steps=sampling.num_steps,
+                guidance_scale=sampling.guidance_scale,
+                solver=sampling.solver,
+                seed=seed,
+            )
+            yield from zip(batch, results, strict=True)
 
 
 def decoding_pipeline(recipe: Recipe, model: MMAudio) -> MMAudioPipeline:
@@ -188,6 +205,8 @@ class SampleEvaluator:
         for item in self._items:
             waveform, reference, rate = results[item.item_id]
             row: dict[str, Any] = {"id": item.item_id, "caption": item.caption}
+            if item.duration not in (None, self._recipe.model.duration):
+                row["duration"] = item.duration
             if reference is not None:
                 self._references[item.item_id] = reference
                 row["scores"] = clip_scores(waveform, reference, rate)

@@ -101,7 +101,7 @@ _COMMIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class AuditSource:
-    """A list and the folder of its media. `kind` is "video" or "audio"."""
+    """A list and the folder of its media. kind: "video" or "audio". seconds: of its clips, 0: those of the audit."""
 
     name: str
     kind: str
@@ -109,6 +109,7 @@ class AuditSource:
     list: str | os.PathLike
     trains: bool = True
     held_out: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -466,7 +467,10 @@ def _verdicts(
     elif not figures["opened"]:
         verdicts = {"unreadable": figures["damage"]}
     else:
-        verdicts = _verdicts_of_file(item.source.kind, figures, limits, duration)
+        needed = (item.source.seconds or duration) if item.source.kind == "video" else CLIP_SECONDS
+        if item.source.kind == "audio" and item.source.seconds:
+            needed = item.source.seconds + 0.1  # as `partition` cuts it
+        verdicts = _verdicts_of_file(item.source.kind, figures, limits, needed)
     verdicts |= _verdicts_among_others(number, item, figures, known)
     return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
@@ -491,8 +495,8 @@ def _verdicts_among_others(
     return verdicts
 
 
-def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, duration: float) -> dict[str, str]:
-    """Verdicts on a file that opens."""
+def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, needed: float) -> dict[str, str]:
+    """Verdicts on a file that opens, of which `needed` seconds are used."""
     verdicts = {}
     if figures["damage"]:
         verdicts["damaged" if figures["duration"] else "unreadable"] = figures["damage"]
@@ -502,7 +506,7 @@ def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, dur
         verdicts["no_video"] = "has no video track"
     if "no_audio" in verdicts or "no_video" in verdicts:
         return verdicts
-    have, needed = figures["duration"], duration if kind == "video" else CLIP_SECONDS
+    have = figures["duration"]
     if have < needed - (_TOLERANCE if kind == "video" else 0):
         verdicts["too_short"] = f"{have:.3f} s can be used, {needed:g} s are needed"
     if figures.get("silent_fraction", 0) >= limits.max_silent:

@@ -130,14 +130,15 @@ def _generated_clips(
     """Clips with generated and true audio, and key figures: of event timing too, where events are known."""
     clips: list[ReportClip] = []
     detected, ceiling, known = [], [], []
-    rate, duration = pipeline.sample_rate, recipe.model.duration
+    rate, longest = pipeline.sample_rate, recipe.model.duration
     results = generate_items(pipeline, items, recipe.sampling, recipe.seed)
     for item, result in tqdm(results, "report", len(items), unit="clip", disable=None, leave=False):
-        decoded = pipeline.decode(item.latent)
+        decoded, duration = pipeline.decode(item.latent), item.duration or recipe.model.duration
+        longest = max(longest, duration)
         video, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
         events = times.get(item.item_id)
         if events is not None:
-            known.append(events)
+            known.append([t for t in events if t < duration])
             detected.append(onset_times(result.waveform, rate))
             ceiling.append(onset_times(decoded, rate))
         inside = None if events is None else tuple(t for t in events if t < duration)
@@ -147,9 +148,9 @@ def _generated_clips(
         clips.append(ReportClip(item.item_id, item.caption, result.waveform, rate, reference, video, inside, scores))
     if not known:
         return clips, {"generated_clips": len(clips)}
-    scores = onset_scores(detected, known, duration=duration, seed=recipe.seed)
+    scores = onset_scores(detected, known, duration=longest, seed=recipe.seed)
     # What the autoencoder alone leaves of the onsets: no network can be expected to score higher.
-    best = onset_scores(ceiling, known, duration=duration, seed=recipe.seed)
+    best = onset_scores(ceiling, known, duration=longest, seed=recipe.seed)
     timing = {f"onset_{name}": value for name, value in scores.items()} | {"onset_f1_true_latents": best["f1"]}
     return clips, {"generated_clips": len(clips), **timing}
 
@@ -167,7 +168,7 @@ def _video_and_audio(item: HeldOutItem, recipe: Recipe, with_audio: bool) -> tup
         clip = read_video(
             video,
             mode=recipe.model.mode,
-            duration=recipe.model.duration,
+            duration=item.duration or recipe.model.duration,
             alignment=recipe.extraction.alignment,
             normalize_audio=source.normalize_audio,
             as_uint8=True,
@@ -469,8 +470,9 @@ def _sample_card(
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
         tracks.append(_Track(title, waveform, rate, _media(video, waveform, rate, scratch), label, note))
-    lost = f" · audio alone, since {video} is not there any more" if video and not video.exists() else ""
-    return {"name": row["id"], "caption": row["caption"], "note": f"{row['id']}{lost}", "players": _players(tracks)}
+    note = row["id"] + (f", {row['duration']:g} s" if "duration" in row else "")
+    note += f" · audio alone, since {video} is not there any more" if video and not video.exists() else ""
+    return {"name": row["id"], "caption": row["caption"], "note": note, "players": _players(tracks)}
 
 
 # --- scores of one or several evaluations in one table ---------------------------------------------------------------
