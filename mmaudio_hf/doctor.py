@@ -27,6 +27,7 @@ import torch
 from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
 from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture
+from mmaudio_hf.data.remote import RemoteStore
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
@@ -516,7 +517,8 @@ def _speed(launch: Launch) -> Iterator[tuple[str, str]]:
 
 def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
     """What the disk delivers, past the page cache, against what training at the expected speed reads."""
-    if launch.quick or "train" not in launch.mixtures:
+    stores = launch.mixtures["train"].stores if "train" in launch.mixtures else ()
+    if launch.quick or not stores or any(isinstance(store, RemoteStore) for store in stores):
         return
     expected = _expected_speed(launch)[0] / launch.machines
     measured = measure_reading(launch.mixtures["train"], launch.recipe.data.read_threads, launch.recipe.seed)
@@ -530,6 +532,43 @@ def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
     else:
         way = "put the stores on a faster disk, or see whether they fit into memory, where later epochs find them"
         yield "warn", f"{message}: it will wait {1 - share:.0%} of the time; {way}"
+
+
+def _line(launch: Launch) -> Iterator[tuple[str, str]]:
+    """What stores on the Hub must deliver at the expected speed, and what they do."""
+    mixture, data = launch.mixtures.get("train"), launch.recipe.data
+    stores = [(i, store) for i, store in enumerate(mixture.stores if mixture else ()) if isinstance(store, RemoteStore)]
+    if mixture is None or not stores:
+        return
+    rate, size, later = _expected_speed(launch)[0] / launch.machines, 0.0, 0.0
+    for index, store in stores:
+        share = list(mixture.shares.values())[index]
+        size += share * mixture.row_bytes[index]
+        later += share * mixture.row_bytes[index] * (1 - store.kept_share)
+    kept = ", ".join(f"{store.kept_share:.0%} of {store.label}" for _, store in stores)
+    message = (
+        f"a sample takes {size / 1e6:.3g} MB, in rows of their own; at {rate:.3g} samples/s that is"
+        f" {rate * size / 1e6:.3g} MB/s in the first epoch, then {rate * later / 1e6:.3g}, as data.cache_gb"
+        f" {data.cache_gb:g} holds {kept}"
+    )
+    if launch.quick:
+        yield "ok", message
+        return
+    store, began, read = stores[0][1], time.perf_counter(), 0
+    rows = np.random.default_rng(0).permutation(len(store))
+    for first in range(0, len(rows), data.connections):
+        read += sum(v.nbytes for v in store.read(rows[first : first + data.connections]).values())
+        if (elapsed := time.perf_counter() - began) > READ_SECONDS:
+            break
+    speed = read / elapsed
+    message += f"; {data.connections} connections bring {speed / 1e6:.3g} MB/s"
+    if speed >= rate * size:
+        yield "ok", message
+    elif speed >= rate * later:
+        yield "warn", f"{message}: the first epoch waits {1 - speed / (rate * size):.0%} of the time, later ones do not"
+    else:
+        way = "raise data.cache_gb or data.connections, use compact stores, or pull the store"
+        yield "warn", f"{message}: training waits {1 - speed / (rate * later):.0%} of the time; {way}"
 
 
 class ReadRate(NamedTuple):
@@ -574,7 +613,7 @@ def _gb(size: float) -> str:
 
 
 # Where the batch does not split evenly over the devices, these have no answer.
-PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading")
+PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading", "line")
 CHECKS: dict[str, Check] = {
     "software": _software,
     "device": _device,
@@ -593,4 +632,5 @@ CHECKS: dict[str, Check] = {
     "disk space": _disk_space,
     "speed": _speed,
     "reading": _reading,
+    "line": _line,
 }

@@ -161,7 +161,7 @@ def test_a_new_version_replaces_the_old_one(hub, here, tmp_path):
     main(["store", "subset", str(store.path), str(tmp_path / "short"), "--rows", "0:30"])
     before = len(sent(hub))
     assert push(tmp_path / "short", "versions") == 0
-    assert len(sent(hub)) - before == 3  # the chunks that end earlier
+    assert len(sent(hub)) - before == 3 + 5  # the chunks that end earlier, and the checksums of the columns
     assert pull("versions", tmp_path / "new") == 0 and pull(f"versions@{first}", tmp_path / "old") == 0
     assert content(tmp_path / "new") == content(tmp_path / "short") and content(tmp_path / "old") == content(store.path)
     chunks = [name for name in hub.files("tester/versions", "datasets") if name.endswith(".bin")]
@@ -190,8 +190,8 @@ def test_a_killed_push_sends_nothing_twice(hub, here, tmp_path):
     hub.faults()
     assert push(store.path, "killed") == 0
     put = [line["path"] for line in sent(hub)[before:] if line["status"] == 200]
-    chunks = [name for name in hub.files("tester/killed", "datasets") if name.endswith(".bin")]
-    assert len(put) == len(set(put)) == len(chunks)
+    files = [name for name in hub.files("tester/killed", "datasets") if name.endswith((".bin", ".sha256"))]
+    assert len(put) == len(set(put)) == len(files)
     assert pull("killed", tmp_path / "back") == 0 and content(tmp_path / "back") == content(store.path)
 
 

@@ -3,17 +3,21 @@
 GB/s counts the bytes of features that are delivered, once: zeros in place of absent video count as time only.
 """
 
+import hashlib
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,14 @@ from tensordict import TensorDict
 from torch.utils.data import DataLoader, Dataset
 
 from mmaudio_hf.config import ModelConfig, variant_config
-from mmaudio_hf.data.layout import Column, layout_columns
-from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_batch_indices
+from mmaudio_hf.data.layout import Column, bytes_of, layout_columns
+from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_batch_indices, training_batches
 from mmaudio_hf.data.mixture import Mixture
+from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, record_checksum
 from mmaudio_hf.data.sampler import dataset_indices, permutation
 from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.hub import RemoteFile, RepoContents
+from mmaudio_hf.hub.stores import RangeReader
 from mmaudio_hf.schema import column_shapes
 
 SEED = 0
@@ -240,6 +247,156 @@ def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threa
     figures |= {f"sweep_us_per_sample_{rows}": taken / size * 1e6 for rows, taken in seconds.items()}
     figures["sweep_slowest_of_fastest"] = max(seconds.values()) / min(seconds.values())
     return figures
+
+
+# --- a store on the other side of a slow line -----------------------------------------------------------------------
+
+
+@dataclass
+class RemoteBench:
+    """`mmaudio-hf bench remote`: training reads `rows` rows of a local server that answers after `latency` seconds.
+
+    The cache has `share` of the store. A step is a pause of `step` seconds, as of a GPU. What comes is compared with
+    what the loader reads from the disk, byte for byte.
+    """
+
+    rows: int = 400
+    batch_size: int = 8
+    latency: float = 0.05
+    share: float = 0.25
+    step: float = 0.25
+    epochs: int = 4
+    connections: int = 64
+    variant: str = "small_16k"
+
+    def run(self) -> Figures:
+        """Figures; docs/hub.md says what each one is."""
+        if self.batch_size > self.rows:
+            raise ValueError(f"--batch-size {self.batch_size} is more than --rows {self.rows}")
+        with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+            folder = Path(name)
+            [path] = make_stores(folder, self.rows, 0.0, variant_config(self.variant))
+            parent, child = multiprocessing.Pipe()
+            server = multiprocessing.get_context("fork").Process(target=_serve, args=(path, self.latency, child))
+            server.start()
+            stack.callback(server.join)
+            stack.callback(server.kill)
+            files = {file.name: RemoteFile(file.stat().st_size, "", "") for file in path.glob("*.memmap")}
+            contents = RepoContents("bench/store", "0" * 40, files, "dataset")
+            reader = RangeReader(contents, self.connections, endpoint=f"http://127.0.0.1:{parent.recv()}")
+            stack.enter_context(reader)
+            pool = stack.enter_context(ThreadPoolExecutor(self.connections))
+            with FeatureStore.open(path) as local:
+                expected = self._train(local)[0]
+                remote = self._open(local, folder / "cache", reader, pool)
+            peak, done = [0], threading.Event()
+            watching = threading.Thread(target=_watch, args=(folder / "cache", peak, done))
+            watching.start()
+            began = time.process_time()
+            digest, waits, first_fetched = self._train(remote)
+            busy = time.process_time() - began
+            done.set()
+            watching.join()
+            return self._figures(remote, waits, first_fetched, busy, peak[0]) | {
+                "same_batches": int(digest == expected)
+            }
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.rows // self.batch_size
+
+    def _open(self, local: FeatureStore, cache: Path, reader: RangeReader, pool: ThreadPoolExecutor) -> RemoteStore:
+        cache.mkdir()
+
+        def fetch(name: str, first: int, count: int) -> bytes:
+            size = local.columns[name].row_bytes
+            return reader.read(f"{name}.memmap", first * size, (first + count) * size)
+
+        digests = {
+            name: b"".join(record_checksum(bytes_of(row)) for _, block in local.blocks(name) for row in block)
+            for name in local.columns
+        }
+        checksums = {n: np.frombuffer(d, np.uint8).reshape(-1, CHECKSUM_BYTES) for n, d in digests.items()}
+        shares = RemoteStore.shares(local.contents)
+        rows, _ = divide(int(local.contents.size * self.share) - 4 * self.rows - (1 << 16), shares)
+        opened = (cache, local.contents, local.ids, local.captions, None, None)
+        settings: dict[str, Any] = {"fetch": fetch, "pool": pool, "seat": Seat(cache), "slots": (rows, 0)}
+        return RemoteStore(*opened, label="bench", checksums=checksums, **settings)
+
+    def _train(self, store: FeatureStore) -> tuple[str, list[float], int]:
+        """Digest of all batches, share of each epoch that the consumer waited, bytes fetched in the first one."""
+        digest, waits, fetched = hashlib.sha256(), [], 0
+        settings: dict[str, Any] = {"seed": SEED, "global_batch": self.batch_size, "start_step": 0, "threads": 2}
+        indices = [np.arange(self.batch_size)]
+        steps = self.steps * self.epochs
+        with training_batches(Mixture([(store, 1)]), sample_indices=indices, num_steps=steps, **settings) as batches:
+            next_batch = next(batches)  # as the first step of a run, which waits for the line and compiles meanwhile
+            batches.wait_seconds, began = 0.0, time.perf_counter()
+            for number in range(1, steps + 1):
+                for name in store.columns:
+                    digest.update(bytes_of(getattr(next_batch[0], name)))
+                time.sleep(self.step if isinstance(store, RemoteStore) else 0)
+                next_batch = next(batches) if number < steps else next_batch
+                if number % self.steps == 0:
+                    now = time.perf_counter()
+                    waits.append(batches.wait_seconds / (now - began))
+                    batches.wait_seconds, began = 0.0, now
+                    fetched = fetched or getattr(store, "fetched_bytes", 0)
+        return digest.hexdigest(), waits, fetched
+
+    def _figures(self, store: RemoteStore, waits: list[float], first: int, busy: float, peak: int) -> Figures:
+        size = store.contents.size
+        later = store.used_bytes * (self.epochs - 1) / self.epochs
+        return {
+            "rows": self.rows,
+            "row_bytes": size // self.rows,
+            "latency_ms": self.latency * 1e3,
+            "connections": self.connections,
+            "data_wait_first_epoch": waits[0],
+            "data_wait_later_epochs": statistics.mean(waits[1:]) if waits[1:] else waits[0],
+            "samples_s": self.batch_size / self.step,
+            "needed_mb_s": size / self.rows * self.batch_size / self.step / 1e6,
+            "bytes_fetched": store.fetched_bytes,
+            "bytes_used": store.used_bytes,
+            "fetched_of_used": store.fetched_bytes / store.used_bytes,
+            "hits_later_epochs": 1 - (store.fetched_bytes - first) / later if later else 0.0,
+            "kept_share": store.kept_share,
+            "processor_ms_per_request": busy / (store.fetched_bytes / size * self.rows * len(store.columns)) * 1e3,
+            "cap_bytes": int(size * self.share),
+            "peak_bytes": peak,
+        }
+
+
+def _serve(folder: Path, latency: float, connection: Any) -> None:
+    """Ranges of the files of a folder, each after a pause; nothing of the bench's process is used."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            file = folder / self.path.rpartition("/")[2]
+            time.sleep(latency)
+            with open(file, "rb") as handle:
+                data = os.pread(handle.fileno(), last + 1 - first, first)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{file.stat().st_size}")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    connection.send(server.server_address[1])
+    server.serve_forever()
+
+
+def _watch(folder: Path, peak: list[int], done: threading.Event) -> None:
+    while not done.wait(0.02):
+        peak[0] = max(peak[0], sum(path.stat().st_blocks * 512 for path in folder.iterdir()))
 
 
 def make_stores(folder: Path, rows: int, audio_share: float, model: ModelConfig, filled: bool = True) -> list[Path]:

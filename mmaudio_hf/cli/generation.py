@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmaudio_hf.cli.hub import hub_stores
 from mmaudio_hf.cli.media import share_of_process
 from mmaudio_hf.cli.training import Add, recipe_of_run, warn
 from mmaudio_hf.config import Recipe, load_recipe
@@ -269,7 +270,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     check_launch()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     folders = [_folder(source, options.out, len(sources)) for source in sources]
-    results = [_evaluate_one(*pair, options.split) for pair in zip(sources, folders, strict=True)]
+    results = []
+    for source, folder in zip(sources, folders, strict=True):
+        with hub_stores(source.recipe, [options.split]):
+            results.append(_evaluate_one(source, folder, options.split))
     if state.is_main_process:
         from mmaudio_hf.evaluation.results import of_common_items
         from mmaudio_hf.pages.report import as_text, write_comparison

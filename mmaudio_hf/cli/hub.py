@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.config import HubConfig, Recipe, load_recipe
+from mmaudio_hf.config import HubConfig, Recipe, load_recipe, micro_batch_size
 from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, split_hub_id
 
 if TYPE_CHECKING:  # these load torch, which --help does without
@@ -128,6 +129,24 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 # --- training ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hub_stores(recipe: Recipe, splits: Sequence[str] = ("train", "validation", "test")) -> Iterator[None]:
+    """Within it the stores of these splits that are on the Hub can be opened; see `hub.stores.connect`."""
+    data = recipe.data
+    if not (sources := data.on_hub(splits)):
+        yield
+        return
+    from mmaudio_hf.data.remote import rows_needed
+    from mmaudio_hf.hub.stores import connect
+
+    processes, passes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), recipe.training.accumulation_steps
+    size = micro_batch_size(recipe.training, int(os.environ.get("WORLD_SIZE", "1")), recipe.model.latent_length)
+    least = rows_needed(size, max(data.prefetch_batches, passes), processes)
+    settings: dict[str, Any] = {"connections": data.connections, "patience": data.connection_wait, "least": least}
+    with connect(sources, data.cache_dir, data.cache_gb * 1e9, processes=processes, log=_warn, **settings):
+        yield
 
 
 def resolve_resume(recipe: Recipe) -> Recipe:

@@ -1,17 +1,20 @@
 """`mmaudio-hf store`: inspect, verify and rewrite feature stores, and copy them to and from the Hub."""
 
 import argparse
+import contextlib
 import json
+import os
 import re
+import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import find_for_push
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
-from mmaudio_hf.schema import RunError, split_hub_id
+from mmaudio_hf.schema import HUB_PREFIX, RunError, split_hub_id
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from mmaudio_hf.features.encoders import Encoders
 
     ReadMedia = Callable[[str], dict[str, torch.Tensor]]  # id of a row -> audio, clip_frames, sync_frames
+
+
+HUB_HELP = "store, or hub://owner/name[@revision]"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -35,12 +41,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         return command
 
     inspect = add_store("inspect", _inspect, "what a store holds: rows, columns, bytes, captions, encoders")
-    inspect.add_argument("store", metavar="STORE", type=Path)
+    inspect.add_argument("store", metavar="STORE", type=_path_or_hub, help=HUB_HELP)
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
     help_text = "check a feature store: sizes, checksums, ids, captions, non-finite values, and rows encoded again"
     for command in (add_store("verify", _verify, help_text), add("verify", _verify, help_text)):
-        command.add_argument("store", metavar="STORE", type=Path)
+        command.add_argument("store", metavar="STORE", type=_path_or_hub, help=HUB_HELP)
         command.add_argument("--sample", type=int, default=0, metavar="N", help="encode N rows again and compare")
         command.add_argument("--seed", type=int, default=0, help="which rows are chosen (default 0)")
         command.add_argument("--media", type=Path, metavar="DIR", help="with --sample: compare media too")
@@ -81,10 +87,27 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     pull.add_argument("--dry-run", action="store_true", help="show what would be downloaded, and download no column")
 
 
+def _path_or_hub(text: str) -> Path | str:
+    return text if text.startswith(HUB_PREFIX) else Path(os.path.expandvars(text)).expanduser()
+
+
+@contextlib.contextmanager
+def _connected(store: Path | str) -> Iterator[None]:
+    """Within it a store on the Hub can be opened; what is fetched of it is not kept."""
+    if isinstance(store, Path):
+        yield
+        return
+    from mmaudio_hf.hub.stores import connect
+
+    with tempfile.TemporaryDirectory() as folder, connect({store: 1.0}, folder, shutil.disk_usage(folder).free):
+        yield
+
+
 def _inspect(options: Namespace) -> None:
     from mmaudio_hf.data.tools import describe
 
-    info = describe(options.store)
+    with _connected(options.store):
+        info = describe(options.store)
     if options.json:
         print(json.dumps(info, ensure_ascii=False))
         return
@@ -222,10 +245,13 @@ def _bar(description: str, size: int) -> "tqdm":
 def _verify(options: Namespace) -> int:
     if (options.media or options.recipe) and not options.sample:
         raise ValueError("--media and --recipe say how rows are encoded again: give --sample N as well")
+    if isinstance(options.store, str) and (options.media or options.recipe):
+        raise ValueError(f"--media and --recipe are for stores on this machine: pull {options.store} first")
     from mmaudio_hf.data.tools import verify
 
-    reencode = _reencoder(options) if options.sample else None
-    report = verify(options.store, sample=options.sample, reencode=reencode, seed=options.seed)
+    with _connected(options.store):
+        reencode = _reencoder(options) if options.sample else None
+        report = verify(options.store, sample=options.sample, reencode=reencode, seed=options.seed)
     for line in (*report.problems, *report.notes):
         print(line)
     print(f"{report.path}: {report.rows} rows, {'ok' if report.ok else f'{len(report.problems)} problems'}")

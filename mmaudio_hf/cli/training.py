@@ -16,9 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.cli.hub import hub_session, resolve_resume
+from mmaudio_hf.cli.hub import hub_session, hub_stores, resolve_resume
 from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.config.reading import settings_text
+from mmaudio_hf.schema import HUB_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -119,12 +120,14 @@ def _train(options: argparse.Namespace) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_size(recipe.training, world, recipe.model.latent_length)
     if options.dry_run:
-        print(dry_run_text(recipe, world))
+        with hub_stores(recipe):
+            print(dry_run_text(recipe, world))
         return 0
     if not recipe.data.train:
         raise ValueError(f"{options.recipe}: data.train names no feature store")
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
-    with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint:
+    splits = ("train", "validation", *sorted(recipe.generated_splits))
+    with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint, hub_stores(recipe, splits):
         return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)
 
 
@@ -144,7 +147,8 @@ def _doctor(options: argparse.Namespace) -> int:
         print(text)
         return 0 if fits else 1
     launch = Launch(recipe, processes, options.machines, options.fsdp, options.quick, weight_checks())
-    findings = list(examine(launch))
+    with hub_stores(recipe):
+        findings = list(examine(launch))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)
     print(f"{recipe.name}: {f'{failed} of these must be fixed first' if failed else 'ready to train'}")
@@ -155,6 +159,7 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     import torch
 
     from mmaudio_hf.data.mixture import check_encoders, open_mixture
+    from mmaudio_hf.data.remote import batches_ahead
     from mmaudio_hf.hub.cards import code_version
     from mmaudio_hf.training.finetune import check_effect, initial_model
     from mmaudio_hf.training.loop import train
@@ -163,6 +168,10 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
     mixture = open_mixture(recipe.data.train, *expected)
     validation = open_mixture(recipe.data.validation, *expected) if recipe.data.validation else None
+    for each in (mixture, *([validation] if validation else ())):
+        lengths = [bucket.lengths[0] for bucket in each.buckets]
+        sizes = [micro_batch_size(recipe.training, int(os.environ.get("WORLD_SIZE", "1")), n) for n in lengths]
+        batches_ahead(each, sizes, max(recipe.data.prefetch_batches, recipe.training.accumulation_steps))
     check_encoders([*mixture.stores, *(validation.stores if validation else ())])
     evaluators: list[Any] = []
     if recipe.samples.every:
@@ -324,7 +333,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     per_epoch, steps_per_epoch = 0, 0.0
     for split in (recipe.data.test, recipe.data.validation, recipe.data.train):
         # Stores that are there must fit the recipe, whether or not the others are.
-        per_epoch, present = 0, [store for store in split if Path(store.path).exists()]
+        per_epoch, present = 0, [s for s in split if s.path.startswith(HUB_PREFIX) or Path(s.path).exists()]
         if present:
             complete = len(present) == len(split)
             mixture = open_mixture(present, recipe.model, recipe.encoders, recipe.seed, recipe.extraction, complete)
@@ -429,14 +438,15 @@ def _replay_step(options: argparse.Namespace) -> None:
     from mmaudio_hf.training.guard import replay_step, summary, to_json
     from mmaudio_hf.training.loop import Run
 
-    mixture = open_mixture(recipe.data.train, recipe.model)
-    torch.manual_seed(recipe.seed)
-    # As a new run: before the first checkpoint, its initial weights are needed.
-    start = replace(recipe, resume="never")
-    network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
-    figures = replay_step(
-        recipe, lambda alone: Run(alone, network, mixture), options.step, advance=options.advance, log=log
-    )
+    with hub_stores(recipe, ["train"]):
+        mixture = open_mixture(recipe.data.train, recipe.model)
+        torch.manual_seed(recipe.seed)
+        # As a new run: before the first checkpoint, its initial weights are needed.
+        start = replace(recipe, resume="never")
+        network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
+        figures = replay_step(
+            recipe, lambda alone: Run(alone, network, mixture), options.step, advance=options.advance, log=log
+        )
     print(to_json(figures).rstrip() if options.json else summary(figures))
 
 
@@ -494,6 +504,14 @@ def add_bench_commands(add: Add) -> None:
     scores = benchmark("scores", _scores, "published scores of cached features, and DeSync against a matrix product")
     scores.add_argument("--items", type=_count, default=15000, help="of random features (default 15000, 0.9 GB)")
     scores.add_argument("--folder", type=Path, help="for the features, which are used again (default: temporary)")
+    remote = benchmark("remote", _remote, "training from a store behind a slow line, into a cache on the disk")
+    remote.add_argument("--rows", type=_count, default=400, help="rows of the store (default 400, 0.5 GB)")
+    remote.add_argument("--batch-size", type=_count, default=8, help="samples (default 8)")
+    remote.add_argument("--latency", type=_count, default=50, help="ms before each answer (default 50)")
+    remote.add_argument("--share", type=_count, default=25, help="%% of the store that the cache has (default 25)")
+    remote.add_argument("--step", type=_count, default=250, help="ms of a training step (default 250)")
+    remote.add_argument("--epochs", type=_count, default=4, help="default 4")
+    remote.add_argument("--connections", type=_count, default=64, help="data.connections (default 64)")
     finetune = benchmark(
         "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
     )
@@ -586,6 +604,14 @@ def _loader(options: argparse.Namespace) -> dict[str, Any]:
     return loader(
         options.store, options.rows, options.batch_size, share, options.rounds, options.threads, sweep=options.sweep
     )
+
+
+def _remote(options: argparse.Namespace) -> dict[str, Any]:
+    from mmaudio_hf.bench.loader import RemoteBench
+
+    times = {"latency": options.latency / 1e3, "share": options.share / 100, "step": options.step / 1e3}
+    counts = {"epochs": options.epochs, "connections": options.connections}
+    return RemoteBench(options.rows, options.batch_size, **times, **counts).run()
 
 
 def _show(figures: dict[str, Any], as_json: bool) -> None:

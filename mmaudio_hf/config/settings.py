@@ -7,7 +7,7 @@ here imports torch: a mistake in a recipe is reported before anything heavy is l
 import difflib
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -323,7 +323,7 @@ class StoreConfig(Settings):
     """A feature store and its weight in the mixture."""
 
     key = "data"
-    path: str = setting(MISSING, "feature store: the path without an ending", path=True)
+    path: str = setting(MISSING, "feature store: the path without an ending, or hub://owner/name", path=True)
     repeats: float = setting(1.0, "visits of every row per epoch; 0.5: half of the rows in each epoch", above=0)
 
 
@@ -337,6 +337,20 @@ class DataConfig(Settings):
     test: tuple[StoreConfig, ...] = setting((), "stores of the test split")
     prefetch_batches: int = setting(2, "batches that are read ahead", least=1)
     read_threads: int = setting(4, "threads that read batches and draw their noise, at most one a core", least=1)
+    cache_dir: str = setting("output/cache", "folder of what is fetched of stores on the Hub", path=True)
+    cache_gb: float = setting(50.0, "that folder never has more, in 10^9 bytes", above=0)
+    connections: int = setting(64, "requests of a process that the Hub answers at once", least=1, most=1024)
+    connection_wait: int = setting(600, "s, at most, that a lost connection to these stores is waited for", least=0)
+
+    def on_hub(self, splits: Sequence[str] = ("train", "validation", "test")) -> dict[str, float]:
+        """Stores of these splits that are on the Hub, with their repeats."""
+        stores = [store for split in reversed(splits) for store in getattr(self, split)]  # train counts
+        return {store.path: store.repeats for store in stores if store.path.startswith(HUB_PREFIX)}
+
+    def check(self) -> None:
+        """Names of stores on the Hub."""
+        for source in self.on_hub():
+            split_hub_id(source.removeprefix(HUB_PREFIX))
 
 
 @dataclass(frozen=True)

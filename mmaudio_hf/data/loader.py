@@ -6,13 +6,14 @@ There are no worker processes: all of it releases the GIL, and nothing is pickle
 """
 
 import atexit
+import math
 import mmap
 import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,6 +25,7 @@ import torch
 
 from mmaudio_hf.data.mixture import Bucket, Mixture
 from mmaudio_hf.data.noise import Draws, fill_noise, fill_noise_for_ids
+from mmaudio_hf.data.remote import Lease, NextUse, RemoteStore, batches_ahead
 from mmaudio_hf.data.sampler import bucket_of_step, dataset_indices, validation_indices
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES
@@ -107,7 +109,17 @@ def training_batches(
     steps = range(start_step, start_step + num_steps)
     indices = bucketed_batch_indices(mixture, seed, sizes, shares, steps)
     largest = [max(map(len, share)) for share in shares]
-    return BatchLoader(mixture, indices, largest, len(shares[0]), prefetch=prefetch, threads=threads, device=device)
+
+    def order(step: int) -> np.ndarray:  # of all processes: which of them uses a row next is the same to the cache
+        samples = [[np.arange(size)] for size in sizes]
+        [[batch]] = bucketed_batch_indices(mixture, seed, sizes, samples, range(step, step + 1))
+        return batch.dataset_indices
+
+    epoch = sum(bucket.samples / size for bucket, size in zip(mixture.buckets, sizes, strict=True))
+    settings: dict[str, Any] = {"prefetch": prefetch, "threads": threads, "device": device}
+    return BatchLoader(
+        mixture, indices, largest, len(shares[0]), next_use=NextUse(mixture, order, math.ceil(epoch)), **settings
+    )
 
 
 def bucketed_batch_indices(
@@ -188,6 +200,7 @@ class BatchLoader:
     several that divide one batch would wait for each other at every column; what is left helps them.
     readahead: request the rows of coming batches from the disk, in the first epoch and always when the stores exceed
     memory. Rows that are in the page cache cost about 10 % more with it.
+    next_use: for stores on the Hub, which of the rows that came are kept; None: the first ones.
     """
 
     def __init__(
@@ -201,6 +214,7 @@ class BatchLoader:
         threads: int = 4,
         device: torch.device | str | None = None,
         readahead: bool = True,
+        next_use: NextUse | None = None,
     ):
         self.wait_seconds = 0.0
         self._mixture = mixture
@@ -209,14 +223,16 @@ class BatchLoader:
         self._device = torch.device(device or "cpu")
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copying: deque[tuple[Batch, torch.cuda.Event]] = deque()  # at most one batch ahead
-        self._readahead = readahead
+        self._readahead, self._next_use = readahead, next_use
         self._free: queue.SimpleQueue[_Buffers | None] = queue.SimpleQueue()  # None: stop
         self._ready: queue.Queue[Future[tuple[Batch, _Buffers]]] = queue.Queue()  # in order, some still being read
         self._held: list[_Buffers] = []  # of the batches that the consumer has
+        ahead = max(prefetch, micro_batches)
+        # Ahead of those that are being filled; rows on the Hub take longer than those on the disk.
+        sizes = [batch_size] * len(mixture.buckets) if isinstance(batch_size, int) else batch_size
+        self._requested = max(_READAHEAD, batches_ahead(mixture, sizes, min(threads, ahead)))
         self._samples, self._taking, self._ended = self._located(), threading.Lock(), False
         self._stopped = False
-        ahead = max(prefetch, micro_batches)
-        sizes = [batch_size] * len(mixture.buckets) if isinstance(batch_size, int) else batch_size
         for buffers in _make_buffers(mixture, sizes, micro_batches + ahead, self._copy_stream is not None):
             self._free.put(buffers)
         threads = max(1, min(threads, len(os.sched_getaffinity(0))))
@@ -298,6 +314,8 @@ class BatchLoader:
         self._free.put(None)
         for thread in self._threads:
             thread.join()
+        if not any(thread.is_alive() for thread in self._threads):
+            self._samples.close()
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -315,9 +333,12 @@ class BatchLoader:
         while (taken := self._take()) is not None:
             result, samples, buffers = taken
             try:
+                samples.wait()
                 result.set_result((buffers.fill(samples), buffers))
             except BaseException as error:
                 result.set_exception(error)
+            finally:
+                samples.release()
 
     def _take(self) -> "tuple[Future[tuple[Batch, _Buffers]], _Samples, _Buffers] | None":
         """The next batch to fill, by one thread at a time; None after the last one, an error or `close`."""
@@ -328,6 +349,7 @@ class BatchLoader:
             try:
                 samples, buffers = next(self._samples), self._free.get()
                 if buffers is None or self._stopped:
+                    samples.release()
                     raise StopIteration
             except BaseException as error:
                 self._ended = True
@@ -337,22 +359,28 @@ class BatchLoader:
                 self._ready.put(result)
             return result, samples, buffers
 
-    def _located(self) -> "Iterator[_Samples]":
+    def _located(self) -> "Generator[_Samples, None, None]":
         """Where the samples of all batches are, requested from the disk some batches before they are read."""
         exceeds = self._readahead and exceeds_memory(self._mixture)
         for store in self._mixture.stores if exceeds else ():
             store.advise_random()
         coming: deque[_Samples] = deque()
         count = 0
-        for indices in chain.from_iterable(self._steps):
-            samples = _Samples(self._mixture, indices)
-            if exceeds or (self._readahead and count < len(self._mixture)):
-                samples.prefetch()
-            count += len(samples.ids)
-            coming.append(samples)
-            if len(coming) > _READAHEAD:
+        try:
+            for indices in chain.from_iterable(self._steps):
+                samples = _Samples(self._mixture, indices)
+                coming.append(samples)
+                if exceeds or (self._readahead and count < len(self._mixture)):
+                    samples.prefetch()
+                samples.hold(self._next_use)
+                count += len(samples.ids)
+                if len(coming) > self._requested:
+                    yield coming.popleft()
+            while coming:
                 yield coming.popleft()
-        yield from coming
+        finally:
+            for samples in coming:
+                samples.release()
 
 
 def sample_bytes(mixture: Mixture, indices: np.ndarray) -> int:
@@ -395,8 +423,12 @@ class _Samples:
         self.flags = {"has_video": has_video, "has_text": has_text, "valid": indices.valid[order], "source": source}
         self.flags["video_rows"] = np.flatnonzero(has_video)
         self.pieces: list[_Piece] = []
+        self._remote: list[tuple[int, RemoteStore, np.ndarray]] = []  # index in the mixture, rows
+        self._leases: list[Lease] = []
         for index, store in enumerate(stores):
             first, last = np.searchsorted(source, [index, index + 1]).tolist()
+            if isinstance(store, RemoteStore) and first < last:
+                self._remote.append((index, store, rows[first:last]))
             for name in mixture.columns.keys() & store.columns.keys() if first < last else ():
                 start = int(has_video[:first].sum()) if name in _VIDEO else first
                 self.pieces.append(_Piece(store, name, rows[first:last], start))
@@ -405,6 +437,22 @@ class _Samples:
         """Request all rows from the disk."""
         for piece in self.pieces:
             piece.store.prefetch(piece.column, piece.rows)
+
+    def hold(self, next_use: NextUse | None) -> None:
+        """Request rows that are on the Hub; they can be read after `wait`, and stay until `release`."""
+        for index, store, rows in self._remote:
+            self._leases.append(store.hold(rows, None if next_use is None else next_use(self.step, index, rows)))
+
+    def wait(self) -> None:
+        """Until they are there; raises the errors of fetching them."""
+        for lease in self._leases:
+            lease.wait()
+
+    def release(self) -> None:
+        """Let them be replaced."""
+        for lease in self._leases:
+            lease.release()
+        self._leases = []
 
 
 class _Buffers:

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -56,6 +56,7 @@ from mmaudio_hf.files import fsync_path
 from mmaudio_hf.schema import (
     AUDIO_COLUMNS,
     CLIP_FEATURES,
+    HUB_PREFIX,
     MEAN,
     SCHEMA_VERSION,
     SYNC_FEATURES,
@@ -72,8 +73,11 @@ if TYPE_CHECKING:
 
 _DESCRIBED = ("mode", "duration", "encoders", "preprocessing", "normalisation")  # in the manifest, of the features
 _BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory
-_CHUNK = 1 << 14  # elements; see _MappedColumn
+_CHUNK = 1 << 14  # elements; see MappedColumn
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # see FeatureStore.content_hash
+
+# Opens what `FeatureStore.open` is given as hub://...; set by `hub.stores.connect`, as this package may not import it.
+hub_opener: "Callable[[str], FeatureStore] | None" = None
 
 
 class FeatureStore:
@@ -95,18 +99,31 @@ class FeatureStore:
         self.captions = captions
         self.manifest = manifest
         self.text_index = text_index  # (rows,) row of text_features.memmap for every row; None: its own
-        self._maps = {name: _MappedColumn(column_file(path, name), *contents.files[name]) for name in self.columns}
+        self._maps = self._map_columns()
+
+    def _map_columns(self) -> "dict[str, MappedColumn]":
+        return {n: MappedColumn(column_file(self.path, n), *self.contents.files[n]) for n in self.columns}
 
     @classmethod
     @checked
     def open(cls, path: str | Path) -> "FeatureStore":
         """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
 
-        Raises ValueError naming the file that is wrong and the way out.
+        hub://owner/name is a store on the Hub, within `hub.stores.connect`. Raises ValueError naming the file that is
+        wrong and the way out.
         """
+        if str(path).startswith(HUB_PREFIX):
+            if hub_opener is None:
+                raise ValueError(f"{path}: stores on the Hub open within `mmaudio_hf.hub.stores.connect`")
+            return hub_opener(str(path))
         path = Path(path)
         contents = read_meta(path)
         check_sizes(path, contents)
+        return cls(path, contents, *cls.read_small_files(path, contents), read_text_index(path, contents))
+
+    @staticmethod
+    def read_small_files(path: Path, contents: Contents) -> tuple[list[str], list[str], dict[str, Any] | None]:
+        """Ids, captions and manifest of the store at `path`, checked against each other and `contents`."""
         table = table_file(path)
         ids, captions = read_table(table)
         if len(ids) != contents.rows:
@@ -123,10 +140,15 @@ class FeatureStore:
                     f"{table} does not hold the captions that the text features of {path} were encoded from, row by row"
                     f" (changed or shifted since); copy it again or {AGAIN}"
                 )
-        return cls(path, contents, ids, captions, manifest, read_text_index(path, contents))
+        return ids, captions, manifest
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return str(self.path)
 
     @property
     def layout(self) -> str:
@@ -178,18 +200,21 @@ class FeatureStore:
 
         IndexError for an index outside the store; OSError naming a file that was truncated since the store was opened.
         """
-        rows = np.asarray(indices).reshape(-1)
-        if rows.size and rows.dtype.kind not in "iu":
-            raise ValueError(f"{self.path}: indices must be whole numbers, not {repr(indices)[:80]}")
-        if unknown := sorted(set(columns or ()) - set(self.columns)):
-            raise ValueError(f"{self.path} has no column {unknown[0]}: it has {', '.join(self.columns)}")
-        rows = rows.astype(np.int64)
+        rows = self._checked_rows(indices, columns)
         values = {}
         for name in self.columns if columns is None else columns:
             column = self.columns[name]
             values[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
             self.read_into(name, rows, values[name])
         return values
+
+    def _checked_rows(self, indices: Any, columns: Sequence[str] | None) -> np.ndarray:
+        rows = np.asarray(indices).reshape(-1)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise ValueError(f"{self.path}: indices must be whole numbers, not {repr(indices)[:80]}")
+        if unknown := sorted(set(columns or ()) - set(self.columns)):
+            raise ValueError(f"{self.path} has no column {unknown[0]}: it has {', '.join(self.columns)}")
+        return rows.astype(np.int64)
 
     def read_into(self, name: str, rows: np.ndarray, out: torch.Tensor) -> None:
         """Copy rows of column `name` into the contiguous `out` (len(rows), *shape); errors as for `read`.
@@ -372,7 +397,7 @@ def _dense(column: "pa.ChunkedArray", name: str, shape: tuple[int, ...]) -> np.n
     return np.array(values.to_numpy(zero_copy_only=False), np.float32).reshape(rows, *shape)
 
 
-class _MappedColumn:
+class MappedColumn:
     """The file of one column as a tensor over the page cache.
 
     Mapped read-only, unlike TensorDict's MemoryMappedTensor: that maps a writable file for writing, and one that is not

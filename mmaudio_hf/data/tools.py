@@ -42,7 +42,7 @@ Reencode = Callable[[str, str], Mapping[str, torch.Tensor]]
 class Report:
     """What `verify` found: `problems` make a store unfit for use, `notes` do not."""
 
-    path: Path
+    path: Path | str  # hub://owner/name@commit of a store on the Hub
     rows: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -63,7 +63,7 @@ def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = Non
     try:
         store = FeatureStore.open(path)
     except (ValueError, OSError) as error:
-        return Report(Path(path), 0, (str(error),), ())
+        return Report(path, 0, (str(error),), ())
     with store:
         problems, notes = _check_small_files(store)
         size = store.contents.size
@@ -81,7 +81,7 @@ def verify(path: str | Path, *, sample: int = 0, reencode: Reencode | None = Non
         if sample and reencode is not None:
             more_problems, more_notes = _compare_sample(store, sample, reencode, seed)
             problems, notes = problems + more_problems, notes + more_notes
-        return Report(store.path, len(store), tuple(problems), tuple(notes))
+        return Report(store.label, len(store), tuple(problems), tuple(notes))
 
 
 def _check_small_files(store: FeatureStore) -> tuple[list[str], list[str]]:
@@ -194,7 +194,7 @@ def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
         reference = replace(contents, columns=layout_columns(_shapes(store)), texts=None)
         keys = ("mode", "duration", "normalisation", "preprocessing", "encoders", "counts", "latent_statistics")
         return {
-            "path": str(store.path),
+            "path": store.label,
             "layout": store.layout,
             "rows": len(store),
             "bytes": contents.size,

@@ -189,7 +189,7 @@ class SplitEvaluator:
     def _inputs(self) -> dict[str, Any]:
         """Everything besides the weights that a clip depends on."""
         decoder = decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
-        stores = [_store_hash(Path(store.path)) for store in getattr(self.recipe.data, self.split)]
+        stores = [_store_hash(path) for path in self.items.paths]
         return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
 
     def _generate_and_score(

@@ -65,6 +65,7 @@ class HeldOutItems(Sequence[HeldOutItem]):
                 self.repeated.append(item_id)
             chosen.setdefault(item_id, (store, row))
         self.ids, self._rows = list(chosen), chosen
+        self.paths = [store.path for store in self._stores]
 
     def __len__(self) -> int:
         return len(self.ids)

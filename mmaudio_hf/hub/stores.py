@@ -3,29 +3,37 @@
     store.json                          the files below: chunks of every column in their order, sizes and checksums
     meta.json, table.tsv, manifest.json what is in and beside the folder of a store
     columns/COLUMN/00000.CHECKSUM.bin   a chunk: consecutive records of a column ("parts" in store.json)
+    checksums/COLUMN.CHECKSUM.sha256    16 bytes for each record of a column: the first half of its SHA-256
     README.md                           the card
 
 A chunk is what one request uploads. It consists of blocks, each with its own checksum, which are what one request
 downloads: so any rows can be fetched without the rest of their chunk, and what an interrupted pull has is verified.
 The name of a chunk depends on its content and store.json is replaced last: a pull during a push has the old store.
+Training from afar (`connect`) fetches single records, which have their own checksums.
 """
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
+import httpx2
 import numpy as np
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status
 
 from mmaudio_hf import hub
 from mmaudio_hf.config import read_json
+from mmaudio_hf.data import store as data_store
 from mmaudio_hf.data.layout import (
     TEXT_INDEX,
     Column,
@@ -39,16 +47,18 @@ from mmaudio_hf.data.layout import (
     new_table_file,
     read_meta,
     read_table,
+    read_text_index,
     table_file,
     table_lines,
     write_all,
     write_text,
 )
+from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, own_columns, record_checksum
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
-from mmaudio_hf.files import fsync_path, hash_once, sha256_of
+from mmaudio_hf.files import fsync_path, hash_once, locked, sha256_of
 from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
-from mmaudio_hf.schema import CLIP_FEATURES, MEAN, TEXT_FEATURES
+from mmaudio_hf.schema import CLIP_FEATURES, HUB_PREFIX, MEAN, TEXT_FEATURES, split_hub_id
 
 FORMAT, VERSION = "mmaudio_hf feature store", 1
 INDEX, META, TABLE, MANIFEST = "store.json", "meta.json", "table.tsv", "manifest.json"
@@ -57,9 +67,11 @@ MAX_BLOCK_BYTES = 256 << 20
 CHUNK_BYTES = 512 << 20  # a chunk is held in memory while it is sent
 COMMIT_BYTES = 8 << 30  # a push that is killed finds in the repository what was committed before
 THREADS = 4  # blocks that are fetched at once
+PULL_PATIENCE = 20  # s that a pull waits for a lost connection, which the same command resumes
 PULLING = ".pull"  # suffix of the folder beside a store that is being pulled
 
 _CHUNK_FILE = re.compile(r"columns/([\w-]{1,200})/\d{5,9}\.[0-9a-f]{16}\.bin", re.ASCII)
+_CHECKSUM_FILE = re.compile(r"checksums/([\w-]{1,200})\.[0-9a-f]{16}\.sha256", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NOTHING = "nothing was fetched"
 
@@ -82,6 +94,7 @@ class StoredColumn:
     column: Column
     block_records: int  # the last block of a chunk may have fewer
     chunks: tuple[Chunk, ...]
+    checksums: bytes = field(default=b"", repr=False)  # of its records, while it is pushed
 
     @property
     def records(self) -> int:
@@ -137,7 +150,9 @@ def plan_push(
         small = {META: (store.path / "meta.json").read_bytes(), TABLE: table_file(store.path).read_bytes()}
         if manifest:
             small[MANIFEST] = manifest_file(store.path).read_bytes()
-    small[INDEX] = _index_text(columns, small).encode()
+    checksums = {name: _checksum_file(name, each.checksums) for name, each in columns.items() if each.checksums}
+    small |= {file: columns[name].checksums for name, file in checksums.items()}
+    small[INDEX] = _index_text(columns, small, checksums).encode()
     existing, remote = None, contents.files if contents else {}
     if contents and CARD_FILE in remote:
         with hub_errors(repo, "dataset"):
@@ -158,6 +173,7 @@ def _hash_column(
     chunk_records = max(1, chunk_bytes // (block_records * size)) * block_records
     file_digest = hashlib.sha256()
     chunks: list[Chunk] = []
+    checksums = bytearray()
     with open(column_file(path, name), "rb") as file:
         for first in range(0, records, chunk_records):
             chunk_digest, blocks, count = hashlib.sha256(), [], min(chunk_records, records - first)
@@ -166,19 +182,27 @@ def _hash_column(
                 file_digest.update(data)
                 chunk_digest.update(data)
                 blocks.append(hashlib.sha256(data).hexdigest())
+                if name != TEXT_INDEX:  # 4 bytes a record: it is always fetched whole
+                    checksums += b"".join(record_checksum(data[i : i + size]) for i in range(0, len(data), size))
                 progress(len(data))
             sha256 = chunk_digest.hexdigest()
             chunks.append(Chunk(f"columns/{name}/{len(chunks):05d}.{sha256[:16]}.bin", count, sha256, tuple(blocks)))
-    return StoredColumn(column, block_records, tuple(chunks)), file_digest.hexdigest()
+    return StoredColumn(column, block_records, tuple(chunks), bytes(checksums)), file_digest.hexdigest()
 
 
-def _index_text(columns: dict[str, StoredColumn], small: dict[str, bytes]) -> str:
-    files = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in small.items()}
-    entries = {
-        name: {"block_records": stored.block_records, "parts": [chunk._asdict() for chunk in stored.chunks]}
-        for name, stored in columns.items()
-    }
-    return json.dumps({"format": FORMAT, "version": VERSION, "files": files, "columns": entries}) + "\n"
+def _checksum_file(name: str, checksums: bytes) -> str:
+    return f"checksums/{name}.{hashlib.sha256(checksums).hexdigest()[:16]}.sha256"
+
+
+def _index_text(columns: dict[str, StoredColumn], small: dict[str, bytes], checksums: dict[str, str]) -> str:
+    listed = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in small.items()}
+    entries: dict[str, Any] = {}
+    for name, stored in columns.items():
+        parts = [chunk._asdict() for chunk in stored.chunks]
+        file = {"file": checksums[name], **listed.pop(checksums[name])} if name in checksums else None
+        entries[name] = {"block_records": stored.block_records, "parts": parts}
+        entries[name] |= {"checksums": file} if file else {}
+    return json.dumps({"format": FORMAT, "version": VERSION, "files": listed, "columns": entries}) + "\n"
 
 
 def push_store(plan: StorePush, repo: str, *, private: bool = True, progress: Progress = lambda count: None) -> str:
@@ -230,7 +254,7 @@ def _publish(plan: StorePush, repo: str) -> str:
         for name, content in plan.small.items()
         if name not in contents.files or not hub.is_same(content, contents.files[name])
     ]
-    stale = {name for name in contents.files if _CHUNK_FILE.fullmatch(name) or name == MANIFEST}
+    stale = {n for n in contents.files if _CHUNK_FILE.fullmatch(n) or _CHECKSUM_FILE.fullmatch(n) or n == MANIFEST}
     operations += [CommitOperationDelete(name) for name in sorted(stale - chunks - set(plan.small))]
     if not operations:
         return contents.commit
@@ -247,6 +271,7 @@ class StoreIndex:
     contents: hub.RepoContents
     small: dict[str, str]  # name -> checksum
     columns: dict[str, tuple[int, tuple[Chunk, ...]]]  # name -> records of a block, chunks
+    checksums: dict[str, tuple[str, str]]  # name -> file with those of its records, and its checksum
 
     @property
     def label(self) -> str:
@@ -271,13 +296,22 @@ def read_index(repo: str, revision: str | None = None) -> StoreIndex:
             name: (entry["block_records"], tuple(map(_read_chunk, entry["parts"])))
             for name, entry in tree["columns"].items()
         }
+        listed = {name: entry["checksums"] for name, entry in tree["columns"].items() if "checksums" in entry}
+        checksums = {name: _read_checksum_file(entry) for name, entry in listed.items()}
         named = {META, TABLE} <= set(small) <= {META, TABLE, MANIFEST}
         sized = all(isinstance(records, int) and records > 0 for records, _ in columns.values())
         if not (named and sized and all(_HASH.fullmatch(digest) for digest in small.values())):
             raise ValueError("its files or blocks are not those of a store")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is malformed ({error}): {_NOTHING}") from error
-    return StoreIndex(contents, small, columns)
+    return StoreIndex(contents, small, columns, checksums)
+
+
+def _read_checksum_file(entry: dict[str, Any]) -> tuple[str, str]:
+    match = _CHECKSUM_FILE.fullmatch(entry["file"])
+    if not match or not _HASH.fullmatch(entry["sha256"]):
+        raise ValueError(f"{entry['file']!r} is no file of checksums")
+    return entry["file"], entry["sha256"]
 
 
 def _read_chunk(entry: dict[str, Any]) -> Chunk:
@@ -409,17 +443,18 @@ def _renaming(target: Path) -> Path:
     return _work_folder(target) / "placing"
 
 
-def _fetch_small(index: StoreIndex, folder: Path) -> None:
-    limits = {META: 1 << 20, MANIFEST: 64 << 20}
+def _fetch_small(index: StoreIndex, folder: Path, more: Mapping[str, str] | None = None) -> None:
+    """The small files, and `more` of them: name -> checksum."""
+    limits, small = {META: 1 << 20, MANIFEST: 64 << 20}, {**index.small, **(more or {})}
     differs = f"is not that of {INDEX}: push the store again"
-    for name, digest in index.small.items():
+    for name, digest in small.items():
         remote = index.contents.files.get(name)
         if remote is None or remote.size > limits.get(name, remote.size):
             raise ValueError(f"{index.label}: {name} is not there, or too large to be what it says")
         if remote.sha256 and remote.sha256 != digest:
             raise ValueError(f"{index.label}: {name} {differs}")
-    hub.fetch(index.contents, list(index.small), folder)
-    for name, digest in index.small.items():
+    hub.fetch(index.contents, list(small), folder)
+    for name, digest in small.items():
         if hash_once(sha256_of, folder / name) != digest:
             raise ValueError(f"{index.label}: {name} {differs}")
 
@@ -531,7 +566,11 @@ def _fetch_spans(plan: StorePull, name: str, spans: Sequence[Span], target: Path
     """Write the records of `spans` into `target`, fetching the blocks that hold them unless `target` has them."""
     stored, size = plan.stored[name], plan.stored[name].column.row_bytes
     target.touch()
-    with open(target, "r+b", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        open(target, "r+b", buffering=0) as file,
+        RangeReader(plan.index.contents, THREADS) as reader,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         pending = []
         for block in _blocks(stored):
             if not (overlap := list(_overlap(block, spans))):
@@ -542,7 +581,7 @@ def _fetch_spans(plan: StorePull, name: str, spans: Sequence[Span], target: Path
                 pending.append((block, overlap))
         for first in range(0, len(pending), THREADS):
             group = pending[first : first + THREADS]
-            blocks = pool.map(lambda item: _fetch_block(plan.index.contents, item[0]), group)
+            blocks = pool.map(lambda item: _fetch_block(reader, item[0]), group)
             for (block, overlap), data in zip(group, blocks, strict=True):
                 for span in overlap:
                     records = memoryview(data)[span.source * size : (span.source + span.length) * size]
@@ -559,19 +598,117 @@ def _is_present(file: BinaryIO, block: _Block, overlap: Sequence[Span], size: in
     return hashlib.sha256(file.read(block.records * size)).hexdigest() == block.sha256
 
 
-def _fetch_block(contents: hub.RepoContents, block: _Block) -> bytes:
-    url = hf_hub_url(contents.repo, block.file, repo_type=contents.kind, revision=contents.commit)
-    headers = {**build_hf_headers(library_name="mmaudio_hf"), "Range": f"bytes={block.start}-{block.stop - 1}"}
-    with hub_errors(contents.repo, contents.kind):
-        response = http_backoff("GET", url, headers=headers, timeout=TIMEOUT)
-        hf_raise_for_status(response)
-    data = response.content
+def _fetch_block(reader: "RangeReader", block: _Block) -> bytes:
+    data = reader.read(block.file, block.start, block.stop)
     if hashlib.sha256(data).hexdigest() != block.sha256:
         raise ConnectionError(
-            f"{contents.label}: bytes {block.start} to {block.stop} of {block.file} are not what {INDEX} says; damaged"
-            " on the way, the same command fetches them again; damaged on the Hub, push the store again"
+            f"{reader.contents.label}: bytes {block.start} to {block.stop} of {block.file} are not what {INDEX} says;"
+            " damaged on the way, the same command fetches them again; damaged on the Hub, push the store again"
         )
     return data
+
+
+class RangeReader:
+    """Bytes of the files of one commit, by requests on connections that stay open. Safe to use from many threads.
+
+    A file is asked for at the Hub once, which answers with its address at the storage; the ranges come from there,
+    until the address expires. patience: s for which what may pass is tried again; `log` gets a message when that
+    begins, and when it ends.
+    """
+
+    def __init__(
+        self,
+        contents: hub.RepoContents,
+        connections: int,
+        patience: float = PULL_PATIENCE,
+        log: Callable[[str], Any] = lambda message: None,
+        endpoint: str = "",
+    ):
+        self.contents, self.patience, self._log = contents, patience, log
+        self._endpoint = endpoint or api().endpoint
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._client = httpx2.Client(limits=limits, timeout=TIMEOUT)
+        self._addresses: dict[str, str] = {}  # by file, at the storage
+        self._lost, self._lock = False, threading.Lock()
+        self.closed = threading.Event()
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a file. ConnectionError when `patience` is over, ValueError at once."""
+        end, pause = time.monotonic() + self.patience, 0.25
+        while True:
+            try:
+                with hub_errors(self.contents.repo, self.contents.kind):
+                    data = self._read(file, start, stop)
+                self._report(False, f"{self.contents.label} answers again")
+                return data
+            except ConnectionError as error:
+                if time.monotonic() >= end or self.closed.is_set():
+                    raise ConnectionError(f"{error}: {file} was asked for during {self.patience:.0f} s") from error
+                self._report(True, f"{error}: it is tried again for {self.patience:.0f} s")
+                self.closed.wait(min(pause, max(0.0, end - time.monotonic())))
+                pause = min(2 * pause, 30)
+
+    def _report(self, lost: bool, message: str) -> None:
+        with self._lock:
+            if lost != self._lost:
+                self._lost = lost
+                self._log(message)
+
+    def _read(self, file: str, start: int, stop: int) -> bytes:
+        known = self._addresses.get(file)
+        if known is not None:
+            with self._request(known, start, stop, token=False) as response:
+                if response.status_code not in (400, 401, 403, 404):  # else the address has expired
+                    return self._body(response, file, start, stop)
+            self._addresses.pop(file, None)
+        where = {"repo_type": self.contents.kind, "revision": self.contents.commit, "endpoint": self._endpoint}
+        address = hf_hub_url(self.contents.repo, file, **where)
+        host, token = urlsplit(address).netloc, True
+        for _ in range(5):
+            with self._request(address, start, stop, token) as response:
+                self._check_version(response, file)
+                if not response.has_redirect_location:
+                    return self._body(response, file, start, stop)
+                address = urljoin(address, response.headers["Location"])
+            token = urlsplit(address).netloc == host  # which never follows to another one
+            if not token:
+                self._addresses[file] = address
+        raise ConnectionError(f"{file} is redirected without an end")
+
+    def _request(self, address: str, start: int, stop: int, token: bool) -> Any:
+        headers = build_hf_headers(library_name="mmaudio_hf", token=None if token else False)
+        return self._client.stream("GET", address, headers={**headers, "Range": f"bytes={start}-{stop - 1}"})
+
+    def _check_version(self, response: httpx2.Response, file: str) -> None:
+        """The commit is part of the address; a server that answers with another file all the same is no Hub."""
+        tag, expected = response.headers.get("X-Linked-ETag", "").strip('"'), self.contents.files[file].sha256
+        if response.status_code < 400 and tag and expected and tag != expected:
+            raise ValueError(f"{file} has changed since commit {self.contents.commit[:12]} was read: start again")
+
+    def _body(self, response: httpx2.Response, file: str, start: int, stop: int) -> bytes:
+        if response.status_code >= 400:
+            response.read()
+            hf_raise_for_status(response)
+        size = self.contents.files[file].size
+        if response.status_code != 206 and (start, stop) != (0, size):
+            raise ValueError(
+                f"{response.url.host} sends all of {file} (status {response.status_code}) where {stop - start} bytes"
+                " were asked for: a proxy between may be the reason; `mmaudio-hf store pull` fetches a whole store"
+            )
+        expected = f"bytes {start}-{stop - 1}/{size}"
+        if response.status_code == 206 and response.headers.get("Content-Range", expected) != expected:
+            raise ValueError(f"{file}: {response.headers['Content-Range']} came, not {expected}: it has changed there")
+        data = response.read()
+        if len(data) != stop - start:
+            raise ConnectionError(f"{len(data)} of {stop - start} bytes of {file} came")
+        return data
+
+    def __enter__(self) -> "RangeReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        self._client.close()
 
 
 def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
@@ -606,3 +743,179 @@ def _inherited_metadata(manifest: dict[str, Any], plan: StorePull) -> dict[str, 
     if len(plan.rows) != plan.whole.rows:
         counts = {"chosen": len(plan.rows), "of": plan.whole.rows}
     return metadata | {"encoders": metadata["encoders"] or {}, "counts": counts}
+
+
+# --- training from afar --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubStore:
+    """A store that `connect` has looked up: the plan of all its rows, its folder in the cache, and who uses it."""
+
+    label: str
+    plan: StorePull
+    repeats: float
+    path: Path  # of the store in the cache: meta.json lies there, table and manifest beside it
+    seat: Seat
+
+    @property
+    def small_bytes(self) -> int:
+        """What its folder takes besides slots; a page for each file, which a file system allocates whole."""
+        files = [p for p in self.path.parent.rglob("*") if p.is_file() and p.parent != self.path and not p.is_symlink()]
+        index = 4 * (self.plan.whole.rows + (self.plan.whole.texts or 0))
+        text_index = 4 * self.plan.whole.rows if self.plan.whole.texts else 0
+        return sum(p.stat().st_size for p in files) + index + text_index + 4096 * (len(files) + 20)
+
+
+@contextmanager
+def connect(
+    sources: Mapping[str, float],
+    cache_dir: str | Path,
+    cache_bytes: float,
+    *,
+    connections: int = 64,
+    patience: float = 600,
+    processes: int = 1,
+    least: int = 1,
+    log: Callable[[str], Any] = lambda message: None,
+) -> Iterator[None]:
+    """Within it `FeatureStore.open("hub://owner/name[@revision]")` opens the `sources` (-> their repeats).
+
+    Their small files and what is fetched of the columns lie in `cache_dir`, never more than `cache_bytes` of it all.
+    connections: requests at once. patience: s that a lost connection is waited for. processes: of this machine, which
+    train together and share the cache. least: rows of each store that it must hold at least. ValueError for a store
+    that is not there, or was pushed without checksums of its records, and for a cache that is too small;
+    ConnectionError without the Hub.
+    """
+    disable_progress_bars()  # huggingface_hub's own, for each of a few small files
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(connections, "mmaudio-fetch")
+    with ExitStack() as stack:
+        with locked(cache_dir / "connect.lock"):  # processes that begin together do not divide the same space twice
+            stores = {}
+            for source, repeats in sources.items():
+                stores[source] = _look_up(source, repeats, cache_dir)
+                stack.callback(stores[source].seat.close)
+            slots = _divide(stores, cache_dir, int(cache_bytes), least)
+        readers = {}
+        for source, store in stores.items():
+            reader = RangeReader(store.plan.index.contents, connections, patience, log)
+            readers[source] = stack.enter_context(reader)
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        for reader in readers.values():
+            stack.callback(reader.closed.set)  # ends what waits for a lost connection
+
+        def opener(source: str) -> FeatureStore:
+            if source not in stores:
+                raise ValueError(f"{source} is not connected: {', '.join(stores)}")
+            return _open_remote(stores[source], readers[source], pool, slots[source], processes)
+
+        before, data_store.hub_opener = data_store.hub_opener, opener
+        stack.callback(setattr, data_store, "hub_opener", before)
+        yield
+
+
+def _look_up(source: str, repeats: float, cache_dir: Path) -> HubStore:
+    repo, revision = split_hub_id(source.removeprefix(HUB_PREFIX))
+    index = read_index(repo, revision)
+    if MANIFEST not in index.small:
+        raise ValueError(
+            f"{source} has no manifest to know its content by: pull it with `mmaudio-hf store pull {repo}`"
+        )
+    name = repo.partition("/")[2]
+    path = cache_dir / f"{repo.replace('/', '+')}@{index.contents.commit[:12]}" / name
+    path.mkdir(parents=True, exist_ok=True)
+    seat = Seat(path)
+    files = path.parent / "files"
+    with locked(path.parent / "files.lock"):
+        _fetch_small(index, files)
+        whole = read_meta(files)
+        stored = _check_columns(index, whole)
+        if absent := sorted(set(whole.columns) - set(index.checksums)):
+            raise ValueError(
+                f"{source} was pushed by an earlier version: it lacks checksums of the records of {', '.join(absent)};"
+                f" push the store again (only these are sent), or pull it with `mmaudio-hf store pull {repo}`"
+            )
+        _fetch_small(index, files, dict(index.checksums.values()))
+        plan = StorePull(index, whole, stored, tuple(whole.columns), range(whole.rows))
+        links = {path / "meta.json": META, new_table_file(path): TABLE, manifest_file(path): MANIFEST}
+        for link, target in links.items():
+            if not link.is_symlink():
+                link.symlink_to(files.resolve() / target)
+        if whole.texts is not None:
+            _fetch_spans(plan, TEXT_INDEX, [Span(0, whole.rows, 0)], column_file(path, TEXT_INDEX), lambda count: None)
+    return HubStore(f"{HUB_PREFIX}{repo}@{index.contents.commit[:12]}", plan, repeats, path, seat)
+
+
+def _divide(stores: Mapping[str, HubStore], cache_dir: Path, cap: int, least: int) -> dict[str, tuple[int, int]]:
+    """Slots for rows and for shared texts of each store; the folders of others go where there is no space for them."""
+    others = [folder for folder in cache_dir.iterdir() if folder.is_dir()]
+    others = sorted(
+        (f for f in others if f not in {s.path.parent for s in stores.values()}), key=lambda f: f.stat().st_mtime
+    )
+    small = sum(store.small_bytes for store in stores.values())
+    shares = [share for store in stores.values() for share in RemoteStore.shares(store.plan.whole, store.repeats)]
+    wanted = small + sum(share.records * share.size for share in shares)
+    sizes = {folder: sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) for folder in others}
+    for folder in others:
+        if sum(sizes.values()) + min(wanted, cap) > cap and not _in_use(folder):
+            shutil.rmtree(folder)
+            del sizes[folder]
+    left = cap - small - sum(sizes.values())
+    slots = divide(left, shares, least)
+    if not any(slots):
+        used = f", other runs have {hub.readable(sum(sizes.values()))}" if sizes else ""
+        need = small + sum(min(least, share.records) * share.size for share in shares)
+        raise ValueError(
+            f"data.cache_gb is {cap / 1e9:g}: the lists and checksums of {', '.join(stores)} and the rows of the"
+            f" batches that are read at once take {hub.readable(need)}{used}; raise it, or train with smaller batches"
+        )
+    return {source: (slots[2 * i], slots[2 * i + 1]) for i, source in enumerate(stores)}
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process reads a store in this folder of a cache."""
+    for lock in folder.glob("*/seat_*.lock"):
+        with locked(lock, wait=False) as acquired:
+            if not acquired:
+                return True
+    return False
+
+
+def _open_remote(
+    store: HubStore, reader: RangeReader, pool: ThreadPoolExecutor, slots: tuple[int, int], processes: int
+) -> RemoteStore:
+    contents, columns = store.plan.whole, store.plan.stored
+    names = [*own_columns(contents), TEXT_FEATURES] if contents.texts else list(contents.columns)
+    checksums = {}
+    for name in names:
+        records, file = contents.files[name][1], store.path.parent / "files" / store.plan.index.checksums[name][0]
+        checksums[name] = np.fromfile(file, np.uint8).reshape(-1, CHECKSUM_BYTES)
+        if len(checksums[name]) != records:
+            raise ValueError(
+                f"{store.label}: {file.name} has {len(checksums[name])} checksums, not {records}: push it again"
+            )
+    firsts = {name: np.cumsum([0, *(chunk.records for chunk in columns[name].chunks)]) for name in names}
+
+    def fetch(name: str, first: int, count: int) -> bytes:
+        data, size = [], columns[name].column.row_bytes
+        while count:
+            number = int(np.searchsorted(firsts[name], first, side="right")) - 1
+            here = min(count, int(firsts[name][number + 1]) - first)
+            start = (first - int(firsts[name][number])) * size
+            data.append(reader.read(columns[name].chunks[number].file, start, start + here * size))
+            first, count = first + here, count - here
+        return b"".join(data)
+
+    ids, captions, manifest = FeatureStore.read_small_files(store.path, contents)
+    return RemoteStore(
+        *(store.path, contents, ids, captions, manifest, read_text_index(store.path, contents)),
+        label=store.label,
+        checksums=checksums,
+        fetch=fetch,
+        pool=pool,
+        seat=store.seat,
+        slots=slots,
+        processes=processes,
+    )

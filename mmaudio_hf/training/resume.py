@@ -37,6 +37,7 @@ HARMLESS = (
     *("name", "output_dir", "resume", "encoders", "extraction", "sampling", "samples", "evaluation", "card", "hub"),
     *("ema.snapshot_every", "ema.sigma_rel"),
     *("data.validation", "data.test", "data.prefetch_batches", "data.read_threads"),
+    *("data.cache_dir", "data.cache_gb", "data.connections", "data.connection_wait"),
     *("training.accumulation_steps", "training.log_every", "training.validate_every", "training.trackers"),
     "training.tracker_project",
     *("training.checkpoint_every", "training.keep_checkpoints", "training.keep_every", "training.max_skipped_steps"),

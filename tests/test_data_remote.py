@@ -1,0 +1,391 @@
+"""Stores on a Hub on loopback that are trained from without being pulled: same numbers, a cap, killed anywhere."""
+
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from data_stores import make_store, random_values
+from forked import IMPORTED, Command, wait_until
+from hub_server import Hub
+from huggingface_hub import constants
+from toy_stores import MODEL, recipe_tree, write_store
+from training_runs import TINY, finished, last_step, run_dir, same_bytes
+
+from mmaudio_hf.cli import main
+from mmaudio_hf.data.mixture import Mixture
+from mmaudio_hf.data.remote import NEVER, NextUse, RemoteStore, Seat, Share, Slots, divide
+from mmaudio_hf.data.sampler import dataset_indices
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.hub.stores import connect
+
+STEPS, EVERY = 60, 4
+CAP = 290_000  # bytes for two stores of 40 rows
+DELAY = {"match": "GET /storage", "delay": 0.05}  # of every request for rows
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A server with stores for training, and small ones in both layouts; they were pushed from the folder beside it."""
+    root = tmp_path_factory.mktemp("remote")
+    write_store(root / "videos", 80)
+    write_store(root / "audios", 8, video=False, seed=1)
+    write_store(root / "held_out", 5, seed=2)
+    make_store(root / "plain", 40)
+    make_store(root / "texts", 40, layout="compact", seed=1)
+    with Hub(root / "hub") as server, pytest.MonkeyPatch.context() as patch:
+        server.use_here(patch, root / "home")
+        for name, part_size in (("videos", 4), ("held_out", 4), ("plain", 0.002), ("texts", 0.002)):
+            words = ["store", "push", str(root / name), f"tester/{name}", "--part-size", str(part_size)]
+            assert main(words) == 0
+        yield server
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path) -> Path:
+    """The folder of the stores; this process uses the server."""
+    hub.use_here(monkeypatch, tmp_path / "home")
+    hub.faults()
+    return hub.root.parent
+
+
+def size_of(*folders: Path) -> int:
+    """Bytes on the disk of everything in folders, some of which may go meanwhile."""
+    sizes = []
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        try:
+            sizes.append(path.lstat().st_blocks * 512)
+        except FileNotFoundError:
+            continue
+    return sum(sizes)
+
+
+def write_recipes(here: Path, folder: Path, cap: float) -> tuple[Path, Path]:
+    """The same run over stores of this machine, and over those on the Hub but for the audios."""
+    tree = recipe_tree(here, steps=STEPS, batch_size=2, checkpoint_every=EVERY, log_every=10, validate_every=20)
+    tree["model"], tree["output_dir"] = MODEL | TINY, str(folder / "output")
+    tree["data"]["prefetch_batches"] = 1
+    paths = []
+    for name in ("local", "remote"):
+        if name == "remote":
+            tree["data"]["train"][0] = {"path": "hub://tester/videos"}
+            tree["data"]["validation"] = [{"path": "hub://tester/held_out"}]
+            tree["data"] |= {"cache_dir": str(folder / "cache"), "cache_gb": cap / 1e9, "connection_wait": 20}
+        paths.append(folder / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(tree | {"name": name}))
+    return paths[0], paths[1]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_path, kills):
+    """50 ms a request; the disk is looked at all the time; each kill comes with rows on their way."""
+    cap = (size_of(here / "videos") + size_of(here / "held_out")) / 4
+    local, remote = write_recipes(here, tmp_path, cap)
+    finished(local)
+    hub.faults(DELAY)
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], size_of(tmp_path / "cache"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        for kill in range(1, kills + 1):
+            with Command("train", str(remote), env=hub.environment(tmp_path / "home")) as process:
+                wait_until(lambda: last_step(remote) >= kill * EVERY, process)  # noqa: B023
+                process.kill()
+                assert process.wait() == -signal.SIGKILL
+        assert kills * EVERY <= last_step(remote) < STEPS
+        result = Command("train", str(remote), env=hub.environment(tmp_path / "home")).result()
+    finally:
+        done.set()
+        watching.join()
+    assert result.returncode == 0, result.stderr
+    same_bytes(remote, local)
+    assert 0.8 * cap < peak[0] <= cap
+    assert not [line for line in hub.requests("GET /storage") if line["with_token"]]
+
+
+def test_two_processes_share_a_cache(hub, here, tmp_path):
+    """They are killed and started again while they fetch, hold and replace rows of one cache; no row is ever wrong."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED, "forked"])
+    environment = hub.environment(tmp_path / "home")
+    results = context.Queue()
+    hub.faults({"match": "GET /storage", "delay": 0.005})
+
+    def start(seed: int) -> multiprocessing.Process:
+        process = context.Process(target=read_at_random, args=(environment, tmp_path / "cache", seed, results))
+        process.start()
+        return process
+
+    running = [start(seed) for seed in range(3)]
+    for seed in range(3, 9):
+        assert results.get(timeout=600) == "ready"
+        running[0].kill()
+        running[0].join()
+        running = [*running[1:], start(seed)]
+    answers = [results.get(timeout=600) for _ in range(3 + 3)]
+    for process in running:
+        process.join()
+    assert sorted(answers) == ["ready"] * 3 + ["right"] * 3
+    assert size_of(tmp_path / "cache") <= CAP
+
+
+def read_at_random(environment: dict, cache: Path, seed: int, results) -> None:
+    """Batches of random rows of both small stores, each compared with what was written."""
+    os.environ.update(environment)
+    importlib.reload(constants)  # read when the process that this one was forked from began
+    torch.set_num_threads(1)
+    try:
+        results.put(compare_at_random(cache, np.random.default_rng(seed), results))
+    except BaseException:
+        results.put(traceback.format_exc())
+
+
+def compare_at_random(cache: Path, generator: np.random.Generator, results) -> str:
+    sources, answer = {"hub://tester/plain": 1.0, "hub://tester/texts": 1.0}, "right"
+    with connect(sources, cache, CAP, connections=8, processes=3, least=24):
+        stores = [FeatureStore.open(source) for source in sources]
+        assert all(24 <= store.slots[0] < 40 for store in stores)
+        for number in range(40):
+            for index, store in enumerate(stores):
+                rows = generator.choice(40, 4)
+                with closing(Held(store, rows)) as held:
+                    expected = random_values(40, seed=index)
+                    for name, values in held.values.items():
+                        if not torch.equal(values, expected[name][rows].to(values.dtype)):
+                            answer = f"{name} of rows {rows} is wrong"
+            if number == 5:
+                results.put("ready")
+    return answer
+
+
+class Held:
+    """Rows of a store as the loader reads them."""
+
+    def __init__(self, store: RemoteStore, rows: np.ndarray):
+        self.lease = store.hold(rows)
+        self.lease.wait()
+        self.values = {}
+        for name, column in store.columns.items():
+            self.values[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
+            store.read_into(name, rows, self.values[name])
+
+    def close(self) -> None:
+        self.lease.release()
+
+
+def test_a_lost_hub_is_waited_for(hub, here, tmp_path):
+    _, remote = write_recipes(here, tmp_path, 1e9)
+    environment = hub.environment(tmp_path / "home")
+    hub.faults(DELAY)
+    with Command("train", str(remote), "training.steps=40", env=environment) as process:
+        wait_until(lambda: last_step(remote) >= EVERY, process)
+        hub.kill()
+        try:
+            wait_until(lambda: "it is tried again for 20 s" in process.output()[1], process)
+        finally:
+            hub.start()
+        assert process.wait() == 0, process.output()
+        assert re.search(r"tester/videos answers again", process.output()[1])
+    # Where it does not come again, the run ends with a sentence, and resumes.
+    hub.faults({"match": "GET /(storage|datasets/.*/columns)", "status": 503})
+    for file in (tmp_path / "cache").glob("*/*/*.slots"):
+        file.unlink()  # the rows are not there
+    words = ["train", str(remote), "training.steps=44", "data.connection_wait=1"]
+    result = Command(*words, env=environment).result()
+    assert result.returncode == 1
+    assert re.search(r"error: Hub dataset tester/\w+ cannot be reached .* columns/\w+/0.*\.bin .* 1 s", result.stderr)
+    assert "Traceback" not in result.stderr
+    hub.faults()
+    assert Command(*words, env=environment).result().returncode == 0 and last_step(remote) == 44
+
+
+# --- what cannot work is said before training ------------------------------------------------------------------------
+
+
+def test_mistakes_end_before_training(hub, here, tmp_path, capsys):
+    _, remote = write_recipes(here, tmp_path, 1e9)
+    first = "data.train.0.path"
+    assert main(["train", str(remote), f"{first}=hub://tester/nothing"]) == 2
+    assert "tester/nothing is not there, or private" in capsys.readouterr().err
+    assert main(["train", str(remote), f"{first}=hub://tester"]) == 2
+    assert "'tester' is not a repository of the Hub" in capsys.readouterr().err
+    assert main(["train", str(remote), f"{first}=hub://tester/videos@nowhere"]) == 2
+    assert "has no such revision" in capsys.readouterr().err
+    assert main(["train", str(remote), "data.cache_gb=0.003"]) == 2
+    assert re.search(r"data.cache_gb is 0.003: .* take .*; raise it", capsys.readouterr().err)
+    hub.faults({"match": "GET /storage", "status": 404})
+    assert main(["train", str(remote)]) == 2
+    hub.faults({"match": "GET /storage", "ignore_range": True})
+    assert main(["train", str(remote)]) == 2
+    assert re.search(r"sends all of columns/\w+/.*\.bin \(status 200\)", capsys.readouterr().err)
+    hub.faults()
+    index = json.loads(hub.files("tester/plain", "datasets")["store.json"])
+    for column in index["columns"].values():
+        column.pop("checksums", None)
+    repo = hub.repository("tester/older", "datasets")
+    repo.create(private=False)
+    repo.add({**hub.files("tester/plain", "datasets"), "store.json": json.dumps(index).encode()})
+    assert main(["store", "inspect", "hub://tester/older"]) == 2
+    assert "lacks checksums of the records of clip_features, mean" in capsys.readouterr().err
+    assert not (run_dir(remote) / "checkpoints").exists()
+
+
+def test_records_that_are_not_what_was_pushed_are_not_used(hub, here, tmp_path):
+    """A checksum that a record does not have: fetched twice, and then an error that names it."""
+    files = hub.files("tester/plain", "datasets")
+    index = json.loads(files["store.json"])
+    name = index["columns"]["std"]["checksums"]["file"]
+    spoiled = files[name][:-16] + bytes(16)
+    index["columns"]["std"]["checksums"]["sha256"] = hashlib.sha256(spoiled).hexdigest()
+    repo = hub.repository("tester/wrong", "datasets")
+    repo.create(private=False)
+    repo.add({**files, name: spoiled, "store.json": json.dumps(index).encode()})
+    with connect({"hub://tester/wrong": 1.0}, tmp_path / "cache", 1e9):
+        store = FeatureStore.open("hub://tester/wrong")
+        assert torch.equal(Held(store, np.arange(39)).values["std"], random_values(40)["std"][:39])
+        with pytest.raises(ConnectionError, match=r"record 39 of std came twice with another checksum"):
+            Held(store, np.array([39]))
+        with pytest.raises(ValueError, match="pull it first"):
+            store.to_dataset()
+
+
+def test_after_a_power_cut_rows_are_verified_again(hub, here, tmp_path):
+    """A boot with another number; one row whose page never reached the disk comes again, the others do not."""
+    for number in range(2):
+        before = len(hub.requests("GET /storage"))
+        with connect({"hub://tester/plain": 1.0}, tmp_path / "cache", 1e9):
+            store = FeatureStore.open("hub://tester/plain")
+            values = Held(store, np.arange(40)).values
+            assert all(torch.equal(values[name], expected) for name, expected in random_values(40).items())
+            slot = int(store.tables()["rows"].slot_of[7])
+            path, size = store.path, store.columns["std"].row_bytes
+            store.close()
+        if number == 0:
+            header = np.memmap(path / "rows.slots", np.int64, "r+", 0, 8)
+            header[3] += 1
+            header.flush()
+            with open(path / "std.memmap", "r+b") as file:
+                file.seek(slot * size)
+                file.write(bytes(size))
+    assert len(hub.requests("GET /storage")) - before == 1
+
+
+ON_A_SMALL_DISK = """
+import sys
+from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.hub.stores import connect
+import numpy as np
+try:
+    with connect({"hub://tester/videos": 1.0}, sys.argv[1] + "/cache", 1e9):
+        FeatureStore.open("hub://tester/videos").hold(np.arange(4))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_shows_before_the_first_batch(hub, here, tmp_path):
+    (tmp_path / "small").mkdir()
+    start = ["unshare", "-m", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*start, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system: unshare -m --map-root-user is refused")
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
+    program = [sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path / "small")]
+    command = [*start, "sh", "-c", mount, str(tmp_path / "small"), *program]
+    done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"No space left on device: '.*/videos/\w+\.memmap'", done.stdout)
+
+
+def test_look_check_and_doctor(hub, here, tmp_path, capsys):
+    assert main(["store", "inspect", "hub://tester/texts", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["rows"], info["layout"]) == (40, "compact") and info["path"].startswith("hub://tester/texts@")
+    for name in ("plain", "texts"):
+        assert main(["store", "verify", f"hub://tester/{name}"]) == 0
+        assert re.search(rf"hub://tester/{name}@\w+: 40 rows, ok", capsys.readouterr().out)
+    assert main(["store", "verify", "hub://tester/plain", "--sample", "1", "--media", str(tmp_path)]) == 2
+    _, remote = write_recipes(here, tmp_path, 1e7)
+    main(["doctor", str(remote)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"line .* MB/s in the first epoch, then .* data.cache_gb 0.01 holds \d+% of hub://tester/videos", text
+    )
+    assert "64 connections bring" in text
+    with FeatureStore.open(here / "plain") as local, connect({"hub://tester/plain": 1.0}, tmp_path / "c", 1e9):
+        assert local.identity == FeatureStore.open("hub://tester/plain").identity
+    with pytest.raises(ValueError, match=r"open within `mmaudio_hf.hub.stores.connect`"):
+        FeatureStore.open("hub://tester/plain")
+
+
+# --- which rows are kept -------------------------------------------------------------------------------------------
+
+
+def test_the_cap_is_divided_by_visits():
+    large, small = Share(1000, 100, 5.0), Share(1000, 100)
+    assert divide(60_000, [large, small]) == pytest.approx([500, 100], abs=2)
+    assert divide(300_000, [large, small]) == [1000, 1000]
+    assert divide(140_000, [large, small]) == pytest.approx([1000, 400], abs=2)
+    assert divide(60_000, [large, Share(20, 100), Share(0, 14)], least=40) == [580, 20, 0]
+    assert divide(1000, [large, small], least=8) == [0, 0]
+    for cap in range(1000, 300_000, 7001):
+        assert sum(n * s.size for n, s in zip(divide(cap, [large, small], 3), (large, small), strict=True)) <= cap
+
+
+def test_the_next_use_is_where_the_order_has_the_row_again(tmp_path):
+    stores = [(make_store(tmp_path / "a", 13), 2), (make_store(tmp_path / "b", 9, seed=1), 0.5)]
+    mixture, batch = Mixture(stores, seed=3), 5
+
+    def order(step: int) -> np.ndarray:
+        return dataset_indices(3, step, np.arange(batch), batch, len(mixture))
+
+    steps = -(-len(mixture) // batch)
+    next_use = NextUse(mixture, order, steps)
+    located = [[list(map(int, pair)) for pair in zip(*mixture.locate(order(step)), strict=True)] for step in range(60)]
+    for step in range(20):
+        for store, row in located[step]:
+            later = [other for other in range(step + 1, 60) if [store, row] in located[other]]
+            found = int(next_use(step, store, np.array([row]))[0])
+            window_end = step - step % steps + 2 * steps
+            assert found == (later[0] if later and later[0] < window_end else NEVER)
+
+
+def test_a_cache_of_a_quarter_has_a_quarter_of_the_rows(tmp_path):
+    """The furthest next use goes first; of the least recently used one only c^2 / 2 would be there."""
+    rows, kept, batch = 400, 100, 4
+    store = make_store(tmp_path / "store", rows)
+    mixture = Mixture([(store, 1)])
+
+    def order(step: int) -> np.ndarray:
+        return dataset_indices(0, step, np.arange(batch), batch, rows)
+
+    slots = Slots(tmp_path, "rows", store.columns, rows, kept, Seat(tmp_path))
+    next_use, hits = NextUse(mixture, order, rows // batch), 0
+    for step in range(5 * rows // batch):
+        used = np.sort(mixture.locate(order(step))[1])
+        chosen, state = slots.acquire(used, next_use(step, 0, used))
+        slots.finish(chosen, ready=True)
+        slots.release(chosen)
+        hits += int((state == 2).sum()) if step >= rows // batch else 0
+    assert hits / (4 * rows) == pytest.approx(kept / rows, abs=0.02)
