@@ -26,7 +26,7 @@ import torch
 
 from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
-from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture
+from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture, samples_per_epoch
 from mmaudio_hf.data.remote import RemoteStore
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
@@ -542,7 +542,7 @@ def _line(launch: Launch) -> Iterator[tuple[str, str]]:
         return
     rate, size, later = _expected_speed(launch)[0] / launch.machines, 0.0, 0.0
     for index, store in stores:
-        share = list(mixture.shares.values())[index]
+        share = samples_per_epoch(len(store), mixture.repeats[index]) / len(mixture)
         size += share * mixture.row_bytes[index]
         later += share * mixture.row_bytes[index] * (1 - store.kept_share)
     kept = ", ".join(f"{store.kept_share:.0%} of {store.label}" for _, store in stores)

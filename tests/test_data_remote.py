@@ -28,13 +28,13 @@ from training_runs import TINY, finished, last_step, run_dir, same_bytes
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.remote import NEVER, NextUse, RemoteStore, Seat, Share, Slots, divide
+from mmaudio_hf.data.remote import NEVER, Entries, NextUse, RemoteStore, Seat, Share, divide
 from mmaudio_hf.data.sampler import dataset_indices
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.hub.stores import connect
 
 STEPS, EVERY = 60, 4
-CAP = 290_000  # bytes for two stores of 40 rows
+LEAST = 24  # rows of two stores of 40 that a cache has
 DELAY = {"match": "GET /storage", "delay": 0.05}  # of every request for rows
 
 
@@ -103,7 +103,7 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
     peak, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.03):
             peak[0] = max(peak[0], size_of(tmp_path / "cache"))
 
     watching = threading.Thread(target=watch)
@@ -131,10 +131,11 @@ def test_two_processes_share_a_cache(hub, here, tmp_path):
     context.set_forkserver_preload([*IMPORTED, "forked"])
     environment = hub.environment(tmp_path / "home")
     results = context.Queue()
+    cap = smallest_cap(tmp_path / "cache")
     hub.faults({"match": "GET /storage", "delay": 0.005})
 
     def start(seed: int) -> multiprocessing.Process:
-        process = context.Process(target=read_at_random, args=(environment, tmp_path / "cache", seed, results))
+        process = context.Process(target=read_at_random, args=(environment, tmp_path / "cache", cap, seed, results))
         process.start()
         return process
 
@@ -148,25 +149,41 @@ def test_two_processes_share_a_cache(hub, here, tmp_path):
     for process in running:
         process.join()
     assert sorted(answers) == ["ready"] * 3 + ["right"] * 3
-    assert size_of(tmp_path / "cache") <= CAP
+    assert size_of(tmp_path / "cache") <= cap
 
 
-def read_at_random(environment: dict, cache: Path, seed: int, results) -> None:
+SMALL = {"hub://tester/plain": 1.0, "hub://tester/texts": 1.0}
+
+
+def smallest_cap(cache: Path) -> int:
+    """Bytes with which the cache holds `LEAST` rows of each small store, and hardly more."""
+    low, high = 0, 1_000_000
+    while high - low > 4000:
+        middle = (low + high) // 2
+        try:
+            with connect(SMALL, cache, middle, least=LEAST):
+                high = middle
+        except ValueError:
+            low = middle
+    return high
+
+
+def read_at_random(environment: dict, cache: Path, cap: int, seed: int, results) -> None:
     """Batches of random rows of both small stores, each compared with what was written."""
     os.environ.update(environment)
     importlib.reload(constants)  # read when the process that this one was forked from began
     torch.set_num_threads(1)
     try:
-        results.put(compare_at_random(cache, np.random.default_rng(seed), results))
+        results.put(compare_at_random(cache, cap, np.random.default_rng(seed), results))
     except BaseException:
         results.put(traceback.format_exc())
 
 
-def compare_at_random(cache: Path, generator: np.random.Generator, results) -> str:
-    sources, answer = {"hub://tester/plain": 1.0, "hub://tester/texts": 1.0}, "right"
-    with connect(sources, cache, CAP, connections=8, processes=3, least=24):
-        stores = [FeatureStore.open(source) for source in sources]
-        assert all(24 <= store.slots[0] < 40 for store in stores)
+def compare_at_random(cache: Path, cap: int, generator: np.random.Generator, results) -> str:
+    answer = "right"
+    with connect(SMALL, cache, cap, connections=8, processes=3, least=LEAST):
+        stores = [FeatureStore.open(source) for source in SMALL]
+        assert all(LEAST <= store.entries[0] < 40 for store in stores)
         for number in range(40):
             for index, store in enumerate(stores):
                 rows = generator.choice(40, 4)
@@ -210,7 +227,7 @@ def test_a_lost_hub_is_waited_for(hub, here, tmp_path):
         assert re.search(r"tester/videos answers again", process.output()[1])
     # Where it does not come again, the run ends with a sentence, and resumes.
     hub.faults({"match": "GET /(storage|datasets/.*/columns)", "status": 503})
-    for file in (tmp_path / "cache").glob("*/*/*.slots"):
+    for file in (tmp_path / "cache").glob("*/*/*.entries"):
         file.unlink()  # the rows are not there
     words = ["train", str(remote), "training.steps=44", "data.connection_wait=1"]
     result = Command(*words, env=environment).result()
@@ -279,15 +296,15 @@ def test_after_a_power_cut_rows_are_verified_again(hub, here, tmp_path):
             store = FeatureStore.open("hub://tester/plain")
             values = Held(store, np.arange(40)).values
             assert all(torch.equal(values[name], expected) for name, expected in random_values(40).items())
-            slot = int(store.tables()["rows"].slot_of[7])
+            entry = int(store.tables()["rows"].entry_of[7])
             path, size = store.path, store.columns["std"].row_bytes
             store.close()
         if number == 0:
-            header = np.memmap(path / "rows.slots", np.int64, "r+", 0, 8)
+            header = np.memmap(path / "rows.entries", np.int64, "r+", 0, 8)
             header[3] += 1
             header.flush()
             with open(path / "std.memmap", "r+b") as file:
-                file.seek(slot * size)
+                file.seek(entry * size)
                 file.write(bytes(size))
     assert len(hub.requests("GET /storage")) - before == 1
 
@@ -366,9 +383,9 @@ def test_the_next_use_is_where_the_order_has_the_row_again(tmp_path):
     for step in range(20):
         for store, row in located[step]:
             later = [other for other in range(step + 1, 60) if [store, row] in located[other]]
-            found = int(next_use(step, store, np.array([row]))[0])
+            answer = int(next_use(step, store, np.array([row]))[0])
             window_end = step - step % steps + 2 * steps
-            assert found == (later[0] if later and later[0] < window_end else NEVER)
+            assert answer == (later[0] if later and later[0] < window_end else NEVER)
 
 
 def test_a_cache_of_a_quarter_has_a_quarter_of_the_rows(tmp_path):
@@ -380,12 +397,12 @@ def test_a_cache_of_a_quarter_has_a_quarter_of_the_rows(tmp_path):
     def order(step: int) -> np.ndarray:
         return dataset_indices(0, step, np.arange(batch), batch, rows)
 
-    slots = Slots(tmp_path, "rows", store.columns, rows, kept, Seat(tmp_path))
+    entries = Entries(tmp_path, "rows", store.columns, rows, kept, Seat(tmp_path))
     next_use, hits = NextUse(mixture, order, rows // batch), 0
     for step in range(5 * rows // batch):
         used = np.sort(mixture.locate(order(step))[1])
-        chosen, state = slots.acquire(used, next_use(step, 0, used))
-        slots.finish(chosen, ready=True)
-        slots.release(chosen)
+        chosen, state = entries.acquire(used, next_use(step, 0, used))
+        entries.finish(chosen, ready=True)
+        entries.release(chosen)
         hits += int((state == 2).sum()) if step >= rows // batch else 0
     assert hits / (4 * rows) == pytest.approx(kept / rows, abs=0.02)

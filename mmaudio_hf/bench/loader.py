@@ -321,7 +321,7 @@ class RemoteBench:
         shares = RemoteStore.shares(local.contents)
         rows, _ = divide(int(local.contents.size * self.share) - 4 * self.rows - (1 << 16), shares)
         opened = (cache, local.contents, local.ids, local.captions, None, None)
-        settings: dict[str, Any] = {"fetch": fetch, "pool": pool, "seat": Seat(cache), "slots": (rows, 0)}
+        settings: dict[str, Any] = {"fetch": fetch, "pool": pool, "seat": Seat(cache), "entries": (rows, 0)}
         return RemoteStore(*opened, label="bench", checksums=checksums, **settings)
 
     def _train(self, store: FeatureStore) -> tuple[str, list[float], int]:

@@ -1,8 +1,8 @@
 """Feature stores that stay on the Hub: rows come into a cache on the disk before the loader reads them (docs/hub.md).
 
-The cache of a store is a smaller store: files of the same columns, with slots for as many rows as the cap allows, and
-`NAME.slots`, which says what each slot holds. All of it is allocated at once, so the disk never has more. Processes of
-one machine share it through mapped memory; what changes the slots holds a lock, what reads one pins it. A slot is ready
+The cache of a store is a smaller store: files of the same columns, with entries for as many rows as the cap allows, and
+`NAME.entries`, which says what each entry holds. All of it is allocated at once, so the disk never has more. Processes of
+one machine share it through mapped memory; what changes the entries holds a lock, what reads one pins it. An entry is ready
 when all its columns are written and have the checksums of the pushed store. What a killed process pinned or was
 fetching is known by its lock, which the system releases.
 """
@@ -33,7 +33,7 @@ CHECKSUM_BYTES = 16  # of a row: the first half of its SHA-256
 NEVER = 1 << 62  # the next use of a row that is not known to be used again
 AHEAD = 16  # batches that are requested before they are read, where the cache holds as many
 RUN_BYTES = 4 << 20  # of rows that follow each other and come with one request
-SLOT_BYTES = 4 + 1 + 1 + 8 + SEATS  # of NAME.slots for each slot
+ENTRY_BYTES = 4 + 1 + 1 + 8 + SEATS  # of NAME.entries for each entry
 _FREE, _LOADING, _READY, _UNVERIFIED = range(4)
 _VERSION = 1
 _POLL = 0.005  # s
@@ -57,24 +57,24 @@ class Share(NamedTuple):
 
 
 def divide(cap: int, shares: Sequence[Share], least: int = 1) -> list[int]:
-    """Slots of each share so that all take at most `cap` bytes: `least` each, and more by bytes visited in an epoch.
+    """Entries of each share so that all take at most `cap` bytes: `least` each, and more by bytes visited in an epoch.
 
     None gets more than it has records; all zero where `cap` does not hold the least.
     """
-    slots = [min(least, share.records) for share in shares]
-    free = cap - sum(n * share.size for n, share in zip(slots, shares, strict=True))
+    entries = [min(least, share.records) for share in shares]
+    free = cap - sum(n * share.size for n, share in zip(entries, shares, strict=True))
     if free < 0:
         return [0] * len(shares)
-    left = {i for i, share in enumerate(shares) if slots[i] < share.records}
+    left = {i for i, share in enumerate(shares) if entries[i] < share.records}
     while left:
         total = sum(shares[i].records * shares[i].size * shares[i].repeats for i in left)
         more = {i: int(free * shares[i].records * shares[i].repeats / total) for i in left}
-        full = {i for i in left if slots[i] + more[i] >= shares[i].records}
+        full = {i for i in left if entries[i] + more[i] >= shares[i].records}
         for i in full or left:
-            added = min(more[i], shares[i].records - slots[i])
-            slots[i], free = slots[i] + added, free - added * shares[i].size
+            added = min(more[i], shares[i].records - entries[i])
+            entries[i], free = entries[i] + added, free - added * shares[i].size
         left = left - full if full else set()
-    return slots
+    return entries
 
 
 def rows_needed(batch_size: int, filling: int, processes: int) -> int:
@@ -111,7 +111,7 @@ class NextUse:
         return np.where(again, first + key % span, NEVER)
 
 
-# --- slots ---------------------------------------------------------------------------------------------------------
+# --- entries ---------------------------------------------------------------------------------------------------------
 
 
 class Seat:
@@ -137,7 +137,7 @@ class Seat:
         return True
 
     def ended(self) -> list[int]:
-        """Seats that no process has; nobody takes one of them while the lock of the slots is held."""
+        """Seats that no process has; nobody takes one of them while the lock of the entries is held."""
         free = []
         for number in range(SEATS):
             if number != self.number and self._file(number).exists():
@@ -155,17 +155,17 @@ class Seat:
         self._context.__exit__(None, None, None)
 
 
-class Slots:
-    """The slots of records that are kept together, in the files of `columns`; opened, and allocated where it is new.
+class Entries:
+    """The entries of records that are kept together, in the files of `columns`; opened, and allocated where it is new.
 
-    ValueError when another process uses the same files with another number of slots, OSError for a full disk.
+    ValueError when another process uses the same files with another number of entries, OSError for a full disk.
     """
 
-    def __init__(self, folder: Path, name: str, columns: Mapping[str, Column], records: int, slots: int, seat: Seat):
-        self.folder, self.columns, self.records, self.slots, self._seat = folder, columns, records, slots, seat
+    def __init__(self, folder: Path, name: str, columns: Mapping[str, Column], records: int, entries: int, seat: Seat):
+        self.folder, self.columns, self.records, self.entries, self._seat = folder, columns, records, entries, seat
         self._lock, self._pinning = folder / f"{name}.lock", seat.pinning
         with locked(self._lock):
-            self._open(folder / f"{name}.slots")
+            self._open(folder / f"{name}.entries")
             if name not in seat.reset:
                 self.free_seats([seat.number])
                 seat.reset.add(name)
@@ -183,8 +183,8 @@ class Slots:
 
     def _open(self, file: Path) -> None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-        expected = [_VERSION, self.records, self.slots]
-        size = 64 + 4 * self.records + SLOT_BYTES * self.slots
+        expected = [_VERSION, self.records, self.entries]
+        size = 64 + 4 * self.records + ENTRY_BYTES * self.entries
         header = np.fromfile(file, np.int64, 8) if file.is_file() and file.stat().st_size == size else np.zeros(8, int)
         if header[:3].tolist() != expected:
             if file.is_file() and self._seat.others():
@@ -193,11 +193,11 @@ class Slots:
                     " stores, or another data.cache_dir"
                 )
             self._allocate(file, size)
-        self._header, self.slot_of, self.record, self.next_use, self.state, self.owner, self.pins = (
+        self._header, self.entry_of, self.record, self.next_use, self.state, self.owner, self.pins = (
             np.memmap(file, dtype, "r+", offset, shape) for dtype, offset, shape in self._arrays()
         )
         if header[:3].tolist() != expected:
-            self.slot_of[:] = self.record[:] = -1
+            self.entry_of[:] = self.record[:] = -1
             self._header[:3] = expected
         number = int(boot[:15], 16)
         if self._header[3] != number:  # after a power cut pages may be missing: what was ready is verified again
@@ -208,16 +208,16 @@ class Slots:
         kinds: list[tuple[Any, Any]] = [
             (np.int64, 8),
             (np.int32, self.records),
-            (np.int32, self.slots),
-            (np.int64, self.slots),
+            (np.int32, self.entries),
+            (np.int64, self.entries),
         ]
-        kinds += [(np.uint8, self.slots), (np.uint8, self.slots), (np.uint8, (SEATS, self.slots))]
+        kinds += [(np.uint8, self.entries), (np.uint8, self.entries), (np.uint8, (SEATS, self.entries))]
         offsets = np.cumsum([0, *(int(np.prod(shape)) * np.dtype(dtype).itemsize for dtype, shape in kinds)]).tolist()
         return [(dtype, offset, shape) for (dtype, shape), offset in zip(kinds, offsets, strict=False)]
 
     def _allocate(self, file: Path, size: int) -> None:
         """The files in their full size: a full disk shows now, and the cap holds from here on."""
-        sizes = {column_file(self.folder, name): self.slots * c.row_bytes for name, c in self.columns.items()}
+        sizes = {column_file(self.folder, name): self.entries * c.row_bytes for name, c in self.columns.items()}
         try:
             for path, length in {**sizes, file: size}.items():
                 path.unlink(missing_ok=True)
@@ -229,18 +229,18 @@ class Slots:
             raise
 
     def acquire(self, records: np.ndarray, next_use: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Pin the slots of distinct records; returns the slots and what each held: one of the states.
+        """Pin the entries of distinct records; returns the entries and what each held: one of the states.
 
-        What is _FREE among these is to be fetched into its slot by the caller, whose it is until `finish`. The slots
+        What is _FREE among these is to be fetched into its entry by the caller, whose it is until `finish`. The entries
         for it are those whose next use is furthest. None when too many are pinned.
         """
         with locked(self._lock):
-            slots = self.slot_of[records].astype(np.int64)
-            state: np.ndarray = np.where((slots >= 0) & (self.record[slots] == records), self.state[slots], _FREE)
+            entries = self.entry_of[records].astype(np.int64)
+            state: np.ndarray = np.where((entries >= 0) & (self.record[entries] == records), self.state[entries], _FREE)
             missing = np.flatnonzero(state == _FREE)
             with self._pinning:
                 pinned = np.array(self.pins.any(axis=0))
-                pinned[slots[state != _FREE]] = True
+                pinned[entries[state != _FREE]] = True
                 usable = np.flatnonzero(~pinned & (self.state != _LOADING))
                 if len(usable) < len(missing):
                     self.free_seats(self._seat.ended())
@@ -248,42 +248,42 @@ class Slots:
                 if len(missing):
                     value = np.where(self.state[usable] == _FREE, NEVER * 2 - 1, self.next_use[usable])
                     victims = usable[np.argpartition(-value, len(missing) - 1)[: len(missing)]]
-                    # A kill between two of these leaves a free slot, or one that is fetched by a process that ended.
+                    # A kill between two of these leaves a free entry, or one that is fetched by a process that ended.
                     self.state[victims] = _FREE
                     self.record[victims], self.owner[victims] = records[missing], self._seat.number
                     self.pins[self._seat.number, victims] = 0
                     self.state[victims] = _LOADING
-                    self.slot_of[records[missing]] = victims
-                    slots[missing] = victims
+                    self.entry_of[records[missing]] = victims
+                    entries[missing] = victims
                 again = np.flatnonzero(state == _UNVERIFIED)
-                self.owner[slots[again]], self.state[slots[again]] = self._seat.number, _LOADING
-                self.pins[self._seat.number, slots] += 1
-                self.next_use[slots] = next_use
-        return slots, state
+                self.owner[entries[again]], self.state[entries[again]] = self._seat.number, _LOADING
+                self.pins[self._seat.number, entries] += 1
+                self.next_use[entries] = next_use
+        return entries, state
 
-    def finish(self, slots: np.ndarray, ready: bool) -> None:
-        """Slots that this process was fetching are ready, or free again."""
-        self.state[slots] = _READY if ready else _FREE
+    def finish(self, entries: np.ndarray, ready: bool) -> None:
+        """Entries that this process was fetching are ready, or free again."""
+        self.state[entries] = _READY if ready else _FREE
 
-    def release(self, slots: np.ndarray) -> None:
+    def release(self, entries: np.ndarray) -> None:
         """Unpin."""
         with self._pinning:
-            self.pins[self._seat.number, slots] -= 1
+            self.pins[self._seat.number, entries] -= 1
 
     def close(self) -> None:
         """Nothing of the files is used from here on."""
-        self._header = self.slot_of = self.record = self.next_use = self.state = self.owner = self.pins = None  # type: ignore[assignment]
+        self._header = self.entry_of = self.record = self.next_use = self.state = self.owner = self.pins = None  # type: ignore[assignment]
 
 
 # --- the store -----------------------------------------------------------------------------------------------------
 
 
 class _Fetch:
-    """Columns of some slots that are on their way; when the last one is there, the slots are ready."""
+    """Columns of some entries that are on their way; when the last one is there, the entries are ready."""
 
-    def __init__(self, slots: Slots, chosen: np.ndarray):
-        self._slots, self._chosen, self._lock = slots, chosen, threading.Lock()
-        self._left, self._failed = len(slots.columns), False
+    def __init__(self, entries: Entries, chosen: np.ndarray):
+        self._slots, self._chosen, self._lock = entries, chosen, threading.Lock()
+        self._left, self._failed = len(entries.columns), False
 
     def run(self, task: Callable[[], None]) -> None:
         """Do one column."""
@@ -303,42 +303,42 @@ class Lease:
     """Rows that stay in the cache until `release`; they can be read after `wait`."""
 
     store: "RemoteStore"
-    pinned: list[tuple[Slots, np.ndarray, np.ndarray]]  # slots of some records
+    pinned: list[tuple[Entries, np.ndarray, np.ndarray]]  # entries of some records
     futures: list[Future]
-    others: list[tuple[Slots, np.ndarray, np.ndarray]]  # slots and records that another process is fetching
+    others: list[tuple[Entries, np.ndarray, np.ndarray]]  # entries and records that another process is fetching
 
     def wait(self) -> None:
         """Until all rows are there. Errors of the fetch are raised here."""
         for future in self.futures:
             future.result()
-        for slots, chosen, records in self.others:
-            self._wait_for_others(slots, chosen, records)
+        for entries, chosen, records in self.others:
+            self._wait_for_others(entries, chosen, records)
         self.futures, self.others = [], []
 
-    def _wait_for_others(self, slots: Slots, chosen: np.ndarray, records: np.ndarray) -> None:
+    def _wait_for_others(self, entries: Entries, chosen: np.ndarray, records: np.ndarray) -> None:
         looked = time.monotonic()
-        while (slots.state[chosen] == _LOADING).any():
+        while (entries.state[chosen] == _LOADING).any():
             time.sleep(_POLL)
             if time.monotonic() > looked + 1:  # whether their process has ended
                 looked = time.monotonic()
-                slots.clean()
-        failed = (slots.state[chosen] != _READY) | (slots.record[chosen] != records)
+                entries.clean()
+        failed = (entries.state[chosen] != _READY) | (entries.record[chosen] != records)
         if failed.any():
-            again = self.store.hold_records(slots, records[failed])
+            again = self.store.hold_records(entries, records[failed])
             self.pinned += again.pinned
             again.wait()
 
     def release(self) -> None:
         """The rows may be replaced."""
-        for slots, chosen, _ in self.pinned:
-            slots.release(chosen)
+        for entries, chosen, _ in self.pinned:
+            entries.release(chosen)
         self.pinned = []
 
 
 class RemoteStore(FeatureStore):
     """A store on the Hub: opened by `hub.stores.connect`, read by the loader through `hold`.
 
-    label: what messages call it. checksums: column file -> (records, CHECKSUM_BYTES) uint8. slots: how many rows, and
+    label: what messages call it. checksums: column file -> (records, CHECKSUM_BYTES) uint8. entries: how many rows, and
     shared texts, the cache holds. processes: of this machine, which share them. `read` goes past the cache.
     """
 
@@ -350,15 +350,15 @@ class RemoteStore(FeatureStore):
         fetch: FetchRecords,
         pool: ThreadPoolExecutor,
         seat: Seat,
-        slots: tuple[int, int],
+        entries: tuple[int, int],
         processes: int = 1,
     ):
         super().__init__(*opened)
-        self._label, self.slots, self.processes = label, slots, processes
+        self._label, self.entries, self.processes = label, entries, processes
         self.fetched_bytes = self.used_bytes = 0
         self._checksums, self._fetch, self._pool, self._seat = checksums, fetch, pool, seat
         self._opening = threading.Lock()
-        self._tables: dict[str, Slots] = {}
+        self._tables: dict[str, Entries] = {}
         self._ticks = NEVER
 
     def _map_columns(self) -> "dict[str, MappedColumn]":
@@ -373,32 +373,32 @@ class RemoteStore(FeatureStore):
     def shares(contents: Contents, repeats: float = 1.0) -> tuple[Share, Share]:
         """Rows and shared texts of a store, for `divide`."""
         own = own_columns(contents)
-        rows = Share(contents.rows, sum(c.row_bytes for c in own.values()) + SLOT_BYTES, repeats)
-        size = contents.columns[TEXT_FEATURES].row_bytes + SLOT_BYTES if contents.texts else SLOT_BYTES
+        rows = Share(contents.rows, sum(c.row_bytes for c in own.values()) + ENTRY_BYTES, repeats)
+        size = contents.columns[TEXT_FEATURES].row_bytes + ENTRY_BYTES if contents.texts else ENTRY_BYTES
         return rows, Share(contents.texts or 0, size, repeats)
 
-    def tables(self) -> dict[str, Slots]:
+    def tables(self) -> dict[str, Entries]:
         """The cache, opened; "texts" where rows share texts."""
         with self._opening:
             if not self._tables:
                 contents = self.contents
-                layout = {"rows": (own_columns(contents), contents.rows, self.slots[0])}
+                layout = {"rows": (own_columns(contents), contents.rows, self.entries[0])}
                 if contents.texts:
                     texts = {TEXT_FEATURES: contents.columns[TEXT_FEATURES]}
-                    layout["texts"] = texts, contents.texts, self.slots[1]
-                tables = {name: Slots(self.path, name, *each, self._seat) for name, each in layout.items()}
-                for slots in tables.values():
-                    for name, column in slots.columns.items():
-                        self._maps[name] = MappedColumn(column_file(self.path, name), column, slots.slots)
+                    layout["texts"] = texts, contents.texts, self.entries[1]
+                tables = {name: Entries(self.path, name, *each, self._seat) for name, each in layout.items()}
+                for entries in tables.values():
+                    for name, column in entries.columns.items():
+                        self._maps[name] = MappedColumn(column_file(self.path, name), column, entries.entries)
                 self._files = {n: open(column_file(self.path, n), "r+b", buffering=0) for n in self._maps}  # noqa: SIM115
                 self._tables = tables
         return self._tables
 
     def leases(self, rows: int) -> int:
         """How many times `rows` rows this process can hold at once; the rest is left to others, and to what is kept."""
-        slots = min(n for n, share in zip(self.slots, self.shares(self.contents), strict=True) if share.records)
-        everything = self.slots[0] >= len(self) and (self.slots[1] or 0) >= (self.contents.texts or 0)
-        return AHEAD * 4 if everything else slots // self.processes // 2 // rows
+        entries = min(n for n, share in zip(self.entries, self.shares(self.contents), strict=True) if share.records)
+        everything = self.entries[0] >= len(self) and (self.entries[1] or 0) >= (self.contents.texts or 0)
+        return AHEAD * 4 if everything else entries // self.processes // 2 // rows
 
     @property
     def kept_share(self) -> float:
@@ -408,7 +408,7 @@ class RemoteStore(FeatureStore):
         epoch, where the cache has no more rows. The least recently used one would reach half the square of it.
         """
         shares = self.shares(self.contents)
-        kept = sum(n * share.size for n, share in zip(self.slots, shares, strict=True))
+        kept = sum(n * share.size for n, share in zip(self.entries, shares, strict=True))
         return kept / sum(share.records * share.size for share in shares)
 
     # --- fetch ------------------------------------------------------------------------------------------------------
@@ -427,45 +427,45 @@ class RemoteStore(FeatureStore):
             lease.others += texts.others
         return lease
 
-    def hold_records(self, slots: Slots, records: np.ndarray, next_use: np.ndarray | None = None) -> Lease:
+    def hold_records(self, entries: Entries, records: np.ndarray, next_use: np.ndarray | None = None) -> Lease:
         """Of one table. A text that rows share counts from the nearest next use of these rows."""
         next_use = np.full(len(records), NEVER) if next_use is None else next_use
         distinct, inverse = np.unique(records, return_inverse=True)
         nearest = np.full(len(distinct), NEVER * 2 - 2)
         np.minimum.at(nearest, inverse, next_use)
         end = time.monotonic() + _PATIENCE
-        while (acquired := slots.acquire(distinct, nearest)) is None:
+        while (acquired := entries.acquire(distinct, nearest)) is None:
             if time.monotonic() > end:
                 raise OSError(f"{self.label}: other processes hold all rows of its cache: raise data.cache_gb")
             time.sleep(_POLL)
         chosen, state = acquired
-        lease = Lease(self, [(slots, chosen, distinct)], [], [])
-        for run in _runs(distinct, state == _FREE, max(c.row_bytes for c in slots.columns.values())):
-            self._start(lease, slots, distinct[run], chosen[run], self._load)
+        lease = Lease(self, [(entries, chosen, distinct)], [], [])
+        for run in _runs(distinct, state == _FREE, max(c.row_bytes for c in entries.columns.values())):
+            self._start(lease, entries, distinct[run], chosen[run], self._load)
         for run in np.flatnonzero(state == _UNVERIFIED)[:, None]:
-            self._start(lease, slots, distinct[run], chosen[run], self._verify)
+            self._start(lease, entries, distinct[run], chosen[run], self._verify)
         if (other := state == _LOADING).any():
-            lease.others.append((slots, chosen[other], distinct[other]))
+            lease.others.append((entries, chosen[other], distinct[other]))
         present = chosen[state == _READY]
-        for name in slots.columns if len(present) else ():
+        for name in entries.columns if len(present) else ():
             self._maps[name].advise(present, os.POSIX_FADV_WILLNEED)
         return lease
 
     def _start(
-        self, lease: Lease, slots: Slots, records: np.ndarray, chosen: np.ndarray, do: Callable[..., None]
+        self, lease: Lease, entries: Entries, records: np.ndarray, chosen: np.ndarray, do: Callable[..., None]
     ) -> None:
-        fetch = _Fetch(slots, chosen)
-        for name in slots.columns:
+        fetch = _Fetch(entries, chosen)
+        for name in entries.columns:
             lease.futures.append(self._pool.submit(fetch.run, partial(do, name, records, chosen)))
 
     def _load(self, name: str, records: np.ndarray, chosen: np.ndarray) -> None:
         size = self.columns[name].row_bytes
         data = memoryview(self._verified(name, int(records[0]), len(records)))
-        for i, slot in enumerate(chosen.tolist()):
-            write_all(self._files[name], data[i * size : (i + 1) * size], slot * size)
+        for i, entry in enumerate(chosen.tolist()):
+            write_all(self._files[name], data[i * size : (i + 1) * size], entry * size)
 
     def _verify(self, name: str, records: np.ndarray, chosen: np.ndarray) -> None:
-        """Of a slot that was ready before the machine was started: fetched again unless it has its checksum."""
+        """Of an entry that was ready before the machine was started: fetched again unless it has its checksum."""
         size = self.columns[name].row_bytes
         data = os.pread(self._files[name].fileno(), size, int(chosen[0]) * size)
         if record_checksum(data) != self._checksums[name][records[0]].tobytes():
@@ -495,7 +495,9 @@ class RemoteStore(FeatureStore):
             return records
         tables = self.tables()
         return (
-            tables["texts" if name == TEXT_FEATURES and "texts" in tables else "rows"].slot_of[records].astype(np.int64)
+            tables["texts" if name == TEXT_FEATURES and "texts" in tables else "rows"]
+            .entry_of[records]
+            .astype(np.int64)
         )
 
     def prefetch(self, name: str, rows: np.ndarray) -> None:
@@ -534,8 +536,8 @@ class RemoteStore(FeatureStore):
         super().close()
         for file in getattr(self, "_files", {}).values():
             file.close()
-        for slots in self._tables.values():
-            slots.close()
+        for entries in self._tables.values():
+            entries.close()
         self._tables = {}
 
 
@@ -555,7 +557,7 @@ def _runs(records: np.ndarray, missing: np.ndarray, size: int) -> list[np.ndarra
 def batches_ahead(mixture: Mixture, batch_sizes: Sequence[int], filling: int) -> int:
     """Batches to request before they are read; 0 where all stores are on this machine.
 
-    batch_sizes: of each bucket. filling: batches that are held besides. ValueError for a cache that is too small to hold them.
+    batch_sizes: of each bucket. filling: batches that are held besides. ValueError for a cache that is too small.
     """
     remote = [(i, store) for i, store in enumerate(mixture.stores) if isinstance(store, RemoteStore)]
     ahead = AHEAD if remote else 0
@@ -565,7 +567,7 @@ def batches_ahead(mixture: Mixture, batch_sizes: Sequence[int], filling: int) ->
         if most < filling + 2:
             need = rows_needed(batch_size, filling, store.processes)
             raise ValueError(
-                f"data.cache_gb holds {store.slots[0]} rows of {store.label}, {need} are needed for batches of"
+                f"data.cache_gb holds {store.entries[0]} rows of {store.label}, {need} are needed for batches of"
                 f" {batch_size} in {store.processes} processes: raise it, or train with smaller batches"
             )
         ahead = min(ahead, most - filling - 1)

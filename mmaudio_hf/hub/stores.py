@@ -198,9 +198,8 @@ def _index_text(columns: dict[str, StoredColumn], small: dict[str, bytes], check
     listed = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in small.items()}
     entries: dict[str, Any] = {}
     for name, stored in columns.items():
-        parts = [chunk._asdict() for chunk in stored.chunks]
         file = {"file": checksums[name], **listed.pop(checksums[name])} if name in checksums else None
-        entries[name] = {"block_records": stored.block_records, "parts": parts}
+        entries[name] = {"block_records": stored.block_records, "parts": [chunk._asdict() for chunk in stored.chunks]}
         entries[name] |= {"checksums": file} if file else {}
     return json.dumps({"format": FORMAT, "version": VERSION, "files": listed, "columns": entries}) + "\n"
 
@@ -760,7 +759,7 @@ class HubStore:
 
     @property
     def small_bytes(self) -> int:
-        """What its folder takes besides slots; a page for each file, which a file system allocates whole."""
+        """What its folder takes besides entries; a page for each file, which a file system allocates whole."""
         files = [p for p in self.path.parent.rglob("*") if p.is_file() and p.parent != self.path and not p.is_symlink()]
         index = 4 * (self.plan.whole.rows + (self.plan.whole.texts or 0))
         text_index = 4 * self.plan.whole.rows if self.plan.whole.texts else 0
@@ -797,7 +796,7 @@ def connect(
             for source, repeats in sources.items():
                 stores[source] = _look_up(source, repeats, cache_dir)
                 stack.callback(stores[source].seat.close)
-            slots = _divide(stores, cache_dir, int(cache_bytes), least)
+            entries = _divide(stores, cache_dir, int(cache_bytes), least)
         readers = {}
         for source, store in stores.items():
             reader = RangeReader(store.plan.index.contents, connections, patience, log)
@@ -809,7 +808,7 @@ def connect(
         def opener(source: str) -> FeatureStore:
             if source not in stores:
                 raise ValueError(f"{source} is not connected: {', '.join(stores)}")
-            return _open_remote(stores[source], readers[source], pool, slots[source], processes)
+            return _open_remote(stores[source], readers[source], pool, entries[source], processes)
 
         before, data_store.hub_opener = data_store.hub_opener, opener
         stack.callback(setattr, data_store, "hub_opener", before)
@@ -849,29 +848,29 @@ def _look_up(source: str, repeats: float, cache_dir: Path) -> HubStore:
 
 
 def _divide(stores: Mapping[str, HubStore], cache_dir: Path, cap: int, least: int) -> dict[str, tuple[int, int]]:
-    """Slots for rows and for shared texts of each store; the folders of others go where there is no space for them."""
+    """Entries for rows and for shared texts of each store; the folders of others go where there is no space for them."""
     others = [folder for folder in cache_dir.iterdir() if folder.is_dir()]
     others = sorted(
         (f for f in others if f not in {s.path.parent for s in stores.values()}), key=lambda f: f.stat().st_mtime
     )
     small = sum(store.small_bytes for store in stores.values())
     shares = [share for store in stores.values() for share in RemoteStore.shares(store.plan.whole, store.repeats)]
-    wanted = small + sum(share.records * share.size for share in shares)
+    complete = small + sum(share.records * share.size for share in shares)
     sizes = {folder: sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) for folder in others}
     for folder in others:
-        if sum(sizes.values()) + min(wanted, cap) > cap and not _in_use(folder):
+        if sum(sizes.values()) + min(complete, cap) > cap and not _in_use(folder):
             shutil.rmtree(folder)
             del sizes[folder]
     left = cap - small - sum(sizes.values())
-    slots = divide(left, shares, least)
-    if not any(slots):
+    entries = divide(left, shares, least)
+    if not any(entries):
         used = f", other runs have {hub.readable(sum(sizes.values()))}" if sizes else ""
         need = small + sum(min(least, share.records) * share.size for share in shares)
         raise ValueError(
             f"data.cache_gb is {cap / 1e9:g}: the lists and checksums of {', '.join(stores)} and the rows of the"
             f" batches that are read at once take {hub.readable(need)}{used}; raise it, or train with smaller batches"
         )
-    return {source: (slots[2 * i], slots[2 * i + 1]) for i, source in enumerate(stores)}
+    return {source: (entries[2 * i], entries[2 * i + 1]) for i, source in enumerate(stores)}
 
 
 def _in_use(folder: Path) -> bool:
@@ -884,7 +883,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def _open_remote(
-    store: HubStore, reader: RangeReader, pool: ThreadPoolExecutor, slots: tuple[int, int], processes: int
+    store: HubStore, reader: RangeReader, pool: ThreadPoolExecutor, entries: tuple[int, int], processes: int
 ) -> RemoteStore:
     contents, columns = store.plan.whole, store.plan.stored
     names = [*own_columns(contents), TEXT_FEATURES] if contents.texts else list(contents.columns)
@@ -916,6 +915,6 @@ def _open_remote(
         fetch=fetch,
         pool=pool,
         seat=store.seat,
-        slots=slots,
+        entries=entries,
         processes=processes,
     )
