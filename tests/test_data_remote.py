@@ -31,6 +31,7 @@ from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.remote import NEVER, Entries, NextUse, RemoteStore, Seat, Share, divide
 from mmaudio_hf.data.sampler import dataset_indices
 from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.files import write_text
 from mmaudio_hf.hub.stores import connect
 
 STEPS, EVERY = 60, 4
@@ -49,8 +50,8 @@ def hub(tmp_path_factory):
     make_store(root / "texts", 40, layout="compact", seed=1)
     with Hub(root / "hub") as server, pytest.MonkeyPatch.context() as patch:
         server.use_here(patch, root / "home")
-        for name, part_size in (("videos", 4), ("held_out", 4), ("plain", 0.002), ("texts", 0.002)):
-            words = ["store", "push", str(root / name), f"tester/{name}", "--part-size", str(part_size)]
+        for name, size in (("videos", 4), ("held_out", 4), ("plain", 0.002), ("texts", 0.002)):
+            words = ["store", "push", str(root / name), f"tester/{name}", "--part-size", str(size)]
             assert main(words) == 0
         yield server
 
@@ -75,7 +76,7 @@ def size_of(*folders: Path) -> int:
 
 
 def write_recipes(here: Path, folder: Path, cap: float) -> tuple[Path, Path]:
-    """The same run over stores of this machine, and over those on the Hub but for the audios."""
+    """The same run over stores of this machine, and over those on the Hub, except the audios."""
     tree = recipe_tree(here, steps=STEPS, batch_size=2, checkpoint_every=EVERY, log_every=10, validate_every=20)
     tree["model"], tree["output_dir"] = MODEL | TINY, str(folder / "output")
     tree["data"]["prefetch_batches"] = 1
@@ -125,30 +126,31 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
     assert not [line for line in hub.requests("GET /storage") if line["with_token"]]
 
 
-def test_two_processes_share_a_cache(hub, here, tmp_path):
+def test_processes_that_are_killed_share_a_cache(hub, here, tmp_path):
     """They are killed and started again while they fetch, hold and replace rows of one cache; no row is ever wrong."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED, "forked"])
-    environment = hub.environment(tmp_path / "home")
-    results = context.Queue()
     cap = smallest_cap(tmp_path / "cache")
     hub.faults({"match": "GET /storage", "delay": 0.005})
 
     def start(seed: int) -> multiprocessing.Process:
-        process = context.Process(target=read_at_random, args=(environment, tmp_path / "cache", cap, seed, results))
+        arguments = (hub.environment(tmp_path / "home"), tmp_path / "cache", cap, seed)
+        process = context.Process(target=read_at_random, args=arguments, daemon=True)
         process.start()
         return process
 
+    def written(seed: int, end: str) -> str:
+        file = tmp_path / f"{seed}.{end}"
+        wait_until(lambda: file.exists() or (tmp_path / f"{seed}.answer").exists())
+        return file.read_text() if file.exists() else (tmp_path / f"{seed}.answer").read_text()
+
     running = [start(seed) for seed in range(3)]
-    for seed in range(3, 9):
-        assert results.get(timeout=600) == "ready"
+    for seed in range(6):
+        assert written(seed, "ready") == "ready"
         running[0].kill()
         running[0].join()
-        running = [*running[1:], start(seed)]
-    answers = [results.get(timeout=600) for _ in range(3 + 3)]
-    for process in running:
-        process.join()
-    assert sorted(answers) == ["ready"] * 3 + ["right"] * 3
+        running = [*running[1:], start(seed + 3)]
+    assert [written(seed, "answer") for seed in range(6, 9)] == ["right"] * 3
     assert size_of(tmp_path / "cache") <= cap
 
 
@@ -168,19 +170,20 @@ def smallest_cap(cache: Path) -> int:
     return high
 
 
-def read_at_random(environment: dict, cache: Path, cap: int, seed: int, results) -> None:
-    """Batches of random rows of both small stores, each compared with what was written."""
+def read_at_random(environment: dict, cache: Path, cap: int, seed: int) -> None:
+    """Write whether batches of random rows of both small stores are what was written into the stores."""
     os.environ.update(environment)
     importlib.reload(constants)  # read when the process that this one was forked from began
     torch.set_num_threads(1)
     try:
-        results.put(compare_at_random(cache, cap, np.random.default_rng(seed), results))
+        answer = compare_at_random(cache, cap, seed)
     except BaseException:
-        results.put(traceback.format_exc())
+        answer = traceback.format_exc()
+    write_text(cache.parent / f"{seed}.answer", answer)
 
 
-def compare_at_random(cache: Path, cap: int, generator: np.random.Generator, results) -> str:
-    answer = "right"
+def compare_at_random(cache: Path, cap: int, seed: int) -> str:
+    generator, answer = np.random.default_rng(seed), "right"
     with connect(SMALL, cache, cap, connections=8, processes=3, least=LEAST):
         stores = [FeatureStore.open(source) for source in SMALL]
         assert all(LEAST <= store.entries[0] < 40 for store in stores)
@@ -193,7 +196,7 @@ def compare_at_random(cache: Path, cap: int, generator: np.random.Generator, res
                         if not torch.equal(values, expected[name][rows].to(values.dtype)):
                             answer = f"{name} of rows {rows} is wrong"
             if number == 5:
-                results.put("ready")
+                write_text(cache.parent / f"{seed}.ready", "ready")
     return answer
 
 
@@ -312,6 +315,7 @@ def test_after_a_power_cut_rows_are_verified_again(hub, here, tmp_path):
 ON_A_SMALL_DISK = """
 import sys
 from mmaudio_hf.data.store import FeatureStore
+from mmaudio_hf.files import write_text
 from mmaudio_hf.hub.stores import connect
 import numpy as np
 try:

@@ -256,7 +256,7 @@ def _sweep(folder: Path, batch_size: int, audio_share: float, rounds: int, threa
 class RemoteBench:
     """`mmaudio-hf bench remote`: training reads `rows` rows of a local server that answers after `latency` seconds.
 
-    The cache has `share` of the store. A step is a pause of `step` seconds, as of a GPU. What comes is compared with
+    The cache has `share` of the store. A step is a pause of `step` seconds. What comes is compared with
     what the loader reads from the disk, byte for byte.
     """
 

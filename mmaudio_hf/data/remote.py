@@ -1,9 +1,9 @@
 """Feature stores that stay on the Hub: rows come into a cache on the disk before the loader reads them (docs/hub.md).
 
 The cache of a store is a smaller store: files of the same columns, with entries for as many rows as the cap allows, and
-`NAME.entries`, which says what each entry holds. All of it is allocated at once, so the disk never has more. Processes of
-one machine share it through mapped memory; what changes the entries holds a lock, what reads one pins it. An entry is ready
-when all its columns are written and have the checksums of the pushed store. What a killed process pinned or was
+`NAME.entries`, which says what each one holds. All of it is allocated at once, so the disk never has more. Processes
+of one machine share it through mapped memory: changes are made under a lock, and what is read is pinned. An entry is
+ready when all its columns are written and have the checksums of the pushed store. What a killed process pinned or was
 fetching is known by its lock, which the system releases.
 """
 
@@ -77,9 +77,9 @@ def divide(cap: int, shares: Sequence[Share], least: int = 1) -> list[int]:
     return entries
 
 
-def rows_needed(batch_size: int, filling: int, processes: int) -> int:
-    """Rows of a store that a cache must hold: for two loaders of each process, `filling` batches and two more each."""
-    return 2 * processes * batch_size * (filling + 2)
+def rows_needed(batch_size: int, in_use: int, processes: int) -> int:
+    """Rows of a store that a cache must hold: for two loaders of each process, `in_use` batches and two more each."""
+    return 2 * processes * batch_size * (in_use + 2)
 
 
 # --- when a row is used again ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class _Fetch:
     """Columns of some entries that are on their way; when the last one is there, the entries are ready."""
 
     def __init__(self, entries: Entries, chosen: np.ndarray):
-        self._slots, self._chosen, self._lock = entries, chosen, threading.Lock()
+        self._entries, self._chosen, self._lock = entries, chosen, threading.Lock()
         self._left, self._failed = len(entries.columns), False
 
     def run(self, task: Callable[[], None]) -> None:
@@ -295,7 +295,7 @@ class _Fetch:
             with self._lock:
                 self._left, self._failed = self._left - 1, self._failed or failed
                 if not self._left:
-                    self._slots.finish(self._chosen, not self._failed)
+                    self._entries.finish(self._chosen, not self._failed)
 
 
 @dataclass
@@ -504,7 +504,7 @@ class RemoteStore(FeatureStore):
         """Nothing: what is held has been requested."""
 
     def read(self, indices: Any, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """As of any store; fetched past the cache, all rows at once."""
+        """Like that of any store; fetched past the cache, all rows at once."""
         rows = self._checked_rows(indices, columns)
         values, futures = {}, []
         for name in self.columns if columns is None else columns:
@@ -517,7 +517,7 @@ class RemoteStore(FeatureStore):
         return values
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """As of any store; past the cache, some requests ahead."""
+        """Like those of any store; past the cache, some requests ahead."""
         column, records = self.contents.files[name]
         step, coming = max(1, RUN_BYTES // column.row_bytes), deque[tuple[int, Future]]()
         for first in range(0, records, step):
@@ -554,21 +554,21 @@ def _runs(records: np.ndarray, missing: np.ndarray, size: int) -> list[np.ndarra
     return [group[i : i + longest] for group in groups for i in range(0, len(group), longest)]
 
 
-def batches_ahead(mixture: Mixture, batch_sizes: Sequence[int], filling: int) -> int:
+def batches_ahead(mixture: Mixture, batch_sizes: Sequence[int], in_use: int) -> int:
     """Batches to request before they are read; 0 where all stores are on this machine.
 
-    batch_sizes: of each bucket. filling: batches that are held besides. ValueError for a cache that is too small.
+    batch_sizes: of each bucket. in_use: batches that are held besides. ValueError for a cache that is too small.
     """
     remote = [(i, store) for i, store in enumerate(mixture.stores) if isinstance(store, RemoteStore)]
     ahead = AHEAD if remote else 0
     for index, store in remote:
         batch_size = batch_sizes[mixture.bucket_of[index]]
         most = store.leases(batch_size)
-        if most < filling + 2:
-            need = rows_needed(batch_size, filling, store.processes)
+        if most < in_use + 2:
+            need = rows_needed(batch_size, in_use, store.processes)
             raise ValueError(
                 f"data.cache_gb holds {store.entries[0]} rows of {store.label}, {need} are needed for batches of"
                 f" {batch_size} in {store.processes} processes: raise it, or train with smaller batches"
             )
-        ahead = min(ahead, most - filling - 1)
+        ahead = min(ahead, most - in_use - 1)
     return ahead

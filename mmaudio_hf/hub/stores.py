@@ -848,11 +848,10 @@ def _look_up(source: str, repeats: float, cache_dir: Path) -> HubStore:
 
 
 def _divide(stores: Mapping[str, HubStore], cache_dir: Path, cap: int, least: int) -> dict[str, tuple[int, int]]:
-    """Entries for rows and for shared texts of each store; the folders of others go where there is no space for them."""
-    others = [folder for folder in cache_dir.iterdir() if folder.is_dir()]
-    others = sorted(
-        (f for f in others if f not in {s.path.parent for s in stores.values()}), key=lambda f: f.stat().st_mtime
-    )
+    """Entries for rows and for shared texts of each store; folders of others go where there is no space for them."""
+    ours = {store.path.parent for store in stores.values()}
+    others = [folder for folder in cache_dir.iterdir() if folder.is_dir() and folder not in ours]
+    others.sort(key=lambda folder: folder.stat().st_mtime)
     small = sum(store.small_bytes for store in stores.values())
     shares = [share for store in stores.values() for share in RemoteStore.shares(store.plan.whole, store.repeats)]
     complete = small + sum(share.records * share.size for share in shares)
