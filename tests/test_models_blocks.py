@@ -9,7 +9,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d, JointBlock, ModulatedBlock, rotary_table
+from mmaudio_hf.models.blocks import (
+    POINTS,
+    ChannelLastConv1d,
+    JointBlock,
+    ModulatedBlock,
+    rotary_table,
+    winograd_weight,
+)
 
 DIM, HEADS = 128, 2
 
@@ -48,21 +55,53 @@ def latents_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("kernel_size", [1, 3, 7])
-def test_convolution_is_that_of_torch(kernel_size, length, compiling, monkeypatch):
-    """Forward and all gradients: Winograd's and the product on a CPU, and what compilers and other devices take."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+def plain_convolution(x: torch.Tensor, layer: nn.Conv1d) -> torch.Tensor:
+    bias, margin = layer.bias, layer.kernel_size[0] // 2
+    return F.conv1d(x.transpose(1, 2), layer.weight, bias, padding=margin).transpose(1, 2)
+
+
+def convolution(kernel_size: int, in_dim: int, out_dim: int, bias: bool = True) -> ChannelLastConv1d:
     torch.manual_seed(kernel_size)
-    layer = ChannelLastConv1d(5, 6, kernel_size, padding=kernel_size // 2).double()
-    x = torch.randn(2, length, 5, dtype=torch.double, requires_grad=True)
-    inputs, weights = (x, layer.weight, layer.bias), torch.randn(2, length, 6, dtype=torch.double)
-    plain = F.conv1d(x.transpose(1, 2), layer.weight, layer.bias, padding=kernel_size // 2).transpose(1, 2)
-    ours = layer(x)
+    return ChannelLastConv1d(in_dim, out_dim, kernel_size, padding=kernel_size // 2, bias=bias)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 2), (2, 5), (1, 8), (3, 13)])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+def test_convolution_is_that_of_torch(kernel_size, batch, length, compiling, monkeypatch):
+    """Forward and all gradients: Winograd's on a CPU, and what compilers and other devices take."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    layer = convolution(kernel_size, 5, 6).double()
+    x = torch.randn(batch, length, 5, dtype=torch.double, requires_grad=True)
+    inputs, weights = (x, layer.weight, layer.bias), torch.randn(batch, length, 6, dtype=torch.double)
+    plain, ours = plain_convolution(x, layer), layer(x)
     torch.testing.assert_close(ours, plain)
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
     torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), inputs), expected)
+    assert not compiling or "Winograd" not in type(ours.grad_fn).__name__
+    assert kernel_size in POINTS or "Winograd" not in type(ours.grad_fn).__name__
+
+
+@pytest.mark.parametrize(("kernel_size", "error"), [(3, 1.5e-6), (7, 3e-6)])
+def test_few_products_keep_the_digits_of_float32(kernel_size, error):
+    """Twice the errors that the choice of points says; the plain form has 0.2e-6, and 0.4e-6 of the weight."""
+    layer = convolution(kernel_size, 256, 320, bias=False)
+    x, direction = torch.randn(2, 61, 256, requires_grad=True), torch.randn(2, 61, 320)
+    ours = layer(x)
+    assert "Winograd" in type(ours.grad_fn).__name__
+    values = (ours, *torch.autograd.grad((ours * direction).sum(), (x, layer.weight)))
+    x = x.detach().double().requires_grad_()
+    exact = plain_convolution(x, layer.double())
+    expected = (exact, *torch.autograd.grad((exact * direction).sum(), (x, layer.weight)))
+    for name, value, precise in zip(("output", "inputs", "weight"), values, expected, strict=True):
+        assert (value - precise).norm() < error * precise.norm(), name
+
+
+def test_transformed_weights_give_the_same_convolution():
+    layer, x = convolution(3, 24, 40), torch.randn(2, 250, 24)
+    plain = layer(x)
+    layer.transformed = winograd_weight(layer.weight.detach())
+    assert torch.equal(layer(x), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,34 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_data import plain_guided_velocity
 from torch import nn
 
 from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions
 from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import (
-    GuidedVelocity,
-    _distinct_tokens,
-    winograd_convolutions,
-    winograd_convolve,
-    winograd_weight,
-)
-
-
-@pytest.mark.parametrize("length", [1, 4, 6, 250])
-def test_winograd_convolution(length):
-    generator = torch.Generator().manual_seed(length)
-    x = torch.randn(2, length, 24, generator=generator)
-    weight = torch.randn(40, 24, 3, generator=generator) / 8
-    bias = torch.randn(40, generator=generator)
-    exact = F.conv1d(x.double().transpose(1, 2), weight.double(), bias.double(), padding=1).transpose(1, 2)
-    result = winograd_convolve(x, winograd_weight(weight), bias)
-    assert result.shape == exact.shape
-    torch.testing.assert_close(result.double(), exact, atol=1e-5, rtol=0)
-    without_bias = winograd_convolve(x, winograd_weight(weight), None)
-    torch.testing.assert_close(without_bias.double(), exact - bias, atol=1e-5, rtol=0)
+from mmaudio_hf.models.sampling import GuidedVelocity, _distinct_tokens, winograd_convolutions
 
 
 @pytest.fixture(scope="module", params=["small_16k", "large_44k_v2"])
@@ -67,8 +46,7 @@ def test_guided_velocity(model, scale, negative):
         ours = GuidedVelocity(model, conditions, unconditional, scale)
         assert (ours(x, t) - plain).norm() < 2e-6 * plain.norm()
         with winograd_convolutions(model, "fp32"):
-            assert (ours(x, t) - plain).norm() < 2e-5 * plain.norm()
-            assert (plain_guided_velocity(model, x, t, conditions, unconditional, scale) - plain).norm() > 0
+            assert (ours(x, t) - plain).norm() < 2e-6 * plain.norm()
 
 
 @pytest.mark.parametrize("lengths", [(32, 8, 16), (40, 8, 24), (50, 8, 32), (125, 32, 88), (20, 8, 48)])
@@ -88,21 +66,26 @@ def test_modulations_are_computed_for_distinct_tokens(model, lengths):
         model.set_lengths(config.latent_length, config.clip_length, config.sync_length)
 
 
-def test_winograd_convolutions_end_with_their_context(model):
+def test_transformed_weights_are_those_of_the_context(model):
+    """Every step uses them, and none afterwards, when the weights may change again."""
     before = set(model.state_dict())
     maps = [m for m in model.modules() if isinstance(m, ChannelLastConv1d)]
 
-    def replaced() -> list[ChannelLastConv1d]:
-        return [m for m in maps if "forward" in vars(m)]
+    def transformed() -> list[ChannelLastConv1d]:
+        return [m for m in maps if m.transformed is not None]
 
     with winograd_convolutions(model, "fp32"):
-        assert {m.kernel_size for m in replaced()} == {(3,)} and set(model.state_dict()) == before
-        assert model.audio_input_proj[0] not in replaced()
+        assert {m.kernel_size for m in transformed()} == {(3,), (7,)} and set(model.state_dict()) == before
+        layer, x = model.final_layer.conv, torch.randn(1, 9, 64)
+        expected = layer(x)
+        layer.transformed = 2 * layer.transformed
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias))
+    assert not transformed()
     with winograd_convolutions(model, "bf16"):
-        assert not replaced()
+        assert not transformed()
     with pytest.raises(RuntimeError, match="inside"), winograd_convolutions(model, "fp32"):
         raise RuntimeError("inside")
-    assert not replaced()
+    assert not transformed()
 
 
 def test_compiled_sampling_is_that_of_eager(model):

@@ -62,7 +62,7 @@ def test_activation_checkpointing_gives_the_same_bits_in_less_memory(model):
     assert torch.equal(loss, other_loss) and gradients.keys() == other_gradients.keys()
     for name, gradient in gradients.items():
         assert torch.equal(gradient, other_gradients[name]), name
-    assert kept_less < 0.55 * kept  # the rest is of the projections before the blocks, kernel 7 keeps its neighbours
+    assert kept_less < 0.5 * kept  # the rest is of the projections before the blocks
 
 
 @pytest.mark.slow

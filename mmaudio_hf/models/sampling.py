@@ -1,17 +1,16 @@
 """Sampling with classifier-free guidance: what steps, branches and tokens have in common is computed once.
 
 Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`. Weights do not
-change meanwhile, so `winograd_convolutions` transforms them once: 1.1 to 1.4 times as fast as in training on a CPU.
+change meanwhile, so `winograd_convolutions` transforms them once, and not at every step as training does.
 """
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions, upsample_sync
+from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions, upsample_sync, winograd_weight
 from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import SYNC_TOKENS_PER_SEGMENT
@@ -86,71 +85,22 @@ def _distinct_tokens(model: MMAudio, device: torch.device, repeats: bool) -> tup
     return torch.searchsorted(token_N, tokens_S).clamp_max(model.latent_length - 1), index_N
 
 
-# --- convolutions over three tokens with half the multiplications: Winograd F(4, 3), Lavin & Gray 2016 ---------------
-
-TILE = 4  # outputs that are computed together
-# Rows: the six products; columns: the three taps.
-_TAPS = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-
-
 @contextlib.contextmanager
 def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
-    """Replace the forward of the blocks' convolutions by `winograd_convolve`, in float32 on a CPU; else do nothing.
+    """Keep the transformed weights of every step's convolutions, in float32 on a CPU; else do nothing.
 
     Needs twice the memory of the weights concerned meanwhile. The weights must not change until the end. Compiled
-    blocks stay as they are: the compiler would make code of its own for the weights of every single block.
+    blocks have convolutions of their own.
     """
     weight = model.final_layer.conv.weight
     worthwhile = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
     worthwhile &= model.blocks[0]._compiled_call_impl is None
-    maps = [m for block in model.blocks for m in block.modules() if isinstance(m, ChannelLastConv1d)]
-    maps = [m for m in maps if worthwhile and m.kernel_size == (3,)]
+    parts = [*model.blocks, model.audio_input_proj, model.final_layer] if worthwhile else []
+    maps = [m for part in parts for m in part.modules() if isinstance(m, ChannelLastConv1d)]
     try:
         for module in maps:
-            transformed = winograd_weight(module.weight.detach())
-            convolve = partial(winograd_convolve, transformed=transformed, bias=module.bias)
-            module.forward = convolve  # type: ignore[method-assign]  # of the instance, until the end
+            module.transformed = winograd_weight(module.weight.detach())
         yield
     finally:
         for module in maps:
-            module.__dict__.pop("forward", None)
-
-
-def winograd_weight(weight: torch.Tensor) -> torch.Tensor:
-    """(6, in, out) of the weight (out, in, 3) of a convolution."""
-    taps = torch.tensor(_TAPS, dtype=weight.dtype, device=weight.device)
-    return torch.stack([(weight @ row).T for row in taps])
-
-
-def winograd_convolve(x_BND: torch.Tensor, transformed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Convolution of (B, N, in) to (B, N, out) with a kernel of three and zeros outside; G tiles cover the tokens."""
-    batch, length, channels = x_BND.shape
-    tiles = -(-length // TILE)
-    padded = F.pad(x_BND, (0, 0, 1, TILE * tiles + 1 - length))
-    # Inputs 0 to 5 of every tile, (B, G, in) each
-    d0, d1, d2, d3, d4, d5 = (padded[:, first : first + TILE * tiles - TILE + 1 : TILE] for first in range(6))
-    values = x_BND.new_empty(6, batch, tiles, channels)
-    even, odd, near, far = d4 - 4 * d2, d3 - 4 * d1, d4 - d2, 2 * (d3 - d1)
-    torch.add(near, d0 - d2, alpha=4, out=values[0])
-    torch.add(even, odd, out=values[1])
-    torch.sub(even, odd, out=values[2])
-    torch.add(near, far, out=values[3])
-    torch.sub(near, far, out=values[4])
-    torch.add(d5 - d3, d1 - d3, alpha=4, out=values[5])
-    products = torch.bmm(values.flatten(1, 2), transformed)  # (6, B G, in) to (6, B G, out)
-    m0, m1, m2, m3, m4, m5 = products.unflatten(1, (batch, tiles))
-    outer, inner, outer_odd, inner_odd = m1 + m2, m3 + m4, m1 - m2, m3 - m4
-    y = x_BND.new_empty(batch, tiles, TILE, transformed.shape[2])
-    torch.add(m0 + outer, inner, out=y[:, :, 0])
-    torch.add(outer_odd, inner_odd, alpha=2, out=y[:, :, 1])
-    torch.add(outer, inner, alpha=4, out=y[:, :, 2])
-    torch.add(m5 + outer_odd, inner_odd, alpha=8, out=y[:, :, 3])
-    y = y.flatten(1, 2)[:, :length]
-    return y if bias is None else y + bias
+            module.transformed = None
