@@ -72,8 +72,8 @@ def test_convolution_is_that_of_torch(kernel_size, batch, length, compiling, mon
     """Forward and all gradients: Winograd's on a CPU, and what compilers and other devices take."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     layer = convolution(kernel_size, 5, 6).double()
-    x = torch.randn(batch, length, 5, dtype=torch.double, requires_grad=True)
-    inputs, weights = (x, layer.weight, layer.bias), torch.randn(batch, length, 6, dtype=torch.double)
+    x, weights = (torch.randn(batch, n, length, dtype=torch.double).mT for n in (5, 6))  # not contiguous
+    inputs = (x.requires_grad_(), layer.weight, layer.bias)
     plain, ours = plain_convolution(x, layer), layer(x)
     torch.testing.assert_close(ours, plain)
     expected = torch.autograd.grad((plain * weights).sum(), inputs)

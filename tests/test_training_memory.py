@@ -87,7 +87,6 @@ def train(recipe):
         ema.update()
     return int(peak_memory_gb(torch.device("cpu")) * 1e9)
 
-torch.compiler.is_compiling = lambda: True  # convolutions as on CUDA, which keep no neighbours
 before = train(recipe(1, hidden_dim=32, depth=2, fused_depth=1, duration=1.0))  # what libraries take
 real = recipe(6, hidden_dim=128, depth=6, fused_depth=3)
 sizes = MemoryEstimate(real, lambda: MMAudio(real.model)).on_device(1, 1)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +96,7 @@ class _Winograd(torch.autograd.Function):
         return y_BNO if bias is None else y_BNO.add_(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BNO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_BNC, weight_OCr = ctx.saved_tensors
         A, B, G = (x_BNC.new_tensor(matrix) for matrix in winograd_matrices(weight_OCr.shape[2]))
@@ -119,7 +121,7 @@ def _gather(x_BNC: torch.Tensor, matrix_nk: torch.Tensor, margin: int, step: int
     values = x_BNC.new_empty(batch, tiles, size, channels)
     after = tiles * step - step + taken - margin - length
     for x_NC, value in zip(x_BNC, values, strict=True):  # a sample at a time stays in the cache: half the time
-        padded = F.pad(x_NC, (0, 0, margin, after))
+        padded = F.pad(x_NC, (0, 0, margin, after)).contiguous()  # as it is when nothing was added
         windows = padded.as_strided((tiles, taken, channels), (step * channels, channels, 1))
         torch.bmm(matrix_nk.expand(tiles, -1, -1), windows, out=value)
     return values.flatten(0, 1).transpose(0, 1)
