@@ -133,13 +133,13 @@ def _scatter(
     """The transpose of `_gather`: (B, N, C), where tokens of several tiles are summed; `shape` is (B, N)."""
     batch, length = shape
     values = values_nPC.unflatten(1, (batch, -1)).movedim(0, 2)  # (B, G, n, C)
-    tiles, parts = values.shape[1], matrix_kn.split(step)
-    y = values_nPC.new_empty(batch, tiles + len(parts) - 1, step, values_nPC.shape[2])
+    tiles, chunks = values.shape[1], matrix_kn.split(step)
+    y = values_nPC.new_empty(batch, tiles + len(chunks) - 1, step, values_nPC.shape[2])
     for value, rows in zip(values, y, strict=True):
-        torch.bmm(parts[0].expand(tiles, -1, -1), value, out=rows[:tiles])
+        torch.bmm(chunks[0].expand(tiles, -1, -1), value, out=rows[:tiles])
         rows[tiles:] = 0
-        for shift, part in enumerate(parts[1:], 1):
-            rows[shift : shift + tiles, : len(part)] += torch.bmm(part.expand(tiles, -1, -1), value)
+        for shift, chunk in enumerate(chunks[1:], 1):
+            rows[shift : shift + tiles, : len(chunk)] += torch.bmm(chunk.expand(tiles, -1, -1), value)
     return y.flatten(1, 2)[:, margin : margin + length]
 
 

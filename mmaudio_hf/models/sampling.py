@@ -95,8 +95,8 @@ def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
     weight = model.final_layer.conv.weight
     worthwhile = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
     worthwhile &= model.blocks[0]._compiled_call_impl is None
-    parts = [*model.blocks, model.audio_input_proj, model.final_layer] if worthwhile else []
-    maps = [m for part in parts for m in part.modules() if isinstance(m, ChannelLastConv1d)]
+    steps = [*model.blocks, model.audio_input_proj, model.final_layer] if worthwhile else []
+    maps = [m for module in steps for m in module.modules() if isinstance(m, ChannelLastConv1d)]
     try:
         for module in maps:
             module.transformed = winograd_weight(module.weight.detach())
