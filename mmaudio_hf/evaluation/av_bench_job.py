@@ -156,7 +156,15 @@ def built(networks: Any, name: str, device: str) -> Any:
         if not fetched.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
         print(f"{name}: loading", flush=True)
-        network = getattr(networks, name)._build()
+        try:
+            network = getattr(networks, name)._build()
+        except Exception as error:
+            if name != "panns" or not damaged(error):
+                raise
+            for path in (Path.home() / ".cache" / "audioldm_eval" / "ckpt").glob("Cnn14*.pth"):
+                path.replace(path.with_suffix(".damaged"))
+            print(f"panns: fetched again, since a file of it is missing or damaged ({message(error)})", flush=True)
+            network = getattr(networks, name)._build()
         fetched.touch()
     if name == "ms_clap":  # it takes 7 s at a random place of longer files: at one that depends on the file alone
         load = network.load_audio_into_tensor
@@ -169,6 +177,14 @@ def built(networks: Any, name: str, device: str) -> Any:
     if name == "vggish":
         network.device = device
     return network.to(device) if hasattr(network, "to") else network
+
+
+def damaged(error: Exception) -> bool:
+    """Whether reading weights failed by the file: wget leaves a part of it when it is ended, and PANNs' loader, which
+    looks for the first of its two files alone, fetches neither again.
+    """
+    words = ("EOF", "PytorchStreamReader", "corrupt", "truncated")
+    return isinstance(error, (EOFError, FileNotFoundError)) or any(word in str(error) for word in words)
 
 
 # --- Features of audio ------------------------------------------------------------------------------------------------

@@ -534,7 +534,10 @@ def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         counts = " and ".join(f"{content['items']['scored']:,}" for content in given)
         notes.append(f"over the {contents[0]['ids']['count']:,} items that all have, of {counts}")
     for content in contents:
-        missing = [f"no {name}: {reason}" for name, reason in content["not_computed"].items()]
+        names_of: dict[str, list[str]] = {}
+        for name, reason in content["not_computed"].items():
+            names_of.setdefault(reason, []).append(name)
+        missing = [f"no {', '.join(names)}: {reason}" for reason, names in names_of.items()]
         notes += [f"{_title(content)}: {note}" for note in (*missing, *map(_dropped, content["items"]["dropped"]))]
     rows, clips = [], [read_clips(content) for content in contents] if len(contents) > 1 else []
     problem = _incomparable(contents, clips)
