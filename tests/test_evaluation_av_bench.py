@@ -197,7 +197,7 @@ def test_weights_are_fetched_by_one_process_at_a_time(habits, extracted, tmp_pat
 
 
 @pytest.mark.parametrize("left", ["Cnn14_mAP=0.431.pth", "Cnn14_16k_mAP=0.438.pth"])
-def test_weights_of_panns_that_wget_fetched_in_part_are_fetched_again(left, habits, extracted, tmp_path, monkeypatch):
+def test_weights_of_panns_that_wget_did_not_finish_are_fetched_again(left, habits, extracted, tmp_path, monkeypatch):
     """It was ended within the first file, so that the second is missing, or within the second."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -205,13 +205,13 @@ def test_weights_of_panns_that_wget_fetched_in_part_are_fetched_again(left, habi
     folder.mkdir(parents=True)
     (folder / "Cnn14_mAP=0.431.pth").write_bytes(b"whole, but never read")
     torch.save({"model": torch.ones(1000)}, folder / "whole", _use_new_zipfile_serialization=False)
-    (folder / left).write_bytes(part := (folder / "whole").read_bytes()[:3000])
+    (folder / left).write_bytes(cut := (folder / "whole").read_bytes()[:3000])
     habits.misbehave("panns")
     here, options = bench(habits, tmp_path), {"duration": 1.0, "device": CPU, "video": False, "clap": False}
     assert here.extract(extracted / "audio", tmp_path / "cache", **options) == {}
     assert "panns: fetched again, since a file of it is missing or damaged" in (tmp_path / "cache.log").read_text()
     assert torch.load(folder / "Cnn14_16k_mAP=0.438.pth", weights_only=True) == {"model": {}}
-    assert (folder / left).with_suffix(".damaged").read_bytes() == part
+    assert (folder / left).with_suffix(".damaged").read_bytes() == cut
     assert here.extract(extracted / "audio", tmp_path / "again", **options) == {}
     assert "fetched again" not in (tmp_path / "again.log").read_text()
     habits.misbehave("")
