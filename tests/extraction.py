@@ -9,7 +9,7 @@ from mmaudio_hf.features.extract import ExtractionReport, extract_audio, extract
 from mmaudio_hf.files import Share
 
 
-def toy_recipe(output_dir: Path, weights: Path, *, mode: str = "16k", duration: float = 2.0, **extraction) -> Recipe:
+def toy_recipe(output_dir: Path, weights: Path, *, mode: str = "16k", duration: float = 1.0, **extraction) -> Recipe:
     """A recipe of short clips and small shards, without sources."""
     return Recipe(
         "run",

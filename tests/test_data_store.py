@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from data_stores import AUDIO_SHAPES, METADATA, SHAPES, make_store, random_values
+from forked import Command
 from golden_data import GOLDEN, MEDIA_SEED, tensor
 from tensordict import TensorDict
 
@@ -304,8 +305,10 @@ KILLED = """
 def test_a_killed_export_leaves_nothing_that_opens(moment, tmp_path):
     path = tmp_path / "s"
     script = textwrap.dedent(KILLED.format(tests=os.path.dirname(__file__), path=str(path), moment=moment))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    (program := tmp_path / "export.py").write_text(script)
+    done = Command(str(program)).result()
     assert done.returncode == -signal.SIGKILL, done.stderr
+    program.unlink()
     assert (tmp_path / "s.partial").is_dir()
     for left in (path, tmp_path / "s.partial"):
         with pytest.raises(ValueError, match=r"no feature store|not finished"):

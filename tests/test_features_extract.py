@@ -23,7 +23,7 @@ from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.lists import read_clips, write_clips
 from mmaudio_hf.media.video import read_video
 
-DURATION = 2.0  # s; short, so that the tests are
+DURATION = 1.0  # s; short, so that the tests are
 
 
 @pytest.fixture(scope="module")

@@ -500,7 +500,7 @@ from mmaudio_hf.config import VideoSource
 from mmaudio_hf.training.logs import peak_memory_gb
 folder, weights, count = sys.argv[1:]
 open(f"{folder}/list.tsv", "w").write("id\\tlabel\\n" + "".join(f"clip_{i}\\ta clip\\n" for i in range(int(count))))
-recipe = toy_recipe(f"{folder}/out", weights, shard_size=6, batch_size=3)
+recipe = toy_recipe(f"{folder}/out", weights, duration=2.0, shard_size=6, batch_size=3)
 extract(recipe, VideoSource(f"s{count}", folder, f"{folder}/list.tsv"))
 print(1e3 * peak_memory_gb(torch.device("cpu")))
 """

@@ -58,7 +58,10 @@ def test_imports_follow_the_table(path):
         ("mmaudio_hf", ["torch", "numpy"]),
         ("mmaudio_hf.config", ["torch", "numpy"]),
         ("mmaudio_hf.training.loop", ["av", "torchaudio", "transformers", "datasets"]),
-        ("mmaudio_hf.media.video", ["transformers", "datasets", "tensordict"]),
+        (
+            "mmaudio_hf.media.video, mmaudio_hf.media.lists, mmaudio_hf.media.example",
+            ["transformers", "datasets", "tensordict", "accelerate"],
+        ),
         ("mmaudio_hf.hub", ["mmaudio_hf.data.loader", "mmaudio_hf.training", "av", "transformers"]),
     ],
 )
