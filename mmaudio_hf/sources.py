@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, DatasetConfig, VideoSource
 from mmaudio_hf.files import add_path_to_oserror, hash_of, locked, read_json, replacing, write_text
-from mmaudio_hf.media.lists import AUDIO_ENDINGS, ENDINGS, VIDEO_ENDINGS, normal_name, read_rows, write_table
+from mmaudio_hf.media.lists import AUDIO_ENDINGS, ENDINGS, VIDEO_ENDINGS, normal_name, read_rows, read_text, write_table
 from mmaudio_hf.schema import check_id
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
         group = WAVCAPS_NAMES.get(file.stem, file.stem)
         if group == "soundbible" and source.is_dir():
             continue
-        entries = _json(str(file), _text(file)).get("data")
+        entries = _json(str(file), read_text(file)).get("data")
         if not isinstance(entries, list):
             raise ValueError(f"{file}: has no list 'data'; is it a JSON of WavCaps?")
         for number, entry in enumerate(entries):
@@ -291,7 +291,7 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
 def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     rows: Iterator[tuple[str, Mapping[str, Any]]] = _csv(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        lines = ((f"{path}, line {number}", line) for number, line in enumerate(_text(path).split("\n"), 1))
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(read_text(path).split("\n"), 1))
         rows = ((where, _json(where, line)) for where, line in lines if line.strip())
     elif path.suffix.lower() not in (".csv", ".tsv"):
         raise ValueError(f"{path}: a table is a .csv, .tsv or .jsonl file")
@@ -320,15 +320,6 @@ def _column(where: str, row: Mapping[str, Any], given: str, usual: tuple[str, ..
     if name not in row:
         raise ValueError(f"{where}: no column {given or ' or '.join(usual)}; it has {', '.join(row)}")
     return name
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _json(where: str, text: str) -> dict[str, Any]:

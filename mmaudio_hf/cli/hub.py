@@ -66,17 +66,16 @@ def _push(options: argparse.Namespace) -> None:
         if run_dir is not None and not samples and (folder / "config.json").is_file() and run_samples(run_dir, folder):
             print("samples of the run and their captions are not pushed: --samples or hub.samples=true pushes them")
         plan = plan_push(folder, repo, step, contents)
-        changed = {upload.name for upload in plan.changed}
-        notes = {u.name: "to send" if u.name in changed else "already there" for u in plan.files}
-        print(table([(u.name, u.size) for u in plan.files], notes))
+        notes = {name: "to send" if name in plan.changed else "already there" for name in plan.files}
+        print(table(list(plan.files.items()), notes))
         if plan.outdated:
             raise ValueError(
                 f"{repo} holds step {plan.before}, newer than step {step} of {options.run}: nothing is sent"
             )
         if plan.removed:
             print(f"of an earlier push, and removed: {', '.join(plan.removed)}")
-        size = readable(sum(u.size for u in plan.changed))
-        print(f"step {step} to {repo}: {size} in {len(changed)} files{', dry run' if options.dry_run else ''}")
+        size = readable(sum(plan.files[name] for name in plan.changed))
+        print(f"step {step} to {repo}: {size} in {len(plan.changed)} files{', dry run' if options.dry_run else ''}")
         if not options.dry_run:
             print(f"{contents.url}: commit {push(plan)}")
 

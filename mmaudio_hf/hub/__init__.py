@@ -51,19 +51,6 @@ class RepoContents:
         return f"{api().endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo}"
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A local file and its name in the repository."""
-
-    name: str
-    path: Path
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.path.stat().st_size
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,21 +129,23 @@ def is_same(local: Path | bytes, remote: RemoteFile) -> bool:
     return hashlib.sha1(b"blob %d\0" % size + content).hexdigest() == remote.git_sha1
 
 
-def changed_files(uploads: Iterable[Upload], contents: RepoContents | None) -> list[Upload]:
-    """Those of `uploads` that the repository (None: it does not exist yet) lacks, or has with other content."""
-    files = contents.files if contents else {}
-    return [u for u in uploads if u.name not in files or not is_same(u.path, files[u.name])]
+def changed_files(folder: Path, names: Iterable[str], contents: RepoContents) -> list[str]:
+    """Names of files of `folder` that the repository lacks, or has with other content."""
+    files = contents.files
+    return [name for name in names if name not in files or not is_same(folder / name, files[name])]
 
 
-def commit_files(contents: RepoContents, uploads: Sequence[Upload], message: str, removed: Sequence[str] = ()) -> str:
-    """Add, replace or remove files, all in one commit on top of `contents`; return the commit.
+def commit_files(
+    contents: RepoContents, folder: Path, names: Sequence[str], message: str, removed: Sequence[str] = ()
+) -> str:
+    """Add, replace or remove files of `folder`, all in one commit on top of `contents`; return the commit.
 
     ConnectionError when another commit came first. A call after an interruption does not send files again that arrived.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(name) for name in removed]
-    for upload in uploads:
-        add = CommitOperationAdd(upload.name, str(upload.path))
-        add.upload_info.sha256 = bytes.fromhex(hash_once(sha256_of, upload.path))
+    for name in names:
+        add = CommitOperationAdd(name, str(folder / name))
+        add.upload_info.sha256 = bytes.fromhex(hash_once(sha256_of, folder / name))
         operations.append(add)
     return create_commit(contents.repo, operations, message, contents.kind, contents.commit)
 

@@ -336,7 +336,6 @@ def _card(
         mmaudio_hf=code,
     )
     settings = _settings(recipe)
-    files = [(sample.caption, {name.count("/"): name for name in sample.files}) for sample in samples]
     return _compose(
         "model_card",
         data,
@@ -349,7 +348,7 @@ def _card(
         weights=needed(recipe),
         stores=list(_store_rows(recipe)),
         scores=scores,
-        samples=[(caption, paths.get(1), paths.get(2)) for caption, paths in files],
+        samples=samples,
         licence_reason=reason,
         encoder_licences=dict.fromkeys(f"{weight.what}: {weight.licence}" for weight in needed(recipe)),
         settings=settings,

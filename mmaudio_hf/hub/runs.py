@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmaudio_hf.config import read_json, read_json_lines
-from mmaudio_hf.hub import RepoContents, Upload, changed_files, commit_files, fetch, fetch_json, read_contents, readable
+from mmaudio_hf.hub import RepoContents, changed_files, commit_files, fetch, fetch_json, read_contents, readable
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.weights import check_file
@@ -137,8 +137,9 @@ class Push:
     contents: RepoContents
     step: int
     before: int | None  # step that the repository holds
-    files: list[Upload]
-    changed: list[Upload]
+    folder: Path
+    files: dict[str, int]  # name -> bytes
+    changed: list[str]
     removed: list[str]  # shards of another number of processes, in no state.json any more, and samples of other weights
 
     @property
@@ -149,20 +150,20 @@ class Push:
 
 def plan_push(folder: Path, repo: str, step: int, contents: RepoContents | None = None) -> Push:
     """Compare a staged folder with what `repo` holds (or with `contents`, when that is known)."""
-    files = [Upload(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     contents = read_contents(repo) if contents is None else contents
-    names = {upload.name for upload in files}
-    replaced = [SHARD] * (f"{STATE}/state.json" in names) + [SAMPLE] * (CONFIG_FILE in names)
-    removed = [n for n in contents.files if n not in names and any(pattern.fullmatch(n) for pattern in replaced)]
-    return Push(contents, step, remote_step(contents), files, changed_files(files, contents), removed)
+    replaced = [SHARD] * (f"{STATE}/state.json" in files) + [SAMPLE] * (CONFIG_FILE in files)
+    removed = [n for n in contents.files if n not in files and any(pattern.fullmatch(n) for pattern in replaced)]
+    return Push(contents, step, remote_step(contents), folder, files, changed_files(folder, files, contents), removed)
 
 
 def push(plan: Push) -> str:
     """Send what changed, in one commit; return the commit. The caller has checked that the repository is not ahead."""
     if not (plan.changed or plan.removed):
         return plan.contents.commit
-    state = " and training state" if any(u.name.startswith(f"{STATE}/") for u in plan.changed) else ""
-    return commit_files(plan.contents, plan.changed, f"Step {plan.step}: weights{state}", plan.removed)
+    state = " and training state" if any(name.startswith(f"{STATE}/") for name in plan.changed) else ""
+    return commit_files(plan.contents, plan.folder, plan.changed, f"Step {plan.step}: weights{state}", plan.removed)
 
 
 def find_source(run: Path) -> tuple[Path, Path | None]:

@@ -9,7 +9,7 @@ Clip lists say which samples or seconds of audio files and long videos become ro
 import contextlib
 import csv
 import difflib
-import itertools
+import io
 import json
 import os
 import re
@@ -223,22 +223,27 @@ def read_rows(
 
     Blank lines are skipped. ValueError names the file and the line where a row begins that cannot be read.
     """
+    line, text = 1, read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = list(header) or [name.strip() for name in next(filter(None, reader), [])]
+        yield line, columns
+        line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
+        for row in reader:
+            if any(field.strip() for field in row):
+                _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: {_quote_problem(text, line, str(error))}") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text file without its BOM, line ends as they are; ValueError where there is none, or it is not UTF-8."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    line = 1
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            columns = list(header) or [name.strip() for name in next(filter(None, reader), [])]
-            yield line, columns
-            line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
-            for row in reader:
-                if any(field.strip() for field in row):
-                    _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
-                    yield line, row
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {_quote_problem(path, line, error)}") from error
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
@@ -259,15 +264,12 @@ def _check_row(where: str, row: list[str], header: list[str], end: int, delimite
         )
 
 
-def _quote_problem(path: str | os.PathLike, line: int, error: csv.Error) -> str:
-    text = str(error)
-    if "field larger" not in text and "unexpected end" not in text:
-        return f"{text}; quote the field as pandas does"
-    with open(path, encoding="utf-8-sig") as file:
-        first = next(itertools.islice(file, line - 1, None), "")
-    if re.search(r'(^|[\t,;])"', first):
-        return f"a field begins with a quote here that nothing ends ({text}); remove it, or quote as pandas does"
-    return f"a field is too long ({text}); shorten it"
+def _quote_problem(text: str, line: int, error: str) -> str:
+    if "field larger" not in error and "unexpected end" not in error:
+        return f"{error}; quote the field as pandas does"
+    if re.search(r'(^|[\t,;])"', "".join(re.split(r"\r\n?|\n", text)[line - 1 : line])):
+        return f"a field begins with a quote here that nothing ends ({error}); remove it, or quote as pandas does"
+    return f"a field is too long ({error}); shorten it"
 
 
 def _column_indices(
