@@ -59,3 +59,14 @@ def test_the_sweep_measures_every_size(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SWEEP_ROWS", (1_000, 2_000))
     figures = bench._sweep(tmp_path, 4, 0.3, 1, 2, variant_config("small_16k"))
     assert all(figures[f"sweep_us_per_sample_{rows}"] > 0 for rows in bench.SWEEP_ROWS)
+
+
+def test_bench_remote_counts_what_came(capsys):
+    words = ["--rows", "40", "--batch-size", "1", "--epochs", "3", "--step", "1", "--latency", "1", "--json"]
+    assert not main(["bench", "remote", *words])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["same_batches"] == 1 and 0 < figures["peak_bytes"] <= figures["cap_bytes"]
+    assert figures["hits_later_epochs"] == pytest.approx(figures["kept_share"], abs=0.12)
+    assert figures["bytes_used"] >= 3 * 40 * figures["row_bytes"]  # what is requested ahead is counted too
+    assert main(["bench", "remote", "--rows", "20"]) == 2
+    assert "the cache would have 5 rows, it needs 65: take more --rows or --share" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.data.layout import Column, bytes_of, layout_columns
 from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_batch_indices, training_batches
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, record_checksum
+from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, record_checksum, rows_needed
 from mmaudio_hf.data.sampler import dataset_indices, permutation
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.hub import RemoteFile, RepoContents
@@ -39,6 +39,7 @@ from mmaudio_hf.hub.stores import RangeReader
 from mmaudio_hf.schema import column_shapes
 
 SEED = 0
+THREADS = 2  # that read batches in `bench remote`
 WARM, MEASURED = 24, 48  # steps before the clock starts, by when the buffers have touched their pages, and after that
 WORKERS = (0, 2, 4)
 VIDEO_ROWS, VIDEO_REPEATS, AUDIO_ROWS, GLOBAL_BATCH = 180_000, 5, 380_000, 512  # recipes/small_16k.yaml
@@ -273,6 +274,9 @@ class RemoteBench:
         """Figures; docs/hub.md says what each one is."""
         if self.batch_size > self.rows:
             raise ValueError(f"--batch-size {self.batch_size} is more than --rows {self.rows}")
+        kept, needed = int(self.rows * self.share), rows_needed(self.batch_size, THREADS, 1)
+        if kept - 1 < needed:
+            raise ValueError(f"the cache would have {kept} rows, it needs {needed + 1}: take more --rows or --share")
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
             folder = Path(name)
             [path] = make_stores(folder, self.rows, 0.0, variant_config(self.variant))
@@ -292,11 +296,12 @@ class RemoteBench:
             peak, done = [0], threading.Event()
             watching = threading.Thread(target=_watch, args=(folder / "cache", peak, done))
             watching.start()
+            stack.callback(watching.join)
+            stack.callback(done.set)
             began = time.process_time()
             digest, waits, first_fetched = self._train(remote)
             busy = time.process_time() - began
-            done.set()
-            watching.join()
+            remote.close()
             return self._figures(remote, waits, first_fetched, busy, peak[0]) | {
                 "same_batches": int(digest == expected)
             }
@@ -327,7 +332,7 @@ class RemoteBench:
     def _train(self, store: FeatureStore) -> tuple[str, list[float], int]:
         """Digest of all batches, share of each epoch that the consumer waited, bytes fetched in the first one."""
         digest, waits, fetched = hashlib.sha256(), [], 0
-        settings: dict[str, Any] = {"seed": SEED, "global_batch": self.batch_size, "start_step": 0, "threads": 2}
+        settings: dict[str, Any] = {"seed": SEED, "global_batch": self.batch_size, "start_step": 0, "threads": THREADS}
         indices = [np.arange(self.batch_size)]
         steps = self.steps * self.epochs
         with training_batches(Mixture([(store, 1)]), sample_indices=indices, num_steps=steps, **settings) as batches:

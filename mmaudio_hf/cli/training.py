@@ -504,6 +504,17 @@ def add_bench_commands(add: Add) -> None:
     scores = benchmark("scores", _scores, "published scores of cached features, and DeSync against a matrix product")
     scores.add_argument("--items", type=_count, default=15000, help="of random features (default 15000, 0.9 GB)")
     scores.add_argument("--folder", type=Path, help="for the features, which are used again (default: temporary)")
+    _add_remote(benchmark)
+    finetune = benchmark(
+        "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
+    )
+    finetune.add_argument("--folder", type=Path, default=Path("output/bench-finetune"), help="media, features and runs")
+    finetune.add_argument("--kind", choices=("storm", "frog"), default="storm", help="what is learned (default storm)")
+    finetune.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of them")
+    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
+
+
+def _add_remote(benchmark: Add) -> None:
     remote = benchmark("remote", _remote, "training from a store behind a slow line, into a cache on the disk")
     remote.add_argument("--rows", type=_count, default=400, help="rows of the store (default 400, 0.5 GB)")
     remote.add_argument("--batch-size", type=_count, default=8, help="samples (default 8)")
@@ -512,13 +523,6 @@ def add_bench_commands(add: Add) -> None:
     remote.add_argument("--step", type=_count, default=250, help="ms of a training step (default 250)")
     remote.add_argument("--epochs", type=_count, default=4, help="default 4")
     remote.add_argument("--connections", type=_count, default=64, help="data.connections (default 64)")
-    finetune = benchmark(
-        "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
-    )
-    finetune.add_argument("--folder", type=Path, default=Path("output/bench-finetune"), help="media, features and runs")
-    finetune.add_argument("--kind", choices=("storm", "frog"), default="storm", help="what is learned (default storm)")
-    finetune.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of them")
-    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
 
 
 def _bytes(text: str) -> float:
