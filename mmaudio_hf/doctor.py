@@ -281,7 +281,7 @@ def _hub(launch: Launch) -> Iterator[tuple[str, str]]:
 NO_STORE = {
     "train": ("FAIL", "names no store: there is nothing to train on; name one"),
     "validation": ("warn", "names no store: nothing will tell when training goes wrong"),
-    "test": ("ok", "names no store: the report will show no clips"),
+    "test": ("ok", "names no store: the report shows the validation split"),
 }
 
 

@@ -249,6 +249,12 @@ class MMAudioPipeline:
         return audio_mode(self.mode).sample_rate
 
     @property
+    def network(self) -> str:
+        """Variant, size, length and rate of the model, in a line."""
+        config, millions = self.model.config, sum(p.numel() for p in self.model.parameters()) / 1e6
+        return f"{config.variant}, {millions:.1f} M parameters, {config.duration:g} s at {self.sample_rate} Hz"
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the flow model computes; its weights are float32."""
         return DTYPES[self.precision]
@@ -352,11 +358,10 @@ class MMAudioPipeline:
 
     def __repr__(self) -> str:
         """A few lines on network, encoders and adapters."""
-        config, millions = self.model.config, sum(p.numel() for p in self.model.parameters()) / 1e6
         encoders = self._source.config if isinstance(self._source, Encoders) else self._source
         loaded = self._source.networks if isinstance(self._source, Encoders) else self._loaded
         lines = {
-            "network": f"{config.variant}, {millions:.1f} M parameters, {config.duration:g} s at {self.sample_rate} Hz",
+            "network": self.network,
             "computes": f"in {self.precision} on {self.device}{', compiled' if self._compiled else ''}",
             "encoders": f"{encoders.kind}, {encoders.weights_dir}, loaded: {', '.join(loaded) or 'none yet'}",
             "alignment": self.alignment,

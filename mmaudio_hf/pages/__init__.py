@@ -133,6 +133,17 @@ def decibels(waveform: torch.Tensor, sample_rate: int) -> np.ndarray:
     return 20 * mel if mode == "16k" else 20 / math.log(10) * mel
 
 
+def spectrogram_figure(level: np.ndarray, top: float, seconds: float, sample_rate: int) -> dict[str, Any]:
+    """Values of `spectrogram.html.jinja`: the image of `level` from `top` dB down, and what stands along its axes."""
+    labels = range(0, math.ceil(seconds), max(1, round(seconds / 8)))
+    return {
+        "image": data_uri("image/png", spectrogram_image(level, top)),
+        "length": f"{seconds:.1f} s",
+        "hertz": frequency_ticks(sample_rate),
+        "seconds": [(f"{s}{'' if s else ' s'}", f"{100 * s / seconds:.2f}%") for s in labels],
+    }
+
+
 def frequency_ticks(sample_rate: int) -> list[tuple[str, str]]:
     """(frequency, place from the top in percent) for the axis of `spectrogram_image` at this rate."""
     mode = next(name for name in MODES if audio_mode(name).sample_rate == sample_rate)

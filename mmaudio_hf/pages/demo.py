@@ -30,7 +30,7 @@ from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.lists import find_video, read_media_list
 from mmaudio_hf.media.video import video_seconds
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.pages import data_uri, decibels, render, spectrogram_image
+from mmaudio_hf.pages import decibels, render, spectrogram_figure
 
 MAX_VIDEO_SECONDS = 600.0  # of an upload; the audio is shorter
 MAX_FRAME_SIZE = 4096, 2304  # pixels; what counts is their product
@@ -46,10 +46,17 @@ _HEIGHT = 320  # of the videos, in pixels
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _STYLE = """
 footer, button[aria-label="Trim video to selection"] { display: none !important; }
+input[type="range"]::-webkit-slider-thumb { border: 2px solid var(--color-accent) !important; }
+input[type="range"]::-moz-range-thumb { border: 2px solid var(--color-accent) !important; }
+.min_value, .max_value, .or, time { color: var(--input-placeholder-color) !important; }
 .details { opacity: .75; font-size: .875rem; overflow-wrap: anywhere; }
-.spectrogram { margin: 24px 0 0; }
+.spectrogram { position: relative; margin-top: 24px; }
 .spectrogram img { display: block; width: 100%; height: 150px; border-radius: 4px; }
-.spectrogram .seconds { display: flex; justify-content: space-between; font-size: .75rem; opacity: .7; }
+.spectrogram b { position: absolute; right: 3px; transform: translateY(-50%); font: 11px/1 system-ui, sans-serif;
+  color: #fff; text-shadow: 0 0 3px #000, 0 0 3px #000; }
+.seconds { position: relative; height: 20px; font-size: .75rem; opacity: .75; }
+.seconds span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.seconds span:first-child { transform: none; }
 """
 
 
@@ -181,8 +188,7 @@ def _theme() -> gr.themes.Base:
 
 def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
     """Lines on the network: sizes, which weights of which step, what it was fine-tuned from, adapters."""
-    config, millions = pipeline.model.config, sum(p.numel() for p in pipeline.model.parameters()) / 1e6
-    lines = [f"{config.variant}, {millions:.1f} M parameters, {config.duration:g} s at {pipeline.sample_rate} Hz"]
+    lines = [pipeline.network]
     with contextlib.suppress(ValueError, OSError, KeyError):
         weights = json.loads((find_pretrained(run) / "weights.json").read_text())
         width = "" if weights["sigma_rel"] is None else f" (sigma_rel {weights['sigma_rel']:g})"
@@ -240,17 +246,10 @@ def _generate(
     pipeline: MMAudioPipeline,
     out_dir: Path,
     progress: Callable[..., Any],
-    video: str | None,
-    image: str | None,
-    prompt: str,
-    negative: str,
-    duration: float,
-    steps: float,
-    guidance: float,
-    seed: float,
-    random: bool,
+    *inputs: Any,
 ) -> tuple[Any, str, Any, int]:
     """What the page shows: the video with generated audio, the audio, its spectrogram, the seed that was used."""
+    video, image, prompt, negative, duration, steps, guidance, seed, random = inputs
     if video is None and image is None and not prompt.strip():
         raise ValueError("Nothing to generate from: choose a video or an image, write a prompt, or both")
     if video is not None and image is not None:
@@ -283,11 +282,10 @@ def _generate(
 
 
 def _spectrogram(result: Generated, notes: list[str]) -> str:
-    """Mel spectrogram of a result as HTML, with the seconds and notes below."""
+    """Mel spectrogram of a result as HTML, with its axes and notes below."""
     level = decibels(result.waveform, result.sample_rate)
-    image = data_uri("image/png", spectrogram_image(level, float(level.max())))
-    seconds = len(result.waveform) / result.sample_rate
-    return render("demo_spectrogram.html.jinja", image=image, seconds=seconds, notes=notes)
+    figure = spectrogram_figure(level, float(level.max()), result.seconds, result.sample_rate)
+    return render("demo_spectrogram.html.jinja", figure=figure, notes=notes)
 
 
 def _examples(run: str | os.PathLike) -> list[list[str]]:

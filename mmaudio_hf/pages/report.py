@@ -4,13 +4,14 @@ import base64
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -43,20 +44,11 @@ from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.pages import (
-    Curve,
-    data_uri,
-    decibels,
-    frequency_ticks,
-    line_chart,
-    render,
-    spectrogram_image,
-    write_page,
-)
+from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, render, spectrogram_figure, write_page
 from mmaudio_hf.schema import check_id
 
 MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
-_LOSS = "mean squared error"
+_LOSS, _TIME = "mean squared error", "t: 0 is noise, 1 is data"
 # Of the samples made during training, since audio is the heaviest content of the page: items, those of the user's own
 # prompts and videos among them, and steps.
 _ITEMS, _OWN, _STEPS = 3, 4, 4
@@ -104,26 +96,23 @@ def report_run(
     times = {} if events is None else {name: e.times for name, e in read_events(events).items()}
     split = split or ("test" if recipe.data.test else "validation")
     pipeline = MMAudioPipeline.from_pretrained(run_dir, device=device)
-    items = HeldOutItems(getattr(recipe.data, split), scored)
-    clips, timing = _generated_clips(recipe, pipeline, items, times, shown)
-    items.close()
-    write_report(run_dir, clips[:shown], timing=timing, heading=_heading(recipe, split, len(clips), shown))
+    with contextlib.closing(HeldOutItems(getattr(recipe.data, split))) as items:
+        count = min(scored, len(items))
+        clips, timing = _generated_clips(recipe, pipeline, itertools.islice(items, count), count, times, shown)
+        known, shown = len(items), min(shown, count)
+    heading = f"{split} split: {known} clips, the first {count} generated and scored, {shown} shown"
+    write_report(run_dir, clips[:shown], timing=timing, heading=heading)
     summary = run_summary(run_dir) | timing
     if started is not None:
         summary["seconds"] = round(time.time() - started, 1)
     return {name: _plain(value) for name, value in summary.items()}
 
 
-def _heading(recipe: Recipe, split: str, scored: int, shown: int) -> str:
-    """Which clips the page shows, and of how many."""
-    with contextlib.closing(HeldOutItems(getattr(recipe.data, split))) as items:
-        return f"{split} split: {len(items)} clips, the first {scored} generated and scored, {min(shown, scored)} shown"
-
-
 def _generated_clips(
     recipe: Recipe,
     pipeline: MMAudioPipeline,
-    items: Sequence[HeldOutItem],
+    items: Iterable[HeldOutItem],
+    count: int,
     times: Mapping[str, Sequence[float]],
     shown: int,
 ) -> tuple[list[ReportClip], dict[str, float]]:
@@ -132,7 +121,7 @@ def _generated_clips(
     detected, ceiling, known = [], [], []
     rate, longest = pipeline.sample_rate, recipe.model.duration
     results = generate_items(pipeline, items, recipe.sampling, recipe.seed)
-    for item, result in tqdm(results, "report", len(items), unit="clip", disable=None, leave=False):
+    for item, result in tqdm(results, "report", count, unit="clip", disable=None, leave=False):
         decoded, duration = pipeline.decode(item.latent), item.duration or recipe.model.duration
         longest = max(longest, duration)
         video, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
@@ -290,19 +279,13 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
     rate = curves(("train/learning_rate", "learning rate", "a"))
     charts = [
         line_chart("Loss", "step", loss, y_label=_LOSS),
-        line_chart(
-            "Validation loss over time t",
-            "t: 0 is noise, 1 is data",
-            _loss_over_time(metrics),
-            y_label=_LOSS,
-            x_range=(0, 1),
-        ),
+        line_chart("Validation loss over time t", _TIME, _loss_over_time(metrics), y_label=_LOSS, x_range=(0, 1)),
         line_chart("Learning rate", "step", rate, y_label="change per step", from_zero=True),
     ]
-    if distance := curves(("eval/log_mel_distance", "log-mel distance", "c")):
-        charts.append(line_chart("Samples: log-mel distance to the truth", "step", distance, y_label="dB"))
-    if onsets := curves(("eval/onset_f1", "onset F1", "c")):
-        charts.append(line_chart("Samples: onset F1", "step", onsets, y_label="share"))
+    scores = ("log_mel_distance", "log-mel distance to the truth", "dB"), ("onset_f1", "onset F1", "share")
+    for name, label, unit in scores:
+        if scored := curves((f"eval/{name}", label, "c")):
+            charts.append(line_chart(f"Samples: {label}", "step", scored, y_label=unit))
     return charts
 
 
@@ -362,20 +345,15 @@ def _players(tracks: Sequence[_Track]) -> list[dict[str, Any]]:
     players = []
     for track, level in zip(tracks, levels, strict=True):
         seconds = track.waveform.shape[-1] / track.rate
-        left = lambda time, seconds=seconds: f"{100 * time / seconds:.2f}%"  # noqa: E731
-        labels = range(0, math.ceil(seconds), max(1, round(seconds / 8)))
         players.append(
             {
                 "title": track.title,
                 "note": track.note,
                 "media": track.media,
                 "label": track.label,
-                "image": data_uri("image/png", spectrogram_image(level, top)),
-                "length": f"{seconds:.1f} s",
-                "hertz": frequency_ticks(track.rate),
+                "figure": spectrogram_figure(level, top, seconds, track.rate),
                 "description": f"Mel spectrogram: {track.label}, {seconds:.1f} s",
-                "marks": [(kind, left(time)) for kind, time in track.marks],
-                "seconds": [(f"{s}{'' if s else ' s'}", left(s)) for s in labels],
+                "marks": [(kind, f"{100 * time / seconds:.2f}%") for kind, time in track.marks],
             }
         )
     return players
@@ -428,26 +406,15 @@ def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[
         return 0, 0, []
     count = min(_STEPS, len(steps))
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})
-    rows = {}
-    for step in chosen:
-        listed = json.loads((folders[step] / SAMPLES_FILE).read_text())
-        rows[step] = {row["id"]: row | {"folder": folders[step]} for row in listed}
-    items = list(rows[steps[-1]])
-    own = [item_id for item_id in items if "scores" not in rows[steps[-1]][item_id]]
+    items: dict[str, dict[int, dict[str, Any]]] = {}  # id -> step -> row
+    for step in reversed(chosen):  # the last step says which items there are
+        for row in json.loads((folders[step] / SAMPLES_FILE).read_text()):
+            if step == chosen[-1] or row["id"] in items:
+                items.setdefault(row["id"], {})[step] = row | {"folder": folders[step]}
+    own = [item_id for item_id, rows in items.items() if "scores" not in rows[chosen[-1]]]
     shown = own[:_OWN] + [item_id for item_id in items if item_id not in own][: max(1, _ITEMS - len(own))]
-    return (
-        len(steps),
-        len(items),
-        [
-            _sample_card(
-                run_dir,
-                {step: rows[step][item_id] for step in chosen if item_id in rows[step]},
-                videos.get(item_id),
-                scratch,
-            )
-            for item_id in shown
-        ],
-    )
+    cards = [_sample_card(run_dir, items[item_id], videos.get(item_id), scratch) for item_id in shown]
+    return len(steps), len(items), cards
 
 
 def _sample_card(
@@ -456,23 +423,24 @@ def _sample_card(
     """The card of one item, from its rows by step, with its own `video`."""
     row = rows[max(rows)]
     name = f"{check_id(row['id'], SAMPLES_FILE)}.wav"
-    files: list[tuple[str, Path, Mapping[str, float]]] = [
-        ("True latent, decoded", run_dir / "samples" / REFERENCE / name, {})
-    ]
-    files += [
-        (f"Step {step:,}" if step else "Step 0 (base)", row["folder"] / name, row.get("scores", {}))
-        for step, row in rows.items()
-    ]
+    truth = run_dir / "samples" / REFERENCE
+    folders: dict[str, tuple[Path, dict]] = {}
+    if (truth / name).is_file():
+        folders["True latent, decoded"] = truth, {}
+    for step in sorted(rows):
+        title = f"Step {step:,}" if step else "Step 0 (base)"
+        folders[title] = rows[step]["folder"], rows[step].get("scores", {})
     tracks = []
-    for title, path, scores in files if files[0][1].is_file() else files[1:]:
-        waveform, rate = read_waveform(path)
+    for title, (folder, scores) in folders.items():
+        waveform, rate = read_waveform(folder / name)
         distance = scores.get("log_mel_distance")
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
         tracks.append(_Track(title, waveform, rate, _media(video, waveform, rate, scratch), label, note))
-    note = row["id"] + (f", {row['duration']:g} s" if "duration" in row else "")
-    note += f" · audio alone, since {video} is not there any more" if video and not video.exists() else ""
-    return {"name": row["id"], "caption": row["caption"], "note": note, "players": _players(tracks)}
+    notes = [row["id"]] if row["caption"] != row["id"] else []
+    notes += [f"{row['duration']:g} s"] if "duration" in row else []
+    notes += [f"audio alone, since {video} is not there any more"] if video and not video.exists() else []
+    return {"name": row["id"], "caption": row["caption"], "note": " · ".join(notes), "players": _players(tracks)}
 
 
 # --- scores of one or several evaluations in one table ---------------------------------------------------------------
