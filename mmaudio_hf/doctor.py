@@ -304,7 +304,7 @@ def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield level, str(error)
         return
-    pairs = zip(mixture.stores, mixture.shares.items(), strict=True)
+    pairs = zip(mixture.stores, mixture.shares, strict=True)
     rows = [f"{name} {len(store):,} rows ({share:.0%})" for store, (name, share) in pairs]
     shares = [f"{b.samples / len(mixture):.0%} of {b.duration:g} s" for b in mixture.buckets if b.duration]
     durations = f": {', '.join(shares)}" if len(shares) > 1 else ""

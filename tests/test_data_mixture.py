@@ -122,6 +122,8 @@ def test_what_does_not_mix_is_named(tmp_path, model):
     with pytest.raises(ValueError, match=r"two has duration 2\.0, model small_16k expects 4\.0: set model\.duration"):
         Mixture([(two, 1)], model)
     assert Mixture([(two, 1), (four, 1)]).buckets[1].duration == 4.0  # without a model
+    shares = Mixture([(two, 1), (four, 1), (two, 2)], model).shares  # a store may be named twice
+    assert shares == [("two (2 s)", 0.25), ("four (4 s)", 0.25), ("two (2 s)", 0.5)]
     half = tmp_path / "half"
     convert(two.path, half, layout="compact")
     with pytest.raises(ValueError, match=r"four has clip_features as float32 .*half as bfloat16 .*store convert"):

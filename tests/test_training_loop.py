@@ -115,7 +115,7 @@ DURATIONS = {1.0: 12, 2.0: 10, 1.5: 9}
 
 @pytest.fixture(scope="module")
 def durations(tmp_path_factory) -> Path:
-    """A finished run on clips of 1, 2 and 1.5 s, whose batches are of 250 latents: 6, 4 and 4 clips."""
+    """A finished run on clips of 1, 2 and 1.5 s, whose steps are of at most 250 latents: 6, 2 and 4 clips."""
     folder = tmp_path_factory.mktemp("durations")
     stores = [write_store(folder / f"s{d * 10:g}", rows, duration=d, seed=5) for d, rows in DURATIONS.items()]
     held_out = [write_store(folder / f"held_{d:g}", 5, duration=d, seed=6) for d in (1.0, 2.0)]

@@ -251,7 +251,7 @@ def _start_text(recipe: Recipe, mixture: "Mixture") -> str:
 
 def shares(mixture: "Mixture") -> str:
     """What share of every epoch each store has."""
-    return ", ".join(f"{name} {share:.0%}" for name, share in mixture.shares.items())
+    return ", ".join(f"{name} {share:.0%}" for name, share in mixture.shares)
 
 
 def _end_text(recipe: Recipe, result: "RunResult") -> str:

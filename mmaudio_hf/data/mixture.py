@@ -125,11 +125,11 @@ class Mixture:
         return sum(column.row_bytes for name, column in store.columns.items() if name in _COLUMNS)
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Store, with its duration where there are several, -> share of the samples of every epoch."""
+    def shares(self) -> list[tuple[str, float]]:
+        """Name of each store, with its duration where there are several, and its share of the samples of an epoch."""
         durations = [f" ({self.buckets[b].duration:g} s)" if len(self.buckets) > 1 else "" for b in self.bucket_of]
         names = [f"{store.path.name}{text}" for store, text in zip(self.stores, durations, strict=True)]
-        return dict(zip(names, (self._counts / len(self)).tolist(), strict=True))
+        return list(zip(names, (self._counts / len(self)).tolist(), strict=True))
 
     def locate(self, dataset_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Store index and row (int64) of samples, where index d means sample d % len(self) of epoch d // len(self)."""
