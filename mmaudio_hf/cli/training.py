@@ -493,6 +493,11 @@ def add_bench_commands(add: Add) -> None:
     generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
     generate.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
+    _add_data_benchmarks(benchmark)
+
+
+def _add_data_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> None:
+    """Those of feature stores, scores and fine-tuning."""
     loader = benchmark("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
     loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: generated)")
     loader.add_argument("--rows", type=_count, default=2000, help="rows of generated stores (default 2000, 2 GB)")
