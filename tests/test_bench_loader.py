@@ -62,7 +62,7 @@ def test_the_sweep_measures_every_size(tmp_path, monkeypatch):
 
 
 def test_bench_remote_counts_what_came(capsys):
-    words = ["--rows", "40", "--batch-size", "1", "--epochs", "3", "--step", "1", "--latency", "1", "--json"]
+    words = ["--rows", "40", "--batch-size", "1", "--rounds", "2", "--step", "1", "--latency", "1", "--json"]
     assert not main(["bench", "remote", *words])
     figures = json.loads(capsys.readouterr().out)
     assert figures["same_batches"] == 1 and 0 < figures["peak_bytes"] <= figures["cap_bytes"]

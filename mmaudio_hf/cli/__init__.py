@@ -27,7 +27,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "bench generate": "--variant small_16k --batch-size 1 --sampling-only",
     "bench finetune": "--methods full_replay lora_replay --rounds 3 --json",
     "bench loader": "--store output/example-features/video_train --batch-size 16",
-    "bench remote": "--rows 100 --epochs 2 --json",
+    "bench remote": "--rows 300 --rounds 1 --json",
     "bench scaling": "--variant small_16k --batch-size 1",
     "bench step": "--variant small_16k --batch-size 1 --precision fp32",
     "demo": "output/example --port 7860",

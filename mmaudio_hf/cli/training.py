@@ -520,13 +520,12 @@ def _add_data_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> N
 
 
 def _add_remote(benchmark: Add) -> None:
-    remote = benchmark("remote", _remote, "training from a store behind a slow line, into a cache on the disk")
+    remote = benchmark("remote", _remote, "training from a store behind a slow line; --rounds: epochs after the first")
     remote.add_argument("--rows", type=_count, default=400, help="rows of the store (default 400, 0.5 GB)")
     remote.add_argument("--batch-size", type=_count, default=8, help="samples (default 8)")
     remote.add_argument("--latency", type=_count, default=50, help="ms before each answer (default 50)")
     remote.add_argument("--share", type=_count, default=25, help="%% of the store that the cache has (default 25)")
     remote.add_argument("--step", type=_count, default=250, help="ms of a training step (default 250)")
-    remote.add_argument("--epochs", type=_count, default=4, help="default 4")
     remote.add_argument("--connections", type=_count, default=64, help="data.connections (default 64)")
 
 
@@ -619,7 +618,7 @@ def _remote(options: argparse.Namespace) -> dict[str, Any]:
     from mmaudio_hf.bench.loader import RemoteBench
 
     times = {"latency": options.latency / 1e3, "share": options.share / 100, "step": options.step / 1e3}
-    counts = {"epochs": options.epochs, "connections": options.connections}
+    counts = {"epochs": options.rounds + 1, "connections": options.connections}
     return RemoteBench(options.rows, options.batch_size, **times, **counts).run()
 
 

@@ -7,8 +7,10 @@ ready when all its columns are written and have the checksums of the pushed stor
 fetching is known by its lock, which the system releases.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -218,6 +220,11 @@ class Entries:
     def _allocate(self, file: Path, size: int) -> None:
         """The files in their full size: a full disk shows now, and the cap holds from here on."""
         sizes = {column_file(self.folder, name): self.entries * c.row_bytes for name, c in self.columns.items()}
+        present = sum(path.stat().st_blocks * 512 for path in (*sizes, file) if path.is_file())
+        needed, free = sum(sizes.values()) + size, shutil.disk_usage(self.folder).free + present
+        if needed > free:
+            message = f"the cache needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}: lower data.cache_gb"
+            raise OSError(errno.ENOSPC, message, str(self.folder))
         try:
             for path, length in {**sizes, file: size}.items():
                 path.unlink(missing_ok=True)
