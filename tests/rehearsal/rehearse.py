@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
@@ -66,10 +66,13 @@ class StubStore:
 
 
 class StubMixture:
-    """Six stores without rows: batches of the rehearsal are made from shapes."""
+    """Six stores without rows, of one duration: batches of the rehearsal are made from shapes."""
 
-    def __init__(self):
+    def __init__(self, config: ModelConfig):
         self.stores = [StubStore(f"store_{i}") for i in range(6)]
+        lengths = (config.latent_length, config.clip_length, config.sync_length)
+        self.buckets = [SimpleNamespace(duration=config.duration, lengths=lengths)]
+        self.bucket_of = np.zeros(len(self.stores), dtype=np.int64)
 
     def __len__(self) -> int:
         return 1000
@@ -147,7 +150,7 @@ def steps(device: FakeCuda, recipe: Recipe, processes: int = 1) -> dict[str, Any
     """Figures of the second step of `recipe` on this device: the first one makes the moments of the optimizer."""
     with torch.device("cuda"):
         model = MMAudio(recipe.model)
-    run = Run(recipe, set_trainable(model, recipe.finetune), StubMixture())
+    run = Run(recipe, set_trainable(model, recipe.finetune), StubMixture(recipe.model))
     run.prepare()
     training = recipe.training
     size = training.batch_size // processes // training.accumulation_steps
@@ -227,11 +230,11 @@ def validation(name: str, *overrides: str) -> dict[str, Any]:
     with FakeCuda() as device:
         with torch.device("cuda"):
             model = MMAudio(recipe.model)
-        run = Run(recipe, model, StubMixture(), StubMixture())
+        run = Run(recipe, model, StubMixture(recipe.model), StubMixture(recipe.model))
         run.prepare()
         run.ema.update()
         batch = make_batch(recipe.model, recipe.training.batch_size).to("cuda")
-        with mock.patch.object(run.validator, "_batches", lambda indices: [batch]):
+        with mock.patch.object(run.validator, "_batches", lambda indices, set_lengths: [batch]):
             device.reset()
             run._validate()
         return figures_of(device)
