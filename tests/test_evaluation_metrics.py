@@ -20,7 +20,7 @@ from mmaudio_hf.evaluation import (
     mean_cosine,
     score_caches,
 )
-from mmaudio_hf.evaluation.metrics import OffsetHead, read_tensors
+from mmaudio_hf.evaluation.metrics import OffsetHead, _Block, read_tensors
 
 RECORDED = json.loads((GOLDEN / "media_metrics.json").read_text())
 DIRECT, CACHES = RECORDED["direct"], RECORDED["evaluate"]
@@ -247,6 +247,16 @@ def test_desync_from_cached_features(tmp_path, sync_weights):
         head.classes(torch.zeros(1, 9, 8, 768), torch.zeros(1, 9, 6, 768))
     with pytest.raises(ValueError, match=r"vproj\.weight is missing"):
         OffsetHead().load_released({"transformer.OFF_tok": torch.zeros(1, 1, 768)})
+
+
+def test_the_token_that_is_classified_is_the_first_of_the_whole_block():
+    torch.manual_seed(0)
+    block, x_BND = _Block(), 3 * torch.randn(2, 9, 768)
+    with torch.no_grad():
+        for layer in (block.attn.query, block.attn.key, block.attn.value):
+            layer.weight *= 3  # attention that is not even
+            layer.bias.normal_()
+        torch.testing.assert_close(block.of_first(x_BND), block(x_BND)[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_what_was_dropped_and_why(tmp_path):
