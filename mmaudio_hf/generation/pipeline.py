@@ -99,15 +99,8 @@ from mmaudio_hf.schema import (
 )
 
 # Published cards import these from here.
-__all__ = [
-    "RECIPE_FILE",
-    "Generated",
-    "MMAudioPipeline",
-    "Request",
-    "save_generated",
-    "save_with_note",
-    "starting_noise",
-]
+__all__ = ["RECIPE_FILE", "Generated", "MMAudioPipeline", "Request"]
+__all__ += ["save_generated", "save_with_note", "starting_noise"]
 
 _CLIPS_AHEAD = 4  # read while the model works; 58 MB each
 # One for each network: two pipelines may share it, and sampling sets its lengths.
@@ -394,7 +387,7 @@ class MMAudioPipeline:
         seed, or a list of them.
         """
         if unknown := sorted(set(options) - set(_OPTIONS)):
-            known = (*list(inspect.signature(self.__call__).parameters)[:-1], *_OPTIONS)
+            known = dict.fromkeys((*list(inspect.signature(self.__call__).parameters)[:-1], *_OPTIONS))
             raise ValueError(f"the pipeline does not know {', '.join(unknown)}; it takes {', '.join(known)}")
         if generator is not None:
             if seed is not None and not (isinstance(seed, int) and seed == 0):
@@ -728,11 +721,7 @@ class MMAudioPipeline:
         return blended_velocity(item.schedule, chunks, velocities, self.device)
 
 
-_OPTIONS = [
-    n
-    for n in inspect.signature(MMAudioPipeline.generate).parameters
-    if n not in ("self", "requests", "duration", "seed")
-]
+_OPTIONS = list(inspect.signature(MMAudioPipeline.generate).parameters)[2:]  # after self and requests
 
 
 def _hash_of_state(model: MMAudio) -> str:
