@@ -6,6 +6,7 @@ whatever fails says what to do.
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import shutil
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.commands.config import default_config_file, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import ComputeEnvironment, DistributedType, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
@@ -36,6 +42,7 @@ from mmaudio_hf.media.lists import source_problems
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import list_checkpoints
+from mmaudio_hf.training.distributed import check_launch, launch_notes
 from mmaudio_hf.training.finetune import set_trainable
 from mmaudio_hf.training.logs import check_trackers, device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, training_flops
@@ -48,6 +55,8 @@ FRAGMENTATION = 0.04  # of the tensors: blocks that the caching allocator has an
 TIGHT = 0.9  # of the memory: more than this may not fit after all
 SAMPLED_ROWS = 64  # of a store, to look for values that are not finite
 READ_SECONDS = 1.5
+# Launchers of accelerate that start other programs than this one, or need a package that ends in a traceback without.
+NOT_LAUNCHED = (ComputeEnvironment.AMAZON_SAGEMAKER, DistributedType.DEEPSPEED, DistributedType.XLA)
 LONGEST = 90 * 86400  # s; a run that would take longer is hardly what somebody wants
 
 
@@ -173,6 +182,39 @@ def _device(launch: Launch) -> Iterator[tuple[str, str]]:
         yield "FAIL", f"{name} has no bf16 arithmetic: set training.mixed_precision=no"
     else:
         yield "ok", f"{processes} of {count} GPUs, {name}"
+
+
+def _launch(launch: Launch) -> Iterator[tuple[str, str]]:
+    """What training would take, or refuse, of this shell and of the user's own configuration of accelerate."""
+    try:
+        check_launch()
+        own = [("warn", note) for note in launch_notes(launch.recipe)]
+    except ValueError as error:
+        own = [("FAIL", str(error))]
+    yield from own or [("ok", "nothing in the environment changes the recipe")]
+    if not Path(default_config_file).is_file():
+        return
+    try:
+        with patch_environment(**launcher_environment()):
+            check_launch()
+            notes = launch_notes(launch.recipe)
+    except Exception as error:  # the launcher's own: it ends before training begins, which could not say a word
+        notes = [" ".join(str(error).split())]
+    way = f"`accelerate launch` without --config_file reads {default_config_file}"
+    yield from (("warn", f"{way}: {note}") for note in notes if ("warn", note) not in own)
+
+
+def launcher_environment() -> dict[str, str]:
+    """What `accelerate launch` sets by the user's own configuration, as accelerate makes it; its errors are any."""
+    config = load_config_from_file(None)
+    for setting in (config.compute_environment, config.distributed_type):
+        if setting in NOT_LAUNCHED:
+            raise ValueError(f"{setting.value} is not supported")
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["train.py"]))
+        if arguments.multi_gpu or arguments.use_fsdp or arguments.use_megatron_lm:
+            return prepare_multi_gpu_env(arguments) | {"WORLD_SIZE": "1"}  # torchrun sets it
+        return prepare_simple_launcher_cmd_env(arguments)[1]
 
 
 def _batch(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -486,8 +528,8 @@ def _expected_speed(launch: Launch) -> tuple[float, str]:
     """Samples per second of all processes, and how that is known: as the run has measured it, or assumed."""
     log = launch.recipe.run_dir / "speed.jsonl"
     for line in reversed(log.read_text().splitlines() if log.is_file() else []):
-        with contextlib.suppress(ValueError):  # a line cut short by a kill
-            return json.loads(line)["speed/samples_per_second"], "as the run had it last"
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill, or of anything
+            return float(json.loads(line)["speed/samples_per_second"]), "as the run had it last"
     peak = device_peak(launch.device, launch.recipe.training.mixed_precision)
     devices = launch.machines if launch.device.type == "cpu" else launch.world  # processes share the cores
     of_step = sum(r.training.batch_size * training_flops(r.model) * share for r, share in launch.of_durations)
@@ -617,6 +659,7 @@ PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading", "line")
 CHECKS: dict[str, Check] = {
     "software": _software,
     "device": _device,
+    "launch": _launch,
     "batch": _batch,
     "run folder": _run_folder,
     "media": _media,

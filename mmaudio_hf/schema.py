@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -134,11 +135,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **options: P.kwargs) -> R:
         for name, value in signature.bind(*args, **options).arguments.items():
             known = name in hints() and not str(signature.parameters[name]).startswith("*")
-            if known and not _fits(value, hints()[name]):
-                words = re.sub(r"\w+\.|<class '|'>", "", str(hints()[name]))
-                words = {"int": "a whole number", "float": "a number", "str": "text"}.get(words, words)
-                given = " ".join(repr(value).split())[:80]  # a tensor is shown on several lines
-                raise ValueError(f"{function.__qualname__}: {name} must be {words}, not {given}")
+            if known:
+                require_type(value, hints()[name], f"{function.__qualname__}: {name}")
             # The suffix of a name is the shape: see the legend at the top.
             if (axes := re.search("_([A-Z]+)$", name)) and value.ndim != len(axes[1]):
                 raise ValueError(f"{function.__qualname__}: {name} must have axes {axes[1]}, not {tuple(value.shape)}")
@@ -147,9 +145,21 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def require_type(value: Any, hint: Any, what: str) -> None:
+    """ValueError unless `value`, which is `what` in the message, is of the type `hint`."""
+    if not _fits(value, hint):
+        words = re.sub(r"\w+\.|<class '|'>", "", str(hint))
+        words = "an array of numbers" if "_SupportsArray" in words else words
+        words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(words, words)
+        given = " ".join(repr(value).split())[:80]  # a tensor is shown on several lines
+        raise ValueError(f"{what} must be {words}, not {given}")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether `value` is of the type `hint`; of a list the first entry counts, and NaN is no number."""
     kind, entries = get_origin(hint) or hint, get_args(hint)
+    if "_SupportsArray" in str(hint):  # ArrayLike: numpy is not imported for its name alone
+        return sys.modules["numpy"].asarray(value).dtype.kind in "biuf"
     if kind in (Union, UnionType):
         path = {Path, os.PathLike} & set(entries) and isinstance(value, str)
         return any(_fits(value, entry) for entry in entries) and (not path or _is_path(value))
@@ -160,6 +170,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return number and abs(value) < 2**63 and value == value  # not NaN
     if kind is Any or not isinstance(kind, type):  # a type variable
         return True
+    if kind is tuple:
+        types = entries[:1] * len(value) if isinstance(value, tuple) and entries[-1] is Ellipsis else entries
+        return isinstance(value, tuple) and len(value) == len(types) and all(map(_fits, value, types))
     if kind is Sequence:
         return isinstance(value, Sequence) and not isinstance(value, str) and (not value or _fits(value[0], entries[0]))
     return isinstance(value, kind)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: every step of the quick start on a handful of clips, and mistakes on the way."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -15,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.config import load_recipe, model_config, to_dict
 from mmaudio_hf.files import locked
+from mmaudio_hf.schema import RunError
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,6 +191,32 @@ def test_mistakes_end_with_one_sentence(words, message, capsys, monkeypatch, tmp
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (None, 0),
+        (ValueError("a mistake"), 2),
+        (RunError("a fault"), 1),
+        (ConnectionError("no network"), 1),
+        (OSError(errno.ENOSPC, "No space left on device", "file"), 1),
+        (OSError(errno.ENOTDIR, "Not a directory", "file"), 2),
+        (ModuleNotFoundError("no module", name="torch"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_codes_are_those_of_the_page(end, code, monkeypatch, capsys):
+    """128 + n after a signal: tests/test_training_guard.py."""
+
+    def command(_):
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr("mmaudio_hf.cli.weights._weights_list", command)
+    assert main(["weights", "list"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == (code != 0)
+    assert f"\n| {code} | " in (ROOT / "docs" / "troubleshooting.md").read_text()
 
 
 def test_paths_of_options_are_expanded(monkeypatch):

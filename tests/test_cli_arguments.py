@@ -1,9 +1,14 @@
 """Commands and public functions with wrong arguments: one sentence, never a traceback; and the examples of --help."""
 
 import argparse
+import contextlib
+import importlib
+import inspect
 import math
+import pkgutil
 import shlex
 import shutil
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -11,11 +16,37 @@ import torch
 from toy_stores import MODEL, recipe_tree, write_recipe
 
 import mmaudio_hf
-from mmaudio_hf import cli
-from mmaudio_hf.config import VARIANTS, ModelConfig, OptimConfig, variant_config
+from mmaudio_hf import cli, config, evaluation
+from mmaudio_hf.config import (
+    VARIANTS,
+    ModelConfig,
+    OptimConfig,
+    TrainingConfig,
+    config_of_duration,
+    micro_batch_size,
+    model_config,
+    samples_per_step,
+    variant_config,
+)
 from mmaudio_hf.data import tools
 from mmaudio_hf.data.store import StoreWriter
-from mmaudio_hf.evaluation import evaluate_caches, frechet_distance, inception_score, kl_divergence
+from mmaudio_hf.evaluation import (
+    clean_id,
+    desync_score,
+    evaluate_caches,
+    frechet_distance,
+    inception_score,
+    kernel_audio_distance,
+    kernel_distance,
+    kl_divergence,
+    mean_cosine,
+    onset_f1,
+    onset_scores,
+    onset_times,
+    score_caches,
+    shuffled_pairing,
+    waveform_scores,
+)
 from mmaudio_hf.features.autoencoder import MelVAE
 from mmaudio_hf.features.clip import ClipEncoder
 from mmaudio_hf.features.mel import MelSpectrogram
@@ -29,7 +60,7 @@ from mmaudio_hf.models import flow
 from mmaudio_hf.models.convert import convert_file
 from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.schema import column_shapes, sequence_lengths
+from mmaudio_hf.schema import audio_mode, checked, column_shapes, sequence_lengths
 from mmaudio_hf.training.ema import synthesize, update
 from mmaudio_hf.training.optim import learning_rate
 from mmaudio_hf.weights import load_state
@@ -195,11 +226,13 @@ def public_calls(folder: Path) -> dict:
     clip, sync = torch.zeros(2, network.clip_length, 1024), torch.zeros(2, config.sync_length, 768)
     text, rows = torch.zeros(2, 77, 1024), torch.zeros(4, 3).numpy()
     conditions = network.preprocess_conditions(clip, sync, text)
-    gone = folder / "gone"
+    gone, waveform, onsets = folder / "gone", torch.zeros(1, 16_000), [0.5, 1.0]
+    store, training = mmaudio_hf.FeatureStore.open(folder / "videos"), TrainingConfig()
     calls = [
         (mmaudio_hf.load_recipe, {"path": folder / "run.yaml", "overrides": []}),
         (mmaudio_hf.FeatureStore.open, {"path": folder / "videos"}),
-        (mmaudio_hf.FeatureStore.open(folder / "videos").read, {"indices": [0], "columns": ["mean"]}),
+        (store.read, {"indices": [0], "columns": ["mean"]}),
+        (mmaudio_hf.FeatureStore.from_dataset, {"dataset": None, "path": gone}),
         (
             StoreWriter,
             {"path": gone, "shapes": column_shapes("16k", 1.0, video=True), "num_rows": 3}
@@ -225,7 +258,7 @@ def public_calls(folder: Path) -> dict:
         (flow.sample_time, {"z_B": times, "mean": 0.0, "scale": 1.0}),
         (flow.sample_euler, {"velocity_fn": lambda x, t: x, "x0": latent, "num_steps": 2, "min_sigma": 0.0}),
         (MelSpectrogram, {"mode": "16k"}),
-        (MelSpectrogram("16k"), {"waveform": torch.zeros(1, 16_000)}),
+        (MelSpectrogram("16k").forward, {"waveform": waveform}),
         (MelVAE, {"mode": "16k"}),
         (Vocoder, {"mode": "44k"}),
         (load_state, {"source": gone}),
@@ -233,6 +266,12 @@ def public_calls(folder: Path) -> dict:
         (read_video, {"path": gone, "mode": "16k", "duration": 1.0, "start": 0.0, "alignment": "timestamps"}),
         (partition, {"num_samples": 200_000, "sample_rate": 16_000}),
         (variant_config, {"variant": "small_16k"}),
+        (model_config, {"plain": {}, "source": gone}),
+        (micro_batch_size, {"training": training, "world_size": 1}),
+        (samples_per_step, {"training": training, "latent_length": 250}),
+        (config_of_duration, {"model": config, "duration": 2.0}),
+        *((s, {f.name: "x" if f.default is MISSING else f.default for f in fields(s)}) for s in SECTIONS),
+        (audio_mode, {"name": "16k"}),
         (sequence_lengths, {"mode": "16k", "duration": 8.0}),
         (update, {"ema_weights": [latent], "weights": [latent], "step": 1, "gamma": 1.0, "update_every": 1}),
         (synthesize, {"snapshots": [], "sigma_rel": 0.1, "step": 1}),
@@ -240,10 +279,60 @@ def public_calls(folder: Path) -> dict:
         (frechet_distance, {"predicted": rows, "reference": rows}),
         (kl_divergence, {"predicted": rows, "reference": rows, "activation": "softmax"}),
         (inception_score, {"logits": rows, "splits": 2}),
+        (kernel_distance, {"predicted": rows, "reference": rows, "subsets": 2, "size": 2}),
+        (kernel_audio_distance, {"predicted": rows, "reference": rows}),
+        (mean_cosine, {"a": rows, "b": rows}),
+        (desync_score, {"classes": [[0, 20]]}),
+        (clean_id, {"item_id": "a"}),
+        (onset_times, {"waveform": waveform[0], "sample_rate": 16_000}),
+        (onset_f1, {"predicted": onsets, "reference": onsets, "tolerance": 0.1}),
+        (onset_scores, {"detected": [rows[:, 0]] * 2, "events": [onsets, onsets], "duration": 2.0}),
+        (shuffled_pairing, {"n": 3, "seed": 0}),
+        (waveform_scores, {"predicted": waveform[0], "reference": waveform[0], "sample_rate": 16_000}),
         (evaluate_caches, {"gt_dir": gone, "pred_dir": gone}),
+        (score_caches, {"gt_dir": gone, "pred_dir": gone}),
         (mmaudio_hf.MMAudioPipeline.from_pretrained, {"source": gone, "device": "cpu", "precision": "fp32"}),
     ]
     return {getattr(call, "__qualname__", type(call).__name__): (call, options) for call, options in calls}
+
+
+# Sections of a recipe: their fields are checked when one is made, as in a recipe.
+SECTIONS = [value for name in config.__all__ if is_dataclass(value := getattr(config, name))]
+# Public callables that are not called with wrong arguments here, and why.
+ELSEWHERE = {
+    "MMAudioPipeline.from_pretrained": "with all of the pipeline in test_generation_pipeline",
+    "MMAudioPipeline.save_pretrained": "there as well",
+    **dict.fromkeys(("flow_step", "make_objective", "Score"), "of batches and results, which the package makes itself"),
+    **dict.fromkeys(("is_released", "to_dict", "save_recipe", "read_json", "read_json_lines"), "take what is known"),
+    **dict.fromkeys(("MMAudioPipeline", "FeatureStore"), "made by from_pretrained and open"),
+}
+
+
+def public_names() -> set[str]:
+    """What is exported by a package, and every callable whose arguments are checked: a new one is among them."""
+    names = set(config.__all__) | set(evaluation.__all__) | set(mmaudio_hf.__all__)
+    names = {name for name in names if any(callable(getattr(m, name, None)) for m in (config, evaluation, mmaudio_hf))}
+    code = checked(print_nothing).__code__
+    for module in pkgutil.walk_packages(mmaudio_hf.__path__, "mmaudio_hf."):
+        if module.name.endswith(("__main__", "av_bench_job")):
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if getattr(value, "__module__", "") == module.name:
+                members = vars(value).values() if inspect.isclass(value) else (value,)
+                functions = (getattr(member, "__func__", member) for member in members)
+                names |= {f.__qualname__ for f in functions if getattr(f, "__code__", None) is code}
+    return {name.removesuffix(".__init__") for name in names}
+
+
+def print_nothing() -> None:
+    """Something to check."""
+
+
+def test_no_public_callable_is_forgotten(folder):
+    """One of a new name needs arguments above, or a reason here."""
+    walked = set(public_calls(folder))
+    assert not (missing := public_names() - walked - set(ELSEWHERE)), missing
+    assert set(ELSEWHERE) <= public_names() and len(walked) > 70
 
 
 def wrong_arguments(value: object) -> list:
@@ -275,6 +364,50 @@ def test_every_public_callable_names_a_wrong_argument(folder, monkeypatch):
                     problems.append(f"{name}({key}={repr(wrong)[:30]}): {type(error).__name__}: {error}")
     assert not problems, "\n".join(problems)
     assert errors > 500
+
+
+GENERATE = f"generate --run {RUN} --prompt a --duration 1 --steps 1 --out new/a.wav"
+DAMAGED = {  # file of a run -> a command that reads it
+    "config.yaml": f"replay-step {RUN} 1",
+    "last/pretrained_model/config.json": GENERATE,
+    "last/pretrained_model/encoders.json": GENERATE,
+    "last/pretrained_model/model.safetensors": GENERATE,
+    "last/pretrained_model/weights.json": f"evaluate {RUN} --split validation --out new/scores",
+    "last/training_state/state.json": f"push {RUN} me/name --dry-run --training-state",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_file_of_a_run_is_named(folder, file, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    whole = Path(RUN, file).read_bytes()
+    try:
+        for content in (b"", whole[: len(whole) // 2], b"[1, 2]", b'"x"', b"[" * 100_000, bytes(range(256))):
+            Path(RUN, file).write_bytes(content)
+            assert cli.main(shlex.split(DAMAGED[file])) == 2, content[:20]
+            error = capsys.readouterr().err
+            assert Path(file).name in error and error.count("error: ") == 1, error
+    finally:
+        Path(RUN, file).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", RUN], f"no recipe at {RUN}; that of a run is {RUN}/config.yaml"),
+        (
+            ["train", RECIPE, "--training.steps=5"],
+            "arguments: --training.steps=5; a setting has no dashes: training.steps=5",
+        ),
+        (["train", RECIPE, "name=parent", "data.train=[{path: .}]"], "name one in it: audios, held_out, videos"),
+    ],
+)
+def test_what_people_type_instead_has_a_hint(folder, words, hint, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(words) == 2
+    assert hint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["ema", RUN, "--sigma-rel", "0.1", "--out", ""], ["report", "--run", " "]])

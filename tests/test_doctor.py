@@ -2,21 +2,32 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 
 import numpy as np
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
 from hub_server import TOKEN, USER, Hub
 from toy_stores import recipe_tree, write_codec, write_recipe, write_store
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.mixture import open_mixture
-from mmaudio_hf.doctor import TIGHT, available_memory, fitting_settings, measure_reading
+from mmaudio_hf.doctor import CHECKS, TIGHT, Launch, available_memory, examine, fitting_settings, measure_reading
 
 READER = "hf_thisonemayonlyread00000000"
+
+
+@pytest.fixture(autouse=True)
+def own_configuration(tmp_path, monkeypatch):
+    """File of the user's own configuration of accelerate, which is not there yet."""
+    path = tmp_path / "default_config.yaml"
+    for module in ("mmaudio_hf.doctor", "accelerate.commands.launch", "accelerate.commands.config.config_args"):
+        monkeypatch.setattr(f"{module}.default_config_file", str(path))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,17 @@ def test_a_good_recipe_has_no_faults(folder, capsys):
     code, levels, text = doctor(capsys, str(recipe), "samples.every=2", "--processes", "2")
     # How fast random rows come depends on who else uses the disk at this moment.
     assert code == 0 and {level for subject, level in levels.items() if subject != "reading"} == {"ok"}, text
-    subjects = ["software", "device", "batch", "run folder", "data.train", "data.validation", "data.test", "weights"]
+    subjects = [
+        "software",
+        "device",
+        "launch",
+        "batch",
+        "run folder",
+        "data.train",
+        "data.validation",
+        "data.test",
+        "weights",
+    ]
     assert list(levels) == [*subjects, "tracker", "memory", "host memory", "disk space", "speed", "reading"]
     assert "videos 24 rows (60%), audios 8 rows (40%); 40 an epoch" in text and text.endswith("good: ready to train")
     assert not (folder / "output").exists()
@@ -99,6 +120,61 @@ def test_a_wrong_launch(folder, capsys, monkeypatch):
     (folder / "output" / "wrong" / "checkpoints" / "step_4").mkdir(parents=True)
     code, levels, text = doctor(capsys, str(recipe), "--quick", "--processes", "3", "resume=never")
     assert levels["run folder"] == "FAIL" and "or resume=auto" in text
+
+
+def test_what_is_left_in_a_shell_is_seen_before_the_launch(folder, capsys, monkeypatch):
+    recipe = str(write_recipe(folder, "shell", batch_size=4))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    code, levels, text = doctor(capsys, recipe, "--quick")
+    assert (code, levels["launch"]) == (0, "warn") and "the recipe has training.accumulation_steps=1" in text
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    code, levels, text = doctor(capsys, recipe, "--quick")
+    assert (code, levels["launch"]) == (1, "FAIL") and "or unset ACCELERATE_USE_DEEPSPEED" in text
+
+
+OWN = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": False, "num_machines": 1}
+OWN |= {"num_processes": 1, "machine_rank": 0, "debug": False, "mixed_precision": "no"}
+# The launcher ends with a traceback of its own.
+UNLAUNCHED = (
+    ({"mixed_precision": "fp8"}, "FP8 is not available"),
+    ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, "DEEPSPEED is not supported"),
+    ({"distributed_type": "XLA"}, "XLA is not supported"),
+    ({"distributed_type": "FSDP", "nonsense": 1}, "had unknown keys (['nonsense'])"),
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "finding"),
+    [
+        ({}, ""),
+        ({"mixed_precision": "fp16"}, "ACCELERATE_MIXED_PRECISION=fp16 of the launch is not used"),
+        ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "ACCELERATE_DYNAMO_BACKEND=inductor of the launch"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "FSDP is supported in version 2 alone"),
+        ({"distributed_type": "MULTI_CPU", "num_processes": 2}, "asked for several processes but started one"),
+        ({"num_machines": 2}, "you need to specify the main process IP"),
+        *UNLAUNCHED,
+    ],
+)
+def test_the_users_own_configuration_of_accelerate_is_looked_at(folder, own_configuration, settings, finding):
+    own_configuration.write_text(yaml.safe_dump(OWN | settings))
+    launch = Launch(load_recipe(write_recipe(folder, "own", batch_size=4)), quick=True)
+    findings = list(examine(launch, {"launch": CHECKS["launch"]}))
+    assert findings[0] == ("ok", "launch", "nothing in the environment changes the recipe")
+    notes = [f"`accelerate launch` without --config_file reads {own_configuration}: "] * bool(finding)
+    assert [f.message[: len(n)] for f, n in zip(findings[1:], notes, strict=True)] == notes, findings
+    assert all(f.level == "warn" and finding in f.message for f in findings[1:]), findings
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+
+
+@pytest.mark.parametrize(("settings", "finding"), UNLAUNCHED)
+def test_such_a_launcher_ends_before_training(own_configuration, settings, finding, tmp_path):
+    """The launcher ends before it starts a script, so that training itself has no say."""
+    own_configuration.write_text(yaml.safe_dump(OWN | settings))
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
+    with pytest.raises((ImportError, RuntimeError, ValueError)):
+        launch_command(launch_command_parser().parse_args([str(script)]))
+    assert not (tmp_path / "started").exists()
 
 
 def test_every_missing_store_and_folder_is_named(folder, capsys):

@@ -352,6 +352,23 @@ def test_audio_and_captions_are_pushed_on_request_alone(run, hub, monkeypatch, t
     assert "samples/reference/held_out_0000.wav" in capsys.readouterr().out
 
 
+def test_a_terminal_answers_before_audio_and_captions_are_sent(run, hub, monkeypatch, tmp_path, capsys):
+    hub.use_here(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    questions = []
+    for answer, code in (("", 2), ("no", 2), ("y", 0)):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: questions.append(question) or answer)
+        assert main(["push", str(run), "tester/asked", "--samples"]) == code
+        assert hub.repository("tester/asked").exists == (code == 0)
+    assert (
+        questions == ["send 3 items of your data to tester/asked, generated and true audio with captions? [y/N] "] * 3
+    )
+    assert capsys.readouterr().err.count("nothing is sent") == 2
+    for words in (["--samples", "--yes"], ["--samples", "--dry-run"], []):
+        assert main(["push", str(run), "tester/asked", *words]) == 0
+    assert len(questions) == 3
+
+
 def test_a_card_that_cannot_be_read_is_not_replaced(hub, monkeypatch, tmp_path):
     hub.use_here(monkeypatch, tmp_path / "home")
     theirs = hub.repository("tester/theirs")

@@ -186,6 +186,16 @@ def test_a_push_without_configuration_or_weights_is_an_error(hub, run, capsys, n
     assert not hub.repository(NAME).exists
 
 
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "window.safetensors"])
+def test_a_damaged_training_state_is_not_pushed(hub, run, tmp_path, capsys, name):
+    copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    file = copy / "last" / "training_state" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert main(["push", str(copy), "tester/damaged", "--training-state"]) == 2
+    assert name in capsys.readouterr().err and not hub.repository("tester/damaged").exists
+    assert main(["push", str(copy), "tester/damaged", "--dry-run"]) == 0  # weights alone are whole
+
+
 def test_a_dry_run_needs_no_hub(hub, run, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_TOKEN")

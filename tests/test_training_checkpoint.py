@@ -19,6 +19,7 @@ from mmaudio_hf.training.checkpoint import (
     TrainingState,
     latest_training_state,
     load_training_state,
+    point_at,
     save_checkpoint,
     save_local_shards,
     wait_for_shards,
@@ -162,6 +163,11 @@ def problem_of(folder: Path, share: tuple[int, int]) -> str | None:
         ({"shards": {"count": 2, "shapes": {"model": {"uneven": 5}}}}, "state.json cannot be read"),
         ({"shards": {"count": 10**15, "shapes": ...}}, "state.json cannot be read .*cannot have written 10 files"),
         ({"sha256": ["model.safetensors"]}, "state.json cannot be read"),
+        ({"step": "ten"}, "state.json cannot be read .step is 'ten'"),
+        ({"facts": [1]}, "state.json cannot be read"),
+        ({"facts": {"recipe": {}}}, "state.json cannot be read .'ema_step'"),
+        ({"facts": {"recipe": "x"}}, "state.json cannot be read .recipe is 'x'"),
+        ({"facts": {"depends_on": [1]}}, "state.json cannot be read .depends_on is"),
         ({"shards": {"count": 3, "shapes": ...}}, "model.rank_0_of_3.safetensors is missing or damaged"),
         ({"shards": {"count": 2, "shapes": {"model": {"uneven": []}}}}, "of uneven do not make"),
         ({"shards": {"count": 2, "shapes": {"model": {"uneven": [6, 3]}}}}, "of uneven do not make"),
@@ -178,6 +184,14 @@ def test_state_json_must_fit_the_files(tmp_path, change, message):
     path.write_text(json.dumps(record | change))
     with pytest.raises(ValueError, match=message):
         load_training_state(path.parents[1])
+
+
+def test_a_link_that_a_tool_has_copied_as_a_folder_is_named(tmp_path):
+    folder = save(tmp_path, 4, 1)
+    (tmp_path / "last").unlink()
+    shutil.copytree(folder, tmp_path / "last")
+    with pytest.raises(ValueError, match="last is a folder and no link"):
+        point_at(tmp_path, "last", folder)
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------

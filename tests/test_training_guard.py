@@ -25,7 +25,7 @@ from training_runs import (
     train,
 )
 
-from mmaudio_hf.training.guard import summary, to_json
+from mmaudio_hf.training.guard import StopSignals, summary, to_json
 
 PASSED_ON = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
 
@@ -61,6 +61,22 @@ def test_a_signal_saves_and_ends_the_run(endless, processes, number, send, code,
     assert process.returncode == code or (code is None and process.returncode != 0), output
     assert f"from step {step} to 100000" in output and f"{number.name}: saving a checkpoint" in output, output
     assert last_step(endless) > step and f"stopped at step {last_step(endless)}; the same command" in output
+
+
+def test_one_press_is_one_however_often_it_comes(monkeypatch):
+    """`timeout` signals a process twice at once; torchrun passes on, whenever it can, what all have had already."""
+    for launched, late in ((False, False), (True, False), (True, True)):
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setattr("mmaudio_hf.training.guard.ONE_PRESS_SECONDS", -1.0 if late else 1000.0)
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert signals.number == signal.SIGINT
+            monkeypatch.setattr("mmaudio_hf.training.guard.ONE_PRESS_SECONDS", -1.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
 
 
 # --- steps that are not finite ---------------------------------------------------------------------------------------

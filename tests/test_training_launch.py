@@ -35,12 +35,13 @@ def gradient_norm(recipe, name: str) -> float:
 def test_accumulation_and_compilation_are_those_of_the_recipe(recipe, monkeypatch, capsys):
     expected = gradient_norm(recipe, "plain")
     assert "note:" not in capsys.readouterr().out
-    for name, value in (("GRADIENT_ACCUMULATION_STEPS", "4"), ("DYNAMO_BACKEND", "INDUCTOR")):
+    for name, value in (("GRADIENT_ACCUMULATION_STEPS", "4"), ("DYNAMO_BACKEND", "INDUCTOR"), ("FP8_BACKEND", "TE")):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert gradient_norm(recipe, "left_over") == expected
     output = capsys.readouterr().out
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 of the launch is not used: the recipe has" in output
     assert "ACCELERATE_DYNAMO_BACKEND=inductor of the launch is not used" in output
+    assert "ACCELERATE_FP8_BACKEND=te of the launch is not used" in output
 
 
 def test_precision_of_the_launch_is_reported_when_it_differs(recipe, monkeypatch):
@@ -96,6 +97,11 @@ def test_compilation_that_is_switched_off_is_an_error(recipe, variable):
         ({"ACCELERATE_TORCH_DEVICE": "meta"}, "one device for all processes is not supported: launch with a file of"),
         ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU=maybe in the environment has no meaning: unset it"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment has no meaning"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment has no meaning"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x in the environment has no meaning"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and RANK=0 in the environment are of no launch: unset them"),
+        ({"RANK": "1"}, "WORLD_SIZE=1 and RANK=1 in the environment are of no launch"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP needs a launcher"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "x"}, "of the launch (inv"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: launch with a file of accelerate_configs/"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),

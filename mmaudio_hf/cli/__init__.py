@@ -4,11 +4,13 @@ Recipes are read and checked before anything heavy is imported, so a typing erro
 """
 
 import argparse
+import contextlib
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmaudio_hf.cli import generation, hub, media, store, training, weights
@@ -96,6 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(message, file=sys.stderr)
         training.leave_for_launcher(message)
         return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mmaudio_hf"):
+            raise
+        _print_error(f"{error.name} is not installed for {sys.executable}: activate .venv, or run `pip install .`")
+        return 2
     except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
         training.leave_for_launcher(f"{type(error).__name__}: {error}")
         raise
@@ -117,7 +124,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        setting = re.match(r"--?([a-z_]+(\.\w+)*=.*)", unknown[0]) if hasattr(options, "overrides") else None
+        hint = f"; a setting has no dashes: {setting[1]}" if setting else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -151,20 +160,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mmaudio-hf", description="Train MMAudio: from media to a published model.")
-    parser.add_argument("--version", action="version", version=f"mmaudio-hf {version('mmaudio-hf')}")
+    with contextlib.suppress(PackageNotFoundError):  # where it is found by PYTHONPATH alone
+        parser.add_argument("--version", action="version", version=f"mmaudio-hf {version('mmaudio-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(
-        name: str, function: Callable[[argparse.Namespace], int | None], help_text: str, recipe: bool = False
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(command=function)
-        if recipe:
-            command.add_argument("recipe", metavar="RECIPE", help="recipe file, as recipes/example.yaml")
-            command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
-        return command
-
     for add_commands in COMMANDS:
-        add_commands(add)
+        add_commands(hub.adder(commands))
     _expand_paths(parser)
     return parser

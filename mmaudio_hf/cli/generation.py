@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.cli.hub import hub_stores
+from mmaudio_hf.cli.hub import Add, hub_stores, warn
 from mmaudio_hf.cli.media import share_of_process
-from mmaudio_hf.cli.training import Add, recipe_of_run, warn
-from mmaudio_hf.config import Recipe, load_recipe
+from mmaudio_hf.cli.training import recipe_of_run
+from mmaudio_hf.config import Recipe, load_recipe, read_json
 from mmaudio_hf.schema import PROCESS_TIMEOUT
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def _evaluate_one(source: _Source, folder: Path, split: str) -> dict[str, Any]:
     file = pretrained / "weights.json"
     weights: dict[str, Any] = {"weights": "not stated", "sigma_rel": None}
     if file.is_file():
-        weights = json.loads(file.read_text())
+        weights = read_json(file)
     problem = av_bench_problem(recipe, warn)
     check_truth(recipe, [split], problem, warn)
     run = source.run

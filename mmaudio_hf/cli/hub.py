@@ -19,13 +19,33 @@ if TYPE_CHECKING:  # these load torch, which --help does without
     from mmaudio_hf.training.resume import RunLock
 
 
-def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+Add = Callable[..., argparse.ArgumentParser]  # add(name, function, help, recipe=False): the parser of one command
+
+
+def adder(commands: Any) -> Add:
+    """What adds a command to those of a parser (what its `add_subparsers` returned)."""
+
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int | None] | None, help_text: str, recipe: bool = False
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=function)
+        if recipe:
+            command.add_argument("recipe", metavar="RECIPE", help="recipe file, as recipes/example.yaml")
+            command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+        return command
+
+    return add
+
+
+def add_commands(add: Add) -> None:
+    """`push` and `pull`."""
     push = add("push", _push, "push the newest checkpoint of a run to the Hub, in one commit")
     push.add_argument("run", type=Path, metavar="RUN", help="run folder, checkpoint or pretrained_model folder")
     push.add_argument("repo", nargs="?", metavar="REPO", help="owner/name (default: hub.repo_id of the run's recipe)")
     push.add_argument("--training-state", action="store_true", help="also push what resuming needs")
     push.add_argument("--samples", action="store_true", help="also push audio samples, true audio and their captions")
+    push.add_argument("--yes", action="store_true", help="send them without asking, where a terminal could answer")
     push.add_argument("--public", action="store_true", help="a repository that is created is public (default: private)")
     push.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
 
@@ -35,36 +55,47 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     pull.add_argument("--dry-run", action="store_true", help="show what would be fetched, and fetch nothing")
 
 
-def _log(message: str) -> None:
+def log(message: str) -> None:
+    """Print to stderr: stdout is for results."""
     print(message, file=sys.stderr, flush=True)
 
 
-def _warn(message: str) -> None:
-    _log(f"warning: {message}")
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    log(f"warning: {message}")
+
+
+def repository_of(text: str) -> str:
+    """`owner/name` to push to; ValueError for anything else."""
+    repo, revision = split_hub_id(text)
+    if revision:
+        raise ValueError(f"{text}: pushes go to the main branch, leave out @{revision}")
+    return repo
 
 
 def _push(options: argparse.Namespace) -> None:
     hub = _hub_settings(options.run)
     if not (options.repo or hub.repo_id):
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
-    repo, revision = split_hub_id(options.repo or hub.repo_id)
-    if revision:
-        raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    repo = repository_of(options.repo or hub.repo_id)
     from mmaudio_hf.hub import RepoContents, ensure_repository, read_contents, readable
     from mmaudio_hf.hub.cards import add_card, run_samples
     from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
     with staged(options.run, what) as (folder, step):
+        run_dir, samples = find_source(options.run)[1], options.samples or hub.samples
+        own = run_dir is not None and (folder / "config.json").is_file() and run_samples(run_dir, folder)
+        if own and not samples:
+            print("samples of the run and their captions are not pushed: --samples or hub.samples=true pushes them")
+        elif own and not (options.yes or options.dry_run):
+            _ask(f"send {len(own)} items of your data to {repo}, generated and true audio with captions?")
         if options.dry_run:
             contents = find_for_push(repo, dry_run=True) or RepoContents(repo, "", {})
         else:
             ensure_repository(repo, private=hub.private and not options.public)
             contents = read_contents(repo)
-        run_dir, samples = find_source(options.run)[1], options.samples or hub.samples
         add_card(folder, run_dir, repo, contents.commit or None, samples)
-        if run_dir is not None and not samples and (folder / "config.json").is_file() and run_samples(run_dir, folder):
-            print("samples of the run and their captions are not pushed: --samples or hub.samples=true pushes them")
         plan = plan_push(folder, repo, step, contents)
         notes = {name: "to send" if name in plan.changed else "already there" for name in plan.files}
         print(table(list(plan.files.items()), notes))
@@ -80,6 +111,12 @@ def _push(options: argparse.Namespace) -> None:
             print(f"{contents.url}: commit {push(plan)}")
 
 
+def _ask(question: str) -> None:
+    """ValueError unless whoever sits at the terminal says yes; where there is none, the switch has said it."""
+    if sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ValueError("nothing is sent: push without --samples, and with hub.samples=false in the recipe")
+
+
 def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContents | None":
     """What a repository holds. None, with a message: it does not exist, or the Hub cannot be reached by a dry run."""
     from mmaudio_hf.hub import find_contents
@@ -89,7 +126,7 @@ def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContent
     except ConnectionError as error:
         if not dry_run:
             raise
-        _warn(f"{error}: the files are shown as for an empty repository")
+        warn(f"{error}: the files are shown as for an empty repository")
         return None
     if contents is None:
         print(f"{repo} does not exist, or is hidden from this token: a push creates it")
@@ -120,10 +157,10 @@ def _pull(options: argparse.Namespace) -> None:
     kind = f"run at step {plan.step}" if plan.has_state else "network"
     print(f"{kind}, {readable(plan.size)} in {len(plan.names)} files to {target}{', dry run' * options.dry_run}")
     if not options.dry_run:
-        with RunLock(target, _warn) as lock:
+        with RunLock(target, warn) as lock:
             if (target / LOCK_FILE).exists():  # without the file nobody has begun to train here
                 lock.acquire()
-            pull(plan, target, _log)
+            pull(plan, target, log)
         print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
 
 
@@ -144,7 +181,7 @@ def hub_stores(recipe: Recipe, splits: Sequence[str] = ("train", "validation", "
     size = micro_batch_size(recipe.training, int(os.environ.get("WORLD_SIZE", "1")), recipe.model.latent_length)
     least = rows_needed(size, max(data.prefetch_batches, passes), processes)
     settings: dict[str, Any] = {"connections": data.connections, "patience": data.connection_wait, "least": least}
-    with connect(sources, data.cache_dir, data.cache_gb * 1e9, processes=processes, log=_warn, **settings):
+    with connect(sources, data.cache_dir, data.cache_gb * 1e9, processes=processes, log=warn, **settings):
         yield
 
 
@@ -210,7 +247,7 @@ def _prepare(recipe: Recipe, process: "PartialState", lock: "RunLock") -> None:
             if recipe.resume.startswith(HUB_PREFIX):
                 fetch_run(recipe)
             if recipe.hub.repo_id:
-                check_repository(recipe.hub, recipe.run_dir, False, _warn)
+                check_repository(recipe.hub, recipe.run_dir, False, warn)
         except (ValueError, OSError) as error:
             failure, code = error, [2 if isinstance(error, ValueError) else 1]
     if process.num_processes > 1:
@@ -238,18 +275,18 @@ def fetch_run(recipe: Recipe) -> None:
         contents = find_contents(repo, revision)
         has_no_state = contents is None or not set(STATE_FILES) <= set(contents.files)
         if has_no_state and have is None and recipe.hub.repo_id == repo and revision is None:
-            _log(f"{repo} holds no training state yet: {recipe.run_dir} begins at step 0")
+            log(f"{repo} holds no training state yet: {recipe.run_dir} begins at step 0")
             return
         plan = plan_pull(repo, revision)
     except ConnectionError as error:
         if have is None:
             raise
-        _warn(f"{error}: {recipe.run_dir} resumes from its own step {have}")
+        warn(f"{error}: {recipe.run_dir} resumes from its own step {have}")
         return
     if plan.step is None or not plan.has_state:
         raise ValueError(f"Hub repository {repo} has no training state, only a network: name it in finetune.init_from")
     if have is not None and have >= plan.step:
-        _log(f"{recipe.run_dir} has step {have}, {recipe.resume} step {plan.step}: it resumes from its own step {have}")
+        log(f"{recipe.run_dir} has step {have}, {recipe.resume} step {plan.step}: it resumes from its own step {have}")
         return
-    pull(plan, recipe.run_dir, _log)
-    _log(f"{recipe.run_dir} resumes from step {plan.step} of {repo}@{plan.contents.commit[:12]}")
+    pull(plan, recipe.run_dir, log)
+    log(f"{recipe.run_dir} resumes from step {plan.step} of {repo}@{plan.contents.commit[:12]}")

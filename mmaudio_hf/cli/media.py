@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mmaudio_hf.cli.hub import Add
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource, load_recipe
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from mmaudio_hf.sources import LeftOut, Prepared
 
 
-def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+def add_commands(add: Add) -> None:
+    """`example-media`, `prepare`, `partition`, `extract-video` and `extract-audio`."""
     media = add("example-media", _example_media, "write the synthesised example videos, audio files and captions")
     media.add_argument("directory", metavar="DIR", type=Path)
     media.add_argument("--seed", type=int, default=0)
@@ -40,8 +41,8 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     partition = "cut the audio files and long videos of a recipe into clips (writes clips.tsv)"
     for name, function, help_text in (
         ("partition", _partition, partition),
-        ("extract-video", _extract_video, "make the feature stores of a recipe's videos"),
-        ("extract-audio", _extract_audio, "make the feature stores of a recipe's audio files"),
+        ("extract-video", partial(_extract, "videos"), "make the feature stores of a recipe's videos"),
+        ("extract-audio", partial(_extract, "audios"), "make the feature stores of a recipe's audio files"),
     ):
         command = add(name, function, help_text, recipe=True)
         command.add_argument(
@@ -149,13 +150,6 @@ def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Shar
     print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
-def _sources(recipe: Recipe, kind: str) -> Sequence[VideoSource | AudioSource]:
-    sources = getattr(recipe.extraction, kind)
-    if not sources:
-        raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
-    return sources
-
-
 def _all_sources(recipe: Recipe) -> list[VideoSource | AudioSource]:
     return [*recipe.extraction.videos, *recipe.extraction.audios]
 
@@ -200,57 +194,42 @@ def share_of_process(options: argparse.Namespace) -> "Share":
     return Share(index or 0, 1 if count is None else count, local_rank, local_world or local_rank + 1)
 
 
-def _extract_video(options: argparse.Namespace) -> None:
+def _extract(kind: str, options: argparse.Namespace) -> None:
+    """The sources of a kind: "videos" or "audios"."""
+    recipe, share = load_recipe(options.recipe, options.overrides), share_of_process(options)
+    sources: Sequence[VideoSource | AudioSource] = getattr(recipe.extraction, kind)
+    if not sources:
+        raise ValueError(f"recipe {recipe.name} names nothing under extraction.{kind}")
     from mmaudio_hf.media.lists import check_sources
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    sources = _sources(recipe, "videos")
-    share, cut = share_of_process(options), [source for source in recipe.extraction.videos if source.max_clips != 1]
-    for source in cut if share.count == 1 else ():
-        if source.max_clips == 0 and not source.clips:  # the list is ours, and reads only what is new
-            _write_datasets([source])
+    for source in sources if share.count == 1 else ():
+        if isinstance(source, VideoSource) and source.max_clips == 0 and not source.clips:
+            _write_datasets([source])  # the list is ours, and reads only what is new
             check_sources(replace(recipe.extraction, videos=(source,), audios=()), lists=False)
             _write_clips(recipe, source, share)
-    _check_clip_lists(options, recipe, cut)
-    _extract(options, recipe, sources)
-
-
-def _extract_audio(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    sources = _sources(recipe, "audios")
-    _check_clip_lists(options, recipe, sources)
-    _extract(options, recipe, sources)
-
-
-def _check_clip_lists(
-    options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]
-) -> None:
     for source in sources:
-        if not (clips := recipe.extraction.clips_path(source)).is_file():
+        cut = isinstance(source, AudioSource) or source.max_clips != 1
+        if cut and not (clips := recipe.extraction.clips_path(source)).is_file():
             raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
-
-
-def _extract(options: argparse.Namespace, recipe: Recipe, sources: Sequence[VideoSource | AudioSource]) -> None:
-    from mmaudio_hf.media.lists import check_sources
-
     _write_datasets(_all_sources(recipe))
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]
-    share, open_writer = share_of_process(options), _open_writer(recipe)
+    open_writer = _open_writer(recipe)
     from mmaudio_hf.features.extract import extract_audio, extract_video
 
     for source, known in zip(sources, problems, strict=True):
+        how: dict[str, Any] = {"problems": known, "share": share, "clean": options.clean}
         if isinstance(source, VideoSource):
-            extract_video(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
+            extract_video(recipe, source, open_writer, **how)
         else:
-            extract_audio(recipe, source, open_writer, problems=known, share=share, clean=options.clean)
+            extract_audio(recipe, source, open_writer, **how)
 
 
 # --- The command that looks at media before any feature is made, and what extraction takes from it -------------------
 
 
-def add_audit_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+def add_audit_commands(add: Add) -> None:
+    """`audit`."""
     command = add("audit", _audit, "look for what is wrong with media, before any feature is made of them")
     command.add_argument("recipe", metavar="RECIPE", nargs="?", help="audit all lists of extraction.videos and .audios")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.cli.hub import find_for_push
+from mmaudio_hf.cli.hub import Add, adder, find_for_push, repository_of
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, RunError, split_hub_id
 
@@ -29,17 +29,10 @@ if TYPE_CHECKING:
 HUB_HELP = "store, or hub://owner/name[@revision]"
 
 
-def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
-    commands = add(
-        "store", None, "inspect, verify, convert, merge, push, pull feature stores, take rows of one"
-    ).add_subparsers(required=True, metavar="WHAT")
-
-    def add_store(name: str, function: Callable[[Namespace], int | None], help_text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(command=function)
-        return command
-
+def add_commands(add: Add) -> None:
+    """`store` with its commands, and `verify`."""
+    group = add("store", None, "inspect, verify, convert, merge, push, pull feature stores, take rows of one")
+    add_store = adder(group.add_subparsers(required=True, metavar="WHAT"))
     inspect = add_store("inspect", _inspect, "what a store holds: rows, columns, bytes, captions, encoders")
     inspect.add_argument("store", metavar="STORE", type=_path_or_hub, help=HUB_HELP)
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -188,9 +181,7 @@ def _push(options: Namespace) -> None:
         raise ValueError(f"--license {options.license!r}: give it as the Hub names it, for example cc-by-4.0")
     if not 0 < options.part_size < 1e6:
         raise ValueError(f"--part-size {options.part_size:g} must be more than 0 and less than 1e6 MB")
-    repo, revision = split_hub_id(options.repo)
-    if revision:
-        raise ValueError(f"{repo}@{revision}: pushes go to the main branch, leave out @{revision}")
+    repo = repository_of(options.repo)
     from mmaudio_hf.hub import RepoContents, readable
     from mmaudio_hf.hub.stores import plan_push, push_store
 

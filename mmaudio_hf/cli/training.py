@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.cli.hub import hub_session, hub_stores, resolve_resume
+from mmaudio_hf.cli.hub import Add, adder, hub_session, hub_stores, log, resolve_resume, warn
 from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.config.reading import settings_text
 from mmaudio_hf.schema import HUB_PREFIX
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
     from mmaudio_hf.training.actions import Evaluator
     from mmaudio_hf.training.loop import RunResult
     from mmaudio_hf.training.resume import RunLock
-
-
-Add = Callable[..., argparse.ArgumentParser]  # add(name, function, help, recipe=False): the parser of one command
-
-
-def log(message: str) -> None:
-    """Print to stderr: stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def warn(message: str) -> None:
-    """Print a warning to stderr."""
-    log(f"warning: {message}")
 
 
 def leave_for_launcher(message: str) -> None:
@@ -362,13 +350,11 @@ def _batch_numbers(training: TrainingConfig, world_size: int, latent_length: int
     }
 
 
-def weight_checks() -> dict[str, Callable[[Path], None]]:
+def weight_checks() -> dict[str, Callable[[Path], object]]:
     """File -> check by loading it into its network, for released files without a published checksum."""
-
-    def vocoder(path: Path) -> None:
-        from mmaudio_hf.features.vocoder import Vocoder
-
-        Vocoder("44k").load_released(path)
+    from mmaudio_hf.features.clip import load_empty_text
+    from mmaudio_hf.features.vocoder import Vocoder
+    from mmaudio_hf.weights import BIGVGAN
 
     def vocoder_settings(path: Path) -> None:
         try:
@@ -378,17 +364,10 @@ def weight_checks() -> dict[str, Callable[[Path], None]]:
         if rates != [8, 4, 2, 2, 2, 2]:
             raise ValueError(f"{path} belongs to another vocoder: its upsample_rates are {rates}")
 
-    def empty_text(path: Path) -> None:
-        from mmaudio_hf.features.clip import load_empty_text
-
-        load_empty_text(path)
-
-    from mmaudio_hf.weights import BIGVGAN
-
     return {
-        f"{BIGVGAN}/bigvgan_generator.pt": vocoder,
+        f"{BIGVGAN}/bigvgan_generator.pt": lambda path: Vocoder("44k").load_released(path),
         f"{BIGVGAN}/config.json": vocoder_settings,
-        "empty_string.pth": empty_text,
+        "empty_string.pth": load_empty_text,
     }
 
 
@@ -453,20 +432,19 @@ def _replay_step(options: argparse.Namespace) -> None:
 # --- `mmaudio-hf bench`: speed against what the machine can do --------------------------------------------------------
 
 
+def _benchmark(
+    add: Add, name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str
+) -> argparse.ArgumentParser:
+    command = add(name, lambda options: _show(function(options), options.json), help_text)
+    command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    return command
+
+
 def add_bench_commands(add: Add) -> None:
     """`bench` and its benchmarks."""
     parser = add("bench", None, "measure speed against what the machine can do")
-    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
-
-    def benchmark(
-        name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str
-    ) -> argparse.ArgumentParser:
-        command = benchmarks.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(command=lambda options: _show(function(options), options.json))
-        command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        return command
-
+    benchmark = partial(_benchmark, adder(parser.add_subparsers(required=True, metavar="BENCHMARK")))
     step = benchmark("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
     step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     step.add_argument("--batch-size", type=_count, default=4, help="samples (default 4)")

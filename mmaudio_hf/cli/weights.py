@@ -4,14 +4,14 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from mmaudio_hf.cli.hub import Add, adder
 from mmaudio_hf.cli.training import weight_checks, write_extras
 from mmaudio_hf.config import Recipe, load_recipe
 
 
-def add_commands(add: Callable[..., Any]) -> None:
-    """Add them by `add(name, function, help, recipe=False)`, which returns the parser of one command."""
+def add_commands(add: Add) -> None:
+    """`weights` with its commands, `import` and `export`."""
     _add_commands(add("weights", None, "list, download, verify and convert released weights"))
     importing = add("import", _import, "convert a checkpoint of the reference implementation to a run folder")
     importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
@@ -31,11 +31,9 @@ def add_commands(add: Callable[..., Any]) -> None:
 def _add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable, help_text: str, folder: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        command.set_defaults(command=function)
-        if folder:
-            command.add_argument("--dir", type=Path, help="folder of weights (default: the recipe's, or ext_weights)")
+    def add(name: str, function: Callable, help_text: str) -> argparse.ArgumentParser:
+        command = adder(commands)(name, function, help_text)
+        command.add_argument("--dir", type=Path, help="folder of weights (default: the recipe's, or ext_weights)")
         return command
 
     add("list", _weights_list, "what is released, under which licence, and what of it is here")
@@ -47,7 +45,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
     av_bench = add("av-bench", _weights_av_bench, "make av-benchmark's environment, fetch its weights and try it")
     av_bench.add_argument("--env", type=Path, default=Path("av-bench-env"), help="its folder (default: %(default)s)")
-    convert = add("convert", _weights_convert, "make a pretrained_model folder of a flow network", folder=False)
+    convert = adder(commands)("convert", _weights_convert, "make a pretrained_model folder of a flow network")
     convert.add_argument("file", metavar="FILE", type=Path, help="released file")
     convert.add_argument("out", metavar="OUT", type=Path, help="new folder; for other networks NAME.safetensors")
     convert.add_argument("--variant", help="network that it must be (default: recognised)")

@@ -70,19 +70,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return reader.build(Recipe, tree, "")
 
 
+@checked
 def model_config(plain: Mapping[str, Any], source: str | Path) -> ModelConfig:
     """Configuration of a network from plain values, checked as in a recipe; `source` names their file in messages."""
     return _Reader(str(source)).build(ModelConfig, dict(plain), "")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file that may come from others; ValueError naming the file when it is damaged."""
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The JSON object, or the list of them, in a file that may be damaged or of others; ValueError naming the file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # brackets nested a thousand times end the recursion
         raise ValueError(f"{path} is not valid JSON ({error}): it is damaged, get it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object, but a {type(content).__name__}")
+    wrong = isinstance(content, list) and any(not isinstance(entry, dict) for entry in content)
+    if type(content) is not kind or wrong:
+        expected = "object" if kind is dict else "list of objects"
+        raise ValueError(f"{path} holds no JSON {expected}, but a {type(content).__name__}: get it again")
     return content
 
 
@@ -190,6 +193,7 @@ class _Reader:
         """Plain values of a file on top of those of its bases; `above`: the files whose base it is."""
         if not path.is_file():
             hint = "; the recipe comes before the overrides, as recipes/small_16k.yaml" if "=" in str(path) else ""
+            hint = f"; that of a run is {path}/config.yaml" if (path / "config.yaml").is_file() else hint
             raise RecipeError(f"no recipe at {path}{f' (base of {above[-1]})' if above else hint}")
         if path.resolve() in above:
             names = " -> ".join(p.name for p in (*above, path))

@@ -7,10 +7,11 @@ here imports torch: a mistake in a recipe is reported before anything heavy is l
 import difflib
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from mmaudio_hf.schema import (
     CLIP_DIM,
@@ -20,6 +21,8 @@ from mmaudio_hf.schema import (
     TEXT_TOKENS,
     AuditVerdict,
     audio_mode,
+    checked,
+    require_type,
     sequence_lengths,
     split_hub_id,
 )
@@ -89,6 +92,9 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # of a section: they never change
+
+
 def _repeated(names: Iterable[Any]) -> list[Any]:
     names = list(names)
     return sorted({name for name in names if names.count(name) > 1})
@@ -100,7 +106,19 @@ class Settings:
 
     key: ClassVar[str] = ""  # of the section in a recipe
 
+    def _check_types(self) -> None:
+        """Lists become tuples, and paths text."""
+        for item in fields(self):
+            value, hint = getattr(self, item.name), _hints(type(self))[item.name]
+            converted = tuple(value) if isinstance(value, list) else value
+            converted = str(value) if isinstance(value, Path) and item.metadata.get("path") else converted
+            if converted is not value:
+                object.__setattr__(self, item.name, converted)
+            if type(converted) is not hint:  # numbers of any size are compared with their limits
+                require_type(converted, hint, f"{self.key}.{item.name}".lstrip("."))
+
     def __post_init__(self) -> None:
+        self._check_types()
         for item in fields(self):
             value, path = getattr(self, item.name), f"{self.key}.{item.name}".lstrip(".")
             limits = item.metadata.get("limits", {})
@@ -143,6 +161,7 @@ class ModelConfig(Settings):
     sync_length: int = setting(0, "Synchformer tokens", most=MAX_TOKENS)
 
     def __post_init__(self) -> None:
+        self._check_types()
         # Before lengths are computed, which overflow.
         _require(0 < self.duration <= 3600, f"model.duration must be more than 0 and at most 3600, not {self.duration}")
         lengths = sequence_lengths(self.mode, self.duration)
@@ -200,6 +219,7 @@ def variant_config(variant: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
 
 
+@checked
 def config_of_duration(model: ModelConfig, duration: float) -> ModelConfig:
     """The same network set to clips of another duration; with its own duration, the lengths that it was given."""
     if duration == model.duration:
@@ -718,6 +738,7 @@ class Recipe(Settings):
         return Path(self.output_dir) / self.name
 
 
+@checked
 def samples_per_step(training: TrainingConfig, latent_length: int) -> int:
     """Samples of a step whose clips have so many latents; it depends on the recipe alone, not on the processes."""
     if training.batch_size:
@@ -731,6 +752,7 @@ def samples_per_step(training: TrainingConfig, latent_length: int) -> int:
     return size
 
 
+@checked
 def micro_batch_size(training: TrainingConfig, world_size: int, latent_length: int = 0) -> int:
     """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated.
 

@@ -151,7 +151,9 @@ def read_meta(path: Path) -> Contents:
     if path.name.endswith(PARTIAL):
         raise ValueError(f"{path} is an export that was not finished; {AGAIN}")
     if not file.is_file():
-        raise ValueError(f"{path} is not a feature store (it has no meta.json); {AGAIN}")
+        inside = ", ".join(sorted(meta.parent.name for meta in path.glob("*/meta.json"))[:3])
+        way = f"name one in it: {inside}" if inside else AGAIN
+        raise ValueError(f"{path} is not a feature store (it has no meta.json); {way}")
     entries = {name: entry for name, entry in read_json(file).items() if isinstance(entry, dict)}
     index = entries.pop(TEXT_INDEX, None)
     columns, counts = {}, {}

@@ -330,6 +330,8 @@ class FeatureStore:
         Further columns are left out. ValueError for columns that are missing or ragged, and where neither of the two
         has mode, duration and encoders.
         """
+        if not hasattr(dataset, "select_columns"):
+            raise ValueError(f"from_dataset: dataset must be a datasets.Dataset, not {repr(dataset)[:80]}")
         given = _described(dataset.info.description) | metadata
         if missing := [key for key in ("mode", "duration", "encoders") if key not in given]:
             raise ValueError(f"the data set does not say {', '.join(missing)} of its features: give them, or None")

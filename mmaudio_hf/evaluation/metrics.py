@@ -37,6 +37,7 @@ _OFFSET_BATCH = 8  # pairs of 8 s at once, of 2 x 198 tokens: 16 are 2 % slower,
 # --- Formulas ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def frechet_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
     """Frechet distance of two Gaussians fitted to rows (n, d) (Heusel et al. 2017), covariances with n - 1.
 
@@ -150,6 +151,7 @@ def inception_score(logits: ArrayLike, splits: int = 10, shuffle: bool = True) -
     return float(np.mean(scores)), float(np.std(scores))
 
 
+@checked
 def kernel_distance(
     predicted: ArrayLike, reference: ArrayLike, subsets: int = 100, size: int = 1000
 ) -> tuple[float, float]:
@@ -168,6 +170,7 @@ def kernel_distance(
     return float(np.mean(distances)), float(np.std(distances))
 
 
+@checked
 def kernel_audio_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
     """KAD of rows (n, d): 100 times the squared MMD, without bias, so that small sets can be compared.
 
@@ -193,7 +196,7 @@ def _kernel_audio(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, li
 
 def _kernel_sides(predicted: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     x, y = (np.asarray(rows) for rows in (predicted, reference))
-    if min(len(x), len(y)) < 2 or x.shape[1:] != y.shape[1:]:
+    if any(side.ndim != 2 or len(side) < 2 for side in (x, y)) or x.shape[1] != y.shape[1]:
         raise ValueError(f"give at least two rows of one width, not {x.shape} and {y.shape}")
     return x, y
 
@@ -212,6 +215,7 @@ def _unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
     return float(within - 2 * xy.sum(0).sum() / xy.size)
 
 
+@checked
 def mean_cosine(a: ArrayLike, b: ArrayLike) -> float:
     """Mean cosine of paired rows (n, d)."""
     return float(_cosines(a, b).mean())
@@ -224,14 +228,19 @@ def _cosines(a: ArrayLike, b: ArrayLike) -> Tensor:
     return torch.cosine_similarity(x, y, dim=1)
 
 
+@checked
 def desync_score(classes: ArrayLike) -> float:
     """DeSync in seconds: mean absolute offset that Synchformer predicts, from class indices (n, 2) in 0..20.
 
     A pair has two, of its first and of its last 14 segments; the classes are 21 offsets from -2 to 2 s.
     """
-    return float(np.abs(SYNC_CLASSES[np.asarray(classes, int)]).mean(dtype=np.float64))
+    indices = np.asarray(classes)
+    if indices.dtype.kind not in "iu" or not indices.size or indices.min() < 0 or indices.max() >= CLASSES:
+        raise ValueError(f"classes must be indices from 0 to {CLASSES - 1}, not {repr(classes)[:80]}")
+    return float(np.abs(SYNC_CLASSES[indices]).mean(dtype=np.float64))
 
 
+@checked
 def clean_id(item_id: str) -> str:
     """The id a prediction is paired by: names of 30, 20 or 21 characters have counters, which are cut off."""
     return {30: item_id[10:28], 20: item_id[:18], 21: item_id[1:19]}.get(len(item_id), item_id)
@@ -433,6 +442,7 @@ def dropped_json(dropped: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": len(ids), "ids": list(ids[:_IDS_SHOWN])} for reason, ids in dropped.items()]
 
 
+@checked
 def score_caches(
     gt_dir: str | PathLike,
     pred_dir: str | PathLike,

@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from mmaudio_hf.evaluation.metrics import Score
+from mmaudio_hf.schema import checked
 
 _ONSET_HOP = 0.01  # s
 _ONSET_WINDOW = 0.04  # s
@@ -25,6 +26,7 @@ _ONSET_LEAST = 3.0  # dB averaged over the bands; the least that counts as a ris
 _SILENCE_DBFS = -70.0
 
 
+@checked
 def onset_times(waveform: ArrayLike, sample_rate: int) -> np.ndarray:
     """Times in seconds, ascending, at which events begin in `waveform` (samples,).
 
@@ -61,6 +63,7 @@ def _spectral_flux(samples: np.ndarray, sample_rate: int) -> tuple[np.ndarray, f
     return np.maximum(rise, 0).mean(0)[:complete], hop / sample_rate
 
 
+@checked
 def onset_f1(predicted: ArrayLike, reference: ArrayLike, tolerance: float = 0.1) -> tuple[float, float, float]:
     """Precision, recall and F1 of onset times in seconds, at most `tolerance` apart and matched one to one.
 
@@ -75,6 +78,7 @@ def onset_f1(predicted: ArrayLike, reference: ArrayLike, tolerance: float = 0.1)
     return precision, recall, 2 * matched / (predicted.size + reference.size)
 
 
+@checked
 def onset_scores(
     detected: Sequence[np.ndarray],
     events: Sequence[Sequence[float]],
@@ -101,6 +105,7 @@ def onset_scores(
     return {**means, "f1_shuffled": shuffled, "clips": len(right)}
 
 
+@checked
 def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | None = None) -> np.ndarray:
     """A permutation (n,) without fixed points: partners for a control without the right pairs.
 
@@ -126,6 +131,7 @@ def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | 
 _SCORE_WINDOW, _SCORE_HOP, _SCORE_BANDS = 0.064, 0.016, 80  # s, s
 
 
+@checked
 def waveform_scores(predicted: ArrayLike, reference: ArrayLike, sample_rate: int) -> dict[str, float]:
     """How far a waveform is from the true one, both (samples,); the longer is cut to the length of the shorter.
 

@@ -217,7 +217,7 @@ def run_samples(run_dir: str | Path, pretrained: str | Path | None = None) -> li
     if not steps:
         return []
     folder, samples = folders[max(steps)], []
-    for row in json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:MAX_SAMPLES]:
+    for row in read_json(folder / "samples.json", list)[:MAX_SAMPLES]:
         item_id = check_id(row["id"], str(folder / "samples.json"))
         sources = {"samples": folder, "samples/reference": run_dir / "samples/reference"}
         files = {f"{name}/{item_id}.wav": source / f"{item_id}.wav" for name, source in sources.items()}

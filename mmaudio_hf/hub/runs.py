@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmaudio_hf.config import read_json, read_json_lines
+from mmaudio_hf.files import sha256_of
 from mmaudio_hf.hub import RepoContents, changed_files, commit_files, fetch, fetch_json, read_contents, readable
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE
@@ -202,12 +203,24 @@ def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
         raise ValueError(f"{run} has no training state: push a run folder, or leave out --training-state")
     with tempfile.TemporaryDirectory(prefix="hub_push_", dir=run_dir or source.parent) as scratch:
         folder = stage(source, run_dir, what, Path(scratch) / "files")
-        for path in sorted(folder.rglob("*.safetensors")):
-            try:
+        try:
+            for path in sorted(folder.rglob("*.safetensors")):
                 check_file(path)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(folder), str(run))) from None
-        yield folder, source_step(source)
+            if STATE in what:
+                _check_state(folder / STATE)
+            yield folder, source_step(source)
+        except ValueError as error:  # it names what was staged
+            raise ValueError(str(error).replace(str(folder), str(run))) from None
+
+
+def _check_state(folder: Path) -> None:
+    """ValueError naming a file of a training state that is not what its state.json says."""
+    checksums = read_json(folder / "state.json").get("sha256")
+    if not isinstance(checksums, dict):
+        raise ValueError(f"{folder / 'state.json'} is damaged: it has no checksums")
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
+            raise ValueError(f"{folder / name} is missing or damaged (its checksum differs): nothing is pushed")
 
 
 # --- pull ----------------------------------------------------------------------------------------------------------

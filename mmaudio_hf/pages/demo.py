@@ -6,7 +6,6 @@ lie in a temporary folder that is removed with the process.
 
 import contextlib
 import errno
-import json
 import math
 import os
 import secrets
@@ -23,7 +22,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI, HTTPException
 
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import load_recipe, read_json
 from mmaudio_hf.generation import RECIPE_FILE, Generated, Request, save_with_note
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.container import MediaError, probe
@@ -189,8 +188,8 @@ def _theme() -> gr.themes.Base:
 def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
     """Lines on the network: sizes, which weights of which step, what it was fine-tuned from, adapters."""
     lines = [pipeline.network]
-    with contextlib.suppress(ValueError, OSError, KeyError):
-        weights = json.loads((find_pretrained(run) / "weights.json").read_text())
+    with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+        weights = read_json(find_pretrained(run) / "weights.json")
         width = "" if weights["sigma_rel"] is None else f" (sigma_rel {weights['sigma_rel']:g})"
         lines.append(f"step {weights['step']:,}, {weights['weights'].replace('ema', 'EMA')} weights{width}")
     if (recipe_file := Path(run) / RECIPE_FILE).is_file():

@@ -5,10 +5,10 @@ import contextlib
 import glob
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ import torch
 from markupsafe import Markup
 from tqdm import tqdm
 
-from mmaudio_hf.config import Recipe, load_recipe, read_json_lines
+from mmaudio_hf.config import Recipe, load_recipe, read_json, read_json_lines
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
@@ -183,7 +183,9 @@ def _series(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float
 def run_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Key figures of a run, from metrics.jsonl, speed.jsonl and the weights that generation uses."""
     run_dir = Path(run_dir)
-    metrics, speed = read_json_lines(run_dir / "metrics.jsonl")[0], read_json_lines(run_dir / "speed.jsonl")[0]
+    (metrics, damaged), (speed, _) = (read_json_lines(run_dir / f"{name}.jsonl") for name in ("metrics", "speed"))
+    if damaged:
+        print(f"warning: {run_dir / 'metrics.jsonl'}: {len(damaged)} damaged lines are left out", file=sys.stderr)
     raw, ema = _series(metrics, "val/loss"), _series(metrics, "val_ema/loss")
     summary: dict[str, Any] = {"run": run_dir.resolve().name, "steps": metrics[-1]["step"] if metrics else 0}
     if raw:
@@ -194,8 +196,8 @@ def run_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
         summary["steps_per_second"] = median(e["speed/steps_per_second"] for e in speed)
         summary["samples_per_second"] = median(e["speed/samples_per_second"] for e in speed)
         summary["peak_memory_gb"] = max(e["speed/peak_memory_gb"] for e in speed)
-    with contextlib.suppress(ValueError, OSError):
-        weights = json.loads((find_pretrained(run_dir) / "weights.json").read_text())
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        weights = read_json(find_pretrained(run_dir) / "weights.json")
         summary |= {"weights": weights["weights"], "sigma_rel": weights["sigma_rel"], "weights_step": weights["step"]}
     return summary
 
@@ -408,7 +410,7 @@ def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})
     items: dict[str, dict[int, dict[str, Any]]] = {}  # id -> step -> row
     for step in reversed(chosen):  # the last step says which items there are
-        for row in json.loads((folders[step] / SAMPLES_FILE).read_text()):
+        for row in read_json(folders[step] / SAMPLES_FILE, list):
             if step == chosen[-1] or row["id"] in items:
                 items.setdefault(row["id"], {})[step] = row | {"folder": folders[step]}
     own = [item_id for item_id, rows in items.items() if "scores" not in rows[chosen[-1]]]

@@ -36,6 +36,7 @@ TENSOR_FILES = ("model", "optimizer", "ema", "window")
 FULL, SHARDED = 1, 2  # versions of state.json
 CHECKPOINT = re.compile(r"step_(\d+)(\.old)?")
 OTHER = "resume from another checkpoint"
+_KINDS = {"step": int, "facts": dict, "recipe": dict, "depends_on": dict, "ema_step": int, "skipped": int}
 WAIT_SECONDS = 1800.0  # that the first process, done with its shards, waits for those of the others
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]  # full shapes of the sharded ones, by file
@@ -87,6 +88,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def point_at(run_dir: Path, name: str, folder: Path | None) -> None:
     """Let the link `name` ("last" or "best") of a run point at a checkpoint, or remove it."""
+    if (run_dir / name).is_dir() and not (run_dir / name).is_symlink():
+        raise ValueError(f"{run_dir / name} is a folder and no link, as some tools copy them: remove it")
     link = run_dir / f"{name}.partial"
     link.unlink(missing_ok=True)
     if folder is None:
@@ -304,7 +307,11 @@ def load_training_state(folder: Path, share: tuple[int, int] = (0, 1)) -> Traini
         record = json.loads((training / STATE_FILE).read_text())
         version, step, metadata, checksums = (record[key] for key in ("version", "step", "facts", "sha256"))
         world_size, shapes = _sharding(record, len(checksums := dict(checksums)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, value in {"step": step, "facts": metadata, **metadata}.items():
+            if type(value) is not _KINDS.get(name, type(value)):
+                raise TypeError(f"{name} is {repr(value)[:40]}")
+        _ = "recipe" in metadata and metadata["ema_step"]  # a run has both
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{training / STATE_FILE} cannot be read ({error}): {OTHER}") from error
     if version not in (FULL, SHARDED):
         raise ValueError(f"{training} has version {version}, this program reads {FULL} and {SHARDED}")

@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mmaudio_hf.config import Recipe, TrainingConfig, micro_batch_size, to_dict
 from mmaudio_hf.models.network import MMAudio
@@ -121,7 +122,8 @@ UNSUPPORTED = {
 }
 _FLAG = "1|0|true|false|yes|no|on|off|t|f|y|n"  # anything else ends accelerate with an error that names no variable
 EXPECTED = {
-    **dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK"), r"\d+"),
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_PORT"), r"\d{1,5}"),
+    "WORLD_SIZE": r"[1-9]\d{0,4}",
     **dict.fromkeys(("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"), _FLAG),
 }
 # What the recipe, or this package, decides: variables, the values that mean nothing, and what holds instead.
@@ -164,9 +166,15 @@ def check_launch() -> None:
         if _is_set(variable):
             raise ValueError(f"{name} is not supported: launch with a file of accelerate_configs/, or unset {variable}")
     for variable, expected in EXPECTED.items():
-        if not re.fullmatch(expected, value := os.environ.get(variable, "0"), re.IGNORECASE):
+        if not re.fullmatch(expected, value := os.environ.get(variable, "1"), re.IGNORECASE):
             raise ValueError(f"{variable}={value} in the environment has no meaning: unset it")
-    fsdp_plugin()
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if rank >= world or (world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
+        raise ValueError(
+            f"WORLD_SIZE={world} and RANK={rank} in the environment are of no launch: unset them, or use a launcher"
+        )
+    if fsdp_plugin() and "WORLD_SIZE" not in os.environ:
+        raise ValueError("FSDP needs a launcher: use `accelerate launch --config_file accelerate_configs/fsdp.yaml`")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -182,7 +190,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         # accelerate's launcher does not pass `use_cpu` on to several processes, which then do not connect.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.training.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT), ddp_settings()],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+            # Gradients are views of DDP's buckets: without that it has them twice (4.1 GB for large) and copies them.
+            # Unused parameters need no search: missing conditions are replaced by `where`, so all have gradients.
+            # Gradients are summed in float32: a bf16 communication hook would halve the traffic and round them.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         # The loop accumulates and compiles as the recipe says. Without these two accelerate reads its environment: with
         # 4 accumulation steps there it divides every loss by 4.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -190,6 +204,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     for note in launch_notes(recipe):
         accelerator.print(f"note: {note}")
+    os.environ.pop("ACCELERATE_FP8_BACKEND", None)  # accelerate looks at it whenever it prepares a model
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
             f"the launch started {os.environ['WORLD_SIZE']} processes that do not find each other: on a machine with"
@@ -200,14 +215,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def ddp_settings() -> DistributedDataParallelKwargs:
-    """Gradients are views of DDP's buckets: without that it has them twice (4.1 GB for large) and copies them.
-
-    Buffers are tables that every process computes alike, so nothing is broadcast before a forward pass. Unused
-    parameters need no search: missing conditions are replaced by `where`, so that every parameter has a gradient.
-    Gradients are summed in float32: a bf16 communication hook would halve the traffic and round them.
-    """
-    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+def wrap_model(model: MMAudio, accelerator: Accelerator) -> nn.Module:
+    """`model` as it is called in training: under DDP where there are several processes."""
+    wrapped = accelerator.prepare(model)
+    if isinstance(wrapped, DistributedDataParallel):
+        # Buffers are tables that every process computes alike: no broadcast before each forward pass. accelerate knows
+        # only the old name of this, with which torch warns.
+        wrapped.forward_sync_buffers = False
+    return wrapped
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -29,14 +30,20 @@ if TYPE_CHECKING:
     from mmaudio_hf.training.loop import Run
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ONE_PRESS_SECONDS = 2.0  # a launcher passes on the signal that the whole process group has already had
+# `timeout` signals its child and then the whole group; nobody who has read the line below asks again so soon.
+ONE_PRESS_SECONDS = 2.0
 
 
 class StopSignals:
-    """Keeps the first of SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a later one interrupts at once."""
+    """Keeps the first of SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a later one interrupts at once.
+
+    torchrun passes on what a terminal has sent to all processes: under it one repetition means nothing, whenever it
+    comes.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._passed_on = "TORCHELASTIC_RUN_ID" in os.environ
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -49,6 +56,8 @@ class StopSignals:
         if self.number is None:
             self.number, self._since = number, time.monotonic()
             tqdm.write(f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to stop at once")
+        elif self._passed_on and number == self.number:
+            self._passed_on = False
         elif time.monotonic() - self._since > ONE_PRESS_SECONDS:
             raise KeyboardInterrupt
 

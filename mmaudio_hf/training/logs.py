@@ -82,7 +82,9 @@ class RunLog:
         id_file = folder / "id"  # names of runs may repeat
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        run_id, project = id_file.read_text(), recipe.training.tracker_project
+        run_id, project = id_file.read_text(errors="replace"), recipe.training.tracker_project
+        if not re.fullmatch("[0-9a-f]{8}", run_id):
+            raise RunError(f"{id_file} is damaged: remove it, and trackers begin a new run")
         makers: dict[str, Callable[[], GeneralTracker]] = {
             "tensorboard": lambda: TensorBoardTracker(recipe.name, folder),
             "wandb": lambda: WandBTracker(project, id=run_id, name=recipe.name, resume="allow", dir=str(folder)),
@@ -389,7 +391,8 @@ def check_trackers(trackers: Sequence[str]) -> None:
             mode = wandb.setup().settings.mode
             ready = mode in ("offline", "disabled") or wandb.login(prompt=False, verify=False)
         except wandb.Error as error:
-            raise ValueError(f"training.trackers names wandb, whose settings are not valid: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"training.trackers names wandb, whose settings are not valid: {reason}") from error
         if not ready:
             raise ValueError(
                 "training.trackers names wandb, and nobody is logged in: run `wandb login`, set WANDB_API_KEY, or"

@@ -184,7 +184,7 @@ class Run:
     def prepare(self) -> None:
         """Wrap the model for its processes, after `find_checkpoint` has checked that it is the same on all of them."""
         sharded = self.checkpointer.sharded
-        self.model = self.unwrapped_model if sharded else self.accelerator.prepare(self.unwrapped_model)
+        self.model = self.unwrapped_model if sharded else distributed.wrap_model(self.unwrapped_model, self.accelerator)
 
     # --- read -------------------------------------------------------------------------------------------------------
 
