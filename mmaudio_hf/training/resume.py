@@ -224,7 +224,7 @@ def _words(value: Any, other: Any) -> str:
     theirs = other.get("encoders", {})
     encoders = {name: text for name, text in value.get("encoders", {}).items() if theirs.get(name, text) != text}
     words = [f"{value['rows']} rows"] if "rows" in value else []
-    if value.get("duration") != other.get("duration", value.get("duration")):
+    if {"duration"} <= value.keys() & other.keys() and value["duration"] != other["duration"]:
         words.append(f"clips of {value['duration']} s")
     words += [f"content {value['content'][:12]}", *(f"{name} encoder {text}" for name, text in encoders.items())]
     return ", ".join(words)
