@@ -30,7 +30,7 @@ from mmaudio_hf.config import ExtractionConfig
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.media import audit as module
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.audit import HARMLESS, SCHEMA, VERDICTS, AuditSource, Limits, audit, known_problems
+from mmaudio_hf.media.audit import HARMLESS, OF_SYNC, SCHEMA, VERDICTS, AuditSource, Limits, audit, known_problems
 from mmaudio_hf.pages.audit import MEANING, write_page
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def test_every_verdict_is_given_to_its_file_and_to_no_other(table):
     assert verdicts["v"] == EXPECTED
     assert verdicts["a"] == AUDIO_FILES
     assert verdicts["h"] == {"elsewhere": set(), "held_id": set()}
-    assert set().union(*EXPECTED.values()) == set(VERDICTS), "a verdict that no file shows"
+    assert set().union(*EXPECTED.values()) == set(VERDICTS) - OF_SYNC, "a verdict that no file shows"
     reasons = {(row["id"], verdict): reason for row in rows for verdict, reason in verdicts_of(row).items()}
     assert reasons["copy", "duplicate_content"] == "the same file as 'good' of v"
     assert reasons["remuxed", "duplicate_content"] == "the same frames as 'good' of v"
@@ -367,7 +367,7 @@ def test_the_pages_show_and_play_every_item(table, tmp_path):
     rows = rows_of(table)
     page = Page(write_page(table, tmp_path / "whole.html"))
     items = Page(tmp_path / "whole_items" / "1.html")
-    assert set(VERDICTS) <= set(page.texts) and page.tags.count("svg") == 9 and page.tags.count("details") == 1
+    assert set(VERDICTS) <= set(page.texts) and page.tags.count("svg") == 9 and page.tags.count("details") == 2
     assert {"seconds", "share", "dBFS", "frames per second"} <= set(page.texts), "units"
     kinds = {"video": "video", "audio": "audio"}
     for kind, tag in kinds.items():
@@ -465,7 +465,8 @@ def test_lists_without_a_recipe(sources, tmp_path, capsys):
 def test_names_and_limits_stand_together():
     assert set(MEANING) == set(VERDICTS)
     assert set(ExtractionConfig().reject) <= set(VERDICTS) and not set(ExtractionConfig().reject) & set(HARMLESS)
-    assert set(command._LIMITS) == {field.name for field in dataclasses.fields(Limits)}
+    limits = {**command._LIMITS, **command.SYNC_LIMITS}
+    assert set(limits) == {field.name for field in dataclasses.fields(Limits)}
     for name, value in dataclasses.asdict(Limits()).items():
-        assert f"({value:g})" in command._LIMITS[name]
+        assert f"({value:g})" in limits[name]
     assert np.isfinite(list(dataclasses.asdict(Limits()).values())).all()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import Add
-from mmaudio_hf.config import AudioSource, Recipe, VideoSource, load_recipe
+from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
 
 if TYPE_CHECKING:
     from mmaudio_hf.data.store import StoreWriter
+    from mmaudio_hf.evaluation.offsets import Clips, Comparison
     from mmaudio_hf.files import Share
-    from mmaudio_hf.media.audit import AuditSource
+    from mmaudio_hf.media.audit import AuditReport, AuditSource, Limits, Sync
     from mmaudio_hf.sources import LeftOut, Prepared
 
 
@@ -45,12 +46,15 @@ def add_commands(add: Add) -> None:
         ("extract-audio", partial(_extract, "audios"), "make the feature stores of a recipe's audio files"),
     ):
         command = add(name, function, help_text, recipe=True)
-        command.add_argument(
-            "--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on"
-        )
-        command.add_argument("--num-shards", type=int, metavar="N", help="number of processes that divide the shards")
+        add_share(command)
         if function is not _partition:
             command.add_argument("--clean", action="store_true", help="remove the shards of complete stores")
+
+
+def add_share(command: argparse.ArgumentParser) -> None:
+    """Options of `share_of_process`."""
+    command.add_argument("--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on")
+    command.add_argument("--num-shards", type=int, metavar="N", help="number of processes that divide the shards")
 
 
 def _example_media(options: argparse.Namespace) -> None:
@@ -214,13 +218,14 @@ def _extract(kind: str, options: argparse.Namespace) -> None:
     _write_datasets(_all_sources(recipe))
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]
+    offsets = [_audit_offsets(recipe, source, options.recipe) for source in sources]
     open_writer = _open_writer(recipe)
     from mmaudio_hf.features.extract import extract_audio, extract_video
 
-    for source, known in zip(sources, problems, strict=True):
+    for source, known, late in zip(sources, problems, offsets, strict=True):
         how: dict[str, Any] = {"problems": known, "share": share, "clean": options.clean}
         if isinstance(source, VideoSource):
-            extract_video(recipe, source, open_writer, **how)
+            extract_video(recipe, source, open_writer, offsets=late, **how)
         else:
             extract_audio(recipe, source, open_writer, **how)
 
@@ -243,10 +248,34 @@ def add_audit_commands(add: Add) -> None:
     )
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one per core")
     command.add_argument("--duration", type=float, default=8.0, help="without a recipe: seconds of a clip")
+    add_sync_options(command)
+    command.add_argument("--sync", action="store_true", help="also compare the audio of every video with its frames")
+    command.add_argument(
+        "--sync-duration",
+        type=float,
+        metavar="S",
+        help="seconds that are compared (8, or the recipe's if it is longer)",
+    )
     for name, text in _LIMITS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
 
 
+def add_sync_options(command: argparse.ArgumentParser) -> None:
+    """Options of every audit that compares audio and frames."""
+    command.add_argument(
+        "--relevance", action="store_true", help="also CLAP of the captions and ImageBind of the frames: av-benchmark"
+    )
+    add_share(command)
+    for name, text in SYNC_LIMITS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
+
+
+SYNC_LIMITS = {
+    "max_offset": "offset: the audio is more seconds late or early (0.2)",
+    "max_chance": "unrelated: a larger share of the audio of other clips fits as well (0.01)",
+    "min_clap": "caption_mismatch: audio and caption have a lower cosine by CLAP (0)",
+    "min_imagebind": "frames_mismatch: audio and frames have a lower cosine by ImageBind (0)",
+}
 # Limits of `media.audit.Limits`, which is not imported for a --help; a test holds the two together.
 _LIMITS = {
     "max_still": "still: this share of the sampled frames, or more, is like the one before (0.85)",
@@ -263,26 +292,86 @@ _LIMITS = {
 def _audit(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
     _check(options)
-    from mmaudio_hf.media.audit import AuditSource, Limits, audit
+    from mmaudio_hf.files import locked
+    from mmaudio_hf.media.audit import AuditSource, audit, check_table
     from mmaudio_hf.pages.audit import write_page
 
-    given = {name: getattr(options, name) for name in _LIMITS if getattr(options, name) is not None}
+    limits = limits_of(options, {**_LIMITS, **SYNC_LIMITS})
     if recipe is None:
         sources, duration, table = _given_sources(options, AuditSource), options.duration, Path("audit.parquet")
     else:
         sources, duration, table = _recipe_sources(recipe, AuditSource), recipe.model.duration, _table(recipe)
     table = options.out or table
-    report = audit(sources, table, duration=duration, limits=Limits(**given), workers=options.workers)
-    page = write_page(table, table.with_suffix(".html"))
+    check_table(table)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    sync = _sync_of_media(options, recipe, sources, duration, table) if options.sync or options.relevance else None
+    if sync is None and (options.sync or options.relevance):
+        return
+    with locked(table.with_suffix(".lock")):  # of several processes the last one comes here, or two at once
+        report = audit(sources, table, duration=duration, limits=limits, workers=options.workers, sync=sync)
+        page = write_page(table, table.with_suffix(".html"))
+    show_audit(report, page, "files measured")
+
+
+def show_audit(report: "AuditReport", page: Path, measured: str) -> None:
+    """What an audit has found, in a few lines."""
     for verdict, count in report.counts.items():
         print(f"{count:8} {verdict}")
     print(
-        f"{report.ok} of {report.listed} items are ok; {report.measured} files measured in {report.seconds:.1f} s;"
-        f" {table} has each, {page} shows the worst"
+        f"{report.ok} of {report.listed} items are ok; {report.measured} {measured} in {report.seconds:.1f} s;"
+        f" {report.table} has each, {page} shows the worst"
     )
 
 
+def limits_of(options: argparse.Namespace, names: Mapping[str, str]) -> "Limits":
+    """`Limits` of the options that were given."""
+    from mmaudio_hf.media.audit import Limits
+
+    return Limits(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+
+
+def _sync_of_media(
+    options: argparse.Namespace, recipe: Recipe | None, sources: "Sequence[AuditSource]", duration: float, table: Path
+) -> "Sync | None":
+    from mmaudio_hf.evaluation.av_bench import AvBench
+    from mmaudio_hf.evaluation.offsets import SECONDS, Comparison, MediaClips
+
+    if not any(source.kind == "video" for source in sources):
+        raise ValueError("--sync compares audio with frames, and there is no list of videos")
+    config = recipe.encoders if recipe else EncoderConfig()
+    comparison = Comparison(
+        config,
+        recipe.model.mode if recipe else "16k",
+        options.sync_duration or max(SECONDS, duration),
+        AvBench.from_recipe(recipe) if recipe else AvBench("", Path(config.weights_dir)),
+        options.relevance,
+        share_of_process(options),
+        *((recipe.extraction.batch_size, recipe.extraction.shard_size) if recipe else ()),
+    )
+    alignment = recipe.extraction.alignment if recipe else "timestamps"
+    return measure_sync(MediaClips(sources, comparison, alignment), comparison, table)
+
+
+def measure_sync(clips: "Clips", comparison: "Comparison", table: Path) -> "Sync | None":
+    """Figures of audio against frames; None, and a line that says so, while other processes have some to measure."""
+    from mmaudio_hf.evaluation.offsets import figures_of, measure
+
+    lines = table.with_suffix(".sync.jsonl")
+    if pending := measure(clips, comparison, lines):
+        print(f"{lines}: {pending} clips are still to be measured; the process that ends last writes {table}")
+        return None
+    if not comparison.relevance:
+        print("clap_score and imagebind_score are not measured: they need --relevance, and av-benchmark")
+    return figures_of(clips, lines)
+
+
 def _check(options: argparse.Namespace) -> None:
+    if not (options.sync or options.relevance):
+        extra = [
+            name for name in (*SYNC_LIMITS, "sync_duration", "shard_index", "num_shards") if getattr(options, name)
+        ]
+        if extra:
+            raise ValueError(f"--{extra[0].replace('_', '-')} has no effect without --sync")
     folders = [folder for folder in (options.videos, options.audios) if folder is not None]
     if options.recipe:
         extra = [name for name in ("videos", "audios", "list", "against", "against_media") if getattr(options, name)]
@@ -329,6 +418,16 @@ def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSou
 
 def _table(recipe: Recipe) -> Path:
     return Path(recipe.extraction.audit or Path(recipe.extraction.output_dir) / "audit.parquet")
+
+
+def _audit_offsets(recipe: Recipe, source: VideoSource | AudioSource, recipe_path: str) -> Mapping[str, float] | None:
+    """id -> seconds that the audio is late, of what extraction shifts; None where it shifts nothing."""
+    if not recipe.extraction.correct_offset or not isinstance(source, VideoSource):
+        return None
+    from mmaudio_hf.media.audit import AuditSource, known_offsets
+
+    listed = AuditSource(source.name, "video", source.media_dir, source.list)
+    return known_offsets(recipe.extraction.audit, listed, renew=f"mmaudio-hf audit {recipe_path}")
 
 
 def audit_problems(

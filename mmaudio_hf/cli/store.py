@@ -8,11 +8,19 @@ import re
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import Add, adder, find_for_push, repository_of
+from mmaudio_hf.cli.media import (
+    SYNC_LIMITS,
+    add_sync_options,
+    limits_of,
+    measure_sync,
+    share_of_process,
+    show_audit,
+)
 from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, RunError, split_hub_id
 
@@ -44,6 +52,8 @@ def add_commands(add: Add) -> None:
         command.add_argument("--seed", type=int, default=0, help="which rows are chosen (default 0)")
         command.add_argument("--media", type=Path, metavar="DIR", help="with --sample: compare media too")
         command.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")
+
+    _add_audit(add_store("audit", _audit, "compare the audio of every row with its frames, without media"))
 
     convert = add_store("convert", _convert, "write a store in another layout")
     convert.add_argument("source", metavar="SOURCE", type=Path)
@@ -96,6 +106,14 @@ def _connected(store: Path | str) -> Iterator[None]:
         yield
 
 
+def _add_audit(audit: argparse.ArgumentParser) -> None:
+    audit.add_argument("store", metavar="STORE", type=Path)
+    audit.add_argument("--out", metavar="FILE", type=Path, help="the table (default STORE.audit.parquet)")
+    audit.add_argument("--ok-ids", metavar="FILE", type=Path, help="ids of the rows that are ok, for subset --ids")
+    audit.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")
+    add_sync_options(audit)
+
+
 def _inspect(options: Namespace) -> None:
     from mmaudio_hf.data.tools import describe
 
@@ -126,6 +144,63 @@ def _inspect(options: Namespace) -> None:
         print(f"  latent channels: {', '.join(ranges)}")
     for item_id, caption in info["first_rows"]:
         print(f"  {item_id}: {caption}")
+
+
+def _audit(options: Namespace) -> None:
+    from mmaudio_hf.data.store import FeatureStore
+    from mmaudio_hf.evaluation.av_bench import AvBench
+    from mmaudio_hf.evaluation.offsets import Comparison, StoreClips
+    from mmaudio_hf.files import locked, write_text
+    from mmaudio_hf.media.audit import audit_store, check_table
+    from mmaudio_hf.pages.audit import write_page
+
+    recipe, limits = load_recipe(options.recipe) if options.recipe else None, limits_of(options, SYNC_LIMITS)
+    table = options.out or options.store.with_name(f"{options.store.name}.audit.parquet")
+    check_table(table)
+    with FeatureStore.open(options.store) as store:
+        config, mode, duration = _encoders_of(store, recipe, options.store)
+        _check_fingerprints(store.path, store.manifest or {}, config, mode, ("sync", "latent"))
+        bench = AvBench.from_recipe(recipe) if recipe else AvBench("", Path(config.weights_dir))
+        comparison = Comparison(config, mode, duration, bench, options.relevance, share_of_process(options))
+        figures = measure_sync(StoreClips(store, comparison), comparison, table)
+        captions = dict(zip(store.ids, store.captions, strict=True))
+    if figures is None:
+        return
+    if options.relevance:
+        print("imagebind_score is not measured: it needs the media, by `mmaudio-hf audit --relevance`")
+    with locked(table.with_suffix(".lock")):
+        report = audit_store(options.store, captions, table, limits, figures)
+        page = write_page(table, table.with_suffix(".html"))
+        if options.ok_ids:
+            bad = set(report.bad_ids)
+            write_text(options.ok_ids, "".join(f"{item_id}\n" for item_id in captions if item_id not in bad))
+    show_audit(report, page, "rows compared")
+
+
+def _check_fingerprints(
+    path: Path, manifest: Mapping[str, Any], config: EncoderConfig, mode: str, components: Sequence[str]
+) -> None:
+    """ValueError where an encoder is missing here, or is another one than that of the store."""
+    from mmaudio_hf.features.encoders import check_encoders, fingerprints
+
+    check_encoders(config, mode, components)
+    for name, encoder in fingerprints(config, mode, components).items():
+        stored = manifest.get("encoders", {}).get(name, encoder)
+        if stored.get("fingerprint") != encoder["fingerprint"]:
+            raise ValueError(
+                f"{path} was made with {name} {stored}, the encoder here is {encoder}: give --recipe with the"
+                " encoders of the extraction"
+            )
+
+
+def _encoders_of(store: "FeatureStore", recipe: Recipe | None, path: Path) -> tuple[EncoderConfig, str, float]:
+    """Encoders, mode and duration of a store, by its manifest or else the recipe."""
+    manifest = store.manifest or {}
+    mode = manifest.get("mode") or (recipe.model.mode if recipe else None)
+    duration = manifest.get("duration") or (recipe.model.duration if recipe else None)
+    if mode is None or duration is None or (recipe is None and not manifest.get("encoders")):
+        raise ValueError(f"{path} does not say what made it: give --recipe, the recipe of the extraction")
+    return recipe.encoders if recipe else _encoder_config(manifest, path), mode, duration
 
 
 def _convert(options: Namespace) -> None:
@@ -252,27 +327,16 @@ def _verify(options: Namespace) -> int:
 def _reencoder(options: Namespace) -> "Callable[[str, str], dict[str, torch.Tensor]]":
     """Encodes a row again: its text, and with --media its file, as the manifest or else the recipe says."""
     from mmaudio_hf.data.store import FeatureStore
-    from mmaudio_hf.features.encoders import check_encoders, fingerprints, load_encoders
+    from mmaudio_hf.features.encoders import load_encoders
 
     recipe = load_recipe(options.recipe) if options.recipe else None
     with FeatureStore.open(options.store) as store:
         manifest, has_video = store.manifest or {}, store.has_video
+        config, mode, duration = _encoders_of(store, recipe, options.store)
         if not store.has_text and options.media is None:
             raise ValueError(f"{store.path} has no text features: give --media to compare the rest")
-    mode = manifest.get("mode") or (recipe.model.mode if recipe else None)
-    duration = manifest.get("duration") or (recipe.model.duration if recipe else None)
-    if mode is None or duration is None or (recipe is None and not manifest.get("encoders")):
-        raise ValueError(f"{options.store} does not say what made it: give --recipe, the recipe of the extraction")
-    config = recipe.encoders if recipe else _encoder_config(manifest, options.store)
     components = ["text"] if options.media is None else [*(["clip", "sync"] if has_video else []), "text", "latent"]
-    check_encoders(config, mode, components)
-    for name, encoder in fingerprints(config, mode, components).items():
-        stored = manifest.get("encoders", {}).get(name, encoder)
-        if stored.get("fingerprint") != encoder["fingerprint"]:
-            raise ValueError(
-                f"{options.store} was made with {name} {stored}, the encoder here is {encoder}: give --recipe with the"
-                " encoders of the extraction"
-            )
+    _check_fingerprints(options.store, manifest, config, mode, components)
     encoders = load_encoders(config, mode, components, duration=duration)
     read_media = _media_reader(options, recipe, manifest, mode, duration, has_video) if options.media else None
 
@@ -339,6 +403,7 @@ def _video_reader(
     mode: str,
     duration: float,
 ) -> "ReadMedia":
+    from mmaudio_hf.files import read_json
     from mmaudio_hf.media.lists import VideoStart, find_video, read_video_clips
     from mmaudio_hf.media.video import read_video
 
@@ -354,10 +419,15 @@ def _video_reader(
 
     clips = {clip.id: clip for clip in read_video_clips(clips_file)} if clips_file.is_file() else {}  # of long videos
 
+    late = read_json(Path(f"{options.store}.offsets.json"))  # what extraction has shifted
+
     def read(item_id: str) -> "dict[str, torch.Tensor]":
         listed = clips.get(item_id, VideoStart(item_id, item_id, 0.0))
-        path = find_video(options.media, listed.name)
-        clip = read_video(path, start=listed.start, mode=mode, duration=duration, as_uint8=True, **settings)
+        path, times = (
+            find_video(options.media, listed.name),
+            {"start": listed.start, "audio_offset": late.get(item_id, 0.0)},
+        )
+        clip = read_video(path, mode=mode, duration=duration, as_uint8=True, **times, **settings)
         return {name: getattr(clip, name) for name in ("audio", "clip_frames", "sync_frames")}
 
     return read

@@ -433,10 +433,11 @@ def _replay_step(options: argparse.Namespace) -> None:
 
 
 def _benchmark(
-    add: Add, name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str
+    add: Add, name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str, rounds: bool = True
 ) -> argparse.ArgumentParser:
     command = add(name, lambda options: _show(function(options), options.json), help_text)
-    command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
+    if rounds:
+        command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return command
 
@@ -494,6 +495,10 @@ def _add_data_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> N
     finetune.add_argument("--folder", type=Path, default=Path("output/bench-finetune"), help="media, features and runs")
     finetune.add_argument("--kind", choices=("storm", "frog"), default="storm", help="what is learned (default storm)")
     finetune.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of them")
+    help_text = "what an audit of audio against frames finds, and what training on the cleaned store gains"
+    curation = benchmark("curation", _curation, help_text, rounds=False)
+    curation.add_argument("--folder", type=Path, default=Path("output/bench-curation"), help="media, features and runs")
+    curation.add_argument("--seeds", type=int, default=3, help="networks of each kind; 0: detection alone (default 3)")
     loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
 
 
@@ -581,6 +586,12 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: {nearest(method, METHODS)}")
     return finetune(options.folder, options.kind, options.methods or list(METHODS), options.rounds)
+
+
+def _curation(options: argparse.Namespace) -> dict[str, Any]:
+    from mmaudio_hf.bench.curation import curation
+
+    return curation(options.folder, options.seeds)
 
 
 def _loader(options: argparse.Namespace) -> dict[str, Any]:

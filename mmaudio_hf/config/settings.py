@@ -314,6 +314,9 @@ class ExtractionConfig(Settings):
     shard_size: int = setting(512, "items of a shard, which is redone when it was interrupted", least=1)
     audit: str = setting("", "table that `mmaudio-hf audit` wrote; empty: nothing is left out by it", path=True)
     reject: tuple[AuditVerdict, ...] = setting(_REJECT, "verdicts of the audit that leave an item out")
+    correct_offset: bool = setting(
+        False, "shift the audio of videos with the verdict offset by what the audit found; needs audit --sync"
+    )
 
     def clips_path(self, source: VideoSource | AudioSource) -> Path:
         """The clip list of a source: named in the recipe, or beside its store."""
@@ -328,6 +331,15 @@ class ExtractionConfig(Settings):
         _require(
             self.alignment == "timestamps" or all(source.max_clips == 1 for source in self.videos),
             "extraction.videos.max_clips needs extraction.alignment timestamps: the reference reads no later clips",
+        )
+        _require(
+            not self.correct_offset or (bool(self.audit) and self.alignment == "timestamps"),
+            "extraction.correct_offset needs extraction.audit, the table of `mmaudio-hf audit --sync`, and"
+            " extraction.alignment timestamps",
+        )
+        _require(
+            not self.correct_offset or "offset" not in self.reject,
+            "extraction.correct_offset shifts what extraction.reject offset leaves out: choose one of the two",
         )
         twice = _repeated(source.name for source in (*self.videos, *self.audios))
         _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")

@@ -107,6 +107,7 @@ class ExtractionReport:
 class Options(TypedDict, total=False):
     """Options of an extraction."""
 
+    offsets: Mapping[str, float] | None  # id of a video -> s that its audio is late, by an audit: it is shifted
     problems: Problems | None  # what an audit found; such an item is a reject of the stage "audit", its file unopened
     share: Share  # the shards that this process makes
     clean: bool  # remove the shards of a complete store
@@ -147,7 +148,7 @@ def extract_audio(
 # --- The items -------------------------------------------------------------------------------------------------------
 
 
-def _video_items(job: Job, source: VideoSource, problems: Problems | None) -> list[Item]:
+def _video_items(job: Job, source: VideoSource, problems: Problems | None, offsets: Mapping[str, float]) -> list[Item]:
     items: list[Item] = []
     folder = MediaFolder(source.media_dir, "video")
     starts = _video_starts(job) if source.max_clips != 1 else {}
@@ -157,7 +158,8 @@ def _video_items(job: Job, source: VideoSource, problems: Problems | None) -> li
         if source.max_clips != 1 and name not in starts:
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
         for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):
-            items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start))
+            late = offsets.get(row.id, 0.0)
+            items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start, audio_offset=late))
     return items
 
 
@@ -297,6 +299,7 @@ def _extract(
     source: VideoSource | AudioSource,
     open_writer: OpenWriter,
     problems: Problems | None = None,
+    offsets: Mapping[str, float] | None = None,
     share: Share = _ALL_SHARDS,
     clean: bool = False,
     progress: bool = True,
@@ -304,7 +307,7 @@ def _extract(
     started, job = time.monotonic(), Job(recipe, source, share)
     _check_settings(job)
     if isinstance(source, VideoSource):
-        items = _video_items(job, source, problems)
+        items = _video_items(job, source, problems, offsets or {})
     else:
         items = _audio_items(job, source, problems)
         _print_row_count(job, items, progress)
@@ -381,9 +384,10 @@ def _finish(job: Job, key: str, shards: Sequence[Shard], open_writer: OpenWriter
     with locked(job.folder / "store.lock"):
         if _finished(job, key, len(shards)) is None:
             _write_rejects(job, report, metadata)
+            corrected = _write_offsets(job, shards, metadata)
             if _key_of_store(job) != key:
                 _remove_store(job, report.store_path)
-                _export(job, key, report, shards, open_writer, progress)
+                _export(job, key, report, corrected, shards, open_writer, progress)
     return report
 
 
@@ -438,8 +442,24 @@ def _write_rejects(job: Job, report: ExtractionReport, metadata: Sequence[Mappin
         )
 
 
+def _write_offsets(job: Job, shards: Sequence[Shard], metadata: Sequence[Mapping]) -> int:
+    """What the audio of the rows was shifted by, beside the store; returns their number."""
+    accepted = {item_id for shard in metadata for item_id in shard["ids"]}
+    items = [item for shard in shards for item in shard.items if item.audio_offset and item.id in accepted]
+    job.offsets_file.unlink(missing_ok=True)
+    if items:
+        write_text(job.offsets_file, json.dumps({item.id: item.audio_offset for item in items}, indent=0) + "\n")
+    return len(items)
+
+
 def _export(
-    job: Job, key: str, report: ExtractionReport, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool
+    job: Job,
+    key: str,
+    report: ExtractionReport,
+    corrected: int,
+    shards: Sequence[Shard],
+    open_writer: OpenWriter,
+    progress: bool,
 ) -> None:
     """Copy the shards into a new store, in the order of the list, a block of rows at a time."""
     with (
@@ -453,7 +473,8 @@ def _export(
             encoders=job.fingerprints,
             preprocessing=job.preprocessing,
             normalisation={"audio_peak": _AUDIO_PEAK if job.normalize_audio else None},
-            counts={"listed": report.listed, "accepted": report.accepted, "rejected": report.rejected},
+            counts={"listed": report.listed, "accepted": report.accepted, "rejected": report.rejected}
+            | ({"corrected": corrected} if corrected else {}),
             inputs_hash=key,
         ) as writer,
         tqdm(total=report.accepted, desc=f"{job.name}: store", unit="row", disable=not progress) as bar,

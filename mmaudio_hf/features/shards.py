@@ -94,6 +94,7 @@ class Item:
     span: tuple[int, int] | None = None  # samples of the audio file; None for videos
     problem: tuple[str, str, str] | None = None
     start: float = 0.0  # s into the video
+    audio_offset: float = 0.0  # s that its audio is late, which is corrected
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,17 @@ class Job:
                 known[item.path] = file_key(item.path)
             reason = item.problem and item.problem[:2]
             span = ["start", item.start] if item.start else item.span
-            rows.append([item.id, item.caption, Path(item.path).name, span, reason, known[item.path]])
+            shifted = [item.audio_offset] if item.audio_offset else []
+            rows.append([item.id, item.caption, Path(item.path).name, span, reason, known[item.path], *shifted])
         size = self.recipe.extraction.shard_size
         blocks = [slice(first, first + size) for first in range(0, len(items), size)]
         shards = [Shard(i, hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
         return hash_of([settings, rows]), shards
+
+    @property
+    def offsets_file(self) -> Path:
+        """Id -> seconds that its audio was late, of the rows whose audio was shifted."""
+        return self.output_dir / f"{self.name}.offsets.json"
 
     def file(self, number: int, ending: str) -> Path:
         """A file of shard `number`."""
@@ -614,6 +621,7 @@ def _read_video(job: Job, item: Item) -> VideoClip:
     return read_video(
         item.path,
         start=item.start,
+        audio_offset=item.audio_offset,
         mode=model.mode,
         duration=job.duration,
         alignment=alignment,

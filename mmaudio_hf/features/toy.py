@@ -35,6 +35,7 @@ VERSION = 2  # part of the fingerprints: raise it whenever a formula below chang
 
 CLIP_GRID, SYNC_GRID = 12, 28  # cells per side
 MOTION_GRID = 7
+AMOUNTS, CLOCK = 6, 8  # numbers for the motion in a frame, and for the time of a segment
 CONTEXT_WEIGHT = 0.7  # of the words so far, in a row of text features
 WORD = re.compile(r"[^\W_]+|[^\w\s]")
 
@@ -99,6 +100,27 @@ def sync_features(frames: Tensor) -> Tensor:
     clock = torch.cat([angle.sin(), angle.cos()], dim=1)[:, None].expand(count, tokens, -1)
     described = torch.cat([own / 2, 2 * own_amount, around, clock], dim=2).flatten(0, 1)
     return described @ _projection("sync", described.shape[1], SYNC_DIM, described.device)
+
+
+def motion(sync_features: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sync_features` (S, 768) say of motion: its amount in every frame (F,), and the size () of local changes.
+
+    The projection is undone, which loses nothing: 312 numbers became 768. Amounts are relative to the clip; the size is
+    near 0 where no more changes than noise, and 0.6 to 1 where anything moves.
+    """
+    cells, amounts = 4 * MOTION_GRID**2, 2 * AMOUNTS
+    inputs = cells + amounts + SYNC_SEGMENT_FRAMES * AMOUNTS + CLOCK
+    described = sync_features @ _inverse("sync", inputs, SYNC_DIM)
+    local = (2 * described[:, :cells]).sinh().unflatten(1, (2, 2, -1))[:, :, 1]  # (S, 2 frames, cells) of magnitudes
+    amount = described[:, cells : cells + amounts].unflatten(1, (2, AMOUNTS))[..., 0] / 2
+    segments = amount.unflatten(0, (-1, SYNC_SEGMENT_FRAMES // 2))  # half of each is in the one before
+    frames = [segments[0].flatten(), segments[1:, SYNC_HOP_FRAMES // 2 :].flatten()]
+    return torch.cat(frames), local.square().mean().sqrt()
+
+
+@lru_cache(maxsize=2)
+def _inverse(name: str, inputs: int, outputs: int) -> Tensor:
+    return torch.linalg.pinv(_projection(name, inputs, outputs, torch.device("cpu")))
 
 
 def _thumbnails(frames: Tensor, cells: int, zero: float, one: float) -> Tensor:

@@ -37,6 +37,7 @@ from mmaudio_hf.media.lists import CLIP_SECONDS, MediaFolder, read_media_list, s
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
+OF_SYNC = frozenset(("unrelated", "offset", "caption_mismatch", "frames_mismatch"))  # what audit --sync adds
 # Remarks: the item counts as ok.
 HARMLESS = ("audio_tracks", "hdr", "interlaced", "non_square_pixels", "empty_caption", "duplicate_caption")
 
@@ -91,9 +92,18 @@ SCHEMA = pa.schema(
         ("thumbnails", _TEXT),  # frames of the four quarters side by side, base64 of a JPEG
         ("copy_of", pa.int64()),  # row of this table with the same content, counted from 0
         ("captions", _LISTED),
+        ("sync", _TEXT),  # related, offset, unrelated or unknown; none where it was not measured
+        ("sync_offset", pa.float64()),  # s that the audio is late
+        ("sync_fit", pa.float64()),  # how well frames and audio agree at this offset, of 1
+        ("sync_chance", pa.float64()),  # share of the audio of other clips that fits as well
+        ("clap_score", pa.float64()),  # cosine of caption and audio
+        ("imagebind_score", pa.float64()),  # cosine of frames and audio
     ]
 )
-_MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : -2])
+_MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : SCHEMA.get_field_index("copy_of")])
+_SYNC = tuple(SCHEMA.names[SCHEMA.get_field_index("sync") :])
+Sync = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(source, id) -> figures of `evaluation.offsets`."""
 _TOLERANCE = 0.02  # s that may be missing, as in `read_video`
 _ROWS = 1024  # per write
 _COMMIT_SECONDS = 1.0
@@ -123,6 +133,10 @@ class Limits:
     max_start_gap: float = 0.1
     max_drift: float = 0.04  # of the audio within a file: a frame of 25 fps
     max_duration: float = 60.0  # of a video
+    max_offset: float = 0.2  # of the audio against what is seen
+    max_chance: float = 0.01  # of the audio of other clips that fits the frames as well
+    min_clap: float = 0.0  # cosine of caption and audio
+    min_imagebind: float = 0.0  # cosine of frames and audio
     max_difference: float = 1.0  # between the tracks, or the stated and the true length
 
     def __post_init__(self) -> None:
@@ -141,10 +155,11 @@ class AuditReport:
     counts: dict[str, int]
     measured: int  # files read in this run
     seconds: float
+    bad_ids: tuple[str, ...] = ()  # of the rows of a store
 
 
 @dataclass(slots=True)
-class _Item:
+class Item:
     """A row of a list, or all rows of one audio file."""
 
     source: AuditSource
@@ -163,24 +178,27 @@ def audit(
     limits: Limits | None = None,
     workers: int = 1,
     progress: bool = True,
+    sync: Sync | None = None,
 ) -> AuditReport:
     """Measure all files of the lists and write `table` with their verdicts, one row per item in the order of the lists.
 
     duration: seconds of a video that are trained on. Files measured by an earlier call with this table, killed or not,
-    are not read again unless their size or time of change differs. ValueError for mistakes in lists and settings,
+    are not read again unless their size or time of change differs. sync: what `evaluation.offsets` measured, for the
+    verdicts on audio that does not belong to its frames. ValueError for mistakes in lists and settings,
     OSError and RunError for faults of the machine.
     """
     began, table = time.monotonic(), Path(table)
     _check(sources, table, workers, duration)
     limits = limits or Limits()
-    items = [item for source in sources for item in _items(source)]
+    items = [item for source in sources for item in items_of(source)]
     table.parent.mkdir(parents=True, exist_ok=True)
     with _Measures(table.with_suffix(".sqlite"), duration) as measures:
         measured = _measure(items, measures, duration, workers, progress)
         known = _Known(items, measures, limits)
         settings = {"duration": duration, "limits": asdict(limits), "sources": [_plain(source) for source in sources]}
         counts: Counter = Counter()
-        ok = _write(table, _rows(items, measures, known, limits, duration), settings, counts)
+        rows = _rows(items, measures, known, limits, duration, sync or {})
+        ok = _write(table, rows, settings | {"sync": sync is not None}, counts)
     ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
     return AuditReport(table, len(items), ok, ordered, measured, time.monotonic() - began)
 
@@ -193,9 +211,11 @@ def known_problems(
     ValueError when there is no table, it is not one, or it does not describe the listed files as they are now: every
     item must be there, with the size and the time of change that its file has. `renew` is the command that makes it.
     """
+    if missing := sorted(OF_SYNC & set(reject)):
+        _check_sync(table, f"extraction.reject names {', '.join(missing)}", renew)
     rows = {row["id"]: row for row in _read(table, renew) if row["source"] == source.name}
     stale, problems = [], {}
-    for item in _items(source):
+    for item in items_of(source):
         row = rows.get(item.id)
         if row is None or (row["bytes"], row["mtime_ns"]) != (item.key or (None, None)):
             stale.append(item.path)
@@ -212,8 +232,23 @@ def known_problems(
     return problems
 
 
-def _read(table: str | os.PathLike, renew: str) -> Iterator[dict[str, Any]]:
-    columns = ["id", "source", "bytes", "mtime_ns", "verdicts", "reasons"]
+def known_offsets(table: str | os.PathLike, source: AuditSource, *, renew: str) -> dict[str, float]:
+    """id -> seconds that the audio is late, of the items of a source with the verdict `offset`."""
+    _check_sync(table, "extraction.correct_offset is set", renew)
+    rows = (row for row in _read(table, renew, "sync_offset") if row["source"] == source.name)
+    return {row["id"]: row["sync_offset"] for row in rows if "offset" in row["verdicts"]}
+
+
+def _check_sync(table: str | os.PathLike, why: str, renew: str) -> None:
+    if Path(table).is_file():  # without one `_read` says so
+        with contextlib.suppress(pa.ArrowException, KeyError, TypeError):
+            if json.loads(pq.read_schema(table).metadata[b"mmaudio_hf.audit"]).get("sync"):
+                return
+        raise ValueError(f"{table}: {why}, but it was made without --sync; renew it with `{renew} --sync`")
+
+
+def _read(table: str | os.PathLike, renew: str, *more: str) -> Iterator[dict[str, Any]]:
+    columns = ["id", "source", "bytes", "mtime_ns", "verdicts", "reasons", *more]
     if not Path(table).is_file():
         raise ValueError(f"{table}: no such audit; make it with `{renew}`")
     try:
@@ -230,11 +265,16 @@ def _read(table: str | os.PathLike, renew: str) -> Iterator[dict[str, Any]]:
 # --- lists ---------------------------------------------------------------------------------------------------------
 
 
+def check_table(table: Path) -> None:
+    """ValueError for another name than a table's."""
+    if table.suffix != ".parquet":
+        raise ValueError(f"{table}: the table of an audit is a .parquet file")
+
+
 def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: float) -> None:
     if not sources:
         raise ValueError("there is nothing to audit: name a list of videos or audio files")
-    if table.suffix != ".parquet":
-        raise ValueError(f"{table}: the table of an audit is a .parquet file")
+    check_table(table)
     if workers < 1 or not duration > 0:
         raise ValueError(f"workers {workers} must be at least 1 and duration {duration} more than 0")
     for name, count in Counter(source.name for source in sources).items():
@@ -246,7 +286,7 @@ def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: 
             raise ValueError(f"{source.media_dir}: no such folder; it must hold the media of {source.name!r}")
 
 
-def _items(source: AuditSource) -> Iterator[_Item]:
+def items_of(source: AuditSource) -> Iterator[Item]:
     """Every row of a list of videos; every audio file once, with its captions."""
     video, folder = source.kind == "video", MediaFolder(source.media_dir, source.kind)
     rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
@@ -263,7 +303,7 @@ def _items(source: AuditSource) -> Iterator[_Item]:
         with contextlib.suppress(MediaError):
             path = folder.find(row.id)
         texts = (row.caption,) if video else tuple(captions[name])
-        yield _Item(source, row.id, row.row, texts, str(path), file_key(path))
+        yield Item(source, row.id, row.row, texts, str(path), file_key(path))
 
 
 def _plain(source: AuditSource) -> dict[str, Any]:
@@ -306,7 +346,7 @@ class _Measures:
                 " full, free some space; if the file is damaged, delete it, and all files are measured again"
             ) from error
 
-    def find(self, item: _Item) -> dict[str, Any] | None:
+    def find(self, item: Item) -> dict[str, Any] | None:
         """Figures of the file of an item in its present state, None if there are none."""
         if item.key is None:
             return None
@@ -315,7 +355,7 @@ class _Measures:
             row = self.base.execute(query, (os.path.abspath(item.path), self.how[item.source.kind])).fetchone()
         return json.loads(row[2]) if row is not None and row[:2] == item.key else None
 
-    def keep(self, item: _Item, figures: Mapping[str, Any]) -> None:
+    def keep(self, item: Item, figures: Mapping[str, Any]) -> None:
         """Safe on the disk within a second."""
         row = os.path.abspath(item.path), self.how[item.source.kind], *(item.key or ()), json.dumps(figures)
         with self._faults():
@@ -325,7 +365,7 @@ class _Measures:
                 self.committed = time.monotonic()
 
 
-def _measure(items: Sequence[_Item], measures: _Measures, duration: float, workers: int, progress: bool) -> int:
+def _measure(items: Sequence[Item], measures: _Measures, duration: float, workers: int, progress: bool) -> int:
     """Measure what is not known yet; returns the number of files."""
     files = {(item.path, item.source.kind): item for item in items if item.key is not None}
     # A file that did not open may have been a matter of rights or memory: it is tried again.
@@ -338,17 +378,17 @@ def _measure(items: Sequence[_Item], measures: _Measures, duration: float, worke
     return len(pending)
 
 
-def _measured(pending: Sequence[_Item], duration: float, workers: int) -> Iterator[tuple[_Item, dict[str, Any]]]:
+def _measured(pending: Sequence[Item], duration: float, workers: int) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures) as they come. Files that were being read when a process died are read again one at a time."""
     waiting = iter(pending)
-    suspects: list[_Item] = []
+    suspects: list[Item] = []
     while True:
         with contextlib.suppress(BrokenProcessPool):
             yield from _in_processes(waiting, suspects, duration, min(workers, len(pending)))
         if not suspects:
             return
         for item in suspects:
-            alone: list[_Item] = []
+            alone: list[Item] = []
             with contextlib.suppress(BrokenProcessPool):
                 yield from _in_processes(iter([item]), alone, duration, 1)
             if alone:
@@ -357,8 +397,8 @@ def _measured(pending: Sequence[_Item], duration: float, workers: int) -> Iterat
 
 
 def _in_processes(
-    waiting: Iterator[_Item], unfinished: list[_Item], duration: float, workers: int
-) -> Iterator[tuple[_Item, dict[str, Any]]]:
+    waiting: Iterator[Item], unfinished: list[Item], duration: float, workers: int
+) -> Iterator[tuple[Item, dict[str, Any]]]:
     """Measure in a pool that lives until the last file; `unfinished` has what was begun and not yielded."""
     # Processes are forked from a server that has imported this module and nothing else: neither threads nor a GPU of
     # the caller come along, and a hundred of them start in a second.
@@ -412,7 +452,7 @@ def _figures_of(path: str, kind: str, duration: float) -> dict[str, Any]:
 class _Known:
     """What the verdicts on one item need of all others: who else has its id, its captions and its content."""
 
-    def __init__(self, items: Sequence[_Item], measures: _Measures, limits: Limits):
+    def __init__(self, items: Sequence[Item], measures: _Measures, limits: Limits):
         self.items, self.limits = items, limits
         self.ids: dict[tuple[str, str], int] = {}  # (source, id): the first item
         self.captions: Counter = Counter()  # (source, caption): items
@@ -429,7 +469,7 @@ class _Known:
                 if item.source.held_out:
                     self.held_contents.setdefault(content, number)
 
-    def copies(self, item: _Item, figures: Mapping[str, Any] | None) -> Iterator[tuple[str, str, int]]:
+    def copies(self, item: Item, figures: Mapping[str, Any] | None) -> Iterator[tuple[str, str, int]]:
         """(verdict, what is the same, number of the other item) for every content that an item has in common."""
         for what, content in _contents(figures, self.limits):
             first = self.contents[item.source.trains][content]
@@ -458,7 +498,12 @@ def _contents(figures: Mapping[str, Any] | None, limits: Limits) -> Iterator[tup
 
 
 def _verdicts(
-    number: int, figures: Mapping[str, Any] | None, known: _Known, limits: Limits, duration: float
+    number: int,
+    figures: Mapping[str, Any] | None,
+    known: _Known,
+    limits: Limits,
+    duration: float,
+    heard: Mapping[str, Any],
 ) -> dict[str, str]:
     """verdict -> reason of one item, in the order of `VERDICTS`."""
     item = known.items[number]
@@ -472,12 +517,11 @@ def _verdicts(
             needed = item.source.seconds + 0.1  # as `partition` cuts it
         verdicts = _verdicts_of_file(item.source.kind, figures, limits, needed)
     verdicts |= _verdicts_among_others(number, item, figures, known)
+    verdicts |= sync_verdicts(heard, limits, bool({"still", "silent"} & set(verdicts)))
     return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
 
-def _verdicts_among_others(
-    number: int, item: _Item, figures: Mapping[str, Any] | None, known: _Known
-) -> dict[str, str]:
+def _verdicts_among_others(number: int, item: Item, figures: Mapping[str, Any] | None, known: _Known) -> dict[str, str]:
     verdicts = {}
     if "" in {caption.strip() for caption in item.captions}:
         verdicts["empty_caption"] = "it has no text"
@@ -557,6 +601,74 @@ def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, 
     return verdicts
 
 
+def sync_status(heard: Mapping[str, Any], limits: Limits, empty: bool = False) -> str | None:
+    """What is known of frames and audio: related, offset, unrelated or unknown; None where nothing was measured.
+
+    empty: nothing moves, or nothing is heard. Where that is so, or where there are too few clips for `max_chance`, no
+    relation can be told.
+    """
+    if not heard:
+        return None
+    chance = heard.get("sync_chance")
+    if empty or chance is None or heard["least_chance"] > limits.max_chance:
+        return "unknown"
+    if chance > limits.max_chance:
+        return "unrelated"
+    return "offset" if abs(heard["sync_offset"]) > limits.max_offset else "related"
+
+
+def _sync_columns(heard: Mapping[str, Any], status: str | None) -> dict[str, Any]:
+    """Of the table; without a relation the best lag means nothing."""
+    columns = {name: heard.get(name) for name in _SYNC} | {"sync": status}
+    return columns if status in ("related", "offset") else columns | {"sync_offset": None}
+
+
+def sync_verdicts(heard: Mapping[str, Any], limits: Limits, empty: bool = False) -> dict[str, str]:
+    """Verdicts on audio that does not belong to its frames or caption."""
+    verdicts, status = {}, sync_status(heard, limits, empty)
+    if status == "unrelated":
+        verdicts[status] = f"{_percent(heard['sync_chance'])} of the audio of other clips fits its frames as well"
+    elif status == "offset":
+        late = heard["sync_offset"]
+        verdicts[status] = (
+            f"the audio is {abs(late):.3f} s {'late' if late > 0 else 'early'}; {_percent(heard['sync_chance'])} of the"
+            " audio of other clips fits as well"
+        )
+    for verdict, name, what in (
+        ("caption_mismatch", "clap", "caption"),
+        ("frames_mismatch", "imagebind", "frames"),
+    ):
+        score, least = heard.get(f"{name}_score"), getattr(limits, f"min_{name}")
+        if score is not None and score < least:
+            verdicts[verdict] = f"audio and {what} have a cosine of {score:.3f}, less than {least:g}"
+    return verdicts
+
+
+def audit_store(
+    path: str | os.PathLike, captions: Mapping[str, str], table: str | os.PathLike, limits: Limits, sync: Sync
+) -> AuditReport:
+    """Write the table of a feature store's rows, of which there is no file: id -> caption, and their figures."""
+    began, name, path, bad = time.monotonic(), Path(path).name, str(path), []
+    settings = {"duration": 0.0, "limits": asdict(limits), "sources": [], "sync": True}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, (item_id, caption) in enumerate(captions.items()):
+            heard = sync.get((name, item_id), {})
+            verdicts = sync_verdicts(heard, limits)
+            verdicts = {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
+            row = {"id": item_id, "source": name, "kind": "row", "held_out": False, "row": number, "path": path}
+            row |= {"verdicts": list(verdicts), "reasons": list(verdicts.values()), "ok": not verdicts}
+            row |= {"captions": [caption], **_sync_columns(heard, sync_status(heard, limits))}
+            bad.extend([item_id] * bool(verdicts))
+            yield dict.fromkeys(SCHEMA.names) | row
+
+    counts: Counter = Counter()
+    ok = _write(Path(table), rows(), settings, counts)
+    ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+    seconds = time.monotonic() - began
+    return AuditReport(Path(table), len(captions), ok, ordered, len(captions), seconds, tuple(bad))
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
@@ -565,11 +677,12 @@ def _percent(share: float) -> str:
 
 
 def _rows(
-    items: Sequence[_Item], measures: _Measures, known: _Known, limits: Limits, duration: float
+    items: Sequence[Item], measures: _Measures, known: _Known, limits: Limits, duration: float, sync: Sync
 ) -> Iterator[dict[str, Any]]:
     for number, item in enumerate(items):
         figures = measures.find(item)
-        verdicts = _verdicts(number, figures, known, limits, duration)
+        heard = sync.get((item.source.name, item.id), {})
+        verdicts = _verdicts(number, figures, known, limits, duration, heard)
         size, changed = item.key or (None, None)
         measured = {name: (figures or {}).get(name) for name in _MEASURED}
         if measured["uneven_intervals"] is not None:
@@ -589,6 +702,7 @@ def _rows(
             "captions": list(item.captions),
             "copy_of": next((other for *_, other in known.copies(item, figures)), None),
             **measured,
+            **_sync_columns(heard, sync_status(heard, limits, bool({"still", "silent"} & set(verdicts)))),
         }
 
 

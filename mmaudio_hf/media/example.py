@@ -66,6 +66,17 @@ class _Style:
 
 
 @dataclass(frozen=True)
+class _AudioFault:
+    """What is wrong or hard about the audio and the frames of a video."""
+
+    offset: float = 0.0  # s that it is late
+    kind: str = ""  # of another schedule; empty: that of the frames
+    noise: float = 6e-4
+    hard: bool = False
+    still: str = ""  # the frames do not move
+
+
+@dataclass(frozen=True)
 class _Moment:
     """Where a frame lies between two events."""
 
@@ -124,6 +135,45 @@ def write_withheld_media(directory: str | os.PathLike, kind: str, splits: Mappin
     return directory
 
 
+def write_faulty_media(
+    directory: str | os.PathLike, splits: Mapping[str, int], *, share: float = 0.3, hard: bool = True, seed: int = 0
+) -> Path:
+    """Write videos of the kinds of `write_example_media`, some of them with a wrong audio; return `directory`.
+
+    share: of the first split, the others are as they should be. Half of these have their audio 0.2 to 1 s early or
+    late, the others that of another schedule and kind. hard: noise in frames and audio, one event from off-screen to
+    three of the video, one in seven that is not heard, and one video in ten that does not move, whatever is heard.
+    `faults.json` is id -> {"fault": "", "offset", "unrelated" or "still", "offset": seconds that the audio is late}.
+    """
+    directory = Path(directory)
+    (directory / "videos").mkdir(parents=True, exist_ok=True)
+    seen, faults, events = [name for name, kind in _KINDS.items() if kind.draw and name not in WITHHELD], {}, {}
+    for index, (split, count) in enumerate(splits.items()):
+        rng, rows = np.random.default_rng([seed, 2 * len(SPLITS), index]), []
+        wrong = rng.permutation(count)[: 0 if index else round(share * count)]
+        for number in range(count):
+            fault = "" if number not in wrong else ("offset", "unrelated")[list(wrong).index(number) % 2]
+            still = hard and not fault and number % 7 == 3
+            audio = _AudioFault(
+                float(rng.uniform(0.2, 1) * rng.choice([-1, 1])) if fault == "offset" else 0.0,
+                str(rng.choice(seen)) if fault == "unrelated" else "",
+                float(rng.choice([6e-4, 0.01, 0.03])) if hard else 6e-4,
+                hard,
+                "still" if still else "",
+            )
+            item_id = f"{split}_{number:03d}"
+            clip = np.random.default_rng([seed, 2 * len(SPLITS), index, number])
+            kind = seen[number % len(seen)]
+            caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, clip, audio)
+            rows.append((item_id, caption))
+            events[item_id] = Events(kind, times)
+            faults[item_id] = {"fault": fault or audio.still, "offset": audio.offset}
+        _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
+    _write_events(directory, events)
+    (directory / "faults.json").write_text(json.dumps(faults, indent=1) + "\n", encoding="utf-8")
+    return directory
+
+
 def read_events(path: str | os.PathLike) -> dict[str, Events]:
     """Read `events.json`: id -> `Events`, for the videos and the audio files. ValueError for another file."""
     try:
@@ -151,18 +201,28 @@ def _write_events(directory: Path, events: Mapping[str, Events]) -> None:
     (directory / "events.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_video(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
-    """Write one video; return its caption and event times."""
+def _write_video(
+    path: Path, kind: str, number: int, rng: np.random.Generator, audio: _AudioFault = _AudioFault()
+) -> tuple[str, tuple[float, ...]]:
+    """Write one video; return its caption and the times at which its events should be heard."""
     num_frames = int(rng.integers(210, 236))
     schedule = _schedule(num_frames, rng)
     style = _style(rng)
     rate = (44_100, 48_000)[number // 4 % 2]
     heard = [frame / FPS + delay for frame in schedule[1:-1] for delay in _KINDS[kind].delays]
     times = tuple(round(time, 6) for time in heard if time < num_frames / FPS)
-    mono = _audio_track(kind, times, num_frames * rate // FPS, rate, rng)
+    heard = [frame / FPS for frame in _schedule(num_frames, rng)[1:-1]] if audio.kind else list(times)
+    heard = [time + audio.offset for time in heard if 0 <= time + audio.offset < num_frames / FPS - 0.1]
+    if audio.hard:
+        heard = [time for time in heard if rng.random() > 1 / 7]
+    mono = _audio_track(audio.kind or kind, heard, num_frames * rate // FPS, rate, rng, audio.noise)
+    if audio.hard:
+        others = rng.uniform(0, num_frames / FPS - 0.1, len(heard) // 3)
+        mono += _audio_track(str(rng.choice(["clap", "drop"])), others, mono.size, rate, rng, 0.0) * 0.5
     balance = float(rng.uniform(0.5, 1))
     channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
-    _write_mp4(path, _draw_frames(kind, style, schedule, num_frames), channels, rate)
+    frames = _draw_frames(kind, style, schedule, num_frames)
+    _write_mp4(path, _spoiled(frames, audio, rng) if audio.hard else frames, channels, rate)
     caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
     return caption, times
 
@@ -210,6 +270,15 @@ def _draw_frames(kind: str, style: _Style, schedule: list[int], num_frames: int)
         image = style.background.copy()
         draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
         yield np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _spoiled(frames: Iterator[np.ndarray], audio: _AudioFault, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Frames with noise; the first of them again and again where the video is still."""
+    first, strength = None, float(rng.uniform(0, 6))
+    for frame in frames:
+        first = frame if first is None or not audio.still else first
+        noise = strength * rng.standard_normal(first.shape, np.float32)
+        yield np.clip(first + noise, 0, 255).astype(np.uint8)
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
@@ -461,7 +530,7 @@ def _audio_track(
         onset = round(time * rate)
         t = np.arange(min(round(0.8 * rate), num_samples - onset)) / rate
         track[onset : onset + t.size] += rng.uniform(0.7, 1.0) * _KINDS[kind].synthesize(t, pitch, rng)
-    track *= 0.8 / np.abs(track).max()
+    track *= 0.8 / max(np.abs(track).max(), 1e-9)
     return (track + noise * rng.standard_normal(num_samples)).astype(np.float32)
 
 

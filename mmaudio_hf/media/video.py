@@ -75,6 +75,7 @@ def read_video(
     mode: str = "16k",
     duration: float = 8.0,
     start: float = 0.0,
+    audio_offset: float = 0.0,
     alignment: str = "timestamps",
     normalize_audio: bool = True,
     as_uint8: bool = False,
@@ -93,6 +94,9 @@ def read_video(
     files over 24 s give their first 8 s, not a later window. Files whose tracks start together and
     are long enough give identical arrays in both.
 
+    audio_offset: seconds that the audio of the file is late, less than 0 where it is early. What leads is trimmed by
+    as much, so that the two belong together; the clip ends that much later in the file.
+
     normalize_audio: peak of the WHOLE track to 0.95, which means reading the file to its end; silent files are
     rejected. need_audio=False: `audio` is None where it is missing or unusable, instead of an error.
     video_only: the audio is not looked at, `audio` is None, reading stops early, and a late `start` is sought.
@@ -100,7 +104,11 @@ def read_video(
 
     Raises MediaError, ValueError for wrong arguments.
     """
-    request = _Request(Path(path), mode, duration, _start(start), alignment, normalize_audio, not video_only)
+    offset = Fraction(audio_offset).limit_denominator(1_000_000) if math.isfinite(audio_offset) else None
+    if offset is None or (offset and alignment != "timestamps"):
+        raise ValueError(f"audio_offset {audio_offset} must be seconds, and 0 with alignment {alignment!r}")
+    options = (_start(start), alignment, normalize_audio, not video_only, offset)
+    request = _Request(Path(path), mode, duration, *options)
     try:
         clip = _read(request)
     except MediaError as error:
@@ -270,6 +278,7 @@ class _Request:
     alignment: str = "timestamps"
     normalize_audio: bool = False
     with_audio: bool = False
+    audio_offset: Fraction = Fraction(0)  # s that the audio is late
 
     def __post_init__(self) -> None:
         if self.alignment not in ALIGNMENTS:
@@ -364,10 +373,11 @@ def _align(request: _Request, starts: _TrackStarts) -> "tuple[list[_FrameGrid], 
         # Position 0 is the tick of the first frame, or of the common origin where that is another moment.
         shift, first = (Fraction(0), _tick(starts.video, fps)) if own_starts else (origin, 0)
         frames = torch.empty((count, 3, size, size), dtype=torch.uint8)
-        grids.append(_FrameGrid(fps, shift + request.start, first, frames))
+        start = request.start + max(Fraction(0), -request.audio_offset)
+        grids.append(_FrameGrid(fps, shift + start, first, frames))
     if not request.with_audio:
         return grids, None
-    skip = request.start + (0 if own_starts else origin - audio_start)
+    skip = request.start + max(Fraction(0), request.audio_offset) + (0 if own_starts else origin - audio_start)
     rate = starts.sample_rate
     needed = math.ceil(lengths.audio_samples * rate / audio_mode(request.mode).sample_rate)
     lead = audio_start - starts.video if own_starts else Fraction(0)

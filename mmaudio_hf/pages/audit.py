@@ -37,6 +37,8 @@ MEANING = {
     "leakage": "is trained on, and its id or a copy of its content is held out",
     "duplicate_id": "the id is in the list before",
     "duplicate_content": "a copy of an item before it, under another id",
+    "unrelated": "the audio of other clips fits the frames as well as its own does",
+    "offset": "what is heard is early or late against what is seen",
     "still": "the frames do not move",
     "silent": "nothing or next to nothing can be heard",
     "damaged": "something of it cannot be decoded, or is missing of the length it states",
@@ -46,6 +48,8 @@ MEANING = {
     "start_gap": "frames and audio do not begin together",
     "audio_drift": "timestamps and number of samples do not agree within the file; audio is placed by timestamps",
     "clipped": "samples at full scale",
+    "caption_mismatch": "the caption does not describe the audio, by CLAP",
+    "frames_mismatch": "the frames do not show what is heard, by ImageBind",
     "variable_frame_rate": "frames at uneven times",
     "audio_tracks": "several audio tracks; a remark",
     "hdr": "high dynamic range; a remark",
@@ -66,6 +70,11 @@ class _Figure(NamedTuple):
 
 
 _HISTOGRAMS = (
+    _Figure("sync_offset", "Audio after what is seen", "seconds"),
+    _Figure("sync_fit", "Fit of audio and frames at that offset", "correlation or probability"),
+    _Figure("sync_chance", "Audio of other clips that fits as well", "share"),
+    _Figure("clap_score", "Caption and audio, by CLAP", "cosine"),
+    _Figure("imagebind_score", "Frames and audio, by ImageBind", "cosine"),
     _Figure("duration", "Usable length", "seconds"),
     _Figure("fps", "Frame rate", "frames per second"),
     _Figure("still_fraction", "Sampled frames that do not move", "share", True),
@@ -81,6 +90,10 @@ _Row = Mapping[str, Any]
 
 # How bad an item is among those of its verdict; where nothing is named, the first of the list are shown.
 _WORST: dict[str, Callable[[_Row], tuple[float, ...]]] = {
+    "unrelated": lambda row: (row["sync_chance"],),
+    "offset": lambda row: (abs(row["sync_offset"]),),
+    "caption_mismatch": lambda row: (-row["clap_score"],),
+    "frames_mismatch": lambda row: (-row["imagebind_score"],),
     "still": lambda row: (row["still_fraction"] or 0, -(row["largest_change"] or 0)),
     "silent": lambda row: (row["silent_fraction"] or 0, -(row["level_dbfs"] or 0)),
     "clipped": lambda row: (row["clipped_fraction"] or 0,),
@@ -100,6 +113,7 @@ class _Summary:
         self.rows = 0
         self.sources: dict[str, Counter] = defaultdict(Counter)
         self.verdicts: Counter = Counter()
+        self.sync: Counter = Counter()
         self.values: dict[str, list[np.ndarray]] = defaultdict(list)
         self.worst: dict[str, list[tuple]] = defaultdict(list)
         with pq.ParquetFile(table) as file:
@@ -114,6 +128,7 @@ class _Summary:
         source = self.sources[row["source"]]
         source.update(listed=1, ok=row["ok"], held_out=row["held_out"], **{row["kind"]: 1})
         self.verdicts.update(row["verdicts"])
+        self.sync[row["sync"]] += 1
         row = {**row, "number": self.rows}
         self.rows += 1
         for verdict, reason in zip(row["verdicts"], row["reasons"], strict=True):
@@ -154,6 +169,7 @@ def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
         meaning=MEANING,
         harmless=HARMLESS,
         shown=SHOWN,
+        sync=_sync_words(summary),
         histograms=[_histogram(figure, summary.values[figure.column]) for figure in _HISTOGRAMS],
         worst={verdict: list(_worst(summary, verdict, originals, path.parent)) for verdict in listed},
         items=[f"{quote(folder.name)}/{number}.html" for number in range(1, pages + 1)],
@@ -162,6 +178,21 @@ def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
 
 def _limits(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"clip of": f"{settings['duration']:g} s", **settings["limits"]}
+
+
+def _sync_words(summary: _Summary) -> str:
+    """What was found of audio against frames, and what was not measured."""
+    if not summary.settings.get("sync"):
+        return "Audio was not compared with frames: that needs --sync."
+    counts = [f"{summary.sync[name]:,} {name}" for name in ("related", "offset", "unrelated", "unknown")]
+    chance = summary.settings["limits"]["max_chance"]
+    names = {"clap_score": "captions", "imagebind_score": "frames"}
+    left_out = [what for name, what in names.items() if not any(map(len, summary.values[name]))]
+    relevance = f" Audio was not compared with {' and '.join(left_out)} by av-benchmark: that needs --relevance."
+    return (
+        f"Audio against frames: {', '.join(counts)}. Of audio of another clip, {100 * chance:g} % pass as related;"
+        f" unknown is what does not move or cannot be heard.{relevance if left_out else ''}"
+    )
 
 
 def _batches(table: Path) -> Iterator[list[dict[str, Any]]]:
@@ -187,7 +218,16 @@ def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str,
     """What a page in `folder` shows of an item."""
     captions = " · ".join(row["captions"])
     link = os.fsencode(os.path.relpath(os.path.abspath(row["path"]), os.path.abspath(folder)))
-    figures = (("duration", "{:.1f} s"), ("width", "{}x"), ("fps", "{:.4g} fps"), ("level_dbfs", "{:.0f} dBFS"))
+    figures = (
+        *(("duration", "{:.1f} s"), ("width", "{}x"), ("fps", "{:.4g} fps"), ("level_dbfs", "{:.0f} dBFS")),
+        *(
+            ("sync", "audio {}"),
+            ("sync_offset", "{:+.3f} s"),
+            ("sync_fit", "fit {:.2f}"),
+            ("sync_chance", "chance {:.2g}"),
+        ),
+        *(("clap_score", "CLAP {:.2f}"), ("imagebind_score", "ImageBind {:.2f}")),
+    )
     texts = [text.format(row[name]) for name, text in figures if row[name] is not None]
     return {
         "id": row["id"],
