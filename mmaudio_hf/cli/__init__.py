@@ -25,6 +25,7 @@ COMMANDS = (  # in the order of --help
 EXAMPLES = {  # command -> arguments, for its --help
     "audit": "recipes/example.yaml",
     "bench": "loader --rows 500",
+    "bench curation": "--seeds 0 --json",
     "bench extract": "--rounds 1",
     "bench generate": "--variant small_16k --batch-size 1 --sampling-only",
     "bench finetune": "--methods full_replay lora_replay --rounds 3 --json",
@@ -50,6 +51,7 @@ EXAMPLES = {  # command -> arguments, for its --help
     "replay-step": "output/example 200",
     "report": "--run output/example --events output/example-media/events.json",
     "store": "inspect output/example-features/video_train",
+    "store audit": "output/example-features/video_train --ok-ids ok.txt",
     "store convert": "output/example-features/video_train output/compact --layout compact",
     "store inspect": "output/example-features/video_train",
     "store merge": "output/a output/b --out output/both",

@@ -498,7 +498,12 @@ def _add_data_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> N
     help_text = "what an audit of audio against frames finds, and what training on the cleaned store gains"
     curation = benchmark("curation", _curation, help_text, rounds=False)
     curation.add_argument("--folder", type=Path, default=Path("output/bench-curation"), help="media, features and runs")
-    curation.add_argument("--seeds", type=int, default=3, help="networks of each kind; 0: detection alone (default 3)")
+    curation.add_argument(
+        "--seeds",
+        type=lambda text: 0 if text == "0" else _count(text),
+        default=3,
+        help="networks of each kind; 0: detection alone (default 3)",
+    )
     loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
 
 
