@@ -152,6 +152,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def require_type(value: Any, hint: Any, what: str) -> None:
     """ValueError unless `value`, which is `what` in the message, is of the type `hint`."""
     if not _fits(value, hint):
+        if get_origin(hint) is Literal:
+            raise ValueError(f"{what} {value!r}: use one of {', '.join(map(str, get_args(hint)))}")
         words = re.sub(r"\w+\.|<class '|'>", "", str(hint))
         words = "an array of numbers" if "_SupportsArray" in words else words
         words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(words, words)

@@ -19,7 +19,14 @@ LONG_FILES = (
         "test_evaluation_av_bench.py",
         "test_hub_stores.py",
     ),
-    *("test_evaluation_run.py", "test_demo.py", "test_cli.py", "test_generation_files.py"),
+    *(
+        "test_data_remote.py",
+        "test_evaluation_offsets.py",
+        "test_evaluation_run.py",
+        "test_demo.py",
+        "test_cli.py",
+        "test_generation_files.py",
+    ),
 )
 
 

@@ -126,6 +126,7 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
     assert not [line for line in hub.requests("GET /storage") if line["with_token"]]
 
 
+@pytest.mark.slow  # half a minute; the kills of a training stay
 def test_processes_that_are_killed_share_a_cache(hub, here, tmp_path):
     """They are killed and started again while they fetch, hold and replace rows of one cache; no row is ever wrong."""
     context = multiprocessing.get_context("forkserver")

@@ -141,6 +141,8 @@ def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
         assert set(store.ids) == set(faults) - kinds["unrelated"]
     verify = ["store", "verify", str(tmp_path / "train"), "--sample", "17", "--media", str(faulty / "videos")]
     assert main(verify) == 0, "rows are encoded again from the shifted audio"
+    os.truncate(tmp_path / "train.offsets.json", 20)
+    assert main(verify) == 2 and "offsets.json is missing or damaged" in capsys.readouterr().err
     assert main([*words, "extraction.reject=[unrelated, offset]"]) == 0, "another table of rejects is another store"
     with FeatureStore.open(tmp_path / "train") as store:
         assert "corrected" not in store.manifest["counts"] and len(store) == 14

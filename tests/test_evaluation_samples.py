@@ -156,8 +156,16 @@ def test_a_fine_tuned_run_samples_its_base_and_what_the_user_names(finished, fol
         ("held_out_0000", rows[0]["caption"], True), ("prompt_1", "a dog barks", False), ("prompt_2", "rain", False),
         (video.stem, video.stem, False),
     ]  # fmt: skip
-    base = samples(finished)  # the same item, weights and noise as the last step of the base
-    assert files["step_0/held_out_0000.wav"] == base["step_4/held_out_0000.wav"]
+    start, last, base = (
+        waveform(content, folder)
+        for content in (
+            *(files[f"step_{s}/held_out_0000.wav"] for s in (0, 2)),
+            samples(finished)["step_4/held_out_0000.wav"],
+        )
+    )
+    # The same item, weights and noise as the last step of the base, in a batch of another size: the phases of an
+    # untrained network's spectrum magnify its rounding.
+    assert np.mean(abs(start - base) < 1e-2) > 0.9 > np.mean(abs(last - base) < 1e-2)
     assert files["step_0/prompt_1.wav"] != files["step_0/prompt_2.wav"]
     assert [line["step"] for line in metrics(recipe) if "eval/log_mel_distance" in line] == [0, 2]
     page = Page(write_report(run_dir(recipe), []).read_text())

@@ -207,9 +207,9 @@ def test_an_export_of_an_adapter_has_merged_weights_and_nothing_to_resume(adapte
     assert torch.load(tmp_path / "adapted_last.pth", weights_only=True).keys() == published.keys()
 
 
-def assert_equal_to_scale(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Within 1e-5 of the largest value: float32 alone leaves up to 7e-6 here, against float64."""
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+def assert_equal_to_scale(ours: torch.Tensor, theirs: torch.Tensor, within: float = 1e-5) -> None:
+    """As a share of the largest value: float32 alone leaves up to 8e-6 here, against float64."""
+    assert (ours - theirs).abs().max() <= within * theirs.abs().max()
 
 
 def test_an_adapter_in_training_is_its_merged_model():
@@ -321,13 +321,14 @@ def test_an_adapter_starts_as_the_base_and_trains_as_its_merged_model(kind):
     with torch.no_grad():
         plain = network(*inputs)
         add_adapter(network, lora)
-        assert_equal_to_scale(network(*inputs), plain)
+        rounding = 2e-5 if kind == "pissa" else 1e-5  # it takes its product out of the weights: 1.5e-5 in float32
+        assert_equal_to_scale(network(*inputs), plain, rounding)
         for parameter in (p for p in network.parameters() if p.requires_grad):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
         adapted = network(*inputs)
         merged = MMAudio.from_config_and_state(config, published_state(network.state_dict(), lora), "merged").eval()
         assert not torch.allclose(adapted, plain, atol=1e-2)
-        assert_equal_to_scale(merged(*inputs), adapted)
+        assert_equal_to_scale(merged(*inputs), adapted, rounding)
     network.train()
     network(*inputs).square().mean().backward()
     assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
@@ -405,7 +406,7 @@ def test_a_shorter_duration_is_trained_from_a_longer_checkpoint(base, capsys):
     path = write(base, "shorter", {"init_from": str(base / "released.pth")}, {"duration": 0.8}, steps=2)
     stores = [f"data.train=[{{path: {base / 'short'}}}]", f"data.validation=[{{path: {base / 'short'}}}]"]
     assert main(["train", str(path)]) == 2
-    assert "has shape (32, 20), model small_16k expects (25, 20)" in capsys.readouterr().err
+    assert "has duration 1.0, model small_16k expects 0.8: set model.duration" in capsys.readouterr().err
     write_store(base / "short", 6, duration=0.8)
     assert main(["train", str(path), *stores]) == 0
     network = MMAudio.from_pretrained(last(base, "shorter") / "pretrained_model")

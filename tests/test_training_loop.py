@@ -104,7 +104,8 @@ def test_several_processes_that_did_not_start_are_noticed(finished_run, tmp_path
 
 
 def test_a_batch_that_does_not_split_is_an_error(finished_run, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as launchers set it
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)  # as launchers set it
     assert main(["train", str(finished_run), "training.batch_size=5", "name=uneven"]) == 2
     expected = "batch_size 5 does not split over 2 processes x 1 accumulation steps: use 4 or 6"
     assert expected in capsys.readouterr().err

@@ -418,8 +418,13 @@ def _video_reader(
         )
 
     clips = {clip.id: clip for clip in read_video_clips(clips_file)} if clips_file.is_file() else {}  # of long videos
-
-    late = read_json(Path(f"{options.store}.offsets.json"))  # what extraction has shifted
+    offsets_file = Path(f"{options.store}.offsets.json")
+    late, corrected = read_json(offsets_file), (manifest.get("counts") or {}).get("corrected", 0)
+    if len(late) != corrected:
+        raise ValueError(
+            f"{offsets_file} is missing or damaged: it says by how much extraction shifted the audio of {corrected}"
+            " rows; copy it from where the store was made"
+        )
 
     def read(item_id: str) -> "dict[str, torch.Tensor]":
         listed = clips.get(item_id, VideoStart(item_id, item_id, 0.0))

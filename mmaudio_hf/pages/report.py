@@ -438,7 +438,9 @@ def _sample_card(
         distance = scores.get("log_mel_distance")
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
-        tracks.append(_Track(title, waveform, rate, _media(video, waveform, rate, scratch), label, note))
+        content = data_uri("audio/wav", (folder / name).read_bytes())
+        media = _media(video, waveform, rate, scratch) if video else content
+        tracks.append(_Track(title, waveform, rate, media, label, note))
     notes = [row["id"]] if row["caption"] != row["id"] else []
     notes += [f"{row['duration']:g} s"] if "duration" in row else []
     notes += [f"audio alone, since {video} is not there any more"] if video and not video.exists() else []
