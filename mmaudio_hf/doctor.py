@@ -38,14 +38,16 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
+from mmaudio_hf.files import read_json
 from mmaudio_hf.media.lists import source_problems
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
-from mmaudio_hf.training.checkpoint import list_checkpoints
+from mmaudio_hf.training.checkpoint import STATE_FILE, TrainingState, list_checkpoints
 from mmaudio_hf.training.distributed import check_launch, launch_notes
 from mmaudio_hf.training.finetune import set_trainable
 from mmaudio_hf.training.logs import check_trackers, device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, training_flops
+from mmaudio_hf.training.resume import check_same_run, dependencies
 
 UTILISATION = 0.4  # assumed fraction of a device's peak, while the run has not measured its own speed
 # What a GPU needs besides tensors: assumed, since none was at hand.
@@ -152,7 +154,9 @@ def as_table(findings: Sequence[Finding], width: int = 120) -> str:
     for level, subject, message in findings:
         prefix = f"{level:4}  {subject:{column}}  "
         indent = " " * len(prefix)
-        lines += textwrap.wrap(message, width, initial_indent=prefix, subsequent_indent=indent, break_on_hyphens=False)
+        for line in message.splitlines():  # those of changed settings have one each
+            lines += textwrap.wrap(line, width, initial_indent=prefix, subsequent_indent=indent, break_on_hyphens=False)
+            prefix = indent
     return "\n".join(lines)
 
 
@@ -288,9 +292,16 @@ def _truth(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
         yield "warn", f"{source} is no folder here and will be fetched from the Hub: a connection is needed"
 
 
-def _resume_from_hub(launch: Launch) -> Iterator[tuple[str, str]]:
-    recipe = launch.recipe
-    if not recipe.resume.startswith(HUB_PREFIX) or list_checkpoints(recipe.run_dir):
+def _resume(launch: Launch) -> Iterator[tuple[str, str]]:
+    """Compares recipe and stores with the newest checkpoint, as the run will."""
+    recipe, checkpoints = launch.recipe, list_checkpoints(launch.recipe.run_dir)
+    if checkpoints and recipe.resume == "auto" and launch.has_stores:
+        record, notes = read_json(checkpoints[-1] / "training_state" / STATE_FILE), list[str]()
+        state = TrainingState(record.get("step", 0), {}, record.get("facts", {}))
+        depends_on = dependencies(launch.mixtures["train"], launch.mixtures.get("validation"), launch.device)
+        check_same_run(recipe, depends_on, state, False, notes.append)
+        yield "ok", (notes or [f"{checkpoints[-1].name} is of this recipe and these stores"])[0]
+    if not recipe.resume.startswith(HUB_PREFIX) or checkpoints:
         return
     source, revision = split_hub_id(recipe.resume.removeprefix(HUB_PREFIX))
     if source == recipe.hub.repo_id and not revision:
@@ -668,7 +679,7 @@ CHECKS: dict[str, Check] = {
     "tracker": _trackers,
     "av-benchmark": _av_benchmark,
     **{f"evaluation.truth.{split}": partial(_truth, split) for split in ("test", "validation")},
-    "resume": _resume_from_hub,
+    "resume": _resume,
     "Hub": _hub,
     "memory": _memory,
     "host memory": _host_memory,

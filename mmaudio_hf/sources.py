@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -202,11 +203,14 @@ def _split_of(row: Row, shares: Mapping[str, float]) -> str:
 
 
 def _stems(media: Path) -> set[str]:
-    """Names of the media files of a folder and its subfolders, without their endings, as names are compared."""
+    """Names of the media files of a folder and its subfolders, with and without endings, as names are compared."""
     if not media.is_dir():
         raise ValueError(f"{media}: no such folder; give the folder that holds the media")
-    files = (path for path in media.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    return {normal_name(path.stem) for path in files}
+    return {normal_name(name) for path in _files(media) for name in (path.stem, path.name)}
+
+
+def _files(media: Path) -> Iterator[Path]:
+    return (path for path in media.rglob("[!.]*") if path.suffix.lower() in _ENDINGS and path.is_file())
 
 
 # --- Annotation files: (name of the list, row) of every annotation ---------------------------------------------------
@@ -217,7 +221,9 @@ def _read(kind: str, source: Path, columns: tuple[str, str]) -> Iterator[tuple[s
         files = [source / file for file in _FOLDER_FILES if (source / file).is_file()]
         if not files:
             raise ValueError(f"{source}: has none of {', '.join(_FOLDER_FILES)}")
-        return ((source.resolve().name, row) for row in _table(files[0], columns))
+        name = Path(os.path.abspath(source)).name  # a link has the name that the recipe knows
+        stems = Counter(normal_name(path.stem) for path in _files(source))
+        return ((name, row) for row in _table(files[0], columns, {stem for stem in stems if stems[stem] > 1}))
     if kind == "wavcaps":
         return _wavcaps(source)
     if kind not in KINDS:
@@ -288,7 +294,9 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
                 yield group, Row(_id_of(str(entry["id"])), caption, where=where)
 
 
-def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+def _table(path: Path, columns: tuple[str, str], shared: Collection[str] = ()) -> Iterator[Row]:
+    """Rows of a table. An id of the stems that several files share (`shared`) keeps the ending of its file."""
+    files: dict[str, str] = {}  # id -> the file that it stands for
     rows: Iterator[tuple[str, Mapping[str, Any]]] = _csv(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         lines = ((f"{path}, line {number}", line) for number, line in enumerate(read_text(path).split("\n"), 1))
@@ -298,8 +306,13 @@ def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     for where, row in rows:
         names, text = _column(where, row, columns[0], _ID_COLUMNS), _column(where, row, columns[1], _TEXT_COLUMNS)
         split = "" if row.get("split") is None else str(row["split"])
+        file = "" if row[names] is None else str(row[names])
+        item_id = _id_of(file)
+        if normal_name(item_id) in shared:
+            item_id = PurePosixPath(file).name
+        other = files.setdefault(normal_name(item_id), file) != file
         for caption in _captions(row[text], where):
-            yield Row("" if row[names] is None else _id_of(str(row[names])), caption, split, where)
+            yield Row(item_id, caption, split, where, "with the name of another file: rename it" if other else "")
 
 
 def _id_of(file: str) -> str:

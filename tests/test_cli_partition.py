@@ -130,13 +130,17 @@ def test_starts_of_long_videos():
 
 
 def test_a_folder_with_a_long_take_gives_all_its_clips(tmp_path, monkeypatch, capsys):
-    """By the recipe for a folder of one's own, without a command besides extraction; a short video keeps its name."""
+    """By the recipe for a folder of one's own, without a command besides extraction; a short video keeps its name, and
+    one whose name another file has its ending."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_clips").mkdir()
     slow = tuple(Fraction(i, 5) for i in range(128))
     write_odd(tmp_path / "my_clips" / "take.mp4", Odd(frame_times=slow, audio_seconds=25.6))
     write_odd(tmp_path / "my_clips" / "short.mp4", Odd(frame_times=slow[:46], audio_seconds=9.2))
-    (tmp_path / "my_clips" / "captions.csv").write_text("file_name,caption\ntake.mp4,a horn\nshort.mp4,a bell\n")
+    write_odd(tmp_path / "my_clips" / "short.mkv", Odd(frame_times=slow[:46], audio_seconds=9.2))
+    (tmp_path / "my_clips" / "captions.csv").write_text(
+        "file_name,caption\ntake.mp4,a horn\nshort.mp4,a bell\nshort.mkv,a gong\n"
+    )
     assert main(["prepare", "folder", "my_clips", "--out", "data/sets"]) == 0
     changes = ["encoders.kind=toy", "encoders.weights_dir=data/own", "encoders.device=cpu"]
     sources = "[{name: own_train, media_dir: my_clips, list: data/sets/my_clips.tsv, max_clips: 0}]"
@@ -144,13 +148,13 @@ def test_a_folder_with_a_long_take_gives_all_its_clips(tmp_path, monkeypatch, ca
     assert [source.max_clips for source in own] == [0, 0]  # as here
     words = ["extract-video", str(ROOT / "recipes" / "finetune_own.yaml"), *changes, f"extraction.videos={sources}"]
     assert main(words) == 0
-    assert "own_train.clips.tsv: 4 clips, 0 files rejected" in capsys.readouterr().out
+    assert "own_train.clips.tsv: 5 clips, 0 files rejected" in capsys.readouterr().out
     with FeatureStore.open("data/own/own_train") as store:
-        assert store.ids == ["take_0", "take_1", "take_2", "short"]
-        assert store.captions == ["a horn"] * 3 + ["a bell"]
+        assert store.ids == ["take_0", "take_1", "take_2", "short.mp4", "short.mkv"]
+        assert store.captions == ["a horn"] * 3 + ["a bell", "a gong"]
         first, *others = store.read(range(3))["clip_features"]
     assert first.shape == (64, 1024) and not any(torch.allclose(first, other) for other in others)
-    assert [row.start for row in read_video_clips("data/own/own_train.clips.tsv")] == [0.0, 8.75, 17.5, 0.0]
+    assert [row.start for row in read_video_clips("data/own/own_train.clips.tsv")] == [0.0, 8.75, 17.5, 0.0, 0.0]
     (tmp_path / "data" / "own" / "own_train.clips.tsv").unlink()
     assert main([*words, "--shard-index", "0", "--num-shards", "2"]) == 2
     assert "own_train.clips.tsv is missing: run `mmaudio-hf partition" in capsys.readouterr().err

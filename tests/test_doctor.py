@@ -14,7 +14,7 @@ from hub_server import TOKEN, USER, Hub
 from toy_stores import recipe_tree, write_codec, write_recipe, write_store
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import load_recipe
+from mmaudio_hf.config import load_recipe, to_dict
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.doctor import CHECKS, TIGHT, Launch, available_memory, examine, fitting_settings, measure_reading
 
@@ -120,6 +120,13 @@ def test_a_wrong_launch(folder, capsys, monkeypatch):
     (folder / "output" / "wrong" / "checkpoints" / "step_4").mkdir(parents=True)
     code, levels, text = doctor(capsys, str(recipe), "--quick", "--processes", "3", "resume=never")
     assert levels["run folder"] == "FAIL" and "or resume=auto" in text
+    state = folder / "output" / "wrong" / "checkpoints" / "step_4" / "training_state" / "state.json"
+    state.parent.mkdir()
+    state.write_text(json.dumps({"step": 1, "facts": {"recipe": to_dict(load_recipe(recipe)), "depends_on": {}}}))
+    _, levels, text = doctor(capsys, str(recipe), "--quick")
+    assert levels["resume"] == "ok", text
+    code, levels, text = doctor(capsys, str(recipe), "--quick", "optim.eps=0.1")
+    assert (code, levels["resume"]) == (1, "FAIL") and "+ optim.eps: 0.1" in text and "--allow-changes" in text
 
 
 def test_what_is_left_in_a_shell_is_seen_before_the_launch(folder, capsys, monkeypatch):

@@ -68,6 +68,20 @@ def test_a_folder_is_split_by_shares_that_do_not_move(tmp_path):
     assert all(set(fewer[name]) <= set(lists[name]) for name in lists)
 
 
+def test_files_of_one_stem_keep_their_endings_and_a_link_its_name(tmp_path, capsys):
+    for name in ("c.mp4", "c.MOV", "a/d.mp4", "b/d.mp4", "e.mp4"):
+        (tmp_path / "real" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "real" / name).touch()
+    names = ("c.mp4", "c.MOV", "a/d.mp4", "b/d.mp4", "e.mp4", "e.mp4")
+    (tmp_path / "real" / "captions.csv").write_text("file_name,caption\n" + "".join(f"{n},of {n}\n" for n in names))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    lists = prepare(tmp_path, "folder", tmp_path / "link")
+    ids = ["c.mp4", "c.MOV", "d.mp4", "e", "e"]
+    assert lists == {"link": [(item, text) for item, text in zip(ids, map("of {}".format, names[:3] + names[4:]))]}
+    said = capsys.readouterr().out
+    assert "with the name of another file: rename it, the first: " in said and "line 5: 'd.mp4'" in said
+
+
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [

@@ -155,6 +155,8 @@ def _video_items(job: Job, source: VideoSource, problems: Problems | None, offse
     for row in read_media_list(source.list, "label"):
         path, problem = _find(folder, row.id)
         problem, name = problem or _audit_problem(problems, row.id), stem_of(row.id, "video")
+        if normal_name(Path(path).name) in starts:  # two listed files have this stem
+            name = normal_name(Path(path).name)
         if source.max_clips != 1 and name not in starts:
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
         for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -392,10 +393,11 @@ def write_clips(
     JSON in `shards_dir` (None: nothing is kept), so a later run makes only what is missing or has changed. The process
     that finds all of them complete replaces the list. ValueError if there is no file to read.
     """
-    files, rejects, ignored, rows_of = _files_of(source, duration)
-    settings: list[float] = [_VERSION, duration, source.max_clips] if isinstance(source, VideoSource) else [_VERSION]
+    files, rejects, ignored, rows_of, whole = _files_of(source, duration)
+    settings: list[Any] = [_VERSION, duration, source.max_clips] if isinstance(source, VideoSource) else [_VERSION]
     if isinstance(source, AudioSource) and (seconds := audio_clip_seconds(source, duration)) != CLIP_SECONDS:
         settings.append(seconds)
+    settings += whole
     with contextlib.ExitStack() as stack:
         folder = Path(shards_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -420,19 +422,23 @@ def write_clips(
 
 def _files_of(
     source: VideoSource | AudioSource, duration: float
-) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], Callable[[Path], dict[str, Any]]]:
-    """Files to read, rejects and ignored ones among the others, and the function that reads one."""
+) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], Callable[[Path], dict[str, Any]], list[str]]:
+    """Files to read, rejects and ignored ones among the others, the function that reads one, and names kept whole."""
     folder = MediaFolder(source.media_dir, "video" if isinstance(source, VideoSource) else "audio")
     files: dict[Path, None] = {}
-    rejects, ignored = [], []
+    rejects, ignored, whole = [], [], list[str]()
     if isinstance(source, VideoSource):
+        stems = Counter(normal_name(path.stem) for path in folder.media)
         for item in read_media_list(source.list, "label"):
             try:
-                files[folder.find(item.id)] = None
+                path = folder.find(item.id)
+                files[path] = None
+                if stems[normal_name(path.stem)] > 1 and normal_name(item.id) == normal_name(path.name):
+                    whole.append(path.name)
             except MediaError as error:
                 rejects.append(_reject(item.id, error.reason, str(error)))
-        cut = partial(_video_rows, duration=duration, max_clips=source.max_clips)
-        return list(files), rejects, [], partial(_outcome, cut)
+        cut = partial(_video_rows, duration=duration, max_clips=source.max_clips, whole=whole)
+        return list(files), rejects, [], partial(_outcome, cut), whole
     if not folder.media:
         raise ValueError(f"{source.media_dir}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
     for path in folder.media:
@@ -452,7 +458,7 @@ def _files_of(
         message = f"{path}: has no ending of an audio file"
         ignored.append(_reject(str(path.relative_to(folder.folder)), "ignored", message))
     cut_audio = partial(_audio_rows, clip_seconds=audio_clip_seconds(source, duration))
-    return list(files), rejects, ignored, partial(_outcome, cut_audio)
+    return list(files), rejects, ignored, partial(_outcome, cut_audio), []
 
 
 class _Shard:
@@ -513,9 +519,10 @@ def _audio_rows(path: Path, clip_seconds: float) -> list[list]:
     return [[f"{name}_{i}", name, start, end] for i, (start, end) in enumerate(spans)]
 
 
-def _video_rows(path: Path, duration: float, max_clips: int) -> list[list]:
+def _video_rows(path: Path, duration: float, max_clips: int, whole: Sequence[str]) -> list[list]:
     starts = partition_video(video_seconds(path), duration, max_clips)
-    name = normal_name(path.stem)
+    # Where other files of the folder have the stem, and the list names the ending, it tells their rows apart.
+    name = normal_name(path.name if path.name in whole else path.stem)
     if max_clips == 0 and len(starts) == 1:  # the row that it has without a list
         return [[name, name, 0.0]]
     return [[f"{name}_{i}", name, start] for i, start in enumerate(starts)]
