@@ -296,7 +296,7 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
 
 def _table(path: Path, columns: tuple[str, str], shared: Collection[str] = ()) -> Iterator[Row]:
     """Rows of a table. An id of the stems that several files share (`shared`) keeps the ending of its file."""
-    files: dict[str, str] = {}  # id -> the file that it stands for
+    files: dict[str, str] = {}  # id -> the file that it names
     rows: Iterator[tuple[str, Mapping[str, Any]]] = _csv(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         lines = ((f"{path}, line {number}", line) for number, line in enumerate(read_text(path).split("\n"), 1))

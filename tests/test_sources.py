@@ -77,9 +77,11 @@ def test_files_of_one_stem_keep_their_endings_and_a_link_its_name(tmp_path, caps
     (tmp_path / "link").symlink_to(tmp_path / "real")
     lists = prepare(tmp_path, "folder", tmp_path / "link")
     ids = ["c.mp4", "c.MOV", "d.mp4", "e", "e"]
-    assert lists == {"link": [(item, text) for item, text in zip(ids, map("of {}".format, names[:3] + names[4:]))]}
-    said = capsys.readouterr().out
-    assert "with the name of another file: rename it, the first: " in said and "line 5: 'd.mp4'" in said
+    assert lists == {
+        "link": [(item, text) for item, text in zip(ids, map("of {}".format, names[:3] + names[4:]), strict=True)]
+    }
+    output = capsys.readouterr().out
+    assert "with the name of another file: rename it, the first: " in output and "line 5: 'd.mp4'" in output
 
 
 @pytest.mark.parametrize(
