@@ -1,5 +1,6 @@
 """`mmaudio-hf` in processes of its own that start within milliseconds: forked from one that has imported everything."""
 
+import ctypes
 import importlib
 import itertools
 import multiprocessing
@@ -15,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
 import torch
 from huggingface_hub import constants
 from torch.distributed import TCPStore
@@ -33,22 +35,26 @@ PATIENCE = 600  # s: nothing takes that long, on no machine; what waits longer w
 class Command:
     """A command that runs, with the names of `subprocess.Popen`; as a context, it does not outlive its block.
 
-    words: of `mmaudio-hf`, or a Python program and its arguments. With `freeze`, a function and a number, that call of
-    the function does not begin before a signal comes: a process is where a test wants it, however slow the machine is.
+    words: of `mmaudio-hf`, or a function or Python program and its arguments. With `freeze`, a function and a number,
+    that call of the function does not begin before a signal comes: a process is where a test wants it, however slow the
+    machine is. With `own_mounts` it may mount file systems, which no other process sees: small disks that fill up.
     """
 
     def __init__(
         self,
-        *words: str,
+        *words: str | Callable,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         freeze: tuple[str, int] | None = None,
+        own_mounts: bool = False,
     ):
+        if own_mounts and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("this system does not let a test mount a small disk: `unshare -rm` is refused")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*IMPORTED, __name__])
         self.words, self._logs = words, tempfile.TemporaryDirectory()
         self._paths = [Path(self._logs.name) / name for name in ("stdout", "stderr")]
-        arguments = (words, cwd or Path.cwd(), dict(env or os.environ), self._paths, freeze)
+        arguments = (words, cwd or Path.cwd(), dict(env or os.environ), self._paths, freeze, own_mounts)
         self._process = context.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
         self.pid, self.kill = self._process.pid, self._process.kill
@@ -100,6 +106,20 @@ def wait_until(condition: Callable[[], object], process: "subprocess.Popen | Com
         time.sleep(0.002)
 
 
+def resize_disk(folder: Path, size: str | int) -> None:
+    """In a process with `own_mounts`: mount a file system of this size there, or change that of the one mounted."""
+    change = "remount," * os.path.ismount(folder)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{change}size={size}", "tmpfs", str(folder)], check=True)
+
+
+def fill_disk(folder: Path, free: int) -> None:
+    """Leave so many bytes of a file system, by a file in `folder`, `filler`."""
+    filler = os.open(folder / "filler", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    disk = os.statvfs(folder)
+    os.posix_fallocate(filler, 0, disk.f_bavail * disk.f_frsize - free or 1)
+    os.close(filler)
+
+
 @contextmanager
 def together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> Iterator[list[Command]]:
     """Processes of one run that find each other as torch's launcher has it."""
@@ -120,7 +140,12 @@ def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str])
 
 
 def _run(
-    words: tuple[str, ...], cwd: Path, env: dict[str, str], outputs: list[Path], freeze: tuple[str, int] | None
+    words: tuple[str | Callable, ...],
+    cwd: Path,
+    env: dict[str, str],
+    outputs: list[Path],
+    freeze: tuple[str, int] | None,
+    own_mounts: bool,
 ) -> None:
     multiprocessing.current_process().daemon = False  # it may have workers of its own
     for number, path in enumerate(outputs, start=1):
@@ -131,13 +156,26 @@ def _run(
     os.environ |= env
     importlib.reload(constants)  # the Hub and the cache that the variables name
     torch.set_num_threads(1)
+    if own_mounts:
+        _own_mounts()
     if freeze:
         _freeze(*freeze)
+    if callable(words[0]):
+        sys.exit(words[0](*words[1:]))
     if words[0].endswith(".py"):
         sys.argv = list(words)
         runpy.run_path(words[0], run_name="__main__")
         sys.exit()
     sys.exit(main(words))
+
+
+def _own_mounts() -> None:
+    """What `unshare --map-root-user --mount` does, in this process, which has one thread."""
+    maps = {"uid_map": f"0 {os.getuid()} 1", "setgroups": "deny", "gid_map": f"0 {os.getgid()} 1"}
+    namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS: os.unshare is of Python 3.12
+    assert ctypes.CDLL(None, use_errno=True).unshare(namespaces) == 0, os.strerror(ctypes.get_errno())
+    for name, text in maps.items():
+        Path("/proc/self", name).write_text(text)
 
 
 def _freeze(target: str, call: int) -> None:

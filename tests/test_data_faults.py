@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_stores import AUDIO_SHAPES, METADATA, SHAPES, make_store, random_values
+from forked import Command, fill_disk, resize_disk
 
 from mmaudio_hf.cli import main
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
@@ -190,17 +189,10 @@ def test_a_conversion_killed_anywhere_leaves_the_source_and_can_be_repeated(tmp_
 
 # --- a full disk -------------------------------------------------------------------------------------------------
 
-ON_A_SMALL_DISK = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_data_faults import fill_and_run
-fill_and_run(Path({small!r}), Path({folder!r}))
-"""
-
 
 def fill_and_run(small: Path, folder: Path) -> None:
-    """With less and less room on `small`, write, convert and merge: all of it or nothing. Runs beside the tests."""
+    """With less and less room on `small`, write, convert and merge: all of it or nothing. In a process of its own."""
+    resize_disk(small, "1m")
     before, steps, failed, written = content(folder), 0, 0, 0
     commands = [
         ["store", "convert", str(folder / "a"), str(small / "x"), "--layout", "compact"],
@@ -208,10 +200,7 @@ def fill_and_run(small: Path, folder: Path) -> None:
         ["store", "subset", str(folder / "b"), str(small / "x"), "--match", "caption 1"],
     ]
     for free in range(0, 96 * 1024, 8 * 1024):
-        filler = os.open(small / "filler", os.O_CREAT | os.O_WRONLY)
-        disk = os.statvfs(small)
-        os.posix_fallocate(filler, 0, disk.f_bavail * disk.f_frsize - free or 1)
-        os.close(filler)
+        fill_disk(small, free)
         for command in commands:
             steps += 1
             code = main(command)
@@ -236,12 +225,7 @@ def test_a_full_disk_leaves_nothing_half_done(tmp_path):
     make_store(folder / "a", 30)
     make_store(folder / "b", 15, layout="compact")
     make_store(folder / "c", 15, layout="compact", seed=1)
-    script = ON_A_SMALL_DISK.format(tests=os.path.dirname(__file__), small=str(small), folder=str(folder))
-    mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
-    command = ["unshare", "-m", "--map-root-user", "sh", "-c", mount, str(small), sys.executable, "-c", script]
-    if shutil.which("unshare") is None or subprocess.run([*command[:3], "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small file system: unshare -m --map-root-user is refused")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = Command(fill_and_run, small, folder, own_mounts=True).result()
     assert done.returncode == 0, done.stdout + done.stderr
     steps, failed, written = map(int, done.stdout.split("outcomes")[1].split())
     assert steps == 36 and failed >= 6 and written >= 6

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import pytest
 import torch
 import yaml
 from extraction import extract, toy_recipe
-from forked import Command, wait_until
+from forked import Command, resize_disk, wait_until
 from odd_media import Odd, steady, truncate, write_odd
 
 from mmaudio_hf.cli import main
@@ -358,36 +359,26 @@ def test_shares_come_from_options_or_the_launcher(weights, tmp_path, monkeypatch
     assert (tmp_path / "out" / "s").is_dir()
 
 
-FULL_DISK = """
-import contextlib, io, json, os, shutil, subprocess, sys
-from collections import namedtuple
-folder, recipe, copy = sys.argv[1:]
-from mmaudio_hf.cli import main
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
-# As where other processes fill the disk meanwhile: there seems to be enough space.
-shutil.disk_usage = lambda _: namedtuple("Usage", "total used free")(10**12, 0, 10**12)
-ends = []
-for size in ("3m", "7m", "40m"):
-    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        code = main(["extract-audio", recipe])
-    names = [name for _, folders, files in os.walk(folder) for name in folders + files]
-    ends.append([code, errors.getvalue().splitlines()[-1:], sorted(names)])
-shutil.copytree(folder, copy)
-print(json.dumps(ends))
-"""
+def extract_to_disks(folder: Path, recipe: Path, copy: Path) -> None:
+    """Runs in a process of its own: too small for the shards, then for the store, then large enough."""
+    # As where other processes fill the disk meanwhile: there seems to be enough space.
+    shutil.disk_usage = lambda _: Namespace(total=10**12, used=0, free=10**12)
+    ends = []
+    for size in ("3m", "7m", "40m"):
+        resize_disk(folder, size)
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = main(["extract-audio", str(recipe)])
+        names = [name for _, folders, files in os.walk(folder) for name in folders + files]
+        ends.append([code, errors.getvalue().splitlines()[-1:], sorted(names)])
+    shutil.copytree(folder, copy)
+    print(json.dumps(ends))
 
 
 def test_a_full_disk_ends_with_one_sentence_and_a_larger_one_resumes(weights, tmp_path):
-    """Too small for the shards, then for the store, then large enough."""
     media, folder = AudioFiles(tmp_path / "media", [f"n{i:02d}" for i in range(16)]), tmp_path / "small"
     folder.mkdir()
-    arguments = [str(folder), str(media.recipe(tmp_path / "r.yaml", folder / "out", weights)), str(tmp_path / "copy")]
-    command = ["unshare", "--mount", "--map-root-user", sys.executable, "-c", FULL_DISK, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "unshare: " in done.stderr or "mount: " in done.stderr:
-        pytest.skip(f"no file system of our own can be mounted here: {done.stderr.strip().splitlines()[-1]}")
+    arguments = (folder, media.recipe(tmp_path / "r.yaml", folder / "out", weights), tmp_path / "copy")
+    done = Command(extract_to_disks, *arguments, own_mounts=True).result()
     assert done.returncode == 0, done.stderr
     first, second, last = json.loads(done.stdout.splitlines()[-1])
     hint = f"free some space; {RESUME_HINT}"

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import PATIENCE, run_together, together, wait_until
+from forked import PATIENCE, Command, resize_disk, run_together, together, wait_until
 from hub_server import TOKEN, USER, Hub
 from safetensors.torch import load_file
 from sharded import save_sharded
@@ -352,28 +350,21 @@ def test_downloads_that_break_off_are_taken_up(hub, run, tmp_path, capsys, monke
     assert not Path("second").exists()
 
 
-SMALL_DISK = """
-import os, subprocess, sys
-from mmaudio_hf.cli import main
-disk, size, repo = sys.argv[1:]
-subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
-os.chdir(disk)
-outcomes = [main(["pull", repo, "--to", "new"]), *os.listdir()]
-subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-print("outcomes", *outcomes, main(["pull", repo, "--to", "new"]), *os.listdir())
-"""
+def pull_to_a_small_disk(disk: Path, size: int) -> None:
+    """Runs in a process of its own: first there is too little space."""
+    resize_disk(disk, size)
+    os.chdir(disk)
+    outcomes = [main(["pull", NAME, "--to", "new"]), *os.listdir()]
+    resize_disk(disk, "100m")
+    print("outcomes", *outcomes, main(["pull", NAME, "--to", "new"]), *os.listdir())
 
 
 def test_a_full_disk_is_an_error_and_a_pull_resumes_with_more_space(hub, run, tmp_path):
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
     assert main(["push", str(run), NAME, "--training-state"]) == 0
-    (tmp_path / "disk").mkdir()
+    (disk := tmp_path / "disk").mkdir()
     size = sum(len(content) for content in hub.files(NAME).values()) // 2
-    words = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "disk"), str(size), NAME]
-    done = subprocess.run(
-        ["unshare", "-rm", *words], env=hub.environment(tmp_path / "home"), capture_output=True, text=True
-    )
+    variables = hub.environment(tmp_path / "home")
+    done = Command(pull_to_a_small_disk, disk, size, env=variables, own_mounts=True).result()
     assert done.stdout.endswith("outcomes 1 new.hub 0 new\n"), done
     assert "left" in done.stderr and "are needed: free some space" in done.stderr and "Traceback" not in done.stderr
 

@@ -6,21 +6,20 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from data_stores import make_store
-from forked import PATIENCE, Command, wait_until
+from forked import PATIENCE, Command, fill_disk, resize_disk, wait_until
 from hub_server import TOKEN, Hub
 from huggingface_hub import DatasetCard
 from toy_stores import recipe_tree, write_store
 
 from mmaudio_hf.cli import main, parse
 from mmaudio_hf.data.store import FeatureStore
-from mmaudio_hf.data.tools import verify
+from mmaudio_hf.data.tools import subset, verify
 from mmaudio_hf.hub.stores import THREADS, plan_pull, pull_store
 
 CHUNK = 2048  # bytes: a store of 50 rows has about twenty chunks
@@ -95,8 +94,6 @@ def test_shared_texts_of_some_rows_come_once(hub, here, tmp_path):
     store = make_store(tmp_path / "plain", 40)
     rows = [3, 3, 9, 1, 3, 30, 31, 32, 9, 0, 38, 38, 2, 1]
     main(["store", "convert", str(store.path), str(tmp_path / "compact"), "--layout", "compact"])
-    from mmaudio_hf.data.tools import subset
-
     subset(tmp_path / "compact", tmp_path / "texts", rows).close()
     assert push(tmp_path / "texts", "texts") == 0
     assert main(["store", "subset", str(tmp_path / "texts"), str(tmp_path / "wanted"), "--rows", "4:9"]) == 0
@@ -365,41 +362,27 @@ def test_a_damaged_store_is_not_sent(hub, here, tmp_path, capsys):
     assert not hub.repository("tester/damaged", "datasets").exists
 
 
-ON_A_SMALL_DISK = """
-import os, sys, shutil
-from collections import namedtuple
-from pathlib import Path
-from mmaudio_hf.cli import main
-small = Path(sys.argv[1])
-def fill(free):
-    filler = os.open(small / "filler", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    disk = os.statvfs(small)
-    os.posix_fallocate(filler, 0, disk.f_bavail * disk.f_frsize - free)
-    os.close(filler)
-words = ["store", "pull", "tester/large", str(small / "x")]
-fill(160_000)
-assert main(words) == 1
-real, shutil.disk_usage = shutil.disk_usage, lambda _: namedtuple("Usage", "total used free")(10**12, 0, 10**12)
-assert main(words) == 1 and not (small / "x").exists()
-print("got", sum(f.stat().st_size for f in (small / "x.pull/store").iterdir()))
-shutil.disk_usage = real
-(small / "filler").unlink()
-assert main(words) == 0
-assert sorted(os.listdir(small)) == ["x", "x.manifest.json", "x.tsv"]
-"""
+def pull_to_a_small_disk(small: Path) -> None:
+    """Runs in a process of its own: too little space, less than there seems to be, and enough."""
+    resize_disk(small, "2m")
+    fill_disk(small, 160_000)
+    words = ["store", "pull", "tester/large", str(small / "x")]
+    assert main(words) == 1
+    real, shutil.disk_usage = shutil.disk_usage, lambda _: SimpleNamespace(total=10**12, used=0, free=10**12)
+    assert main(words) == 1 and not (small / "x").exists()
+    print("got", sum(f.stat().st_size for f in (small / "x.pull/store").iterdir()))
+    shutil.disk_usage = real
+    (small / "filler").unlink()
+    assert main(words) == 0
+    assert sorted(os.listdir(small)) == ["x", "x.manifest.json", "x.tsv"]
 
 
 def test_a_full_disk_loses_nothing(hub, here, tmp_path):
     store = make_store(tmp_path / "large", 900)
     assert main(["store", "push", str(store.path), "tester/large", "--part-size", "0.02"]) == 0
-    (tmp_path / "small").mkdir()
-    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
-    start = ["unshare", "-m", "--map-root-user"]
-    if shutil.which("unshare") is None or subprocess.run([*start, "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small file system: unshare -m --map-root-user is refused")
-    command = [*start, "sh", "-c", mount, str(tmp_path / "small"), sys.executable, "-c", ON_A_SMALL_DISK]
-    environment, before = hub.environment(tmp_path / "home"), len(hub.requests("GET /storage"))
-    done = subprocess.run([*command, str(tmp_path / "small")], capture_output=True, text=True, env=environment)
+    (small := tmp_path / "small").mkdir()
+    before = len(hub.requests("GET /storage"))
+    done = Command(pull_to_a_small_disk, small, env=hub.environment(tmp_path / "home"), own_mounts=True).result()
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert re.search(r"x\.pull needs .* more, the disk has .*: free some space, or choose columns or rows", first)

@@ -1,14 +1,17 @@
 """Which checkpoints are kept, EMA weights made afterwards, full disks, and the copies that the thread writes."""
 
 import json
+import multiprocessing
+import os
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from forked import PATIENCE, Command, run_together
+from forked import Command, resize_disk, run_together, wait_until
 from safetensors.torch import load_file
 from toy_stores import MODEL
 from training_runs import (
@@ -165,27 +168,35 @@ def test_the_last_snapshots_are_awaited_where_they_are_visible_later(tmp_path):
 
 # --- a full disk -------------------------------------------------------------------------------------------------
 
-FULL_DISK = """
-set -e
-mount -t tmpfs -o size=$SIZE tmpfs "$DISK"
-head -c $BALLAST /dev/zero > "$DISK/ballast"
-cd "$LOGS"
-set +e
-touch freed
-"$@" > full.txt 2>&1
-echo $? > full.code
-rm freed
-readlink "$DISK/full_disk/last" > last
-ls "$DISK/full_disk/checkpoints" > checkpoints
-"$@" > freed.txt 2>&1 &
-training=$!
-until grep -q "could not be written" freed.txt || ! kill -0 $training; do sleep 0.02; done
-rm "$DISK/ballast"
-touch "$LOGS/freed"
-wait $training
-echo $? > freed.code
-cp -a "$DISK/full_disk" "$KEPT"
-"""
+
+def run_program(program: list[str], log: Path) -> None:
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 1), os.dup2(1, 2)
+    sys.argv = program
+    runpy.run_path(program[0], run_name="__main__")
+
+
+def train_on_a_full_disk(disk: Path, logs: Path, sizes: tuple[int, int], program: list[str], kept: Path) -> None:
+    """Runs in a process of its own: no space at all for the last checkpoint, and space again during the next run."""
+    resize_disk(disk, sizes[0])
+    (disk / "ballast").write_bytes(bytes(sizes[1]))
+    full, freed = (
+        multiprocessing.get_context("fork").Process(target=run_program, args=(program, logs / f"{name}.txt"))
+        for name in ("full", "freed")
+    )
+    (logs / "freed").touch()
+    full.start(), full.join()
+    (logs / "freed").unlink()
+    run = disk / "full_disk"
+    assert os.readlink(run / "last") == "checkpoints/step_4" and os.listdir(run / "checkpoints") == ["step_4"]
+    (logs / "freed.txt").touch()
+    freed.start()
+    warned = lambda: "could not be written" in (logs / "freed.txt").read_text()  # noqa: E731
+    wait_until(lambda: warned() or freed.exitcode is not None)
+    (disk / "ballast").unlink()
+    (logs / "freed").touch()
+    freed.join()
+    assert (full.exitcode, freed.exitcode) == (1, 0)
+    shutil.copytree(run, kept, symlinks=True)
 
 
 def disk_sizes(recipe: Path) -> tuple[int, int]:
@@ -200,28 +211,18 @@ def disk_sizes(recipe: Path) -> tuple[int, int]:
 
 def test_a_full_disk_costs_checkpoints_and_nothing_else(poisoned_run, tmp_path):
     """In a file system of its own: space for one checkpoint, none at all for the last one, then space again."""
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let a test mount a small disk (unshare -rm)")
     recipe = poisoned_recipe(poisoned_run.parent, "full_disk")
     disk, logs = tmp_path / "a disk", tmp_path / "its logs"  # a clone may lie in a folder with spaces
     disk.mkdir(), logs.mkdir()
-    size, ballast = disk_sizes(poisoned_run)
-    variables = {"SIZE": str(size), "BALLAST": str(ballast), "DISK": str(disk), "LOGS": str(logs)}
-    variables |= {"KEPT": str(run_dir(recipe))}
     gates = {STEPS - 2 * EVERY: logs / "freed"}  # no further before there is space
-    train = [sys.executable, *gated_program(gates, recipe, f"output_dir={disk}")]
-    result = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", *train], env=environment(**variables), cwd=recipe.parent,
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    output = {path.name: path.read_text() for path in logs.iterdir()}
-    assert result.returncode == 0, (result.stderr, output)
-    assert output["full.code"] == "1\n", output
-    assert output["full.txt"].count("could not be written") > 2 and "step_4; training continues" in output["full.txt"]
-    assert "error:" in output["full.txt"] and "free disk space and start again" in output["full.txt"].splitlines()[-1]
-    assert output["last"] == "checkpoints/step_4\n" and output["checkpoints"] == "step_4\n"
-    assert output["freed.code"] == "0\n", output
-    assert f"from step 4 to {STEPS}" in output["freed.txt"] and "could not be written" in output["freed.txt"]
+    program = gated_program(gates, recipe, f"output_dir={disk}")
+    words = (train_on_a_full_disk, disk, logs, disk_sizes(poisoned_run), program, run_dir(recipe))
+    result = Command(*words, cwd=recipe.parent, env=environment(), own_mounts=True).result()
+    full, freed = ((logs / f"{name}.txt").read_text() for name in ("full", "freed"))
+    assert result.returncode == 0, (result.stderr, full, freed)
+    assert full.count("could not be written") > 2 and "step_4; training continues" in full
+    assert "error:" in full and "free disk space and start again" in full.splitlines()[-1]
+    assert f"from step 4 to {STEPS}" in freed and "could not be written" in freed
     same_bytes(recipe, poisoned_run)
 
 
