@@ -9,31 +9,17 @@ import pytest
 from mmaudio_hf.features.encoders import fit_toy_codec
 from mmaudio_hf.media.example import write_example_media
 
-LONG_FILES = (
-    *("test_models_network.py", "test_features_shards.py", "test_training_resume.py", "test_training_distributed.py"),
-    *(
-        "test_training_checkpointer.py",
-        "test_training_guard.py",
-        "test_training_loop.py",
-        "test_hub_runs.py",
-        "test_evaluation_av_bench.py",
-        "test_hub_stores.py",
-    ),
-    *(
-        "test_data_remote.py",
-        "test_evaluation_offsets.py",
-        "test_evaluation_run.py",
-        "test_demo.py",
-        "test_cli.py",
-        "test_generation_files.py",
-    ),
-)
+LONG_FILES = (  # noqa: SIM905
+    "models_network features_shards training_distributed training_resume training_checkpointer training_guard"
+    " training_loop hub_runs evaluation_av_bench hub_stores data_remote evaluation_offsets evaluation_run demo cli"
+    " generation_files bench wheel evaluation_samples training_finetune released_end_to_end training_launch"
+).split()
 
 
 def pytest_collection_modifyitems(items):
     """The files that take minutes come first, the longest before the others, so that all workers end together."""
     order = {name: number for number, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 @pytest.fixture(scope="session")

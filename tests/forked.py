@@ -121,7 +121,7 @@ def fill_disk(folder: Path, free: int) -> None:
 
 
 @contextmanager
-def together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> Iterator[list[Command]]:
+def together(processes: int, *words: str | Callable, cwd: Path, env: Mapping[str, str]) -> Iterator[list[Command]]:
     """Processes of one run that find each other as torch's launcher has it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -131,7 +131,7 @@ def together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> 
         yield [stack.enter_context(Command(*words, cwd=cwd, env=env | shared | rank)) for rank in ranks]
 
 
-def run_together(processes: int, *words: str, cwd: Path, env: Mapping[str, str]) -> CompletedProcess:
+def run_together(processes: int, *words: str | Callable, cwd: Path, env: Mapping[str, str]) -> CompletedProcess:
     """The same until they end; the code is the first that is not 0."""
     with together(processes, *words, cwd=cwd, env=env) as group:
         codes = [process.wait() for process in group]

@@ -1,9 +1,9 @@
 """A Hub of one's own on loopback, in a process of its own, for huggingface_hub as it is (through HF_ENDPOINT).
 
-    python tests/hub_server.py FOLDER [--port N] [--multipart-bytes BYTES]
+    python tests/hub_server.py FOLDER [--port N]
 
-Model and dataset repositories: create, whoami, info, refs, history, tree, paths-info, preupload, LFS (one PUT or
-several parts), NDJSON commits with compare-and-swap on the parent, resolve with ranges, cards, tokens. Xet is not
+Model and dataset repositories: create, whoami, info, refs, history, tree, paths-info, preupload, LFS (one PUT),
+NDJSON commits with compare-and-swap on the parent, resolve with ranges, cards, tokens. Xet is not
 offered: set HF_HUB_DISABLE_XET=1. Everything lies in FOLDER, so that a killed server can be started again:
 
     tokens.json                  {token: {"name": user, "role": "write" or "read"}}
@@ -150,9 +150,9 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path, port: int, multipart_bytes: int):
+    def __init__(self, root: Path, port: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.root, self.multipart_bytes = root, multipart_bytes
+        self.root = root
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.storage = f"http://localhost:{self.server_address[1]}"
         self.lock, self.log_lock, self.faults = threading.Lock(), threading.Lock(), []
@@ -359,8 +359,8 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repo = self.repository("datasets" if match[1] else "models", match[2])
             return self.resolve(repo, match[3], unquote(match[4]))
-        if match := re.fullmatch(r"/storage/([0-9a-f]{64})(?:/(\d+|complete))?", path):
-            return self.storage(match[1], match[2])
+        if match := re.fullmatch(r"/storage/([0-9a-f]{64})", path):
+            return self.storage(match[1])
         raise HttpError(404, f"no such page: {path}")
 
     def whoami(self):
@@ -496,43 +496,25 @@ class Handler(BaseHTTPRequestHandler):
         for item in batch["objects"]:
             answer = {"oid": item["oid"], "size": item["size"]}
             if not (self.server.root / "blobs" / item["oid"]).is_file():
-                answer["actions"] = {"upload": self.upload(item), "verify": {"href": verify}}
+                href = f"{self.server.storage}/storage/{item['oid']}?signature=once"
+                answer["actions"] = {"upload": {"href": href}, "verify": {"href": verify}}
             objects.append(answer)
         return self.send_json({"transfer": "basic", "objects": objects})
 
-    def upload(self, item: dict) -> dict:
-        """Where a new object is sent: as one, or in parts, each with an address of its own."""
-        href = f"{self.server.storage}/storage/{item['oid']}"
-        count = -(-item["size"] // self.server.multipart_bytes)
-        if count <= 1:
-            return {"href": f"{href}?signature=once"}
-        addresses = {str(n): f"{href}/{n}?signature=once" for n in range(1, count + 1)}
-        return {"href": f"{href}/complete", "header": {"chunk_size": str(self.server.multipart_bytes), **addresses}}
-
-    def storage(self, oid: str, number: str | None):
+    def storage(self, oid: str):
         blob, uploads = self.server.root / "blobs" / oid, self.server.root / "uploads"
         if self.command in ("GET", "HEAD"):
             return self.send_range(blob.read_bytes())
-        if number == "complete":
-            numbers = [item["partNumber"] for item in self.json_body()["parts"]]
-            pieces = [uploads / f"{oid}.{n}" for n in numbers]
-            content = b"".join(piece.read_bytes() for piece in pieces)
-            if hashlib.sha256(content).hexdigest() != oid:
-                raise HttpError(400, "the parts do not make up the object")
-            write_bytes(blob, content)
-            for piece in pieces:
-                piece.unlink()
-            return self.send_json({})
         partial = uploads / f"{oid}.{secrets.token_hex(4)}.partial"
         digest = hashlib.sha256()
         with open(partial, "wb", buffering=0) as file:
             for piece in self.pieces():
                 file.write(piece)
                 digest.update(piece)
-        if number is None and digest.hexdigest() != oid:
+        if digest.hexdigest() != oid:
             partial.unlink()
             raise HttpError(400, "the content is not what its checksum says")
-        partial.replace(blob if number is None else uploads / f"{oid}.{number}")
+        partial.replace(blob)
         return self.send(b"", headers={"ETag": f'"{digest.hexdigest()[:32]}"'})
 
     def resolve(self, repo: Repository, revision: str, path: str):
@@ -550,7 +532,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_range(self, content: bytes, headers: Mapping[str, str] | None = None):
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not match or self.fault.get("ignore_range"):
+        if not match:
             return self.send(content, headers=headers, length=len(content))
         start, end = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
         if start >= len(content):
@@ -609,7 +591,6 @@ class Hub:
     """A server in a process of its own; use it in `with`. The port stays the same over `kill` and `start`."""
 
     root: Path
-    multipart_bytes: int = 10_000_000
     port: int = 0
     tokens: Mapping[str, str] = field(default_factory=dict)  # further ones: token -> "user:write" or "user:read"
     process: subprocess.Popen | None = None
@@ -628,7 +609,6 @@ class Hub:
     def start(self) -> None:
         """Start, or start again; returns when requests are answered."""
         words = [sys.executable, __file__, str(self.root), "--port", str(self.port)]
-        words += ["--multipart-bytes", str(self.multipart_bytes)]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         self.port = int(self.process.stdout.readline())
 
@@ -674,7 +654,7 @@ class Hub:
         """Replace the faults. Each has `match` (a pattern for "METHOD /path"), maybe `times`, and what happens:
 
         `status` (an answer), `delay` (s, or until the faults are replaced), `bytes_per_second`, `drop_upload_after` or
-        `drop_download_after` (bytes), `ignore_range`.
+        `drop_download_after` (bytes).
         """
         request = urllib.request.Request(f"{self.url}/_faults", json.dumps(faults).encode(), method="POST")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
@@ -715,9 +695,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0, help="0: chosen by the system")
-    parser.add_argument("--multipart-bytes", type=int, default=10_000_000, help="larger objects are uploaded in parts")
     options = parser.parse_args()
-    server = Server(options.folder, options.port, options.multipart_bytes)
+    server = Server(options.folder, options.port)
     threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
     print(server.server_address[1], flush=True)
     server.serve_forever(poll_interval=0.05)

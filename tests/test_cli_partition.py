@@ -163,9 +163,8 @@ def test_a_folder_with_a_long_take_gives_all_its_clips(tmp_path, monkeypatch, ca
 def test_one_recipe_extracts_clips_of_several_durations(tmp_path):
     (tmp_path / "audios").mkdir()
     write_odd(tmp_path / "long.mp4", Odd(frame_times=steady(7.0), audio_seconds=7.0))
-    write_audio(
-        tmp_path / "audios" / "noise.wav", torch.rand(8000 * 9, generator=torch.Generator().manual_seed(0)) - 0.5, 8000
-    )
+    noise = torch.rand(8000 * 9, generator=torch.Generator().manual_seed(0)) - 0.5
+    write_audio(tmp_path / "audios" / "noise.wav", noise, 8000)
     (tmp_path / "list.tsv").write_text("id\tlabel\nlong\ta\n")
     (tmp_path / "captions.tsv").write_text("id\tcaption\nnoise\tb\n")
     videos = {"media_dir": str(tmp_path), "list": str(tmp_path / "list.tsv"), "max_clips": 0}
@@ -186,10 +185,8 @@ def test_one_recipe_extracts_clips_of_several_durations(tmp_path):
     recipe = load_recipe(path)
     expected = (recipe.model, recipe.encoders, recipe.seed, recipe.extraction)
     mixture = open_mixture(recipe.data.train, *expected)
-    assert [(bucket.duration, len(bucket.stores), bucket.samples) for bucket in mixture.buckets] == [
-        (1, 1, 6),
-        (2, 2, 7),
-    ]
+    buckets = [(bucket.duration, len(bucket.stores), bucket.samples) for bucket in mixture.buckets]
+    assert buckets == [(1, 1, 6), (2, 2, 7)]
     assert mixture.stores[2].ids == [f"noise_{i}" for i in range(4)]  # of 2.1 s, in 9 s
     with FeatureStore.open(tmp_path / "out" / "two") as store:
         assert store.read([0])["clip_features"].shape == (1, 16, 1024) and store.ids == [f"long_{i}" for i in range(3)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from data_stores import make_store
 from forked import PATIENCE, Command, fill_disk, resize_disk, wait_until
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, Repository
 from huggingface_hub import DatasetCard
 from toy_stores import recipe_tree, write_store
 
@@ -260,94 +260,91 @@ def test_a_lost_connection_and_a_missing_token(hub, here, tmp_path, monkeypatch,
 # --- what cannot be trusted --------------------------------------------------------------------------------------
 
 
-def spoiled(index: dict, how: str) -> dict[str, bytes]:
-    """Files that replace those of a good repository, by the name of the fault."""
-    chunk = index["columns"]["mean"]["parts"][0]
-    if how in ("../../../etc/x", "columns/mean/../../x.bin", "meta.json"):
-        chunk["file"] = how
-    if how == "other column":
-        index["columns"]["mean"]["parts"] = index["columns"]["std"]["parts"]
-    if how == "lost chunk":
-        chunk["file"] = chunk["file"].replace("00000", "00009")
-    if how == "huge":
-        chunk["records"] = 10**15
-    if how == "huge blocks":
-        index["columns"]["mean"]["block_records"] = 10**12
-        for p in index["columns"]["mean"]["parts"]:
-            p["blocks"] = p["blocks"][:1]
-    if how == "negative":
-        chunk["records"] = -1
-    if how == "words":
-        chunk["records"] = "50"
-    if how == "version":
-        index["version"] = 99
-    if how == "no checksums":
-        chunk["blocks"] = [None]
-    if how == "stranger":
-        index["files"]["../evil"] = {"bytes": 1, "sha256": "0" * 64}
-    if how == "more columns":
-        index["columns"]["../evil"] = index["columns"]["mean"]
-    if how == "no mapping":
-        index["columns"] = []
-    if how == "truncated":
-        return {chunk["file"]: b"short"}
-    if how == "other content":
-        return {chunk["file"]: os.urandom(chunk["records"] * 80)}
-    if how == "wrong checksum":
-        chunk["sha256"] = "0" * 64
-    if how == "other table":
-        return {"table.tsv": b"id\tlabel\n"}
-    if how == "not json":
-        return {"store.json": b"{"}
-    return {"store.json": json.dumps(index).encode()}
-
-
+# What is done to the index of a good repository and the first chunk of its column mean, or the file that is replaced,
+# and the error. ELSEWHERE: names that would leave the folder, or are those of other files.
+ELSEWHERE = ("../../../etc/x", "columns/mean/../../x.bin", "meta.json")
+NAME = r"malformed .*is no name of a chunk"
+STRANGER = {"../evil": {"bytes": 1, "sha256": "0" * 64}}
 FAULTS = {
-    "../../../etc/x": r"malformed .*is no name of a chunk",
-    "columns/mean/../../x.bin": r"malformed .*is no name of a chunk",
-    "meta.json": r"malformed .*is no name of a chunk",
-    "other column": "is not there, or misplaced",
-    "lost chunk": "is not there, or misplaced",
-    "huge": "the chunks of mean have 1000000000000025 records, not 50",
-    "huge blocks": "too large to be held in memory",
-    "negative": "has -1 records",
-    "words": "has '50' records",
-    "version": r"version 99 is not known here \(1\); update mmaudio_hf",
-    "no checksums": "has no checksums",
-    "stranger": "malformed",
-    "more columns": "lists the columns",
-    "no mapping": "malformed",
-    "truncated": r"has 5 bytes, or other content than store\.json says",
-    "other content": r"other content than store\.json says",
-    "wrong checksum": r"other content than store\.json says",
-    "other table": r"table\.tsv is not that of store\.json",
-    "not json": r"store\.json is not valid JSON",
+    **{name: (lambda index, mean, chunk, name=name: chunk.update(file=name), NAME) for name in ELSEWHERE},
+    "other column": (
+        lambda index, mean, chunk: mean.update(parts=index["columns"]["std"]["parts"]),
+        "is not there, or misplaced",
+    ),
+    "lost chunk": (
+        lambda index, mean, chunk: chunk.update(file=chunk["file"].replace("00000", "00009")),
+        "is not there, or misplaced",
+    ),
+    "huge": (
+        lambda index, mean, chunk: chunk.update(records=10**15),
+        "the chunks of mean have 1000000000000025 records, not 50",
+    ),
+    "huge blocks": (
+        lambda index, mean, chunk: mean.update(
+            block_records=10**12, parts=[one | {"blocks": one["blocks"][:1]} for one in mean["parts"]]
+        ),
+        "too large to be held in memory",
+    ),
+    "negative": (lambda index, mean, chunk: chunk.update(records=-1), "has -1 records"),
+    "words": (lambda index, mean, chunk: chunk.update(records="50"), "has '50' records"),
+    "version": (
+        lambda index, mean, chunk: index.update(version=99),
+        r"version 99 is not known here \(1\); update mmaudio_hf",
+    ),
+    "no checksums": (lambda index, mean, chunk: chunk.update(blocks=[None]), "has no checksums"),
+    "stranger": (lambda index, mean, chunk: index["files"].update(STRANGER), "malformed"),
+    "more columns": (lambda index, mean, chunk: index["columns"].update({"../evil": mean}), "lists the columns"),
+    "no mapping": (lambda index, mean, chunk: index.update(columns=[]), "malformed"),
+    "wrong checksum": (
+        lambda index, mean, chunk: chunk.update(sha256="0" * 64),
+        r"other content than store\.json says",
+    ),
+    "truncated": (b"short", r"has 5 bytes, or other content than store\.json says"),
+    "other content": (b"other" * 400, r"other content than store\.json says"),
+    "table.tsv": (b"id\tlabel\n", r"table\.tsv is not that of store\.json"),
+    "store.json": (b"{", r"store\.json is not valid JSON"),
 }
 
 
-def test_spoiled_repositories_are_rejected(hub, here, tmp_path, capsys):
-    files = hub.files("tester/reference", "datasets")
-    repo = hub.repository("tester/spoiled", "datasets")
-    repo.create(private=False)
-    for how, message in FAULTS.items():
-        repo.add(files)
-        changed = spoiled(json.loads(files["store.json"]), how)
-        repo.add(changed)
-        assert pull("spoiled", tmp_path / "x") == 2, how
-        assert re.search(message, capsys.readouterr().err), how
-        assert not list(tmp_path.glob("x*")), how
-    # A block that is not what the index says, in a chunk that is: found when it arrives, and nothing of it is kept.
-    index = json.loads(files["store.json"])
+@pytest.fixture
+def spoiled(hub, here) -> tuple[Repository, dict[str, bytes], dict]:
+    """A repository to which each test adds faults, the files of a good one, and its index."""
+    repo, files = hub.repository("tester/spoiled", "datasets"), hub.files("tester/reference", "datasets")
+    if not repo.exists:
+        repo.create(private=False)
+    repo.add(files)
+    return repo, files, json.loads(files["store.json"])
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_spoiled_repositories_are_rejected(spoiled, tmp_path, capsys, how):
+    (repo, _, index), (change, message) = spoiled, FAULTS[how]
+    chunk = index["columns"]["mean"]["parts"][0]
+    if callable(change):
+        change(index, index["columns"]["mean"], chunk)
+        repo.add({"store.json": json.dumps(index).encode()})
+    else:
+        repo.add({how if "." in how else chunk["file"]: change})
+    assert pull("spoiled", tmp_path / "x") == 2
+    assert re.search(message, capsys.readouterr().err) and not list(tmp_path.glob("x*"))
+
+
+def test_a_block_that_is_not_what_the_index_says_is_not_kept(spoiled, here, tmp_path, capsys):
+    """In a chunk that is: found when it arrives."""
+    repo, files, index = spoiled
     index["columns"]["std"]["parts"][1]["blocks"][0] = "0" * 64
-    repo.add({**files, "store.json": json.dumps(index).encode()})
+    repo.add({"store.json": json.dumps(index).encode()})
     assert pull("spoiled", tmp_path / "x") == 1
     assert re.search(r"std/00001\..*\.bin are not what store\.json says", capsys.readouterr().err)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.tsv").exists()
     repo.add(files)
     assert pull("spoiled", tmp_path / "x") == 0 and content(tmp_path / "x") == content(here / "reference")
-    # Names in the repository itself that would leave the folder, and a model that is no store.
-    repo.add({"../evil": b"x"})
-    assert pull("spoiled", tmp_path / "y") == 2 and "no plain name" in capsys.readouterr().err
+
+
+def test_names_that_would_leave_the_folder_and_other_repositories_are_rejected(hub, spoiled, tmp_path, capsys):
+    hub.repository("tester/evil", "datasets").create(private=False)
+    hub.repository("tester/evil", "datasets").add({**spoiled[1], "../evil": b"x"})
+    assert pull("evil", tmp_path / "y") == 2 and "no plain name" in capsys.readouterr().err
     hub.repository("tester/empty", "datasets").create(private=False)
     assert pull("empty", tmp_path / "y") == 2 and "holds no feature store" in capsys.readouterr().err
     assert not list(tmp_path.glob("y*")) and not (tmp_path.parent / "evil").exists()

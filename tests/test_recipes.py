@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from test_cli_arguments import COMMANDS
 from torch.distributed.run import get_args_parser
 
 from mmaudio_hf.cli import EXAMPLES, parse
@@ -115,14 +117,11 @@ def check_arguments(words: list[str]) -> None:
 
 def test_every_help_ends_with_an_example(capsys):
     """Each command has one, and it parses; those with a recipe load it."""
-    listing = subprocess.run(
-        [sys.executable, "-m", "mmaudio_hf.cli", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    names = set(re.findall(r"^    ([a-z][\w-]+)", listing.stdout, re.MULTILINE))
-    assert len(names) > 15 and names == {name.partition(" ")[0] for name in EXAMPLES}
+    assert EXAMPLES.keys() - {"bench", "store", "weights"} == COMMANDS.keys()  # these have commands below them
     for name, arguments in EXAMPLES.items():
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ending:
             parse([*name.split(), "--help"])
+        assert ending.value.code == 0
         assert f"example: mmaudio-hf {name} {arguments}" in capsys.readouterr().out.splitlines()[-1]
         check_arguments([*name.split(), *shlex.split(arguments)])
 
@@ -148,10 +147,12 @@ def test_messages_name_commands_that_exist(capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
-def test_scripts_are_thin_doors(path):
+def test_scripts_are_thin_doors(path, monkeypatch, capsys):
     assert len(path.read_text().splitlines()) <= 40
-    result = subprocess.run([sys.executable, str(path), "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "usage: mmaudio-hf" in result.stdout
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ending.value.code == 0 and "usage: mmaudio-hf" in capsys.readouterr().out
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_package():
