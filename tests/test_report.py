@@ -264,19 +264,24 @@ def test_true_audio_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch)
         (tmp_path / f"{name}.tsv").write_text("id\tcaption\ntest_00_ball\ta\nelsewhere\tb\n")
         (tmp_path / f"{name}.manifest.json").unlink()
     source = {"media_dir": str(media / "videos"), "list": "x.tsv"}
+    rows = "test_00_ball\ttest_00_ball.mp4\t0.5\n"  # a clip of a longer video
+    (tmp_path / "asis.clips.tsv").write_text(f"id\tname\tstart\n{rows}")
+    cut = {"max_clips": 0}
     tree = {
         "model": MODEL,
         "extraction": {
-            "alignment": "reference",
-            "videos": [{"name": "loud", **source}, {"name": "asis", "normalize_audio": False, **source}],
+            "output_dir": str(tmp_path),
+            "videos": [{"name": "loud", **source}, {"name": "asis", "normalize_audio": False, **source, **cut}],
         },
         "data": {"test": [{"path": str(tmp_path / name)} for name in ("loud", "asis")]},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "run.yaml")
     items = [item for store in recipe.data.test for item in read_items([store], 2)]
-    waveforms = [report._video_and_audio(item, recipe, with_audio=True)[1] for item in items]
-    assert [(how["alignment"], how["normalize_audio"]) for how in calls] == [("reference", True), ("reference", False)]
+    videos, waveforms = zip(*(report._video_and_audio(item, recipe, with_audio=True) for item in items), strict=True)
+    settings = [(how["alignment"], how["normalize_audio"], how["start"]) for how in calls]
+    assert settings == [("timestamps", True, 0.0), ("timestamps", False, 0.5)]
+    assert videos == (media / "videos" / "test_00_ball.mp4", None, None, None)
     assert [waveform is None for waveform in waveforms] == [False, True, False, True]
     assert not torch.equal(waveforms[0], waveforms[2])
 

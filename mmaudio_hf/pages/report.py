@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import glob
 import hashlib
 import itertools
 import math
@@ -41,6 +40,7 @@ from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform, write_audio
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.example import read_events
+from mmaudio_hf.media.lists import VideoStart, find_video, read_video_clips
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.pretrained import find_pretrained
@@ -147,15 +147,17 @@ def _generated_clips(
 def _video_and_audio(item: HeldOutItem, recipe: Recipe, with_audio: bool) -> tuple[Path | None, torch.Tensor | None]:
     """The video of an item and its audio, read as extraction reads it; None for what is not there any more."""
     source = next((source for source in recipe.extraction.videos if source.name == item.store), None)
-    if source is None:
+    if source is None or not with_audio:
         return None, None
-    paths = Path(source.media_dir).glob(f"{glob.escape(item.item_id)}.*")
-    video = min((path for path in paths if path.stem == item.item_id), default=None)
-    if video is None or not with_audio:
-        return video, None
-    with contextlib.suppress(MediaError):
+    clip_list, clip_of, video = recipe.extraction.clips_path(source), VideoStart(item.item_id, item.item_id, 0.0), None
+    with contextlib.suppress(MediaError, ValueError):
+        if source.max_clips != 1 and clip_list.is_file():
+            clip_of = next((row for row in read_video_clips(clip_list) if row.id == item.item_id), clip_of)
+        path = find_video(source.media_dir, clip_of.name)
+        video = None if clip_of.start else path  # the player would show the first seconds
         clip = read_video(
-            video,
+            path,
+            start=clip_of.start,
             mode=recipe.model.mode,
             duration=item.duration or recipe.model.duration,
             alignment=recipe.extraction.alignment,
