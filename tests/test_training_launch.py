@@ -82,6 +82,23 @@ def test_what_the_environment_would_change_is_one_line(recipe, variable, value, 
     ), notes
 
 
+def test_a_process_by_itself_says_what_it_waits_for(recipe, monkeypatch, capsys):
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    output = []
+
+    def wait(*_, **__):
+        while "waits" not in "".join(output):
+            output.append(capsys.readouterr().err)
+        raise ValueError("over")
+
+    monkeypatch.setattr("mmaudio_hf.training.loop.train", wait)
+    monkeypatch.setattr("mmaudio_hf.cli.training.CONNECT_SECONDS", 0)
+    assert main(["train", str(recipe), "name=alone"]) == 2
+    assert "process 1 of 2 waits at 127.0.0.1:29 for the others: start them with" in "".join(output)
+
+
 @pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE"])
 def test_compilation_that_is_switched_off_is_an_error(recipe, variable):
     words = command(recipe, "training.compile=on", f"name={variable}", processes=0)

@@ -337,3 +337,7 @@ def test_two_launches_do_not_train_one_run(finished_run, monkeypatch, capsys):
         wait_until(lambda: log.stat().st_size > len(before), first)  # it was not disturbed
         assert log.read_bytes().startswith(before)
     assert main(["train", str(recipe), "training.steps=1"]) == 0  # the system releases the lock of a killed process
+    shutil.rmtree(run_dir(recipe) / "ema", ignore_errors=True)
+    (run_dir(recipe) / "ema").write_text("")
+    assert main(["train", str(recipe), "training.steps=2"]) == 2
+    assert "ema is a file, and the run needs a folder there" in capsys.readouterr().err

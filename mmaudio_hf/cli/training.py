@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mmaudio_hf.training.actions import Evaluator
     from mmaudio_hf.training.loop import RunResult
     from mmaudio_hf.training.resume import RunLock
+
+CONNECT_SECONDS = 60  # processes of one launch usually find each other within a few seconds
 
 
 def leave_for_launcher(message: str) -> None:
@@ -116,7 +119,25 @@ def _train(options: argparse.Namespace) -> int:
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
     splits = ("train", "validation", *sorted(recipe.generated_splits))
     with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint, hub_stores(recipe, splits):
-        return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)
+        reminder = threading.Timer(CONNECT_SECONDS, _say_what_is_awaited, [world])
+        reminder.daemon = True
+        reminder.start()
+        try:
+            return _run_training(resolve_resume(recipe), options.allow_changes, on_checkpoint, lock)
+        finally:
+            reminder.cancel()
+
+
+def _say_what_is_awaited(world: int) -> None:
+    """A process that was started by hand waits for the others, for hours and in torch without a word."""
+    import torch.distributed as dist
+
+    if world > 1 and not dist.is_initialized():
+        name, address, port = (os.environ.get(key, "0") for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        warn(
+            f"process {name} of {world} waits at {address}:{port} for the others: start them with the same variables"
+            " and another RANK, or unset WORLD_SIZE to train with one process"
+        )
 
 
 def _doctor(options: argparse.Namespace) -> int:

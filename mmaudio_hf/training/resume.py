@@ -89,6 +89,9 @@ def find_checkpoint(
     """
     run_dir = recipe.run_dir
     acquire_everywhere(lock, accelerator)
+    for folder in (run_dir / name for name in ("checkpoints", "ema", "samples", "trackers")):
+        if folder.exists() and not folder.is_dir():  # else snapshots are given up one by one, as on a full disk
+            raise ValueError(f"{folder} is a file, and the run needs a folder there: move it away")
     if recipe.resume != "auto" and (run_dir / "checkpoints").exists():
         raise ValueError(f"{run_dir} holds checkpoints and resume is 'never': choose another name or resume=auto")
     check_same_everywhere(
