@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
-from mmaudio_hf.data.noise import NOISE_VERSION
+from mmaudio_hf.data.sampler import NOISE_VERSION
 from mmaudio_hf.models.convert import infer_config, reference_order, trainable
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.models.pretrained import WEIGHTS_FILE, find_pretrained, read_network

@@ -51,35 +51,11 @@ VIDEO_COLUMNS = (MEAN, STD, CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
 AUDIO_COLUMNS = (MEAN, STD, TEXT_FEATURES)
 
 # Verdicts of an audit on a listed item, the most serious first.
-AuditVerdict = Literal[
-    "not_found",
-    "unreadable",
-    "no_video",
-    "no_audio",
-    "leakage",
-    "duplicate_id",
-    "duplicate_content",
-    "unrelated",
-    "offset",
-    "still",
-    "silent",
-    "damaged",
-    "too_short",
-    "too_long",
-    "odd_duration",
-    "start_gap",
-    "audio_drift",
-    "clipped",
-    "caption_mismatch",
-    "frames_mismatch",
-    "variable_frame_rate",
-    "audio_tracks",
-    "hdr",
-    "interlaced",
-    "non_square_pixels",
-    "empty_caption",
-    "duplicate_caption",
-]
+_Unusable = Literal["not_found", "unreadable", "no_video", "no_audio", "leakage", "duplicate_id", "duplicate_content"]
+_Misleading = Literal["unrelated", "offset", "still", "silent", "damaged", "too_short", "too_long", "odd_duration"]
+_Doubtful = Literal["start_gap", "audio_drift", "clipped", "caption_mismatch", "frames_mismatch", "variable_frame_rate"]
+_Odd = Literal["audio_tracks", "hdr", "interlaced", "non_square_pixels", "empty_caption", "duplicate_caption"]
+AuditVerdict = Literal[_Unusable, _Misleading, _Doubtful, _Odd]
 
 
 class RunError(RuntimeError):
@@ -167,8 +143,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if "_SupportsArray" in str(hint):  # ArrayLike: numpy is not imported for its name alone
         return sys.modules["numpy"].asarray(value).dtype.kind in "biuf"
     if kind in (Union, UnionType):
-        path = {Path, os.PathLike} & set(entries) and isinstance(value, str)
-        return any(_fits(value, entry) for entry in entries) and (not path or _is_path(value))
+        fits = any(_fits(value, entry) for entry in entries)
+        if {Path, os.PathLike} & set(entries) and isinstance(value, str):
+            return fits and bool(value.strip()) and all(len(os.fsencode(name)) < 256 for name in Path(value).parts)
+        return fits
     if kind is Literal:
         return value in entries
     if kind in (int, float):
@@ -182,10 +160,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Sequence:
         return isinstance(value, Sequence) and not isinstance(value, str) and (not value or _fits(value[0], entries[0]))
     return isinstance(value, kind)
-
-
-def _is_path(text: str) -> bool:
-    return bool(text.strip()) and all(len(os.fsencode(name)) < 256 for name in Path(text).parts)
 
 
 @checked

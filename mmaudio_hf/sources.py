@@ -15,6 +15,7 @@ with six digits, as in the lists of the reference implementation: `r1nicOVtvkQ_0
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -116,12 +117,15 @@ def prepare(
         rows: Iterator[tuple[str, Row]] = ((group, row) for row in _dataset_rows(config, _builder(config), media))
     else:
         rows = _read(kind, Path(source), columns)
-    lists, left_out = _by_list(rows, name, shares, unique_ids=kind == "vggsound")
-    _check_any(str(source), lists, left_out)
+    lists, left_out = _by_list(str(source), rows, name, shares, unique_ids=kind == "vggsound")
     stems = None if media is None else _stems(media)
     out.mkdir(parents=True, exist_ok=True)
-    text = "label" if kind == "vggsound" else "caption"
-    return [_write_list(out / f"{name}.tsv", text, rows, stems) for name, rows in lists.items()], left_out
+    text, prepared = "label" if kind == "vggsound" else "caption", []
+    for name, listed in lists.items():
+        write_table(out / f"{name}.tsv", [("id", text), *((row.id, row.caption) for row in listed)])
+        missing = None if stems is None else sum(normal_name(i) not in stems for i in {row.id for row in listed})
+        prepared.append(Prepared(out / f"{name}.tsv", len(listed), missing))
+    return prepared, left_out
 
 
 def write_dataset(source: VideoSource | AudioSource) -> tuple[Prepared, LeftOut] | None:
@@ -147,20 +151,20 @@ def write_dataset(source: VideoSource | AudioSource) -> tuple[Prepared, LeftOut]
         write_text(record, "{}\n")
         kind = "video" if isinstance(source, VideoSource) else "audio"
         rows = ((path.stem, row) for row in _dataset_rows(config, builder, media, kind))
-        lists, left_out = _by_list(rows, path.stem, {}, unique_ids=kind == "video")
-        _check_any(f"data set {config.path!r}, split {config.split!r}", lists, left_out)
-        usable = lists[path.stem]
-        prepared = _write_list(path, "label" if kind == "video" else "caption", usable, _stems(media))
+        where = f"data set {config.path!r}, split {config.split!r}"
+        lists, left_out = _by_list(where, rows, path.stem, {}, unique_ids=kind == "video")
+        usable, stems = lists[path.stem], _stems(media)
+        text, ids = "label" if kind == "video" else "caption", list(dict.fromkeys(row.id for row in usable))
+        write_table(path, [("id", text), *((row.id, row.caption) for row in usable)])
         examples = {reason: messages[:_MAX_EXAMPLES] for reason, messages in left_out.items()}
-        entries = {"inputs": inputs, "left_out": examples, "ids": list(dict.fromkeys(row.id for row in usable))}
+        entries = {"inputs": inputs, "left_out": examples, "ids": ids}
         write_text(record, json.dumps(entries, ensure_ascii=False) + "\n")
-        return prepared, left_out
+        return Prepared(path, len(usable), sum(normal_name(item_id) not in stems for item_id in ids)), left_out
 
 
 def _by_list(
-    rows: Iterable[tuple[str, Row]], name: str, shares: Mapping[str, float], unique_ids: bool
+    source: str, rows: Iterable[tuple[str, Row]], name: str, shares: Mapping[str, float], unique_ids: bool
 ) -> tuple[dict[str, list[Row]], LeftOut]:
-    """Rows by the name of their list, and those left out; `name` replaces that of the annotations."""
     lists: dict[str, list[Row]] = {}
     left_out: LeftOut = {}
     ids: set[str] = set()
@@ -175,19 +179,10 @@ def _by_list(
         split, base = _split_of(row, shares), name or group
         list_name = check_id(f"{base}-{split}" if split else base, f"name of a list; {row.where}")
         lists.setdefault(list_name, []).append(row)
-    return lists, left_out
-
-
-def _check_any(source: str, lists: Mapping[str, list[Row]], left_out: LeftOut) -> None:
     if not lists:
         reasons = "; ".join(f"{len(rows)} {reason}, the first: {rows[0]}" for reason, rows in left_out.items())
         raise ValueError(f"{source}: no row can be used: {reasons or 'it has none'}")
-
-
-def _write_list(path: Path, text: str, rows: list[Row], stems: set[str] | None) -> Prepared:
-    write_table(path, [("id", text), *((row.id, row.caption) for row in rows)])
-    missing = None if stems is None else sum(normal_name(item_id) not in stems for item_id in {row.id for row in rows})
-    return Prepared(path, len(rows), missing)
+    return lists, left_out
 
 
 def _split_of(row: Row, shares: Mapping[str, float]) -> str:
@@ -195,11 +190,8 @@ def _split_of(row: Row, shares: Mapping[str, float]) -> str:
     if split.lower() not in ("", "train") or not shares:
         return split
     position = int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
-    for name, share in shares.items():
-        if position < share:
-            return name
-        position -= share
-    return "train"
+    ends = zip(shares, itertools.accumulate(shares.values()), strict=True)
+    return next((share for share, end in ends if position < end), "train")
 
 
 def _stems(media: Path) -> set[str]:
@@ -217,20 +209,20 @@ def _files(media: Path) -> Iterator[Path]:
 
 
 def _read(kind: str, source: Path, columns: tuple[str, str]) -> Iterator[tuple[str, Row]]:
-    if kind == "folder":
-        files = [source / file for file in _FOLDER_FILES if (source / file).is_file()]
-        if not files:
-            raise ValueError(f"{source}: has none of {', '.join(_FOLDER_FILES)}")
-        name = Path(os.path.abspath(source)).name  # a link has the name that the recipe knows
-        stems = Counter(normal_name(path.stem) for path in _files(source))
-        return ((name, row) for row in _table(files[0], columns, {stem for stem in stems if stems[stem] > 1}))
-    if kind == "wavcaps":
-        return _wavcaps(source)
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    read = {"vggsound": _vggsound, "audiocaps": _audiocaps, "clotho": _clotho}.get(kind)
-    rows = read(source) if read else _table(source, columns)
-    group = {"vggsound": "vgg", "table": source.stem}.get(kind, kind)
+    if kind == "wavcaps":
+        return _wavcaps(source)
+    folder = Path(os.path.abspath(source)).name  # a link has the name that the recipe knows
+    group, file = {"vggsound": "vgg", "table": source.stem, "folder": folder}.get(kind, kind), source
+    shared: set[str] = set()
+    if kind == "folder":
+        stems = Counter(normal_name(path.stem) for path in _files(source))
+        shared = {stem for stem, count in stems.items() if count > 1}
+        file = next((source / name for name in _FOLDER_FILES if (source / name).is_file()), source)
+        if file == source:
+            raise ValueError(f"{source}: has none of {', '.join(_FOLDER_FILES)}")
+    rows = _table(file, columns, shared) if kind in ("folder", "table") else _official(kind, file)
     return ((group, row) for row in rows)
 
 
@@ -246,32 +238,26 @@ def _csv(path: Path, *needed: str, header: tuple[str, ...] = ()) -> Iterator[tup
         yield f"{path}, line {line}", dict(zip(names, row, strict=True))
 
 
-def _vggsound(path: Path) -> Iterator[Row]:
-    for where, row in _csv(path, header=("video", "start", "label", "split")):
-        if row["split"].strip() not in ("train", "test"):
-            raise ValueError(f"{where}: split {row['split']!r} is neither train nor test")
-        yield Row(_youtube_id(where, row["video"], row["start"]), row["label"], row["split"], where)
-
-
-def _audiocaps(path: Path) -> Iterator[Row]:
-    for where, row in _csv(path, "youtube_id", "start_time", "caption"):
-        yield Row(_youtube_id(where, row["youtube_id"], row["start_time"]), row["caption"], where=where)
-
-
-def _youtube_id(where: str, video: str, start: str) -> str:
-    if not video.strip():
-        raise ValueError(f"{where}: has no YouTube id")
-    with contextlib.suppress(ValueError, OverflowError):  # the latter for inf
-        if (seconds := int(float(start))) >= 0:
-            return f"{video.strip()}_{seconds:06d}"
-    raise ValueError(f"{where}: start {start!r} is not a number of seconds")
-
-
-def _clotho(path: Path) -> Iterator[Row]:
-    for where, row in _csv(path, "file_name", "caption_1"):
-        for name, caption in row.items():
-            if name.startswith("caption_"):
-                yield Row(_id_of(row["file_name"]), caption, where=where)
+def _official(kind: str, path: Path) -> Iterator[Row]:
+    columns = {"audiocaps": ("youtube_id", "start_time", "caption"), "clotho": ("file_name", "caption_1")}
+    header = ("video", "start", "label", "split") if kind == "vggsound" else ()
+    for where, row in _csv(path, *columns.get(kind, ()), header=header):
+        if kind == "clotho":
+            item_id = _id_of(row["file_name"])
+            yield from (Row(item_id, row[name], where=where) for name in row if name.startswith("caption_"))
+            continue
+        video, start, caption = (row[name] for name in header[:3] or columns[kind])
+        split = row["split"] if header else ""
+        if header and split.strip() not in ("train", "test"):
+            raise ValueError(f"{where}: split {split!r} is neither train nor test")
+        if not video.strip():
+            raise ValueError(f"{where}: has no YouTube id")
+        seconds = -1
+        with contextlib.suppress(ValueError, OverflowError):  # the latter for inf
+            seconds = int(float(start))
+        if seconds < 0:
+            raise ValueError(f"{where}: start {start!r} is not a number of seconds")
+        yield Row(f"{video.strip()}_{seconds:06d}", caption, split, where)
 
 
 def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
@@ -294,7 +280,7 @@ def _wavcaps(source: Path) -> Iterator[tuple[str, Row]]:
                 yield group, Row(_id_of(str(entry["id"])), caption, where=where)
 
 
-def _table(path: Path, columns: tuple[str, str], shared: Collection[str] = ()) -> Iterator[Row]:
+def _table(path: Path, columns: tuple[str, str], shared: Collection[str]) -> Iterator[Row]:
     """Rows of a table. An id of the stems that several files share (`shared`) keeps the ending of its file."""
     files: dict[str, str] = {}  # id -> the file that it names
     rows: Iterator[tuple[str, Mapping[str, Any]]] = _csv(path)
@@ -307,9 +293,7 @@ def _table(path: Path, columns: tuple[str, str], shared: Collection[str] = ()) -
         names, text = _column(where, row, columns[0], _ID_COLUMNS), _column(where, row, columns[1], _TEXT_COLUMNS)
         split = "" if row.get("split") is None else str(row["split"])
         file = "" if row[names] is None else str(row[names])
-        item_id = _id_of(file)
-        if normal_name(item_id) in shared:
-            item_id = PurePosixPath(file).name
+        item_id = PurePosixPath(file).name if normal_name(_id_of(file)) in shared else _id_of(file)
         other = files.setdefault(normal_name(item_id), file) != file
         for caption in _captions(row[text], where):
             yield Row(item_id, caption, split, where, "with the name of another file: rename it" if other else "")
@@ -349,7 +333,6 @@ def _json(where: str, text: str) -> dict[str, Any]:
 
 
 def _builder(config: DatasetConfig) -> "DatasetBuilder":
-    """What `datasets` reads the data set with; no media are read yet."""
     import datasets  # here: it takes a second, and annotation files do not need it
 
     path, files = config.path, None
@@ -373,7 +356,6 @@ def _dataset_error(config: DatasetConfig, where: str, error: Exception) -> Value
 
 
 def _data_files(builder: "DatasetBuilder") -> dict[str, list]:
-    """Files of every split, with their revision on the Hub or their time."""
     splits = builder.config.data_files or {}
     return {str(split): [list(files), [list(m) for m in files.origin_metadata]] for split, files in splits.items()}
 
@@ -381,12 +363,27 @@ def _data_files(builder: "DatasetBuilder") -> dict[str, list]:
 def _dataset_rows(config: DatasetConfig, builder: "DatasetBuilder", media: Path, kind: str = "") -> Iterator[Row]:
     """Rows of a data set; their media, bytes or files, are written to `media` without decoding them."""
     remote = any("://" in file for files, _ in _data_files(builder).values() for file in files)
-    data, names, media_column, kind = _open_dataset(config, builder, kind)
+    rows, names, media_column, kind = _open_dataset(config, builder, kind)
+    data = iter(tqdm(rows, desc=config.path, unit="row"))
     media.mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[str, str]] = {}  # id -> name and checksum of the file written for it
-    for number, row in _numbered(config, data):
+    for number in itertools.count():
+        try:
+            row = next(data, None)
+        except Exception as error:  # a damaged file, or the network
+            raise _dataset_error(config, f", row {number}", error) from error
+        if row is None:
+            return
         where = f"data set {config.path!r}, row {number}"
-        captions = _dataset_captions(config, row, names, where, first=number == 0)
+        # Of a column, of the `json` of a WebDataset, or names of classes.
+        flat = dict(row) | (row["json"] if isinstance(row.get("json"), dict) else {})
+        if number == 0:
+            _column(where, flat, config.text_column, _TEXT_COLUMNS)  # raises where no row can have it
+        text = config.text_column or next((name for name in _TEXT_COLUMNS if name in flat), "")
+        label = flat.get(text)
+        if isinstance(label, int) and hasattr(names.get(text), "int2str"):
+            label = names[text].int2str(label)
+        captions = _captions(label, where)
         value = row[media_column] or {}
         file = PurePosixPath((value.get("path") or "").partition("::")[0])  # before it: the archive it is in
         given = config.id_column or ("__key__" if "__key__" in row else "")
@@ -423,7 +420,11 @@ def _open_dataset(config: DatasetConfig, builder: "DatasetBuilder", kind: str) -
         names: dict[str, Any] = dict(data.features or dict.fromkeys(next(iter(data), {})))
     except Exception as error:
         raise _dataset_error(config, "", error) from error
-    kinds = {name: _kind_of(name, feature) for name, feature in names.items()}
+    kinds: dict[str, str] = {}  # "video" or "audio" for a column of such media by its type, or else by its name
+    for name, feature in names.items():
+        word, ending = type(feature).__name__.lower(), f".{name.lower()}"
+        by_name = (each for each in ("video", "audio") if name.lower() == each or ending in ENDINGS[each])
+        kinds[name] = word if word in ("video", "audio") else next(by_name, "")
     usual = (name for name, its_kind in kinds.items() if its_kind and kind in ("", its_kind))
     media_column = config.media_column or next(usual, "")
     text_column = "" if "json" in names else config.text_column  # that of a WebDataset is looked for in its rows
@@ -438,42 +439,6 @@ def _open_dataset(config: DatasetConfig, builder: "DatasetBuilder", kind: str) -
     # As Video even where it is audio: the feature of audio imports torchcodec before it knows that nothing is decoded.
     data = data.select_columns(needed).cast_column(media_column, datasets.Video(decode=False))
     return data, names, media_column, kind or kinds[media_column] or "video"
-
-
-def _kind_of(name: str, feature: Any) -> str:
-    """ "video" or "audio" for a column of such media by its type, or else by its name; "" for another one."""
-    type_name = type(feature).__name__
-    if type_name in ("Video", "Audio"):
-        return type_name.lower()
-    ending = f".{name.lower()}"
-    return next((kind for kind in ("video", "audio") if name.lower() == kind or ending in ENDINGS[kind]), "")
-
-
-def _numbered(config: DatasetConfig, data: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    rows, number = iter(tqdm(data, desc=config.path, unit="row")), 0
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:  # a damaged file, or the network
-            raise _dataset_error(config, f", row {number}", error) from error
-        if row is None:
-            return
-        yield number, row
-        number += 1
-
-
-def _dataset_captions(
-    config: DatasetConfig, row: Mapping[str, Any], names: Mapping[str, Any], where: str, first: bool
-) -> list[str]:
-    """Captions of a row: of a column, of the `json` of a WebDataset, or names of classes."""
-    flat = dict(row) | (row["json"] if isinstance(row.get("json"), dict) else {})
-    if first:
-        _column(where, flat, config.text_column, _TEXT_COLUMNS)  # raises where no row can have it
-    name = config.text_column or next((name for name in _TEXT_COLUMNS if name in flat), "")
-    value = flat.get(name)
-    if isinstance(value, int) and hasattr(names.get(name), "int2str"):
-        value = names[name].int2str(value)
-    return _captions(value, where)
 
 
 def _content(value: Mapping[str, Any], remote: bool) -> bytes | Path:
@@ -497,10 +462,9 @@ def _content(value: Mapping[str, Any], remote: bool) -> bytes | Path:
         with fsspec.open(path, "rb") as file:
             return file.read()
     local = Path(path).absolute()
-    caches = [
-        Path(str(cache)).resolve() for cache in (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
-    ]
-    if not local.is_file() or (remote and not any(local.resolve().is_relative_to(cache) for cache in caches)):
+    caches = datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE
+    cached = any(local.resolve().is_relative_to(Path(str(cache)).resolve()) for cache in caches)
+    if not local.is_file() or (remote and not cached):
         raise FileNotFoundError
     return local
 

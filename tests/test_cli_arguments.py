@@ -30,9 +30,8 @@ from mmaudio_hf.config import (
 )
 from mmaudio_hf.data import tools
 from mmaudio_hf.data.store import StoreWriter
-from mmaudio_hf.features.autoencoder import MelVAE
+from mmaudio_hf.features.autoencoder import MelSpectrogram, MelVAE
 from mmaudio_hf.features.clip import ClipEncoder
-from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import ToyMelCodec
 from mmaudio_hf.features.vocoder import Vocoder
 from mmaudio_hf.interop import export_run

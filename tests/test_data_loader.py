@@ -26,8 +26,7 @@ from mmaudio_hf.data.loader import (
     validation_batches,
 )
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.noise import sample_noise, sample_noise_for_ids
-from mmaudio_hf.data.sampler import dataset_indices, process_sample_indices
+from mmaudio_hf.data.sampler import dataset_indices, process_sample_indices, sample_noise, sample_noise_for_ids
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import AUDIO_COLUMNS, VIDEO_COLUMNS
 

@@ -15,8 +15,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import ModelConfig, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.data.loader import training_batches, validation_batches
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.noise import sample_noise
-from mmaudio_hf.data.sampler import bucket_of_step, process_sample_indices
+from mmaudio_hf.data.sampler import bucket_of_step, process_sample_indices, sample_noise
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import convert
 from mmaudio_hf.schema import sequence_lengths

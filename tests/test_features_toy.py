@@ -11,8 +11,8 @@ from scipy.signal import find_peaks
 from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features import encoders as encoders_module
 from mmaudio_hf.features import toy
+from mmaudio_hf.features.autoencoder import MelSpectrogram
 from mmaudio_hf.features.encoders import fit_toy_codec, load_encoders, pick_device
-from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.media.audio import read_waveform, resample, write_audio
 from mmaudio_hf.media.example import read_events

@@ -29,10 +29,9 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import verify
-from mmaudio_hf.features.autoencoder import MelVAE
+from mmaudio_hf.features.autoencoder import MelSpectrogram, MelVAE
 from mmaudio_hf.features.clip import ClipEncoder, ClipTokenizer, clip_config
 from mmaudio_hf.features.encoders import SYNC_FILE, VAE_FILES, _sync_batch, load_encoders
-from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.features.synchformer import SynchformerVisual, segment_frames
 from mmaudio_hf.media.audio import read_waveform
 from mmaudio_hf.media.video import read_video

@@ -38,7 +38,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import config_of_duration, load_recipe
 from mmaudio_hf.data.loader import BatchIndices, BatchLoader
 from mmaudio_hf.data.mixture import Mixture, open_mixture
-from mmaudio_hf.data.noise import sample_noise
+from mmaudio_hf.data.sampler import sample_noise
 from mmaudio_hf.training.loop import Run
 from mmaudio_hf.training.step import flow_step
 

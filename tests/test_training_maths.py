@@ -11,7 +11,7 @@ from mmaudio_hf.bench.training import random_batch
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import FlowConfig, ModelConfig, OptimConfig
 from mmaudio_hf.data.loader import Batch
-from mmaudio_hf.data.noise import Draws
+from mmaudio_hf.data.sampler import Draws
 from mmaudio_hf.models.blocks import fill_missing
 from mmaudio_hf.models.flow import flow_loss
 from mmaudio_hf.models.network import MMAudio

@@ -14,7 +14,7 @@ from training_runs import environment
 
 from mmaudio_hf.config import Recipe, load_recipe, save_recipe
 from mmaudio_hf.data.mixture import open_mixture
-from mmaudio_hf.data.noise import sample_noise_for_ids
+from mmaudio_hf.data.sampler import sample_noise_for_ids
 from mmaudio_hf.models.flow import flow_loss, interpolate, sample_time, velocity_target
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.validation import Validator, hash_order, stratified_normals

@@ -46,7 +46,7 @@ from mmaudio_hf.config import (
     samples_per_step,
 )
 from mmaudio_hf.data.loader import Batch
-from mmaudio_hf.data.noise import sample_noise
+from mmaudio_hf.data.sampler import sample_noise
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError, column_shapes

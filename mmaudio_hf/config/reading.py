@@ -143,11 +143,6 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    return int(text, 0) if re.match("0[ox]", text) else int(text)
-
-
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     own: dict[Any, Any] = {}
     merged: dict[Any, Any] = {}  # of several mappings the first has precedence: some versions of PyYAML take the last
@@ -166,7 +161,8 @@ def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[
     return {**merged, **own}
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_BASES = {"0o": 0, "0x": 0}  # by the prefix of a number; of others 10, whatever zeros it begins with
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value, _BASES.get(node.value[:2], 10)))
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
@@ -244,7 +240,8 @@ class _Reader:
                 index = int(key)
                 into += [None] * (index == len(into))
             elif index not in into and origin == COMMAND_LINE and isinstance(value, dict):
-                into[index] = _default_entries(path) if _is_entry(value) else {}
+                defaults = (key.default for key in all_keys() if key.path == path and isinstance(key.default, tuple))
+                into[index] = list(next(defaults, ())) if _is_entry(value) else {}
             old = into[index] if isinstance(into, list) else into.get(index)
             if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _is_entry(value))):
                 into[index] = copy.copy(old)  # an alias (`*name`) is the same object in several places
@@ -253,7 +250,6 @@ class _Reader:
                 into[index] = value
 
     def build(self, cls: Any, tree: Any, prefix: str) -> Any:
-        """Make dataclass `cls` from a mapping, checking every name and type on the way."""
         section = prefix.rstrip(".")
         if not isinstance(tree, dict):
             hint = f": write model.variant={tree}" if cls is ModelConfig and str(tree) in VARIANTS else ""
@@ -267,8 +263,11 @@ class _Reader:
             reason = field.metadata.get("needed", "") if tree else ""
             if name not in tree and (reason or field.default is field.default_factory is dataclasses.MISSING):
                 raise RecipeError(f"{self.origin(section)}: {prefix}{name} is missing{reason and f': {reason}'}")
-        if cls is ModelConfig:
-            tree = self.with_variant(tree)
+        if cls is ModelConfig:  # sizes are on top of those of the variant
+            variant = tree.get("variant", "small_16k")
+            if not isinstance(variant, str) or variant not in VARIANTS:
+                raise self.error("model.variant", f": unknown variant {variant!r}: {nearest(str(variant), VARIANTS)}")
+            tree = {"variant": variant, **VARIANTS[variant], **tree}
         values = {}
         for key, value in tree.items():
             values[key] = self.convert(hints[key], value, f"{prefix}{key}")
@@ -284,19 +283,17 @@ class _Reader:
             named = [name for name in re.findall(r"[a-z_]+(?:\.\w+)*", text) if name in self.origins]
             raise RecipeError(f"{self.origin(named[0] if named else section)}: {text}") from None
 
-    def with_variant(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The sizes of a network on top of those of its variant."""
-        variant = tree.get("variant", "small_16k")
-        if not isinstance(variant, str) or variant not in VARIANTS:
-            raise self.error("model.variant", f": unknown variant {variant!r}: {nearest(str(variant), VARIANTS)}")
-        return {"variant": variant, **VARIANTS[variant], **tree}
-
     def convert(self, hint: Any, value: Any, path: str) -> Any:
-        """`value` as the type `hint` of the key `path`."""
         if dataclasses.is_dataclass(hint):
             return self.build(hint, value, f"{path}.")
-        if get_origin(hint) is tuple:
-            return self.convert_list(get_args(hint), value, path)
+        if get_origin(hint) is tuple:  # of any length, where the last argument is an ellipsis
+            args = get_args(hint)
+            if not isinstance(value, list | tuple):
+                words = "" if isinstance(value, dict) or value is None else f": write [{_short(value).strip(chr(39))}]"
+                raise self.error(path, f" must be a list, not {_short(value)} ({_kind(value)}){words}")
+            if args[-1] is not Ellipsis and len(value) != len(args):
+                raise self.error(path, f" must have {len(args)} entries, not {len(value)}")
+            return tuple(self.convert(args[0], entry, f"{path}.{i}") for i, entry in enumerate(value))
         if get_origin(hint) is Literal:
             options = get_args(hint)
             flag = _FLAGS.get(str(value).lower())
@@ -318,20 +315,6 @@ class _Reader:
             raise self.error(path, f" must be {_TYPES[hint]}, not {_short(value)} ({_kind(value)}){quotes}")
         return value
 
-    def convert_list(self, args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-        """The entries of a list of any length (`args` ends with an ellipsis) or of that of `args`."""
-        if not isinstance(value, list | tuple):
-            words = "" if isinstance(value, dict) or value is None else f": write [{_short(value).strip(chr(39))}]"
-            raise self.error(path, f" must be a list, not {_short(value)} ({_kind(value)}){words}")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise self.error(path, f" must have {len(args)} entries, not {len(value)}")
-        return tuple(self.convert(args[0], entry, f"{path}.{i}") for i, entry in enumerate(value))
-
-
-def _default_entries(path: str) -> list[Any]:
-    """The default of a list, of which an override changes one entry; [] for other keys."""
-    return next((list(key.default) for key in all_keys() if key.path == path and isinstance(key.default, tuple)), [])
-
 
 def _is_entry(value: Any) -> bool:
     """Whether the keys of an override are indices of a list."""
@@ -339,7 +322,6 @@ def _is_entry(value: Any) -> bool:
 
 
 def _expanded(path: str, where: str) -> str:
-    """`path` with `~` and environment variables replaced."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded.startswith("~"):
         raise RecipeError(f"{where}: {path!r} names a user that this machine does not have: write the path")
@@ -421,21 +403,19 @@ def settings_text() -> str:
 
 def value_words(key: Key) -> str:
     """Type and limits of a key."""
+
+    def words(hint: Any) -> str:
+        options = get_args(hint)
+        if get_origin(hint) is Literal:
+            return f"{', '.join(map(str, options[:-1]))} or {options[-1]}"
+        if get_origin(hint) is tuple:
+            return f"list of {'entries' if dataclasses.is_dataclass(options[0]) else words(options[0])}"
+        return _TYPES[hint].removeprefix("a ")
+
     limits = limit_words(key.metadata["limits"])
-    return f"{_type_words(key.hint)}{limits and f', {limits}'}"
-
-
-def _type_words(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"{', '.join(map(str, get_args(hint)[:-1]))} or {get_args(hint)[-1]}"
-    if get_origin(hint) is tuple:
-        entry = get_args(hint)[0]
-        return f"list of {'entries' if dataclasses.is_dataclass(entry) else _type_words(entry)}"
-    return _TYPES[hint].removeprefix("a ")
+    return f"{words(key.hint)}{limits and f', {limits}'}"
 
 
 def default_words(key: Key) -> str:
     """Default of a key, as in YAML."""
-    if key.default is dataclasses.MISSING:
-        return "none"
-    return json.dumps(key.default, ensure_ascii=False)
+    return "none" if key.default is dataclasses.MISSING else json.dumps(key.default, ensure_ascii=False)

@@ -13,19 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from mmaudio_hf.schema import (
-    CLIP_DIM,
-    HUB_PREFIX,
-    SYNC_DIM,
-    TEXT_DIM,
-    TEXT_TOKENS,
-    AuditVerdict,
-    audio_mode,
-    checked,
-    require_type,
-    sequence_lengths,
-    split_hub_id,
-)
+from mmaudio_hf import schema
+
+__all__ = ["RELEASED_LICENSE", "VARIANTS", "AudioSource", "DataConfig", "DatasetConfig", "EarlyStoppingConfig"]
+__all__ += ["EmaConfig", "EncoderConfig", "ExtractionConfig", "FinetuneConfig", "FlowConfig", "HubConfig", "LoraConfig"]
+__all__ += ["ModelConfig", "OptimConfig", "Recipe", "SamplingConfig", "StoreConfig", "TrainingConfig", "VideoSource"]
+__all__ += ["config_of_duration", "is_released", "micro_batch_size", "samples_per_step", "variant_config"]
 
 RELEASED_LICENSE = "cc-by-nc-4.0"  # of the released networks, as the Hub names it
 
@@ -35,7 +28,7 @@ Pushed = Literal["pretrained_model", "training_state"]
 Target = Literal["qkv", "proj", "mlp", "modulation", "inputs", "conditions", "output"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
-_REJECT: tuple[AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
+_REJECT: tuple[schema.AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
 _SECRET = r"://[^/]*@|hf_\w{20}"
 _CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
 
@@ -115,7 +108,7 @@ class Settings:
             if converted is not value:
                 object.__setattr__(self, item.name, converted)
             if type(converted) is not hint:  # numbers of any size are compared with their limits
-                require_type(converted, hint, f"{self.key}.{item.name}".lstrip("."))
+                schema.require_type(converted, hint, f"{self.key}.{item.name}".lstrip("."))
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -150,10 +143,10 @@ class ModelConfig(Settings):
     depth: int = setting(12, "joint and fused blocks together", least=1, most=256)
     fused_depth: int = setting(8, "fused blocks, which see the audio tokens alone", least=0)
     v2: bool = setting(False, "the large_44k_v2 network: other condition projections and time embedding")
-    clip_dim: int = setting(CLIP_DIM, "width of CLIP image features", least=1, most=MAX_WIDTH)
-    sync_dim: int = setting(SYNC_DIM, "width of Synchformer features", least=1, most=MAX_WIDTH)
-    text_dim: int = setting(TEXT_DIM, "width of CLIP text features", least=1, most=MAX_WIDTH)
-    text_tokens: int = setting(TEXT_TOKENS, "tokens of a caption", least=1, most=MAX_WIDTH)
+    clip_dim: int = setting(schema.CLIP_DIM, "width of CLIP image features", least=1, most=MAX_WIDTH)
+    sync_dim: int = setting(schema.SYNC_DIM, "width of Synchformer features", least=1, most=MAX_WIDTH)
+    text_dim: int = setting(schema.TEXT_DIM, "width of CLIP text features", least=1, most=MAX_WIDTH)
+    text_tokens: int = setting(schema.TEXT_TOKENS, "tokens of a caption", least=1, most=MAX_WIDTH)
     duration: float = setting(8.0, "seconds of a clip; the lengths below follow from it")
     latent_channels: int = setting(0, "channels of the latents; 0: those of the mode", most=MAX_WIDTH)
     latent_length: int = setting(0, "latent frames; 0: from duration, likewise the next two", most=MAX_TOKENS)
@@ -164,8 +157,8 @@ class ModelConfig(Settings):
         self._check_types()
         # Before lengths are computed, which overflow.
         _require(0 < self.duration <= 3600, f"model.duration must be more than 0 and at most 3600, not {self.duration}")
-        lengths = sequence_lengths(self.mode, self.duration)
-        derived = {"latent_channels": audio_mode(self.mode).latent_channels, "latent_length": lengths.latent}
+        lengths = schema.sequence_lengths(self.mode, self.duration)
+        derived = {"latent_channels": schema.audio_mode(self.mode).latent_channels, "latent_length": lengths.latent}
         derived |= {"clip_length": lengths.clip, "sync_length": lengths.sync}
         for name, value in derived.items():
             if getattr(self, name) == 0:
@@ -174,14 +167,10 @@ class ModelConfig(Settings):
 
     def check(self) -> None:
         """The arithmetic that the layers rely on."""
-        _require(
-            self.hidden_dim % self.num_heads == 0 and (self.hidden_dim // self.num_heads) % 2 == 0,
-            f"model.hidden_dim {self.hidden_dim} must be an even multiple of model.num_heads {self.num_heads}",
-        )
-        _require(
-            self.fused_depth < self.depth,
-            f"model.fused_depth {self.fused_depth} must be less than model.depth {self.depth}",
-        )
+        message = f"model.hidden_dim {self.hidden_dim} must be an even multiple of model.num_heads {self.num_heads}"
+        _require(self.hidden_dim % (2 * self.num_heads) == 0, message)
+        message = f"model.fused_depth {self.fused_depth} must be less than model.depth {self.depth}"
+        _require(self.fused_depth < self.depth, message)
         _require(self.sync_length % 8 == 0, f"model.sync_length {self.sync_length} must be a multiple of 8")
         for name in ("latent_channels", "latent_length", "clip_length", "sync_length"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive")
@@ -219,7 +208,7 @@ def variant_config(variant: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{"variant": variant, **VARIANTS[variant], **changes})
 
 
-@checked
+@schema.checked
 def config_of_duration(model: ModelConfig, duration: float) -> ModelConfig:
     """The same network set to clips of another duration; with its own duration, the lengths that it was given."""
     if duration == model.duration:
@@ -313,7 +302,7 @@ class ExtractionConfig(Settings):
     num_proc: int = setting(1, "processes that decode media", least=1)
     shard_size: int = setting(512, "items of a shard, which is redone when it was interrupted", least=1)
     audit: str = setting("", "table that `mmaudio-hf audit` wrote; empty: nothing is left out by it", path=True)
-    reject: tuple[AuditVerdict, ...] = setting(_REJECT, "verdicts of the audit that leave an item out")
+    reject: tuple[schema.AuditVerdict, ...] = setting(_REJECT, "verdicts of the audit that leave an item out")
     correct_offset: bool = setting(
         False, "shift the audio of videos with the verdict offset by what the audit found; needs audit --sync"
     )
@@ -324,30 +313,22 @@ class ExtractionConfig(Settings):
 
     def check(self) -> None:
         """One name per store, and a number type that the layout has."""
-        _require(
-            self.layout == "compact" or self.sync_dtype == "float32",
-            "extraction.sync_dtype bfloat16 needs extraction.layout compact",
-        )
-        _require(
-            self.alignment == "timestamps" or all(source.max_clips == 1 for source in self.videos),
-            "extraction.videos.max_clips needs extraction.alignment timestamps: the reference reads no later clips",
-        )
-        _require(
-            not self.correct_offset or (bool(self.audit) and self.alignment == "timestamps"),
-            "extraction.correct_offset needs extraction.audit, the table of `mmaudio-hf audit --sync`, and"
-            " extraction.alignment timestamps",
-        )
-        _require(
-            not self.correct_offset or "offset" not in self.reject,
-            "extraction.correct_offset shifts what extraction.reject offset leaves out: choose one of the two",
-        )
-        twice = _repeated(source.name for source in (*self.videos, *self.audios))
-        _require(not twice, f"extraction: two sources are called {', '.join(twice)}; store names must differ")
-        written = {source.list for source in (*self.videos, *self.audios) if source.dataset.path}
-        shared = written.intersection(_repeated(source.list for source in (*self.videos, *self.audios)))
-        _require(
-            not shared, f"extraction: two sources have the list {', '.join(shared)}, which is written from a data set"
-        )
+        fits = self.layout == "compact" or self.sync_dtype == "float32"
+        _require(fits, "extraction.sync_dtype bfloat16 needs extraction.layout compact")
+        timestamps, corrects = self.alignment == "timestamps", self.correct_offset
+        message = "extraction.videos.max_clips needs extraction.alignment timestamps"
+        whole = all(source.max_clips == 1 for source in self.videos)
+        _require(timestamps or whole, f"{message}: the reference reads no later clips")
+        message = "extraction.correct_offset needs extraction.audit, the table of `mmaudio-hf audit --sync`, and"
+        _require(not corrects or (bool(self.audit) and timestamps), f"{message} extraction.alignment timestamps")
+        message = "extraction.correct_offset shifts what extraction.reject offset leaves out: choose one of the two"
+        _require(not corrects or "offset" not in self.reject, message)
+        sources: list[VideoSource | AudioSource] = [*self.videos, *self.audios]
+        twice = ", ".join(_repeated(source.name for source in sources))
+        _require(not twice, f"extraction: two sources are called {twice}; store names must differ")
+        written = {source.list for source in sources if source.dataset.path}
+        shared = ", ".join(written.intersection(_repeated(source.list for source in sources)))
+        _require(not shared, f"extraction: two sources have the list {shared}, which is written from a data set")
 
 
 @dataclass(frozen=True)
@@ -377,12 +358,12 @@ class DataConfig(Settings):
     def on_hub(self, splits: Sequence[str] = ("train", "validation", "test")) -> dict[str, float]:
         """Stores of these splits that are on the Hub, with their repeats."""
         stores = [store for split in reversed(splits) for store in getattr(self, split)]  # train counts
-        return {store.path: store.repeats for store in stores if store.path.startswith(HUB_PREFIX)}
+        return {store.path: store.repeats for store in stores if store.path.startswith(schema.HUB_PREFIX)}
 
     def check(self) -> None:
         """Names of stores on the Hub."""
         for source in self.on_hub():
-            split_hub_id(source.removeprefix(HUB_PREFIX))
+            schema.split_hub_id(source.removeprefix(schema.HUB_PREFIX))
 
 
 @dataclass(frozen=True)
@@ -444,10 +425,8 @@ class EarlyStoppingConfig(Settings):
 
     def check(self) -> None:
         """A score that validation computes."""
-        _require(
-            self.metric.startswith(("val/", "val_ema/")),
-            f"training.early_stopping.metric {self.metric!r} must be a score of validation: val/... or val_ema/...",
-        )
+        message = f"{self.key}.metric {self.metric!r} must be a score of validation: val/... or val_ema/..."
+        _require(self.metric.startswith(("val/", "val_ema/")), message)
 
 
 @dataclass(frozen=True)
@@ -484,16 +463,12 @@ class TrainingConfig(Settings):
 
     def check(self) -> None:
         """One size of the batch, which splits evenly over accumulation."""
-        _require(
-            bool(self.batch_size) != bool(self.batch_tokens),
-            f"training.batch_size {self.batch_size} and training.batch_tokens {self.batch_tokens}: one of them gives"
-            " the size of a step, set the other to 0",
-        )
-        _require(
-            self.batch_size % self.accumulation_steps == 0,
-            f"training.batch_size {self.batch_size} must be a multiple of training.accumulation_steps"
-            f" {self.accumulation_steps}",
-        )
+        size, tokens, passes = self.batch_size, self.batch_tokens, self.accumulation_steps
+        message = "one of them gives the size of a step, set the other to 0"
+        message = f"training.batch_size {size} and training.batch_tokens {tokens}: {message}"
+        _require(bool(size) != bool(tokens), message)
+        message = f"training.batch_size {size} must be a multiple of training.accumulation_steps {passes}"
+        _require(size % passes == 0, message)
 
 
 @dataclass(frozen=True)
@@ -539,14 +514,11 @@ class FinetuneConfig(Settings):
 
     def check(self) -> None:
         """Frozen weights must be trained ones."""
-        _require(
-            bool(self.init_from) or not (self.lora.rank or self.freeze),
-            "finetune.freeze and finetune.lora keep weights as they are: name the trained ones in finetune.init_from",
-        )
-        _require(
-            bool(self.lora.rank or self.freeze) or self.frozen_dtype == "float32",
-            "finetune.frozen_dtype has no effect without finetune.freeze or finetune.lora: leave it out",
-        )
+        freezes = bool(self.lora.rank or self.freeze)
+        message = "finetune.freeze and finetune.lora keep weights as they are: name the trained ones in"
+        _require(bool(self.init_from) or not freezes, f"{message} finetune.init_from")
+        message = "finetune.frozen_dtype has no effect without finetune.freeze or finetune.lora: leave it out"
+        _require(freezes or self.frozen_dtype == "float32", message)
 
 
 @dataclass(frozen=True)
@@ -592,10 +564,9 @@ class CardConfig(Settings):
 
     def check(self) -> None:
         """A licence that the Hub could know, one entry per store, no secrets."""
-        _require(
-            bool(re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", self.license)),
-            f"card.license {self.license!r} must be a licence as the Hub names it, for example apache-2.0 or cc-by-4.0",
-        )
+        known = bool(re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", self.license))
+        example = "for example apache-2.0 or cc-by-4.0"
+        _require(known, f"card.license {self.license!r} must be a licence as the Hub names it, {example}")
         twice = _repeated(source.store for source in self.sources)
         _require(not twice, f"card.sources names {', '.join(twice)} twice")
         secret = [s.store for s in self.sources if re.search(_SECRET, f"{s.source} {s.license}")]
@@ -617,7 +588,7 @@ class HubConfig(Settings):
     def check(self) -> None:
         """A repository without a revision."""
         if self.repo_id:
-            _, revision = split_hub_id(self.repo_id)
+            _, revision = schema.split_hub_id(self.repo_id)
             _require(revision is None, f"hub.repo_id {self.repo_id} must be owner/name: pushes go to the main branch")
 
 
@@ -682,39 +653,29 @@ class Recipe(Settings):
 
     def check(self) -> None:
         """What concerns more than one section."""
-        self._check_resume()
+        if self.resume.startswith(schema.HUB_PREFIX):
+            schema.split_hub_id(self.resume.removeprefix(schema.HUB_PREFIX))
+        else:
+            message = f"resume {self.resume!r} is not allowed: use auto, never or hub://owner/name[@revision]"
+            _require(self.resume in ("auto", "never"), message)
         _require(
-            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)), f"name {self.name!r} must be a plain folder name"
+            self.resume != f"{schema.HUB_PREFIX}{self.hub.repo_id}" or "training_state" in self.hub.push,
+            f"resume={self.resume} needs what is not pushed: set hub.push=[pretrained_model,training_state]",
         )
-        _require(
-            self.ema.start < self.training.steps,
-            f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}",
-        )
-        _require(
-            self.training.mixed_precision == "bf16" or self.finetune.frozen_dtype == "float32",
-            "finetune.frozen_dtype=bfloat16 needs training.mixed_precision=bf16, which computes in that type",
-        )
+        plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)
+        _require(bool(plain), f"name {self.name!r} must be a plain folder name")
+        message = f"ema.start {self.ema.start} must be less than training.steps {self.training.steps}"
+        _require(self.ema.start < self.training.steps, message)
+        message = "finetune.frozen_dtype=bfloat16 needs training.mixed_precision=bf16, which computes in that type"
+        _require(self.training.mixed_precision == "bf16" or self.finetune.frozen_dtype == "float32", message)
         for key, split in self._splits_by_key().items():
-            _require(
-                bool(getattr(self.data, split)),
-                f"{key} needs data.{split}, which names no store: name one, or set {key} to"
-                f" {'false' if key.endswith('training') else 0}",
-            )
+            way = f"name one, or set {key} to {'false' if key.endswith('training') else 0}"
+            _require(bool(getattr(self.data, split)), f"{key} needs data.{split}, which names no store: {way}")
         _require(
             self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
             f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"
             " so is what is made from them: leave it out",
         )
-
-    def _check_resume(self) -> None:
-        if self.resume.startswith(HUB_PREFIX):
-            split_hub_id(self.resume.removeprefix(HUB_PREFIX))
-        else:
-            message = f"resume {self.resume!r} is not allowed: use auto, never or hub://owner/name[@revision]"
-            _require(self.resume in ("auto", "never"), message)
-        if self.resume == f"{HUB_PREFIX}{self.hub.repo_id}":
-            message = f"resume={self.resume} needs what is not pushed: set hub.push=[pretrained_model,training_state]"
-            _require("training_state" in self.hub.push, message)
 
     def _splits_by_key(self) -> dict[str, str]:
         """Key that requests generated audio -> split that it is generated for."""
@@ -734,15 +695,10 @@ class Recipe(Settings):
     @property
     def generation_settings(self) -> dict[str, Any]:
         """What generated audio depends on besides weights, decoder and stores; files of scores record it."""
-        return {
-            "num_steps": self.sampling.num_steps,
-            "guidance_scale": self.sampling.guidance_scale,
-            "solver": self.sampling.solver,
-            "seed": self.seed,
-            "precision": "bf16" if self.training.mixed_precision == "bf16" else "fp32",
-            "mode": self.model.mode,
-            "duration": self.model.duration,
-        }
+        sampling, precision = self.sampling, "bf16" if self.training.mixed_precision == "bf16" else "fp32"
+        how = {name: getattr(sampling, name) for name in ("num_steps", "guidance_scale", "solver")}
+        how |= {"seed": self.seed, "precision": precision}
+        return how | {"mode": self.model.mode, "duration": self.model.duration}
 
     @property
     def run_dir(self) -> Path:
@@ -750,7 +706,7 @@ class Recipe(Settings):
         return Path(self.output_dir) / self.name
 
 
-@checked
+@schema.checked
 def samples_per_step(training: TrainingConfig, latent_length: int) -> int:
     """Samples of a step whose clips have so many latents; it depends on the recipe alone, not on the processes."""
     if training.batch_size:
@@ -764,7 +720,7 @@ def samples_per_step(training: TrainingConfig, latent_length: int) -> int:
     return size
 
 
-@checked
+@schema.checked
 def micro_batch_size(training: TrainingConfig, world_size: int, latent_length: int = 0) -> int:
     """Samples per process and forward pass. ValueError when the batch does not split evenly; nothing is truncated.
 

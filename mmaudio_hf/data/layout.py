@@ -158,10 +158,10 @@ def read_meta(path: Path) -> Contents:
     index = entries.pop(TEXT_INDEX, None)
     columns, counts = {}, {}
     for name, entry in entries.items():
-        shape, dtype = entry.get("shape"), _float_dtype(entry.get("dtype"))
+        shape, dtype = entry.get("shape"), getattr(torch, str(entry.get("dtype")).removeprefix("torch."), None)
         if not (isinstance(shape, list) and len(shape) > 1 and all(isinstance(n, int) and n > 0 for n in shape)):
             raise ValueError(f"{file}: {name} has shape {shape!r}, expected [rows, ...]; {AGAIN}")
-        if dtype is None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{file}: {name} has dtype {entry.get('dtype')!r}, expected a float type; {AGAIN}")
         check_id(name, str(file))  # it becomes a file name
         columns[name], counts[name] = Column(tuple(shape[1:]), dtype), shape[0]
@@ -175,11 +175,6 @@ def read_meta(path: Path) -> Contents:
     contents = Contents(next(iter(counts.values()), 0), columns, texts)
     check_contents(path, contents)
     return contents
-
-
-def _float_dtype(name: Any) -> torch.dtype | None:
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
 def check_contents(path: Path, contents: Contents) -> None:
@@ -210,9 +205,8 @@ def read_text_index(path: Path, contents: Contents) -> np.ndarray | None:
     file = column_file(path, TEXT_INDEX)
     index = np.fromfile(file, "<i4").astype(np.int64)
     if index.min() < 0 or index.max() >= contents.texts:
-        raise ValueError(
-            f"{file} names text {index.min()} to {index.max()}, there are {contents.texts}; copy it again or {AGAIN}"
-        )
+        there = f"there are {contents.texts}; copy it again or {AGAIN}"
+        raise ValueError(f"{file} names text {index.min()} to {index.max()}, {there}")
     return index
 
 
@@ -267,18 +261,14 @@ def read_manifest(path: Path, contents: Contents) -> dict[str, Any] | None:
     if manifest["rows"] != rows or listed != stored or channels != {contents.columns[MEAN].shape[-1]}:
         raise ValueError(f"{file} describes {manifest['rows']} rows of {listed}, the folder holds {rows} of {stored}")
     layout = manifest.get("layout", "reference")
-    if layout != contents.layout or not isinstance(manifest["encoders"], dict) or not all(map(_is_hash, checksums)):
-        raise ValueError(
-            f"{file}: layout {layout!r} (the folder is {contents.layout}), encoders or checksums are wrong"
-        )
+    hashes = all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) for text in checksums)
+    if layout != contents.layout or not isinstance(manifest["encoders"], dict) or not hashes:
+        wrong = f"layout {layout!r} (the folder is {contents.layout})"
+        raise ValueError(f"{file}: {wrong}, encoders or checksums are wrong")
     checksum = manifest.pop("checksum", None)
     if checksum is not None and checksum != _manifest_checksum(manifest):
         raise ValueError(f"{file} was changed after it was written (checksum differs); copy it again or {AGAIN}")
     return manifest
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def ids_hash(ids: Sequence[str]) -> str:

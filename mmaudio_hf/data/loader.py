@@ -24,9 +24,15 @@ import numpy as np
 import torch
 
 from mmaudio_hf.data.mixture import Bucket, Mixture
-from mmaudio_hf.data.noise import Draws, fill_noise, fill_noise_for_ids
 from mmaudio_hf.data.remote import Lease, NextUse, RemoteStore, batches_ahead
-from mmaudio_hf.data.sampler import bucket_of_step, dataset_indices, validation_indices
+from mmaudio_hf.data.sampler import (
+    Draws,
+    bucket_of_step,
+    dataset_indices,
+    fill_noise,
+    fill_noise_for_ids,
+    validation_indices,
+)
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SYNC_FEATURES, TEXT_FEATURES
 

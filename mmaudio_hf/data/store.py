@@ -16,6 +16,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
+from mmaudio_hf import schema
 from mmaudio_hf.data.layout import (
     AGAIN,
     PARTIAL,
@@ -52,24 +54,10 @@ from mmaudio_hf.data.layout import (
     write_all,
     write_text,
 )
-from mmaudio_hf.files import fsync_path
-from mmaudio_hf.schema import (
-    AUDIO_COLUMNS,
-    CLIP_FEATURES,
-    HUB_PREFIX,
-    MEAN,
-    SCHEMA_VERSION,
-    SYNC_FEATURES,
-    TEXT_FEATURES,
-    VIDEO_COLUMNS,
-    audio_mode,
-    check_id,
-    checked,
-)
+from mmaudio_hf.files import fsync_path, hash_of
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 _DESCRIBED = ("mode", "duration", "encoders", "preprocessing", "normalisation")  # in the manifest, of the features
 _BLOCK_BYTES = 64 << 20  # what passes over a whole column hold in memory
@@ -80,7 +68,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096  # see FeatureStore.content_hash
 hub_opener: "Callable[[str], FeatureStore] | None" = None
 
 
-class FeatureStore:
+class FeatureStore(AbstractContextManager["FeatureStore"]):
     """A feature store opened for reading; `FeatureStore.open(path)` checks it first. Safe to read from many threads."""
 
     def __init__(
@@ -95,6 +83,8 @@ class FeatureStore:
         self.path = path
         self.contents = contents
         self.columns = contents.columns
+        self.layout = contents.layout  # one of `layout.LAYOUTS`
+        self.has_video, self.has_text = schema.CLIP_FEATURES in self.columns, schema.TEXT_FEATURES in self.columns
         self.ids = ids
         self.captions = captions
         self.manifest = manifest
@@ -105,14 +95,14 @@ class FeatureStore:
         return {n: MappedColumn(column_file(self.path, n), *self.contents.files[n]) for n in self.columns}
 
     @classmethod
-    @checked
+    @schema.checked
     def open(cls, path: str | Path) -> "FeatureStore":
         """Open the store whose folder is `path`, after checking files, sizes, shapes, row counts and ids.
 
         hub://owner/name is a store on the Hub, within `hub.stores.connect`. Raises ValueError naming the file that is
         wrong and the way out.
         """
-        if str(path).startswith(HUB_PREFIX):
+        if str(path).startswith(schema.HUB_PREFIX):
             if hub_opener is None:
                 raise ValueError(f"{path}: stores on the Hub open within `mmaudio_hf.hub.stores.connect`")
             return hub_opener(str(path))
@@ -150,21 +140,6 @@ class FeatureStore:
         """What messages call it."""
         return str(self.path)
 
-    @property
-    def layout(self) -> str:
-        """One of `layout.LAYOUTS`."""
-        return self.contents.layout
-
-    @property
-    def has_video(self) -> bool:
-        """Whether the rows have CLIP and sync features."""
-        return CLIP_FEATURES in self.columns
-
-    @property
-    def has_text(self) -> bool:
-        """Whether the rows have text features."""
-        return TEXT_FEATURES in self.columns
-
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the ids and of every column: the same for copies of a store.
@@ -172,20 +147,17 @@ class FeatureStore:
         Columns are those of the manifest's checksums. Without a manifest it is sampled: types, sizes and 64 blocks of
         4 KiB of each file, evenly spaced, first and last included. 600 GB would take an hour to read at every start.
         """
-        if self.manifest is None:
-            return hashlib.sha256(json.dumps([ids_hash(self.ids), self._sampled_checksums()]).encode()).hexdigest()
-        content = [self.manifest["ids_sha256"], sorted((k, v["sha256"]) for k, v in self.manifest["columns"].items())]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def _sampled_checksums(self) -> list[list[Any]]:
-        checksums = []
+        if self.manifest is not None:
+            checksums = sorted((name, entry["sha256"]) for name, entry in self.manifest["columns"].items())
+            return hash_of([self.manifest["ids_sha256"], checksums])
+        sampled = []
         for name, (column, rows) in self.contents.files.items():
             digest, last = hashlib.sha256(), max(0, rows * column.row_bytes - _SAMPLE_BYTES)
             with open(column_file(self.path, name), "rb") as file:
                 for i in range(_SAMPLES):
                     digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, last * i // (_SAMPLES - 1)))
-            checksums.append([name, dtype_name(column.dtype), rows, *column.shape, digest.hexdigest()])
-        return checksums
+            sampled.append([name, dtype_name(column.dtype), rows, *column.shape, digest.hexdigest()])
+        return hash_of([ids_hash(self.ids), sampled])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -194,14 +166,13 @@ class FeatureStore:
         fingerprints = {name: str(entry.get("fingerprint", entry)) for name, entry in encoders.items()}
         return {"rows": len(self), "content": self.content_hash, "encoders": fingerprints}
 
-    @checked
+    @schema.checked
     def read(self, indices: Any, columns: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
         """Rows `indices` (any order, repeats allowed) as `{column: (B, *shape)}`, in the stored dtype.
 
         IndexError for an index outside the store; OSError naming a file that was truncated since the store was opened.
         """
-        rows = self._checked_rows(indices, columns)
-        values = {}
+        rows, values = self._checked_rows(indices, columns), {}
         for name in self.columns if columns is None else columns:
             column = self.columns[name]
             values[name] = torch.empty((len(rows), *column.shape), dtype=column.dtype)
@@ -238,10 +209,9 @@ class FeatureStore:
             column.memory.madvise(mmap.MADV_RANDOM)
 
     def _file_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of a column's file that hold `rows` of the store."""
         if rows.view(np.uint64).max() >= len(self.ids):  # a negative one is huge
             raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
-        return self.text_index[rows] if name == TEXT_FEATURES and self.text_index is not None else rows
+        return self.text_index[rows] if name == schema.TEXT_FEATURES and self.text_index is not None else rows
 
     def blocks(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The file of a column in order, each shared text once, as (first row of the file, rows).
@@ -269,8 +239,8 @@ class FeatureStore:
         if self.manifest is not None:
             stored = self.manifest["latent_statistics"]
             return torch.tensor(stored["mean"]), torch.tensor(stored["std"])
-        moments = Moments(self.columns[MEAN].shape[-1])
-        for _, block in self.blocks(MEAN):
+        moments = Moments(self.columns[schema.MEAN].shape[-1])
+        for _, block in self.blocks(schema.MEAN):
             moments.add(block)
         return moments.mean.float(), moments.std().float()
 
@@ -281,6 +251,7 @@ class FeatureStore:
         the cache of `datasets`. `info.description` says what the features are (encoders ...), for `from_dataset`.
         """
         import datasets  # here and below: training does without it
+        import pyarrow as pa
 
         columns: dict[str, Any] = dict.fromkeys(("id", "caption"), datasets.Value("string"))
         for name, column in self.columns.items():
@@ -291,31 +262,27 @@ class FeatureStore:
         content = json.dumps([self.manifest or uuid.uuid4().hex, captions_hash(self.captions)], sort_keys=True)
         features, fingerprint = datasets.Features(columns), hashlib.sha256(content.encode()).hexdigest()
         if self.layout == "reference":
-            table = datasets.table.InMemoryTable(self._arrow_table(features.arrow_schema))
+            arrays = [pa.chunked_array([self.ids], pa.string()), pa.chunked_array([self.captions], pa.string())]
+            for name, column in self.columns.items():
+                outer, buffer = features.arrow_schema.field(name).type, pa.py_buffer(self._maps[name].memory)
+                step, chunks = max(1, _BLOCK_BYTES // column.row_bytes), []
+                for first in range(
+                    0, len(self), step
+                ):  # in chunks: Arrow copies whole ones where rows are out of order
+                    size = min(step, len(self) - first) * column.row_bytes
+                    block = buffer.slice(first * column.row_bytes, size)
+                    values = pa.Array.from_buffers(pa.float32(), size // 4, [None, block])
+                    inner = pa.FixedSizeListArray.from_arrays(values, type=outer.value_type)
+                    chunks.append(pa.FixedSizeListArray.from_arrays(inner, type=outer))
+                arrays.append(pa.chunked_array(chunks, outer))
+            table = datasets.table.InMemoryTable(pa.table(arrays, schema=features.arrow_schema))
             dataset = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
         else:
             dataset = datasets.Dataset.from_generator(self._float_rows, features, fingerprint=fingerprint)
         known = {key: (self.manifest or {}).get(key) for key in _DESCRIBED}
-        sync_dtype = dtype_name(self.columns[SYNC_FEATURES].dtype) if self.has_video else "float32"
+        sync_dtype = dtype_name(self.columns[schema.SYNC_FEATURES].dtype) if self.has_video else "float32"
         dataset.info.description = json.dumps(known | {"layout": self.layout, "sync_dtype": sync_dtype})
         return dataset
-
-    def _arrow_table(self, schema: "pa.Schema") -> "pa.Table":
-        """All rows, without a copy; in chunks, since Arrow copies whole chunks where rows are taken out of order."""
-        import pyarrow as pa
-
-        arrays = [pa.chunked_array([self.ids], pa.string()), pa.chunked_array([self.captions], pa.string())]
-        for name, column in self.columns.items():
-            outer, buffer = schema.field(name).type, pa.py_buffer(self._maps[name].memory)
-            step, chunks = max(1, _BLOCK_BYTES // column.row_bytes), []
-            for first in range(0, len(self), step):
-                size = min(step, len(self) - first) * column.row_bytes
-                block = buffer.slice(first * column.row_bytes, size)
-                values = pa.Array.from_buffers(pa.float32(), size // 4, [None, block])
-                inner = pa.FixedSizeListArray.from_arrays(values, type=outer.value_type)
-                chunks.append(pa.FixedSizeListArray.from_arrays(inner, type=outer))
-            arrays.append(pa.chunked_array(chunks, outer))
-        return pa.table(arrays, schema=schema)
 
     def _float_rows(self) -> Iterator[dict[str, Any]]:
         for row, (item_id, caption) in enumerate(zip(self.ids, self.captions, strict=True)):
@@ -330,14 +297,22 @@ class FeatureStore:
         Further columns are left out. ValueError for columns that are missing or ragged, and where neither of the two
         has mode, duration and encoders.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         if not hasattr(dataset, "select_columns"):
             raise ValueError(f"from_dataset: dataset must be a datasets.Dataset, not {repr(dataset)[:80]}")
-        given = _described(dataset.info.description) | metadata
+        try:  # what `to_dataset` wrote; a description in words says nothing of the features
+            described = json.loads(dataset.info.description or "")
+            known = isinstance(described, dict) and described.keys() == {*_DESCRIBED, "layout", "sync_dtype"}
+        except ValueError:
+            known = False
+        given = (described if known else {}) | metadata
         if missing := [key for key in ("mode", "duration", "encoders") if key not in given]:
             raise ValueError(f"the data set does not say {', '.join(missing)} of its features: give them, or None")
         text_name = "label" if "label" in dataset.column_names else "caption"
-        names = [name for name in VIDEO_COLUMNS if name in dataset.column_names]
-        wanting = {"id", text_name, *(VIDEO_COLUMNS if CLIP_FEATURES in names else AUDIO_COLUMNS)}
+        names = [name for name in schema.VIDEO_COLUMNS if name in dataset.column_names]
+        wanting = {"id", text_name, *(schema.VIDEO_COLUMNS if schema.CLIP_FEATURES in names else schema.AUDIO_COLUMNS)}
         if missing := sorted(wanting - set(dataset.column_names)):
             raise ValueError(f"the data set has no column {', '.join(missing)}; it has {dataset.column_names}")
         if len(dataset) == 0:
@@ -348,8 +323,20 @@ class FeatureStore:
             rows = dataset.select_columns(["id", text_name, *names]).with_format("arrow")
             for first in range(0, len(dataset), step):
                 block = rows[first : first + step]
-                values = {name: _dense(block[name], name, shapes[name]) for name in names}
-                ids, captions = (_texts(block[name], name) for name in ("id", text_name))
+                arrays = {name: block[name].combine_chunks() for name in ("id", text_name, *names)}
+                for name, array in arrays.items():  # nested lists become flat
+                    array = array.storage if isinstance(array, pa.ExtensionArray) else array  # Array2D
+                    for length in shapes.get(name, ()):
+                        if array.null_count or pc.unique(pc.list_value_length(array)).to_pylist() != [length]:
+                            raise ValueError(f"column {name}: rows differ in shape, or some have no values")
+                        array = array.flatten()
+                    if array.null_count:
+                        raise ValueError(f"column {name}: some values are missing")
+                    arrays[name] = array
+                # Copies: torch warns of arrays that it may not write to.
+                flat = {name: np.array(arrays[name].to_numpy(zero_copy_only=False), np.float32) for name in names}
+                values = {name: value.reshape(-1, *shapes[name]) for name, value in flat.items()}
+                ids, captions = (block[name].cast("string").to_pylist() for name in ("id", text_name))
                 writer.write(first, ids, captions, values)
         return cls.open(path)
 
@@ -359,44 +346,8 @@ class FeatureStore:
             column.file.close()
         self._maps = {}
 
-    def __enter__(self) -> "FeatureStore":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _described(description: str | None) -> dict[str, Any]:
-    """What `to_dataset` wrote; {} for a description in words."""
-    try:
-        content = json.loads(description or "")
-    except ValueError:
-        content = None
-    keys = (*_DESCRIBED, "layout", "sync_dtype")
-    return {key: content[key] for key in keys} if isinstance(content, dict) and content.keys() == set(keys) else {}
-
-
-def _texts(column: "pa.ChunkedArray", name: str) -> list[str]:
-    if column.null_count:
-        raise ValueError(f"column {name}: some values are missing")
-    return column.cast("string").to_pylist()
-
-
-def _dense(column: "pa.ChunkedArray", name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Nested lists as (B, *shape) float32."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values, rows = column.combine_chunks(), len(column)
-    values = values.storage if isinstance(values, pa.ExtensionArray) else values  # Array2D
-    for length in shape:
-        if values.null_count or pc.unique(pc.list_value_length(values)).to_pylist() != [length]:
-            raise ValueError(f"column {name}: rows differ in shape, or some have no values")
-        values = values.flatten()
-    if values.null_count:
-        raise ValueError(f"column {name}: some values are missing")
-    # A copy: torch warns of arrays that it may not write to.
-    return np.array(values.to_numpy(zero_copy_only=False), np.float32).reshape(rows, *shape)
 
 
 class MappedColumn:
@@ -475,7 +426,7 @@ class Moments:
         return (self._squares / (self.count - 1)).sqrt()
 
 
-class StoreWriter:
+class StoreWriter(AbstractContextManager["StoreWriter"]):
     """Writes a store of `num_rows` rows, in any order; use as a context manager.
 
     Everything goes to `<name>.partial/`; leaving the context completes and renames it, an error removes it, and a kill
@@ -492,7 +443,7 @@ class StoreWriter:
     Raises ValueError when the store exists, OSError when the disk is too small for it.
     """
 
-    @checked
+    @schema.checked
     def __init__(
         self,
         path: str | Path,
@@ -513,7 +464,7 @@ class StoreWriter:
         self.columns = layout_columns(shapes, layout, sync_dtype)
         self.num_rows = num_rows
         self._metadata = {
-            "mode": mode if mode is None else audio_mode(mode).name,
+            "mode": mode if mode is None else schema.audio_mode(mode).name,
             "duration": duration if duration is None else float(duration),
             "encoders": {name: dict(entry) for name, entry in encoders.items()},
             "preprocessing": preprocessing,
@@ -523,10 +474,16 @@ class StoreWriter:
         }
         json.dumps(self._metadata)  # fail now rather than after the last row
         check_contents(self.path, Contents(num_rows, self.columns))
-        self._check_path()
+        if "." in self.path.name:
+            raise ValueError(f"store name {self.path.name!r} has a dot: other readers would look for another .tsv")
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists: remove it or give the new store another name")
+        table = new_table_file(self.path)
+        if table.exists() and not manifest_file(self.path).exists():  # with one, it is left from a killed export
+            raise ValueError(f"{table} exists and would be replaced: move it or give the new store another name")
         self._ids = [""] * num_rows  # "": not written yet
         self._captions = [""] * num_rows
-        self._moments = Moments(self.columns[MEAN].shape[-1])
+        self._moments = Moments(self.columns[schema.MEAN].shape[-1])
         self._rows_written, self._in_order = 0, True
         self._partial = self.path.with_name(self.path.name + PARTIAL)
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -535,21 +492,14 @@ class StoreWriter:
         self._files: dict[str, BinaryIO] = {}
         self._texts: _SharedTexts | None = None
         try:
-            if layout == "compact" and TEXT_FEATURES in self.columns:
-                self._texts = _SharedTexts(self._partial, num_rows, self.columns[TEXT_FEATURES])
-            self._preallocate({n: c for n, c in self.columns.items() if n != TEXT_FEATURES or self._texts is None})
+            if layout == "compact" and schema.TEXT_FEATURES in self.columns:
+                self._texts = _SharedTexts(self._partial, num_rows, self.columns[schema.TEXT_FEATURES])
+            self._preallocate(
+                {n: c for n, c in self.columns.items() if n != schema.TEXT_FEATURES or self._texts is None}
+            )
         except BaseException:
             self.abort()
             raise
-
-    def _check_path(self) -> None:
-        if "." in self.path.name:
-            raise ValueError(f"store name {self.path.name!r} has a dot: other readers would look for another .tsv")
-        if self.path.exists():
-            raise ValueError(f"{self.path} exists: remove it or give the new store another name")
-        table = new_table_file(self.path)
-        if table.exists() and not manifest_file(self.path).exists():  # with one, it is left from a killed export
-            raise ValueError(f"{table} exists and would be replaced: move it or give the new store another name")
 
     def _preallocate(self, columns: Mapping[str, Column]) -> None:
         """Allocate the files: a full disk shows now, not after hours of encoding."""
@@ -569,23 +519,6 @@ class StoreWriter:
         ValueError for a wrong column, shape, id or row, a row written twice, or a value that is not finite.
         """
         rows = range(first_row, first_row + len(ids))
-        self._check_rows(rows, ids, captions, values)
-        tensors = {n: torch.as_tensor(values[n]).to("cpu", c.dtype).contiguous() for n, c in self.columns.items()}
-        for name, tensor in tensors.items():
-            self._check_values(name, tensor, ids)
-        for name, tensor in tensors.items():
-            if name == TEXT_FEATURES and self._texts is not None:
-                self._texts.write(first_row, tensor)
-            else:
-                write_all(self._files[name], bytes_of(tensor), first_row * self.columns[name].row_bytes)
-        for row in tensors[MEAN]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
-            self._moments.add(row)
-        self._in_order = self._in_order and first_row == self._rows_written
-        self._rows_written += len(ids)
-        self._ids[rows.start : rows.stop] = ids
-        self._captions[rows.start : rows.stop] = captions
-
-    def _check_rows(self, rows: range, ids: Sequence[str], captions: Sequence[str], values: Mapping[str, Any]) -> None:
         if not ids or len(ids) != len(captions):
             raise ValueError(f"{self.path}: {len(ids)} ids and {len(captions)} captions given")
         if rows.start < 0 or rows.stop > self.num_rows:
@@ -593,27 +526,37 @@ class StoreWriter:
         if set(values) != set(self.columns):
             raise ValueError(f"{self.path}: columns {sorted(values)} given, the store has {sorted(self.columns)}")
         for row, item_id in zip(rows, ids, strict=True):
-            check_id(item_id, f"{self.path}, row {row}")
+            schema.check_id(item_id, f"{self.path}, row {row}")
             if self._ids[row]:
                 raise ValueError(f"{self.path}: row {row} ({item_id!r}) is written a second time")
-
-    def _check_values(self, name: str, tensor: torch.Tensor, ids: Sequence[str]) -> None:
-        expected = (len(ids), *self.columns[name].shape)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, must be {expected}")
-        finite = tensor.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise ValueError(f"{self.path}: {name} of id {ids[int(finite.int().argmin())]!r} has values not finite")
+        tensors = {n: torch.as_tensor(values[n]).to("cpu", c.dtype).contiguous() for n, c in self.columns.items()}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != (expected := (len(ids), *self.columns[name].shape)):
+                raise ValueError(f"{self.path}: {name} has shape {tuple(tensor.shape)}, must be {expected}")
+            finite = tensor.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise ValueError(f"{self.path}: {name} of id {ids[int(finite.int().argmin())]!r} has values not finite")
+        for name, tensor in tensors.items():
+            if name == schema.TEXT_FEATURES and self._texts is not None:
+                self._texts.write(first_row, tensor)
+            else:
+                write_all(self._files[name], bytes_of(tensor), first_row * self.columns[name].row_bytes)
+        for row in tensors[
+            schema.MEAN
+        ]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
+            self._moments.add(row)
+        self._in_order = self._in_order and first_row == self._rows_written
+        self._rows_written += len(ids)
+        self._ids[rows.start : rows.stop] = ids
+        self._captions[rows.start : rows.stop] = captions
 
     def finish(self) -> None:
         """Complete the store and rename it to its name. ValueError when rows are missing."""
-        missing = [row for row, item_id in enumerate(self._ids) if not item_id]
-        if missing:
-            raise ValueError(
-                f"{self.path}: {len(missing)} of {self.num_rows} rows were never written, first {missing[0]}"
-            )
+        if missing := [row for row, item_id in enumerate(self._ids) if not item_id]:
+            rows = f"{len(missing)} of {self.num_rows} rows"
+            raise ValueError(f"{self.path}: {rows} were never written, first {missing[0]}")
         if not self._in_order:  # the last digits depend on the order
-            self._moments = Moments.of_file(column_file(self._partial, MEAN), self.columns[MEAN])
+            self._moments = Moments.of_file(column_file(self._partial, schema.MEAN), self.columns[schema.MEAN])
         texts = None if self._texts is None else self._texts.finish()
         for file in self._files.values():
             os.fsync(file.fileno())
@@ -622,7 +565,7 @@ class StoreWriter:
         table, manifest = self._partial / "table.tsv", self._partial / "manifest.json"
         entries = manifest_of(self._partial, contents, self._metadata, self._ids, self._captions, self._moments)
         write_text(manifest, manifest_text(entries))
-        text_name = "label" if CLIP_FEATURES in self.columns else "caption"
+        text_name = "label" if schema.CLIP_FEATURES in self.columns else "caption"
         write_text(table, table_lines(self._ids, self._captions, text_name))
         write_text(self._partial / "meta.json", [meta_text(contents)])
         # The folder comes last: without it nothing opens, so a kill between the renames leaves no half store.
@@ -642,9 +585,6 @@ class StoreWriter:
             path.unlink(missing_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def __enter__(self) -> "StoreWriter":
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
@@ -663,7 +603,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """The manifest of a folder of columns. metadata: mode, duration, encoders, preprocessing, normalisation, counts."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema.SCHEMA_VERSION,
         "layout": contents.layout,
         "rows": contents.rows,
         **{key: metadata[key] for key in (*_DESCRIBED, "counts")},
@@ -687,10 +627,9 @@ class _SharedTexts:
         self._index = np.zeros(rows, dtype=np.int32)
         self._row_of_digest: dict[bytes, int] = {}
         self._written = 0
-        self.file: BinaryIO = open(column_file(folder, TEXT_FEATURES), "w+b", buffering=0)  # noqa: SIM115
+        self.file: BinaryIO = open(column_file(folder, schema.TEXT_FEATURES), "w+b", buffering=0)  # noqa: SIM115
 
     def write(self, first_row: int, texts: torch.Tensor) -> None:
-        """Record the texts (B, *shape) of rows `first_row` onwards, and write those that are new."""
         for row, text in enumerate(texts, start=first_row):
             data = bytes_of(text)
             text_row = self._row_of_digest.setdefault(hashlib.sha256(data).digest(), len(self._row_of_digest))
@@ -704,7 +643,13 @@ class _SharedTexts:
         _, first_rows = np.unique(self._index, return_index=True)
         order = np.argsort(first_rows)
         if (order != np.arange(len(order))).any():  # rows were not written in order
-            self._sort(order)
+            name = column_file(self._folder, schema.TEXT_FEATURES)
+            with self.file as unsorted:
+                os.unlink(name)
+                self.file = open(name, "w+b", buffering=0)  # noqa: SIM115
+                for row, old_row in enumerate(order.tolist()):
+                    data = os.pread(unsorted.fileno(), self._size, old_row * self._size)
+                    write_all(self.file, memoryview(data), row * self._size)
             self._index = np.argsort(order).astype(np.int32)[self._index]
         os.fsync(self.file.fileno())
         self.file.close()
@@ -712,12 +657,3 @@ class _SharedTexts:
             write_all(file, bytes_of(torch.from_numpy(self._index.astype("<i4"))), 0)
             os.fsync(file.fileno())
         return len(order)
-
-    def _sort(self, order: np.ndarray) -> None:
-        name = column_file(self._folder, TEXT_FEATURES)
-        with self.file as unsorted:
-            os.unlink(name)
-            self.file = open(name, "w+b", buffering=0)  # noqa: SIM115
-            for row, old_row in enumerate(order.tolist()):
-                data = os.pread(unsorted.fileno(), self._size, old_row * self._size)
-                write_all(self.file, memoryview(data), row * self._size)

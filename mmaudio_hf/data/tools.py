@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +125,6 @@ def _compare_checksum(store: FeatureStore, name: str, checksum: str) -> list[str
 
 
 def _compare_sample(store: FeatureStore, count: int, reencode: Reencode, seed: int) -> tuple[list[str], list[str]]:
-    """Problems and notes of some rows that are encoded again."""
     rows = np.sort(np.random.default_rng(seed).choice(len(store), min(count, len(store)), replace=False)).tolist()
     problems: list[str] = []
     differences: dict[str, list[float]] = {}
@@ -136,15 +135,25 @@ def _compare_sample(store: FeatureStore, count: int, reencode: Reencode, seed: i
             problems.append(f"{store.path}: row {row} ({store.ids[row]}) cannot be encoded again: {error}")
             continue
         for name in [name for name in store.columns if name in features]:
-            difference = relative_difference(store.read([row], [name])[name][0], features[name])
+            stored = store.read([row], [name])[name][0]
+            difference = relative_difference(stored, features[name])
             differences.setdefault(name, []).append(difference)
-            if not difference <= TOLERANCE:
-                problems.append(_mismatch(store, row, name, difference, reencode))
-    notes = [
-        f"{name}: {len(values)} rows encoded again, relative difference at most {max(values):.2g}"
-        for name, values in differences.items()
-    ]
-    return problems, notes
+            if difference <= TOLERANCE:
+                continue
+            source, hint = "its file", ""
+            if name == TEXT_FEATURES:
+                source = "its caption"
+                for other in {max(0, row - 1), min(len(store) - 1, row + 1)} - {row}:
+                    with contextlib.suppress(RunError, OSError):  # its media may be missing
+                        text = reencode(store.ids[other], store.captions[other])[name]
+                        if relative_difference(stored, text) <= TOLERANCE:
+                            hint = f"; they are those of the caption of row {other}: captions are shifted"
+            problems.append(
+                f"{store.path}: {name} of row {row} ({store.ids[row]}) are not those of {source}: relative difference"
+                f" {difference:.2g}{hint}"
+            )
+    again = "rows encoded again, relative difference at most"
+    return problems, [f"{name}: {len(values)} {again} {max(values):.2g}" for name, values in differences.items()]
 
 
 def relative_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
@@ -153,23 +162,6 @@ def relative_difference(stored: torch.Tensor, expected: torch.Tensor) -> float:
     if stored.shape != expected.shape:
         return float("inf")
     return float((stored - expected).norm() / expected.norm().clamp_min(1e-12))
-
-
-def _mismatch(store: FeatureStore, row: int, name: str, difference: float, reencode: Reencode) -> str:
-    source = "its caption" if name == TEXT_FEATURES else "its file"
-    message = (
-        f"{store.path}: {name} of row {row} ({store.ids[row]}) are not those of {source}:"
-        f" relative difference {difference:.2g}"
-    )
-    if name != TEXT_FEATURES:
-        return message
-    stored = store.read([row], [name])[name][0]
-    for other in {max(0, row - 1), min(len(store) - 1, row + 1)} - {row}:
-        with contextlib.suppress(RunError, OSError):  # its media may be missing
-            text = reencode(store.ids[other], store.captions[other])[name]
-            if relative_difference(stored, text) <= TOLERANCE:
-                return f"{message}; they are those of the caption of row {other}: captions are shifted"
-    return message
 
 
 # --- inspect -----------------------------------------------------------------------------------------------------
@@ -182,15 +174,14 @@ def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
     """
     with FeatureStore.open(path) as store:
         contents, manifest = store.contents, store.manifest or {}
-        columns = {
-            name: {
-                "dtype": dtype_name(column.dtype),
-                "shape": list(column.shape),
-                "records": rows,
-                "bytes": rows * column.row_bytes,
-            }
-            for name, (column, rows) in contents.files.items()
-        }
+        columns: dict[str, dict[str, Any]] = {}
+        for name, (column, rows) in contents.files.items():
+            columns[name] = {"dtype": dtype_name(column.dtype), "shape": list(column.shape)}
+            columns[name] |= {"records": rows, "bytes": rows * column.row_bytes}
+        ambiguous = None
+        if store.text_index is not None:  # else shifted captions, or other rounding in other batches, do not show
+            pairs = {*zip(store.captions, store.text_index.tolist(), strict=True)}
+            ambiguous = sum(count > 1 for count in Counter(caption for caption, _ in pairs).values())
         reference = replace(contents, columns=layout_columns(_shapes(store)), texts=None)
         keys = ("mode", "duration", "normalisation", "preprocessing", "encoders", "counts", "latent_statistics")
         return {
@@ -201,7 +192,7 @@ def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
             "reference_bytes": reference.size,
             "columns": columns,
             "distinct_captions": len(set(store.captions)),
-            "captions_with_several_texts": _ambiguous_captions(store),
+            "captions_with_several_texts": ambiguous,
             "repeated_ids": len(store) - len(set(store.ids)),
             "manifest": store.manifest is not None,
             **{key: manifest.get(key) for key in keys},
@@ -211,14 +202,6 @@ def describe(path: str | Path, shown: int = 3) -> dict[str, Any]:
 
 def _shapes(store: FeatureStore) -> dict[str, tuple[int, ...]]:
     return {name: column.shape for name, column in store.columns.items()}
-
-
-def _ambiguous_captions(store: FeatureStore) -> int | None:
-    """Captions with more than one stored text: shifted, or rounded differently in another batch of the encoder."""
-    if store.text_index is None:
-        return None
-    texts = Counter(caption for caption, _ in {*zip(store.captions, store.text_index.tolist(), strict=True)})
-    return sum(count > 1 for count in texts.values())
 
 
 # --- rewrite -----------------------------------------------------------------------------------------------------
@@ -260,8 +243,32 @@ def merge(sources: Sequence[str | Path], target: str | Path, *, skip_duplicates:
     """
     with ExitStack() as stack:
         stores = [stack.enter_context(FeatureStore.open(source)) for source in sources]
-        _check_mergeable(stores)
-        selection = _without_duplicates(stores, skip_duplicates)
+        for other in stores[1:]:
+            if other.columns.keys() != stores[0].columns.keys():
+                raise ValueError(
+                    f"{stores[0].path} has the columns {', '.join(stores[0].columns)}, {other.path} has"
+                    f" {', '.join(other.columns)}: they cannot be one store, name both in the recipe"
+                )
+            for name in other.columns:
+                if other.columns[name] != stores[0].columns[name]:
+                    raise different_columns(stores[0], other, name)
+        for key in ("mode", "duration", "normalisation", "preprocessing"):
+            check_agreement(stores, key)
+        check_encoders(stores)
+        first_rows: dict[str, tuple[FeatureStore, int]] = {}
+        selection = []
+        for store in stores:
+            kept = []
+            for row, item_id in enumerate(store.ids):
+                owner, first = first_rows.setdefault(item_id, (store, row))
+                if (owner, first) == (store, row):
+                    kept.append(row)
+                elif not skip_duplicates:
+                    raise ValueError(
+                        f"id {item_id!r} is in row {first} of {owner.path} and in row {row} of {store.path}:"
+                        " choose rows with `mmaudio-hf store subset`, or give --skip-duplicates to keep the first"
+                    )
+            selection.append((store, np.array(kept, dtype=np.int64)))
         counts: Counter[str] = Counter()
         for store in stores:
             counts.update((store.manifest or {}).get("counts", {}))
@@ -290,18 +297,13 @@ def _write(target: str | Path, selection: Selection, layout: str, sync_dtype: st
         tqdm(desc=Path(target).name, total=total, unit="row", disable=None, leave=False) as bar,
     ):
         first = 0
-        for store, rows in _blocks(selection):
-            ids, captions = [store.ids[row] for row in rows], [store.captions[row] for row in rows]
-            writer.write(first, ids, captions, store.read(rows))
-            first += len(rows)
-            bar.update(len(rows))
-
-
-def _blocks(selection: Selection) -> Iterator[tuple[FeatureStore, np.ndarray]]:
-    for store, rows in selection:
-        step = max(1, _BLOCK_BYTES // sum(column.row_bytes for column in store.columns.values()))
-        for first in range(0, len(rows), step):
-            yield store, rows[first : first + step]
+        for store, chosen in selection:
+            step = max(1, _BLOCK_BYTES // sum(column.row_bytes for column in store.columns.values()))
+            for rows in np.split(chosen, range(step, len(chosen), step)) if len(chosen) else ():
+                ids, captions = [store.ids[row] for row in rows], [store.captions[row] for row in rows]
+                writer.write(first, ids, captions, store.read(rows))
+                first += len(rows)
+                bar.update(len(rows))
 
 
 def _common_metadata(stores: Sequence[FeatureStore]) -> dict[str, Any]:
@@ -313,37 +315,3 @@ def _common_metadata(stores: Sequence[FeatureStore]) -> dict[str, Any]:
     encoders = [manifest.get("encoders", {}) for manifest in manifests]
     common = {name: entry for name, entry in encoders[0].items() if all(name in each for each in encoders)}
     return metadata | {"encoders": common}
-
-
-def _check_mergeable(stores: Sequence[FeatureStore]) -> None:
-    first = stores[0]
-    for other in stores[1:]:
-        if other.columns.keys() != first.columns.keys():
-            raise ValueError(
-                f"{first.path} has the columns {', '.join(first.columns)}, {other.path} has {', '.join(other.columns)}:"
-                " they cannot be one store, name both in the recipe"
-            )
-        for name in first.columns:
-            if other.columns[name] != first.columns[name]:
-                raise different_columns(first, other, name)
-    for key in ("mode", "duration", "normalisation", "preprocessing"):
-        check_agreement(stores, key)
-    check_encoders(stores)
-
-
-def _without_duplicates(stores: Sequence[FeatureStore], skip: bool) -> Selection:
-    first_rows: dict[str, tuple[FeatureStore, int]] = {}
-    selection = []
-    for store in stores:
-        kept = []
-        for row, item_id in enumerate(store.ids):
-            owner, first = first_rows.setdefault(item_id, (store, row))
-            if (owner, first) == (store, row):
-                kept.append(row)
-            elif not skip:
-                raise ValueError(
-                    f"id {item_id!r} is in row {first} of {owner.path} and in row {row} of {store.path}:"
-                    " choose rows with `mmaudio-hf store subset`, or give --skip-duplicates to keep the first"
-                )
-        selection.append((store, np.array(kept, dtype=np.int64)))
-    return selection

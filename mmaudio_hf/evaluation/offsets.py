@@ -33,8 +33,8 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import FRAME_PERIOD, SYNCHFORMER_FILE, AvBench
 from mmaudio_hf.evaluation.metrics import SEGMENTS, SYNC_CLASSES, OffsetHead
 from mmaudio_hf.features import toy
+from mmaudio_hf.features.autoencoder import MelSpectrogram
 from mmaudio_hf.features.encoders import check_encoders, fingerprints, load_encoders, pick_device
-from mmaudio_hf.features.mel import MelSpectrogram
 from mmaudio_hf.files import Share, hash_of, locked, sha256_of
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.audit import AuditSource, Item, items_of

@@ -1,12 +1,15 @@
-"""The VAE between mel spectrograms and latents of MMAudio (https://arxiv.org/abs/2412.15322).
+"""Log-mel spectrograms, and the VAE between them and latents of MMAudio (https://arxiv.org/abs/2412.15322).
 
-A 1-D convolutional network after Make-An-Audio 2 (https://arxiv.org/abs/2305.18474) whose layers preserve magnitudes as
-those of EDM2 do (Karras et al., https://arxiv.org/abs/2312.02696). Inside, activations are channel-first,
-(B, channels, time); latents outside are time-first, (B, N, C), as they are stored.
+Spectrograms are those of BigVGAN (https://arxiv.org/abs/2206.04658), whose vocoders take them too. The VAE is a 1-D
+convolutional network after Make-An-Audio 2 (https://arxiv.org/abs/2305.18474) whose layers preserve magnitudes as those
+of EDM2 do (Karras et al., https://arxiv.org/abs/2312.02696). Inside, activations are channel-first, (B, channels,
+time); latents outside are time-first, (B, N, C), as they are stored.
 """
 
 import math
+from collections import OrderedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +23,66 @@ ACTIVATION_BOUND = 256  # as in EDM2, where it keeps fp16 from overflowing
 NORM_EPS = 1e-4
 BRANCH_WEIGHT = 0.3  # of the residual branch; the skip path has 0.7
 SILU_SCALE = 0.596  # rms of silu(x) for standard normal x
+
+MAGNITUDE_EPS = 1e-9
+MEL_FLOOR = 1e-5
+
+# Slaney's mel scale: linear below 1 kHz (15 mels), then 27 mels per factor 6.4.
+_BREAK_HZ, _BREAK_MEL = 1000.0, 15.0
+_LOG_STEP = np.log(6.4) / 27
+
+
+def mel_filter_bank(mode: str) -> Tensor:
+    """Slaney filter bank with area normalisation, (bins, n_fft // 2 + 1) float32.
+
+    Own arithmetic in double: `torchaudio.functional.melscale_fbanks` works in float32, which moves
+    single weights at 44.1 kHz by more than the 1e-6 the features are held to.
+    """
+    rate = audio_mode(mode)
+    frequency_K = np.linspace(0, rate.sample_rate / 2, rate.mel_window // 2 + 1)
+    mel = np.linspace(0, _BREAK_MEL + np.log(rate.mel_fmax / _BREAK_HZ) / _LOG_STEP, rate.mel_bins + 2)
+    corner = np.where(mel < _BREAK_MEL, mel * 200 / 3, _BREAK_HZ * np.exp((mel - _BREAK_MEL) * _LOG_STEP))  # Hz
+    lower, peak, upper = corner[:-2, None], corner[1:-1, None], corner[2:, None]
+    rising = (frequency_K - lower) / (peak - lower)
+    falling = (upper - frequency_K) / (upper - peak)
+    triangle = np.maximum(0, np.minimum(rising, falling))
+    return torch.from_numpy((triangle * 2 / (upper - lower)).astype(np.float32))
+
+
+class MelSpectrogram(nn.Module):
+    """Log-mel spectrogram of `mode` ("16k" or "44k"), which each VAE and vocoder was trained on.
+
+    Call with waveform (B, samples) at the rate of the mode, full scale 1 (clipped to it). Returns
+    (B, bins, samples // hop) float32: log10 of the mel magnitude for "16k", its natural logarithm for
+    "44k". Nothing is stored in the state dict.
+    """
+
+    filter_bank: Tensor
+    window: Tensor
+
+    def __init__(self, mode: str):
+        super().__init__()
+        self.mode = audio_mode(mode)
+        self.log = torch.log10 if mode == "16k" else torch.log
+        self.register_buffer("filter_bank", mel_filter_bank(mode), persistent=False)
+        self.register_buffer("window", torch.hann_window(self.mode.mel_window), persistent=False)
+
+    @torch.no_grad()
+    @checked
+    def forward(self, waveform: Tensor) -> Tensor:
+        n_fft, hop = self.mode.mel_window, self.mode.mel_hop
+        padding = (n_fft - hop) // 2
+        if waveform.ndim != 2 or waveform.shape[1] <= padding:
+            shape = tuple(waveform.shape)
+            raise ValueError(f"waveform has shape {shape}: give (batch, samples) with more than {padding} samples")
+        with torch.autocast(waveform.device.type, enabled=False):
+            padded = F.pad(waveform.float().clamp(-1, 1), (padding, padding), mode="reflect")
+            spectrum = torch.stft(padded, n_fft, hop, window=self.window, center=False, return_complex=True)
+            magnitude = torch.view_as_real(spectrum).square().sum(-1).add(MAGNITUDE_EPS).sqrt()
+            return self.log((self.filter_bank @ magnitude).clamp(min=MEL_FLOOR))
+
+
+# --- The VAE ----------------------------------------------------------------------------------------------------------
 
 
 def _normalize(x: Tensor) -> Tensor:
@@ -76,40 +139,21 @@ class AttentionBlock(nn.Module):
         return _sum(x, self.proj_out(attended))
 
 
-class Middle(nn.Module):
+def _middle(channels: int) -> nn.Sequential:
     """Two residual blocks with attention between them, at the lowest resolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _bound(self.block_2(self.attn_1(self.block_1(x))))
+    blocks = {"block_1": ResidualBlock(channels, channels), "attn_1": AttentionBlock(channels)}
+    return nn.Sequential(OrderedDict(blocks, block_2=ResidualBlock(channels, channels)))
 
 
-class Downsample(nn.Module):
+def _downsample(channels: int) -> nn.Sequential:
     """Halves the length: the mean of each pair of frames, an odd last one dropped."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = _conv(channels, channels, 1)
-        self.conv2 = _conv(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.avg_pool1d(self.conv1(x), 2))
+    layers = {"conv1": _conv(channels, channels, 1), "pool": nn.AvgPool1d(2), "conv2": _conv(channels, channels, 1)}
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Upsample(nn.Module):
+def _upsample(channels: int) -> nn.Sequential:
     """Doubles the length by repeating every frame."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = _conv(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.repeat_interleave(2, dim=2))
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=_conv(channels, channels, 3)))
 
 
 class Level(nn.Module):
@@ -118,8 +162,8 @@ class Level(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int, downsample: bool = False, upsample: bool = False):
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
-        self.downsample = Downsample(outputs) if downsample else nn.Identity()
-        self.upsample = Upsample(outputs) if upsample else nn.Identity()
+        self.downsample = _downsample(outputs) if downsample else nn.Identity()
+        self.upsample = _upsample(outputs) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -135,14 +179,14 @@ class Encoder(nn.Module):
         self.conv_in = _conv(bins, width, 3)
         levels = [Level(width, width, 2, downsample=True), Level(width, 2 * width, 2), Level(2 * width, 4 * width, 2)]
         self.down = nn.ModuleList(levels)
-        self.mid = Middle(4 * width)
+        self.mid = _middle(4 * width)
         self.conv_out = _conv(4 * width, 2 * channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(_silu(self.mid(x)))
+        return self.conv_out(_silu(_bound(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -151,7 +195,7 @@ class Decoder(nn.Module):
     def __init__(self, bins: int, width: int, channels: int):
         super().__init__()
         self.conv_in = _conv(channels, 4 * width, 3)
-        self.mid = Middle(4 * width)
+        self.mid = _middle(4 * width)
         levels = [
             Level(2 * width, width, 3),
             Level(4 * width, 2 * width, 3, upsample=True),
@@ -161,7 +205,7 @@ class Decoder(nn.Module):
         self.conv_out = _conv(width, bins, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
+        x = _bound(self.mid(self.conv_in(x)))
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(_silu(x))
@@ -210,9 +254,8 @@ class MelVAE(nn.Module):
     def decode(self, latent_BNC: Tensor) -> Tensor:
         """Mel (B, bins, 2N) float32 of latents (B, N, C) that are not normalised."""
         if latent_BNC.ndim != 3 or latent_BNC.shape[2] != self.mode.latent_channels:
-            raise ValueError(
-                f"latent has shape {tuple(latent_BNC.shape)}: give (batch, length, {self.mode.latent_channels})"
-            )
+            shape = tuple(latent_BNC.shape)
+            raise ValueError(f"latent has shape {shape}: give (batch, length, {self.mode.latent_channels})")
         return self.decoder(latent_BNC.transpose(1, 2)).float() * self.data_std + self.data_mean
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmaudio_hf.config import EncoderConfig
 from mmaudio_hf.features import toy
-from mmaudio_hf.features.mel import MelSpectrogram
+from mmaudio_hf.features.autoencoder import MelSpectrogram
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.files import hash_once, replacing, sha256_of
 from mmaudio_hf.media.audio import SILENCE, read_waveform, resample

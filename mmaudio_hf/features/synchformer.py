@@ -4,6 +4,8 @@ Iashin et al., Synchformer: Efficient Synchronization from Sparse Cues, https://
 divided space-time attention of Bertasius et al., https://arxiv.org/abs/2102.05095.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,18 +82,6 @@ class DividedAttention(nn.Module):
         return groups.flatten(0, 1)
 
 
-class MLP(nn.Module):
-    """Two linear layers with GELU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(SYNC_DIM, 4 * SYNC_DIM)
-        self.fc2 = nn.Linear(4 * SYNC_DIM, SYNC_DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Attention over time comes first; the released norms are numbered 3 (time), 1 (space), 2 (MLP)."""
 
@@ -100,7 +90,8 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.norm3 = _norm(), _norm(), _norm()
         self.attn = DividedAttention("space")
         self.timeattn = DividedAttention("time")
-        self.mlp = MLP()
+        layers = {"fc1": nn.Linear(SYNC_DIM, 4 * SYNC_DIM), "act": nn.GELU(), "fc2": nn.Linear(4 * SYNC_DIM, SYNC_DIM)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.timeattn(self.norm3(x))

@@ -19,17 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mmaudio_hf.features.mel import mel_filter_bank
-from mmaudio_hf.schema import (
-    CLIP_DIM,
-    LATENT_STRIDE,
-    SYNC_DIM,
-    SYNC_HOP_FRAMES,
-    SYNC_SEGMENT_FRAMES,
-    TEXT_DIM,
-    TEXT_TOKENS,
-    audio_mode,
-)
+from mmaudio_hf import schema
+from mmaudio_hf.features.autoencoder import mel_filter_bank
 
 VERSION = 2  # part of the fingerprints: raise it whenever a formula below changes
 
@@ -46,7 +37,7 @@ GRIFFIN_LIM_STEPS, SPECTRUM_STEPS, SPECTRUM_EPS = 32, 30, 1e-8
 
 def toy_codec_file(weights_dir: str | os.PathLike, mode: str) -> Path:
     """Where the fitted codec of toy recipes is."""
-    return Path(weights_dir) / f"toy_codec_{audio_mode(mode).name}.safetensors"
+    return Path(weights_dir) / f"toy_codec_{schema.audio_mode(mode).name}.safetensors"
 
 
 def clip_features(frames: Tensor) -> Tensor:
@@ -59,7 +50,7 @@ def clip_features(frames: Tensor) -> Tensor:
     contrast = (F.avg_pool2d(cells.square(), 2) - small.square()).clamp(min=0).mean(1).add(1e-6).sqrt()
     overall = torch.cat([small.mean((2, 3)), small.std((2, 3))], dim=1)
     described = torch.cat([(small - 0.5).flatten(1), 2 * contrast.flatten(1), 4 * overall], dim=1)
-    return F.normalize(described @ _projection("clip", described.shape[1], CLIP_DIM, described.device), dim=1)
+    return F.normalize(described @ _projection("clip", described.shape[1], schema.CLIP_DIM, described.device), dim=1)
 
 
 def sync_features(frames: Tensor) -> Tensor:
@@ -76,30 +67,26 @@ def sync_features(frames: Tensor) -> Tensor:
     usual = change.square().mean().sqrt() + 1e-3
     change, sudden = change / usual, sudden / usual
     local = torch.cat([F.adaptive_avg_pool2d(change, MOTION_GRID), F.adaptive_avg_pool2d(change.abs(), MOTION_GRID)], 1)
-    amount = torch.stack(
-        [
-            change.abs().mean((1, 2, 3)),
-            change.mean((1, 2, 3)),
-            sudden.abs().mean((1, 2, 3)),
-            change.amax((1, 2, 3)) / 4,
-            _vertical(change),
-            torch.diff(_vertical(change), prepend=change.new_zeros(1)),
-        ],
-        dim=1,
-    )
+    axes, height = (1, 2, 3), torch.linspace(1, -1, change.shape[2], device=change.device)
+    upward = 4 * (change.mean((1, 3)) * height).mean(1)  # motion of light: the first moment along the height
+    means = [change.abs().mean(axes), change.mean(axes), sudden.abs().mean(axes), change.amax(axes) / 4]
+    amount = torch.stack([*means, upward, torch.diff(upward, prepend=change.new_zeros(1))], dim=1)
     # The amounts are few and tell most; without this the many cells of the grid would drown them.
     amount = amount.asinh()
     amount = amount / (amount.std(0) + 0.02)
-    segments = [_segments(values) for values in (local.flatten(1).asinh(), amount)]  # (segments, 16, features)
+    frame_values = (local.flatten(1).asinh(), amount)  # each to (segments, 16, features)
+    segments = [
+        values.unfold(0, schema.SYNC_SEGMENT_FRAMES, schema.SYNC_HOP_FRAMES).transpose(1, 2) for values in frame_values
+    ]
     own = segments[0].unflatten(1, (-1, 2)).flatten(2)
     own_amount = segments[1].unflatten(1, (-1, 2)).flatten(2)
     count, tokens = own.shape[:2]
     around = segments[1].flatten(1)[:, None].expand(count, tokens, -1)
-    begin = torch.arange(count, device=frames.device, dtype=torch.float32) * SYNC_HOP_FRAMES / 25
+    begin = torch.arange(count, device=frames.device, dtype=torch.float32) * schema.SYNC_HOP_FRAMES / 25
     angle = begin[:, None] * math.pi / torch.tensor([1.0, 2.0, 4.0, 8.0], device=frames.device)
     clock = torch.cat([angle.sin(), angle.cos()], dim=1)[:, None].expand(count, tokens, -1)
     described = torch.cat([own / 2, 2 * own_amount, around, clock], dim=2).flatten(0, 1)
-    return described @ _projection("sync", described.shape[1], SYNC_DIM, described.device)
+    return described @ _projection("sync", described.shape[1], schema.SYNC_DIM, described.device)
 
 
 def motion(sync_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,12 +96,12 @@ def motion(sync_features: Tensor) -> tuple[Tensor, Tensor]:
     near 0 where no more changes than noise, and 0.6 to 1 where anything moves.
     """
     cells, amounts = 4 * MOTION_GRID**2, 2 * AMOUNTS
-    inputs = cells + amounts + SYNC_SEGMENT_FRAMES * AMOUNTS + CLOCK
-    described = sync_features @ _inverse("sync", inputs, SYNC_DIM)
+    inputs = cells + amounts + schema.SYNC_SEGMENT_FRAMES * AMOUNTS + CLOCK
+    described = sync_features @ _inverse("sync", inputs, schema.SYNC_DIM)
     local = (2 * described[:, :cells]).sinh().unflatten(1, (2, 2, -1))[:, :, 1]  # (S, 2 frames, cells) of magnitudes
     amount = described[:, cells : cells + amounts].unflatten(1, (2, AMOUNTS))[..., 0] / 2
-    segments = amount.unflatten(0, (-1, SYNC_SEGMENT_FRAMES // 2))  # half of each is in the one before
-    frames = [segments[0].flatten(), segments[1:, SYNC_HOP_FRAMES // 2 :].flatten()]
+    segments = amount.unflatten(0, (-1, schema.SYNC_SEGMENT_FRAMES // 2))  # half of each is in the one before
+    frames = [segments[0].flatten(), segments[1:, schema.SYNC_HOP_FRAMES // 2 :].flatten()]
     return torch.cat(frames), local.square().mean().sqrt()
 
 
@@ -135,41 +122,29 @@ def _thumbnails(frames: Tensor, cells: int, zero: float, one: float) -> Tensor:
     return torch.cat(batches)
 
 
-def _vertical(change: Tensor) -> Tensor:
-    """Upward motion of light per frame (F,): the first moment of the change along the height."""
-    height = torch.linspace(1, -1, change.shape[2], device=change.device)
-    return 4 * (change.mean((1, 3)) * height).mean(1)
-
-
-def _segments(values: Tensor) -> Tensor:
-    """(F, features) -> (segments, 16, features)."""
-    return values.unfold(0, SYNC_SEGMENT_FRAMES, SYNC_HOP_FRAMES).transpose(1, 2)
-
-
 def text_features(captions: Sequence[str]) -> Tensor:
     """Unit-length rows (B, 77, 1024); carries only which words a caption has, and their order.
 
     Row i is the hashed vector of token i (start, words, end, then padding) and of the words up to there, as the later
     rows of a causal text encoder know the earlier ones. Words that differ at all have nothing in common.
     """
-    return torch.stack([_caption_features(caption) for caption in captions])
-
-
-def _caption_features(caption: str) -> Tensor:
-    words = WORD.findall(caption.lower())[: TEXT_TOKENS - 2]
-    tokens = ["<start>", *words, "<end>"]
-    tokens += ["<padding>"] * (TEXT_TOKENS - len(tokens))
-    vectors = torch.stack([_word_vector(token) for token in tokens])
-    is_word = torch.zeros(TEXT_TOKENS, 1)
-    is_word[1 : 1 + len(words)] = 1
-    so_far = (vectors * is_word).cumsum(0) / is_word.cumsum(0).clamp(min=1).sqrt()
-    positions = torch.stack([_word_vector(f"<place {position}>") for position in range(TEXT_TOKENS)])
-    return F.normalize(vectors + CONTEXT_WEIGHT * so_far + 0.2 * positions, dim=1)
+    rows = []
+    for caption in captions:
+        words = WORD.findall(caption.lower())[: schema.TEXT_TOKENS - 2]
+        tokens = ["<start>", *words, "<end>"]
+        tokens += ["<padding>"] * (schema.TEXT_TOKENS - len(tokens))
+        vectors = torch.stack([_word_vector(token) for token in tokens])
+        is_word = torch.zeros(schema.TEXT_TOKENS, 1)
+        is_word[1 : 1 + len(words)] = 1
+        so_far = (vectors * is_word).cumsum(0) / is_word.cumsum(0).clamp(min=1).sqrt()
+        positions = torch.stack([_word_vector(f"<place {position}>") for position in range(schema.TEXT_TOKENS)])
+        rows.append(F.normalize(vectors + CONTEXT_WEIGHT * so_far + 0.2 * positions, dim=1))
+    return torch.stack(rows)
 
 
 @lru_cache(maxsize=100_000)
 def _word_vector(word: str) -> Tensor:
-    return F.normalize(_normal(f"word {word}", (TEXT_DIM,)), dim=0)
+    return F.normalize(_normal(f"word {word}", (schema.TEXT_DIM,)), dim=0)
 
 
 @lru_cache(maxsize=8)
@@ -178,7 +153,6 @@ def _projection(name: str, inputs: int, outputs: int, device: torch.device) -> T
 
 
 def _normal(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers that depend on `name` alone."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32))
 
@@ -193,7 +167,7 @@ class ToyMelCodec:
     """
 
     def __init__(self, mode: str, tensors: dict[str, Tensor]):
-        self.mode = audio_mode(mode)
+        self.mode = schema.audio_mode(mode)
         self.tensors = tensors  # floor (), mean (2 bins,), basis (2 bins, C), scale ()
 
     @classmethod
@@ -201,8 +175,8 @@ class ToyMelCodec:
         """Codec of log-mel spectrograms, each (bins, frames); the same ones give the same codec."""
         from scipy.fft import dct
 
-        rate = audio_mode(mode)
-        size = LATENT_STRIDE * rate.mel_bins
+        rate = schema.audio_mode(mode)
+        size = schema.LATENT_STRIDE * rate.mel_bins
         decade = 1.0 if mode == "16k" else math.log(10)  # of `MelSpectrogram(mode)`
         floor = max(float(mel.max()) for mel in mels) - DYNAMIC_RANGE * decade
         patches = torch.cat([_patches(mel[None].clamp(min=floor)).flatten(0, 1) for mel in mels]).double()
@@ -224,11 +198,10 @@ class ToyMelCodec:
         try:
             tensors = load_file(path)
         except Exception as error:
-            raise ValueError(
-                f"{path} is damaged: remove it, it is fitted again by `mmaudio-hf extract-video`"
-            ) from error
-        rate = audio_mode(mode)
-        size, channels = LATENT_STRIDE * rate.mel_bins, rate.latent_channels
+            way = "remove it, it is fitted again by `mmaudio-hf extract-video`"
+            raise ValueError(f"{path} is damaged: {way}") from error
+        rate = schema.audio_mode(mode)
+        size, channels = schema.LATENT_STRIDE * rate.mel_bins, rate.latent_channels
         shapes = {"floor": (), "mean": (size,), "basis": (size, channels), "scale": ()}
         if {name: tuple(value.shape) for name, value in tensors.items()} != shapes:
             raise ValueError(f"{path} is not a toy codec of mode {mode}: remove it, it is fitted again by extraction")
@@ -252,12 +225,12 @@ class ToyMelCodec:
         """Mel (B, bins, 2N) of latents (B, N, C)."""
         floor, mean, basis, scale = (self.tensors[name] for name in ("floor", "mean", "basis", "scale"))
         patches = (latent_BNC.float() * scale) @ basis.T + mean
-        return patches.unflatten(2, (LATENT_STRIDE, -1)).flatten(1, 2).transpose(1, 2).clamp(min=floor)
+        return patches.unflatten(2, (schema.LATENT_STRIDE, -1)).flatten(1, 2).transpose(1, 2).clamp(min=floor)
 
 
 def _patches(mel: Tensor) -> Tensor:
     """(B, bins, 2N) -> (B, N, 2 bins)."""
-    return mel.transpose(1, 2).unflatten(1, (-1, LATENT_STRIDE)).flatten(2)
+    return mel.transpose(1, 2).unflatten(1, (-1, schema.LATENT_STRIDE)).flatten(2)
 
 
 def mel_to_waveform(mel: Tensor, mode: str) -> Tensor:
@@ -268,7 +241,7 @@ def mel_to_waveform(mel: Tensor, mode: str) -> Tensor:
     """
     from torchaudio.transforms import GriffinLim
 
-    rate = audio_mode(mode)
+    rate = schema.audio_mode(mode)
     loudness = (10**mel if mode == "16k" else mel.exp()).clamp(max=1e3)
     magnitude = _linear_spectrum(loudness, mel_filter_bank(mode).to(mel.device))
     vocoder = GriffinLim(

@@ -161,8 +161,17 @@ class Vocoder(nn.Module):
 
     def load_released(self, source: Source) -> "Vocoder":
         """Load `best_netG.pt` (16k), `bigvgan_generator.pt` (44k) or its state dict; ValueError if it does not fit."""
-        state = _drop_filters(load_state(source, key="generator"), source)
-        check_state(state, _released_names(self.state_dict()), source)
+        state, taps = load_state(source, key="generator"), low_pass_filter()
+        for name in [name for name in state if name.endswith(FILTER_NAMES)]:  # copies of the constant filter
+            value = state.pop(name).flatten()
+            # 2^-8 is the rounding of a file in bfloat16; the filter itself is computed, not read.
+            if value.numel() != FILTER_TAPS or not torch.allclose(value, taps, rtol=2**-8, atol=1e-6):
+                raise ValueError(f"{describe(source)} does not fit this network: {name} is another filter")
+        released: dict[str, Tensor] = {}  # names and shapes before weight normalisation is folded in
+        for name, value in self.state_dict().items():
+            weight = name.endswith(".weight")
+            released |= {f"{name}_g": value[:, :1, :1], f"{name}_v": value} if weight else {name: value}
+        check_state(state, released, source)
         return load_strict(self, _fold(state), source)
 
     @torch.no_grad()
@@ -176,29 +185,6 @@ class Vocoder(nn.Module):
             x = sum(unit(x) for unit in self.resblocks[units * stage : units * (stage + 1)]) / units
         x = self.conv_post(self.activation_post(x)).squeeze(1).float()
         return x.tanh() if self.generator.final_tanh else x.clamp(-1, 1)
-
-
-def _drop_filters(state: dict[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """`state` without the stored copies of the constant low-pass filter, which are checked to be that filter."""
-    taps = low_pass_filter()
-    for name, value in state.items():
-        # 2^-8 is the rounding of a file in bfloat16; the filter itself is computed, not read.
-        if name.endswith(FILTER_NAMES) and not (
-            value.numel() == FILTER_TAPS and torch.allclose(value.flatten(), taps, rtol=2**-8, atol=1e-6)
-        ):
-            raise ValueError(f"{describe(source)} does not fit this network: {name} is another filter")
-    return {name: value for name, value in state.items() if not name.endswith(FILTER_NAMES)}
-
-
-def _released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes before weight normalisation is folded in: `weight_g` and `weight_v` for each `weight`."""
-    released: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name.endswith(".weight"):
-            released |= {f"{name}_g": value[:, :1, :1], f"{name}_v": value}
-        else:
-            released[name] = value
-    return released
 
 
 def _fold(state: dict[str, Tensor]) -> dict[str, Tensor]:

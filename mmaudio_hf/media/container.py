@@ -7,7 +7,7 @@ import re
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 from av.audio.stream import AudioStream
@@ -72,25 +72,17 @@ def open_any(path: str | os.PathLike) -> InputContainer:
         # Absolute, so that no name is read as a protocol; a playlist inside may not reach the network.
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        message = f"{path}: cannot be opened as media ({_kind_of_text(path) or error_text(error)}); replace the file"
-        raise MediaError("unreadable", message) from error
+        reason = error_text(error)
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # text, as an error page or a Git LFS pointer
+            text = path.open("rb").read(60).decode()
+            reason = "it is empty" if not text else reason if "\0" in text else f"it is text: {text!r}"
+        raise MediaError("unreadable", f"{path}: cannot be opened as media ({reason}); replace the file") from error
     for video in container.streams.video:
         video.codec_context.thread_count = 1  # extraction runs one process per core
     for audio in container.streams.audio:
         if audio.codec_context.name == "flac":  # its frames have checksums, which FFmpeg does not look at by itself
             audio.codec_context.options = {"err_detect": "crccheck+explode"}
     return container
-
-
-def _kind_of_text(path: Path) -> str:
-    """What a file says that is no media but text, as an error page or a Git LFS pointer; "" for other data."""
-    try:
-        text = path.open("rb").read(60).decode()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    if not text:
-        return "it is empty"
-    return "" if "\0" in text else f"it is text: {text!r}"
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
@@ -201,7 +193,10 @@ def _mpeg_header_samples(path: str | os.PathLike, frame_size: int) -> int | None
     Read here, since FFmpeg falls back on the bit rate where the file is larger than the header says.
     """
     with open(path, "rb") as file:
-        _skip_id3(file)
+        header = file.read(10)
+        # The size of an ID3 tag is four times seven bits.
+        size = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=False))
+        file.seek(10 + size if header[:3] == b"ID3" else 0)
         first = file.read(512)
     if (at := first.find(b"VBRI")) >= 0:
         return int.from_bytes(first[at + 14 : at + 18]) * frame_size
@@ -210,13 +205,6 @@ def _mpeg_header_samples(path: str | os.PathLike, frame_size: int) -> int | None
         return None
     padding = int.from_bytes(first[at + 141 : at + 144]) if first[at + 120 : at + 122] in (b"LA", b"La") else 0
     return int.from_bytes(first[at + 8 : at + 12]) * frame_size - (padding >> 12) - (padding & 4095)
-
-
-def _skip_id3(file: BinaryIO) -> None:
-    header = file.read(10)
-    # The size of the tag is four times seven bits.
-    size = sum((byte & 127) << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=False))
-    file.seek(10 + size if header[:3] == b"ID3" else 0)
 
 
 def is_whole(path: str | os.PathLike, container: InputContainer) -> bool:
@@ -254,18 +242,14 @@ def _ogg_is_whole(data: mmap.mmap) -> bool:
         body = at + 27 + data[at + 26]
         page = data[at : body + sum(data[at + 27 : body])]
         track, number = page[14:18], int.from_bytes(page[18:22], "little")
-        if number != numbers.get(track, number - 1) + 1 or _ogg_checksum(page) != page[22:26]:
+        # CRC-32 without its own field (RFC 3533): that of zlib with the bits in the other order, begun at 0.
+        crc = zlib.crc32((page[:22] + bytes(4) + page[26:]).translate(_BITS_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        checksum = int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
+        if number != numbers.get(track, number - 1) + 1 or checksum != page[22:26]:
             return False
         numbers[track] = number
         at += len(page)
     return data.find(b"OggS", at) < 0
-
-
-def _ogg_checksum(page: bytes) -> bytes:
-    """CRC-32 of a page without its own field (RFC 3533): that of zlib with the bits in the other order, begun at 0."""
-    page = (page[:22] + bytes(4) + page[26:]).translate(_BITS_REVERSED)
-    crc = zlib.crc32(page, 0xFFFFFFFF) ^ 0xFFFFFFFF
-    return int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
 
 
 def _matroska_is_whole(data: mmap.mmap) -> bool:

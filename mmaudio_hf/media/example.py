@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -57,7 +58,6 @@ class Events:
 class _Style:
     """Everything that varies between two videos of one kind."""
 
-    colour_name: str
     colour: tuple[int, int, int]
     background: np.ndarray  # (H, W, 3) float32, 0..255
     size: float  # about 1
@@ -73,13 +73,11 @@ class _AudioFault:
     kind: str = ""  # of another schedule; empty: that of the frames
     noise: float = 6e-4
     hard: bool = False
-    still: str = ""  # the frames do not move
+    still: bool = False  # the frames do not move
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """Where a frame lies between two events."""
-
     phase: float  # 0 at the last event, 1 at the next
     gap: float  # seconds between the two
     since: int  # frames since the last event; 0 is the frame of the event
@@ -88,7 +86,6 @@ class _Moment:
 
 @dataclass(frozen=True)
 class _Kind:
-    captions: tuple[str, ...]
     synthesize: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
     draw: Callable[[np.ndarray, _Style, _Moment], None] | None = None  # None: in audio files only
     delays: tuple[float, ...] = (0.0,)  # s from what is seen to what is heard; several: it is heard as often
@@ -100,24 +97,23 @@ def write_example_media(directory: str | os.PathLike, seed: int = 0, *, small: b
     76 videos (56 train, 8 val, 12 test) and 12 audio files, about 8 MB, 25 s of one core;
     `small=True` gives 8 + 2 + 2 videos and 3 audio files for tests. Files of an earlier call are replaced.
     """
-    directory = Path(directory)
-    (directory / "videos").mkdir(parents=True, exist_ok=True)
-    (directory / "audios").mkdir(exist_ok=True)
-    events: dict[str, Events] = {}
-    seen = [name for name, kind in _KINDS.items() if kind.draw and name not in WITHHELD]
+    directory, events, rows = Path(directory), dict[str, Events](), list[tuple[str, str]]()
+    (directory / "audios").mkdir(parents=True, exist_ok=True)
     for index, (split, count) in enumerate((SMALL_SPLITS if small else SPLITS).items()):
-        events |= _write_split(directory, split, [seen[number % len(seen)] for number in range(count)], [seed, index])
-    rows, heard = [], [name for name in _KINDS if name not in WITHHELD]
+        events |= _write_split(directory, split, [_SEEN[number % len(_SEEN)] for number in range(count)], [seed, index])
+    heard = [name for name in _KINDS if name not in WITHHELD]
     for number in range(SMALL_AUDIO_FILES if small else AUDIO_FILES):
-        kind = heard[number % len(heard)]
-        item_id = f"recording_{number:02d}_{kind}"
-        rng = np.random.default_rng([seed, len(SPLITS), number])
-        caption, times = _write_audio_file(directory / "audios" / f"{item_id}.flac", kind, number, rng)
-        rows.append((item_id, caption))
-        events[item_id] = Events(kind, times)
+        name, rng = heard[number % len(heard)], np.random.default_rng([seed, len(SPLITS), number])
+        item_id, rate = f"recording_{number:02d}_{name}", (44_100, 32_000)[number % 2]
+        num_frames = int(rng.integers(20 * FPS, 22 * FPS))
+        times = tuple(frame / FPS for frame in _schedule(num_frames, rng)[1:-1])
+        track = _audio_track(name, times, num_frames * rate // FPS, rate, rng, noise=0)
+        write_audio(directory / "audios" / f"{item_id}.flac", torch.from_numpy(track), rate)
+        caption = _CAPTIONS[name][int(rng.integers(len(_CAPTIONS[name])))]
+        rows.append((item_id, caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))])))
+        events[item_id] = Events(name, times)
     _write_tsv(directory / "audios.tsv", ("id", "caption"), rows)
-    _write_events(directory, events)
-    return directory
+    return _write_events(directory, events)
 
 
 def write_withheld_media(directory: str | os.PathLike, kind: str, splits: Mapping[str, int], seed: int = 0) -> Path:
@@ -126,13 +122,10 @@ def write_withheld_media(directory: str | os.PathLike, kind: str, splits: Mappin
     kind: one of `WITHHELD`. It is seen, heard and timed as no other: it is heard some tenths of a second after it is
     seen. splits: name -> number of videos. The layout is that of `write_example_media`, without audio files.
     """
-    directory = Path(directory)
-    (directory / "videos").mkdir(parents=True, exist_ok=True)
-    events: dict[str, Events] = {}
+    directory, events = Path(directory), dict[str, Events]()
     for index, (split, count) in enumerate(splits.items(), len(SPLITS) + 1):
         events |= _write_split(directory, split, [kind] * count, [seed, index])
-    _write_events(directory, events)
-    return directory
+    return _write_events(directory, events)
 
 
 def write_faulty_media(
@@ -145,33 +138,26 @@ def write_faulty_media(
     three of the video, one in seven that is not heard, and one video in ten that does not move, whatever is heard.
     `faults.json` is id -> {"fault": "", "offset", "unrelated" or "still", "offset": seconds that the audio is late}.
     """
-    directory = Path(directory)
-    (directory / "videos").mkdir(parents=True, exist_ok=True)
-    seen, faults, events = [name for name, kind in _KINDS.items() if kind.draw and name not in WITHHELD], {}, {}
+    directory, faults, events = Path(directory), dict[str, dict[str, Any]](), dict[str, Events]()
     for index, (split, count) in enumerate(splits.items()):
-        rng, rows = np.random.default_rng([seed, 2 * len(SPLITS), index]), []
-        wrong = rng.permutation(count)[: 0 if index else round(share * count)]
+        rng, audios = np.random.default_rng([seed, 2 * len(SPLITS), index]), []
+        wrong = rng.permutation(count)[: 0 if index else round(share * count)].tolist()
         for number in range(count):
-            fault = "" if number not in wrong else ("offset", "unrelated")[list(wrong).index(number) % 2]
-            still = hard and not fault and number % 7 == 3
+            fault = "" if number not in wrong else ("offset", "unrelated")[wrong.index(number) % 2]
             audio = _AudioFault(
                 float(rng.uniform(0.2, 1) * rng.choice([-1, 1])) if fault == "offset" else 0.0,
-                str(rng.choice(seen)) if fault == "unrelated" else "",
+                str(rng.choice(_SEEN)) if fault == "unrelated" else "",
                 float(rng.choice([6e-4, 0.01, 0.03])) if hard else 6e-4,
                 hard,
-                "still" if still else "",
+                hard and not fault and number % 7 == 3,
             )
-            item_id = f"{split}_{number:03d}"
-            clip = np.random.default_rng([seed, 2 * len(SPLITS), index, number])
-            kind = seen[number % len(seen)]
-            caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, clip, audio)
-            rows.append((item_id, caption))
-            events[item_id] = Events(kind, times)
-            faults[item_id] = {"fault": fault or audio.still, "offset": audio.offset}
-        _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
-    _write_events(directory, events)
+            audios.append(audio)
+            fault = fault or ("still" if audio.still else "")
+            faults[f"{split}_{number:03d}"] = {"fault": fault, "offset": audio.offset}
+        kinds = [_SEEN[number % len(_SEEN)] for number in range(count)]
+        events |= _write_split(directory, split, kinds, [seed, 2 * len(SPLITS), index], audios)
     (directory / "faults.json").write_text(json.dumps(faults, indent=1) + "\n", encoding="utf-8")
-    return directory
+    return _write_events(directory, events)
 
 
 def read_events(path: str | os.PathLike) -> dict[str, Events]:
@@ -183,31 +169,38 @@ def read_events(path: str | os.PathLike) -> dict[str, Events]:
         raise ValueError(f"{path} is not the events.json of example media ({type(error).__name__}: {error})") from error
 
 
-def _write_split(directory: Path, split: str, kinds: Sequence[str], seed: Sequence[int]) -> dict[str, Events]:
-    """Write one video of each of `kinds` and their list; their events by id."""
+def _write_split(
+    directory: Path, split: str, kinds: Sequence[str], seed: Sequence[int], audios: "Sequence[_AudioFault]" = ()
+) -> dict[str, Events]:
+    """Write one video of each of `kinds` and their list; their events by id. Names of faulty ones have no kind."""
     rows, events = [], {}
+    (directory / "videos").mkdir(parents=True, exist_ok=True)
     for number, kind in enumerate(kinds):
-        item_id = f"{split}_{number:02d}_{kind}"
-        rng = np.random.default_rng([*seed, number])
-        caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng)
+        item_id = f"{split}_{number:03d}" if audios else f"{split}_{number:02d}_{kind}"
+        rng, audio = np.random.default_rng([*seed, number]), audios[number] if audios else _AudioFault()
+        caption, times = _write_video(directory / "videos" / f"{item_id}.mp4", kind, number, rng, audio)
         rows.append((item_id, caption))
         events[item_id] = Events(kind, times)
     _write_tsv(directory / f"{split}.tsv", ("id", "label"), rows)
     return events
 
 
-def _write_events(directory: Path, events: Mapping[str, Events]) -> None:
+def _write_events(directory: Path, events: Mapping[str, Events]) -> Path:
     listing = {item_id: {"kind": e.kind, "times": e.times} for item_id, e in events.items()}
     (directory / "events.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    return directory
 
 
 def _write_video(
-    path: Path, kind: str, number: int, rng: np.random.Generator, audio: _AudioFault = _AudioFault()
+    path: Path, kind: str, number: int, rng: np.random.Generator, audio: _AudioFault
 ) -> tuple[str, tuple[float, ...]]:
-    """Write one video; return its caption and the times at which its events should be heard."""
     num_frames = int(rng.integers(210, 236))
     schedule = _schedule(num_frames, rng)
-    style = _style(rng)
+    name, (top, bottom) = list(_COLOURS)[int(rng.integers(len(_COLOURS)))], rng.uniform(25, 110, (2, 3))
+    slope = (_Y / HEIGHT)[..., None]
+    wave = 8 * np.sin(_X * rng.uniform(0.03, 0.2) + _Y * rng.uniform(0.03, 0.2) + rng.uniform(0, 6))
+    background = (top * (1 - slope) + bottom * slope + wave[..., None]).astype(np.float32)
+    style = _Style(_COLOURS[name], background, *(float(x) for x in rng.uniform((0.85, -1, -1), (1.2, 1, 1))))
     rate = (44_100, 48_000)[number // 4 % 2]
     heard = [frame / FPS + delay for frame in schedule[1:-1] for delay in _KINDS[kind].delays]
     times = tuple(round(time, 6) for time in heard if time < num_frames / FPS)
@@ -221,21 +214,9 @@ def _write_video(
         mono += _audio_track(str(rng.choice(["clap", "drop"])), others, mono.size, rate, rng, 0.0) * 0.5
     balance = float(rng.uniform(0.5, 1))
     channels = np.stack([mono, mono * balance]) if number // 8 % 2 == 0 else mono[None]
-    frames = _draw_frames(kind, style, schedule, num_frames)
-    _write_mp4(path, _spoiled(frames, audio, rng) if audio.hard else frames, channels, rate)
-    caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))].format(colour=style.colour_name)
-    return caption, times
-
-
-def _write_audio_file(path: Path, kind: str, number: int, rng: np.random.Generator) -> tuple[str, tuple[float, ...]]:
-    """Write one audio file; return its caption and event times."""
-    rate = (44_100, 32_000)[number % 2]
-    num_frames = int(rng.integers(20 * FPS, 22 * FPS))
-    times = tuple(frame / FPS for frame in _schedule(num_frames, rng)[1:-1])
-    track = _audio_track(kind, times, num_frames * rate // FPS, rate, rng, noise=0)
-    write_audio(path, torch.from_numpy(track), rate)
-    caption = _KINDS[kind].captions[int(rng.integers(len(_KINDS[kind].captions)))]
-    return caption.format(colour=list(_COLOURS)[int(rng.integers(len(_COLOURS)))]), times
+    _write_mp4(path, _draw_frames(kind, style, schedule, num_frames, audio, rng), channels, rate)
+    caption = _CAPTIONS[kind][int(rng.integers(len(_CAPTIONS[kind])))]
+    return caption.format(colour=name), times
 
 
 def _schedule(num_frames: int, rng: np.random.Generator) -> list[int]:
@@ -246,43 +227,31 @@ def _schedule(num_frames: int, rng: np.random.Generator) -> list[int]:
     return [frames[0] - int(rng.integers(28, 38)), *frames, max(following, num_frames + 4)]
 
 
-def _style(rng: np.random.Generator) -> _Style:
-    name = list(_COLOURS)[int(rng.integers(len(_COLOURS)))]
-    top, bottom = rng.uniform(25, 110, (2, 3))
-    slope = (_Y / HEIGHT)[..., None]
-    wave = 8 * np.sin(_X * rng.uniform(0.03, 0.2) + _Y * rng.uniform(0.03, 0.2) + rng.uniform(0, 6))
-    background = (top * (1 - slope) + bottom * slope + wave[..., None]).astype(np.float32)
-    return _Style(name, _COLOURS[name], background, *(float(x) for x in rng.uniform((0.85, -1, -1), (1.2, 1, 1))))
-
-
 # Frames. A shape is a region of the image and its coverage there: 0..1, with a soft edge one pixel wide.
 _Shape = tuple[tuple[slice, slice], np.ndarray]
 
 
-def _draw_frames(kind: str, style: _Style, schedule: list[int], num_frames: int) -> Iterator[np.ndarray]:
-    """Yield the frames (H, W, 3) uint8 of one video."""
-    last, draw = 0, _KINDS[kind].draw
+def _draw_frames(
+    kind: str, style: _Style, schedule: list[int], num_frames: int, audio: _AudioFault, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) uint8 of one video; of a hard one with noise, the first again and again if still."""
+    last, draw, strength = 0, _KINDS[kind].draw, float(rng.uniform(0, 6)) if audio.hard else 0.0
     assert draw is not None, "the kind is seen"
     for frame in range(num_frames):
-        last += schedule[last + 1] <= frame
-        gap = schedule[last + 1] - schedule[last]
-        since = frame - schedule[last]
-        image = style.background.copy()
-        draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
-        yield np.clip(image, 0, 255).astype(np.uint8)
-
-
-def _spoiled(frames: Iterator[np.ndarray], audio: _AudioFault, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Frames with noise; the first of them again and again where the video is still."""
-    first, strength = None, float(rng.uniform(0, 6))
-    for frame in frames:
-        first = frame if first is None or not audio.still else first
-        noise = strength * rng.standard_normal(first.shape, np.float32)
-        yield np.clip(first + noise, 0, 255).astype(np.uint8)
+        if not (audio.still and frame):
+            last += schedule[last + 1] <= frame
+            gap, since = schedule[last + 1] - schedule[last], frame - schedule[last]
+            image = style.background.copy()
+            draw(image, style, _Moment(since / gap, gap / FPS, since, frame / FPS))
+            drawn = np.clip(image, 0, 255).astype(np.uint8)
+        if audio.hard:
+            noise = strength * rng.standard_normal(drawn.shape, np.float32)
+            yield np.clip(drawn + noise, 0, 255).astype(np.uint8)
+        else:
+            yield drawn
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
-    """The region of the image that holds a rectangle and its soft edge."""
     rows, columns = (max(0, int(y0) - 2), max(0, int(y1) + 3)), (max(0, int(x0) - 2), max(0, int(x1) + 3))
     return slice(*rows), slice(*columns)
 
@@ -376,11 +345,8 @@ def _draw_hammer(image: np.ndarray, style: _Style, moment: _Moment) -> None:
     _paint(image, _ellipse(x, y, 16, 8), _FLASH, sparks)
     _paint(image, _bar(pivot_x, pivot_y, *head, 2), (120, 85, 50))
     across = 7 * math.sin(lift) * side, 7 * math.cos(lift)
-    _paint(
-        image,
-        _bar(head[0] - across[0], head[1] - across[1], head[0] + across[0], head[1] + across[1], 5),
-        style.colour,
-    )
+    ends = head[0] - across[0], head[1] - across[1], head[0] + across[0], head[1] + across[1]
+    _paint(image, _bar(*ends, 5), style.colour)
 
 
 def _draw_storm(image: np.ndarray, style: _Style, moment: _Moment) -> None:
@@ -466,58 +432,39 @@ def _croak(t: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
 
 
 _KINDS = {
-    "ball": _Kind(
-        (
-            "a {colour} ball bouncing on the floor",
-            "a rubber ball hits the floor with a dull thump",
-            "{colour} ball bouncing, deep thuds",
-        ),
-        _thump,
-        _draw_ball,
-    ),
-    "lamp": _Kind(
-        (
-            "a {colour} lamp flashing with an electronic beep",
-            "a signal light flashes and beeps",
-            "{colour} warning light, beeping",
-        ),
-        _beep,
-        _draw_lamp,
-    ),
-    "pendulum": _Kind(
-        (
-            "a {colour} pendulum striking a bell",
-            "a bell rings when the pendulum hits it",
-            "{colour} pendulum swings, bell ringing",
-        ),
-        _bell,
-        _draw_pendulum,
-    ),
-    "hammer": _Kind(
-        (
-            "a {colour} hammer striking an anvil",
-            "hammering on metal, sharp clanks and sparks",
-            "{colour} hammer hits iron, metallic clank",
-        ),
-        _clank,
-        _draw_hammer,
-    ),
-    "clap": _Kind(("slow hand claps", "a person clapping now and then"), _clap),
-    "drop": _Kind(("water dripping into a bucket", "single water drops"), _drop),
-    "storm": _Kind(
-        ("lightning over a {colour} hill, thunder", "a thunderstorm, thunder cracks and rumbles"),
-        _thunder,
-        _draw_storm,
-        (0.16,),
-    ),
-    "frog": _Kind(
-        ("a {colour} frog croaking on a leaf", "{colour} frog blows up its throat and croaks"),
-        _croak,
-        _draw_frog,
-        (0.2, 0.4),
-    ),
+    "ball": _Kind(_thump, _draw_ball),
+    "lamp": _Kind(_beep, _draw_lamp),
+    "pendulum": _Kind(_bell, _draw_pendulum),
+    "hammer": _Kind(_clank, _draw_hammer),
+    "clap": _Kind(_clap),
+    "drop": _Kind(_drop),
+    "storm": _Kind(_thunder, _draw_storm, (0.16,)),
+    "frog": _Kind(_croak, _draw_frog, (0.2, 0.4)),
 }
 WITHHELD = ("storm", "frog")  # in no set of `write_example_media`
+_SEEN = [name for name, kind in _KINDS.items() if kind.draw and name not in WITHHELD]
+_CAPTIONS = {
+    "ball": (
+        *("a {colour} ball bouncing on the floor", "a rubber ball hits the floor with a dull thump"),
+        "{colour} ball bouncing, deep thuds",
+    ),
+    "lamp": (
+        *("a {colour} lamp flashing with an electronic beep", "a signal light flashes and beeps"),
+        "{colour} warning light, beeping",
+    ),
+    "pendulum": (
+        *("a {colour} pendulum striking a bell", "a bell rings when the pendulum hits it"),
+        "{colour} pendulum swings, bell ringing",
+    ),
+    "hammer": (
+        *("a {colour} hammer striking an anvil", "hammering on metal, sharp clanks and sparks"),
+        "{colour} hammer hits iron, metallic clank",
+    ),
+    "clap": ("slow hand claps", "a person clapping now and then"),
+    "drop": ("water dripping into a bucket", "single water drops"),
+    "storm": ("lightning over a {colour} hill, thunder", "a thunderstorm, thunder cracks and rumbles"),
+    "frog": ("a {colour} frog croaking on a leaf", "{colour} frog blows up its throat and croaks"),
+}
 
 
 def _audio_track(
@@ -534,17 +481,12 @@ def _audio_track(
     return (track + noise * rng.standard_normal(num_samples)).astype(np.float32)
 
 
-# Files
-
-
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], channels: np.ndarray, rate: int) -> None:
-    """Write frames (H, W, 3) uint8 and audio (channels, samples) as H.264 yuv420p and AAC."""
     with av.open(str(path), "w", format="mp4") as container:
         # One thread: with more, x264 may not give the same bytes twice.
         options = {"preset": "veryfast", "crf": "27", "threads": "1"}
-        video = container.add_stream(
-            "libx264", rate=FPS, options=options, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p"
-        )
+        size: dict[str, Any] = {"width": WIDTH, "height": HEIGHT, "pix_fmt": "yuv420p"}
+        video = container.add_stream("libx264", rate=FPS, options=options, **size)
         samples = audio_frame(torch.from_numpy(channels), rate, "fltp")
         # The fast coder: the default one takes longer than all the rest of this file.
         options = {"aac_coder": "fast"}

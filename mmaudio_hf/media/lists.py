@@ -80,7 +80,16 @@ class MediaFolder:
             raise ValueError(f"{folder}: no such folder; give the folder that holds the {kind} files")
         self.media: list[Path] = []  # files with one of the endings, in sorted order
         self.others: list[Path] = []
-        for path in _walk(self.folder):
+        paths, seen = [], set()
+        for parent, folders, names in os.walk(
+            self.folder, followlinks=True
+        ):  # each folder once, whatever links there are
+            status = os.stat(parent)
+            inode = status.st_dev, status.st_ino
+            folders[:] = [name for name in folders if not name.startswith(".") and inode not in seen]
+            paths += [Path(parent, name) for name in names if not name.startswith(".") and inode not in seen]
+            seen.add(inode)
+        for path in sorted(path for path in paths if path.is_file()):
             (self.media if path.suffix.lower() in self.endings else self.others).append(path)
         self._by_name: dict[str, list[Path]] = {}
         self._nearest: dict[str, Path] = {}
@@ -135,20 +144,6 @@ def _loose_name(name: str) -> str:
     """What names that are nearly the same have in common: letters of any case and numbers without leading zeros."""
     plain = unicodedata.normalize("NFKD", name).casefold()
     return re.sub(r"0*(\d+)", r"\1", re.sub(r"[^\w]|_", "", re.sub(r"(?<=\d)[\W_]+(?=\d)", "x", plain)))
-
-
-def _walk(folder: Path) -> list[Path]:
-    """Every file below a folder that is not hidden, in sorted order; links are followed, each folder once."""
-    paths, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in paths if path.is_file())
 
 
 def find_audio_file(folder: str | os.PathLike, name: str) -> Path:
@@ -209,8 +204,7 @@ def read_table(
     where they are there; a name that is nearly one of them is rejected. ValueError names the file and line.
     """
     lines = read_rows(path)
-    _, header = next(lines)
-    indices = _column_indices(path, header, columns, synonyms) | _optional_indices(path, header, optional)
+    indices = _column_indices(path, next(lines)[1], columns, synonyms, optional)
     rows = [(line, {name: row[index] for name, index in indices.items()}) for line, row in lines]
     if not rows:
         raise ValueError(f"{path}: has no rows after the header")
@@ -232,11 +226,31 @@ def read_rows(
         line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
         for row in reader:
             if any(field.strip() for field in row):
-                _check_row(f"{path}, line {line}", row, columns, reader.line_num, delimiter)
+                if len(row) != len(columns):
+                    raise ValueError(f"{path}, line {line}: {len(row)} fields, the header has {len(columns)}")
+                joined, delimiters = delimiter.join(row), len(columns) - 1
+                if "\0" in joined:
+                    raise ValueError(f"{path}, line {line}: has a NUL byte; write the file again, as UTF-8 text")
+                # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others
+                # are rows.
+                first, *others = (each.count(delimiter) for each in joined.splitlines())
+                swallowed = sum(count >= delimiters for count in others)
+                if first == delimiters > 0 and swallowed:
+                    raise ValueError(
+                        f"{path}, line {line}: a field begins with a quote here and ends on line {reader.line_num},"
+                        f" with {swallowed} rows in it; remove the quote, or quote the field as pandas does"
+                    )
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {_quote_problem(text, line, str(error))}") from error
+        problem = f"a field is too long ({error}); shorten it"
+        if "field larger" not in str(error) and "unexpected end" not in str(error):
+            problem = f"{error}; quote the field as pandas does"
+        elif re.search(r'(^|[\t,;])"', "".join(re.split(r"\r\n?|\n", text)[line - 1 : line])):
+            problem = (
+                f"a field begins with a quote here that nothing ends ({error}); remove it, or quote as pandas does"
+            )
+        raise ValueError(f"{path}, line {line}: {problem}") from error
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -249,34 +263,9 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _check_row(where: str, row: list[str], header: list[str], end: int, delimiter: str) -> None:
-    if len(row) != len(header):
-        raise ValueError(f"{where}: {len(row)} fields, the header has {len(header)}")
-    text, delimiters = delimiter.join(row), len(header) - 1
-    if "\0" in text:
-        raise ValueError(f"{where}: has a NUL byte; write the file again, as UTF-8 text")
-    # A caption may have several lines. Where a stray quote has swallowed rows, the first line and others are rows.
-    first, *others = (line.count(delimiter) for line in text.splitlines())
-    swallowed = sum(count >= delimiters for count in others)
-    if first == delimiters > 0 and swallowed:
-        raise ValueError(
-            f"{where}: a field begins with a quote here and ends on line {end}, with {swallowed} rows in it;"
-            " remove the quote, or quote the field as pandas does"
-        )
-
-
-def _quote_problem(text: str, line: int, error: str) -> str:
-    if "field larger" not in error and "unexpected end" not in error:
-        return f"{error}; quote the field as pandas does"
-    if re.search(r'(^|[\t,;])"', "".join(re.split(r"\r\n?|\n", text)[line - 1 : line])):
-        return f"a field begins with a quote here that nothing ends ({error}); remove it, or quote as pandas does"
-    return f"a field is too long ({error}); shorten it"
-
-
 def _column_indices(
-    path: str | os.PathLike, header: list[str], columns: Sequence[str], synonyms: Sequence[str]
+    path: str | os.PathLike, header: list[str], columns: Sequence[str], synonyms: Sequence[str], optional: Sequence[str]
 ) -> dict[str, int]:
-    """Index of each required column; a column of `synonyms` may have any of those names."""
     if not header:
         raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
     if "\0" in "".join(header):
@@ -295,17 +284,13 @@ def _column_indices(
         if exact.count(present) > 1:
             raise ValueError(f"{path}: column {present!r} is there more than once")
         indices[name] = exact.index(present)
-    return indices
-
-
-def _optional_indices(path: str | os.PathLike, header: list[str], optional: Sequence[str]) -> dict[str, int]:
     for name in header:
-        nearest = difflib.get_close_matches(name, optional, n=1, cutoff=0.8)
-        if nearest and name not in optional and nearest[0] not in header:
-            raise ValueError(f"{path}: column {name!r} is not known; rename it {nearest[0]!r}, or to something else")
+        close = difflib.get_close_matches(name, optional, n=1, cutoff=0.8)
+        if close and name not in optional and close[0] not in header:
+            raise ValueError(f"{path}: column {name!r} is not known; rename it {close[0]!r}, or to something else")
         if name in optional and header.count(name) > 1:
             raise ValueError(f"{path}: column {name!r} is there more than once")
-    return {name: header.index(name) for name in optional if name in header}
+    return indices | {name: header.index(name) for name in optional if name in header}
 
 
 # --- Clips -----------------------------------------------------------------------------------------------------------
@@ -393,7 +378,7 @@ def write_clips(
     JSON in `shards_dir` (None: nothing is kept), so a later run makes only what is missing or has changed. The process
     that finds all of them complete replaces the list. ValueError if there is no file to read.
     """
-    files, rejects, ignored, rows_of, whole = _files_of(source, duration)
+    files, rejects, ignored, whole = _files_of(source)
     settings: list[Any] = [_VERSION, duration, source.max_clips] if isinstance(source, VideoSource) else [_VERSION]
     if isinstance(source, AudioSource) and (seconds := audio_clip_seconds(source, duration)) != CLIP_SECONDS:
         settings.append(seconds)
@@ -407,7 +392,7 @@ def write_clips(
         total = sum(len(shard.files) for shard in ours)
         bar = stack.enter_context(tqdm(desc=source.name, total=total, unit="file", disable=not progress))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        outcomes_of = partial(pool.map, rows_of)
+        outcomes_of = partial(pool.map, partial(_outcome, source, duration, whole))
         busy = [shard for shard in ours if not shard.make(outcomes_of, bar.update, wait=False)]
         for shard in busy:  # those that other processes are making are waited for, in case they do not finish them
             shard.make(outcomes_of, bar.update, wait=True)
@@ -421,44 +406,59 @@ def write_clips(
 
 
 def _files_of(
-    source: VideoSource | AudioSource, duration: float
-) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], Callable[[Path], dict[str, Any]], list[str]]:
-    """Files to read, rejects and ignored ones among the others, the function that reads one, and names kept whole."""
-    folder = MediaFolder(source.media_dir, "video" if isinstance(source, VideoSource) else "audio")
+    source: VideoSource | AudioSource,
+) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], list[str]]:
+    """Files to read, rejects and ignored ones among the others, and names of videos that are kept whole."""
+    is_video = isinstance(source, VideoSource)
+    folder = MediaFolder(source.media_dir, "video" if is_video else "audio")
     files: dict[Path, None] = {}
     rejects, ignored, whole = [], [], list[str]()
-    if isinstance(source, VideoSource):
-        stems = Counter(normal_name(path.stem) for path in folder.media)
-        for item in read_media_list(source.list, "label"):
-            try:
-                path = folder.find(item.id)
-                files[path] = None
-                if stems[normal_name(path.stem)] > 1 and normal_name(item.id) == normal_name(path.name):
-                    whole.append(path.name)
-            except MediaError as error:
-                rejects.append(_reject(item.id, error.reason, str(error)))
-        cut = partial(_video_rows, duration=duration, max_clips=source.max_clips, whole=whole)
-        return list(files), rejects, [], partial(_outcome, cut), whole
-    if not folder.media:
+    stems = Counter(normal_name(path.stem) for path in folder.media)
+    if not is_video and not folder.media:
         raise ValueError(f"{source.media_dir}: no audio files there; looked for {' '.join(AUDIO_ENDINGS)}")
-    for path in folder.media:
-        name = str(path.relative_to(folder.folder))
+    listed: list[tuple[str, Path | None]] = [(str(path.relative_to(folder.folder)), path) for path in folder.media]
+    if is_video:
+        listed = [(item.id, None) for item in read_media_list(source.list, "label")]
+    for name, path in listed:
         try:
-            chosen = folder.find(normal_name(path.stem))
+            chosen = folder.find(name if path is None else normal_name(path.stem))
         except MediaError as error:
             rejects.append(_reject(name, error.reason, str(error)))
         except ValueError as error:
             rejects.append(_reject(name, "bad_name", f"{error}; rename the file"))
         else:
-            if chosen == path:
-                files[path] = None
+            if path in (None, chosen):
+                files[chosen] = None
+                if is_video and stems[normal_name(chosen.stem)] > 1 and normal_name(name) == normal_name(chosen.name):
+                    whole.append(chosen.name)
             else:
                 ignored.append(_reject(name, "ignored", f"{path}: {chosen.name} has the same name and comes first"))
-    for path in folder.others:
+    for path in folder.others if not is_video else ():
         message = f"{path}: has no ending of an audio file"
         ignored.append(_reject(str(path.relative_to(folder.folder)), "ignored", message))
-    cut_audio = partial(_audio_rows, clip_seconds=audio_clip_seconds(source, duration))
-    return list(files), rejects, ignored, partial(_outcome, cut_audio), []
+    return list(files), rejects, ignored, whole
+
+
+def _outcome(source: VideoSource | AudioSource, duration: float, whole: Sequence[str], path: Path) -> dict[str, Any]:
+    try:
+        # Where other files of the folder have the stem, and the list names the ending, it tells their rows apart.
+        name, rows = check_id(normal_name(path.name if path.name in whole else path.stem)), list[list]()
+        if isinstance(source, VideoSource):
+            starts = partition_video(video_seconds(path), duration, source.max_clips)
+            rows = [[f"{name}_{i}", name, start] for i, start in enumerate(starts)]
+            if source.max_clips == 0 and len(starts) == 1:  # the row that it has without a list
+                rows = [[name, name, 0.0]]
+        else:
+            (num_samples, rate), needed = count_samples(path), audio_clip_seconds(source, duration)
+            rows = [[f"{name}_{i}", name, *span] for i, span in enumerate(partition(num_samples, rate, needed))]
+            if not rows:
+                have = num_samples / rate if rate else 0.0
+                raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {needed} s needed")
+        return {"rows": rows, "reject": None}
+    except MediaError as error:
+        return {"rows": [], "reject": _reject(path.name, error.reason, str(error))}
+    except ValueError as error:
+        return {"rows": [], "reject": _reject(path.name, "bad_name", str(error))}
 
 
 class _Shard:
@@ -469,7 +469,6 @@ class _Shard:
         self.key = hash_of([settings, [[file.name, file_key(file)] for file in files]])
 
     def outcomes(self) -> list[dict[str, Any]] | None:
-        """None when it is not complete."""
         content = read_json(self.path)
         return content["outcomes"] if content.get("key") == self.key else None
 
@@ -487,18 +486,6 @@ class _Shard:
             return acquired
 
 
-def _outcome(rows_of: Callable[[Path], list[list]], path: Path) -> dict[str, Any]:
-    """The clips of a file, or why it has none."""
-    try:
-        check_id(normal_name(path.stem))
-        return {"rows": rows_of(path), "reject": None}
-    except MediaError as error:
-        reason, message = error.reason, str(error)
-    except ValueError as error:
-        reason, message = "bad_name", str(error)
-    return {"rows": [], "reject": _reject(path.name, reason, message)}
-
-
 def _reject(file: str, reason: str, message: str) -> dict[str, str]:
     return {"file": file, "reason": reason, "message": message}
 
@@ -507,25 +494,6 @@ def audio_clip_seconds(source: AudioSource, duration: float) -> float:
     """What is cut for a clip of `duration`: 0.1 s more, and the published 8.1 s where the source has no duration."""
     longer = round(duration + 0.1, 6)
     return longer if source.duration else max(CLIP_SECONDS, longer)
-
-
-def _audio_rows(path: Path, clip_seconds: float) -> list[list]:
-    num_samples, rate = count_samples(path)
-    spans = partition(num_samples, rate, clip_seconds)
-    if not spans:
-        have = num_samples / rate if rate else 0.0
-        raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {clip_seconds} s needed")
-    name = normal_name(path.stem)
-    return [[f"{name}_{i}", name, start, end] for i, (start, end) in enumerate(spans)]
-
-
-def _video_rows(path: Path, duration: float, max_clips: int, whole: Sequence[str]) -> list[list]:
-    starts = partition_video(video_seconds(path), duration, max_clips)
-    # Where other files of the folder have the stem, and the list names the ending, it tells their rows apart.
-    name = normal_name(path.name if path.name in whole else path.stem)
-    if max_clips == 0 and len(starts) == 1:  # the row that it has without a list
-        return [[name, name, 0.0]]
-    return [[f"{name}_{i}", name, start] for i, start in enumerate(starts)]
 
 
 def check_sources(extraction: ExtractionConfig, *, lists: bool = True) -> None:

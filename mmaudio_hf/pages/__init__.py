@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from mmaudio_hf.features.mel import MelSpectrogram, mel_filter_bank
+from mmaudio_hf.features.autoencoder import MelSpectrogram, mel_filter_bank
 from mmaudio_hf.files import replacing
 from mmaudio_hf.schema import MODES, audio_mode
 

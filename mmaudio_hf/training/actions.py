@@ -164,9 +164,8 @@ def check_metrics(training: TrainingConfig, validated: Mapping[str, float]) -> N
     names = [name.partition("/")[2] for name in validated if name.startswith("val/")]
     kind, _, name = training.best_metric.partition("/")
     if kind in ("val", "val_ema") and names and name not in names:
-        raise ValueError(
-            f"training.best_metric {training.best_metric} is never computed: use one of {', '.join(validated)}"
-        )
+        way = f"use one of {', '.join(validated)}"
+        raise ValueError(f"training.best_metric {training.best_metric} is never computed: {way}")
     stopping = training.early_stopping
     kind, _, name = stopping.metric.partition("/")
     if not stopping.patience or name in names:

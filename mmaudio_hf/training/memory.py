@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmaudio_hf.config import ModelConfig, Recipe
 from mmaudio_hf.data.loader import Batch, pack
-from mmaudio_hf.data.noise import Draws
+from mmaudio_hf.data.sampler import Draws
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.checkpointer import BLOCK_BYTES
 from mmaudio_hf.training.finetune import frozen_parameters

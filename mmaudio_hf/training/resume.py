@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from mmaudio_hf.config import Recipe, save_recipe, to_dict
 from mmaudio_hf.data.mixture import Mixture
-from mmaudio_hf.data.noise import NOISE_VERSION
+from mmaudio_hf.data.sampler import NOISE_VERSION
 from mmaudio_hf.schema import LOCK_FILE
 from mmaudio_hf.training.checkpoint import (
     TrainingState,
@@ -46,7 +46,7 @@ HARMLESS = (
 )
 # The modules whose code makes the numbers of a run.
 CODE = (
-    *("schema.py", "data/loader.py", "data/mixture.py", "data/noise.py", "data/sampler.py", "data/store.py"),
+    *("schema.py", "data/loader.py", "data/mixture.py", "data/sampler.py", "data/store.py"),
     *("models/blocks.py", "models/flow.py", "models/network.py"),
     *("training/ema.py", "training/finetune.py", "training/loop.py", "training/optim.py", "training/step.py"),
     *("training/distributed.py", "training/validation.py"),

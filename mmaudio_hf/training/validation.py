@@ -30,7 +30,11 @@ class Validator:
 
     def __init__(self, mixture: Mixture, recipe: Recipe, accelerator: Accelerator) -> None:
         self.mixture, self.recipe, self.accelerator = mixture, recipe, accelerator
-        self.combinations = [name for name in recipe.training.validation_combinations if self._is_possible(name)]
+        self.combinations: list[str] = []  # those whose conditions any store has
+        for name in recipe.training.validation_combinations:
+            video, text = COMBINATIONS[name]
+            if any(store.has_video >= video and store.has_text >= text for store in mixture.stores):
+                self.combinations.append(name)
         stores = [store.path.name for store in mixture.stores]
         self._names = ["loss", *(f"loss_{name}" for name in stores)]
         self._names += [f"loss_t_{i / TIME_BINS:.1f}" for i in range(TIME_BINS)]
@@ -53,11 +57,6 @@ class Validator:
         count = min(recipe.training.validation_items, len(order))
         chosen = {order[i * len(order) // count] for i in range(count)}
         self._subset = np.flatnonzero([item_id in chosen for item_id in ids])
-
-    def _is_possible(self, combination: str) -> bool:
-        """Whether any store has the conditions that `combination` keeps."""
-        video, text = COMBINATIONS[combination]
-        return any(store.has_video >= video and store.has_text >= text for store in self.mixture.stores)
 
     @torch.no_grad()
     def scores(
@@ -96,7 +95,12 @@ class Validator:
         for batch in self._batches(self._subset, set_lengths) if self.combinations else ():
             for column, name in enumerate(self.combinations, first):
                 video, text = COMBINATIONS[name]
-                loss_B = flow_step(forward, _with_conditions(batch, video, text), flow, *statistics).loss
+                # The numbers that decide on dropout are in [0, 1) and compared with a probability, so 1 always keeps a
+                # condition and -1 always drops it.
+                kept = [torch.full_like(batch.noise.drop_text, 1.0 if keep else -1.0) for keep in (video, text)]
+                drops = dict.fromkeys(("drop_video", "drop_clip", "drop_sync"), kept[0]) | {"drop_text": kept[1]}
+                chosen = replace(batch, noise=replace(batch.noise, **drops))
+                loss_B = flow_step(forward, chosen, flow, *statistics).loss
                 valid_B = batch.valid & (batch.has_video | (not video)) & (batch.has_text | (not text))
                 add(torch.full_like(batch.source, column), loss_B, valid_B)
         totals, counts = self.accelerator.reduce(sums, "sum").tolist()
@@ -124,16 +128,6 @@ class Validator:
                 set_lengths(*batch.lengths)
             z_B = torch.tensor([self._z[item_id] for item_id in batch.ids], dtype=torch.float32)
             yield replace(batch, noise=replace(batch.noise, z=z_B.to(batch.mean.device)))
-
-
-def _with_conditions(batch: Batch, video: bool, text: bool) -> Batch:
-    """The batch with the video, the text, both or neither kept: by the uniform numbers that decide on dropout.
-
-    These are in [0, 1) and compared with a probability, so 1 always keeps a condition and -1 always drops it.
-    """
-    keep_video, keep_text = (torch.full_like(batch.noise.drop_text, 1.0 if keep else -1.0) for keep in (video, text))
-    noise = replace(batch.noise, drop_video=keep_video, drop_clip=keep_video, drop_sync=keep_video, drop_text=keep_text)
-    return replace(batch, noise=noise)
 
 
 def hash_order(seed: int, ids: Iterable[str]) -> list[str]:

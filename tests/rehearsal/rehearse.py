@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mmaudio_hf.config import EncoderConfig, ModelConfig, Recipe, load_recipe, variant_config
 from mmaudio_hf.data.loader import Batch, allocate_packed
-from mmaudio_hf.data.noise import Draws
+from mmaudio_hf.data.sampler import Draws
 from mmaudio_hf.features import clip
 from mmaudio_hf.features.autoencoder import MelVAE
 from mmaudio_hf.features.encoders import COMPONENTS, Encoders, _released_networks
