@@ -8,9 +8,18 @@ With `networks` it has the habits of the real package: readers that retry withou
 whether to trust a repository, weights that are fetched at first use, MS-CLAP taking a random stretch of a file.
 """
 
+import os
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmaudio_hf.evaluation import av_bench
 
 EXTRACTION_MODELS = """
 from pathlib import Path
@@ -49,6 +58,7 @@ def extract(audio_path, output_path, *, audio_length=8.0, batch_size=128, num_wo
         time.sleep(600)
     print("\\x00\\xff loading", audio_length, device, flush=True)
     sys.stdout.buffer.write(b"\\xff\\xfe{not json}\\n")
+    sys.stdout.flush()
     for path in (extraction_models._clap_ckpt_path, extraction_models._syncformer_ckpt_path):
         if not path.is_file():
             raise FileNotFoundError(path)
@@ -302,7 +312,8 @@ class FakeAvBench:
     def __init__(self, folder: Path, networks: bool = False):
         # Without pip, and with the libraries of this environment: another interpreter is the point.
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
-        self.python, package = folder / "env" / "bin" / "python", folder / "site" / "av_bench"
+        self.python, self.site = folder / "env" / "bin" / "python", folder / "site"
+        package = self.site / "av_bench"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("")
         (package / "extraction_models.py").write_text(EXTRACTION_MODELS)
@@ -314,7 +325,7 @@ class FakeAvBench:
             (package / "extract.py").write_text(f"from av_bench.extraction_models import *\n{EXTRACT}")
             files = {"imagebind/models/imagebind_model": IMAGEBIND, "av_bench/data/video_dataset": VIDEO}
             for path, text in (files | {"audiobox_aesthetics/infer": AESTHETICS}).items():
-                file = folder / "site" / f"{path}.py"
+                file = self.site / f"{path}.py"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
         self._misdeed, self.pid_file = package / "misdeed.txt", package / "pid.txt"
@@ -322,10 +333,39 @@ class FakeAvBench:
         self.misbehave("")
         (site,) = (folder / "env" / "lib").glob("python*/site-packages")
         libraries = Path(sys.prefix) / "lib" / site.parent.name / "site-packages"
-        (site / "fake.pth").write_text(f"{folder / 'site'}\n{libraries}\n")
+        (site / "fake.pth").write_text(f"{self.site}\n{libraries}\n")
 
     def misbehave(self, how: str) -> None:
         """From here on "import", "raise", "die", "sleep", "forget" a file, "skip" an audio file, "retry" for ever, "".
         With `networks` also "offline", "tokenizer", "fetch" slowly, "network" (no ImageBind), "wheel" (torchcodec),
         "panns" (which reads its files)."""
         self._misdeed.write_text(how)
+
+
+def fork_jobs(patch: pytest.MonkeyPatch) -> None:
+    """Jobs of fakes are forked from this process, which has imported torch: an interpreter takes 2 to 3 s to do so.
+
+    What a job does runs between fork and exec, to which it never comes.
+    """
+
+    def popen(words: list[str], env: dict[str, str], **options) -> subprocess.Popen:
+        site = Path(words[0]).parents[2] / "site" if words[0].endswith("/env/bin/python") else None
+
+        def job() -> None:
+            os.closerange(3, 4096)  # with the pipe by which the parent learns whether exec has failed
+            os.environ.clear()
+            os.environ |= env
+            torch.set_num_threads(1)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv, sys.path[:0] = words[1:], [os.path.dirname(words[1]), str(site)]
+            try:
+                runpy.run_path(words[1], run_name="__main__")
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(0)
+
+        return subprocess.Popen(words, env=env, preexec_fn=job if site else None, **options)
+
+    patch.setattr(av_bench, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))

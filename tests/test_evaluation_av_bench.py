@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from fake_av_bench import FakeAvBench
+from fake_av_bench import FakeAvBench, fork_jobs
 from forked import Command, run_together, wait_until
 from golden_data import normal
 from hub_server import TOKEN, USER, Hub
@@ -51,10 +51,23 @@ def fake(tmp_path_factory) -> FakeAvBench:
     return FakeAvBench(tmp_path_factory.mktemp("fake"))
 
 
+@pytest.fixture(scope="module")
+def habits(tmp_path_factory) -> FakeAvBench:
+    return FakeAvBench(tmp_path_factory.mktemp("habits"), networks=True)
+
+
+@pytest.fixture
+def own_interpreter() -> None:
+    """For tests whose jobs are run by the interpreter of the environment, as those of users are."""
+
+
 @pytest.fixture(autouse=True)
-def behaves(fake):
+def behaves(fake, habits, request, monkeypatch):
+    if "own_interpreter" not in request.fixturenames:
+        fork_jobs(monkeypatch)
     yield
     fake.misbehave("")
+    habits.misbehave("")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +109,7 @@ def bench(fake, folder: Path, **options) -> AvBench:
     return AvBench(str(fake.python), folder, **options)
 
 
-def test_extraction_in_another_environment(fake, extracted, capfd):
+def test_extraction_in_another_environment(own_interpreter, fake, extracted, capfd):
     bench_here = bench(fake, extracted)
     assert bench_here.problem() is None
     bench_here.extract(extracted / "audio", extracted / "cache", duration=1.0, device=CPU, video=False, clap=True)
@@ -151,11 +164,6 @@ def test_every_way_to_fail_has_a_message(fake, extracted):
     assert "No module named 'av_bench'" in AvBench("", extracted).problem()  # in this process
 
 
-@pytest.fixture(scope="module")
-def habits(tmp_path_factory) -> FakeAvBench:
-    return FakeAvBench(tmp_path_factory.mktemp("habits"), networks=True)
-
-
 def test_each_network_fails_on_its_own(habits, extracted, tmp_path, monkeypatch):
     """With batches of one, a file that is too short for Synchformer, one that is none, and a question of torch.hub."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -182,7 +190,7 @@ def test_each_network_fails_on_its_own(habits, extracted, tmp_path, monkeypatch)
     assert all(torch.equal(again[i], value) for i, value in features["clap_ms_audio"].items())
 
 
-def test_weights_are_fetched_by_one_process_at_a_time(habits, extracted, tmp_path, monkeypatch):
+def test_weights_are_fetched_by_one_process_at_a_time(own_interpreter, habits, extracted, tmp_path, monkeypatch):
     """Two processes that need the same weights at once, as ranks do; the second one finds them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     habits.misbehave("fetch")
@@ -214,7 +222,6 @@ def test_weights_of_panns_that_wget_did_not_finish_are_fetched_again(left, habit
     assert (folder / left).with_suffix(".damaged").read_bytes() == cut
     assert here.extract(extracted / "audio", tmp_path / "again", **options) == {}
     assert "fetched again" not in (tmp_path / "again.log").read_text()
-    habits.misbehave("")
 
 
 def test_aesthetics_where_their_package_is_installed(habits, extracted, tmp_path):
@@ -225,7 +232,7 @@ def test_aesthetics_where_their_package_is_installed(habits, extracted, tmp_path
     features = torch.load(cache / "audiobox_aesthetics.pth", weights_only=True)
     assert {f"AES-{axis}" for axis in ("CE", "CU", "PC", "PQ")} < set(scores) and set(features) == set(IDS[:2])
     assert scores["AES-PQ"].value == pytest.approx(np.mean([float(v[3]) for v in features.values()]))
-    package = habits.python.parents[2] / "site" / "audiobox_aesthetics"
+    package = habits.site / "audiobox_aesthetics"
     package.rename(package.with_name("elsewhere"))
     failed = here.extract(extracted / "audio", tmp_path / "without", **options)
     package.with_name("elsewhere").rename(package)
@@ -262,7 +269,6 @@ def test_what_cannot_be_used_says_what_to_do(habits, extracted, tmp_path):
     options = {"duration": 1.0, "device": CPU, "video": False, "clap": False}
     for reason in here.extract(extracted / "audio", tmp_path / "cache", **options).values():
         assert "none of 2 audio files could be read: ImportError: TorchCodec" in reason
-    habits.misbehave("")
 
 
 def test_a_stalled_extraction_is_ended(fake, extracted):
@@ -295,7 +301,7 @@ def test_extraction_ends_with_its_parent_process(fake, recipe, tmp_path):
 
 
 def test_in_this_process_where_it_imports(fake, extracted, monkeypatch, capfd):
-    monkeypatch.syspath_prepend(str(fake.python.parents[2] / "site"))
+    monkeypatch.syspath_prepend(str(fake.site))
     bench_here = AvBench("", bench(fake, extracted).weights_dir)
     bench_here.extract(extracted / "audio", extracted / "here", duration=1.0, device=CPU, video=False, clap=False)
     there = torch.load(extracted / "here" / "passt_logits.pth", weights_only=True)
@@ -334,9 +340,16 @@ def test_published_scores_of_a_split(alone):
         assert not (folder / "parts").exists()
 
 
+def evaluate_with_forks(*words: str) -> int:
+    """Runs in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_jobs(patch)
+        return main(words)
+
+
 def test_two_processes_give_the_same_scores(recipe, alone, tmp_path):
     words = ["evaluate", str(recipe.parent / "network"), "--recipe", str(recipe), "--out", str(tmp_path)]
-    result = run_together(2, *words, cwd=tmp_path, env=environment())
+    result = run_together(2, evaluate_with_forks, *words, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("network, test") == 2  # the title, and a note of what is not computed
     ours, theirs = (read_scores(folder / "test.json") for folder in (tmp_path, alone))
