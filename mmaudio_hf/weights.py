@@ -80,7 +80,7 @@ def _flow(variant: str, size: str, md5: str) -> Weight:
     return Weight(name, "flow network", NON_COMMERCIAL, size, md5, "hkchengrex/MMAudio", f"weights/{name}")
 
 
-BIGVGAN = "bigvgan_v2_44khz_128band_512x"
+BIGVGAN, _GENERATOR = "bigvgan_v2_44khz_128band_512x", "bigvgan_generator.pt"
 CLAP_FILE = "music_speech_audioset_epoch_15_esc_89.98.pt"
 CLIP = Weight("clip", "CLIP, frames and text", APPLE, "3.9G", repo="apple/DFN5B-CLIP-ViT-H-14-384")
 CATALOGUE = (
@@ -92,13 +92,7 @@ CATALOGUE = (
     Weight("v1-16.pth", "mel VAE, 16 kHz", NON_COMMERCIAL, "655M", "69f56803f59a549a1a507c93859fd4d7"),
     Weight("v1-44.pth", "mel VAE, 44.1 kHz", NON_COMMERCIAL, "1.2G", "fab020275fa44c6589820ce025191600"),
     Weight("best_netG.pt", "vocoder, 16 kHz (BigVGAN)", MIT, "429M", "eeaf372a38a9c31c362120aba2dde292"),
-    Weight(
-        f"{BIGVGAN}/bigvgan_generator.pt",
-        "vocoder, 44.1 kHz (BigVGAN-v2)",
-        MIT,
-        repo=f"nvidia/{BIGVGAN}",
-        file="bigvgan_generator.pt",
-    ),
+    Weight(f"{BIGVGAN}/{_GENERATOR}", "vocoder, 44.1 kHz (BigVGAN-v2)", MIT, repo=f"nvidia/{BIGVGAN}", file=_GENERATOR),
     Weight(f"{BIGVGAN}/config.json", "its settings", MIT, "small", repo=f"nvidia/{BIGVGAN}", file="config.json"),
     Weight("synchformer_state_dict.pth", "sync features", MIT, "907M", "5b2f5594b0730f70e41e549b7c94390c"),
     Weight("empty_string.pth", 'CLIP text features of ""', APPLE, "small"),
@@ -116,18 +110,17 @@ def find(names: Iterable[str]) -> list[Weight]:
 
     ValueError naming the nearest entry for a name that is unknown.
     """
-    return list(dict.fromkeys(weight for name in names for weight in _find(name)))
-
-
-def _find(name: str) -> Sequence[Weight]:
-    if name == "all":
-        return CATALOGUE
-    for spelling in (str, os.path.basename, lambda path: Path(path).stem, os.path.dirname):
-        if weights := [weight for weight in CATALOGUE if spelling(weight.path) == name]:
-            return weights
-    close = difflib.get_close_matches(name, [weight.path for weight in CATALOGUE], n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "`mmaudio-hf weights list` shows what there is"
-    raise ValueError(f"there is no released file {name!r}: {hint}")
+    chosen: dict[Weight, None] = {}
+    spellings = (str, os.path.basename, lambda path: Path(path).stem, os.path.dirname)
+    for name in names:
+        matching = ([weight for weight in CATALOGUE if spelling(weight.path) == name] for spelling in spellings)
+        weights = CATALOGUE if name == "all" else next(filter(None, matching), None)
+        if weights is None:
+            close = difflib.get_close_matches(name, [weight.path for weight in CATALOGUE], n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "`mmaudio-hf weights list` shows what there is"
+            raise ValueError(f"there is no released file {name!r}: {hint}")
+        chosen |= dict.fromkeys(weights)
+    return list(chosen)
 
 
 def needed(recipe: Recipe) -> list[Weight]:
@@ -177,12 +170,6 @@ def table(folder: Path) -> str:
 # --- verifying -----------------------------------------------------------------------------------------------------
 
 
-def md5_of(path: Path) -> str:
-    """MD5 of a file, as the releases publish it; not for security."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
 def problem_of(weight: Weight, folder: Path, checks: Mapping[str, Check]) -> str | None:
     """What is wrong with `weight` in `folder`, with the command that fetches it; None when it is right.
 
@@ -200,20 +187,17 @@ def problem_of(weight: Weight, folder: Path, checks: Mapping[str, Check]) -> str
 
 
 def _check(weight: Weight, path: Path, checks: Mapping[str, Check]) -> None:
-    if weight.is_hub_model:
-        _check_cached(path)
-    elif weight.md5:
-        if (md5 := md5_of(path)) != weight.md5:
-            raise ValueError(f"{path} is damaged: its md5 is {md5}, not {weight.md5}")
-    elif weight.path in checks:
-        checks[weight.path](path)
-
-
-def _check_cached(folder: Path) -> None:
-    for file in sorted(folder.iterdir()):
+    for file in sorted(path.iterdir()) if weight.is_hub_model else ():
         name = file.resolve().name  # of the blob: SHA-256 of large files
         if re.fullmatch("[0-9a-f]{64}", name) and sha256_of(file) != name:
             raise ValueError(f"{file} is damaged: its sha256 is not {name}")
+    if weight.md5:
+        with open(path, "rb") as content:
+            md5 = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if md5 != weight.md5:
+            raise ValueError(f"{path} is damaged: its md5 is {md5}, not {weight.md5}")
+    elif weight.path in checks:
+        checks[weight.path](path)
 
 
 # --- downloading ---------------------------------------------------------------------------------------------------
@@ -233,40 +217,25 @@ def download(
     sentence, where a server cannot be reached, does not have the file or sends another one, and where the disk is too
     small.
     """
-    checks = checks or {}
-    missing = [weight for weight in weights if force or not _is_right(weight, folder, checks, log)]
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    checks, missing = checks or {}, list[Weight]()
+    for weight in weights:
+        path = None if force else locate(weight, folder)
+        try:
+            if path is not None:
+                _check(weight, path, checks)
+                log(f"{weight.path}: already there, {path}")
+        except ValueError as error:
+            log(f"{error}; it is fetched again")
+            path = None
+        missing += [weight] if path is None else []
     sizes = {weight: _server_size(weight) for weight in missing}
     for weight, size in sizes.items():
         log(f"{weight.path}: {_readable(size)}, {weight.licence}, {weight.source}")
     if not missing:
         return
     log(f"total: {_readable(sum(sizes.values()))} in {len(missing)} file{'s' * (len(missing) > 1)}")
-    _check_space(sizes, folder)
-    for weight, size in sizes.items():
-        _download(weight, size, folder, checks, force)
-        log(f"{weight.path}: done")
-
-
-def _is_right(weight: Weight, folder: Path, checks: Mapping[str, Check], log: Callable[[str], None]) -> bool:
-    path = locate(weight, folder)
-    if path is None:
-        return False
-    try:
-        _check(weight, path, checks)
-    except ValueError as error:
-        log(f"{error}; it is fetched again")
-        return False
-    log(f"{weight.path}: already there, {path}")
-    return True
-
-
-def _readable(size: int) -> str:
-    return f"{size:,} bytes" + (f" ({size / 1e9:.2f} GB)" if size >= 1e7 else "") if size else "size unknown"
-
-
-def _check_space(sizes: Mapping[Weight, int], folder: Path) -> None:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     needs: dict[Path, int] = {}
     for weight, size in sizes.items():
         target = (Path(HF_HUB_CACHE) if weight.is_hub_model else folder).resolve()
@@ -275,10 +244,15 @@ def _check_space(sizes: Mapping[Weight, int], folder: Path) -> None:
         needs[existing] = needs.get(existing, 0) + size - (partial.stat().st_size if partial.is_file() else 0)
     for existing, need in needs.items():
         if need > (free := shutil.disk_usage(existing).free):
-            raise ValueError(
-                f"{existing} has {_readable(free)} left, {_readable(need)} are needed: free some space, or choose"
-                " another --dir"
-            )
+            left = f"{existing} has {_readable(free)} left, {_readable(need)} are needed"
+            raise ValueError(f"{left}: free some space, or choose another --dir")
+    for weight, size in sizes.items():
+        _download(weight, size, folder, checks, force)
+        log(f"{weight.path}: done")
+
+
+def _readable(size: int) -> str:
+    return f"{size:,} bytes" + (f" ({size / 1e9:.2f} GB)" if size >= 1e7 else "") if size else "size unknown"
 
 
 def _partial(target: Path) -> Path:
@@ -312,16 +286,13 @@ def _download(weight: Weight, size: int, folder: Path, checks: Mapping[str, Chec
 
 
 def _server_size(weight: Weight) -> int:
-    """Bytes that the server announces; 0 when it does not say."""
     if not weight.repo:
         try:
             with _client() as client:
                 return int(_checked(client.head(weight.url)).headers.get("Content-Length") or 0)
         except (OSError, httpx2.HTTPError) as error:
-            raise ValueError(
-                f"{weight.url} cannot be reached ({one_line(error)}): check the connection, or name a mirror in"
-                f" {RELEASE_VARIABLE}"
-            ) from error
+            way = f"check the connection, or name a mirror in {RELEASE_VARIABLE}"
+            raise ValueError(f"{weight.url} cannot be reached ({one_line(error)}): {way}") from error
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     names = _model_files(weight) if weight.is_hub_model else [weight.file]
@@ -368,9 +339,8 @@ def _checked(response: httpx2.Response) -> httpx2.Response:
     if status in (408, 429) or status >= 500:
         raise ConnectionError(f"the server answers {status}")
     if status >= 400:
-        raise ValueError(
-            f"{response.request.url} cannot be had, the server answers {status}: check {RELEASE_VARIABLE} if it is set"
-        )
+        way = f"check {RELEASE_VARIABLE} if it is set"
+        raise ValueError(f"{response.request.url} cannot be had, the server answers {status}: {way}")
     return response
 
 
@@ -380,7 +350,6 @@ def _tag_file(partial: Path) -> Path:
 
 
 def _from_url(url: str, partial: Path, size: int) -> None:
-    """Fetch `url` into `partial`, which may hold its beginning; a broken connection is resumed."""
     for attempt in range(ATTEMPTS):
         try:
             return _resume(url, partial, size)
@@ -411,23 +380,16 @@ def _resume(url: str, partial: Path, size: int) -> None:
             have, tag = 0, response.headers.get("ETag", "")
             # A weak tag does not promise the same bytes, so nothing can be resumed with it.
             tag_file.write_text("" if tag.startswith("W/") else tag)
-        _write(response, partial, have)
-
-
-def _write(response: httpx2.Response, partial: Path, have: int) -> None:
-    total = have + int(response.headers.get("Content-Length") or 0)
-    name = partial.name.removesuffix(".partial")
-    with (
-        open(partial, "r+b" if have else "wb") as file,
-        tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as bar,
-    ):
-        file.seek(have)
-        for chunk in response.iter_raw():
-            try:
-                file.write(chunk)
-            except OSError as error:
-                raise ValueError(f"{partial} cannot be written ({error.strerror or error})") from error
-            bar.update(len(chunk))
+        total, name = have + int(response.headers.get("Content-Length") or 0), partial.name.removesuffix(".partial")
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=name, dynamic_ncols=True)
+        with open(partial, "r+b" if have else "wb") as file, bar:
+            file.seek(have)
+            for chunk in response.iter_raw():
+                try:
+                    file.write(chunk)
+                except OSError as error:
+                    raise ValueError(f"{partial} cannot be written ({error.strerror or error})") from error
+                bar.update(len(chunk))
 
 
 # --- Reading of released weight files --------------------------------------------------------------------------------
@@ -451,9 +413,8 @@ def read_file(source: str | PathLike) -> Any:
     """
     path = Path(source)
     if not path.is_file():
-        raise ValueError(
-            f"{path} is not a file: correct the path, or fetch released weights with `mmaudio-hf weights download`"
-        )
+        way = "fetch released weights with `mmaudio-hf weights download`"
+        raise ValueError(f"{path} is not a file: correct the path, or {way}")
     try:
         if path.suffix == ".safetensors":
             check_file(path)
@@ -461,10 +422,9 @@ def read_file(source: str | PathLike) -> Any:
         # Only the zip format of torch.save can be memory-mapped; older files are read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
+        reason = "it is damaged or not a file of weights: download it again"
         if "global" in str(error).lower():
             reason = "it is a pickle that would run code, which is never done: use a file of tensors alone"
-        else:
-            reason = "it is damaged or not a file of weights: download it again"
         raise ValueError(f"{path} is refused: {reason}") from None  # torch's message recommends to run the code
     except OSError:
         raise

@@ -41,20 +41,10 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 def clip_config(vision_layers: int = 32, text_layers: int = 24) -> CLIPConfig:
     """Configuration of DFN5B ViT-H/14; fewer layers for tests."""
     shared = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 16}
-    text = {
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": TEXT_TOKENS,
-        "hidden_size": TEXT_DIM,
-        "intermediate_size": 4 * TEXT_DIM,
-        "num_hidden_layers": text_layers,
-    }
-    vision = {
-        "image_size": 378,
-        "patch_size": 14,
-        "hidden_size": 1280,
-        "intermediate_size": 4 * 1280,
-        "num_hidden_layers": vision_layers,
-    }
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": TEXT_TOKENS, "num_hidden_layers": text_layers}
+    text |= {"hidden_size": TEXT_DIM, "intermediate_size": 4 * TEXT_DIM}
+    vision = {"image_size": 378, "patch_size": 14, "num_hidden_layers": vision_layers}
+    vision |= {"hidden_size": 1280, "intermediate_size": 4 * 1280}
     return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=CLIP_DIM)
 
 
@@ -70,10 +60,8 @@ def load_empty_text(path: str | Path) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{path} holds a {type(value).__name__}, not text features: {DOWNLOAD_HINT}")
     if value.shape != (TEXT_TOKENS, TEXT_DIM) or not value.is_floating_point():
-        raise ValueError(
-            f"{path} holds {value.dtype} of shape {tuple(value.shape)}, not text features"
-            f" ({TEXT_TOKENS}, {TEXT_DIM}): {DOWNLOAD_HINT}"
-        )
+        what = f"{path} holds {value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"{what}, not text features ({TEXT_TOKENS}, {TEXT_DIM}): {DOWNLOAD_HINT}")
     if not value.isfinite().all():
         raise ValueError(f"{path} holds values that are not finite: {DOWNLOAD_HINT}")
     return value.float().clone()
@@ -133,17 +121,16 @@ class ClipEncoder(nn.Module):
         The patches of 14 pixels cover rows and columns 0 to 377; the rest is cut off, nothing is resized.
         """
         if frames.shape[-3:] != (3, CLIP_PIXELS, CLIP_PIXELS) or not frames.is_floating_point():
-            raise ValueError(
-                f"frames are {frames.dtype} of shape {tuple(frames.shape)}: give floats (..., 3, 384, 384) in [0, 1]"
-            )
+            what = f"{frames.dtype} of shape {tuple(frames.shape)}"
+            raise ValueError(f"frames are {what}: give floats (..., 3, 384, 384) in [0, 1]")
         size = self.image_size
         cut = frames[..., :size, :size].reshape(-1, 3, size, size)
-        features = [self._encode_images(batch) for batch in cut.split(self.batch_size)]
+        features = []
+        for batch in cut.split(self.batch_size):
+            pixels = ((batch - self.pixel_mean) / self.pixel_std).to(self.model.dtype)
+            pooled = self.model.get_image_features(pixel_values=pixels).pooler_output
+            features.append(F.normalize(pooled.float(), dim=-1))
         return torch.cat(features).view(*frames.shape[:-3], -1)
-
-    def _encode_images(self, frames: Tensor) -> Tensor:
-        pixels = ((frames - self.pixel_mean) / self.pixel_std).to(self.model.dtype)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, token_ids: Tensor) -> Tensor:
@@ -252,20 +239,12 @@ class ClipTokenizer:
 
     def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]):
         words = {word: index for word, index in vocabulary.items() if index < START_ID}
-        self.tokenizer = Tokenizer(
-            models.BPE(
-                vocab=words | {START: START_ID, END: END_ID},
-                merges=list(merges),
-                continuing_subword_prefix="",
-                end_of_word_suffix="</w>",
-            )
-        )
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        affixes: Any = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+        vocab = words | {START: START_ID, END: END_ID}
+        self.tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), **affixes))
+        split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+        symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, symbols])
         self.tokenizer.add_special_tokens([AddedToken(START, special=True), AddedToken(END, special=True)])
 
     @classmethod
@@ -279,10 +258,8 @@ class ClipTokenizer:
         else:
             vocabulary, merges = _read_folder(path if path.is_dir() else _download(str(source), revision))
         if sorted(vocabulary.values()) != list(range(VOCABULARY)) or len(merges) != MERGES:
-            raise ValueError(
-                f"{source} has {len(vocabulary)} tokens and {len(merges)} merges; "
-                f"the byte-pair table of CLIP has {VOCABULARY} and {MERGES}"
-            )
+            has = f"{source} has {len(vocabulary)} tokens and {len(merges)} merges"
+            raise ValueError(f"{has}; the byte-pair table of CLIP has {VOCABULARY} and {MERGES}")
         return cls(vocabulary, merges)
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:

@@ -148,7 +148,10 @@ class AudioPlacement:
         (position, samples), (silence, earlier) = held, self._placed
         offset = 0 if position is None else position - self.count
         after = offset if following is None else following - self.count - samples.size
-        moved = offset * after > 0 and self._is_off(min(offset, after, key=abs))
+        least = min(offset, after, key=abs)
+        # A lead and jitter that are each left alone may be 30 ms together.
+        together = abs(least + self._lead) > _MAX_JITTER * self.rate
+        moved = offset * after > 0 and abs(least) >= (self._settled if together else self._limit)
         self._limit = self._settled if moved else self._jitter
         hole = offset if moved and offset > 0 else 0
         if moved and offset < 0:
@@ -159,11 +162,6 @@ class AudioPlacement:
         self.count += hole + samples.size
         self._placed = hole, samples
         return silence, earlier
-
-    def _is_off(self, offset: int) -> bool:
-        # A lead and jitter that are each left alone may be 30 ms together.
-        together = abs(offset + self._lead) > _MAX_JITTER * self.rate
-        return abs(offset) >= (self._settled if together else self._limit)
 
 
 class AudioTrack:
@@ -183,7 +181,10 @@ class AudioTrack:
     def decode(self, packet: "av.Packet[AudioStream]") -> list[av.AudioFrame]:
         """The frames of a packet, [] where it cannot be decoded. MediaError for an encrypted file."""
         check_not_encrypted(self.path, packet)
-        head = self._fixed_header(packet)
+        # What all frames of a raw file begin with: of mp3 sync word, version and layer, of aac the sample rate too.
+        head = bytes(memoryview(packet)[:3]) if self.is_raw else b""
+        if self.container.format.name == "mp3":
+            head = bytes([*head[:1], *(byte | 1 for byte in head[1:2])])
         try:
             frames = packet.decode()
         except (av.error.FFmpegError, OSError) as error:
@@ -205,11 +206,6 @@ class AudioTrack:
             return []
         self.damage = self.damage or (problem if frames else "")
         return [] if other_rate else frames
-
-    def _fixed_header(self, packet: av.Packet) -> bytes:
-        """What all frames of a raw file begin with: of mp3 sync word, version and layer, of aac the sample rate too."""
-        head = bytes(memoryview(packet)[:3]) if self.is_raw else b""
-        return bytes([*head[:1], *(byte | 1 for byte in head[1:2])]) if self.container.format.name == "mp3" else head
 
     def is_end(self, error: Exception) -> bool:
         """Whether an error of reading means no more than a rest that is too short for a frame."""

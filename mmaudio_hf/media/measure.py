@@ -11,7 +11,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +53,6 @@ _ROUNDING = Fraction(2, 1000)  # s, by which containers that count milliseconds 
 
 
 class _FramePacket(NamedTuple):
-    """A packet of the video track that is shown."""
-
     time: Fraction  # s
     size: int  # bytes
     key: bool
@@ -162,11 +160,9 @@ class _VideoTrack:
         intervals = sorted(b - a for a, b in itertools.pairwise(times))
         if intervals:
             usual = intervals[len(intervals) // 2]
-            limit = max(_UNEVEN * usual, _ROUNDING)
+            uneven = sum(abs(value - usual) > max(_UNEVEN * usual, _ROUNDING) for value in intervals)
             figures["fps"] = _rounded(len(intervals) / (times[-1] - times[0])) if times[-1] > times[0] else None
-            figures["uneven_intervals"] = _rounded(
-                Fraction(sum(abs(value - usual) > limit for value in intervals), len(intervals))
-            )
+            figures["uneven_intervals"] = _rounded(Fraction(uneven, len(intervals)))
         return figures | {
             "video_start": _rounded(times[0]),
             "video_duration": _rounded(self.end - times[0]),
@@ -220,12 +216,11 @@ class _AudioLevel:
             self.rate, self.channels = frame.sample_rate, frame.layout.nb_channels
             self.start = seconds(frame.pts, frame.time_base) or Fraction(0)
         channels = channel_samples(frame)
-        level = np.abs(channels)
         mono = channels.mean(axis=0, dtype=np.float32)
         for _ in track.add(frame, mono):
             pass  # for its counts alone: levels hardly depend on where a hole is
         self.peak = float(np.maximum(self.peak, np.abs(mono).max(initial=0)))  # keeps NaN
-        clipped = (level >= CLIPPED).mean(axis=0, dtype=np.float32)
+        clipped = (np.abs(channels) >= CLIPPED).mean(axis=0, dtype=np.float32)
         self.rest = np.concatenate([self.rest, [mono, clipped]], axis=1)
         if self.rest.shape[1] >= self.rate:
             self._reduce()
@@ -278,10 +273,9 @@ class _AudioLevel:
         """Peak of the whole track; level, silence and clipping from `begin` on."""
         assert self.start is not None
         self._reduce()  # less than a block at the end is left out
-        power, clipped = np.concatenate(self.power), np.concatenate(self.clipped)
         first = int((begin - self.start) / _BLOCK)
         last = None if duration is None else first + int(duration / _BLOCK)
-        power, clipped = (values[first:last] for values in (power, clipped))
+        power, clipped = (np.concatenate(values)[first:last] for values in (self.power, self.clipped))
         if not len(power) or not np.isfinite(self.peak):
             return {}
         quiet = power < 10 ** (SILENT_DBFS / 10)
@@ -294,8 +288,7 @@ class _AudioLevel:
 
 
 def _movement(path: str | os.PathLike, samples: _Samples) -> dict[str, Any]:
-    """How much the sampled frames differ, what they look like, and how the file asks to rotate them."""
-    cells, small_frames, interlaced, rotation = [], [], False, None
+    cells, thumbnails, interlaced, rotation = [], [], False, None
     figures: dict[str, Any] = {}
     try:
         for number, frame in enumerate(_sampled(path, samples)):
@@ -304,7 +297,10 @@ def _movement(path: str | os.PathLike, samples: _Samples) -> dict[str, Any]:
             small = frame.reformat(width=CELLS, height=CELLS, format="gray", interpolation="AREA")
             cells.append(small.to_ndarray().astype(np.int16))
             if number % 2 == 0:  # the first of each quarter
-                small_frames.append(_thumbnail(frame, rotation))
+                height = _THUMBNAIL_HEIGHT
+                width = min(2 * height, max(height // 2, round(height * frame.width / frame.height)))
+                rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+                thumbnails.append(Image.fromarray(rgb).rotate(rotation, expand=True))
             if frame.is_corrupt:
                 figures["damage"] = f"the frame at {frame.time:.2f} s is damaged"
     except (av.error.FFmpegError, OSError, MediaError) as error:
@@ -314,27 +310,14 @@ def _movement(path: str | os.PathLike, samples: _Samples) -> dict[str, Any]:
     if cells:
         figures["still_fraction"] = _rounded((changes <= STILL_CHANGE).mean()) if len(changes) else 1.0
         figures["largest_change"] = _rounded(changes.max(initial=0))
-        figures["thumbnails"] = _strip(small_frames)
+        size, left = (sum(image.width for image in thumbnails), max(image.height for image in thumbnails)), 0
+        strip, buffer = Image.new("RGB", size), io.BytesIO()
+        for image in thumbnails:
+            strip.paste(image, (left, 0))
+            left += image.width
+        strip.save(buffer, "JPEG", quality=60)  # about 5 kB
+        figures["thumbnails"] = base64.b64encode(buffer.getvalue()).decode()
     return figures
-
-
-def _thumbnail(frame: av.VideoFrame, rotation: int) -> Image.Image:
-    height = _THUMBNAIL_HEIGHT
-    width = min(2 * height, max(height // 2, round(height * frame.width / frame.height)))
-    rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
-    return Image.fromarray(rgb).rotate(rotation, expand=True)
-
-
-def _strip(images: Sequence[Image.Image]) -> str:
-    """The images side by side, as base64 of a JPEG of about 5 kB."""
-    strip = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
-    for image in images:
-        strip.paste(image, (left, 0))
-        left += image.width
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=60)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _sampled(path: str | os.PathLike, samples: _Samples) -> Iterator[av.VideoFrame]:

@@ -61,7 +61,8 @@ def write_video_with_audio(
             frames = packets(source, video, target, start, length)  # adds its stream, before the first packet
             stream = target.add_stream("aac", rate=sample_rate, layout=audio.layout.name)
             assert isinstance(stream, AudioStream)
-            for packet in heapq.merge(frames, _encoded_audio(stream, audio), key=_packet_time):
+            encoded = (packet for frame in (audio, None) for packet in stream.encode(frame))
+            for packet in heapq.merge(frames, encoded, key=_packet_time):
                 target.mux(packet)
         return copy
     except av.error.FFmpegError as error:
@@ -80,12 +81,7 @@ def _packet_time(packet: av.Packet) -> Fraction:
 def _copied(
     source: InputContainer, video: VideoStream, target: OutputContainer, start: Fraction, length: Fraction
 ) -> Iterator[av.Packet]:
-    """Add the stream; the source's packets moved to start at 0."""
-    stream = target.add_stream_from_template(video)
-    return _moved([packet for packet in source.demux(video) if packet.size], stream, start, length)
-
-
-def _moved(packets: list[av.Packet], stream: VideoStream, start: Fraction, length: Fraction) -> Iterator[av.Packet]:
+    stream, packets = target.add_stream_from_template(video), [packet for packet in source.demux(video) if packet.size]
     shown = [packet.pts or 0 for packet in packets]  # all have one: `VideoExtent.has_timestamps`
     decoded = [packet.dts for packet in packets if packet.dts is not None]
     if len(decoded) < len(packets):
@@ -93,12 +89,16 @@ def _moved(packets: list[av.Packet], stream: VideoStream, start: Fraction, lengt
         order = sorted(shown)
         delay = max(early - time for early, time in zip(order, shown, strict=True))
         decoded = [early - delay for early in order]
-    for packet, pts, dts in zip(packets, shown, decoded, strict=True):
-        shift = round(start / packet.time_base)
-        # By decoding time: a frame shown after the end may be needed by one shown before it.
-        if (dts - shift) * packet.time_base < length:
-            packet.pts, packet.dts, packet.stream = pts - shift, dts - shift, stream
-            yield packet
+
+    def moved() -> Iterator[av.Packet]:
+        for packet, pts, dts in zip(packets, shown, decoded, strict=True):
+            shift = round(start / packet.time_base)
+            # By decoding time: a frame shown after the end may be needed by one shown before it.
+            if (dts - shift) * packet.time_base < length:
+                packet.pts, packet.dts, packet.stream = pts - shift, dts - shift, stream
+                yield packet
+
+    return moved()
 
 
 def _encoded(
@@ -123,8 +123,3 @@ def _encoded(
         yield from stream.encode(None)
 
     return packets()
-
-
-def _encoded_audio(stream: AudioStream, audio: av.AudioFrame) -> Iterator[av.Packet]:
-    yield from stream.encode(audio)
-    yield from stream.encode(None)

@@ -139,7 +139,6 @@ class MemoryEstimate:
 
 
 def _pinned(size: int) -> int:
-    """Bytes that `size` bytes of pinned memory take: full blocks, and what is left rounded up to a power of two."""
     blocks, rest = divmod(size, BLOCK_BYTES)
     return blocks * BLOCK_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
 
