@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from huggingface_hub import snapshot_download
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation import av_bench_job
-from mmaudio_hf.evaluation.metrics import AESTHETICS, FILES, Score, score_caches
+from mmaudio_hf.evaluation.metrics import FILES, METRICS, TRUTH_FILES, Score, score_caches
 from mmaudio_hf.evaluation.results import digest, gather_results, on_main, read_key, write_key
 from mmaudio_hf.evaluation.samples import HeldOutItems
-from mmaudio_hf.files import write_text
+from mmaudio_hf.files import read_json, replacing, write_text
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import sparse_frames
@@ -50,12 +51,6 @@ _LINES_SHOWN = 3  # of what it printed last
 _PRINTED = "; it printed last: "
 _LOG_BYTES = 4_000_000
 _REPEATS = 10_000  # lines that were printed before, without a new one: av-benchmark's readers retry without end
-
-# Caches of features of audio, by the metrics that read them.
-_BASE_FILES = ("pann_features.pth", "vggish_features.pth", "passt_features_embed.pth", "passt_logits.pth")
-_VIDEO_FILES = ("imagebind_audio.pth", "synchformer_audio.pth")
-_CLAP_FILES = ("clap_laion_audio.pth", "clap_ms_audio.pth")
-_TEXT_TRUTH, _VIDEO_TRUTH = ("clap_laion_text.pth", "clap_ms_text.pth"), ("imagebind_video.pth",)
 FRAME_PERIOD = 2.0  # s between the frames that ImageBind sees
 
 
@@ -159,12 +154,9 @@ class AvBench:
             job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
             words = [self.python or sys.executable, av_bench_job.__file__, str(job_file), str(result_file)]
             how, last = _watched(words, _environment(device, not self.python), log, self.stall_minutes)
-            try:
-                result = json.loads(result_file.read_text())
-            except (OSError, ValueError):
-                result = {"error": f"its process {how} without a result"}
+            result = read_json(result_file) or {"error": f"its process {how} without a result"}
         if "error" in result:
-            raise JobError(f"{result['error']}{_last_lines(last)}", result.get("kind", ""))
+            raise JobError(result["error"] + (_PRINTED + " | ".join(last) if last else ""), result.get("kind", ""))
         return result["ok"]
 
 
@@ -201,8 +193,13 @@ def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> 
 
 def feature_files(video: bool, clap: bool, aesthetics: bool = False) -> list[str]:
     """Names of the files that extraction writes."""
-    more = [*(_VIDEO_FILES if video else ()), *(_CLAP_FILES if clap else ())]
-    return [*_BASE_FILES, *more, *([AESTHETICS] if aesthetics else ())]
+    wanted = {"ib": video, "desync": video, "clap": clap, "aesthetics": aesthetics}
+    return list(dict.fromkeys(FILES[name] for name, (family, *_) in METRICS.items() if wanted.get(family, True)))
+
+
+def _truth_files(family: str) -> list[str]:
+    """Caches of video or text that a family of scores is computed with."""
+    return [TRUTH_FILES[FILES[name]] for name, (kind, *_) in METRICS.items() if kind == family]
 
 
 def _environment(device: torch.device | None, same: bool) -> dict[str, str]:
@@ -217,91 +214,52 @@ def _environment(device: torch.device | None, same: bool) -> dict[str, str]:
     return kept | {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
-def _watched(words: list[str], env: dict[str, str], log: Path | None, minutes: float) -> tuple[str, list[bytes]]:
+def _watched(words: list[str], env: dict[str, str], log: Path | None, minutes: float) -> tuple[str, list[str]]:
     """Run a program with nothing to read on its stdin; return how it ended, and the last lines it printed.
 
-    It is ended with its children when nothing new is printed for `minutes`, or the same lines again and again.
+    What it prints goes to `log`, every line once, so that a loop of errors does not fill the disk. It is ended with its
+    children when nothing new is printed for `minutes`, or the same lines again and again.
     """
-    try:
-        # A session of its own: a Ctrl-C in the terminal reaches this process alone, which ends the other.
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
+    pipe, pipes = subprocess.PIPE, {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    try:  # a session of its own: a Ctrl-C in the terminal reaches this process alone, which ends the other
+        process = subprocess.Popen(words, stdout=pipe, env=env, start_new_session=True, **pipes)  # type: ignore
     except OSError as error:  # as a text file without a shebang
         raise RunError(f"{words[0]} cannot be run: {error.strerror or error}") from error
-    output = _Output(log)
+    seen: set[int] = set()
+    last: deque[bytes] = deque(maxlen=_LINES_SHOWN)
+    rest, repeats, done, stalled, progress = b"", 0, False, "", time.monotonic()
     try:
-        with process.stdout as pipe:  # type: ignore[union-attr]  # it is a pipe, as asked
-            stalled = _follow(process, pipe.fileno(), output, minutes)
+        with process.stdout as output, open(log or os.devnull, "wb") as file:
+            while not (done or stalled):
+                if select.select([output], [], [], 0.2)[0]:
+                    data = os.read(output.fileno(), 1 << 16)
+                    done = not data
+                else:
+                    data, done = b"", process.poll() is not None
+                # Progress bars end with \r; the last line may have no end.
+                *lines, rest = (rest + (b"\n" if done else data)).replace(b"\r", b"\n").split(b"\n")
+                for line in filter(None, map(bytes.strip, lines)):
+                    last.append(line)
+                    repeats += 1
+                    if hash(line) not in seen:
+                        seen.add(hash(line))
+                        repeats, progress = 0, time.monotonic()
+                        file.write(line + b"\n" if file.tell() < _LOG_BYTES else b"")
+                file.flush()
+                if repeats > _REPEATS:
+                    stalled = "printed the same lines again and again"
+                elif time.monotonic() - progress > 60 * minutes:
+                    stalled = f"made no progress for {minutes:g} minutes"
+        if not stalled:
+            with suppress(subprocess.TimeoutExpired):  # one that closes its output and stays is ended
+                process.wait(timeout=60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
-        output.close()
     ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-    return f"was ended, since it {stalled}," if stalled else ended, list(output.last)
-
-
-class _Output:
-    """What a program prints, to a file: every line once, so that a loop of errors does not fill the disk."""
-
-    def __init__(self, log: Path | None):
-        self._file = open(log or os.devnull, "wb")  # noqa: SIM115  # closed by `close`
-        self._seen: set[int] = set()
-        self._rest, self.repeats, self._size = b"", 0, 0
-        self.last: deque[bytes] = deque(maxlen=_LINES_SHOWN)
-
-    def add(self, data: bytes) -> bool:
-        """Whether there is a line among them that is new."""
-        *lines, self._rest = (self._rest + data.replace(b"\r", b"\n")).split(b"\n")  # progress bars end with \r
-        new = False
-        for line in filter(None, map(bytes.strip, lines)):
-            self.last.append(line)
-            if hash(line) in self._seen:
-                self.repeats += 1
-                continue
-            self._seen.add(hash(line))
-            new, self.repeats = True, 0
-            if self._size < _LOG_BYTES:
-                self._file.write(line + b"\n")
-                self._size += len(line) + 1
-        self._file.flush()
-        return new
-
-    def close(self) -> None:
-        self.add(b"\n")
-        self._file.close()
-
-
-def _follow(process: subprocess.Popen, pipe: int, output: _Output, minutes: float) -> str:
-    """Read what a process prints until it ends, or until it makes no progress: why, then."""
-    progress = time.monotonic()
-    while True:
-        readable, _, _ = select.select([pipe], [], [], 0.2)
-        if readable:
-            data = os.read(pipe, 1 << 16)
-            if not data:
-                with suppress(subprocess.TimeoutExpired):  # one that closes its output and stays is ended
-                    process.wait(timeout=60)
-                return ""
-            if output.add(data):
-                progress = time.monotonic()
-        elif process.poll() is not None:
-            return ""
-        if output.repeats > _REPEATS:
-            return "printed the same lines again and again"
-        if time.monotonic() - progress > 60 * minutes:
-            return f"made no progress for {minutes:g} minutes"
-
-
-def _last_lines(lines: Sequence[bytes]) -> str:
-    shown = ["".join(c for c in line.decode(errors="replace") if c.isprintable())[:200] for line in lines]
-    return _PRINTED + " | ".join(shown) if shown else ""
+    shown = ["".join(c for c in line.decode(errors="replace") if c.isprintable())[:200] for line in last]
+    return f"was ended, since it {stalled}," if stalled else ended, shown
 
 
 def merge_caches(
@@ -323,9 +281,8 @@ def merge_caches(
             failed[name] = f"{folder / name}, which av-benchmark wrote, cannot be read: {error}"
             continue
         lacking[name] = [item_id for item_id in ids if item_id not in features]
-        partial = into / f"{name}.partial"
-        torch.save({item_id: features[item_id] for item_id in ids if item_id in features}, partial)
-        partial.replace(into / name)
+        with replacing(into / name) as incomplete:
+            torch.save({item_id: features[item_id] for item_id in ids if item_id in features}, incomplete)
     return lacking, failed
 
 
@@ -334,13 +291,6 @@ def merge_caches(
 
 AV_BENCH = "av-benchmark"  # in `not_computed`
 NO_FEATURES = "av-benchmark gave no features"
-
-# Caches of the ground truth that some families of scores need.
-_TRUTH_FILES = {
-    "ib": ("imagebind_video.pth",),
-    "desync": ("synchformer_video.pth",),
-    "clap": ("clap_laion_text.pth", "clap_ms_text.pth"),
-}
 
 
 def av_bench_problem(recipe: Recipe, log: Callable[[str], None]) -> str | None:
@@ -435,19 +385,19 @@ class PublishedScores:
         families, lacking = on_main(lambda: self._families(truth, failed))
         if not families:
             return {}, lacking
-        kinds = {"video": bool({"ib", "desync"} & set(families)), "clap": "clap" in families}
-        kinds["aesthetics"] = "aesthetics" in families
-        shares = _Shares(work / "cache", ids, feature_files(**kinds), read_key(work) or "")
-        missing, broken = shares.make(lambda share, mine: self._extract(work / "clips", share, mine, kinds))
-        scores, not_computed = on_main(lambda: self._compare(truth, work / "cache", families, missing, failed | broken))
+        kinds = {"video": bool({"ib", "desync"} & set(families))}
+        kinds |= {kind: kind in families for kind in ("clap", "aesthetics")}
+        extract = partial(self._extract, work / "clips", kinds)
+        cache, files = work / "cache", feature_files(**kinds)
+        missing, broken = _extract_shared(cache, ids, files, read_key(work) or "", extract)
+        scores, not_computed = on_main(lambda: self._compare(truth, cache, families, missing, failed | broken))
         return scores, lacking | not_computed
 
     def _families(self, truth: Path, failed: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Families of scores that the truth allows, and why it does not others."""
-        names = {path.name for path in truth.glob("*.pth")}
         lacking: dict[str, str] = {}
-        for family, files in _TRUTH_FILES.items():
-            absent = [name for name in files if name not in names]
+        for family in ("ib", "desync", "clap"):
+            absent = [name for name in _truth_files(family) if not (truth / name).is_file()]
             if family in self.metrics and absent:
                 where, key = self.source or "what the stores give", f"evaluation.truth.{self.split}"
                 why = "".join(f" ({failed[name]})" for name in absent[:1] if name in failed)
@@ -463,24 +413,21 @@ class PublishedScores:
         failed: dict[str, str] = {}
         audio_alone = {"video": False, "clap": False}
         if clips is not None:
-            shares = _Shares(truth, ids, feature_files(**audio_alone), self._key)
-            _, failed = shares.make(lambda share, mine: self._extract(clips, share, mine, audio_alone))
+            extract = partial(self._extract, clips, audio_alone)
+            failed = _extract_shared(truth, ids, feature_files(**audio_alone), self._key, extract)[1]
         complete = clips is not None and not failed
+        videos, text = self.recipe.evaluation.videos, self._extract_text
         if "clap" in self.metrics:
-            shares = _Shares(truth, ids, _TEXT_TRUTH, f"text {self._key}")
-            failed |= shares.make(self._extract_text)[1]
-        if "ib" in self.metrics and (videos := self.recipe.evaluation.videos):
-            shares = _Shares(truth, ids, _VIDEO_TRUTH, f"video {videos} {self._key}")
-            failed |= shares.make(self._extract_video)[1]
+            failed |= _extract_shared(truth, ids, _truth_files("clap"), f"text {self._key}", text)[1]
+        if "ib" in self.metrics and videos:
+            key = f"video {videos} {self._key}"
+            failed |= _extract_shared(truth, ids, _truth_files("ib"), key, self._extract_video)[1]
         on_main(lambda: self._complete_truth(truth, ids, complete))
         return failed
 
     def _complete_truth(self, truth: Path, ids: Sequence[str], complete: bool) -> None:
-        """Add the sync features of the stores; record whose true audio has features now, and delete the audio.
-
-        Sync features of stores are Synchformer's, unless they are toy ones.
-        """
-        if "desync" in self.metrics and self.recipe.encoders.kind != "toy":
+        """Add the sync features of the stores; record whose true audio has features now, and delete the audio."""
+        if "desync" in self.metrics and self.recipe.encoders.kind != "toy":  # whose are not Synchformer's
             features = {i: self.items.of(i).request.sync_features for i in ids}
             shape = (-1, SYNC_TOKENS_PER_SEGMENT)
             cache = {i: tokens.unflatten(0, shape) for i, tokens in features.items() if tokens is not None}
@@ -492,7 +439,7 @@ class PublishedScores:
             if list(ids) == self.items.ids:
                 write_key(self.folder, self._key)
 
-    def _extract(self, clips: Path, share: Path, ids: Sequence[str], kinds: Mapping[str, bool]) -> dict[str, str]:
+    def _extract(self, clips: Path, kinds: Mapping[str, bool], share: Path, ids: Sequence[str]) -> dict[str, str]:
         """Extract the features of some clips to `share`/cache. The extractor takes whole folders, so links make one."""
         shutil.rmtree(share / "audio", ignore_errors=True)
         (share / "audio").mkdir(parents=True)
@@ -505,9 +452,7 @@ class PublishedScores:
         """CLAP features of the captions of some items."""
         share.mkdir(parents=True, exist_ok=True)
         (share / "captions.json").write_text(json.dumps({i: self.items.of(i).caption for i in ids}))
-        return self._condition(
-            {"action": "text", "captions": str(share.resolve() / "captions.json")}, share, _TEXT_TRUTH
-        )
+        return self._condition({"action": "text", "captions": str(share.resolve() / "captions.json")}, share, "clap")
 
     def _extract_video(self, share: Path, ids: Sequence[str]) -> dict[str, str]:
         """ImageBind features of the videos of some items; a video that is missing or cannot be read is left out."""
@@ -519,13 +464,13 @@ class PublishedScores:
                 torch.save(sparse_frames(path, FRAME_PERIOD, count), share / "frames" / f"{item_id}.pt")
             except MediaError as error:
                 print(f"warning: {error}", file=sys.stderr)
-        return self._condition({"action": "video", "frames": str(share.resolve() / "frames")}, share, _VIDEO_TRUTH)
+        return self._condition({"action": "video", "frames": str(share.resolve() / "frames")}, share, "ib")
 
-    def _condition(self, job: dict[str, Any], share: Path, files: Sequence[str]) -> dict[str, str]:
+    def _condition(self, job: dict[str, Any], share: Path, family: str) -> dict[str, str]:
         try:
             return self.av_bench.features(job, share / "cache", self.recipe.model.duration, PartialState().device)
         except RunError as error:  # costs these scores alone
-            return dict.fromkeys(files, str(error))
+            return dict.fromkeys(_truth_files(family), str(error))
 
     def _compare(
         self,
@@ -537,10 +482,10 @@ class PublishedScores:
     ) -> tuple[dict[str, Score], dict[str, str]]:
         """Scores, with the clips that have no features among the dropped ones, and what could not be computed."""
         sync_weights = self.av_bench.weights_dir / SYNCHFORMER_FILE if "desync" in families else None
-        device = PartialState().device
+        options: Any = {"sync_weights": sync_weights, "device": PartialState().device, "families": families}
         truth = cache if set(families) == {"aesthetics"} else truth  # which needs none
         try:
-            scores = score_caches(truth, cache, sync_weights=sync_weights, device=device, families=families)
+            scores = score_caches(truth, cache, **options)
         except ValueError as error:
             raise RunError(f"{error}{''.join(f'; {name}: {why}' for name, why in failed.items())}") from error
         for name, score in scores.items():
@@ -549,47 +494,35 @@ class PublishedScores:
         return dict(scores), {name: failed.get(FILES[name], why) for name, why in scores.not_computed.items()}
 
 
-class _Shares:
-    """Caches that all processes make together: each those of its share of `ids`, which are then merged in `cache`.
+def _extract_shared(
+    cache: Path, ids: Sequence[str], files: Sequence[str], key: str, extract: Callable[[Path, Sequence[str]], dict]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Let each process `extract` (folder, ids) its share of `ids`, and merge them in `cache`.
 
     What was written for the same `key` and ids is used again: an evaluation that was killed continues.
+    Returns ids without features, and failures, by file.
     """
+    state, key = PartialState(), digest({"key": key, "files": list(files)}, *ids)
+    folder = cache.with_name(f"shares_{key[:8]}")
+    record = cache / f"{folder.name}.json"
+    if known := on_main(lambda: read_json(record)):
+        return known, {}
+    mine = ids[state.process_index :: state.num_processes]
+    share = folder / f"{state.process_index}_of_{state.num_processes}"
+    outcomes = gather_results(lambda: extract(share, mine) if mine else {})
+    failed = {name: why for outcome in outcomes for name, why in outcome.items()}
 
-    def __init__(self, cache: Path, ids: Sequence[str], files: Sequence[str], key: str):
-        self.cache, self.ids, self.files = cache, ids, files
-        self.key = digest({"key": key, "files": list(files)}, *ids)
-        self.folder = cache.with_name(f"shares_{self.key[:8]}")
-
-    def make(
-        self, extract: Callable[[Path, Sequence[str]], dict[str, str]]
-    ) -> tuple[dict[str, list[str]], dict[str, str]]:
-        """Let each process `extract` (folder, ids) its share. Returns ids without features, and failures, by file."""
-        state, record = PartialState(), self.cache / f"{self.folder.name}.json"
-        if known := on_main(lambda: _read_json(record) if record.is_file() else None):
-            return known, {}
-        mine = self.ids[state.process_index :: state.num_processes]
-        share = self.folder / f"{state.process_index}_of_{state.num_processes}"
-        outcomes = gather_results(lambda: extract(share, mine) if mine else {})
-        failed = {name: why for outcome in outcomes for name, why in outcome.items()}
-        return on_main(lambda: self._merge(record, failed))
-
-    def _merge(self, record: Path, failed: dict[str, str]) -> tuple[dict[str, list[str]], dict[str, str]]:
-        folders = sorted(self.folder.glob(f"*_of_{PartialState().num_processes}/cache"))
-        rest = [name for name in self.files if name not in failed]
+    def merge() -> tuple[dict[str, list[str]], dict[str, str]]:
         for name in failed:  # of an earlier evaluation
-            (self.cache / name).unlink(missing_ok=True)
-        missing, damaged = merge_caches(folders, self.cache, rest, self.ids)
-        failed |= damaged
-        if not failed:
+            (cache / name).unlink(missing_ok=True)
+        folders = sorted(folder.glob(f"*_of_{state.num_processes}/cache"))
+        missing, damaged = merge_caches(folders, cache, [name for name in files if name not in failed], ids)
+        if not failed | damaged:
             write_text(record, json.dumps(missing))
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return missing, failed
+        shutil.rmtree(folder, ignore_errors=True)
+        return missing, failed | damaged
 
-
-def _read_json(path: Path) -> Any:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
-    return None
+    return on_main(merge)
 
 
 def hub_truth(source: str) -> tuple[str, str | None, str] | None:

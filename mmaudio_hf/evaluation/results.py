@@ -62,11 +62,6 @@ def write_key(folder: Path, key: str) -> None:
     write_text(folder / "key.json", json.dumps(key))
 
 
-def write_scores(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one file of scores."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def read_scores(path: str | PathLike) -> dict[str, Any]:
     """One file of scores. ValueError when it is something else."""
     try:

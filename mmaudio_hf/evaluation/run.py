@@ -45,7 +45,6 @@ from mmaudio_hf.evaluation.results import (
     scores_file,
     with_intervals,
     write_key,
-    write_scores,
 )
 from mmaudio_hf.evaluation.samples import REFERENCE, HeldOutItems, decoding_pipeline, generate_items
 from mmaudio_hf.features.encoders import check_encoders, decoder_fingerprint
@@ -163,8 +162,9 @@ class SplitEvaluator:
 
         On the main process, which alone changes the folder: clips in it that belong to something else are removed.
         """
-        settings, inputs = self.recipe.evaluation, self._inputs()
-        clips_key = digest(inputs, network_hash(model))
+        settings, decoder = self.recipe.evaluation, decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
+        origin = {"decoder": decoder, "stores": [_store_hash(path) for path in self.items.paths]}
+        clips_key = digest({"settings": self.recipe.generation_settings, **origin}, network_hash(model))
         truth = getattr(settings.truth, self.split)
         # Caches that were added to a folder allow more scores; the Hub's come with a revision.
         caches = sorted(Path(truth).glob("*.pth")) if truth else ()
@@ -173,7 +173,7 @@ class SplitEvaluator:
         if self._categories:
             requested["categories"] = {name: sorted(ids) for name, ids in self._categories.items()}
         scores_key = digest(requested, clips_key, *self.items.ids)
-        keys = {"truth": {name: inputs[name] for name in ("decoder", "stores")}, "scores": scores_key}
+        keys = {"truth": origin, "scores": scores_key}
         with suppress(ValueError):  # none, or of another version
             earlier = read_scores(path)
             unreadable = UNREADABLE in {entry["reason"] for entry in earlier["items"]["dropped"]}
@@ -185,12 +185,6 @@ class SplitEvaluator:
         (work / "clips").mkdir(parents=True, exist_ok=True)
         write_key(work, clips_key)
         return None, keys, self._problem
-
-    def _inputs(self) -> dict[str, Any]:
-        """Everything besides the weights that a clip depends on."""
-        decoder = decoder_fingerprint(self.recipe.encoders, self.recipe.model.mode)
-        stores = [_store_hash(path) for path in self.items.paths]
-        return {"settings": self.recipe.generation_settings, "decoder": decoder, "stores": stores}
 
     def _generate_and_score(
         self, model: MMAudio, ids: Sequence[str], work: Path, truth: Path | None
@@ -268,14 +262,10 @@ class SplitEvaluator:
             "categories": category_scores(scores, self._categories),
             "key": key,
         }
-        names = [name for name, score in scores.items() if score.items]
-        lines = []
-        for item_id in clips:
-            each = {name: scores[name].items[item_id] for name in names if item_id in scores[name].items}
-            lines.append(json.dumps({"id": item_id, **each}) + "\n")
+        lines = [{"id": i} | {name: s.items[i] for name, s in scores.items() if i in s.items} for i in clips]
         clips_file = path.with_suffix(".clips.jsonl")
-        write_text(clips_file, "".join(lines))
-        write_scores(path, content)
+        write_text(clips_file, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return content | {"clips": str(clips_file)}
 
 
