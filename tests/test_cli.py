@@ -213,7 +213,7 @@ def test_codes_are_those_of_the_page(end, code, monkeypatch, capsys):
         if end is not None:
             raise end
 
-    monkeypatch.setattr("mmaudio_hf.cli.weights._weights_list", command)
+    monkeypatch.setattr("mmaudio_hf.cli.hub._weights_list", command)
     assert main(["weights", "list"]) == code
     assert len(capsys.readouterr().err.splitlines()) == (code != 0)
     assert f"\n| {code} | " in (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mmaudio_hf.cli import generation, hub, media, store, training, weights
+from mmaudio_hf.cli import generation, hub, media, store, training
 from mmaudio_hf.schema import RunError
 
 COMMANDS = (  # in the order of --help
     *(training.add_example_command, media.add_audit_commands, media.add_commands, store.add_commands),
     *(training.add_commands, training.add_run_commands, hub.add_commands, generation.add_commands),
-    *(generation.add_evaluation_commands, weights.add_commands, training.add_bench_commands),
+    *(generation.add_evaluation_commands, hub.add_weight_commands, training.add_bench_commands),
 )
 
 EXAMPLES = {  # command -> arguments, for its --help

@@ -1,8 +1,10 @@
-"""Commands that exchange runs with the Hub, and what connects training with it."""
+"""Commands for runs on the Hub, released weights and the reference's checkpoints; what connects training with the Hub."""
 
 import argparse
 import contextlib
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -74,22 +76,27 @@ def repository_of(text: str) -> str:
 
 
 def _push(options: argparse.Namespace) -> None:
-    hub = _hub_settings(options.run)
+    from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
+
+    run_dir = find_source(options.run)[1]
+    has_recipe = run_dir is not None and (run_dir / "config.yaml").is_file()
+    hub = load_recipe(run_dir / "config.yaml").hub if run_dir and has_recipe else HubConfig()
     if not (options.repo or hub.repo_id):
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
     repo = repository_of(options.repo or hub.repo_id)
     from mmaudio_hf.hub import RepoContents, ensure_repository, read_contents, readable
     from mmaudio_hf.hub.cards import add_card, run_samples
-    from mmaudio_hf.hub.runs import STATE, find_source, plan_push, push, staged, table
 
     what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
     with staged(options.run, what) as (folder, step):
-        run_dir, samples = find_source(options.run)[1], options.samples or hub.samples
+        samples = options.samples or hub.samples
         own = run_dir is not None and (folder / "config.json").is_file() and run_samples(run_dir, folder)
         if own and not samples:
             print("samples of the run and their captions are not pushed: --samples or hub.samples=true pushes them")
-        elif own and not (options.yes or options.dry_run):
-            _ask(f"send {len(own)} items of your data to {repo}, generated and true audio with captions?")
+        elif own and not (options.yes or options.dry_run) and sys.stdin.isatty():
+            question = f"send {len(own)} items of your data to {repo}, generated and true audio with captions? [y/N] "
+            if input(question).strip().lower() not in ("y", "yes"):
+                raise ValueError("nothing is sent: push without --samples, and with hub.samples=false in the recipe")
         if options.dry_run:
             contents = find_for_push(repo, dry_run=True) or RepoContents(repo, "", {})
         else:
@@ -111,12 +118,6 @@ def _push(options: argparse.Namespace) -> None:
             print(f"{contents.url}: commit {push(plan)}")
 
 
-def _ask(question: str) -> None:
-    """ValueError unless whoever sits at the terminal says yes; where there is none, the switch has said it."""
-    if sys.stdin.isatty() and input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise ValueError("nothing is sent: push without --samples, and with hub.samples=false in the recipe")
-
-
 def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContents | None":
     """What a repository holds. None, with a message: it does not exist, or the Hub cannot be reached by a dry run."""
     from mmaudio_hf.hub import find_contents
@@ -131,16 +132,6 @@ def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContent
     if contents is None:
         print(f"{repo} does not exist, or is hidden from this token: a push creates it")
     return contents
-
-
-def _hub_settings(run: Path) -> HubConfig:
-    """Those of the recipe of a run, or the defaults."""
-    from mmaudio_hf.hub.runs import find_source
-
-    _, run_dir = find_source(run)
-    if run_dir is not None and (run_dir / "config.yaml").is_file():
-        return load_recipe(run_dir / "config.yaml").hub
-    return HubConfig()
 
 
 def _pull(options: argparse.Namespace) -> None:
@@ -162,6 +153,166 @@ def _pull(options: argparse.Namespace) -> None:
                 lock.acquire()
             pull(plan, target, log)
         print(f"{target}: {kind} of {plan.contents.repo}@{plan.contents.commit[:12]}")
+
+
+# --- released weights, and checkpoints of the reference implementation ------------------------------------------------
+
+
+def add_weight_commands(add: Add) -> None:
+    """`weights` with its commands, `import` and `export`."""
+    parser = add("weights", None, "list, download, verify and convert released weights")
+    add_one = adder(parser.add_subparsers(required=True, metavar="COMMAND"))
+    listing = add_one("list", _weights_list, "what is released, under which licence, and what of it is here")
+    download = add_one("download", _weights_download, "fetch released files; licences and sizes are shown first")
+    download.add_argument("names", metavar="NAME", nargs="*", help="names of `weights list`, or all")
+    download.add_argument("--for", dest="for_recipe", metavar="RECIPE", help="everything that a recipe reads")
+    download.add_argument("--force", action="store_true", help="fetch again what is already there")
+    verify = add_one("verify", _weights_verify, "compare files with their published checksums, or read them")
+    verify.add_argument("names", metavar="NAME", nargs="*", help="default: whatever is there")
+    av_bench = add_one("av-bench", _weights_av_bench, "make av-benchmark's environment, fetch its weights and try it")
+    av_bench.add_argument("--env", type=Path, default=Path("av-bench-env"), help="its folder (default: %(default)s)")
+    for command in (listing, download, verify, av_bench):
+        command.add_argument("--dir", type=Path, help="folder of weights (default: the recipe's, or ext_weights)")
+    convert = add_one("convert", _weights_convert, "make a pretrained_model folder of a flow network")
+    convert.add_argument("file", metavar="FILE", type=Path, help="released file")
+    convert.add_argument("out", metavar="OUT", type=Path, help="new folder; for other networks NAME.safetensors")
+    convert.add_argument("--variant", help="network that it must be (default: recognised)")
+    importing = add("import", _import, "convert a checkpoint of the reference implementation to a run folder")
+    importing.add_argument("file", metavar="FILE", type=Path, help="training checkpoint or flow network, .pth")
+    importing.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
+    importing.add_argument("--recipe", required=True, help="recipe to continue with")
+    importing.add_argument("--run", required=True, type=Path, help="new run folder")
+    importing.add_argument("--snapshots", type=Path, help="folder of its EMA snapshots, 0.5000.pt and so on")
+    exporting = add("export", _export, "write a run as files of the reference implementation")
+    exporting.add_argument("run", metavar="RUN", type=Path, help="run folder, or pretrained_model folder")
+    exporting.add_argument("--out", required=True, type=Path, help="folder for the files")
+    exporting.add_argument(
+        "--safetensors", action="store_true", help="one file of bf16 weights, as for ComfyUI, and one of the adapter"
+    )
+    exporting.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+
+
+def _weights_dir(options: argparse.Namespace, recipe: Recipe | None = None) -> Path:
+    return options.dir or Path(recipe.encoders.weights_dir if recipe else "ext_weights")
+
+
+def _weights_list(options: argparse.Namespace) -> None:
+    from mmaudio_hf import weights
+
+    print(weights.table(_weights_dir(options)))
+
+
+def _weights_download(options: argparse.Namespace) -> None:
+    from mmaudio_hf import weights
+
+    recipe = load_recipe(options.for_recipe) if options.for_recipe else None
+    chosen = weights.find(options.names)
+    if recipe is not None:
+        chosen += [weight for weight in weights.needed(recipe) if weight not in chosen]
+        if recipe.encoders.kind == "toy":
+            print(f"{options.for_recipe} has toy encoders, which need no released weights")
+    elif not chosen:
+        names = " ".join(weight.path for weight in weights.CATALOGUE)
+        raise ValueError(f"say what to download: `--for RECIPE`, `all`, or some of {names}")
+    weights.download(chosen, _weights_dir(options, recipe), weight_checks(), options.force)
+
+
+def _weights_verify(options: argparse.Namespace) -> int:
+    from mmaudio_hf import weights
+
+    folder, bad = _weights_dir(options), 0
+    chosen = weights.find(options.names) or [w for w in weights.CATALOGUE if weights.locate(w, folder)]
+    for weight in chosen:
+        problem = weights.problem_of(weight, folder, weight_checks())
+        bad += problem is not None
+        print(problem or f"{weight.path}: ok", flush=True)
+    if not chosen:
+        print(f"{folder} holds no released weights: `mmaudio-hf weights list` shows what there is")
+    return 1 if bad else 0
+
+
+def _weights_av_bench(options: argparse.Namespace) -> int:
+    from mmaudio_hf import weights
+    from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, set_up
+
+    folder = _weights_dir(options)
+    weights.download(weights.find([SYNCHFORMER_FILE, weights.CLAP_FILE]), folder, weight_checks())
+    problems = set_up(options.env, folder)
+    for problem in problems:
+        print(f"does not work yet: {problem}")
+    print(f"evaluation.av_bench_python={options.env / 'bin' / 'python'}")
+    return 1 if problems else 0
+
+
+def _weights_convert(options: argparse.Namespace) -> None:
+    from mmaudio_hf.models.convert import convert_file
+
+    print(convert_file(options.file, options.out, options.variant))
+
+
+def _import(options: argparse.Namespace) -> None:
+    folder = [f"name={json.dumps(options.run.name)}", f"output_dir={json.dumps(str(options.run.parent))}"]
+    recipe = load_recipe(options.recipe, [*options.overrides, *folder])
+    from mmaudio_hf.interop import import_checkpoint
+
+    result = import_checkpoint(
+        options.file, recipe, options.snapshots, lambda folder: write_extras(recipe, folder, str(options.file))
+    )
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"{result.folder}: step {result.step}")
+    print(f"continue with: accelerate launch train.py {options.run / 'config.yaml'}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mmaudio_hf.interop import export_run, export_safetensors
+
+    write = export_safetensors if options.safetensors else export_run
+    for path in write(options.run, options.out, options.step):
+        print(path)
+
+
+def weight_checks() -> dict[str, Callable[[Path], object]]:
+    """File -> check by loading it into its network, for released files without a published checksum."""
+    from mmaudio_hf.features.clip import load_empty_text
+    from mmaudio_hf.features.vocoder import Vocoder
+    from mmaudio_hf.weights import BIGVGAN
+
+    def vocoder_settings(path: Path) -> None:
+        try:
+            rates = json.loads(path.read_text())["upsample_rates"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
+        if rates != [8, 4, 2, 2, 2, 2]:
+            raise ValueError(f"{path} belongs to another vocoder: its upsample_rates are {rates}")
+
+    return {
+        f"{BIGVGAN}/bigvgan_generator.pt": lambda path: Vocoder("44k").load_released(path),
+        f"{BIGVGAN}/config.json": vocoder_settings,
+        "empty_string.pth": load_empty_text,
+    }
+
+
+def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
+    """Add encoders.json, the fitted codec of toy encoders and the model card to a `pretrained_model` folder.
+
+    It is meant to be published, so paths that hold for this machine alone stay out of it. start: the file the run was
+    imported from.
+    """
+    from mmaudio_hf.hub.cards import write_card
+    from mmaudio_hf.models.pretrained import write_encoders
+
+    encoders = recipe.encoders
+    paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
+    relative = [name for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()]
+    write_encoders(folder, encoders, recipe.extraction.alignment, relative)
+    if encoders.kind == "toy":
+        from mmaudio_hf.features.toy import toy_codec_file
+
+        codec = toy_codec_file(encoders.weights_dir, recipe.model.mode)
+        if codec.is_file():  # absent when only the store of another machine is here
+            shutil.copyfile(codec, folder / codec.name)
+    write_card(recipe, folder, start)
 
 
 # --- training ------------------------------------------------------------------------------------------------------

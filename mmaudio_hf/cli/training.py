@@ -18,7 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.cli.hub import Add, adder, hub_session, hub_stores, log, resolve_resume, warn
+from mmaudio_hf.cli.hub import (
+    Add,
+    adder,
+    hub_session,
+    hub_stores,
+    log,
+    resolve_resume,
+    warn,
+    weight_checks,
+    write_extras,
+)
 from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
 from mmaudio_hf.config.reading import settings_text
 from mmaudio_hf.schema import HUB_PREFIX
@@ -286,36 +296,6 @@ def empty_text_features(recipe: Recipe) -> "torch.Tensor":
     return load_empty_text(Path(recipe.encoders.weights_dir) / "empty_string.pth")
 
 
-def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
-    """Add encoder files and the model card to the weights in a `pretrained_model` folder.
-
-    start: the file the run was imported from.
-    """
-    from mmaudio_hf.hub.cards import write_card
-
-    write_encoder_files(recipe, folder)
-    write_card(recipe, folder, start)
-
-
-def write_encoder_files(recipe: Recipe, folder: Path) -> None:
-    """Write encoders.json: encoders and frame alignment, which generation needs; and the fitted codec of toy encoders.
-
-    The folder is meant to be published, so paths that hold for this machine alone stay out of it.
-    """
-    from mmaudio_hf.models.pretrained import write_encoders
-
-    encoders = recipe.encoders
-    paths = {"weights_dir": encoders.weights_dir, "clip": encoders.clip}
-    relative = [name for name, path in paths.items() if not path.startswith("~") and not Path(path).is_absolute()]
-    write_encoders(folder, encoders, recipe.extraction.alignment, relative)
-    if recipe.encoders.kind == "toy":
-        from mmaudio_hf.features.toy import toy_codec_file
-
-        codec = toy_codec_file(recipe.encoders.weights_dir, recipe.model.mode)
-        if codec.is_file():  # absent when only the store of another machine is here
-            shutil.copyfile(codec, folder / codec.name)
-
-
 def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
     """The resolved recipe as YAML, and the numbers that follow from it."""
     import torch
@@ -368,27 +348,6 @@ def _batch_numbers(training: TrainingConfig, world_size: int, latent_length: int
         "processes": world_size,
         "accumulation_steps": training.accumulation_steps,
         "per_process_and_pass": micro_batch_size(training, world_size, latent_length),
-    }
-
-
-def weight_checks() -> dict[str, Callable[[Path], object]]:
-    """File -> check by loading it into its network, for released files without a published checksum."""
-    from mmaudio_hf.features.clip import load_empty_text
-    from mmaudio_hf.features.vocoder import Vocoder
-    from mmaudio_hf.weights import BIGVGAN
-
-    def vocoder_settings(path: Path) -> None:
-        try:
-            rates = json.loads(path.read_text())["upsample_rates"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the configuration of a vocoder ({error!r})") from error
-        if rates != [8, 4, 2, 2, 2, 2]:
-            raise ValueError(f"{path} belongs to another vocoder: its upsample_rates are {rates}")
-
-    return {
-        f"{BIGVGAN}/bigvgan_generator.pt": lambda path: Vocoder("44k").load_released(path),
-        f"{BIGVGAN}/config.json": vocoder_settings,
-        "empty_string.pth": load_empty_text,
     }
 
 
