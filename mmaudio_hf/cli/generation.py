@@ -6,10 +6,10 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmaudio_hf.cli.hub import Add, hub_stores, warn
 from mmaudio_hf.cli.media import share_of_process
@@ -20,12 +20,8 @@ from mmaudio_hf.schema import PROCESS_TIMEOUT
 if TYPE_CHECKING:
     from mmaudio_hf.generation.pipeline import MMAudioPipeline
 
-SUMMARY_NAMES = {
-    "onset_f1": "f1_right",
-    "onset_f1_shuffled": "f1_shuffled",
-    "steps_per_second": "steps_per_s",
-    "peak_memory_gb": "peak_mem_gb",
-}
+SUMMARY_NAMES = {"onset_f1": "f1_right", "onset_f1_shuffled": "f1_shuffled"}
+SUMMARY_NAMES |= {"steps_per_second": "steps_per_s", "peak_memory_gb": "peak_mem_gb"}
 
 
 def add_commands(add: Add) -> None:
@@ -136,14 +132,8 @@ def _demo(options: argparse.Namespace) -> None:
         raise ValueError("the demo page needs gradio: run `pip install 'mmaudio-hf[demo]'`")
     from mmaudio_hf.pages.demo import serve
 
-    serve(
-        options.run,
-        host=options.host,
-        port=options.port,
-        max_upload_mb=options.max_upload_mb,
-        device=options.device,
-        adapters=_adapters(options),
-    )
+    given = {name: getattr(options, name) for name in ("host", "port", "max_upload_mb", "device")}
+    serve(options.run, adapters=_adapters(options), **given)
     sys.stdout.flush()
     os._exit(0)  # without waiting for a thread that still generates
 
@@ -162,18 +152,11 @@ def _generate_many(options: argparse.Namespace) -> None:
     else:
         entries = read_folder(options.folder, options.prompt, options.negative_prompt, notes.append)
     check_out_dir(options.out, entries)  # before the network is loaded
+    settings = {"ending": f".{options.format}", "batch_size": options.batch_size, "share": share}
     report = generate_files(
-        _pipeline(options, share.local_rank),
-        entries,
-        options.out,
-        ending=f".{options.format}",
-        batch_size=options.batch_size,
-        share=share,
-        **_sampling(options),
+        _pipeline(options, share.local_rank), entries, options.out, **settings, **_sampling(options)
     )
-    print(report)
-    for note in notes:
-        print(note)
+    print(report, *notes, sep="\n")
     if report.listed and report.rejected == report.listed:
         raise ValueError(f"all {report.listed} items were rejected; {report.rejects_path} says why")
 
@@ -182,10 +165,10 @@ def _pipeline(options: argparse.Namespace, local_rank: int = 0) -> "MMAudioPipel
     from mmaudio_hf.features.encoders import pick_device
     from mmaudio_hf.generation.pipeline import MMAudioPipeline
 
-    device = pick_device(options.device, local_rank)
-    settings = {"precision": options.precision, "alignment": options.alignment}
     adapters = _adapters(options)
-    pipeline = MMAudioPipeline.from_pretrained(options.run, device=device, **settings)
+    settings = {"precision": options.precision, "alignment": options.alignment}
+    settings["device"] = pick_device(options.device, local_rank)
+    pipeline = MMAudioPipeline.from_pretrained(options.run, **settings)
     for adapter, scale in adapters.items():
         pipeline.load_lora_weights(adapter, scale)
     return pipeline
@@ -201,21 +184,15 @@ def _seed(text: str) -> int | None:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "duration": options.duration,
-        "window": options.window,
-        "num_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "seed": options.seed,
-    }
+    given = {name: getattr(options, name) for name in ("duration", "window", "guidance_scale", "seed")}
+    return {"num_steps": options.steps, **given}
 
 
 def _report(options: argparse.Namespace) -> None:
     from mmaudio_hf.pages.report import report_run
 
-    figures = report_run(
-        options.run, events=options.events, split=options.split, shown=options.clips, started=options.started
-    )
+    given = {name: getattr(options, name) for name in ("events", "split", "started")}
+    figures = report_run(options.run, shown=options.clips, **given)
     print(f"report: {options.run / 'report' / 'index.html'}")
     if "onset_f1" in figures:
         right, shuffled = figures["onset_f1"], figures["onset_f1_shuffled"]
@@ -246,8 +223,7 @@ def add_evaluation_commands(add: Add) -> None:
     command.add_argument("--page", type=Path, help="page with the table; default: index.html beside the results")
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A network to evaluate: RUN as it was given."""
 
     name: str
@@ -269,9 +245,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     check_launch()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
-    folders = [_folder(source, options.out, len(sources)) for source in sources]
     results = []
-    for source, folder in zip(sources, folders, strict=True):
+    for source in sources:
+        folder = (source.run or Path(source.recipe.output_dir) / source.label) / "evaluation"
+        if options.out is not None:
+            folder = options.out / source.label if len(sources) > 1 else options.out
         with hub_stores(source.recipe, [options.split]):
             results.append(_evaluate_one(source, folder, options.split))
     if state.is_main_process:
@@ -279,7 +257,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         from mmaudio_hf.pages.report import as_text, write_comparison
 
         compared = of_common_items(results)
-        together = folders[0] if len(sources) == 1 else options.out or Path("output") / "comparison"
+        together = folder if len(sources) == 1 else options.out or Path("output") / "comparison"
         print(as_text(compared))
         print(f"page: {write_comparison(compared, options.page or together / 'index.html')}")
     state.wait_for_everyone()
@@ -313,13 +291,6 @@ def _sources(options: argparse.Namespace) -> list[_Source]:
     return sources
 
 
-def _folder(source: _Source, out: Path | None, sources: int) -> Path:
-    """Folder for the results of a source."""
-    if out is not None:
-        return out / source.label if sources > 1 else out
-    return (source.run or Path(source.recipe.output_dir) / source.label) / "evaluation"
-
-
 def _evaluate_one(source: _Source, folder: Path, split: str) -> dict[str, Any]:
     """Generate and score the audio of one network; return the content of its file of scores."""
     from accelerate import PartialState
@@ -337,18 +308,14 @@ def _evaluate_one(source: _Source, folder: Path, split: str) -> dict[str, Any]:
         evaluation = replace(recipe.evaluation, av_bench_weights=own_weights)
         encoders = replace(recipe.encoders, weights_dir=str(pretrained))
         recipe = replace(recipe, encoders=encoders, evaluation=evaluation)
-    file = pretrained / "weights.json"
-    weights: dict[str, Any] = {"weights": "not stated", "sigma_rel": None}
-    if file.is_file():
-        weights = read_json(file)
+    file, run = pretrained / "weights.json", source.run
+    weights: Any = read_json(file) if file.is_file() else {"weights": "not stated", "sigma_rel": None}
     problem = av_bench_problem(recipe, warn)
     check_truth(recipe, [split], problem, warn)
-    run = source.run
     checkpoint = run is None or pretrained.resolve().is_relative_to(run.resolve() / "checkpoints")
     variant = variant_of(recipe, source.own, split, None if checkpoint else weights)
-    evaluator = SplitEvaluator(
-        recipe, split, av_bench_problem=problem, folder=folder, label=source.label, variant=variant
-    )
+    names: Any = {"folder": folder, "label": source.label, "variant": variant}
+    evaluator = SplitEvaluator(recipe, split, av_bench_problem=problem, **names)
     model = MMAudio.from_pretrained(pretrained)
     if replace(model.config, variant="") != replace(recipe.model, variant=""):
         raise ValueError(f"{source.name} has other sizes than the recipe: give the recipe it was trained with")

@@ -1,4 +1,4 @@
-"""Commands for runs on the Hub, released weights and the reference's checkpoints; what connects training with the Hub."""
+"""Commands for runs on the Hub, released weights and checkpoints of the reference; what connects training with it."""
 
 import argparse
 import contextlib

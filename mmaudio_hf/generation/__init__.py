@@ -76,14 +76,12 @@ class Request:
     def components(self) -> set[str]:
         """The encoders and decoders it needs."""
         visual = self.video is not None or self.image is not None
+        texts = ((self.prompt, self.text_features), (self.negative_prompt, self.negative_text_features))
         needed = {
             "decode": True,
             "clip": visual and self.clip_features is None,
             "sync": self.video is not None and self.sync_features is None,
-            "text": bool(
-                (self.prompt and self.text_features is None)
-                or (self.negative_prompt and self.negative_text_features is None)
-            ),
+            "text": any(text and features is None for text, features in texts),
         }
         return {name for name, is_needed in needed.items() if is_needed}
 
@@ -131,14 +129,9 @@ class Request:
 
 def is_frames(value: Any) -> bool:
     """Whether this is a list of the frames of one video, rather than one of videos."""
-    return (
-        isinstance(value, list | tuple)
-        and bool(value)
-        and all(
-            isinstance(frame, Image.Image) or (isinstance(frame, np.ndarray | torch.Tensor) and frame.ndim == 3)
-            for frame in value
-        )
-    )
+    kinds, arrays = Image.Image | np.ndarray | torch.Tensor, np.ndarray | torch.Tensor
+    frames = isinstance(value, list | tuple) and all(isinstance(frame, kinds) for frame in value)
+    return bool(value) and frames and all(frame.ndim == 3 for frame in value if isinstance(frame, arrays))
 
 
 def _array(frame: Frame) -> torch.Tensor:
@@ -151,11 +144,9 @@ def requests_of(given: Mapping[str, Any]) -> tuple[list[Request], bool]:
     ValueError naming lists of different lengths.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    lists = {
-        name: value
-        for name, value in given.items()
-        if isinstance(value, list | tuple) and not (name == "video" and is_frames(value))
-    }
+    lists = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    if is_frames(lists.get("video")):
+        del lists["video"]
     lengths = {name: len(value) for name, value in lists.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
@@ -251,12 +242,9 @@ class Generated:
 
     def _repr_html_(self) -> str:
         """A player, for notebooks."""
-        content = io.BytesIO()
+        content, samples = io.BytesIO(), self.waveform.nan_to_num().clamp(-1, 1) * 32767
         with wave.open(content, "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(self.sample_rate)
-            samples = self.waveform.nan_to_num().clamp(-1, 1) * 32767
+            file.setparams((1, 2, self.sample_rate, 0, "NONE", "not compressed"))
             file.writeframes(samples.round().numpy().astype("<i2").tobytes())
         data = base64.b64encode(content.getvalue()).decode()
         player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
@@ -298,12 +286,12 @@ def save_with_note(result: Generated, out_path: str | os.PathLike, video: Media 
         raise ValueError(f"{out_path} is a folder: give the name of a file")
     if video is not None and out_path.exists() and os.path.exists(video) and out_path.samefile(video):
         raise ValueError(f"{out_path} is the video itself, whose audio would be lost: choose another name")
-    suffix = out_path.suffix.lower()
+    suffix, audio = out_path.suffix.lower(), (result.waveform, result.sample_rate)
     if suffix not in VIDEO_FORMATS:
-        write_audio(out_path, result.waveform, result.sample_rate)
+        write_audio(out_path, *audio)
     elif video is None:
         raise ValueError(f"{out_path}: an {suffix} needs a video to take the frames from; else write .wav or .flac")
-    elif not write_video_with_audio(video, result.waveform, result.sample_rate, out_path):
+    elif not write_video_with_audio(video, *audio, out_path):
         other = "" if suffix == ".mkv" else "; .mkv may hold it"
         return f"video re-encoded as H.264, since {suffix} cannot hold the codec of {Path(video).name}{other}"
     return ""
@@ -312,10 +300,9 @@ def save_with_note(result: Generated, out_path: str | os.PathLike, video: Media 
 def starting_noise(seed: int, key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal x0 of `shape`, float32: a function of the seed and the item's key alone (Philox 4x64)."""
     words = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in ("generation", key)]
-    generator = np.random.Philox(
-        key=np.array([int(seed) % 2**64, words[0]], np.uint64), counter=np.array([0, 0, words[1], 0], np.uint64)
-    )
-    return torch.from_numpy(np.random.Generator(generator).standard_normal(shape, dtype=np.float32))
+    state, counter = (np.array(each, np.uint64) for each in ([int(seed) % 2**64, words[0]], [0, 0, words[1], 0]))
+    philox = np.random.Philox(key=state, counter=counter)
+    return torch.from_numpy(np.random.Generator(philox).standard_normal(shape, dtype=np.float32))
 
 
 def with_seed(request: Request, key: str, seed: int) -> Request:
@@ -337,9 +324,8 @@ def precision_of(name: str, dtype: torch.dtype | str | None) -> str:
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return ""
     named = DTYPES.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
-    for precision, known in DTYPES.items():
-        if named is known:
-            return precision
+    if found := [precision for precision, known in DTYPES.items() if named is known]:
+        return found[0]
     raise ValueError(f"{name} {described(dtype)}: use one of {', '.join(map(str, DTYPES.values()))}")
 
 
@@ -357,8 +343,11 @@ def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
         alignment = saved.pop("alignment", ALIGNMENTS[0])  # earlier versions did not save it
         if alignment not in ALIGNMENTS:
             raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
-        if not {"weights_dir", "clip"} <= set(saved):
-            saved = _paths_of_run(folder) | saved
+        checkpoints = folder.resolve().parent.parent  # of RUN/checkpoints/step_N/pretrained_model
+        recipe = checkpoints.parent / RECIPE_FILE
+        if not {"weights_dir", "clip"} <= set(saved) and checkpoints.name == "checkpoints" and recipe.is_file():
+            encoders = load_recipe(recipe).encoders
+            saved = {"weights_dir": encoders.weights_dir, "clip": encoders.clip} | saved
         config = EncoderConfig(**saved)
         check_encoders(config, "16k", ())  # values of kind and precision
     except Exception as error:
@@ -371,13 +360,3 @@ def read_encoders(folder: Path | None) -> tuple[EncoderConfig, str]:
 def files_to_copy(config: EncoderConfig, mode: str) -> list[Path]:
     """Encoder files that may lie beside the weights of a model; CLIP has a place of its own."""
     return [file for component in ("sync", "latent", "decode") for file in encoder_files(config, mode, component)]
-
-
-def _paths_of_run(folder: Path) -> dict[str, str]:
-    """Where the recipe of RUN/checkpoints/step_N/pretrained_model has its encoders; {} when `folder` is elsewhere."""
-    checkpoints = folder.resolve().parent.parent
-    recipe = checkpoints.parent / RECIPE_FILE
-    if checkpoints.name != "checkpoints" or not recipe.is_file():
-        return {}
-    encoders = load_recipe(recipe).encoders
-    return {"weights_dir": encoders.weights_dir, "clip": encoders.clip}

@@ -11,7 +11,7 @@ is ever written outside of OUT. Several processes may write to one OUT, each its
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ MOVING = (*VIDEO_ENDINGS, ".gif", ".mts", ".m2ts", ".ogv", ".asf", ".vob", ".mxf
 ENDINGS = (".wav", ".flac", *VIDEO_FORMATS)
 _TEXTS = ("prompt", "caption", "label")
 _OPTIONAL = ("video", "image", *_TEXTS, "negative_prompt", "duration", "seed")
-_REJECT = ("id", "stage", "reason", "message")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,10 @@ def read_folder(
     first: dict[str, Path] = {}
     for path in paths:
         video, image = (path, None) if path.suffix.lower() in MOVING else (None, path)
-        request = Request(path.stem, video, image, prompt, negative_prompt)
-        entry = Entry(path.stem, request)
-        if first.setdefault(path.stem, path) is not path:
-            message = f"{path}: {first[path.stem].name} has the same name; rename one of them"
-            entry = Entry(path.name, request, ("list", "duplicate_id", message))
+        entry = Entry(path.stem, Request(path.stem, video, image, prompt, negative_prompt))
+        if (other := first.setdefault(path.stem, path)) is not path:
+            message = f"{path}: {other.name} has the same name; rename one of them"
+            entry = replace(entry, id=path.name, problem=("list", "duplicate_id", message))
         try:
             check_id(path.stem, str(path))
         except ValueError as error:
@@ -187,7 +185,10 @@ def generate_files(
     pending = {entry.id: entry for entry in valid if not results.is_complete(entry)}
     generated = pipeline.generate([entry.request for entry in pending.values()], **generate)
     results.out_dir.mkdir(parents=True, exist_ok=True)
-    results.remove_partial(pending.values())
+    partial = {f".{results.path(entry).name}" for entry in pending.values()}
+    for path in results.out_dir.glob(".*.part"):  # of an earlier run that was killed
+        if path.name.removesuffix(".part").rpartition(".")[0] in partial:
+            path.unlink(missing_ok=True)
     suffix = "" if share.count == 1 else f".{share.index}-{share.count}"
     rejects_path, kept = results.out_dir / f"rejects{suffix}.jsonl", len(valid) - len(pending)
     try:
@@ -200,7 +201,8 @@ def generate_files(
         raise KeyboardInterrupt(f"{complete}; run the same command again to resume") from None
     finally:
         generated.close()
-        rows = [dict(zip(_REJECT, row, strict=True)) for row in (*rejected, *results.rejects)]
+        names = ("id", "stage", "reason", "message")
+        rows = [dict(zip(names, row, strict=True)) for row in (*rejected, *results.rejects)]
         write_text(rejects_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report = FilesReport(results.out_dir, len(entries), results.generated, kept, len(rows), rejects_path)
     assert report.generated + report.kept + report.rejected == report.listed
@@ -222,8 +224,7 @@ def check_out_dir(out_dir: str | os.PathLike, entries: Sequence[Entry] = ()) -> 
     if os.path.realpath(out_dir) in map(os.path.realpath, folders):
         raise ValueError(f"{out_dir} holds media of the list, which results would replace; give another folder")
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(existing)) from None
 
@@ -233,7 +234,7 @@ class _Results:
 
     def __init__(self, pipeline: MMAudioPipeline, out_dir: Path, ending: str, options: Mapping[str, Any]):
         self.pipeline, self.out_dir, self.ending, self.options = pipeline, out_dir, ending, dict(options)
-        self.rejects: list[tuple[str, str, str, str]] = []  # values of _REJECT
+        self.rejects: list[tuple[str, str, str, str]] = []  # id, stage, reason, message
         self.generated = 0
         self.bar: Any = None
         self.media: dict[str, list] = {}  # name, size and time of the file of each entry, before it is read
@@ -269,18 +270,9 @@ class _Results:
 
     def is_complete(self, entry: Entry) -> bool:
         """Whether the result is there, of the size that was written, and from the same dependencies."""
-        path = self.path(entry)
-        content = read_json(self.out_dir / f"{entry.id}.json")
-        if not content or not path.is_file() or path.stat().st_size != content.get("bytes"):
-            return False
-        return content.get("key") == hash_of(self.dependencies(entry))
-
-    def remove_partial(self, pending: Iterable[Entry]) -> None:
-        """Remove partial files of an earlier run that was killed."""
-        names = {f".{self.path(entry).name}" for entry in pending}
-        for path in self.out_dir.glob(".*.part"):
-            if path.name.removesuffix(".part").rpartition(".")[0] in names:
-                path.unlink(missing_ok=True)
+        path, content = self.path(entry), read_json(self.out_dir / f"{entry.id}.json")
+        there = path.is_file() and path.stat().st_size == content.get("bytes")
+        return there and content.get("key") == hash_of(self.dependencies(entry))
 
     def reject(self, request: Request, problem: Exception, stage: str = "read") -> None:
         """Leave an item out."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import secrets
@@ -158,6 +159,7 @@ class MMAudioPipeline:
         self._loaded_adapters: dict[str, Adapter] = {}
         self._originals: dict[str, torch.Tensor] = {}  # weights that adapters changed, on the CPU
         self._source = encoders
+        self._encoder_config = encoders.config if isinstance(encoders, Encoders) else encoders
         self._loaded: dict[str, Encoders] = {}
         self._lock = _LOCKS.setdefault(model, threading.RLock())
         self._model_hash = ""
@@ -210,8 +212,7 @@ class MMAudioPipeline:
         Synchformer, mel VAE and vocoder, which are then found beside the weights. CLIP stays where it is. Device and
         precision belong to `from_pretrained`. ValueError for a file in place of a folder, or a missing encoder file.
         """
-        folder = Path(save_directory)
-        encoders = self._source.config if isinstance(self._source, Encoders) else self._source
+        folder, encoders = Path(save_directory), self._encoder_config
         copied = copy_encoders or encoders.kind == "toy"
         if copied:
             check_encoders(encoders, self.mode, ("sync", "latent", "decode"))
@@ -351,7 +352,7 @@ class MMAudioPipeline:
 
     def __repr__(self) -> str:
         """A few lines on network, encoders and adapters."""
-        encoders = self._source.config if isinstance(self._source, Encoders) else self._source
+        encoders = self._encoder_config
         loaded = self._source.networks if isinstance(self._source, Encoders) else self._loaded
         lines = {
             "network": self.network,
@@ -460,7 +461,11 @@ class MMAudioPipeline:
         if on_reject is None:
             for request in requests:
                 request.check()
-        self._check_components(requests)
+        needed = {"decode"}.union(*(request.components for request in requests))
+        if isinstance(self._source, EncoderConfig):
+            check_encoders(self._source, self.mode, sorted(needed))
+        elif missing := needed - set(self._source.networks):
+            raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
         if on_reject is None:
             for request in requests:
                 self._schedule(request, options)
@@ -479,18 +484,19 @@ class MMAudioPipeline:
 
         The model is hashed once: it must not change between two calls.
         """
-        config = self._source.config if isinstance(self._source, Encoders) else self._source
         if not isinstance(request, Request):
             raise ValueError(f"request must be a Request, not {described(request)}")
-        components = sorted(request.components - {"decode"})
-        result: dict[str, Any] = {
-            component: entry["fingerprint"] for component, entry in fingerprints(config, self.mode, components).items()
-        }
-        result["decode"] = decoder_fingerprint(config, self.mode)
+        entries = fingerprints(self._encoder_config, self.mode, sorted(request.components - {"decode"}))
+        result: dict[str, Any] = {component: entry["fingerprint"] for component, entry in entries.items()}
+        result["decode"] = decoder_fingerprint(self._encoder_config, self.mode)
         if request.video is not None:
             result["alignment"] = self.alignment
         if not self._model_hash:
-            self._model_hash = _hash_of_state(self.model)
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._model_hash = digest.hexdigest()
         return result | {"network": self._model_hash, "precision": self.precision}
 
     # --- before the model runs ---------------------------------------------------------------------------------------
@@ -504,14 +510,6 @@ class MMAudioPipeline:
             own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
             lengths = dataclasses.replace(lengths, **own)
         return lengths, seconds
-
-    def _check_components(self, requests: Sequence[Request]) -> None:
-        """ValueError for encoders that will be needed and are missing."""
-        components = {"decode"}.union(*(request.components for request in requests))
-        if isinstance(self._source, EncoderConfig):
-            check_encoders(self._source, self.mode, sorted(components))
-        elif missing := components - set(self._source.networks):
-            raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
 
     def _schedule(self, request: Request, options: Options) -> tuple[WindowSchedule, str]:
         """Windows of a request, and a note where they are shorter than requested; ValueError for a wrong request."""
@@ -536,38 +534,24 @@ class MMAudioPipeline:
         return schedule, note
 
     def _check_features(self, request: Request, schedule: WindowSchedule) -> None:
-        config = self.model.config
-        shapes = {
-            CLIP_FEATURES: (schedule.lengths.clip, config.clip_dim),
-            SYNC_FEATURES: (schedule.lengths.sync, config.sync_dim),
-            TEXT_FEATURES: (config.text_tokens, config.text_dim),
-            "negative_text_features": (config.text_tokens, config.text_dim),
-        }
-        for name, shape in shapes.items():
-            features = getattr(request, name)
-            if features is None:
-                continue
-            if tuple(features.shape) != shape:
-                shape_given = tuple(features.shape)
-                raise ValueError(f"{name} of item {request.key} are {shape_given}, this duration needs {shape}")
-            if name in (CLIP_FEATURES, SYNC_FEATURES) and len(schedule.starts) > 1:
-                raise ValueError(f"{name} of item {request.key} are those of one window: use a shorter duration")
+        config, lengths = self.model.config, schedule.lengths
+        shapes = dict.fromkeys((TEXT_FEATURES, "negative_text_features"), (config.text_tokens, config.text_dim))
+        visual = {CLIP_FEATURES: (lengths.clip, config.clip_dim), SYNC_FEATURES: (lengths.sync, config.sync_dim)}
+        for name, shape in (visual | shapes).items():
+            features, what = getattr(request, name), f"{name} of item {request.key} are"
+            if features is not None and tuple(features.shape) != shape:
+                raise ValueError(f"{what} {tuple(features.shape)}, this duration needs {shape}")
+            if features is not None and name in visual and len(schedule.starts) > 1:
+                raise ValueError(f"{what} those of one window: use a shorter duration")
 
     # --- from requests to features -----------------------------------------------------------------------------------
 
     def _generate(self, requests: Sequence[Request], options: Options) -> Generator[Generated, None, None]:
         """Items with the same schedule are batched; one of several windows fills the batches alone."""
-        batch: list[_Item] = []
-        for item in self._encoded(requests, options):
-            if batch and batch[0].schedule != item.schedule:
+        for schedule, items in itertools.groupby(self._encoded(requests, options), key=lambda item: item.schedule):
+            size = options.batch_size if len(schedule.starts) == 1 else 1
+            while batch := list(itertools.islice(items, size)):
                 yield from self._generate_batch(batch, options)
-                batch = []
-            batch.append(item)
-            if len(batch) == options.batch_size or len(item.schedule.starts) > 1:
-                yield from self._generate_batch(batch, options)
-                batch = []
-        if batch:
-            yield from self._generate_batch(batch, options)
 
     def _encoded(self, requests: Sequence[Request], options: Options) -> Iterator[_Item]:
         """Items with the features of all their windows; what cannot be read is rejected or raised."""
@@ -668,11 +652,13 @@ class MMAudioPipeline:
             if len(schedule.starts) == 1:
                 velocity = self._velocity(batch, range(1), options)
             else:
-                velocity = self._blended_velocity(batch[0], options)
-            if options.solver == "euler":
-                x1_BNC = self._sample_euler(velocity, x0_BNC, options)
-            else:
-                x1_BNC = sample_adaptive(velocity, x0_BNC)
+                count, size = len(schedule.starts), options.batch_size
+                chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+                velocities = [self._velocity(batch, chunk, options) for chunk in chunks]
+                batch[0].features.clear()  # they are in the conditions now
+                velocity = blended_velocity(schedule, chunks, velocities, self.device)
+            adaptive = options.solver == "adaptive"
+            x1_BNC = sample_adaptive(velocity, x0_BNC) if adaptive else self._sample_euler(velocity, x0_BNC, options)
         latent_BNC = model.unnormalize(x1_BNC.float())
         if len(schedule.starts) == 1:
             return latent_BNC.cpu(), decoder.decode_latent(latent_BNC).float().cpu()
@@ -703,30 +689,13 @@ class MMAudioPipeline:
         features = [item.features[index] for item in items for index in windows]
         clip, sync = (torch.stack(column) for column in zip(*features, strict=True))
         requests = [item.request for item in items]
-        text = torch.stack([self._text_features(r.prompt, r.text_features) for r in requests])
-        conditions = self.model.preprocess_conditions(clip, sync, text.repeat_interleave(len(windows), 0))
-        negative = None
-        if any(r.negative_prompt or r.negative_text_features is not None for r in requests):
-            negative = torch.stack([self._text_features(r.negative_prompt, r.negative_text_features) for r in requests])
-            negative = negative.repeat_interleave(len(windows), 0)
-        unconditional = self.model.empty_conditions(len(features), negative)
+        texts = [self._text_features(r.prompt, r.text_features) for r in requests]
+        negative = [self._text_features(r.negative_prompt, r.negative_text_features) for r in requests]
+        text, negative_text = (torch.stack(each).repeat_interleave(len(windows), 0) for each in (texts, negative))
+        conditions = self.model.preprocess_conditions(clip, sync, text)
+        given = any(r.negative_prompt or r.negative_text_features is not None for r in requests)
+        unconditional = self.model.empty_conditions(len(features), negative_text if given else None)
         return GuidedVelocity(self.model, conditions, unconditional, options.guidance_scale)
-
-    def _blended_velocity(self, item: _Item, options: Options) -> VelocityFunction:
-        """Velocity function of all windows of a long item, a batch at a time."""
-        count, size = len(item.schedule.starts), options.batch_size
-        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        velocities = [self._velocity([item], chunk, options) for chunk in chunks]
-        item.features.clear()  # they are in the conditions now
-        return blended_velocity(item.schedule, chunks, velocities, self.device)
 
 
 _OPTIONS = list(inspect.signature(MMAudioPipeline.generate).parameters)[2:]  # after self and requests
-
-
-def _hash_of_state(model: MMAudio) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
