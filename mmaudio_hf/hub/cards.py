@@ -5,6 +5,7 @@ with the scores and samples that exist by then. What only the machine of the tra
 of the weights the run started from) is read from the metadata of the first.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -54,22 +55,16 @@ from mmaudio_hf.weights import needed
 
 MAX_SAMPLES = 4  # in a repository: 8 s of 44.1 kHz are 0.7 MB, and so is the true audio beside them
 NOT_STATED = "not stated"
-_WAVCAPS = "https://github.com/XinhaoMei/WavCaps"
-_VGGSOUND = "https://www.robots.ox.ac.uk/~vgg/data/vggsound/"
+_WAVCAPS, _ACADEMIC = "https://github.com/XinhaoMei/WavCaps", "captions academic use only; audio"
+_VGGSOUND = ("VGGSound", "https://www.robots.ox.ac.uk/~vgg/data/vggsound/", "labels CC BY 4.0; videos from YouTube")
+_CLOTHO = "captions non-commercial (Tampere University); audio Creative Commons, per file"
 # Store of the published recipes -> what it is made from, where that is, licence: of captions and audio each.
-PUBLISHED_SETS = {
-    **dict.fromkeys(
-        ("vgg-train", "vgg-val", "vgg-test"), ("VGGSound", _VGGSOUND, "labels CC BY 4.0; videos from YouTube")
-    ),
+PUBLISHED_SETS = dict.fromkeys(("vgg-train", "vgg-val", "vgg-test"), _VGGSOUND) | {
     "audiocaps": ("AudioCaps", "https://audiocaps.github.io/", "captions MIT; audio from YouTube"),
-    "audioset_sl": ("AudioSet SL of WavCaps", _WAVCAPS, "captions academic use only; audio from YouTube"),
-    "freesound": ("FreeSound of WavCaps", _WAVCAPS, "captions academic use only; audio Creative Commons, per file"),
-    "bbcsound": ("BBC Sound Effects of WavCaps", _WAVCAPS, "captions academic use only; audio RemArc, non-commercial"),
-    "clotho": (
-        "Clotho",
-        "https://zenodo.org/records/4783391",
-        "captions non-commercial (Tampere University); audio Creative Commons, per file",
-    ),
+    "audioset_sl": ("AudioSet SL of WavCaps", _WAVCAPS, f"{_ACADEMIC} from YouTube"),
+    "freesound": ("FreeSound of WavCaps", _WAVCAPS, f"{_ACADEMIC} Creative Commons, per file"),
+    "bbcsound": ("BBC Sound Effects of WavCaps", _WAVCAPS, f"{_ACADEMIC} RemArc, non-commercial"),
+    "clotho": ("Clotho", "https://zenodo.org/records/4783391", _CLOTHO),
 }
 
 
@@ -113,6 +108,13 @@ def _compose(template: str, data: CardData, **values: Any) -> str:
     return compose_card(data, _templates().get_template(f"{template}.md.jinja").render(**values))
 
 
+def _metadata(recipe: Recipe, start: Start, **more: Any) -> tuple[ModelCardData, str]:
+    """Metadata of a card of a run's weights, and one sentence on their licence."""
+    licence, reason = _license(recipe, start)
+    more |= {"license": licence, "base_model": start.base_model or None, "model_name": recipe.name}
+    return ModelCardData(pipeline_tag="text-to-audio", **more), reason
+
+
 def model_card(
     run_dir: str | Path,
     *,
@@ -153,23 +155,14 @@ def write_card(recipe: Recipe, folder: Path, start: str = "") -> None:
 
 def _adapter_card(recipe: Recipe, folder: Path, start: Start) -> str:
     """The card of an adapter folder: what it is, the base it needs, and how it is used."""
-    config, name = read_json(folder / "adapter_config.json"), recipe.name
-    licence, reason = _license(recipe, start)
-    data = ModelCardData(
-        library_name="peft",
-        pipeline_tag="text-to-audio",
-        license=licence,
-        base_model=start.base_model or None,
-        tags=[*TAGS, "lora"],
-        model_name=name,
-    )
-    ranks = sorted({config["r"], *config["rank_pattern"].values()})
+    config = read_json(folder / "adapter_config.json")
+    data, reason = _metadata(recipe, start, library_name="peft", tags=[*TAGS, "lora"])
     return _compose(
         "adapter_card",
         data,
-        name=name,
+        name=recipe.name,
         kind="DoRA" if config["use_dora"] else "LoRA",
-        ranks=ranks,
+        ranks=sorted({config["r"], *config["rank_pattern"].values()}),
         layers=len(config["target_modules"]),
         variant=recipe.model.variant,
         base=start.name or Path(recipe.finetune.init_from).name,
@@ -233,19 +226,14 @@ def code_version() -> dict[str, str]:
         code = {"version": version("mmaudio-hf")}
     except PackageNotFoundError:  # a checkout that is used without being installed
         code = {"version": "unknown"}
-    if (root / ".git").exists():
-        try:
-            code["commit"] = _git(root, "rev-parse", "HEAD")
-            if _git(root, "status", "--porcelain", "--", "mmaudio_hf"):
-                code["commit"] += " with changes"
-        except (OSError, subprocess.SubprocessError):  # no git here: the version has to do
-            pass
+    git = ["git", "-C", str(root)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no checkout, or no git: the version has to do
+        if (root / ".git").exists():
+            commands = ([*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", "mmaudio_hf"])
+            options: Any = {"capture_output": True, "text": True, "check": True, "timeout": 20}
+            commit, changes = (subprocess.run(words, **options).stdout.strip() for words in commands)
+            code["commit"] = commit + (" with changes" if changes else "")
     return code
-
-
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20)
-    return done.stdout.strip()
 
 
 # --- where weights come from -----------------------------------------------------------------------------------------
@@ -318,24 +306,14 @@ def _card(
     repo_id: str,
     samples: Sequence[CardSample],
 ) -> str:
-    weights, start = _weights(folder), _start(recipe, known)
-    licence, reason = _license(recipe, start)
+    weights, start, settings = _weights(folder), _start(recipe, known), _settings(recipe)
     step = weights.get("step", recipe.training.steps)
     scores = [*_logged_scores(run_dir / "metrics.jsonl", step), *_evaluated(run_dir / "evaluation", weights, recipe)]
     scores = list({score.title: score for score in scores}.values())  # training and `evaluate` may compute the same
-    sources = [hub_id(source.source) for source in recipe.card.sources]
-    data = ModelCardData(
-        library_name="mmaudio_hf",
-        pipeline_tag="text-to-audio",
-        license=licence,
-        base_model=start.base_model or None,
-        datasets=sorted({source for source in sources if source}) or None,
-        tags=list(TAGS),
-        model_name=recipe.name,
-        eval_results=[_result(recipe, score) for score in scores] or None,
-        mmaudio_hf=code,
-    )
-    settings = _settings(recipe)
+    sources = {hub_id(source.source) for source in recipe.card.sources} - {"", None}
+    results = [_result(recipe, score) for score in scores]
+    more = {"datasets": sorted(sources) or None, "eval_results": results or None, "mmaudio_hf": code}
+    data, reason = _metadata(recipe, start, library_name="mmaudio_hf", tags=list(TAGS), **more)
     return _compose(
         "model_card",
         data,
@@ -374,18 +352,14 @@ def _store_rows(recipe: Recipe) -> Iterator[tuple[str, ...]]:
             except (OSError, ValueError):
                 rows = "?"  # the store is on another machine
             visits = f"{store.repeats:g}" if split == "train" else ""
-            yield plain(name), split, rows, visits, *_store_origin(recipe, name)
-
-
-def _store_origin(recipe: Recipe, name: str) -> tuple[str, str]:
-    """What a store was made from and its licence, in Markdown: from the recipe, else as known of published sets."""
-    for source in recipe.card.sources:
-        if source.store == name:
-            return linked(source.source) or NOT_STATED, plain(source.license) or NOT_STATED
-    return _published_origin(name)
+            origin = _published_origin(name)
+            if source := next((source for source in recipe.card.sources if source.store == name), None):
+                origin = linked(source.source) or NOT_STATED, plain(source.license) or NOT_STATED
+            yield plain(name), split, rows, visits, *origin
 
 
 def _published_origin(name: str) -> tuple[str, str]:
+    """What a store was made from and its licence, in Markdown, as known of published sets."""
     if name not in PUBLISHED_SETS:
         return NOT_STATED, NOT_STATED
     title, url, licence = PUBLISHED_SETS[name]
@@ -455,15 +429,9 @@ def _evaluated(folder: Path, weights: Mapping[str, Any], recipe: Recipe) -> list
 def _result(recipe: Recipe, score: _Score) -> EvalResult:
     split = score.split or recipe.samples.split
     stores = "+".join(Path(store.path).name for store in getattr(recipe.data, split)) or split
-    return EvalResult(
-        task_type="text-to-audio",
-        dataset_name=stores,
-        dataset_type=stores,
-        dataset_split=split,
-        metric_type=score.name.partition("/")[2],
-        metric_value=round(score.value, 6),
-        metric_name=f"{score.title} (step {score.step})",
-    )
+    metric: Any = {"metric_type": score.name.partition("/")[2], "metric_name": f"{score.title} (step {score.step})"}
+    data: Any = {"dataset_name": stores, "dataset_type": stores, "dataset_split": split}
+    return EvalResult(task_type="text-to-audio", metric_value=round(score.value, 6), **metric, **data)
 
 
 def _settings(recipe: Recipe) -> str:

@@ -47,14 +47,9 @@ def is_known(name: str) -> bool:
 
 
 def local_step(run_dir: Path) -> int | None:
-    """Step of the newest checkpoint of a run; None without any."""
-    steps = map(_folder_step, (run_dir / "checkpoints").glob("step_*"))
-    return max((step for step in steps if step is not None), default=None)
-
-
-def _folder_step(folder: Path) -> int | None:
-    """Step of a complete checkpoint folder: others have a suffix."""
-    return int(folder.name[5:]) if re.fullmatch(r"step_\d+", folder.name) else None
+    """Step of the newest checkpoint of a run; None without any. Folders of incomplete ones have a suffix."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
+    return max((int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)), default=None)
 
 
 def _is_step(value: Any) -> bool:
@@ -70,10 +65,8 @@ def remote_step(contents: RepoContents) -> int | None:
     states = [fetch_json(contents, name) for name in ("weights.json", f"{STATE}/state.json")]
     steps = [state["step"] for state in states if _is_step(state.get("step"))]
     if not steps and (WEIGHTS_FILE in contents.files or CONFIG_FILE in contents.files):
-        raise ValueError(
-            f"Hub repository {contents.repo} holds a network that no run pushed (weights.json names no step):"
-            " name another repository"
-        )
+        what = "holds a network that no run pushed (weights.json names no step)"
+        raise ValueError(f"Hub repository {contents.repo} {what}: name another repository")
     return max(steps, default=None)
 
 
@@ -95,12 +88,17 @@ def stage(source: Path, run_dir: Path | None, what: Sequence[str], folder: Path)
     elif "pretrained_model" in what:
         _link_known(source / "pretrained_model", partial, "")
         _link_known(source / "adapter", partial, "adapter/")
+    needed = [CONFIG_FILE, WEIGHTS_FILE] if run_dir is None or "pretrained_model" in what else []
     if run_dir is not None and STATE in what:
         _link_known(source / STATE, partial, f"{STATE}/")
         _link_known(run_dir / "ema", partial, f"{STATE}/ema/")
-        _copy_logs(run_dir, source_step(source), partial / STATE)
-    needed = [CONFIG_FILE, WEIGHTS_FILE] if run_dir is None or "pretrained_model" in what else []
-    needed += [f"{STATE}/state.json"] if run_dir is not None and STATE in what else []
+        shutil.copyfile(run_dir / "config.yaml", partial / STATE / "config.yaml")
+        # metrics.jsonl counts finished steps from 1, skipped.jsonl names steps from 0.
+        for name, last in (("metrics.jsonl", source_step(source)), ("skipped.jsonl", source_step(source) - 1)):
+            if (run_dir / name).is_file():
+                lines = _log_lines(run_dir / name, last)
+                (partial / STATE / name).write_text("".join(f"{line}\n" for line in lines))
+        needed.append(f"{STATE}/state.json")
     if missing := [name for name in needed if not (partial / name).is_file()]:
         raise ValueError(f"{source} has no {', '.join(missing)}: nothing can be pushed")
     shutil.rmtree(folder, ignore_errors=True)
@@ -116,14 +114,6 @@ def _link_known(source: Path, target: Path, prefix: str) -> None:
                 os.link(path.resolve(), staged_file)  # the cache of the Hub holds relative links, which end elsewhere
             except OSError:  # a file system without hard links, or another one
                 shutil.copy2(path, staged_file)
-
-
-def _copy_logs(run_dir: Path, step: int, target: Path) -> None:
-    shutil.copyfile(run_dir / "config.yaml", target / "config.yaml")
-    # metrics.jsonl counts finished steps from 1, skipped.jsonl names steps from 0.
-    for name, last in (("metrics.jsonl", step), ("skipped.jsonl", step - 1)):
-        if (run_dir / name).is_file():
-            (target / name).write_text("".join(f"{line}\n" for line in _log_lines(run_dir / name, last)))
 
 
 def _log_lines(path: Path, last: float = math.inf) -> list[str]:
@@ -187,8 +177,8 @@ def find_source(run: Path) -> tuple[Path, Path | None]:
 
 def source_step(source: Path) -> int:
     """Step of a checkpoint or pretrained_model folder. ValueError when it does not say."""
-    if (step := _folder_step(source)) is not None:
-        return step
+    if re.fullmatch(r"step_\d+", source.name):
+        return int(source.name[5:])
     try:
         return int(read_json(source / "weights.json")["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -203,24 +193,19 @@ def staged(run: Path, what: Sequence[str]) -> Iterator[tuple[Path, int]]:
         raise ValueError(f"{run} has no training state: push a run folder, or leave out --training-state")
     with tempfile.TemporaryDirectory(prefix="hub_push_", dir=run_dir or source.parent) as scratch:
         folder = stage(source, run_dir, what, Path(scratch) / "files")
+        state = folder / STATE
         try:
             for path in sorted(folder.rglob("*.safetensors")):
                 check_file(path)
-            if STATE in what:
-                _check_state(folder / STATE)
+            checksums = read_json(state / "state.json").get("sha256") if STATE in what else {}
+            if not isinstance(checksums, dict):
+                raise ValueError(f"{state / 'state.json'} is damaged: it has no checksums")
+            for name, checksum in checksums.items():
+                if not (state / name).is_file() or sha256_of(state / name) != checksum:
+                    raise ValueError(f"{state / name} is missing or damaged (its checksum differs): nothing is pushed")
             yield folder, source_step(source)
         except ValueError as error:  # it names what was staged
             raise ValueError(str(error).replace(str(folder), str(run))) from None
-
-
-def _check_state(folder: Path) -> None:
-    """ValueError naming a file of a training state that is not what its state.json says."""
-    checksums = read_json(folder / "state.json").get("sha256")
-    if not isinstance(checksums, dict):
-        raise ValueError(f"{folder / 'state.json'} is damaged: it has no checksums")
-    for name, checksum in checksums.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksum:
-            raise ValueError(f"{folder / name} is missing or damaged (its checksum differs): nothing is pushed")
 
 
 # --- pull ----------------------------------------------------------------------------------------------------------
@@ -267,7 +252,14 @@ def pull(plan: Pull, target: Path, log: Callable[[str], None]) -> None:
     same call resumes there. ValueError when `target` holds something else, or another run.
     """
     staging = target.with_name(f"{target.name}.hub")
-    _check_target(plan, target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        # A launch that fetches has locked its folder already; one that was killed may have left an incomplete run.
+        is_run = any((target / name).exists() for name in ("checkpoints", "config.yaml", LOCK_FILE))
+        if not plan.has_state or not is_run:
+            raise ValueError(f"{target} exists and is not empty: choose another folder")
+        have, step = local_step(target), plan.step
+        if have is not None and step is not None and step <= have:
+            raise ValueError(f"{target} has step {have} already, {plan.contents.repo} step {step}: nothing is pulled")
     log(f"{plan.contents.repo}: {readable(plan.size)} in {len(plan.names)} files, commit {plan.contents.commit[:12]}")
     fetch(plan.contents, plan.names, staging)
     files = target.with_name(f"{target.name}.hub.files")
@@ -284,24 +276,16 @@ def pull(plan: Pull, target: Path, log: Callable[[str], None]) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_target(plan: Pull, target: Path) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    # A launch that fetches has locked its folder already; one that was killed may have left an incomplete run.
-    is_run = any((target / name).exists() for name in ("checkpoints", "config.yaml", LOCK_FILE))
-    if not plan.has_state or not is_run:
-        raise ValueError(f"{target} exists and is not empty: choose another folder")
-    have = local_step(target)
-    if have is not None and plan.step is not None and plan.step <= have:
-        raise ValueError(
-            f"{target} has step {have} already, {plan.contents.repo} has step {plan.step}: nothing is pulled"
-        )
-
-
 def _install_run(files: Path, run_dir: Path, step: int | None) -> None:
-    """Move the files of a run into place, the checkpoint last: it is what makes the run resumable."""
-    state = files / STATE
-    _check_same_history(state / "metrics.jsonl", run_dir / "metrics.jsonl", run_dir)
+    """Move the files of a run into place, the checkpoint last: it is what makes the run resumable.
+
+    ValueError unless what this folder has logged up to its checkpoint is how the pulled run began.
+    """
+    state, local, have = files / STATE, run_dir / "metrics.jsonl", local_step(run_dir)
+    if have is not None and local.is_file() and (state / local.name).is_file():
+        ours = _log_lines(local, have)
+        if _log_lines(state / local.name)[: len(ours)] != ours:
+            raise ValueError(f"{run_dir} holds another run (its metrics.jsonl differs): give it another name or folder")
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)  # after a kill, the next call knows the run by it
     for path in sorted((state / "ema").glob("*")):
         _move(path, run_dir / "ema" / path.name)
@@ -326,18 +310,6 @@ def _install_run(files: Path, run_dir: Path, step: int | None) -> None:
 def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
-
-
-def _check_same_history(pulled: Path, local: Path, run_dir: Path) -> None:
-    """What this folder has logged up to its checkpoint must be how the pulled run began."""
-    step = local_step(run_dir)
-    if step is None or not local.is_file() or not pulled.is_file():
-        return
-    ours = _log_lines(local, step)
-    if _log_lines(pulled)[: len(ours)] != ours:
-        raise ValueError(
-            f"{run_dir} holds another run (its metrics.jsonl differs): give this one another name or folder"
-        )
 
 
 def table(files: Sequence[tuple[str, int]], note: dict[str, str] | None = None) -> str:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
@@ -45,25 +45,12 @@ def check_repository(hub: HubConfig, run_dir: Path, resumes_from_hub: bool, warn
     if contents is None or remote is None:
         return
     if local is None and not resumes_from_hub:
-        remedy = f"resume from it with resume=hub://{repo}"
+        remedy = f"resume from it with resume=hub://{repo}, or name another hub.repo_id"
         if not set(STATE_FILES) <= set(contents.files):
-            remedy = f"it has no training state to resume from, finetune.init_from={repo} starts from its weights"
-        raise ValueError(
-            f"Hub repository {repo} holds step {remote}, and {run_dir} would begin at step 0: {remedy}, or name another"
-            " hub.repo_id"
-        )
+            remedy = f"it has no training state: finetune.init_from={repo} starts from its weights, or name another"
+        raise ValueError(f"Hub repository {repo} holds step {remote}, {run_dir} would begin at step 0: {remedy}")
     if local is not None and remote > local:
         warn(f"Hub repository {repo} holds step {remote}, {run_dir} step {local}: nothing is pushed until it is ahead")
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM, of a launcher or a scheduler, ends the body as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class CheckpointSync:
@@ -139,7 +126,12 @@ class CheckpointSync:
     # --- in the thread that pushes ----------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (folder := self._next()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending is not None or self._ending)
+                folder, self._pending = self._pending, None
+            if folder is None:
+                break
             try:
                 self._push(folder)
             except Exception as error:  # training continues whatever it is
@@ -147,13 +139,6 @@ class CheckpointSync:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
         self._ended.set()
-
-    def _next(self) -> Path | None:
-        """The pending checkpoint; None when there is none and the run has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending is not None or self._ending)
-            folder, self._pending = self._pending, None
-            return folder
 
     def _push(self, folder: Path) -> None:
         step, repo = int(folder.name.split("_")[1]), self.hub.repo_id
@@ -164,8 +149,14 @@ class CheckpointSync:
         if self.failures:
             ensure_repository(repo, self.hub.private)  # the run may have begun without network
         contents = read_contents(repo)
-        if self.write_card is not None:
-            self._add_card(self.write_card, folder, contents.commit)
+        try:
+            if self.write_card is not None:
+                self.write_card(self.run_dir, folder, contents.commit)
+        except ConnectionError:
+            raise  # the push is retried, with its card
+        except Exception as error:
+            (folder / "README.md").unlink(missing_ok=True)
+            self._warn(f"the card of {repo} cannot be written ({type(error).__name__}: {error})")
         plan = plan_push(folder, repo, step, contents)
         if plan.outdated:
             self._warn(f"{repo} holds step {plan.before}, which is newer than step {step}: it is not pushed")
@@ -174,15 +165,6 @@ class CheckpointSync:
             again = f", after {self.failures} failed attempts" if self.failures else ""
             self.log(f"step {step} is on the Hub: {repo}{again}")
         self.pushed, self.failures = step, 0
-
-    def _add_card(self, write_card: WriteCard, folder: Path, commit: str) -> None:
-        try:
-            write_card(self.run_dir, folder, commit)
-        except ConnectionError:
-            raise  # the push is retried, with its card
-        except Exception as error:
-            (folder / "README.md").unlink(missing_ok=True)
-            self._warn(f"the card of {self.hub.repo_id} cannot be written ({type(error).__name__}: {error})")
 
     def _failed(self, folder: Path, error: Exception) -> None:
         known = isinstance(error, (OSError, ValueError))
@@ -219,16 +201,16 @@ class CheckpointSync:
             self._changed.notify_all()
         later = f"`mmaudio-hf push {self.run_dir} {repo}`"
         later += " with --training-state" if "training_state" in self.hub.push else ""
-        with contextlib.suppress(KeyboardInterrupt), _sigterm_as_interrupt():
-            self._wait(self.hub.wait, f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}")
+        start = logged = time.monotonic()
+        with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
+            # SIGTERM, of a launcher or a scheduler, ends the wait as Ctrl-C does.
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+            self._ended.wait(min(2.0, self.hub.wait))
+            while not self._ended.is_set() and (left := start + self.hub.wait - time.monotonic()) > 0:
+                if logged == start or time.monotonic() - logged > WAIT_LOG_EVERY:
+                    message = f"step {step} is being pushed to {repo}, Ctrl-C leaves it to {later}"
+                    self.log(f"{message}; waiting for up to {left:.0f} s")
+                    logged = time.monotonic()
+                self._ended.wait(min(1.0, left))
         if step is not None and not (self._ended.is_set() and self.pushed == step):
             self.log(f"warning: step {step} is not on the Hub: {later} pushes it later")
-
-    def _wait(self, limit: float, message: str) -> None:
-        start = logged = time.monotonic()
-        self._ended.wait(min(2.0, limit))
-        while not self._ended.is_set() and (left := start + limit - time.monotonic()) > 0:
-            if logged == start or time.monotonic() - logged > WAIT_LOG_EVERY:
-                self.log(f"{message}; waiting for up to {left:.0f} s")
-                logged = time.monotonic()
-            self._ended.wait(min(1.0, left))

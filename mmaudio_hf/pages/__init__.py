@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import io
 import math
 import os
@@ -23,8 +24,11 @@ from mmaudio_hf.schema import MODES, audio_mode
 
 @functools.cache
 def _environment() -> Environment:
-    loader = PackageLoader("mmaudio_hf.pages")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    options: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("mmaudio_hf.pages"), **options)
+    script = environment.get_template("players.js").render()  # the one that a page may run, by its policy
+    environment.globals["script_hash"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -86,16 +90,10 @@ def line_chart(
         dots = [(x_pixel(x), y_pixel(y), f"{y:.4g} at {x:g}") for x, y in curve.points]
         ring = next((dot for dot, (x, _) in zip(dots, curve.points, strict=True) if x == curve.best), None)
         lines.append({"curve": curve, "dots": dots, "marked": len(dots) <= _MAX_DOTS, "ring": ring})
-    return render(
-        "line_chart.html.jinja",
-        title=title,
-        x_label=x_label,
-        y_label=y_label,
-        description="; ".join(f"{c.label} from {c.points[0][1]:.3g} to {c.points[-1][1]:.3g}" for c in curves),
-        x_ticks=[(x_pixel(x), _number(x)) for x in x_ticks],
-        y_ticks=[(y_pixel(y), _number(y)) for y in y_ticks],
-        lines=lines,
-    )
+    axes = {"x_ticks": [(x_pixel(x), _number(x)) for x in x_ticks], "x_label": x_label}
+    axes |= {"y_ticks": [(y_pixel(y), _number(y)) for y in y_ticks], "y_label": y_label}
+    description = "; ".join(f"{c.label} from {c.points[0][1]:.3g} to {c.points[-1][1]:.3g}" for c in curves)
+    return render("line_chart.html.jinja", title=title, description=description, lines=lines, **axes)
 
 
 def ticks(low: float, high: float) -> list[float]:

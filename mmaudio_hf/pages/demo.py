@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 
 from mmaudio_hf.config import load_recipe, read_json
-from mmaudio_hf.generation import RECIPE_FILE, Generated, Request, save_with_note
+from mmaudio_hf.generation import RECIPE_FILE, Request, save_with_note
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.container import MediaError, probe
 from mmaudio_hf.media.lists import find_video, read_media_list
@@ -91,6 +91,10 @@ def serve(
         page.has_launched = True
         # Nor may it name an address: gradio would fetch it.
         gr.processing_utils.async_ssrf_protected_download = gr.routes.secure_url_stream_response = _reject_address
+        # Fonts of the system; placeholders and boxes that are seen on their background, light and dark.
+        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        light, dark = "*neutral_500", "*neutral_400"
+        theme.set(input_placeholder_color=light, input_placeholder_color_dark=dark)
         app = gr.mount_gradio_app(
             FastAPI(),
             page,
@@ -101,7 +105,7 @@ def serve(
             max_file_size=round(max_upload_mb * 2**20),
             allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
-            theme=_theme(),
+            theme=theme.set(checkbox_border_color=light, checkbox_border_color_dark=dark),
             css=_STYLE,
         )
         actual = listener.getsockname()[1]
@@ -177,14 +181,6 @@ def build_page(
     return page
 
 
-def _theme() -> gr.themes.Base:
-    """Fonts of the system; placeholders and boxes that are seen on their background, light and dark."""
-    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    light, dark = "*neutral_500", "*neutral_400"
-    theme.set(input_placeholder_color=light, input_placeholder_color_dark=dark)
-    return theme.set(checkbox_border_color=light, checkbox_border_color_dark=dark)
-
-
 def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
     """Lines on the network: sizes, which weights of which step, what it was fine-tuned from, adapters."""
     lines = [pipeline.network]
@@ -224,8 +220,7 @@ def _usable_seconds(path: str | None, longest: float) -> Any:
 
 def _check_size(path: str, otherwise: str) -> None:
     """ValueError for a file without frames, in the words of `otherwise`, or with frames beyond the limit."""
-    stream = probe(path).get("video")
-    if stream is None:
+    if (stream := probe(path).get("video")) is None:
         raise ValueError(f"{path} {otherwise}")
     width, height = stream["width"], stream["height"]
     if width * height > math.prod(MAX_FRAME_SIZE):
@@ -242,10 +237,7 @@ def _check_video(path: str) -> float:
 
 
 def _generate(
-    pipeline: MMAudioPipeline,
-    out_dir: Path,
-    progress: Callable[..., Any],
-    *inputs: Any,
+    pipeline: MMAudioPipeline, out_dir: Path, progress: Callable[..., Any], *inputs: Any
 ) -> tuple[Any, str, Any, int]:
     """What the page shows: the video with generated audio, the audio, its spectrogram, the seed that was used."""
     video, image, prompt, negative, duration, steps, guidance, seed, random = inputs
@@ -257,18 +249,11 @@ def _generate(
         _check_video(video)
     if image is not None:
         _check_size(image, "is not an image")
-    result = pipeline(
-        video,
-        prompt.strip(),
-        negative.strip(),
-        image=image,
-        duration=duration,
-        num_steps=int(steps),
-        guidance_scale=guidance,
-        seed=secrets.randbelow(MAX_SEED + 1) if random else int(seed),
-        callback_on_step_end=lambda _, step, *__: progress((step + 1, int(steps)), desc="Generating", unit="steps"),
-        progress=False,
-    )
+    on_step = lambda _, step, *__: progress((step + 1, int(steps)), desc="Generating", unit="steps")  # noqa: E731
+    sampling: Any = {"num_steps": int(steps), "guidance_scale": guidance, "duration": duration, "progress": False}
+    sampling["seed"] = secrets.randbelow(MAX_SEED + 1) if random else int(seed)
+    texts = prompt.strip(), negative.strip()
+    result = pipeline(video, *texts, image=image, callback_on_step_end=on_step, **sampling)
     # One request runs at a time, and gradio has copied the results of the one before.
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
@@ -276,32 +261,26 @@ def _generate(
     notes = [result.note, save_with_note(result, audio_file)]
     if video_file is not None:
         notes.append(save_with_note(result, video_file, video))
-    spectrogram = gr.update(value=_spectrogram(result, [note for note in notes if note]), visible=True)
-    return gr.update(value=video_file, visible=video is not None), str(audio_file), spectrogram, result.seed or 0
-
-
-def _spectrogram(result: Generated, notes: list[str]) -> str:
-    """Mel spectrogram of a result as HTML, with its axes and notes below."""
     level = decibels(result.waveform, result.sample_rate)
     figure = spectrogram_figure(level, float(level.max()), result.seconds, result.sample_rate)
-    return render("demo_spectrogram.html.jinja", figure=figure, notes=notes)
+    image_html = render("demo_spectrogram.html.jinja", figure=figure, notes=list(filter(None, notes)))
+    spectrogram = gr.update(value=image_html, visible=True)
+    return gr.update(value=video_file, visible=video is not None), str(audio_file), spectrogram, result.seed or 0
 
 
 def _examples(run: str | os.PathLike) -> list[list[str]]:
     """[path, caption] of the first test videos of a run that are still where its recipe has them."""
-    recipe_file = Path(run) / RECIPE_FILE
-    if not recipe_file.is_file():
+    if not (recipe_file := Path(run) / RECIPE_FILE).is_file():
         return []
-    recipe = load_recipe(recipe_file)
+    recipe, examples = load_recipe(recipe_file), []
     test_stores = {Path(store.path).name for store in recipe.data.test}
-    examples = []
-    for source in recipe.extraction.videos:
-        if source.name in test_stores and Path(source.list).is_file():
-            for item in read_media_list(source.list):
-                with contextlib.suppress(MediaError, ValueError):
-                    examples.append([str(find_video(source.media_dir, item.id).absolute()), item.caption])
-                if len(examples) == MAX_EXAMPLES:
-                    return examples
+    sources = [source for source in recipe.extraction.videos if source.name in test_stores]
+    for source in sources:
+        for item in read_media_list(source.list) if Path(source.list).is_file() else ():
+            with contextlib.suppress(MediaError, ValueError):
+                examples.append([str(find_video(source.media_dir, item.id).absolute()), item.caption])
+            if len(examples) == MAX_EXAMPLES:
+                return examples
     return examples
 
 

@@ -1,8 +1,6 @@
 """The page of a run, `report/index.html`: curves, scores and clips to watch; and pages that compare evaluations."""
 
-import base64
 import contextlib
-import hashlib
 import itertools
 import math
 import os
@@ -44,7 +42,7 @@ from mmaudio_hf.media.lists import VideoStart, find_video, read_video_clips
 from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.pretrained import find_pretrained
-from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, render, spectrogram_figure, write_page
+from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, spectrogram_figure, write_page
 from mmaudio_hf.schema import check_id
 
 MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
@@ -105,7 +103,8 @@ def report_run(
     summary = run_summary(run_dir) | timing
     if started is not None:
         summary["seconds"] = round(time.time() - started, 1)
-    return {name: _plain(value) for name, value in summary.items()}
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in summary.items()}
+    return {n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in rounded.items()}
 
 
 def _generated_clips(
@@ -125,13 +124,12 @@ def _generated_clips(
         decoded, duration = pipeline.decode(item.latent), item.duration or recipe.model.duration
         longest = max(longest, duration)
         video, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
-        events = times.get(item.item_id)
-        if events is not None:
-            known.append([t for t in events if t < duration])
+        reference, inside = decoded if reference is None else reference, None
+        if item.item_id in times:
+            inside = tuple(t for t in times[item.item_id] if t < duration)
+            known.append(inside)
             detected.append(onset_times(result.waveform, rate))
             ceiling.append(onset_times(decoded, rate))
-        inside = None if events is None else tuple(t for t in events if t < duration)
-        reference = decoded if reference is None else reference
         distance = waveform_scores(result.waveform, reference, rate)["log_mel_distance"]
         scores = {"log-mel distance to the truth in dB:": distance}
         clips.append(ReportClip(item.item_id, item.caption, result.waveform, rate, reference, video, inside, scores))
@@ -155,23 +153,10 @@ def _video_and_audio(item: HeldOutItem, recipe: Recipe, with_audio: bool) -> tup
             clip_of = next((row for row in read_video_clips(clip_list) if row.id == item.item_id), clip_of)
         path = find_video(source.media_dir, clip_of.name)
         video = None if clip_of.start else path  # the player would show the first seconds
-        clip = read_video(
-            path,
-            start=clip_of.start,
-            mode=recipe.model.mode,
-            duration=item.duration or recipe.model.duration,
-            alignment=recipe.extraction.alignment,
-            normalize_audio=source.normalize_audio,
-            as_uint8=True,
-        )
-        return video, clip.audio
+        settings: Any = {"duration": item.duration or recipe.model.duration, "alignment": recipe.extraction.alignment}
+        settings |= {"mode": recipe.model.mode, "normalize_audio": source.normalize_audio, "as_uint8": True}
+        return video, read_video(path, start=clip_of.start, **settings).audio
     return video, None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 # --- what a run has written ----------------------------------------------------------------------------------------
@@ -229,7 +214,6 @@ def write_report(
     return write_page(
         run_dir / "report" / "index.html",
         "report.html.jinja",
-        script_hash=_script_hash(),
         summary=summary,
         tiles=_tiles(summary, timing or {}),
         charts=_charts(metrics),
@@ -243,11 +227,6 @@ def write_report(
         has_events=any(clip.events is not None for clip in clips),
         clips=cards,
     )
-
-
-def _script_hash() -> str:
-    """Of the one script that a page may run, for its policy."""
-    return base64.b64encode(hashlib.sha256(render("players.js").encode()).digest()).decode()
 
 
 def _tiles(summary: Mapping[str, Any], timing: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -272,14 +251,14 @@ def _tiles(summary: Mapping[str, Any], timing: Mapping[str, float]) -> list[tupl
 
 
 def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    best = {name: step for name, (step, _) in _choices(metrics).items()}
+
     def curves(*chosen: tuple[str, str, str]) -> list[Curve]:
-        best = {name: step for name, (step, _) in _choices(metrics).items()}
         named = [Curve(name, label, style, _series(metrics, name), best.get(name)) for name, label, style in chosen]
         return [curve for curve in named if curve.points]
 
-    loss = curves(
-        ("train/loss", "training", "a thin"), ("val/loss", "validation", "b"), ("val_ema/loss", "validation, EMA", "c")
-    )
+    held_out = ("val/loss", "validation", "b"), ("val_ema/loss", "validation, EMA", "c")
+    loss = curves(("train/loss", "training", "a thin"), *held_out)
     rate = curves(("train/learning_rate", "learning rate", "a"))
     charts = [
         line_chart("Loss", "step", loss, y_label=_LOSS),
@@ -308,12 +287,8 @@ def _choices(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, flo
 
 def _loss_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """Validation loss by bins of t: before training, and last."""
-    curves = []
-    for kind, label, style, index in (
-        ("val", "first", "b dashed", 0),
-        ("val", "last", "b", -1),
-        ("val_ema", "last, EMA", "c", -1),
-    ):
+    curves, drawn = [], (("val", "first", "b dashed", 0), ("val", "last", "b", -1), ("val_ema", "last, EMA", "c", -1))
+    for kind, label, style, index in drawn:
         prefix = f"{kind}/loss_t_"
         entries = [entry for entry in metrics if any(key.startswith(prefix) for key in entry)]
         if not entries or (label == "last" and len(entries) == 1):
@@ -349,37 +324,27 @@ def _players(tracks: Sequence[_Track]) -> list[dict[str, Any]]:
     players = []
     for track, level in zip(tracks, levels, strict=True):
         seconds = track.waveform.shape[-1] / track.rate
-        players.append(
-            {
-                "title": track.title,
-                "note": track.note,
-                "media": track.media,
-                "label": track.label,
-                "figure": spectrogram_figure(level, top, seconds, track.rate),
-                "description": f"Mel spectrogram: {track.label}, {seconds:.1f} s",
-                "marks": [(kind, f"{100 * time / seconds:.2f}%") for kind, time in track.marks],
-            }
-        )
+        marks = [(kind, f"{100 * time / seconds:.2f}%") for kind, time in track.marks]
+        description = f"Mel spectrogram: {track.label}, {seconds:.1f} s"
+        figure = spectrogram_figure(level, top, seconds, track.rate)
+        players.append(vars(track) | {"figure": figure, "description": description, "marks": marks})
     return players
 
 
 def _clip_card(clip: ReportClip, scratch: Path) -> dict[str, Any]:
-    waveforms = {"Generated": clip.generated, "Ground truth": clip.reference}
-    tracks = [_clip_track(clip, title, w, scratch) for title, w in waveforms.items() if w is not None]
+    tracks, rate = [], clip.sample_rate
+    for title, waveform in (("Generated", clip.generated), ("Ground truth", clip.reference)):
+        if waveform is None:
+            continue
+        onsets, marks, note = onset_times(waveform, rate), [], ""
+        if clip.events is not None:
+            marks = [("event", time) for time in clip.events] + [("onset", time) for time in onsets]
+            precision, recall, f1 = onset_f1(onsets, clip.events)
+            note = f"onset F1 {f1:.2f} (precision {precision:.2f}, recall {recall:.2f})"
+        label = f"{title.lower()} audio of {clip.name}, {len(onsets)} onsets"
+        tracks.append(_Track(title, waveform, rate, _media(clip.video, waveform, rate, scratch), label, note, marks))
     note = " · ".join([clip.name, *(f"{name} {value:.3g}" for name, value in clip.scores.items())])
     return {"name": clip.name, "caption": clip.caption, "note": note, "players": _players(tracks)}
-
-
-def _clip_track(clip: ReportClip, title: str, waveform: torch.Tensor, scratch: Path) -> _Track:
-    onsets = onset_times(waveform, clip.sample_rate)
-    marks, note = [], ""
-    if clip.events is not None:
-        marks = [("event", time) for time in clip.events] + [("onset", time) for time in onsets]
-        precision, recall, f1 = onset_f1(onsets, clip.events)
-        note = f"onset F1 {f1:.2f} (precision {precision:.2f}, recall {recall:.2f})"
-    label = f"{title.lower()} audio of {clip.name}, {len(onsets)} onsets"
-    media = _media(clip.video, waveform, clip.sample_rate, scratch)
-    return _Track(title, waveform, clip.sample_rate, media, label, note, marks)
 
 
 def _media(video: Path | None, waveform: torch.Tensor, rate: int, scratch: Path) -> str:
@@ -400,11 +365,8 @@ def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[
 
     Prompts and videos of the user's own come before the other items: they were chosen. `videos` are these by item.
     """
-    folders = {
-        int(folder.name.removeprefix("step_")): folder
-        for folder in (run_dir / "samples").glob("step_*")
-        if re.fullmatch(r"step_\d+", folder.name) and (folder / SAMPLES_FILE).is_file()
-    }
+    written = [file.parent for file in (run_dir / "samples").glob(f"step_*/{SAMPLES_FILE}")]
+    folders = {int(folder.name[5:]): folder for folder in written if re.fullmatch(r"step_\d+", folder.name)}
     steps = sorted(folders)
     if not steps:
         return 0, 0, []
@@ -473,8 +435,7 @@ def write_comparison(contents: Sequence[Mapping[str, Any]], path: str | os.PathL
     """Write a page with the table of scores, and players of the same items; return its path."""
     title = _title(contents[0]) if len(contents) == 1 else f"{len(contents)} evaluations"
     cards = _comparison_cards(contents, Path(path).parent)
-    scores = _scores_table(contents)
-    return write_page(path, "scores.html.jinja", title=title, scores=scores, clips=cards, script_hash=_script_hash())
+    return write_page(path, "scores.html.jinja", title=title, scores=_scores_table(contents), clips=cards)
 
 
 def _comparison_cards(contents: Sequence[Mapping[str, Any]], base: Path) -> list[dict[str, Any]]:
@@ -484,11 +445,8 @@ def _comparison_cards(contents: Sequence[Mapping[str, Any]], base: Path) -> list
     names = sorted(set().union(*kept), key=lambda name: (-sum(name in each for each in kept), name))
     cards = []
     for name in names[:SHOWN]:
-        files = [
-            (_title(content), folder / name)
-            for content, folder, own in zip(contents, folders, kept, strict=True)
-            if folder and name in own
-        ]
+        named = zip(map(_title, contents), folders, strict=True)
+        files = [(title, folder / name) for title, folder in named if folder and (folder / name).is_file()]
         tracks = []
         for title, file in [("True latent, decoded", files[0][1].parent / REFERENCE / name), *files]:
             if file.is_file():
@@ -502,8 +460,7 @@ def _comparison_cards(contents: Sequence[Mapping[str, Any]], base: Path) -> list
 def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The table: `heads` (title, notes) of its columns, `rows` with cells (text, note, is best), and `notes` below."""
     given, contents = contents, of_common_items(contents)
-    heads = [(_title(c), (_weights(c), _item_count(c), _settings(c))) for c in contents]
-    notes = []
+    heads, notes = [(_title(content), _head_notes(content)) for content in contents], []
     if contents != given:
         counts = " and ".join(f"{content['items']['scored']:,}" for content in given)
         notes.append(f"over the {contents[0]['ids']['count']:,} items that all have, of {counts}")
@@ -511,15 +468,21 @@ def _scores_table(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names_of: dict[str, list[str]] = {}
         for name, reason in content["not_computed"].items():
             names_of.setdefault(reason, []).append(name)
-        missing = [f"no {', '.join(names)}: {reason}" for reason, names in names_of.items()]
-        notes += [f"{_title(content)}: {note}" for note in (*missing, *map(_dropped, content["items"]["dropped"]))]
+        lacking = [f"no {', '.join(names)}: {reason}" for reason, names in names_of.items()]
+        for entry in content["items"]["dropped"]:
+            ids = ", ".join(entry["ids"]) + (" ..." if entry["count"] > len(entry["ids"]) else "")
+            lacking.append(f"{entry['count']} dropped, {entry['reason']}: {ids}")
+        notes += [f"{_title(content)}: {note}" for note in lacking]
     rows, clips = [], [read_clips(content) for content in contents] if len(contents) > 1 else []
     problem = _incomparable(contents, clips)
     notes += [problem] if problem else []
     for name, any_score in {name: score for content in contents for name, score in content["scores"].items()}.items():
         scores = [content["scores"].get(name) for content in contents]
         columns = [{i: clip[name] for i, clip in each.items() if name in clip} for each in clips]
-        best = None if problem else _best(scores, columns, any_score["better"])
+        # A note says that the figure is none to compare, as -1 in place of a distance.
+        usable = [s and "note" not in s and s["value"] is not None and c for s, c in zip(scores, columns, strict=False)]
+        comparable = not problem and any_score["better"] in _RANK and len(usable) > 1 and all(usable)
+        best = best_of(columns, _RANK[any_score["better"]]) if comparable else None
         cells = [
             (_number(score), _score_note(score, content), column == best)
             for column, (score, content) in enumerate(zip(scores, contents, strict=True))
@@ -563,19 +526,6 @@ def _incomparable(contents: Sequence[Mapping[str, Any]], clips: Sequence[Mapping
     return f"nothing is called best: these scores are not of the same items and truth ({hashes}); evaluate them again"
 
 
-def _best(
-    scores: Sequence[Mapping[str, Any] | None], columns: Sequence[Mapping[str, float]], better: str
-) -> int | None:
-    """Column that is best beyond the interval of the paired differences; None without one, or without a direction."""
-    # A note says that the figure is none to compare, as -1 in place of a distance.
-    usable = [
-        bool(s and "note" not in s and s["value"] is not None and c) for s, c in zip(scores, columns, strict=False)
-    ]
-    if better not in _RANK or len(usable) < 2 or not all(usable):
-        return None
-    return best_of(columns, _RANK[better])
-
-
 def _score_note(score: Mapping[str, Any] | None, content: Mapping[str, Any]) -> str:
     """How many items a score is of, where they are not all; and why not."""
     if not score:
@@ -598,23 +548,13 @@ def _title(content: Mapping[str, Any]) -> str:
     return f"{content['run']}, {content['split']}{step}"
 
 
-def _weights(content: Mapping[str, Any]) -> str:
-    weights = content["weights"]
+def _head_notes(content: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Weights, number of items and settings of an evaluation."""
+    weights, items, settings = content["weights"], content["items"], content["settings"]
     width = "" if weights.get("sigma_rel") is None else f" (sigma_rel {weights['sigma_rel']:g})"
-    return {"ema": "EMA"}.get(weights["weights"], weights["weights"]) + width
-
-
-def _item_count(content: Mapping[str, Any]) -> str:
-    items = content["items"]
-    return f"{items['scored']:,} of {items['listed']:,} items"
-
-
-def _settings(content: Mapping[str, Any]) -> str:
-    settings = content["settings"]
     steps = f"{settings['num_steps']} {settings['solver']} steps" if settings["solver"] == "euler" else "adaptive steps"
-    return f"{steps}, guidance {settings['guidance_scale']:g}, seed {settings['seed']}, {settings['precision']}"
-
-
-def _dropped(entry: Mapping[str, Any]) -> str:
-    ids = ", ".join(entry["ids"]) + (" ..." if entry["count"] > len(entry["ids"]) else "")
-    return f"{entry['count']} dropped, {entry['reason']}: {ids}"
+    return (
+        {"ema": "EMA"}.get(weights["weights"], weights["weights"]) + width,
+        f"{items['scored']:,} of {items['listed']:,} items",
+        f"{steps}, guidance {settings['guidance_scale']:g}, seed {settings['seed']}, {settings['precision']}",
+    )
