@@ -82,8 +82,11 @@ def import_checkpoint(
     if isinstance(content, Mapping) and isinstance(content.get("optimizer"), Mapping):
         moments, updates = _moments(content["optimizer"], list(weights), model, file)
         load_optimizer_tensors(model, optimizer, moments)
-        step = _steps(content, updates, file)
-        skipped = step - updates
+        scheduler = content.get("scheduler")  # it counts skipped updates too
+        counted = isinstance(scheduler, Mapping) and "last_epoch" in scheduler
+        step = int(scheduler["last_epoch"]) if isinstance(scheduler, Mapping) and counted else updates
+        if (skipped := step - updates) < 0:
+            raise ValueError(f"{file}: its scheduler has made {step} steps, its optimizer {updates}: it is damaged")
         metadata["reference"] = {"it": int(content.get("it", step)), "step": step}
         notes = _differences(content, recipe.optim)
         if isinstance(content.get("ema"), Mapping):
@@ -123,9 +126,7 @@ def _moments(
     ours = list(model.state_dict())
     names = [name for name in weight_names if name in ours]
     if names not in (reference_order(ours), ours):
-        raise ValueError(
-            f"{file}: its weights are not in their original order, so optimizer state cannot be told apart"
-        )
+        raise ValueError(f"{file}: its weights are not in their original order: optimizer state cannot be assigned")
     names = trainable(names)
     groups, state = optimizer.get("param_groups"), optimizer.get("state")
     if not isinstance(groups, list) or not isinstance(state, Mapping) or len(groups) != 1:
@@ -143,15 +144,6 @@ def _moments(
     if len(updates) > 1:
         raise ValueError(f"{file}: its optimizer has updated some tensors {min(updates)} times, others {max(updates)}")
     return tensors, updates.pop() if updates else 0
-
-
-def _steps(content: Mapping[str, Any], updates: int, file: Path) -> int:
-    """Steps done: by the scheduler, which counts skipped updates too, else by the optimizer."""
-    scheduler = content.get("scheduler")
-    steps = int(scheduler["last_epoch"]) if isinstance(scheduler, Mapping) and "last_epoch" in scheduler else updates
-    if steps < updates:
-        raise ValueError(f"{file}: its scheduler has made {steps} steps, its optimizer {updates}: it is damaged")
-    return steps
 
 
 def _differences(content: Mapping[str, Any], optim: OptimConfig) -> list[str]:
@@ -208,14 +200,13 @@ def _snapshot_files(folder: Path, recipe: Recipe, last: int) -> tuple[list[tuple
     kept = [file for file in files if file[1] <= last]
     if not kept:
         raise ValueError(
-            f"{folder} holds only snapshots of updates after {last}, that of the checkpoint: they are not of it"
+            f"{folder}: all snapshots are of updates after {last}, that of the checkpoint: they are not of it"
         )
     return kept, [path.name for _, update, path in files if update > last]
 
 
 def _import_snapshot(path: Path, update: int, sigma_rel: float, model: MMAudio, folder: Path) -> None:
-    content = read_file(path)
-    if not isinstance(content, Mapping):
+    if not isinstance(content := read_file(path), Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an EMA snapshot")
     ema_weights, step = _ema_weights(content, model, path)
     if step != update:
@@ -238,11 +229,16 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
     file is already there.
     """
     if not (run_dir / "config.yaml").is_file():
-        return _export_network(run_dir, out, step)
+        if step is not None:
+            raise ValueError(f"{run_dir} is not a run folder, so it has no step {step}: leave --step out")
+        config, network, file = read_network(run_dir)
+        with torch.device("meta"):
+            expected = MMAudio(config).state_dict()
+        check_state(network, expected, file)
+        return _write_files({f"{run_dir.name}.pth": lambda: _in_order(network, reference_order(expected))}, out)
     recipe = load_recipe(run_dir / "config.yaml")
-    state = (
-        latest_training_state(run_dir, log) if step is None else load_training_state(checkpoint_folder(run_dir, step))
-    )
+    folder = None if step is None else checkpoint_folder(run_dir, step)
+    state = latest_training_state(run_dir, log) if folder is None else load_training_state(folder)
     if state is None:
         raise ValueError(f"{run_dir} has no checkpoint yet")
     with torch.device("meta"):
@@ -264,17 +260,6 @@ def export_run(run_dir: Path, out: Path, step: int | None = None, log: Callable[
             name = f"{recipe.ema.sigma_rels.index(snapshot.sigma_rel)}.{snapshot.step}.pt"
             contents[f"ema/{name}"] = partial(_snapshot, snapshot, names)
     return _write_files(contents, out)
-
-
-def _export_network(folder: Path, out: Path, step: int | None) -> list[Path]:
-    """The weights of a `pretrained_model` folder, or of a Hub id, as a released file."""
-    if step is not None:
-        raise ValueError(f"{folder} is not a run folder, so it has no step {step}: leave --step out")
-    config, state, file = read_network(folder)
-    with torch.device("meta"):
-        expected = MMAudio(config).state_dict()
-    check_state(state, expected, file)
-    return _write_files({f"{folder.name}.pth": lambda: _in_order(state, reference_order(expected))}, out)
 
 
 def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[Path]:
@@ -320,10 +305,8 @@ def _in_order(tensors: Mapping[str, torch.Tensor], names: Sequence[str], prefix:
 def _training_checkpoint(recipe: Recipe, state: TrainingState, names: Sequence[str]) -> dict[str, Any]:
     optimizer, scheduler = _optimizer_and_scheduler(recipe, state.step, len(trainable(names)))
     if moments := state.tensors["optimizer"]:
-        optimizer["state"] = {
-            index: {kind: moments[f"{kind}.{name}"] for kind in ADAMW_STATE}
-            for index, name in enumerate(trainable(names))
-        }
+        each = [{kind: moments[f"{kind}.{name}"] for kind in ADAMW_STATE} for name in trainable(names)]
+        optimizer["state"] = dict(enumerate(each))
     imported = state.metadata.get("reference", {})
     ema: dict[str, Any] = {}
     for i in range(len(recipe.ema.sigma_rels)):

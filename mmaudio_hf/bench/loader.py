@@ -104,19 +104,13 @@ def _compare(mixture: Mixture, batch_size: int, rounds: int, threads: int) -> Fi
     figures |= {"threads": threads, "rounds": rounds}
     for name, taken in seconds.items():
         figures |= {f"{name}_gb_s": size / taken / 1e9, f"{name}_samples_s": batch_size / taken}
-    copies = {name: seconds[name] for name in seconds if name.startswith("memcpy")}
-    loaders = {name: seconds[name] for name in seconds if name.startswith("dataloader")}
-    memcpy, best = min(copies, key=lambda name: copies[name]), min(loaders, key=lambda name: loaders[name])
-    figures |= {
-        "memcpy_gb_s": size / copies[memcpy] / 1e9,
-        "memcpy_limit": memcpy,
-        "best_dataloader_gb_s": size / loaders[best] / 1e9,
-        "best_dataloader": best,
-        "ours_of_memcpy": copies[memcpy] / seconds["ours"],
-        "ours_of_dataloader": loaders[best] / seconds["ours"],
-        "ours_with_noise_of_memcpy": copies[memcpy] / seconds["ours_with_noise"],
-        "ours_with_noise_of_dataloader": loaders[best] / seconds["ours_with_noise"],
-    }
+    for kind, label, limit in (
+        ("memcpy", "memcpy", "memcpy_limit"),
+        ("dataloader", "best_dataloader", "best_dataloader"),
+    ):
+        best = min((name for name in seconds if name.startswith(kind)), key=lambda name: seconds[name])
+        figures |= {f"{label}_gb_s": size / seconds[best] / 1e9, limit: best}
+        figures |= {f"{ours}_of_{kind}": seconds[best] / seconds[ours] for ours in ("ours", "ours_with_noise")}
     return figures
 
 
