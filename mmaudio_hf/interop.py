@@ -199,9 +199,7 @@ def _snapshot_files(folder: Path, recipe: Recipe, last: int) -> tuple[list[tuple
         raise ValueError(f"{unknown} is of a profile that ema.sigma_rels of the recipe does not name")
     kept = [file for file in files if file[1] <= last]
     if not kept:
-        raise ValueError(
-            f"{folder}: all snapshots are of updates after {last}, that of the checkpoint: they are not of it"
-        )
+        raise ValueError(f"{folder} holds only snapshots of updates after {last}, that of the checkpoint")
     return kept, [path.name for _, update, path in files if update > last]
 
 

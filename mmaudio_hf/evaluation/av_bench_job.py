@@ -43,9 +43,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     import av_bench.extraction_models
     import torch
 
-    versions: dict[str, str] = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers"):
-        versions[name] = getattr(sys.modules.get(name), "__version__", "not imported")
     # torch.hub asks on a terminal whether to trust VGGish's repository. Whoever runs av-benchmark has answered.
     hub_load, load = torch.hub.load, torch.load
     torch.hub.load = lambda *args, **options: hub_load(*args, **{"trust_repo": True, **options})
@@ -59,7 +56,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job["action"] == "check":
         if known:
             read_example(av_bench.extract)
-        return versions
+        modules = {name: sys.modules.get(name) for name in ("torch", "transformers")}
+        versions = {name: getattr(module, "__version__", "not imported") for name, module in modules.items()}
+        return {"python": sys.version.split()[0], **versions}
     Path(job["output_path"]).mkdir(parents=True, exist_ok=True)
     for path in (models._clap_ckpt_path, models._syncformer_ckpt_path):
         if not path.is_file():
@@ -317,11 +316,8 @@ def encode_group(
     batch = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
     for file, rows in encode(network, batch).items():
         for i, (path, _) in enumerate(group):  # copies: a view would be saved with its whole batch
-            row = (
-                {key: v[i].cpu().clone() for key, v in rows.items()}
-                if isinstance(rows, dict)
-                else rows[i].cpu().clone()
-            )
+            several = isinstance(rows, dict)
+            row = {key: v[i].cpu().clone() for key, v in rows.items()} if several else rows[i].cpu().clone()
             into.setdefault(file, {})[path.stem] = row
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import compress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,7 @@ def _frechet(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, list[np
     With L L' = C1 and Q S Q' = L' C2 L, the trace of the root is that of S^(1/2). The derivative by C1 is 1 - T, where
     T = L'^-1 Q S^(1/2) Q' L^-1 is the optimal transport from one Gaussian to the other, and by C2 it is 1 - T^-1.
     """
-    rows = [np.asarray(values) for values in (predicted, reference)]
-    if any(r.ndim != 2 or len(r) < 2 for r in rows) or rows[0].shape[1] != rows[1].shape[1]:
-        raise ValueError(f"two sets of at least two rows of one width are needed, not {rows[0].shape}, {rows[1].shape}")
+    rows = _sides(predicted, reference)
     means = [r.mean(0) for r in rows]
     covariances = [np.atleast_2d(np.cov(r, rowvar=False)) for r in rows]
     factor, inverse, regular = _factor(covariances[0])
@@ -161,7 +160,7 @@ def kernel_distance(
     many as the smaller one has, and are drawn with a fixed seed. Computed in the type of the rows, as published: the
     terms are near 1, so float32 rows give 1e-7 of that, which is 2e-5 of a distance of 0.001.
     """
-    predicted, reference = _kernel_sides(predicted, reference)
+    predicted, reference = _sides(predicted, reference)
     size, generator = min(size, len(predicted), len(reference)), np.random.RandomState(_SHUFFLE_SEED)
     distances = []
     for _ in range(subsets):
@@ -181,8 +180,14 @@ def kernel_audio_distance(predicted: ArrayLike, reference: ArrayLike) -> float:
 
 def _kernel_audio(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, list[np.ndarray]]:
     """The distance, and what each row of both sides changes it by, to first order, as `_frechet`; s stays as it is."""
-    x, y = (rows.astype(np.float64) for rows in _kernel_sides(predicted, reference))
-    squares = [cdist(a, b, "sqeuclidean") if a.shape[1] < 16 else _squares(a, b) for a, b in ((x, x), (y, y), (x, y))]
+    x, y = (rows.astype(np.float64) for rows in _sides(predicted, reference))
+
+    def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if a.shape[1] < 16:
+            return cdist(a, b, "sqeuclidean")
+        return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0)  # by one product
+
+    squares = [squared_distances(a, b) for a, b in ((x, x), (y, y), (x, y))]
     width = np.median(squares[1][np.triu_indices(len(y), 1)])
     if not width > 0:
         raise ValueError("half of the reference features are equal: there is no kernel width")
@@ -194,16 +199,11 @@ def _kernel_audio(predicted: ArrayLike, reference: ArrayLike) -> tuple[float, li
     return 100 * _unbiased_mmd(xx, yy, xy), changes
 
 
-def _kernel_sides(predicted: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _sides(predicted: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     x, y = (np.asarray(rows) for rows in (predicted, reference))
     if any(side.ndim != 2 or len(side) < 2 for side in (x, y)) or x.shape[1] != y.shape[1]:
         raise ValueError(f"give at least two rows of one width, not {x.shape} and {y.shape}")
     return x, y
-
-
-def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances of rows by one product."""
-    return np.maximum((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T, 0)
 
 
 def _unbiased_mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> float:
@@ -293,19 +293,13 @@ class _Block(nn.Module):
         return x_BD + self.mlp(self.ln2(x_BD))
 
 
-class _Positions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        tokens = 2 + SEGMENTS * (VIDEO_TOKENS + AUDIO_TOKENS)
-        self.pos_emb = nn.Parameter(torch.empty(1, tokens, SYNC_DIM))
-
-
 class _Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vis_in_lnorm, self.aud_in_lnorm = nn.LayerNorm(SYNC_DIM), nn.LayerNorm(SYNC_DIM)
         self.OFF_tok, self.MOD_tok = (nn.Parameter(torch.empty(1, 1, SYNC_DIM)) for _ in range(2))
-        self.pos_emb_cfg = _Positions()
+        tokens = 2 + SEGMENTS * (VIDEO_TOKENS + AUDIO_TOKENS)
+        self.pos_emb_cfg = nn.ParameterDict({"pos_emb": torch.empty(1, tokens, SYNC_DIM)})
         self.blocks = nn.Sequential(*(_Block() for _ in range(DEPTH)))
         self.ln_f = nn.LayerNorm(SYNC_DIM)
         self.off_head = nn.Linear(SYNC_DIM, CLASSES)
@@ -313,7 +307,7 @@ class _Transformer(nn.Module):
     def forward(self, video_BND: Tensor, audio_BND: Tensor) -> Tensor:
         offset, separator = (token.expand(len(video_BND), -1, -1) for token in (self.OFF_tok, self.MOD_tok))
         tokens = [offset, self.vis_in_lnorm(video_BND), separator, self.aud_in_lnorm(audio_BND)]
-        x_BND = torch.cat(tokens, dim=1) + self.pos_emb_cfg.pos_emb  # N = 1 + 14 * 8 + 1 + 14 * 6 = 198
+        x_BND = torch.cat(tokens, dim=1) + self.pos_emb_cfg["pos_emb"]  # N = 1 + 14 * 8 + 1 + 14 * 6 = 198
         *blocks, last = self.blocks
         for block in blocks:
             x_BND = block(x_BND)
@@ -480,19 +474,12 @@ def score_caches(
 
 
 @checked
-def evaluate_caches(
-    gt_dir: str | PathLike,
-    pred_dir: str | PathLike,
-    *,
-    paired: bool = True,
-    desync_classes: Mapping[str, Sequence[int]] | None = None,
-    **options: Any,
-) -> dict[str, float | int]:
+def evaluate_caches(gt_dir: str | PathLike, pred_dir: str | PathLike, **options: Any) -> dict[str, float | int]:
     """`score_caches` as plain numbers: NAME, and beside it "NAME/used" and "NAME/dropped", counts of predictions.
 
-    Scores that could not be computed are absent, with a warning.
+    Scores that could not be computed are absent, with a warning. options: those of `score_caches`.
     """
-    scores = score_caches(gt_dir, pred_dir, paired=paired, desync_classes=desync_classes, **options)
+    scores = score_caches(gt_dir, pred_dir, **options)
     for name, reason in scores.not_computed.items():
         warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
     flat: dict[str, float | int] = {}
@@ -513,12 +500,13 @@ class _Features:
 
     def take(self, ids: Sequence[str], dropped: dict[str, list[str]] | None = None) -> "_Features":
         """Those of `ids`, in their order."""
+        dropped = self.dropped if dropped is None else dropped
         if list(ids) == self.ids:
-            return _Features(self.ids, self.rows, self.dropped if dropped is None else dropped, self.counts)
+            return replace(self, dropped=dropped)
         index = {item_id: i for i, item_id in enumerate(self.ids)}
         order = [index[item_id] for item_id in ids]
         rows = self.rows[order] if isinstance(self.rows, np.ndarray) else [self.rows[i] for i in order]
-        return _Features(list(ids), rows, self.dropped if dropped is None else dropped)
+        return _Features(list(ids), rows, dropped)
 
 
 class _Caches:
@@ -530,32 +518,28 @@ class _Caches:
         for folder in (gt_dir, pred_dir):
             if not any(folder.glob("*.pth")):
                 raise ValueError(f"{folder} holds no cached features (*.pth)")
-        self._read: tuple[str, Any] = ("", None)
+        self._name = ""  # of the file whose sides, by key, are in memory
+        self._sides: tuple[dict[str, _Features], dict[str, _Features]] = {}, {}
 
     def read(self, name: str, key: str = "") -> tuple[_Features, _Features] | None:
         """Features of predictions and ground truth (`key` of those that are dicts); None when neither has any, or the
         ground truth none of video or text.
         """
-        if self._read[0] != name:
-            self._read = ("", None)  # freed before the next is read
-            self._read = (name, self._both(name))
-        sides = self._read[1]
-        return sides and (sides[0][key], sides[1][key])
-
-    def _both(self, name: str) -> tuple[dict[str, _Features], dict[str, _Features]] | None:
-        """By key."""
         other = TRUTH_FILES.get(name)
         gt, pred = self.gt_dir / (other or name), self.pred_dir / name
         gt = pred if name == AESTHETICS else gt
         if not gt.is_file() and (other or not pred.is_file()):
             return None
-        ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE, self._ids)
-        theirs = _read_cache(gt, pred, TRUTH_NOT_FINITE, TRUTH_WRONG_SHAPE, self._ids)
-        for key, side in ours.items():
-            widths = {np.shape(each.rows)[1:] for each in (side, theirs[key]) if isinstance(each.rows, np.ndarray)}
-            if len(widths) > 1:
-                raise ValueError(f"{pred} and {gt} are of different networks: their features are {sorted(widths)}")
-        return ours, theirs
+        if self._name != name:
+            self._name, self._sides = "", ({}, {})  # freed before the next is read
+            ours = _read_cache(pred, gt, NOT_FINITE, WRONG_SHAPE, self._ids)
+            theirs = _read_cache(gt, pred, TRUTH_NOT_FINITE, TRUTH_WRONG_SHAPE, self._ids)
+            for sides in zip(ours.values(), theirs.values(), strict=True):
+                widths = {np.shape(side.rows)[1:] for side in sides if isinstance(side.rows, np.ndarray)}
+                if len(widths) > 1:
+                    raise ValueError(f"{pred} and {gt} are of different networks: their features are {sorted(widths)}")
+            self._name, self._sides = name, (ours, theirs)
+        return self._sides[0][key], self._sides[1][key]
 
     def pair(self, predicted: _Features, reference: _Features) -> tuple[_Features, _Features]:
         """Both sides of the ids that have a partner, in the order of the predictions."""
@@ -762,11 +746,9 @@ def _score(name: str, caches: _Caches, paired: bool) -> dict[str, Score]:
         return _inception(name, predicted)
     if family == "aesthetics":
         return _scored(name, predicted, predicted.rows[:, _AXES.index(name[-2:])])
-    each, ours, theirs = (
-        _divergences if family == "kl" else _cosines,
-        *map(torch.from_numpy, (predicted.rows, reference.rows)),
-    )
-    return _scored(name, predicted, each(ours, theirs).numpy() if predicted.ids else np.empty(0))
+    ours, theirs = torch.from_numpy(predicted.rows), torch.from_numpy(reference.rows)
+    items = _divergences(ours, theirs) if family == "kl" else _cosines(ours, theirs)
+    return _scored(name, predicted, items.numpy())
 
 
 def _scored(
@@ -788,7 +770,11 @@ def _distance(name: str, predicted: _Features, reference: _Features) -> dict[str
     if rows < 2:
         return _scored(name, predicted, np.empty(0), math.nan)
     if kernel and max(len(side.rows) for side in sides) > _KERNEL_ROWS:
-        sides, warning = [_some(side) for side in sides], f"of {_KERNEL_ROWS:,} random items"
+        # The same rows of sets of one size, so that pairs stay pairs.
+        orders = [np.random.RandomState(_SHUFFLE_SEED).permutation(len(side.rows)) for side in sides]
+        chosen = [np.sort(order[:_KERNEL_ROWS]) for order in orders]
+        sides = [side.take([side.ids[i] for i in rows_of]) for side, rows_of in zip(sides, chosen, strict=True)]
+        warning = f"of {_KERNEL_ROWS:,} random items"
     elif not kernel and rows < _ROWS_PER_COLUMN * columns[0]:
         warning = f"{rows:,} rows of {columns[0]} columns: biased upwards, compare equal numbers of items only"
     value, changes = (_kernel_audio if kernel else _frechet)(*(side.rows for side in sides))
@@ -806,25 +792,18 @@ def _distance(name: str, predicted: _Features, reference: _Features) -> dict[str
     return {name: replace(score, items=items)}
 
 
-def _some(side: _Features) -> _Features:
-    """At most `_KERNEL_ROWS` random rows; the same ones of sets of one size, so that pairs stay pairs."""
-    chosen = np.random.RandomState(_SHUFFLE_SEED).permutation(len(side.rows))[:_KERNEL_ROWS]
-    return side.take([side.ids[i] for i in np.sort(chosen)])
-
-
 def _inception(name: str, predicted: _Features) -> dict[str, Score]:
     """Mean and deviation over ten splits; the contributions are those to the score of all rows at once."""
     mean, std = inception_score(predicted.rows) if predicted.ids else (math.nan, math.nan)
-    deviation = name.replace("-mean", "-std")
+    deviation, none = name.replace("-mean", "-std"), np.empty(0)
     if not math.isfinite(mean):
-        few = "fewer than 10 clips"
-        scores = _scored(name, predicted, np.empty(0), mean, few)
-        return scores | _scored(deviation, predicted, np.empty(0), std, few)
+        values = {name: mean, deviation: std}.items()
+        return {n: _scored(n, predicted, none, value, "fewer than 10 clips")[n] for n, value in values}
     log_p = log_softmax(np.asarray(predicted.rows, np.float64), axis=1)
     p = np.exp(log_p)
     divergence = (p * log_p).sum(1) - p @ np.log(p.mean(0))
     change = math.exp(divergence.mean()) * (divergence - divergence.mean())
-    return _scored(name, predicted, mean + change, mean) | _scored(deviation, predicted, np.empty(0), std)
+    return _scored(name, predicted, mean + change, mean) | _scored(deviation, predicted, none, std)
 
 
 def _desync(
@@ -837,8 +816,7 @@ def _desync(
     if not paired:
         return {}
     if classes:
-        predicted = _Features(list(classes), [], {})
-        return _scored("DeSync", predicted, _offsets(list(classes.values())), desync_score(list(classes.values())))
+        return _offset_scores(_Features(list(classes), [], {}), np.asarray(list(classes.values())))
     sides = caches.read("synchformer_audio.pth") if sync_weights is not None else None
     if sides is None:
         return {}
@@ -847,25 +825,20 @@ def _desync(
     if not any(long):
         raise ValueError(f"no pair has Synchformer features of at least {SEGMENTS} segments (4.8 s)")
     short = [i for i, is_long in zip(predicted.ids, long, strict=True) if not is_long]
-    truth = [i for i, is_long in zip(reference.ids, long, strict=True) if is_long]
     dropped = predicted.dropped | ({TOO_SHORT: short} if short else {})
-    predicted = predicted.take([i for i in predicted.ids if i not in set(short)], dropped)
-    reference = reference.take(truth)
+    predicted = predicted.take(list(compress(predicted.ids, long)), dropped)
+    reference = reference.take(list(compress(reference.ids, long)))
     head = OffsetHead().load_released(sync_weights).to(device)  # type: ignore[arg-type]  # not None here
     batches = []
     # Lengths differ where clips do; the ends that are compared are of one length.
     for i in range(0, len(predicted.ids), _OFFSET_BATCH):
-        videos, audios = (side.rows[i : i + _OFFSET_BATCH] for side in (reference, predicted))
-        batches.append(head.classes(*(_both_ends(values) for values in (videos, audios))))
-    indices = torch.cat(batches).numpy()
-    return _scored("DeSync", predicted, _offsets(indices), desync_score(indices))
+        rows = (side.rows[i : i + _OFFSET_BATCH] for side in (reference, predicted))
+        ends = ([torch.cat([value[:SEGMENTS], value[-SEGMENTS:]]) for value in values] for values in rows)
+        batches.append(head.classes(*map(torch.stack, ends)))  # (n, 2 x 14, tokens, width) each
+    return _offset_scores(predicted, torch.cat(batches).numpy())
 
 
-def _both_ends(values: Sequence[Tensor]) -> Tensor:
-    """The first and last segments of each, (n, 2 x 14, tokens, width)."""
-    return torch.stack([torch.cat([value[:SEGMENTS], value[-SEGMENTS:]]) for value in values])
-
-
-def _offsets(classes: ArrayLike) -> np.ndarray:
-    """Mean absolute offset of each pair."""
-    return np.abs(SYNC_CLASSES[np.asarray(classes, int)]).astype(np.float64).mean(1)
+def _offset_scores(predicted: _Features, classes: np.ndarray) -> dict[str, Score]:
+    """The score of class indices (n, 2), with the mean absolute offset of each pair."""
+    value = desync_score(classes)
+    return _scored("DeSync", predicted, np.abs(SYNC_CLASSES[classes]).astype(np.float64).mean(1), value)

@@ -77,12 +77,8 @@ class HeldOutItems(Sequence[HeldOutItem]):
         """The item of an id."""
         store, row = self._rows[item_id]
         columns = {name: column[0].float() for name, column in store.read([row]).items()}
-        request = Request(
-            key=item_id,
-            clip_features=columns.get(CLIP_FEATURES),
-            sync_features=columns.get(SYNC_FEATURES),
-            text_features=columns.get(TEXT_FEATURES),
-        )
+        names = (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
+        request = Request(key=item_id, **{name: columns.get(name) for name in names})  # type: ignore[arg-type]
         return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name, _duration(store))
 
     @property
@@ -223,11 +219,10 @@ class SampleEvaluator:
                 self._write(step, samples, [row for row in rows if row["id"] not in invalid])
             except OSError as error:  # a full disk must not end a run; its scores are logged all the same
                 print(f"warning: the samples of step {step} could not be written ({error})", file=sys.stderr)
-        scored = [row["scores"] for row in rows if "scores" in row]
-        means = {
-            n: float(np.mean([s[n] for s in scored if n in s])) for n in dict.fromkeys(n for s in scored for n in s)
-        }
-        return Evaluation(means, samples)
+        values: dict[str, list[float]] = {}
+        for name, value in (pair for row in rows for pair in row.get("scores", {}).items()):
+            values.setdefault(name, []).append(value)
+        return Evaluation({name: float(np.mean(each)) for name, each in values.items()}, samples)
 
     def _generate(self, model: MMAudio, items: Sequence[HeldOutItem]) -> list[tuple]:
         """(id, waveform, true waveform or None, sample rate) of each item."""
