@@ -320,7 +320,7 @@ def _hub(launch: Launch) -> Iterator[tuple[str, str]]:
     recipe, notes = launch.recipe, list[str]()
     if not recipe.hub.repo_id:
         return
-    from mmaudio_hf.hub.sync import check_repository
+    from mmaudio_hf.hub.runs import check_repository
 
     resumes = recipe.resume.startswith(HUB_PREFIX)
     check_repository(recipe.hub, recipe.run_dir, resumes, notes.append, create=False)

@@ -23,10 +23,9 @@ from mmaudio_hf import MMAudio, MMAudioPipeline, hub_client
 from mmaudio_hf.cli import main
 from mmaudio_hf.cli.hub import fetch_run, find_for_push
 from mmaudio_hf.config import HubConfig, load_recipe
-from mmaudio_hf.hub import sync
+from mmaudio_hf.hub import runs
 from mmaudio_hf.hub.cards import add_card
-from mmaudio_hf.hub.runs import local_step
-from mmaudio_hf.hub.sync import CheckpointSync, check_repository
+from mmaudio_hf.hub.runs import CheckpointSync, check_repository, local_step
 from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.training import resume as lock
 from mmaudio_hf.training.checkpoint import TrainingState, load_training_state
@@ -384,7 +383,7 @@ def steps_pushed(hub: Hub) -> list[int]:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(sync, "MIN_PAUSE", 0.05)
+    monkeypatch.setattr(runs, "MIN_PAUSE", 0.05)
 
 
 def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
@@ -425,7 +424,7 @@ def test_an_outage_is_survived_and_the_newest_is_pushed(hub, run, quick):
 def test_faults_of_the_server_pass(hub, run, quick, monkeypatch, fault):
     if "delay" in fault:  # the others may wait for a slow machine
         monkeypatch.setattr(hub_client, "TIMEOUT", 2.0)
-    monkeypatch.setattr(sync, "WAIT_LOG_EVERY", 0.1)
+    monkeypatch.setattr(runs, "WAIT_LOG_EVERY", 0.1)
     messages: list[str] = []
     with CheckpointSync(HubConfig(repo_id=NAME), run, messages.append) as pushing:
         check_repository(pushing.hub, run.with_name("new"), False, messages.append)

@@ -372,7 +372,7 @@ def hub_session(recipe: Recipe, lock: "RunLock") -> Iterator[Callable[[Path], No
     from tqdm import tqdm
 
     from mmaudio_hf.hub.cards import add_card
-    from mmaudio_hf.hub.sync import CheckpointSync
+    from mmaudio_hf.hub.runs import CheckpointSync
 
     log = lambda message: tqdm.write(message, file=sys.stderr)  # noqa: E731
 
@@ -387,7 +387,7 @@ def _prepare(recipe: Recipe, process: "PartialState", lock: "RunLock") -> None:
     """Check and fetch in the first process; if that fails it raises, and the others exit without a message."""
     from accelerate.utils import broadcast_object_list
 
-    from mmaudio_hf.hub.sync import check_repository
+    from mmaudio_hf.hub.runs import check_repository
     from mmaudio_hf.training.distributed import check_visible_everywhere
 
     failure, code = None, [0]
