@@ -70,7 +70,7 @@ def test_the_commands_of_the_page(folder, capsys, monkeypatch):
     """Downloads are left out: the network and toy formulas of the test take their place."""
     done = []
     for words in commands():
-        if words[1:3] in (["weights", "download"], ["bench", "finetune"]):  # the latter: tests/test_bench_finetune.py
+        if words[1:3] in (["weights", "download"], ["bench", "finetune"]):  # the latter: tests/test_bench_learning.py
             continue
         if words[0] != "mmaudio-hf":  # accelerate launch ... train.py RECIPE, python train.py RECIPE
             words = ["mmaudio-hf", "train", *words[words.index("train.py") + 1 :]]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mmaudio_hf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-MAX_MODULES = 94
+MAX_MODULES = 93
 MAX_FUNCTION_LINES = 60
 SMALL_LINES = 60  # a module below this that a single other one imports is a seam, or part of the other
 

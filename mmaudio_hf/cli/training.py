@@ -564,7 +564,7 @@ def _scores(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.finetune import METHODS, finetune
+    from mmaudio_hf.bench.learning import METHODS, finetune
     from mmaudio_hf.config.settings import nearest
 
     for method in options.methods or ():
@@ -574,7 +574,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _curation(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.curation import curation
+    from mmaudio_hf.bench.learning import curation
 
     return curation(options.folder, options.seeds)
 
