@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -138,10 +139,8 @@ def networks_of(models: Any) -> Any:
 
     with contextlib.ExitStack() as stack:
         for path in NAMES.values():
-            owner = models
             *folders, name = path.split(".")
-            for folder in folders:
-                owner = getattr(owner, folder)
+            owner = functools.reduce(getattr, folders, models)
             stack.enter_context(mock.patch.object(owner, name, deferred(getattr(owner, name))))
         return models.ExtractionModels()
 
@@ -158,7 +157,11 @@ def built(networks: Any, name: str, device: str) -> Any:
         try:
             network = getattr(networks, name)._build()
         except Exception as error:
-            if name != "panns" or not damaged(error):
+            # wget leaves a part of a file when it is ended, and PANNs' loader, which looks for the first of its two
+            # files alone, fetches neither again.
+            words = ("EOF", "PytorchStreamReader", "corrupt", "truncated")
+            damaged = isinstance(error, (EOFError, FileNotFoundError)) or any(word in str(error) for word in words)
+            if name != "panns" or not damaged:
                 raise
             for path in (Path.home() / ".cache" / "audioldm_eval" / "ckpt").glob("Cnn14*.pth"):
                 path.replace(path.with_suffix(".damaged"))
@@ -176,14 +179,6 @@ def built(networks: Any, name: str, device: str) -> Any:
     if name == "vggish":
         network.device = device
     return network.to(device) if hasattr(network, "to") else network
-
-
-def damaged(error: Exception) -> bool:
-    """Whether reading weights failed by the file: wget leaves a part of it when it is ended, and PANNs' loader, which
-    looks for the first of its two files alone, fetches neither again.
-    """
-    words = ("EOF", "PytorchStreamReader", "corrupt", "truncated")
-    return isinstance(error, (EOFError, FileNotFoundError)) or any(word in str(error) for word in words)
 
 
 # --- Features of audio ------------------------------------------------------------------------------------------------
@@ -207,36 +202,32 @@ def families(job: dict[str, Any], networks: Any) -> Iterator[tuple[str, list[str
         out = network(wav.to(device))
         return {"passt_logits": out[:, :PASST_CLASSES], "passt_features_embed": out[:, PASST_CLASSES:]}
 
-    def one(name: str, encode: Callable[[Any, Any], Any]) -> tuple[list[str], Callable]:
-        return [name], lambda network, batch: {name: encode(network, batch)}
+    def one(name: str, file: str, read: Callable, encode: Callable) -> tuple[str, list[str], Callable, Callable]:
+        return name, [file], read, lambda network, batch: {file: encode(network, batch)}
 
     def read_synchformer(path: Path) -> Any:
         return package.SynchformerAudioDataset([path], duration=seconds).sample(0)[0]
 
+    def by_itself(path: Path) -> Path:  # for networks that read files: only those that can be read
+        return (read_16k(path), path)[1]
+
     read_16k = reader(16_000)
-    files, encode = one("pann_features", lambda n, x: n(x[:, 0].float().to(device)))
-    yield "panns", files, read_16k, encode
-    files, encode = one("vggish_features", lambda n, x: n(x[:, 0].float()))
-    yield "vggish", files, read_16k, encode
+    yield one("panns", "pann_features", read_16k, lambda n, x: n(x[:, 0].float().to(device)))
+    yield one("vggish", "vggish_features", read_16k, lambda n, x: n(x[:, 0].float()))
     if not job["skip_video_related"]:
-        audio = ModalityType.AUDIO
-        files, encode = one("imagebind_audio", lambda n, x: n({audio: x[:, 0].to(device)})[audio])
-        yield "imagebind", files, package.ImageBindAudioDataset([]).load_and_transform_audio_data, encode
-        mel = networks.sync_mel_spectrogram.to(device)
-        files, encode = one("synchformer_audio", lambda n, x: package.encode_audio_with_sync(n, x.to(device), mel))
-        yield "synchformer", files, read_synchformer, encode
+        audio, read = ModalityType.AUDIO, package.ImageBindAudioDataset([]).load_and_transform_audio_data
+        yield one("imagebind", "imagebind_audio", read, lambda n, x: n({audio: x[:, 0].to(device)})[audio])
+        mel, encode_sync = networks.sync_mel_spectrogram.to(device), package.encode_audio_with_sync
+        encode = lambda n, x: encode_sync(n, x.to(device), mel)  # noqa: E731
+        yield one("synchformer", "synchformer_audio", read_synchformer, encode)
     if not job["skip_clap"]:
-        files, encode = one(
-            "clap_laion_audio", lambda n, x: n.get_audio_embedding_from_data(x[:, 0].to(device), use_tensor=True)
-        )
-        yield "laion_clap", files, reader(48_000), encode
-        files, encode = one("clap_ms_audio", lambda n, paths: n.get_audio_embeddings(paths))
-        yield "ms_clap", files, lambda path: (read_16k(path), path)[1], encode  # it reads by itself: what can be read
+        encode = lambda n, x: n.get_audio_embedding_from_data(x[:, 0].to(device), use_tensor=True)  # noqa: E731
+        yield one("laion_clap", "clap_laion_audio", reader(48_000), encode)
+        yield one("ms_clap", "clap_ms_audio", by_itself, lambda n, paths: n.get_audio_embeddings(paths))
     if job.get("aesthetics"):
-        files, encode = one("audiobox_aesthetics", aesthetics)
         make = lambda: importlib.import_module("audiobox_aesthetics.infer").initialize_predictor()  # noqa: E731
         networks.aesthetics = Deferred(make)
-        yield "aesthetics", files, lambda path: (read_16k(path), path)[1], encode
+        yield one("aesthetics", "audiobox_aesthetics", by_itself, aesthetics)
     yield "passt_model", ["passt_features_embed", "passt_logits"], reader(32_000), passt
 
 

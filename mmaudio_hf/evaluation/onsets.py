@@ -189,9 +189,7 @@ BUILT_IN = {
     "centroid_difference": ("octaves", "zero"),
     "flatness_difference": ("dB", "zero"),
     "envelope_correlation": ("correlation", "higher"),
-    "onset_precision": ("share", "higher"),
-    "onset_recall": ("share", "higher"),
-    "onset_f1": ("share", "higher"),
+    **dict.fromkeys(("onset_precision", "onset_recall", "onset_f1"), ("share", "higher")),
 }
 NO_ONSETS = "neither side has an onset"
 

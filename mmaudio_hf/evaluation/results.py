@@ -92,15 +92,14 @@ def gather_results(function: Callable[[], Any]) -> list[Any]:
 
     A collective: every process calls it.
     """
-    outcome: tuple[Any, str | None]
+    result, problem = None, None
     try:
-        outcome = (function(), None)
+        result = function()
     except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last of these when memory is short
-        outcome = (None, str(error))
-    outcomes = gather_object([outcome])
-    for _, problem in outcomes:
-        if problem is not None:
-            raise RunError(problem)
+        problem = str(error)
+    outcomes = gather_object([(result, problem)])
+    if problems := [each for _, each in outcomes if each is not None]:
+        raise RunError(problems[0])
     return [result for result, _ in outcomes]
 
 

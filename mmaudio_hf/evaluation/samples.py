@@ -124,17 +124,16 @@ def own_items(recipe: Recipe, taken: Collection[str]) -> list[HeldOutItem]:
     items = []
     for request in requests:
         if request.video is None:
-            features: dict[str, Any] = {"text_features": encoders.encode_text([request.prompt])[0].cpu()}
+            features = {"text_features": encoders.encode_text([request.prompt])}
         else:
             settings: dict[str, Any] = {"duration": recipe.model.duration, "alignment": recipe.extraction.alignment}
             clip = read_video(str(request.video), mode=recipe.model.mode, as_uint8=True, **settings)
-            features = {
-                "clip_features": encoders.encode_clip(clip.clip_frames[None])[0].cpu(),
-                "sync_features": encoders.encode_sync(clip.sync_frames[None])[0].cpu(),
-            }
+            features = {"clip_features": encoders.encode_clip(clip.clip_frames[None])}
+            features |= {"sync_features": encoders.encode_sync(clip.sync_frames[None])}
+        given: Any = {name: batch[0].cpu() for name, batch in features.items()}
         caption = request.prompt or request.key
         nothing = torch.empty(0, recipe.model.latent_channels)
-        items.append(HeldOutItem(request.key, caption, Request(request.key, **features), nothing, ""))
+        items.append(HeldOutItem(request.key, caption, Request(request.key, **given), nothing, ""))
     return items
 
 
