@@ -27,47 +27,38 @@ SUMMARY_NAMES |= {"steps_per_second": "steps_per_s", "peak_memory_gb": "peak_mem
 def add_commands(add: Add) -> None:
     """`generate`, `demo` and `report`."""
     generate = add("generate", _generate, "generate audio for videos, images and texts")
-    generate.add_argument("--run", required=True, help="run folder, pretrained_model folder, Hub id or released file")
-    generate.add_argument("--video", type=Path, help="video to generate audio for")
-    generate.add_argument("--image", type=Path, help="image to generate audio for")
-    generate.add_argument("--folder", type=Path, help="folder of videos and images, or of those in --list")
-    generate.add_argument(
-        "--list", type=Path, help="TSV: id, and video, image, prompt, negative_prompt, duration, seed"
-    )
-    generate.add_argument("--prompt", default="", help="what should be heard")
-    generate.add_argument("--negative-prompt", default="", help="what should not be heard")
-    generate.add_argument(
+    option = generate.add_argument
+    option("--run", required=True, help="run folder, pretrained_model folder, Hub id or released file")
+    option("--video", type=Path, help="video to generate audio for")
+    option("--image", type=Path, help="image to generate audio for")
+    option("--folder", type=Path, help="folder of videos and images, or of those in --list")
+    option("--list", type=Path, help="TSV: id, and video, image, prompt, negative_prompt, duration, seed")
+    option("--prompt", default="", help="what should be heard")
+    option("--negative-prompt", default="", help="what should not be heard")
+    option(
         "--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 or .mkv with --video; of many, a folder"
     )
-    generate.add_argument(
-        "--format", choices=("mp4", "mkv", "wav", "flac"), default="mp4", help="of many (default mp4)"
-    )
-    generate.add_argument("--duration", type=float, help="seconds; default: the whole video, else as trained")
-    generate.add_argument(
-        "--window", type=float, help="longest piece generated at once, in seconds; default: as trained"
-    )
-    generate.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
-    generate.add_argument("--guidance-scale", type=float, default=4.5, help="default 4.5")
-    generate.add_argument("--seed", type=_seed, default=0, help="a number, or random: one is drawn and printed")
+    option("--format", choices=("mp4", "mkv", "wav", "flac"), default="mp4", help="of many (default mp4)")
+    option("--duration", type=float, help="seconds; default: the whole video, else as trained")
+    option("--window", type=float, help="longest piece generated at once, in seconds; default: as trained")
+    option("--steps", type=int, default=25, help="Euler steps (default 25)")
+    option("--guidance-scale", type=float, default=4.5, help="default 4.5")
+    option("--seed", type=_seed, default=0, help="a number, or random: one is drawn and printed")
     _add_adapters(generate, "adapter to add; may be repeated")
-    generate.add_argument("--batch-size", type=int, default=8, help="clips or windows generated at once (default 8)")
-    generate.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
-    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or N, mps (default auto)")
-    rules = ("timestamps", "reference")
-    generate.add_argument("--alignment", choices=rules, help="how frames are read; default: as for training")
-    generate.add_argument(
-        "--shard-index", type=int, metavar="I", help="generate every N-th item, beginning with the I-th (0 ...)"
-    )
-    generate.add_argument("--num-shards", type=int, metavar="N", help="number of shards the items are divided into")
+    option("--batch-size", type=int, default=8, help="clips or windows generated at once (default 8)")
+    option("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network")
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:N or N, mps (default auto)")
+    option("--alignment", choices=("timestamps", "reference"), help="how frames are read; default: as for training")
+    option("--shard-index", type=int, metavar="I", help="generate every N-th item, beginning with the I-th (0 ...)")
+    option("--num-shards", type=int, metavar="N", help="number of shards the items are divided into")
 
     demo = add("demo", _demo, "a page to try a run: video and text in, audio and its spectrogram out")
-    demo.add_argument("run", metavar="RUN", help="run folder, pretrained_model folder or Hub id")
-    demo.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)"
-    )
-    demo.add_argument("--port", type=int, default=7860, help="default 7860, or a free one when it is taken")
-    demo.add_argument("--max-upload-mb", type=float, default=200, help="largest upload in MB (default 200)")
-    demo.add_argument("--device", default="auto")
+    option = demo.add_argument
+    option("run", metavar="RUN", help="run folder, pretrained_model folder or Hub id")
+    option("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    option("--port", type=int, default=7860, help="default 7860, or a free one when it is taken")
+    option("--max-upload-mb", type=float, default=200, help="largest upload in MB (default 200)")
+    option("--device", default="auto")
     _add_adapters(demo, "adapter that visitors can choose; may be repeated")
 
     report = add("report", _report, "generate a held-out split of a run, score it and write report/index.html")

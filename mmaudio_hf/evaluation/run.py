@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe
 from mmaudio_hf.evaluation.av_bench import AV_BENCH, PublishedScores, av_bench_problem, check_truth
-from mmaudio_hf.evaluation.metrics import METRICS, Score, dropped_json
+from mmaudio_hf.evaluation.metrics import METRICS, dropped_json
 from mmaudio_hf.evaluation.onsets import clip_scores, mean_scores
 from mmaudio_hf.evaluation.results import (
     FOLDER,
@@ -148,12 +148,29 @@ class SplitEvaluator:
                 dropped.setdefault(results[item_id], []).append(item_id)
         published_scores, not_computed = published.scores(list(clips), work)
         means = with_intervals(mean_scores(clips, dropped) | published_scores)
-        header = {"run": self.label, "split": self.split, "step": step, "weights": dict(weights)}
-        content = on_main(lambda: self._write(path, header, keys["scores"], clips, dropped, means, not_computed))
+        reasons = {**dropped} | ({REPEATED: self.items.repeated} if self.items.repeated else {})
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "run": self.label,
+            "split": self.split,
+            "step": step,
+            "weights": dict(weights),
+            "settings": self.recipe.generation_settings,
+            "stores": [Path(store.path).name for store in getattr(self.recipe.data, self.split)],
+            "truth": getattr(self.recipe.evaluation.truth, self.split) or OWN_TRUTH,
+            "ids": ids_json(clips),
+            "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": dropped_json(reasons)},
+            "scores": {name: score.to_json() for name, score in means.items()},
+            "not_computed": dict(not_computed),
+            "categories": category_scores(means, self._categories),
+            "key": keys["scores"],
+        }
+        contributions = {i: {n: s.items[i] for n, s in means.items() if i in s.items} for i in clips}
+        on_main(lambda: _write(path, content, contributions))
         # What failed may work the next time, with the clips and features that are there.
         if state.is_main_process and not self.recipe.evaluation.keep_clips and not _failed(content):
             shutil.rmtree(work, ignore_errors=True)
-        return content
+        return content | {"clips": str(path.with_suffix(".clips.jsonl"))}
 
     def _prepare(
         self, model: MMAudio, path: Path, work: Path
@@ -237,36 +254,12 @@ class SplitEvaluator:
         hidden = not PartialState().is_main_process
         return tqdm(items, f"{self.split}: {what}", total, leave=False, disable=hidden, dynamic_ncols=True)
 
-    def _write(
-        self,
-        path: Path,
-        header: Mapping[str, Any],
-        key: str,
-        clips: Mapping[str, Mapping[str, float]],
-        dropped: Mapping[str, Sequence[str]],
-        scores: Mapping[str, Score],
-        not_computed: Mapping[str, str],
-    ) -> dict[str, Any]:
-        """Write the scores of every clip and then the file of scores, whose content is returned."""
-        reasons = {**dropped} | ({REPEATED: self.items.repeated} if self.items.repeated else {})
-        content = {
-            "format": FORMAT,
-            **header,
-            "settings": self.recipe.generation_settings,
-            "stores": [Path(store.path).name for store in getattr(self.recipe.data, self.split)],
-            "truth": getattr(self.recipe.evaluation.truth, self.split) or OWN_TRUTH,
-            "ids": ids_json(clips),
-            "items": {"listed": len(self.items.ids), "scored": len(clips), "dropped": dropped_json(reasons)},
-            "scores": {name: score.to_json() for name, score in scores.items()},
-            "not_computed": dict(not_computed),
-            "categories": category_scores(scores, self._categories),
-            "key": key,
-        }
-        lines = [{"id": i} | {name: s.items[i] for name, s in scores.items() if i in s.items} for i in clips]
-        clips_file = path.with_suffix(".clips.jsonl")
-        write_text(clips_file, "".join(json.dumps(line) + "\n" for line in lines))
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        return content | {"clips": str(clips_file)}
+
+def _write(path: Path, content: Mapping[str, Any], clips: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the contributions of every clip, and then the file of scores."""
+    lines = [json.dumps({"id": item_id, **scores}) + "\n" for item_id, scores in clips.items()]
+    write_text(path.with_suffix(".clips.jsonl"), "".join(lines))
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _failed(content: Mapping[str, Any]) -> bool:
