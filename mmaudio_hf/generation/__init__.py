@@ -131,7 +131,7 @@ def is_frames(value: Any) -> bool:
     """Whether this is a list of the frames of one video, rather than one of videos."""
     kinds, arrays = Image.Image | np.ndarray | torch.Tensor, np.ndarray | torch.Tensor
     frames = isinstance(value, list | tuple) and all(isinstance(frame, kinds) for frame in value)
-    return bool(value) and frames and all(frame.ndim == 3 for frame in value if isinstance(frame, arrays))
+    return frames and bool(value) and all(frame.ndim == 3 for frame in value if isinstance(frame, arrays))
 
 
 def _array(frame: Frame) -> torch.Tensor:
