@@ -37,7 +37,8 @@ from mmaudio_hf.evaluation.av_bench import (
     truth_caches,
 )
 from mmaudio_hf.evaluation.results import read_scores
-from mmaudio_hf.evaluation.run import SplitEvaluator
+from mmaudio_hf.evaluation.run import SplitEvaluator, _store_hash
+from mmaudio_hf.features.encoders import decoder_fingerprint
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
@@ -472,7 +473,8 @@ def test_a_damaged_key_of_the_true_audio_is_ignored(recipe, alone, tmp_path):
     """As a full disk left it; a complete one says that its features were extracted."""
     shutil.copytree(alone / "test_truth", tmp_path / "test_truth")
     evaluator = SplitEvaluator(load_recipe(recipe), "test", folder=tmp_path)
-    truth_key = {name: evaluator._inputs()[name] for name in ("decoder", "stores")}
+    decoder = decoder_fingerprint(evaluator.recipe.encoders, evaluator.recipe.model.mode)
+    truth_key = {"decoder": decoder, "stores": list(map(_store_hash, evaluator.items.paths))}
     published = PublishedScores(evaluator.recipe, "test", tmp_path, evaluator.items, truth_key, None)
     assert published.truth_dir() is None
     (tmp_path / "test_truth" / "key.json").write_bytes(b"")
