@@ -10,7 +10,7 @@ import torch
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
-from mmaudio_hf.cli.training import write_encoder_files
+from mmaudio_hf.cli.hub import write_encoder_files
 from mmaudio_hf.config import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import yaml
 from golden_data import golden, plain_guided_velocity, state_dict, tensor
 from odd_media import Odd, code_image, steady, truncate, write_odd
 
-from mmaudio_hf.cli.training import write_encoder_files
+from mmaudio_hf.cli.hub import write_encoder_files
 from mmaudio_hf.config import EncoderConfig, ExtractionConfig, Recipe, load_recipe
 from mmaudio_hf.features.encoders import load_encoders
 from mmaudio_hf.generation.pipeline import MMAudioPipeline, Request, save_generated, starting_noise

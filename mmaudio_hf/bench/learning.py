@@ -45,10 +45,7 @@ from mmaudio_hf.training.loop import train
 EXAMPLE = Path(__file__).parent.parent / "recipes" / "example.yaml"
 CLIPS = {"train": 20, "val": 4, "test": 12}  # of the withheld kind
 OLD, BASE = "old", "base"
-DETECTED, CURATED = (
-    200,
-    {"train": 60, "val": 4, "test": 32},
-)  # clips of the detection, and of the training on audited data
+DETECTED, CURATED = 200, {"train": 60, "val": 4, "test": 32}  # clips of the detection, and of both arms
 ARMS = ("dirty", "cleaned")
 BASE_STEPS, STEPS = 800, 500
 # Clips of 4 s cost half as much as usual ones, and have four events all the same. The times of events are decided while

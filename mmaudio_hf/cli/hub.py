@@ -294,12 +294,18 @@ def weight_checks() -> dict[str, Callable[[Path], object]]:
 
 
 def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
-    """Add encoders.json, the fitted codec of toy encoders and the model card to a `pretrained_model` folder.
-
-    It is meant to be published, so paths that hold for this machine alone stay out of it. start: the file the run was
-    imported from.
-    """
+    """Add encoder files and the model card to a `pretrained_model` folder; start: the file a run was imported from."""
     from mmaudio_hf.hub.cards import write_card
+
+    write_encoder_files(recipe, folder)
+    write_card(recipe, folder, start)
+
+
+def write_encoder_files(recipe: Recipe, folder: Path) -> None:
+    """Write encoders.json: encoders and frame alignment, which generation needs; and the fitted codec of toy encoders.
+
+    The folder is meant to be published, so paths that hold for this machine alone stay out of it.
+    """
     from mmaudio_hf.models.pretrained import write_encoders
 
     encoders = recipe.encoders
@@ -312,7 +318,6 @@ def write_extras(recipe: Recipe, folder: Path, start: str = "") -> None:
         codec = toy_codec_file(encoders.weights_dir, recipe.model.mode)
         if codec.is_file():  # absent when only the store of another machine is here
             shutil.copyfile(codec, folder / codec.name)
-    write_card(recipe, folder, start)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
