@@ -103,33 +103,26 @@ class AvBench:
         return None
 
     def extract(
-        self,
-        audio_dir: Path,
-        cache_dir: Path,
-        *,
-        duration: float,
-        device: torch.device,
-        video: bool,
-        clap: bool,
-        aesthetics: bool = False,
+        self, audio_dir: Path, cache_dir: Path, *, duration: float, device: torch.device, **kinds: bool
     ) -> dict[str, str]:
         """Write the caches of every file in `audio_dir` to `cache_dir`; return those that were not written, and why.
 
-        video, clap, aesthetics: also features of ImageBind and Synchformer, of CLAP, of Audiobox aesthetics. What an
-        earlier, killed call wrote stays.
+        kinds: video, clap, aesthetics, for features of ImageBind and Synchformer, of CLAP, of Audiobox aesthetics too.
+        What an earlier, killed call wrote stays.
         RunError, with the last lines that it printed, when it fails or dies as a whole.
         """
-        job = {"action": "extract", "audio_path": str(audio_dir.resolve())}
-        kinds = {"skip_video_related": not video, "skip_clap": not clap, "aesthetics": aesthetics}
+        job: dict[str, Any] = {"action": "extract", "audio_path": str(audio_dir.resolve())}
+        job |= {"skip_video_related": not kinds["video"], "skip_clap": not kinds["clap"]}
+        job["aesthetics"] = kinds.get("aesthetics", False)
         failed, otherwise = {}, "av-benchmark ended without an error, but did not write it"
         before = set(cache_dir.glob("*.pth"))
         try:
-            failed = self.features(job | kinds, cache_dir, duration, device)
+            failed = self.features(job, cache_dir, duration, device)
         except RunError as error:
             if before == set(cache_dir.glob("*.pth")):
                 raise
             otherwise = str(error)  # it died after some of them
-        missing = [name for name in feature_files(video, clap, aesthetics) if not (cache_dir / name).is_file()]
+        missing = [name for name in feature_files(**kinds) if not (cache_dir / name).is_file()]
         return {name: failed.get(name, otherwise) for name in missing}
 
     def features(self, job: dict[str, Any], cache_dir: Path, duration: float, device: torch.device) -> dict[str, str]:

@@ -252,24 +252,24 @@ def extract(job: dict[str, Any], networks: Any) -> dict[str, Any]:
             continue  # of an earlier process, which was killed
         try:
             network = built(networks, name, job["device"])
-            save(job, features_of(name, network, paths, read, encode, job, unreadable))
-            del network
+            features: dict[str, dict[str, Any]] = {}  # file -> id -> features
+            for batch in batches(name, paths, read, job, unreadable):
+                encode_batch(network, encode, batch, features)
+            if not features:
+                first = next(iter(unreadable.values()), "")
+                raise RuntimeError(f"none of {len(paths)} audio files could be read: {first}")
+            save(job, features)
+            del network, features
         except Exception as error:  # whatever its libraries raise
             traceback.print_exc()
             failed |= {f"{file}.pth": message(error) for file in files}
     return {"failed": failed, "unreadable": unreadable}
 
 
-def features_of(
-    name: str,
-    network: Any,
-    paths: list[Path],
-    read: Callable[[Path], Any],
-    encode: Callable[[Any, Any], dict[str, Any]],
-    job: dict[str, Any],
-    unreadable: dict[str, str],
-) -> dict[str, dict[str, Any]]:
-    """File -> id -> features. An audio file that cannot be read is left out; when none can, that is an error."""
+def batches(
+    name: str, paths: list[Path], read: Callable[[Path], Any], job: dict[str, Any], unreadable: dict[str, str]
+) -> Iterator[list[tuple[Path, Any]]]:
+    """Audio files of one length and what was read of them; those that cannot be read are left out."""
 
     def tried(path: Path) -> Any:
         try:
@@ -277,7 +277,6 @@ def features_of(
         except Exception as error:
             return error
 
-    features: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(max(1, job["num_workers"])) as pool:
         size = job["batch_size"]
         for start in range(0, len(paths), size):
@@ -289,17 +288,11 @@ def features_of(
                     unreadable[path.stem] = message(value)
                 else:
                     groups.setdefault(getattr(value, "shape", None), []).append((path, value))
-            for group in groups.values():  # of one length each
-                encode_group(network, encode, group, features)
+            yield from groups.values()
             print(f"{name}: {start + len(chunk)} of {len(paths)}", flush=True)
-    if not features:
-        raise RuntimeError(f"none of {len(paths)} audio files could be read: {next(iter(unreadable.values()), '')}")
-    return features
 
 
-def encode_group(
-    network: Any, encode: Callable, group: list[tuple[Path, Any]], into: dict[str, dict[str, Any]]
-) -> None:
+def encode_batch(network: Any, encode: Callable, group: list[tuple[Path, Any]], into: dict[str, dict]) -> None:
     """Add the features of files of one length."""
     import torch
 
@@ -342,7 +335,7 @@ def text(job: dict[str, Any], networks: Any) -> dict[str, Any]:
                 if number % job["batch_size"] == 0:
                     print(f"{name}: {number} of {len(captions)} captions", flush=True)
             save(job, {file: features})
-            del network
+            del network, features
         except Exception as error:
             traceback.print_exc()
             failed[f"{file}.pth"] = message(error)

@@ -462,10 +462,13 @@ def score_caches(
     for file in dict.fromkeys(FILES.values()):  # one file of each side is in memory at a time
         for name in [name for name in METRICS if FILES[name] == file and METRICS[name][0] in families]:
             try:
-                if name == "DeSync":
-                    scores |= _desync(caches, paired, desync_classes, sync_weights, device)
-                elif paired or METRICS[name][0] not in ("kl", "ib", "clap"):
+                if name != "DeSync" and (paired or METRICS[name][0] not in ("kl", "ib", "clap")):
                     scores |= _score(name, caches, paired)
+                elif name == "DeSync" and paired and desync_classes:
+                    classes = np.asarray(list(desync_classes.values()))
+                    scores |= _offset_scores(_Features(list(desync_classes), [], {}), classes)
+                elif name == "DeSync" and paired and sync_weights is not None:
+                    scores |= _desync(caches, sync_weights, device)
             except ValueError as error:
                 scores.not_computed[name] = str(error)
     if not scores and scores.not_computed:
@@ -806,19 +809,8 @@ def _inception(name: str, predicted: _Features) -> dict[str, Score]:
     return _scored(name, predicted, mean + change, mean) | _scored(deviation, predicted, none, std)
 
 
-def _desync(
-    caches: _Caches,
-    paired: bool,
-    classes: Mapping[str, Sequence[int]] | None,
-    sync_weights: str | PathLike | None,
-    device: str | torch.device,
-) -> dict[str, Score]:
-    if not paired:
-        return {}
-    if classes:
-        return _offset_scores(_Features(list(classes), [], {}), np.asarray(list(classes.values())))
-    sides = caches.read("synchformer_audio.pth") if sync_weights is not None else None
-    if sides is None:
+def _desync(caches: _Caches, sync_weights: str | PathLike, device: str | torch.device) -> dict[str, Score]:
+    if (sides := caches.read("synchformer_audio.pth")) is None:
         return {}
     predicted, reference = caches.pair(*sides)
     long = [min(len(a), len(b)) >= SEGMENTS for a, b in zip(predicted.rows, reference.rows, strict=True)]
@@ -828,7 +820,7 @@ def _desync(
     dropped = predicted.dropped | ({TOO_SHORT: short} if short else {})
     predicted = predicted.take(list(compress(predicted.ids, long)), dropped)
     reference = reference.take(list(compress(reference.ids, long)))
-    head = OffsetHead().load_released(sync_weights).to(device)  # type: ignore[arg-type]  # not None here
+    head = OffsetHead().load_released(sync_weights).to(device)
     batches = []
     # Lengths differ where clips do; the ends that are compared are of one length.
     for i in range(0, len(predicted.ids), _OFFSET_BATCH):
