@@ -9,6 +9,7 @@ and our running metrics. Everything random differs between the two programs, so 
 another order of the data than it would have seen there.
 """
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,17 +81,19 @@ def import_checkpoint(
     optimizer, notes, step, skipped = build_optimizer(model, recipe.optim), [], 0, 0
     metadata: dict[str, Any] = {"depends_on": {"noise": NOISE_VERSION}}  # on which data it was trained is not known
     if isinstance(content, Mapping) and isinstance(content.get("optimizer"), Mapping):
-        moments, updates = _moments(content["optimizer"], list(weights), model, file)
-        load_optimizer_tensors(model, optimizer, moments)
-        scheduler = content.get("scheduler")  # it counts skipped updates too
-        counted = isinstance(scheduler, Mapping) and "last_epoch" in scheduler
-        step = int(scheduler["last_epoch"]) if isinstance(scheduler, Mapping) and counted else updates
-        if (skipped := step - updates) < 0:
-            raise ValueError(f"{file}: its scheduler has made {step} steps, its optimizer {updates}: it is damaged")
-        metadata["reference"] = {"it": int(content.get("it", step)), "step": step}
-        notes = _differences(content, recipe.optim)
-        if isinstance(content.get("ema"), Mapping):
-            _load_ema(ema, content["ema"], model, file)
+        try:
+            moments, updates = _moments(content["optimizer"], list(weights), model, file)
+            load_optimizer_tensors(model, optimizer, moments)
+            # The scheduler counts skipped updates too.
+            step = operator.index((content.get("scheduler") or {}).get("last_epoch", updates))
+            if (skipped := step - updates) < 0:
+                raise ValueError(f"{file}: its scheduler has made {step} steps, its optimizer {updates}: it is damaged")
+            metadata["reference"] = {"it": operator.index(content.get("it", step)), "step": step}
+            notes = _differences(content, recipe.optim)
+            if isinstance(content.get("ema"), Mapping):
+                _load_ema(ema, content["ema"], model, file)
+        except (TypeError, AttributeError, KeyError, IndexError) as error:
+            raise ValueError(f"{file} is not a training checkpoint of the reference ({error!r})") from error
     if step > recipe.training.steps:
         raise ValueError(f"{file} has {step} updates, training.steps of the recipe is {recipe.training.steps}")
     snapshot_files, later = _snapshot_files(snapshots, recipe, ema.step) if snapshots is not None else ([], [])

@@ -334,6 +334,8 @@ def test_other_settings_are_logged(checkpoint, recipe_file, capsys):
         ("", "EMA profiles", "ema.sigma_rels=[0.05]"),
         ("EMA weight missing", "latent_mean is missing", ""),
         ("EMA counters", "different counters", ""),
+        ("scheduler", "is not a training checkpoint of the reference", ""),
+        ("moments of another kind", "is not a training checkpoint of the reference", ""),
     ],
 )
 def test_a_file_that_does_not_fit_is_an_error(fault, message, override, checkpoint, recipe_file, capsys):
@@ -348,6 +350,8 @@ def test_a_file_that_does_not_fit_is_an_error(fault, message, override, checkpoi
         "moments shifted": {"optimizer": optimizer | {"state": dict(enumerate([*moments[1:], moments[0]]))}},
         "EMA weight missing": {"ema": {n: v for n, v in ema.items() if not n.endswith("1.ema_model.latent_mean")}},
         "EMA counters": {"ema": ema | {f"ema_models.{i}._extra_state": {"step": 4 + i} for i in range(2)}},
+        "scheduler": {"scheduler": {"last_epoch": [STEPS]}},
+        "moments of another kind": {"optimizer": optimizer | {"state": dict.fromkeys(range(len(moments)), 1.0)}},
     }[fault]
     assert message in import_error(checkpoint | changes, recipe_file, capsys, *([override] if override else []))
 
