@@ -186,8 +186,8 @@ def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> 
 
 def feature_files(video: bool, clap: bool, aesthetics: bool = False) -> list[str]:
     """Names of the files that extraction writes."""
-    wanted = {"ib": video, "desync": video, "clap": clap, "aesthetics": aesthetics}
-    return list(dict.fromkeys(FILES[name] for name, (family, *_) in METRICS.items() if wanted.get(family, True)))
+    enabled = {"ib": video, "desync": video, "clap": clap, "aesthetics": aesthetics}
+    return list(dict.fromkeys(FILES[name] for name, (family, *_) in METRICS.items() if enabled.get(family, True)))
 
 
 def _truth_files(family: str) -> list[str]:

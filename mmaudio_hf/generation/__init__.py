@@ -324,8 +324,8 @@ def precision_of(name: str, dtype: torch.dtype | str | None) -> str:
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return ""
     named = DTYPES.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
-    if found := [precision for precision, known in DTYPES.items() if named is known]:
-        return found[0]
+    if names := [precision for precision, known in DTYPES.items() if named is known]:
+        return names[0]
     raise ValueError(f"{name} {described(dtype)}: use one of {', '.join(map(str, DTYPES.values()))}")
 
 

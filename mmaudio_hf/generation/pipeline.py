@@ -461,11 +461,7 @@ class MMAudioPipeline:
         if on_reject is None:
             for request in requests:
                 request.check()
-        needed = {"decode"}.union(*(request.components for request in requests))
-        if isinstance(self._source, EncoderConfig):
-            check_encoders(self._source, self.mode, sorted(needed))
-        elif missing := needed - set(self._source.networks):
-            raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
+        self._check_components({"decode"}.union(*(request.components for request in requests)))
         if on_reject is None:
             for request in requests:
                 self._schedule(request, options)
@@ -510,6 +506,12 @@ class MMAudioPipeline:
             own = {"latent": config.latent_length, "clip": config.clip_length, "sync": config.sync_length}
             lengths = dataclasses.replace(lengths, **own)
         return lengths, seconds
+
+    def _check_components(self, needed: set[str]) -> None:
+        if isinstance(self._source, EncoderConfig):
+            check_encoders(self._source, self.mode, sorted(needed))
+        elif missing := needed - set(self._source.networks):
+            raise ValueError(f"these requests need encoders that were not loaded: {', '.join(sorted(missing))}")
 
     def _schedule(self, request: Request, options: Options) -> tuple[WindowSchedule, str]:
         """Windows of a request, and a note where they are shorter than requested; ValueError for a wrong request."""

@@ -91,10 +91,6 @@ def serve(
         page.has_launched = True
         # Nor may it name an address: gradio would fetch it.
         gr.processing_utils.async_ssrf_protected_download = gr.routes.secure_url_stream_response = _reject_address
-        # Fonts of the system; placeholders and boxes that are seen on their background, light and dark.
-        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-        light, dark = "*neutral_500", "*neutral_400"
-        theme.set(input_placeholder_color=light, input_placeholder_color_dark=dark)
         app = gr.mount_gradio_app(
             FastAPI(),
             page,
@@ -105,7 +101,7 @@ def serve(
             max_file_size=round(max_upload_mb * 2**20),
             allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
-            theme=theme.set(checkbox_border_color=light, checkbox_border_color_dark=dark),
+            theme=_theme(),
             css=_STYLE,
         )
         actual = listener.getsockname()[1]
@@ -179,6 +175,14 @@ def build_page(
             api_name="generate",
         )
     return page
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the system; placeholders and boxes that are seen on their background, light and dark."""
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    light, dark = "*neutral_500", "*neutral_400"
+    theme.set(input_placeholder_color=light, input_placeholder_color_dark=dark)
+    return theme.set(checkbox_border_color=light, checkbox_border_color_dark=dark)
 
 
 def _details(pipeline: MMAudioPipeline, run: str | os.PathLike) -> list[str]:
