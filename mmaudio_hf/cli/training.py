@@ -129,7 +129,7 @@ def _train(options: argparse.Namespace) -> int:
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
     splits = ("train", "validation", *sorted(recipe.generated_splits))
     with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint, hub_stores(recipe, splits):
-        reminder = threading.Timer(CONNECT_SECONDS, _say_what_is_awaited, [world])
+        reminder = threading.Timer(CONNECT_SECONDS, _warn_of_waiting, [world])
         reminder.daemon = True
         reminder.start()
         try:
@@ -138,7 +138,7 @@ def _train(options: argparse.Namespace) -> int:
             reminder.cancel()
 
 
-def _say_what_is_awaited(world: int) -> None:
+def _warn_of_waiting(world: int) -> None:
     """A process that was started by hand waits for the others, for hours and in torch without a word."""
     import torch.distributed as dist
 
