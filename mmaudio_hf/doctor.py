@@ -102,7 +102,7 @@ class Launch:
         for duration, samples in pairs:
             config = config_of_duration(self.recipe.model, duration)
             size = samples_per_step(training, config.latent_length)
-            alone = replace(training, batch_size=size, batch_tokens=0)
+            alone = replace(training, batch_size=size, batch_tokens=0, batch_size_multiple=8)
             recipes.append(replace(self.recipe, model=config, training=alone))
             weights.append(samples / size)
         return [(recipe, weight / sum(weights)) for recipe, weight in zip(recipes, weights, strict=True)]

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, wraps
@@ -199,6 +200,21 @@ def sequence_lengths(mode: str, duration: float = 8.0) -> SequenceLengths:
         sync_frames=int(duration * SYNC_FPS),
         audio_samples=latent * rate.mel_hop * LATENT_STRIDE,
     )
+
+
+def duration_of(mode: str, latent: int, clip: int = 0, sync: int = 0) -> float | None:
+    """The roundest number of seconds that gives these lengths (0: any); None: there is none of three decimals."""
+    rate = audio_mode(mode)
+    frame = (
+        rate.mel_hop * LATENT_STRIDE / rate.sample_rate
+    )  # s of a latent: N of them are more than N - 1 and at most N
+    for tenth in (1, 10, 100, 1000):
+        for number in range(int(latent * frame * tenth + 1e-6), int((latent - 1) * frame * tenth), -1):
+            with suppress(ValueError):  # shorter than a sync segment
+                lengths = sequence_lengths(mode, number / tenth)
+                if (lengths.latent, clip or lengths.clip, sync or lengths.sync) == (latent, lengths.clip, lengths.sync):
+                    return number / tenth
+    return None
 
 
 def column_shapes(mode: str, duration: float = 8.0, *, video: bool = True) -> dict[str, tuple[int, int]]:

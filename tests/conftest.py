@@ -61,3 +61,11 @@ def poisoned_run(tmp_path_factory) -> Path:
     from training_runs import finished, poisoned_recipe
 
     return finished(poisoned_recipe(tmp_path_factory.mktemp("poisoned"), "undisturbed"))
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path) -> Path:
+    """The folder beside the `hub` of a file, whose stores were pushed from there; this process uses the server."""
+    hub.use_here(monkeypatch, tmp_path / "home")
+    hub.faults()
+    return hub.root.parent

@@ -180,7 +180,7 @@ def test_bench_step_measures_and_prints_json(project, monkeypatch):
         (["verify", "gone", "--media", "x"], "give --sample N as well"),
         (["store", "subset", "gone", "new"], "Give --rows, --ids or --match"),
         (["store", "inspect", "gone"], "no feature store at gone"),
-        (["report", "--run", "nowhere"], "nowhere is no run folder"),
+        (["report", "--run", "nowhere"], "nowhere is not a run folder"),
         (["partition", str(ROOT / "recipes/small_16k.yaml"), "extraction.audios=[]"], "nothing under extraction"),
         (["train", str(ROOT / "recipes" / "example.yaml"), "data.train=[]"], "names no feature store"),
         (["train", str(ROOT / "recipes" / "example.yaml"), "data.train=[{path: gone}]"], "gone"),

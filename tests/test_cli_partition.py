@@ -56,6 +56,10 @@ def test_partition_accounts_for_every_file(tmp_path, capsys):
     (media / "short.flac").unlink()
     assert main(["partition", recipe]) == 0
     assert rejects.read_text() == "" and "rejects.jsonl" not in capsys.readouterr().out
+    write_audio(media / "long.flac", torch.rand(8000 * 60), 8000)
+    counts = {"": 5, "extraction.audios.0.max_clips=0": 7}  # as published, and a take of a minute as a whole
+    for change, count in counts.items():
+        assert main(["partition", recipe, *filter(None, [change])]) == 0 and len(read_clips(clips)) == count
 
 
 def test_no_clip_at_all_is_an_error(tmp_path, capsys):

@@ -18,7 +18,7 @@ from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import bucket_of_step, process_sample_indices, sample_noise
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import convert
-from mmaudio_hf.schema import sequence_lengths
+from mmaudio_hf.schema import duration_of, sequence_lengths
 
 SEED, TOKENS = 11, 500  # latents of a step: 4, 7 and 14 clips
 ROWS = {2.0: 14, 4.0: 9, 1.0: 30}
@@ -121,8 +121,16 @@ def test_what_does_not_mix_is_named(tmp_path, model):
     with pytest.raises(ValueError, match=r"two has duration 2\.0, model small_16k expects 4\.0: set model\.duration"):
         Mixture([(two, 1)], model)
     assert Mixture([(two, 1), (four, 1)]).buckets[1].duration == 4.0  # without a model
+    bare = [FeatureStore.open(write_store(tmp_path / f"b{10 * d:g}", 2, duration=d, video=d > 2)) for d in (2.0, 2.5)]
+    for store in bare:
+        store.manifest = None  # as the stores of the reference implementation
+    buckets = Mixture([(four, 1), *((store, 1) for store in bare)], model).buckets
+    assert [bucket.duration for bucket in buckets] == [2.0, 2.5, 4.0], "by their shapes"
+    assert buckets[1].lengths == (79, 20, 48) and duration_of("44k", 345, 64, 192) == 8.0
     shares = Mixture([(two, 1), (four, 1), (two, 2)], model).shares  # a store may be named twice
     assert shares == [("two (2 s)", 0.25), ("four (4 s)", 0.25), ("two (2 s)", 0.5)]
+    third = Mixture([(two, 1 / 3), (four, 1)], model)  # another row of the three in each epoch
+    assert sorted(third.locate(third.of_bucket(0, np.arange(3)))[1].tolist()) == [0, 1, 2]
     half = tmp_path / "half"
     convert(two.path, half, layout="compact")
     with pytest.raises(ValueError, match=r"four has clip_features as float32 .*half as bfloat16 .*store convert"):
@@ -143,6 +151,8 @@ def test_tokens_give_the_size_of_a_step_and_are_never_truncated():
     for sizes in ({"batch_tokens": 5}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="one of them gives the size of a step, set the other to 0"):
             TrainingConfig(**sizes)
+    with pytest.raises(ValueError, match=r"batch_size_multiple 4 has no effect with training\.batch_size"):
+        TrainingConfig(batch_size_multiple=4)
 
 
 def test_the_recipe_of_the_page(tmp_path, monkeypatch, capsys):

@@ -213,13 +213,14 @@ def test_memory_is_that_of_the_duration_that_takes_most(folder, capsys):
     write_store(folder / "longer", 8, duration=2.0)
     recipe = write_recipe(folder, "durations", batch_size=0, batch_tokens=256, batch_size_multiple=2)
     changes = (f"data.train.2.path={folder / 'longer'}", "samples.every=2", "--quick")
+    one_size = ("training.batch_size=4", "training.batch_tokens=0", "training.batch_size_multiple=8")
     code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "2")
     assert code == 0 and set(levels.values()) == {"ok"}, text
     assert "videos (1 s) 24 rows (50%), audios (1 s) 8 rows (33%), longer (2 s) 8 rows (17%); 48 an epoch" in text
     assert "48 an epoch: 83% of 1 s, 17% of 2 s" in text and "a device, for clips of 1 s (" in text
     assert "8 of 1 s in 71% of the steps = processes 2 x passes 1 x samples 4" in text
     assert "4 of 2 s in 29% of the steps = processes 2 x passes 1 x samples 2" in text
-    code, levels, text = doctor(capsys, str(recipe), *changes, "training.batch_size=4", "training.batch_tokens=0")
+    code, levels, text = doctor(capsys, str(recipe), *changes, *one_size)
     assert code == 0 and "a device, for clips of 2 s (" in text  # as many clips of 1 s have half as many latents
     code, levels, text = doctor(capsys, str(recipe), *changes, "--processes", "4")
     assert code == 0 and "4 of 2 s in 29% of the steps = processes 4 x passes 1 x samples 1" in text

@@ -18,6 +18,7 @@ from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation import offsets as module
 from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, AvBench
 from mmaudio_hf.evaluation.metrics import SYNC_CLASSES
+from mmaudio_hf.files import sha256_of
 from mmaudio_hf.media.audit import OF_SYNC
 from mmaudio_hf.media.example import write_faulty_media
 from mmaudio_hf.media.video import read_video
@@ -30,6 +31,22 @@ CLIPS = 20
 def faulty(tmp_path_factory) -> Path:
     """Clips of which three have their audio early or late, three that of another, two do not move."""
     return write_faulty_media(tmp_path_factory.mktemp("faulty"), {"train": CLIPS}, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """A file of one content is decoded once, however often it is read in this process."""
+    read, known = module.MediaClips._read, {}
+
+    def once(clips, index):
+        key = sha256_of(Path(clips.items[index].path)), clips.comparison.seconds
+        if key not in known:
+            known[key] = read(clips, index)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.MediaClips, "_read", once)
+        yield
 
 
 def write_recipe(folder: Path, media: Path, **extraction) -> Path:
@@ -106,11 +123,16 @@ def test_a_rerun_measures_only_what_has_changed(audited, faulty, tmp_path, monke
     assert main(words[:5]) == 0 and len(read) == 30
     shutil.copy(media / "videos" / "train_000.mp4", media / "videos" / "train_001.mp4")
     assert main([*words[:5], "--max-chance", "0.02"]) == 0 and read[30:] == list(range(10))
-    assert main([*words[:5], "--sync-duration", "4"]) == 0 and len(read) == 60, "other settings are other figures"
+    few = media / "few.tsv"
+    few.write_text("".join((media / "train.tsv").read_text().splitlines(keepends=True)[:4]))
+    words = [*words[:2], f"extraction.videos.0.list={few}", *words[2:5]]
+    assert main([*words, "--sync-duration", "4"]) == 0 and read[40:] == [0, 1, 2], "other settings are other figures"
+    assert {row["sync_seconds"] for row in rows_of(tmp_path / "audit.parquet").values()} == {4.0}
 
 
-def test_two_processes_divide_the_blocks(faulty, tmp_path):
+def test_two_processes_divide_the_blocks(audited, faulty, tmp_path):
     recipe = write_recipe(tmp_path, faulty, shard_size=10)
+    shutil.copy(audited.with_name("audit.sqlite"), tmp_path)  # the figures of the files
     environment = os.environ | {"WORLD_SIZE": "2"}
     words = ("audit", str(recipe), "--sync", "--workers", "1")
     both = [Command(*words, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
@@ -122,30 +144,39 @@ def test_two_processes_divide_the_blocks(faulty, tmp_path):
 
 
 def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
-    table, rows, faults = (
-        audited.with_name("audit.parquet"),
-        rows_of(audited.with_name("audit.parquet")),
-        faults_of(faulty),
-    )
-    changes = [f"extraction.audit={table}", f"extraction.output_dir={tmp_path}", "extraction.batch_size=4"]
+    table, faults, kept, few = audited.with_name("audit.parquet"), {}, {}, faulty / "eight.tsv"
+    for item_id, fault in faults_of(faulty).items():  # three late or early, two of another, three as they should be
+        kept[fault["fault"]] = kept.get(fault["fault"], 0) + 1
+        if kept[fault["fault"]] <= {"offset": 3, "unrelated": 2, "": 3}.get(fault["fault"], 0):
+            faults[item_id] = fault
+    header, *lines = (faulty / "train.tsv").read_text().splitlines(keepends=True)
+    few.write_text(header + "".join(line for line in lines if line.split("\t")[0] in faults))
+    rows = rows_of(table)
+    changes = [
+        f"extraction.videos.0.list={few}",
+        f"extraction.audit={table}",
+        f"extraction.output_dir={tmp_path}",
+        "extraction.batch_size=4",
+    ]
     words = ["extract-video", str(audited), "model.duration=2.0", f"encoders.weights_dir={tmp_path}", *changes]
     assert main([*words, "extraction.reject=[unrelated]", "extraction.correct_offset=true"]) == 0
     kinds = {kind: {i for i, fault in faults.items() if fault["fault"] == kind} for kind in ("offset", "unrelated")}
     rejects = [json.loads(line) for line in (tmp_path / "train.rejects.jsonl").read_text().splitlines()]
+    rejects = [line for line in rejects if line["reason"] != "unlisted"]
     assert {line["id"]: line["reason"] for line in rejects} == dict.fromkeys(kinds["unrelated"], "unrelated")
     assert all("of the audio of other clips fits its frames as well" in line["message"] for line in rejects)
     offsets = json.loads((tmp_path / "train.offsets.json").read_text())
     assert offsets == {item_id: rows[item_id]["sync_offset"] for item_id in kinds["offset"]}
     with FeatureStore.open(tmp_path / "train") as store:
-        assert store.manifest["counts"] == {"listed": 20, "accepted": 17, "rejected": 3, "corrected": 3}
+        assert store.manifest["counts"] == {"listed": 8, "accepted": 6, "rejected": 2, "corrected": 3}
         assert set(store.ids) == set(faults) - kinds["unrelated"]
-    verify = ["store", "verify", str(tmp_path / "train"), "--sample", "17", "--media", str(faulty / "videos")]
+    verify = ["store", "verify", str(tmp_path / "train"), "--sample", "6", "--media", str(faulty / "videos")]
     assert main(verify) == 0, "rows are encoded again from the shifted audio"
     os.truncate(tmp_path / "train.offsets.json", 20)
     assert main(verify) == 2 and "offsets.json is missing or damaged" in capsys.readouterr().err
     assert main([*words, "extraction.reject=[unrelated, offset]"]) == 0, "another table of rejects is another store"
     with FeatureStore.open(tmp_path / "train") as store:
-        assert "corrected" not in store.manifest["counts"] and len(store) == 14
+        assert "corrected" not in store.manifest["counts"] and len(store) == 3
     assert not (tmp_path / "train.offsets.json").exists()
     shutil.copy(table, tmp_path / "plain.parquet")
     assert main(["audit", str(audited), "--out", str(tmp_path / "plain.parquet"), "--workers", "1"]) == 0
@@ -210,14 +241,15 @@ def test_relevance_needs_av_benchmark(faulty, tmp_path, capsys):
         "clap_score and imagebind_score are measured by av-benchmark" in message and "install av-benchmark" in message
     )
     options = [f"evaluation.av_bench_python={fake.python}", f"evaluation.av_bench_weights={tmp_path}"]
+    (tmp_path / CLAP_FILE).write_bytes(b"others")
+    assert main([*words, *options]) == 1
+    assert "av-benchmark did not make clap_laion_audio (AssertionError" in capsys.readouterr().err
+    (tmp_path / CLAP_FILE).write_bytes(b"weights")
     assert main([*words, *options, "--min-clap", "1.01"]) == 0
     rows = rows_of(tmp_path / "audit.parquet").values()
     assert all(-1 <= row[name] <= 1 for row in rows for name in ("clap_score", "imagebind_score"))
     assert all("caption_mismatch" in row["verdicts"] for row in rows)
     assert "less than 1.01" in (tmp_path / "audit.html").read_text()
-    (tmp_path / CLAP_FILE).write_bytes(b"others")
-    assert main([*words, *options, "--sync-duration", "4"]) == 1
-    assert "av-benchmark did not make clap_laion_audio (AssertionError" in capsys.readouterr().err
 
 
 def test_offsets_by_synchformer(tmp_path):

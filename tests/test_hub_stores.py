@@ -18,12 +18,14 @@ from huggingface_hub import DatasetCard
 from toy_stores import recipe_tree, write_store
 
 from mmaudio_hf.cli import main, parse
+from mmaudio_hf.data.layout import write_offsets
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.data.tools import subset, verify
 from mmaudio_hf.hub.stores import THREADS, plan_pull, pull_store
 
 CHUNK = 2048  # bytes: a store of 50 rows has about twenty chunks
 LAYOUTS = ("reference", "compact")
+BESIDE = (".tsv", ".manifest.json", ".offsets.json")  # the last one of the compact store alone
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,10 @@ def hub(tmp_path_factory):
     with Hub(root / "hub") as server, pytest.MonkeyPatch.context() as patch:
         server.use_here(patch, root / "home")
         for seed, layout in enumerate(LAYOUTS):
-            make_store(root / layout, 50, layout=layout, seed=seed)
+            make_store(root / layout, 50, layout=layout, seed=seed, counts={"corrected": 3} if seed else {})
+            write_offsets(root / layout, {f"compact_{row:03d}": row / 7 for row in (5, 20, 49)} if seed else {})
             assert push(root / layout, layout, "--license", "cc-by-4.0", "--source", "me/clips") == 0
         yield server
-
-
-@pytest.fixture
-def here(hub, monkeypatch, tmp_path) -> Path:
-    """The folder of the stores; this process uses the server."""
-    hub.use_here(monkeypatch, tmp_path / "home")
-    hub.faults()
-    return hub.root.parent
 
 
 def push(store: Path, name: str, *options: str) -> int:
@@ -56,7 +51,7 @@ def pull(name: str, target: Path, *options: str) -> int:
 
 def content(store: Path) -> dict[str, bytes]:
     """Every file of a store, by its name without that of the store."""
-    files = [*sorted(store.rglob("*")), *(store.with_name(store.name + end) for end in (".tsv", ".manifest.json"))]
+    files = [*sorted(store.rglob("*")), *(store.with_name(store.name + end) for end in BESIDE)]
     return {file.name.removeprefix(store.name): file.read_bytes() for file in files if file.is_file()}
 
 
@@ -69,7 +64,8 @@ def test_a_whole_store_goes_there_and_back(hub, here, tmp_path, layout, capsys):
     assert pull(layout, tmp_path / "back") == 0
     assert content(tmp_path / "back") == content(here / layout)
     assert verify(tmp_path / "back").ok
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["back", "back.manifest.json", "back.tsv"]
+    names = {"back", *(f"back{end}" for end in BESIDE if layout == "compact" or "offsets" not in end)}
+    assert {path.name for path in tmp_path.iterdir() if path.name != "home"} == names
     assert not any(line["with_token"] for line in hub.requests("GET /storage"))
     # Once more nothing is sent, and no commit is made.
     before, puts = hub.messages(f"tester/{layout}", "datasets"), len(sent(hub))
@@ -87,6 +83,13 @@ def test_rows_are_those_of_a_subset(here, tmp_path, layout, rows):
     assert pull(layout, tmp_path / "some", "--rows", rows) == 0
     assert content(tmp_path / "some") == content(tmp_path / "wanted")
     assert verify(tmp_path / "some").ok
+    with FeatureStore.open(tmp_path / "some") as some:  # what shifted audio there is goes along
+        late = content(tmp_path / "some").get(".offsets.json", b"{}")
+        assert (
+            some.manifest["counts"].get("corrected", 0)
+            == len(json.loads(late))
+            == sum(some.ids.count(f"compact_{row:03d}") for row in (5, 20, 49))
+        )
 
 
 def test_shared_texts_of_some_rows_come_once(hub, here, tmp_path):
@@ -289,7 +292,7 @@ FAULTS = {
     "words": (lambda index, mean, chunk: chunk.update(records="50"), "has '50' records"),
     "version": (
         lambda index, mean, chunk: index.update(version=99),
-        r"version 99 is not known here \(1\); update mmaudio_hf",
+        r"version 99 is not known here \(2\); update mmaudio_hf",
     ),
     "no checksums": (lambda index, mean, chunk: chunk.update(blocks=[None]), "has no checksums"),
     "stranger": (lambda index, mean, chunk: index["files"].update(STRANGER), "malformed"),
@@ -414,6 +417,7 @@ def test_the_card_of_a_store(hub, here):
         "- Rows: 50, 50 different captions; compact layout",
         "| `clip_features` | bfloat16 | 6 x 8 | 50 | 0.0 |",
         "| clip | toy | c1 |",
+        "- `offsets.json`: the seconds by which the audio of 3 clips was shifted to fit its frames",
     ):
         assert line in text
     commands = re.findall(r"^mmaudio-hf (.*)$", text, re.MULTILINE)

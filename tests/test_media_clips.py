@@ -43,6 +43,9 @@ def test_partition():
     assert partition(89_302, 11_025) == []  # 89302.5 samples are 8.1 s
     assert partition(89_303, 11_025) == [(0, 89_302)]
     assert partition(0, 16_000) == []
+    minute = partition(60 * 16_000, 16_000, max_clips=0)
+    assert len(minute) == 7 and minute[0][0] == 0 and 60 * 16_000 - minute[-1][1] < 7
+    assert len(partition(60 * 16_000, 16_000)) == 5 and len(partition(60 * 16_000, 16_000, max_clips=2)) == 2
 
 
 def test_clip_list_of_a_folder(tmp_path):

@@ -27,7 +27,7 @@ def test_vggsound(tmp_path, capsys):
         "vgg-train": [("---g-f_I2yQ_000001", "people marching"), ("NA_000030", "tennis, with comma")],
     }
     printed = capsys.readouterr().out
-    assert "vgg-train.tsv: 2 rows, 1 of its files are not in" in printed
+    assert "vgg-train.tsv: 2 rows, 1 of their files missing from" in printed
 
 
 def test_audiocaps_and_clotho(tmp_path, capsys):

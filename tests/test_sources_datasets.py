@@ -239,7 +239,7 @@ def test_rows_that_cannot_be_used_are_named(clips, media, tmp_path, capsys):
     assert not list(tmp_path.glob("up*")) and not list((tmp_path / "in").glob("up*"))
     printed = capsys.readouterr().out
     for line in (
-        f"list.tsv: 2 rows, 0 of its files are not in {folder / 'videos'}",
+        f"list.tsv: 2 rows, all files in {folder / 'videos'}",
         f"left out: 5 with a name that cannot be an id, the first: id '../../up' is not a plain name: separators and"
         f" '..' are not allowed (data set {path!r}, row 1)",
         f"left out: 1 with the id of another file, the first: data set {path!r}, row 7: 'twice'",

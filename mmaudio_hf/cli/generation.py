@@ -182,8 +182,12 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _report(options: argparse.Namespace) -> None:
     from mmaudio_hf.pages.report import report_run
 
-    given = {name: getattr(options, name) for name in ("events", "split", "started")}
-    figures = report_run(options.run, shown=options.clips, **given)
+    recipe, given = (
+        recipe_of_run(options.run),
+        {name: getattr(options, name) for name in ("events", "split", "started")},
+    )
+    with hub_stores(recipe, [options.split or ("test" if recipe.data.test else "validation")]):
+        figures = report_run(options.run, shown=options.clips, **given)
     print(f"report: {options.run / 'report' / 'index.html'}")
     if "onset_f1" in figures:
         right, shuffled = figures["onset_f1"], figures["onset_f1_shuffled"]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmaudio_hf.config import HubConfig, Recipe, load_recipe, micro_batch_size
+from mmaudio_hf.config import HubConfig, Recipe, load_recipe, samples_per_step
 from mmaudio_hf.schema import HUB_PREFIX, LOCK_FILE, PROCESS_TIMEOUT, RunError, split_hub_id
 
 if TYPE_CHECKING:  # these load torch, which --help does without
@@ -324,8 +324,16 @@ def write_encoder_files(recipe: Recipe, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def hub_stores(recipe: Recipe, splits: Sequence[str] = ("train", "validation", "test")) -> Iterator[None]:
-    """Within it the stores of these splits that are on the Hub can be opened; see `hub.stores.connect`."""
+def hub_stores(
+    recipe: Recipe,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    launch: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Within it the stores of these splits that are on the Hub can be opened; see `hub.stores.connect`.
+
+    launch: processes of this machine, and of all, of a launch that is only checked: what is wrong with a store is
+    raised when it is opened. None: those of the environment.
+    """
     data = recipe.data
     if not (sources := data.on_hub(splits)):
         yield
@@ -333,11 +341,13 @@ def hub_stores(recipe: Recipe, splits: Sequence[str] = ("train", "validation", "
     from mmaudio_hf.data.remote import rows_needed
     from mmaudio_hf.hub.stores import connect
 
-    processes, passes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), recipe.training.accumulation_steps
-    size = micro_batch_size(recipe.training, int(os.environ.get("WORLD_SIZE", "1")), recipe.model.latent_length)
+    processes, world = launch or (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    passes = recipe.training.accumulation_steps
+    size = -(-samples_per_step(recipe.training, recipe.model.latent_length) // (world * passes))
     least = rows_needed(size, max(data.prefetch_batches, passes), processes)
     settings: dict[str, Any] = {"connections": data.connections, "patience": data.connection_wait, "least": least}
-    with connect(sources, data.cache_dir, data.cache_gb * 1e9, processes=processes, log=warn, **settings):
+    settings |= {"processes": processes, "log": warn, "late": launch is not None}
+    with connect(sources, data.cache_dir, data.cache_gb * 1e9, **settings):
         yield
 
 

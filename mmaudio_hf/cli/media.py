@@ -88,7 +88,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _print_prepared(lists: "Sequence[Prepared]", left_out: "LeftOut", media: Path | None) -> None:
     for prepared in lists:
-        missing = "" if prepared.missing is None else f", {prepared.missing} of its files are not in {media}"
+        missing = f", {prepared.missing} of their files missing from {media}" if prepared.missing else ""
+        missing = f", all files in {media}" if prepared.missing == 0 else missing
         print(f"{prepared.path}: {prepared.rows} rows{missing}")
     for reason, rows in left_out.items():
         print(f"left out: {len(rows)} {reason}, the first: {rows[0]}")

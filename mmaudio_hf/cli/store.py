@@ -56,25 +56,25 @@ def add_commands(add: Add) -> None:
     _add_audit(add_store("audit", _audit, "compare the audio of every row with its frames, without media"))
 
     convert = add_store("convert", _convert, "write a store in another layout")
-    convert.add_argument("source", metavar="SOURCE", type=Path)
+    convert.add_argument("source", metavar="SOURCE", type=_on_this_machine)
     convert.add_argument("target", metavar="TARGET", type=Path)
     convert.add_argument("--layout", choices=("reference", "compact"), required=True)
     convert.add_argument("--sync-dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
 
     merge = add_store("merge", _merge, "write several stores as one")
-    merge.add_argument("sources", metavar="SOURCE", type=Path, nargs="+")
+    merge.add_argument("sources", metavar="SOURCE", type=_on_this_machine, nargs="+")
     merge.add_argument("--out", metavar="TARGET", type=Path, required=True)
     merge.add_argument("--skip-duplicates", action="store_true", help="of a repeated id keep the first row")
 
     subset = add_store("subset", _subset, "write some rows of a store as a new one; rows that meet all conditions")
-    subset.add_argument("source", metavar="SOURCE", type=Path)
+    subset.add_argument("source", metavar="SOURCE", type=_on_this_machine)
     subset.add_argument("target", metavar="TARGET", type=Path)
     subset.add_argument("--rows", type=_row_range, metavar="A:B", help="rows A to B - 1")
     subset.add_argument("--ids", type=Path, metavar="FILE", help="text file, one id a line")
     subset.add_argument("--match", metavar="REGEX", help="rows whose caption contains this expression")
 
     push = add_store("push", _push, "upload a store to a dataset repository of the Hub; run again to resume")
-    push.add_argument("store", metavar="STORE", type=Path)
+    push.add_argument("store", metavar="STORE", type=_on_this_machine)
     push.add_argument("repo", metavar="REPO", help="owner/name; created when it does not exist")
     push.add_argument("--license", default="", help="of the media, as the Hub names it, for the card")
     push.add_argument("--source", default="", help="what the store was made of: a dataset, a URL, words")
@@ -94,6 +94,12 @@ def _path_or_hub(text: str) -> Path | str:
     return text if text.startswith(HUB_PREFIX) else Path(os.path.expandvars(text)).expanduser()
 
 
+def _on_this_machine(text: str) -> Path:
+    if text.startswith(HUB_PREFIX):
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine: pull it first, with `mmaudio-hf store pull`")
+    return Path(os.path.expandvars(text)).expanduser()
+
+
 @contextlib.contextmanager
 def _connected(store: Path | str) -> Iterator[None]:
     """Within it a store on the Hub can be opened; what is fetched of it is not kept."""
@@ -107,7 +113,7 @@ def _connected(store: Path | str) -> Iterator[None]:
 
 
 def _add_audit(audit: argparse.ArgumentParser) -> None:
-    audit.add_argument("store", metavar="STORE", type=Path)
+    audit.add_argument("store", metavar="STORE", type=_on_this_machine)
     audit.add_argument("--out", metavar="FILE", type=Path, help="the table (default STORE.audit.parquet)")
     audit.add_argument("--ok-ids", metavar="FILE", type=Path, help="ids of the rows that are ok, for subset --ids")
     audit.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")

@@ -166,7 +166,7 @@ def _doctor(options: argparse.Namespace) -> int:
         print(text)
         return 0 if fits else 1
     launch = Launch(recipe, processes, options.machines, options.fsdp, options.quick, weight_checks())
-    with hub_stores(recipe):
+    with hub_stores(recipe, launch=(processes, launch.world)):
         findings = list(examine(launch))
     print(as_table(findings, max(80, shutil.get_terminal_size((120, 24)).columns)))
     failed = sum(finding.level == "FAIL" for finding in findings)

@@ -29,6 +29,7 @@ Target = Literal["qkv", "proj", "mlp", "modulation", "inputs", "conditions", "ou
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 _ALL: tuple[Combination, ...] = ("video_text", "video", "text", "none")
 _REJECT: tuple[schema.AuditVerdict, ...] = ("leakage", "duplicate_content", "still", "silent")
+_MULTIPLE = 8  # samples
 _SECRET = r"://[^/]*@|hf_\w{20}"
 _CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
 
@@ -278,6 +279,7 @@ class AudioSource(MediaSource):
     clips: str = setting("", "clips.tsv, which `mmaudio-hf partition` writes; empty: beside the store", path=True)
     captions: Literal["all", "last", "first"] = setting("all", "which captions of a file with several make rows")
     duration: float = setting(0.0, "seconds of its clips, 0.1 less than is cut; 0: model.duration", least=0, most=3600)
+    max_clips: int = setting(5, "clips of each file, evenly spread, as published; 0: all that fit", least=0)
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,7 @@ class TrainingConfig(Settings):
         0, "latents per step, in place of batch_size: a step of short clips has more of them; 0: batch_size", least=0
     )
     batch_size_multiple: int = setting(
-        8, "what batch_tokens gives is rounded down to a multiple of this many samples", least=1
+        _MULTIPLE, "what batch_tokens gives is rounded down to a multiple of this many samples", least=1
     )
     accumulation_steps: int = setting(1, "forward and backward passes per step", least=1)
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "autocast of the forward pass; weights stay float32")
@@ -469,6 +471,9 @@ class TrainingConfig(Settings):
         _require(bool(size) != bool(tokens), message)
         message = f"training.batch_size {size} must be a multiple of training.accumulation_steps {passes}"
         _require(size % passes == 0, message)
+        message = f"training.batch_size_multiple {self.batch_size_multiple} has no effect with training.batch_size"
+        message += ": leave it out, or set training.batch_size=0 and training.batch_tokens"
+        _require(not size or self.batch_size_multiple == _MULTIPLE, message)
 
 
 @dataclass(frozen=True)

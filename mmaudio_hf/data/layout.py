@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -102,6 +102,24 @@ def layout_columns(
 def column_file(path: Path, name: str) -> Path:
     """File of a column."""
     return path / f"{name}.memmap"
+
+
+def offsets_file(path: Path) -> Path:
+    """Where a store has the seconds by which extraction shifted the audio of some ids; mostly there is none."""
+    return path.with_name(f"{path.name}.offsets.json")
+
+
+def read_offsets(file: Path, ids: Iterable[str]) -> dict[str, float]:
+    """What such a file, if it is there, says of these ids."""
+    known = read_json(file) if file.is_file() else {}
+    return {item_id: known[item_id] for item_id in ids if item_id in known} if known else {}
+
+
+def write_offsets(path: Path, late: Mapping[str, float]) -> None:
+    """Write that file of a store, or remove it where nothing was shifted."""
+    offsets_file(path).unlink(missing_ok=True)
+    if late:
+        write_text(offsets_file(path), [json.dumps(late, indent=0) + "\n"])
 
 
 def manifest_file(path: Path) -> Path:

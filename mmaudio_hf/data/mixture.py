@@ -38,7 +38,7 @@ _ROUND_STREAM = 0x0B5E_55ED_1D1C_E500  # second word of the key: keeps these ord
 class Bucket(NamedTuple):
     """The stores whose clips have one duration."""
 
-    duration: float | None  # s; None: of stores without a manifest, where there is no model
+    duration: float | None  # s; None: neither a manifest nor the shapes of the columns say it, and there is no model
     columns: dict[str, Column]  # of a batch
     stores: list[int]  # indices in the mixture
     samples: int  # per epoch
@@ -91,7 +91,7 @@ class Mixture:
         _check_dtypes(self.stores)
         if complete and model is not None and model.latent_length not in latents:
             raise ValueError(
-                f"{self.stores[0].path} has duration {manifest_value(self.stores[0], 'duration')}, model"
+                f"{self.stores[0].path} has duration {self.stores[0].duration}, model"
                 f" {model.variant} expects {model.duration}: set model.duration to that of a store, or add one of it"
             )
 
@@ -99,8 +99,10 @@ class Mixture:
         members = np.flatnonzero(self.bucket_of == index).tolist()
         stores = [self.stores[i] for i in members]
         check_agreement(stores, "duration")
-        durations = (manifest_value(store, "duration") for store in stores)
-        duration = next((d for d in durations if d is not None), None)
+        stated = (manifest_value(store, "duration") for store in stores)
+        duration = next((d for d in stated if d is not None), None)
+        if duration is None and (model is None or stores[0].columns[MEAN].shape[0] != model.latent_length):
+            duration = max(stores, key=lambda store: store.has_video).duration  # audio alone leaves some frames open
         if model is not None:
             model = config_of_duration(model, model.duration if duration is None else duration)
             duration = model.duration
@@ -215,8 +217,7 @@ def check_store(store: FeatureStore, model: ModelConfig | None, encoders: Encode
 
 
 def _check_against_model(store: FeatureStore, model: ModelConfig) -> None:
-    duration = manifest_value(store, "duration")
-    if duration is not None and store.columns[MEAN].shape[0] != model.latent_length:
+    if (duration := store.duration) is not None and store.columns[MEAN].shape[0] != model.latent_length:
         model = config_of_duration(model, duration)
     for name, shape in _model_shapes(model).items():
         if name in store.columns and store.columns[name].shape != shape:

@@ -169,17 +169,16 @@ class Entries:
         with locked(self._lock):
             self._open(folder / f"{name}.entries")
             if name not in seat.reset:
-                self.free_seats([seat.number])
+                self._free_seats([seat.number])
                 seat.reset.add(name)
-            self.free_seats(seat.ended())
+            self._free_seats(seat.ended())
 
     def clean(self) -> None:
         """Free what processes that have ended pinned or were fetching."""
         with locked(self._lock):
-            self.free_seats(self._seat.ended())
+            self._free_seats(self._seat.ended())
 
-    def free_seats(self, seats: Sequence[int]) -> None:
-        """Of processes that have ended; the lock is held."""
+    def _free_seats(self, seats: Sequence[int]) -> None:  # the lock is held
         self.pins[list(seats)] = 0
         self.state[(self.state == _LOADING) & np.isin(self.owner, list(seats))] = _FREE
 
@@ -207,13 +206,9 @@ class Entries:
             self._header[3] = number
 
     def _arrays(self) -> list[tuple[Any, int, Any]]:
-        kinds: list[tuple[Any, Any]] = [
-            (np.int64, 8),
-            (np.int32, self.records),
-            (np.int32, self.entries),
-            (np.int64, self.entries),
-        ]
-        kinds += [(np.uint8, self.entries), (np.uint8, self.entries), (np.uint8, (SEATS, self.entries))]
+        n = self.entries
+        kinds: list[Any] = [(np.int64, 8), (np.int32, self.records), (np.int32, n), (np.int64, n), (np.uint8, n)]
+        kinds += [(np.uint8, n), (np.uint8, (SEATS, n))]
         offsets = np.cumsum([0, *(int(np.prod(shape)) * np.dtype(dtype).itemsize for dtype, shape in kinds)]).tolist()
         return [(dtype, offset, shape) for (dtype, shape), offset in zip(kinds, offsets, strict=False)]
 
@@ -250,7 +245,7 @@ class Entries:
                 pinned[entries[state != _FREE]] = True
                 usable = np.flatnonzero(~pinned & (self.state != _LOADING))
                 if len(usable) < len(missing):
-                    self.free_seats(self._seat.ended())
+                    self._free_seats(self._seat.ended())
                     return None
                 if len(missing):
                     value = np.where(self.state[usable] == _FREE, NEVER * 2 - 1, self.next_use[usable])
@@ -501,11 +496,8 @@ class RemoteStore(FeatureStore):
         if texts:
             return records
         tables = self.tables()
-        return (
-            tables["texts" if name == TEXT_FEATURES and "texts" in tables else "rows"]
-            .entry_of[records]
-            .astype(np.int64)
-        )
+        table = tables["texts" if name == TEXT_FEATURES and "texts" in tables else "rows"]
+        return table.entry_of[records].astype(np.int64)
 
     def prefetch(self, name: str, rows: np.ndarray) -> None:
         """Nothing: what is held has been requested."""

@@ -140,6 +140,17 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         """What messages call it."""
         return str(self.path)
 
+    @property
+    def duration(self) -> float | None:
+        """Seconds of the clips, by the manifest or else the shapes of the columns; None where these are no clip's."""
+        if (stated := (self.manifest or {}).get("duration")) is not None:
+            return stated
+        latents, channels = self.columns[schema.MEAN].shape
+        names = [name for name in (schema.CLIP_FEATURES, schema.SYNC_FEATURES) if name in self.columns]
+        mode = next((mode.name for mode in schema.MODES.values() if mode.latent_channels == channels), None)
+        lengths = (self.columns[name].shape[0] for name in names)
+        return None if mode is None else schema.duration_of(mode, latents, *lengths)
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the ids and of every column: the same for copies of a store.

@@ -23,6 +23,9 @@ from mmaudio_hf.data.layout import (
     layout_columns,
     manifest_file,
     manifest_text,
+    offsets_file,
+    read_offsets,
+    write_offsets,
 )
 from mmaudio_hf.data.mixture import check_agreement, check_encoders, different_columns
 from mmaudio_hf.data.store import FeatureStore, StoreWriter
@@ -291,6 +294,10 @@ def layout_of(store: FeatureStore) -> tuple[str, str]:
 def _write(target: str | Path, selection: Selection, layout: str, sync_dtype: str, counts: Mapping[str, int]) -> None:
     stores = [store for store, _ in selection]
     total = sum(len(rows) for _, rows in selection)
+    late: dict[str, float] = {}
+    for store, rows in selection:
+        late |= read_offsets(offsets_file(store.path), (store.ids[row] for row in rows))
+    counts = {**counts, **({"corrected": len(late)} if late else {})}
     settings = _common_metadata(stores) | {"layout": layout, "sync_dtype": sync_dtype, "counts": counts}
     with (
         StoreWriter(target, _shapes(stores[0]), total, **settings) as writer,
@@ -304,6 +311,7 @@ def _write(target: str | Path, selection: Selection, layout: str, sync_dtype: st
                 writer.write(first, ids, captions, store.read(rows))
                 first += len(rows)
                 bar.update(len(rows))
+        write_offsets(Path(target), late)
 
 
 def _common_metadata(stores: Sequence[FeatureStore]) -> dict[str, Any]:

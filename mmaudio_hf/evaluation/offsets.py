@@ -132,6 +132,8 @@ class MediaClips:
         listed = [item for source in sources if source.kind == "video" for item in items_of(source)]
         self.items: list[Item] = list({(item.source.name, item.id): item for item in listed}.values())
         self.names = [(item.source.name, item.id) for item in self.items]
+        self.captions = [" ".join(item.captions) for item in self.items]
+        self.videos: list[Path | None] = [Path(item.path) for item in self.items]
         self.settings = comparison.settings | {"alignment": alignment}
 
     def stamp(self, index: int) -> dict[str, Any]:
@@ -143,14 +145,6 @@ class MediaClips:
         """Whether a line is of this file; one with another time is read again for its checksum."""
         item = self.items[index]
         return line.get("file") == list(item.key or ()) or self.stamp(index)["sha256"] == line.get("sha256")
-
-    def caption(self, index: int) -> str:
-        """Of a clip."""
-        return " ".join(self.items[index].captions)
-
-    def video(self, index: int) -> Path | None:
-        """The file of a clip."""
-        return Path(self.items[index].path)
 
     @cached_property
     def _networks(self) -> tuple[Any, MelSpectrogram]:
@@ -179,10 +173,9 @@ class MediaClips:
                     yield Loaded(next(features), mel, clip.audio if self.comparison.hears else None)
 
     def _read(self, index: int) -> Any:
-        c = self.comparison
-        path, alignment = self.items[index].path, self.alignment
+        how = {"mode": self.comparison.mode, "duration": self.comparison.seconds, "alignment": self.alignment}
         try:
-            return read_video(path, mode=c.mode, duration=c.seconds, alignment=alignment, as_uint8=True)
+            return read_video(self.items[index].path, as_uint8=True, **how)
         except MediaError as error:
             return str(error)
 
@@ -195,7 +188,8 @@ class StoreClips:
             raise ValueError(f"{store.path} has no {SYNC_FEATURES}: there are no frames to compare its audio with")
         self.store, self.comparison = store, comparison
         self.names = [(store.path.name, item_id) for item_id in store.ids]
-        c = comparison
+        self.captions, c = store.captions, comparison
+        self.videos: list[Path | None] = [None] * len(store)
         self._encoders = load_encoders(c.config, c.mode, ["decode"], device=c.device, duration=c.seconds)
         self.settings = c.settings | {"store": store.content_hash}
 
@@ -206,14 +200,6 @@ class StoreClips:
     def is_current(self, index: int, line: Mapping[str, Any]) -> bool:
         """Whether a line is of this row."""
         return line.get("file") == [index]
-
-    def caption(self, index: int) -> str:
-        """Of a row."""
-        return self.store.captions[index]
-
-    def video(self, index: int) -> Path | None:
-        """A store has none."""
-        return None
 
     def load(self, indices: Sequence[int]) -> Iterable[Loaded | str]:
         """Rows, with their latents decoded."""
@@ -323,11 +309,8 @@ def measure(clips: Clips, comparison: Comparison, path: Path, *, progress: bool 
     Blocks whose lines are all there are skipped; `comparison.share` says which are this process's.
     """
     method: Any = (_Motion if comparison.is_toy else _Synchformer)(comparison)
-    blocks, share, settings = (
-        _blocks(len(clips.names), comparison.block),
-        comparison.share,
-        hash_of(dict(clips.settings)),
-    )
+    blocks, settings = _blocks(len(clips.names), comparison.block), hash_of(dict(clips.settings))
+    share = comparison.share
     pending = _pending(clips, blocks, path, settings)
     with tqdm(total=len(clips.names), desc="sync", unit="clip", disable=not progress) as bar:
         bar.update(len(clips.names) - sum(map(len, pending.values())))
@@ -447,7 +430,7 @@ class _Heard:
         c = self.comparison
         if clip.waveform is not None:
             write_audio(self.folder / "audio" / f"{index}.wav", clip.waveform, audio_mode(c.mode).sample_rate)
-        if c.relevance and (path := self.clips.video(index)) is not None:
+        if c.relevance and (path := self.clips.videos[index]) is not None:
             with contextlib.suppress(MediaError):  # fewer frames than the clip's own, which were read: no score
                 frames = sparse_frames(path, FRAME_PERIOD, int(c.seconds / FRAME_PERIOD))
                 torch.save(frames, self.folder / "frames" / f"{index}.pt")
@@ -457,25 +440,31 @@ class _Heard:
         c, cache = self.comparison, self.folder / "cache"
         if not c.hears:
             return {}
-        audio, size, needed = self.folder / "audio", c.seconds, {"synchformer_audio"} if not c.is_toy else set()
-        failed = c.av_bench.extract(audio, cache, duration=size, device=c.device, video=True, clap=c.relevance)
+        audio, size, names = self.folder / "audio", c.seconds, [] if c.is_toy else ["synchformer_audio"]
+        seen = any((self.folder / "frames").iterdir())
+        names += ["clap_laion_audio"] * c.relevance + ["imagebind_audio"] * seen
+        _check_caches(
+            c.av_bench.extract(audio, cache, duration=size, device=c.device, video=True, clap=c.relevance), names
+        )
         if c.relevance:
             captions = self.folder / "captions.json"
-            captions.write_text(json.dumps({str(index): self.clips.caption(index) for index in indices}))
-            failed |= c.av_bench.features({"action": "text", "captions": str(captions)}, cache, size, c.device)
-            needed |= {"clap_laion_audio", "clap_laion_text"}
-            if any((self.folder / "frames").iterdir()):
-                frames = {"action": "video", "frames": str(self.folder / "frames")}
-                failed |= c.av_bench.features(frames, cache, size, c.device)
-                needed |= {"imagebind_audio", "imagebind_video"}
-        if lost := [f"{name} ({failed[f'{name}.pth']})" for name in sorted(needed) if f"{name}.pth" in failed]:
-            raise RunError(f"av-benchmark did not make {', '.join(lost)}; the same command continues afterwards")
-        names = {name for pair in _RELEVANCE.values() for name in pair} | needed
-        return {name: self._read(cache / f"{name}.pth") for name in sorted(names)}
+            captions.write_text(json.dumps({str(index): self.clips.captions[index] for index in indices}))
+            jobs = {"clap_laion_text": {"action": "text", "captions": str(captions)}}
+            if seen:
+                jobs["imagebind_video"] = {"action": "video", "frames": str(self.folder / "frames")}
+            for name, job in jobs.items():
+                _check_caches(c.av_bench.features(job, cache, size, c.device), [name])
+        names += [name for pair in _RELEVANCE.values() for name in pair]
+        return {name: self._read(cache / f"{name}.pth") for name in sorted(set(names))}
 
     def _read(self, path: Path) -> dict[int, Tensor]:
         values = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
         return {int(name): value.float() for name, value in values.items() if bool(value.isfinite().all())}
+
+
+def _check_caches(failed: Mapping[str, str], names: Sequence[str]) -> None:
+    if lost := [f"{name} ({failed[f'{name}.pth']})" for name in names if f"{name}.pth" in failed]:
+        raise RunError(f"av-benchmark did not make {', '.join(lost)}; the same command continues afterwards")
 
 
 def _cosine(caches: Mapping[str, Mapping[int, Tensor]], index: int, first: str, second: str) -> float | None:
@@ -495,6 +484,7 @@ def figures_of(clips: Clips, path: Path) -> dict[tuple[str, str], Figures]:
     others = np.sort([fit for line in lines.values() for fit in line.get("others", ())])
     for line in lines.values():
         line["least_chance"] = 1 / (1 + len(others))  # a lower limit would call every clip unrelated
+        line["sync_seconds"] = clips.comparison.seconds
         if "sync_fit" in line:
             as_good = len(others) - np.searchsorted(others, line["sync_fit"])
             line["sync_chance"] = (1 + int(as_good)) / (1 + len(others))

@@ -54,8 +54,8 @@ class HeldOutItems(Sequence[HeldOutItem]):
         rows = [(store, row) for store in self._stores for row in range(len(store))]
         count = min(limit, len(rows)) if limit else len(rows)
         selected = [rows[i * len(rows) // count if spread else i] for i in range(count)]
-        first = {_duration(store): (store, 0) for store in reversed(self._stores)}
-        missing = first.keys() - {_duration(store) for store, _ in selected}
+        first = {store.duration: (store, 0) for store in reversed(self._stores)}
+        missing = first.keys() - {store.duration for store, _ in selected}
         selected += [pair for duration, pair in first.items() if spread and duration in missing]
         chosen: dict[str, tuple[FeatureStore, int]] = {}
         self.repeated: list[str] = []
@@ -79,21 +79,17 @@ class HeldOutItems(Sequence[HeldOutItem]):
         columns = {name: column[0].float() for name, column in store.read([row]).items()}
         names = (CLIP_FEATURES, SYNC_FEATURES, TEXT_FEATURES)
         request = Request(key=item_id, **{name: columns.get(name) for name in names})  # type: ignore[arg-type]
-        return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name, _duration(store))
+        return HeldOutItem(item_id, store.captions[row], request, columns[MEAN], store.path.name, store.duration)
 
     @property
     def durations(self) -> set[float]:
         """Seconds of the clips of the stores, as far as they are known."""
-        return {duration for store in self._stores if (duration := _duration(store)) is not None}
+        return {store.duration for store in self._stores if store.duration is not None}
 
     def close(self) -> None:
         """Close the stores; items that were read stay valid."""
         for store in self._stores:
             store.close()
-
-
-def _duration(store: FeatureStore) -> float | None:
-    return (store.manifest or {}).get("duration")
 
 
 def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:

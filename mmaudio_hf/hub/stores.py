@@ -1,7 +1,8 @@
 """Feature stores as dataset repositories of the Hub, whole or in part.
 
     store.json                          the files below: chunks of every column in their order, sizes and checksums
-    meta.json, table.tsv, manifest.json what is in and beside the folder of a store
+    meta.json, table.tsv, manifest.json, offsets.json
+                                        what is in and beside the folder of a store
     columns/COLUMN/00000.CHECKSUM.bin   a chunk: consecutive records of a column ("parts" in store.json)
     checksums/COLUMN.CHECKSUM.sha256    16 bytes for each record of a column: the first half of its SHA-256
     README.md                           the card
@@ -45,12 +46,15 @@ from mmaudio_hf.data.layout import (
     manifest_text,
     meta_text,
     new_table_file,
+    offsets_file,
     read_meta,
+    read_offsets,
     read_table,
     read_text_index,
     table_file,
     table_lines,
     write_all,
+    write_offsets,
     write_text,
 )
 from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, own_columns, record_checksum
@@ -60,8 +64,8 @@ from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, HUB_PREFIX, MEAN, TEXT_FEATURES, split_hub_id
 
-FORMAT, VERSION = "mmaudio_hf feature store", 1
-INDEX, META, TABLE, MANIFEST = "store.json", "meta.json", "table.tsv", "manifest.json"
+FORMAT, VERSION = "mmaudio_hf feature store", 2  # 1: without offsets.json, and still written where there is none
+INDEX, META, TABLE, MANIFEST, OFFSETS = "store.json", "meta.json", "table.tsv", "manifest.json", "offsets.json"
 BLOCK_BYTES = 8 << 20
 MAX_BLOCK_BYTES = 256 << 20
 CHUNK_BYTES = 512 << 20  # a chunk is held in memory while it is sent
@@ -140,7 +144,8 @@ def plan_push(
     if chunk_bytes < 1:
         raise ValueError(f"chunks must have at least one byte, not {chunk_bytes}")
     with FeatureStore.open(path) as store:
-        manifest = (store.manifest or {}).get("columns")
+        stated = store.manifest or {}
+        manifest = stated.get("columns")
         columns = {}
         for name, (column, records) in store.contents.files.items():
             columns[name], digest = _hash_column(store.path, name, column, records, chunk_bytes, progress)
@@ -150,6 +155,8 @@ def plan_push(
         small = {META: (store.path / "meta.json").read_bytes(), TABLE: table_file(store.path).read_bytes()}
         if manifest:
             small[MANIFEST] = manifest_file(store.path).read_bytes()
+            if (stated.get("counts") or {}).get("corrected") and offsets_file(store.path).is_file():
+                small[OFFSETS] = offsets_file(store.path).read_bytes()
     checksums = {name: _checksum_file(name, each.checksums) for name, each in columns.items() if each.checksums}
     small |= {file: columns[name].checksums for name, file in checksums.items()}
     small[INDEX] = _index_text(columns, small, checksums).encode()
@@ -201,7 +208,8 @@ def _index_text(columns: dict[str, StoredColumn], small: dict[str, bytes], check
         file = {"file": checksums[name], **listed.pop(checksums[name])} if name in checksums else None
         entries[name] = {"block_records": stored.block_records, "parts": [chunk._asdict() for chunk in stored.chunks]}
         entries[name] |= {"checksums": file} if file else {}
-    return json.dumps({"format": FORMAT, "version": VERSION, "files": listed, "columns": entries}) + "\n"
+    version = VERSION if OFFSETS in small else 1
+    return json.dumps({"format": FORMAT, "version": version, "files": listed, "columns": entries}) + "\n"
 
 
 def push_store(plan: StorePush, repo: str, *, private: bool = True, progress: Progress = lambda count: None) -> str:
@@ -253,7 +261,8 @@ def _publish(plan: StorePush, repo: str) -> str:
         for name, content in plan.small.items()
         if name not in contents.files or not hub.is_same(content, contents.files[name])
     ]
-    stale = {n for n in contents.files if _CHUNK_FILE.fullmatch(n) or _CHECKSUM_FILE.fullmatch(n) or n == MANIFEST}
+    ours = re.compile(f"{_CHUNK_FILE.pattern}|{_CHECKSUM_FILE.pattern}|{MANIFEST}|{OFFSETS}", re.ASCII)
+    stale = set(filter(ours.fullmatch, contents.files))
     operations += [CommitOperationDelete(name) for name in sorted(stale - chunks - set(plan.small))]
     if not operations:
         return contents.commit
@@ -297,7 +306,7 @@ def read_index(repo: str, revision: str | None = None) -> StoreIndex:
         }
         listed = {name: entry["checksums"] for name, entry in tree["columns"].items() if "checksums" in entry}
         checksums = {name: _read_checksum_file(entry) for name, entry in listed.items()}
-        named = {META, TABLE} <= set(small) <= {META, TABLE, MANIFEST}
+        named = {META, TABLE} <= set(small) <= {META, TABLE, MANIFEST, OFFSETS}
         sized = all(isinstance(records, int) and records > 0 for records, _ in columns.values())
         if not (named and sized and all(_HASH.fullmatch(digest) for digest in small.values())):
             raise ValueError("its files or blocks are not those of a store")
@@ -307,8 +316,7 @@ def read_index(repo: str, revision: str | None = None) -> StoreIndex:
 
 
 def _read_checksum_file(entry: dict[str, Any]) -> tuple[str, str]:
-    match = _CHECKSUM_FILE.fullmatch(entry["file"])
-    if not match or not _HASH.fullmatch(entry["sha256"]):
+    if not (_CHECKSUM_FILE.fullmatch(entry["file"]) and _HASH.fullmatch(entry["sha256"])):
         raise ValueError(f"{entry['file']!r} is no file of checksums")
     return entry["file"], entry["sha256"]
 
@@ -427,7 +435,7 @@ def check_free(target: Path) -> None:
     """ValueError when files of the new store exist already, or its name will not do."""
     if "." in target.name:
         raise ValueError(f"store name {target.name!r} has a dot: other readers would look for another .tsv")
-    beside = () if _renaming(target).exists() else (new_table_file(target), manifest_file(target))
+    beside = () if _renaming(target).exists() else (new_table_file(target), manifest_file(target), offsets_file(target))
     for path in (target, *beside):
         if path.exists():
             raise ValueError(f"{path} exists: choose another name, {_NOTHING}")
@@ -444,7 +452,7 @@ def _renaming(target: Path) -> Path:
 
 def _fetch_small(index: StoreIndex, folder: Path, more: Mapping[str, str] | None = None) -> None:
     """The small files, and `more` of them: name -> checksum."""
-    limits, small = {META: 1 << 20, MANIFEST: 64 << 20}, {**index.small, **(more or {})}
+    limits, small = {META: 1 << 20, MANIFEST: 64 << 20, OFFSETS: 64 << 20}, {**index.small, **(more or {})}
     differs = f"is not that of {INDEX}: push the store again"
     for name, digest in small.items():
         remote = index.contents.files.get(name)
@@ -476,9 +484,9 @@ def pull_store(plan: StorePull, target: str | Path, *, progress: Progress = lamb
     _write_small(plan, contents, work)
     FeatureStore.open(store).close()  # checks that everything fits together
     _renaming(target).touch()
-    new_table_file(store).replace(new_table_file(target))
-    if manifest_file(store).exists():
-        manifest_file(store).replace(manifest_file(target))
+    for beside in (new_table_file, manifest_file, offsets_file):
+        if beside(store).exists():
+            beside(store).replace(beside(target))
     fsync_path(store)
     store.rename(target)
     fsync_path(target.parent)
@@ -713,15 +721,16 @@ class RangeReader:
 def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
     """meta.json, table and manifest of what was fetched, so that it opens as the store `work`/store."""
     store, files = work / "store", work / "files"
+    offsets_file(store).unlink(missing_ok=True)  # of an earlier pull of other rows
     manifest = read_json(files / MANIFEST) if MANIFEST in plan.index.small else None
     if plan.complete:
         entries = manifest_columns(store, contents)
         if manifest is not None and manifest.get("columns") != entries:
             raise ValueError(f"{plan.index.label}: its manifest describes other columns")
-        shutil.copyfile(files / META, store / "meta.json")
-        shutil.copyfile(files / TABLE, new_table_file(store))
-        if manifest is not None:
-            shutil.copyfile(files / MANIFEST, manifest_file(store))
+        copies = {META: store / "meta.json", TABLE: new_table_file(store)}
+        copies |= {MANIFEST: manifest_file(store), OFFSETS: offsets_file(store)}
+        for name in plan.index.small:
+            shutil.copyfile(files / name, copies[name])
         return
     ids, captions = read_table(files / TABLE)
     if len(ids) != plan.whole.rows:
@@ -730,7 +739,10 @@ def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
     write_text(store / "meta.json", [meta_text(contents)])
     text = "label" if CLIP_FEATURES in contents.columns else "caption"
     write_text(new_table_file(store), table_lines(ids, captions, text))
+    late = read_offsets(files / OFFSETS, ids) if OFFSETS in plan.index.small else {}
+    write_offsets(store, late)
     inherited = _inherited_metadata(manifest or {}, plan)
+    inherited["counts"] = inherited["counts"] | ({"corrected": len(late)} if late else {})
     moments = Moments.of_file(column_file(store, MEAN), contents.columns[MEAN])
     write_text(manifest_file(store), manifest_text(manifest_of(store, contents, inherited, ids, captions, moments)))
 
@@ -777,6 +789,7 @@ def connect(
     processes: int = 1,
     least: int = 1,
     log: Callable[[str], Any] = lambda message: None,
+    late: bool = False,
 ) -> Iterator[None]:
     """Within it `FeatureStore.open("hub://owner/name[@revision]")` opens the `sources` (-> their repeats).
 
@@ -784,7 +797,7 @@ def connect(
     connections: requests at once. patience: s that a lost connection is waited for. processes: of this machine, which
     train together and share the cache. least: rows of each store that it must hold at least. ValueError for a store
     that is not there, or was pushed without checksums of its records, and for a cache that is too small;
-    ConnectionError without the Hub.
+    ConnectionError without the Hub. late: these are raised when a store is opened, which `doctor` does with each.
     """
     disable_progress_bars()  # huggingface_hub's own, for each of a few small files
     cache_dir = Path(cache_dir)
@@ -792,20 +805,32 @@ def connect(
     pool = ThreadPoolExecutor(connections, "mmaudio-fetch")
     with ExitStack() as stack:
         with locked(cache_dir / "connect.lock"):  # processes that begin together do not divide the same space twice
-            stores = {}
+            stores, entries, problems = dict[str, HubStore](), dict[str, tuple[int, int]](), dict[str, Exception]()
             for source, repeats in sources.items():
-                stores[source] = _look_up(source, repeats, cache_dir)
-                stack.callback(stores[source].seat.close)
-            entries = _divide(stores, cache_dir, int(cache_bytes), least)
-        readers = {}
-        for source, store in stores.items():
-            reader = RangeReader(store.plan.index.contents, connections, patience, log)
-            readers[source] = stack.enter_context(reader)
+                try:
+                    stores[source] = _look_up(source, repeats, cache_dir)
+                    stack.callback(stores[source].seat.close)
+                except (ValueError, ConnectionError) as error:
+                    problems[source] = error
+                    if not late:
+                        raise
+            try:
+                entries = _divide(stores, cache_dir, int(cache_bytes), least)
+            except ValueError as error:
+                problems |= dict.fromkeys(stores, error)
+                if not late:
+                    raise
+        readers = {
+            source: stack.enter_context(RangeReader(store.plan.index.contents, connections, patience, log))
+            for source, store in stores.items()
+        }
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         for reader in readers.values():
             stack.callback(reader.closed.set)  # ends what waits for a lost connection
 
         def opener(source: str) -> FeatureStore:
+            if source in problems:
+                raise problems[source]
             if source not in stores:
                 raise ValueError(f"{source} is not connected: {', '.join(stores)}")
             return _open_remote(stores[source], readers[source], pool, entries[source], processes)

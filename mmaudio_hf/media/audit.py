@@ -98,6 +98,7 @@ SCHEMA = pa.schema(
         ("sync_chance", pa.float64()),  # share of the audio of other clips that fits as well
         ("clap_score", pa.float64()),  # cosine of caption and audio
         ("imagebind_score", pa.float64()),  # cosine of frames and audio
+        ("sync_seconds", pa.float64()),  # s from its start that this was measured on: later clips of it were not
     ]
 )
 _MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : SCHEMA.get_field_index("copy_of")])
@@ -196,11 +197,9 @@ def audit(
         measured = _measure(items, measures, duration, workers, progress)
         known = _Known(items, measures, limits)
         settings = {"duration": duration, "limits": asdict(limits), "sources": [_plain(source) for source in sources]}
-        counts: Counter = Counter()
         rows = _rows(items, measures, known, limits, duration, sync or {})
-        ok = _write(table, rows, settings | {"sync": sync is not None}, counts)
-    ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
-    return AuditReport(table, len(items), ok, ordered, measured, time.monotonic() - began)
+        ok, counts = _write(table, rows, settings | {"sync": sync is not None})
+    return AuditReport(table, len(items), ok, counts, measured, time.monotonic() - began)
 
 
 def known_problems(
@@ -662,11 +661,9 @@ def audit_store(
             bad.extend([item_id] * bool(verdicts))
             yield dict.fromkeys(SCHEMA.names) | row
 
-    counts: Counter = Counter()
-    ok = _write(Path(table), rows(), settings, counts)
-    ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+    ok, counts = _write(Path(table), rows(), settings)
     seconds = time.monotonic() - began
-    return AuditReport(Path(table), len(captions), ok, ordered, len(captions), seconds, tuple(bad))
+    return AuditReport(Path(table), len(captions), ok, counts, len(captions), seconds, tuple(bad))
 
 
 def _percent(share: float) -> str:
@@ -687,27 +684,17 @@ def _rows(
         measured = {name: (figures or {}).get(name) for name in _MEASURED}
         if measured["uneven_intervals"] is not None:
             measured["variable_frame_rate"] = "variable_frame_rate" in verdicts
-        yield {
-            "id": item.id,
-            "source": item.source.name,
-            "kind": item.source.kind,
-            "held_out": item.source.held_out,
-            "row": item.row,
-            "path": item.path,
-            "ok": all(verdict in HARMLESS for verdict in verdicts),
-            "verdicts": list(verdicts),
-            "reasons": list(verdicts.values()),
-            "bytes": size,
-            "mtime_ns": changed,
-            "captions": list(item.captions),
-            "copy_of": next((other for *_, other in known.copies(item, figures)), None),
-            **measured,
-            **_sync_columns(heard, sync_status(heard, limits, bool({"still", "silent"} & set(verdicts)))),
-        }
+        row = {"id": item.id, "source": item.source.name, "kind": item.source.kind, "held_out": item.source.held_out}
+        row |= {"row": item.row, "path": item.path, "bytes": size, "mtime_ns": changed, "captions": list(item.captions)}
+        row |= {"ok": set(verdicts) <= set(HARMLESS), "verdicts": [*verdicts], "reasons": [*verdicts.values()]}
+        status = sync_status(heard, limits, bool({"still", "silent"} & set(verdicts)))
+        copy = next((other for *_, other in known.copies(item, figures)), None)
+        yield row | measured | {"copy_of": copy} | _sync_columns(heard, status)
 
 
-def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, Any], counts: Counter) -> int:
-    """Write the table as a whole; fills `counts` and returns the number of good items."""
+def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """Write the table as a whole; returns the number of good items, and of those with each verdict."""
+    counts: Counter = Counter()
     partial = table.with_name(f".{table.name}.{os.getpid()}.part")
     schema, ok, batch = SCHEMA.with_metadata({"mmaudio_hf.audit": json.dumps(settings)}), 0, []
     try:
@@ -723,4 +710,4 @@ def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, A
         os.replace(partial, table)
     finally:
         partial.unlink(missing_ok=True)
-    return ok
+    return ok, {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}

@@ -2,7 +2,7 @@
 
 Clip lists say which samples or seconds of audio files and long videos become rows of a feature store:
 
-    audio files   id, name, start_sample, end_sample   at most 5 clips of 8.1 s, as in the published lists
+    audio files   id, name, start_sample, end_sample   at most `max_clips` clips of 8.1 s, 5 in the published lists
     videos        id, name, start                      at most `max_clips` clips from `start` seconds on
 """
 
@@ -46,7 +46,7 @@ ENDINGS = {"video": VIDEO_ENDINGS, "audio": AUDIO_ENDINGS}
 _TEXT_COLUMNS = ("label", "caption")
 
 CLIP_SECONDS = 8.1
-_MAX_CLIPS = 5
+MAX_CLIPS = 5  # of an audio file, in the published lists
 _VIDEO_MARGIN = 0.1  # s that a clip of a video may end before the track: the audio is often that much shorter
 _AUDIO_COLUMNS = ("id", "name", "start_sample", "end_sample")
 _VIDEO_COLUMNS = ("id", "name", "start")
@@ -331,18 +331,20 @@ class ClipReport:
 
 
 @checked
-def partition(num_samples: int, sample_rate: int, clip_seconds: float = CLIP_SECONDS) -> list[tuple[int, int]]:
+def partition(
+    num_samples: int, sample_rate: int, clip_seconds: float = CLIP_SECONDS, max_clips: int = MAX_CLIPS
+) -> list[tuple[int, int]]:
     """Cut an audio file into at most 5 clips of 8.1 s, evenly spread and not overlapping: `[(start, end), ...]`.
 
-    Ends are exclusive; a file shorter than a clip gives none. Float comparison and rounding are those of the published
-    clip lists.
+    max_clips: instead of 5; 0 is all that fit. Ends are exclusive; a file shorter than a clip gives none. Float
+    comparison and rounding are those of the published clip lists.
     """
     if num_samples < 0 or sample_rate < 1:
         raise ValueError(f"{num_samples} samples at {sample_rate} Hz are no audio")
     if num_samples < sample_rate * clip_seconds:
         return []
     length = int(sample_rate * clip_seconds)
-    count = min(_MAX_CLIPS, num_samples // length)
+    count = min(max_clips or num_samples, num_samples // length)
     step = (num_samples - length) // (count - 1) if count > 1 else 0
     return [(i * step, i * step + length) for i in range(count)]
 
@@ -379,9 +381,11 @@ def write_clips(
     that finds all of them complete replaces the list. ValueError if there is no file to read.
     """
     files, rejects, ignored, whole = _files_of(source)
-    settings: list[Any] = [_VERSION, duration, source.max_clips] if isinstance(source, VideoSource) else [_VERSION]
-    if isinstance(source, AudioSource) and (seconds := audio_clip_seconds(source, duration)) != CLIP_SECONDS:
-        settings.append(seconds)
+    settings: list[Any] = [_VERSION, duration, source.max_clips]
+    if isinstance(source, AudioSource):  # the published settings have the key that they had without others
+        settings[1] = audio_clip_seconds(source, duration)
+        if source.max_clips == MAX_CLIPS:
+            settings = settings[: 1 if settings[1] == CLIP_SECONDS else 2]
     settings += whole
     with contextlib.ExitStack() as stack:
         folder = Path(shards_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -450,7 +454,8 @@ def _outcome(source: VideoSource | AudioSource, duration: float, whole: Sequence
                 rows = [[name, name, 0.0]]
         else:
             (num_samples, rate), needed = count_samples(path), audio_clip_seconds(source, duration)
-            rows = [[f"{name}_{i}", name, *span] for i, span in enumerate(partition(num_samples, rate, needed))]
+            spans = partition(num_samples, rate, needed, source.max_clips)
+            rows = [[f"{name}_{i}", name, *span] for i, span in enumerate(spans)]
             if not rows:
                 have = num_samples / rate if rate else 0.0
                 raise MediaError("audio_too_short", f"{path}: {have:.3f} s of audio, {needed} s needed")

@@ -86,6 +86,8 @@ _HISTOGRAMS = (
     _Figure("clipped_fraction", "Clipped samples", "share"),
 )
 
+_UNITS = {"seconds": "s", "frames per second": "fps", "dBFS": "dBFS"}  # of a number alone
+
 _Row = Mapping[str, Any]
 
 # How bad an item is among those of its verdict; where nothing is named, the first of the list are shown.
@@ -110,7 +112,7 @@ class _Summary:
     """What the first page needs of the table, taken row by row: counts, one float per item and figure, a few rows."""
 
     def __init__(self, table: Path):
-        self.rows = 0
+        self.rows, self.longer, self.compared = 0, 0, 0.0  # longer: videos of which later clips were not compared
         self.sources: dict[str, Counter] = defaultdict(Counter)
         self.verdicts: Counter = Counter()
         self.sync: Counter = Counter()
@@ -129,6 +131,9 @@ class _Summary:
         source.update(listed=1, ok=row["ok"], held_out=row["held_out"], **{row["kind"]: 1})
         self.verdicts.update(row["verdicts"])
         self.sync[row["sync"]] += 1
+        if (compared := row["sync_seconds"]) is not None:
+            self.compared = compared
+            self.longer += row["kind"] == "video" and (row["duration"] or 0) >= 2 * compared
         row = {**row, "number": self.rows}
         self.rows += 1
         for verdict, reason in zip(row["verdicts"], row["reasons"], strict=True):
@@ -155,13 +160,14 @@ def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
         if old.stem.isdecimal() and int(old.stem) > pages:
             old.unlink()
     listed = [verdict for verdict in VERDICTS if summary.verdicts[verdict]]
+    limits = (f"{name} {value}" for name, value in summary.settings["limits"].items())
     return write_template(
         path,
         "audit.html.jinja",
         table=table.name,
         listed=summary.rows,
         ok=sum(counts["ok"] for counts in summary.sources.values()),
-        limits=", ".join(f"{name} {value}" for name, value in _limits(summary.settings).items()),
+        limits=", ".join([f"clip of {summary.settings['duration']:g} s", *limits]),
         sources=summary.sources,
         counts=summary.verdicts,
         given=listed,
@@ -176,10 +182,6 @@ def write_page(table: str | os.PathLike, path: str | os.PathLike) -> Path:
     )
 
 
-def _limits(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"clip of": f"{settings['duration']:g} s", **settings["limits"]}
-
-
 def _sync_words(summary: _Summary) -> str:
     """What was found of audio against frames, and what was not measured."""
     if not summary.settings.get("sync"):
@@ -189,9 +191,11 @@ def _sync_words(summary: _Summary) -> str:
     names = {"clap_score": "captions", "imagebind_score": "frames"}
     left_out = [what for name, what in names.items() if not any(map(len, summary.values[name]))]
     relevance = f" Audio was not compared with {' and '.join(left_out)} by av-benchmark: that needs --relevance."
+    longer = f", so that later clips of {summary.longer:,} videos were not" if summary.longer else ""
     return (
-        f"Audio against frames: {', '.join(counts)}. Of audio of another clip, {100 * chance:g} % pass as related;"
-        f" unknown is what does not move or cannot be heard.{relevance if left_out else ''}"
+        f"Audio against frames: {', '.join(counts)}. The first {summary.compared:g} s of each were compared{longer}."
+        f" With the audio of another, {100 * chance:g} % of clips pass as related; unknown is what does not move or"
+        f" cannot be heard.{relevance if left_out else ''}"
     )
 
 
@@ -222,9 +226,9 @@ def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str,
         *(("duration", "{:.1f} s"), ("width", "{}x"), ("fps", "{:.4g} fps"), ("level_dbfs", "{:.0f} dBFS")),
         *(
             ("sync", "audio {}"),
-            ("sync_offset", "{:+.3f} s"),
+            ("sync_offset", "offset {:+.3f} s"),
             ("sync_fit", "fit {:.2f}"),
-            ("sync_chance", "chance {:.2g}"),
+            ("sync_chance", "chance {:.1%}"),
         ),
         *(("clap_score", "CLAP {:.2f}"), ("imagebind_score", "ImageBind {:.2f}")),
     )
@@ -271,7 +275,7 @@ def _histogram(figure: _Figure, values: list[np.ndarray]) -> dict[str, Any]:
     return {
         "title": figure.title,
         "unit": figure.unit,
-        "summary": f"{numbers.size:,} items, median {np.median(numbers):.4g}",
+        "summary": f"{numbers.size:,} items, median {np.median(numbers):.4g} {_UNITS.get(figure.unit, '')}",
         "bars": bars,
         "x_ticks": [(round(float(np.interp(x, x_range, (_LEFT, _RIGHT))), 1), f"{x:.4g}") for x in x_ticks],
         "y_ticks": [(round(_BOTTOM - scale * math.log1p(count), 1), f"{count:,}") for count in powers],
