@@ -213,7 +213,9 @@ class Job:
         It is locked meanwhile. RunError if another run has made it again of other inputs, or if it was damaged.
         """
         path, metadata_file = (self.file(shard.number, ending) for ending in (".arrow", ".json"))
-        with locked(self.file(shard.number, ".lock"), wait=False, shared=True) as acquired:
+        # A process that has just completed it keeps the lock for a moment longer: that is no other run.
+        complete = bool(self.metadata(shard))
+        with locked(self.file(shard.number, ".lock"), wait=complete, shared=True) as acquired:
             metadata = self.metadata(shard)
             if not (acquired and metadata):
                 raise RunError(self.changed_message)
