@@ -183,6 +183,9 @@ def test_each_bad_file_is_rejected_with_its_reason(example, weights, tmp_path):
     before = report.rejects_path.read_bytes()
     again = extract(recipe, source)
     assert (again.rejected, again.rejects_path.read_bytes()) == (6, before)
+    report.rejects_path.write_bytes(before[:-9])
+    with pytest.raises(ValueError, match=r"rejects\.jsonl is damaged .*: remove it"):
+        extract(recipe, source)
 
 
 def test_problems_of_an_audit_are_rejects_of_their_own_stage(example, weights, tmp_path):

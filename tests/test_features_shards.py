@@ -213,6 +213,13 @@ def test_two_runs_at_once_share_the_work(weights, watched, tmp_path):
     assert [report.accepted for report in reports] == [40, 40]
     assert sorted(watched.batches) == once
     assert content(tmp_path / "two") == content(tmp_path / "one")
+    shutil.rmtree(tmp_path / "two" / "s")
+    with locked(tmp_path / "two" / "s.shards" / "shard_00000.lock"):  # as for a moment after a shard is complete
+        runs[0] = threading.Thread(target=lambda: reports.append(media.extract(tmp_path / "two", weights)))
+        runs[0].start()
+        wait_until(lambda: (tmp_path / "two" / "s.partial").exists())
+    runs[0].join()
+    assert len(reports) == 3 and content(tmp_path / "two") == content(tmp_path / "one")
 
 
 def test_a_run_of_another_list_is_noticed_before_it_mixes(weights, tmp_path):

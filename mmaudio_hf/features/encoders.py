@@ -22,8 +22,6 @@ from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import LATENT_STRIDE, audio_mode, sequence_lengths
 
 COMPONENTS = ("clip", "sync", "text", "latent", "decode")
-KINDS = ("released", "toy")
-PRECISIONS = ("fp32", "bf16")
 
 VAE_FILES = {"16k": "v1-16.pth", "44k": "v1-44.pth"}
 VOCODER_FILES = {"16k": "best_netG.pt", "44k": "bigvgan_v2_44khz_128band_512x/bigvgan_generator.pt"}
@@ -65,22 +63,19 @@ class Encoders:
     @torch.no_grad()
     def encode_clip(self, frames: Tensor) -> Tensor:
         """CLIP features (B, T, 1024) of 8 fps frames (B, T, 3, 384, 384)."""
-        with self._autocast():
-            return self._network("clip")(_to_device(frames, self.device)).float()
+        return self._features("clip", _to_device(frames, self.device))
 
     @torch.no_grad()
     def encode_sync(self, frames: Tensor) -> Tensor:
         """Sync features (B, S, 768) of 25 fps frames (B, F, 3, 224, 224)."""
-        with self._autocast():
-            return self._network("sync")(_to_device(frames, self.device)).float()
+        return self._features("sync", _to_device(frames, self.device))
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Text features (B, 77, 1024)."""
         if isinstance(captions, str):
             raise ValueError("give a list of captions, not one string")
-        with self._autocast():
-            return self._network("text")(list(captions)).float().to(self.device)
+        return self._features("text", list(captions)).to(self.device)
 
     @torch.no_grad()
     def encode_audio(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,13 +90,14 @@ class Encoders:
         """Waveforms (B, 2 N hop) in [-1, 1] of latents (B, N, C) that are not normalised."""
         return self._network("decode")(latent_BNC.to(self.device, torch.float32))
 
+    def _features(self, component: str, inputs: Any) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self._network(component)(inputs).float()
+
     def _network(self, component: str) -> Callable[..., Any]:
         if component not in self.networks:
             raise ValueError(f"the component {component!r} was not loaded: name it in `components` of load_encoders")
         return self.networks[component]
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def load_encoders(
@@ -154,9 +150,6 @@ def pick_device(device: str | int | torch.device | None, rank: int = 0) -> torch
 def check_encoders(config: EncoderConfig, mode: str, components: Sequence[str] = COMPONENTS) -> None:
     """Raise ValueError for a wrong setting or a missing file; reads nothing."""
     audio_mode(mode)
-    for name, options in (("kind", KINDS), ("precision", PRECISIONS)):
-        if getattr(config, name) not in options:
-            raise ValueError(f"encoders.{name} {getattr(config, name)!r}: use one of {', '.join(options)}")
     if unknown := sorted(set(components) - set(COMPONENTS)):
         raise ValueError(f"unknown components {', '.join(unknown)}: there are {', '.join(COMPONENTS)}")
     for file in (file for component in components for file in encoder_files(config, mode, component)):
@@ -192,7 +185,11 @@ def fingerprints(config: EncoderConfig, mode: str, components: Sequence[str] = C
         if config.kind == "toy":
             name, content = f"toy_{component}", " ".join([f"version {toy.VERSION}", *map(_file_hash, files)])
         elif component in ("clip", "text"):
-            name, content = _clip_fingerprint(config.clip)
+            # A hash of the tensors: the same for a Hub id, a folder and an open_clip checkpoint.
+            from mmaudio_hf.features.clip import hash_tensors, weight_files
+
+            name = Path(config.clip).name if Path(config.clip).exists() else config.clip
+            content = "tensors " + hash_once(hash_tensors, *weight_files(config.clip))
         else:
             name, content = files[0].name, " ".join(map(_file_hash, files))
         if config.kind == "released" and component != "latent" and config.precision != "fp32":
@@ -205,14 +202,6 @@ def decoder_fingerprint(config: EncoderConfig, mode: str) -> str:
     """A hash of the files that decode latents to audio; reads each once per process."""
     version = [f"toy version {toy.VERSION}"] if config.kind == "toy" else []
     return " ".join([*version, *map(_file_hash, encoder_files(config, mode, "decode"))])
-
-
-def _clip_fingerprint(clip: str) -> tuple[str, str]:
-    """Name of a CLIP model, and a hash of its tensors: the same for a Hub id, a folder and an open_clip checkpoint."""
-    from mmaudio_hf.features.clip import hash_tensors, weight_files
-
-    name = Path(clip).name if Path(clip).exists() else clip
-    return name, "tensors " + hash_once(hash_tensors, *weight_files(clip))
 
 
 _file_hash = partial(hash_once, sha256_of)
@@ -251,7 +240,9 @@ def _released_networks(config: EncoderConfig, mode: str, device: torch.device, c
         encoder = encoder.to(device)
         networks["clip"] = lambda frames: _clip_batch(encoder, frames)
         if "text" in components:
-            tokenizer = ClipTokenizer.from_files(_tokenizer_source(clip))
+            table = source.parent / BPE_FILE  # belongs into the folder of an open_clip checkpoint
+            beside = table if table.is_file() else table.parent
+            tokenizer = ClipTokenizer.from_files(beside if source.is_file() else clip)
             networks["text"] = lambda captions: encoder.encode_text(_to_device(tokenizer(captions), device))
     if "sync" in components:
         from mmaudio_hf.features.synchformer import SynchformerVisual
@@ -270,14 +261,6 @@ def _released_networks(config: EncoderConfig, mode: str, device: torch.device, c
         vocoder = Vocoder(mode).load_released(weights_dir / VOCODER_FILES[mode]).to(device)
         networks["decode"] = lambda latent_BNC: vocoder(vae.decode(latent_BNC))
     return networks
-
-
-def _tokenizer_source(clip: str) -> str | Path:
-    """The byte-pair table belongs into the folder of an open_clip checkpoint."""
-    if not Path(clip).is_file():
-        return clip
-    table = Path(clip).parent / BPE_FILE
-    return table if table.is_file() else table.parent
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -306,7 +289,6 @@ def _sync_batch(synchformer: Any, frames: Tensor) -> Tensor:
 
 
 def _floats(frames: Tensor, signed: bool) -> Tensor:
-    """Scale uint8 frames as `normalize_frames` does: to [-1, 1] when `signed`, else to [0, 1]."""
     if frames.dtype != torch.uint8:
         return frames
     unit = frames.float().div_(255)
@@ -330,7 +312,12 @@ def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str
     mels, seconds, spectrogram = [], 0.0, MelSpectrogram(mode)
     for path in media:
         with contextlib.suppress(MediaError):
-            mels.append(_fitting_mel(path, spectrogram))
+            waveform, rate = read_waveform(path, _FIT_FILE_SECONDS)
+            peak = float(waveform.abs().max())
+            if not SILENCE <= peak < math.inf or len(waveform) < rate:
+                continue  # less than a second of audio, or samples that are not finite
+            waveform = resample(waveform / peak * _FIT_PEAK, rate, spectrogram.mode.sample_rate)
+            mels.append(_even(spectrogram(waveform[None]))[0])  # (bins, frames)
             seconds += mels[-1].shape[1] * spectrogram.mode.mel_hop / spectrogram.mode.sample_rate
         if seconds > _FIT_SECONDS:
             break
@@ -341,13 +328,3 @@ def fit_toy_codec(weights_dir: str | os.PathLike, mode: str, media: Sequence[str
     with replacing(file) as temporary:
         temporary.write_bytes(toy.ToyMelCodec.fit(mode, mels).to_bytes())
     return file
-
-
-def _fitting_mel(path: str | os.PathLike, spectrogram: MelSpectrogram) -> Tensor:
-    """Mel (bins, frames) of a file."""
-    waveform, rate = read_waveform(path, _FIT_FILE_SECONDS)
-    peak = float(waveform.abs().max())
-    if not SILENCE <= peak < math.inf or len(waveform) < rate:
-        raise MediaError("silent", f"{path}: has less than a second of audio, or samples that are not finite")
-    waveform = resample(waveform / peak * _FIT_PEAK, rate, spectrogram.mode.sample_rate)
-    return _even(spectrogram(waveform[None]))[0]

@@ -32,17 +32,8 @@ from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_dev
 from mmaudio_hf.features.shards import Item, Job, Shard, make_shards
 from mmaudio_hf.features.toy import toy_codec_file
 from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
+from mmaudio_hf.media import lists
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import (
-    MediaFolder,
-    VideoStart,
-    normal_name,
-    read_clips,
-    read_media_list,
-    read_video_clips,
-    stem_of,
-)
-from mmaudio_hf.media.video import ALIGNMENTS
 from mmaudio_hf.schema import RunError, check_id
 
 _AUDIO_PEAK = 0.95
@@ -148,34 +139,35 @@ def extract_audio(
 # --- The items -------------------------------------------------------------------------------------------------------
 
 
-def _video_items(job: Job, source: VideoSource, problems: Problems | None, offsets: Mapping[str, float]) -> list[Item]:
+def _video_items(job: Job, source: VideoSource, problems: Problems, offsets: Mapping[str, float]) -> list[Item]:
     items: list[Item] = []
-    folder = MediaFolder(source.media_dir, "video")
-    starts = _video_starts(job) if source.max_clips != 1 else {}
-    for row in read_media_list(source.list, "label"):
-        path, problem = _find(folder, row.id)
-        problem, name = problem or _audit_problem(problems, row.id), stem_of(row.id, "video")
-        if normal_name(Path(path).name) in starts:  # two listed files have this stem
-            name = normal_name(Path(path).name)
-        if source.max_clips != 1 and name not in starts:
+    folder, several = lists.MediaFolder(source.media_dir, "video"), source.max_clips != 1
+    starts: dict[str, list[lists.VideoStart]] = {}
+    for clip in lists.read_video_clips(job.recipe.extraction.clips_path(source)) if several else ():
+        starts.setdefault(clip.name, []).append(clip)
+    for row in lists.read_media_list(source.list, "label"):
+        path, problem = _find(folder, row.id, problems)
+        name = lists.stem_of(row.id, "video")
+        if lists.normal_name(Path(path).name) in starts:  # two listed files have this stem
+            name = lists.normal_name(Path(path).name)
+        if several and name not in starts:
             problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
-        for clip in starts.get(name, [VideoStart(row.id, name, 0.0)]):
+        for clip in starts.get(name, [lists.VideoStart(row.id, name, 0.0)]):
             late = offsets.get(row.id, 0.0)
             items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start, audio_offset=late))
     return items
 
 
-def _audio_items(job: Job, source: AudioSource, problems: Problems | None) -> list[Item]:
+def _audio_items(job: Job, source: AudioSource, problems: Problems) -> list[Item]:
     clips_path = job.recipe.extraction.clips_path(source)
-    folder, captions = MediaFolder(source.media_dir, "audio"), _captions(source)
+    folder, captions = lists.MediaFolder(source.media_dir, "audio"), _captions(source)
     items: list[Item] = []
     files: dict[str, tuple[str, Problem | None]] = {}
-    for clip in read_clips(clips_path):
-        name = normal_name(clip.name)
+    for clip in lists.read_clips(clips_path):
+        name = lists.normal_name(clip.name)
         if name not in files:
-            files[name] = _find(folder, name)
+            files[name] = _find(folder, name, problems)
         path, problem = files[name]
-        problem = problem or _audit_problem(problems, name)
         if name not in captions:
             message = f"{source.list}: has no caption for {name!r}; add a row or remove the clip"
             problem = ("list", "no_caption", message)
@@ -200,7 +192,7 @@ def _left_out_of_clips(clips_path: Path) -> dict[str, str]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # for messages alone: a damaged line is no loss
             reject = json.loads(line)
-            messages[stem_of(Path(reject["file"]).name, "audio")] = str(reject["message"])
+            messages[lists.stem_of(Path(reject["file"]).name, "audio")] = str(reject["message"])
     return messages
 
 
@@ -211,9 +203,6 @@ def _check_settings(job: Job) -> None:
     check_id(job.name, "name of the store")
     if "." in job.name:
         raise ValueError(f"store name {job.name!r} has a dot: other readers would look for another .tsv")
-    alignment = job.recipe.extraction.alignment
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment {alignment!r}: use one of {', '.join(ALIGNMENTS)}")
     pick_device(job.recipe.encoders.device)
     if not Path(job.source.media_dir).is_dir():
         raise ValueError(f"{job.source.media_dir}: no such folder; it must hold the media of {job.name!r}")
@@ -224,21 +213,9 @@ def _check_settings(job: Job) -> None:
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
 
 
-def _video_starts(job: Job) -> dict[str, list[VideoStart]]:
-    """Clips by the name of their video."""
-    starts: dict[str, list[VideoStart]] = {}
-    for clip in read_video_clips(job.recipe.extraction.clips_path(job.source)):
-        starts.setdefault(clip.name, []).append(clip)
-    return starts
-
-
-def _audit_problem(problems: Problems | None, name: str) -> Problem | None:
-    return ("audit", *problems[name]) if problems and name in problems else None
-
-
-def _find(folder: MediaFolder, name: str) -> tuple[str, Problem | None]:
+def _find(folder: lists.MediaFolder, name: str, problems: Problems) -> tuple[str, Problem | None]:
     try:
-        return str(folder.find(name)), None
+        return str(folder.find(name)), ("audit", *problems[name]) if name in problems else None
     except MediaError as error:
         return str(folder.folder / name), ("list", error.reason, str(error))
 
@@ -246,25 +223,15 @@ def _find(folder: MediaFolder, name: str) -> tuple[str, Problem | None]:
 def _captions(source: AudioSource) -> dict[str, list[str]]:
     """Different captions of each file, by its name as clip lists have it, as far as `source.captions` selects them."""
     captions: dict[str, dict[str, None]] = {}
-    for row in read_media_list(source.list, "caption"):
-        of_file = captions.setdefault(stem_of(row.id, "audio"), {})
+    for row in lists.read_media_list(source.list, "caption"):
+        of_file = captions.setdefault(lists.stem_of(row.id, "audio"), {})
         if source.captions == "last":
             of_file.clear()
         of_file.setdefault(row.caption)
     return {name: list(of_file)[: 1 if source.captions == "first" else None] for name, of_file in captions.items()}
 
 
-def _print_row_count(job: Job, items: Sequence[Item], progress: bool) -> None:
-    clips = len({(item.path, item.span) for item in items if item.span})
-    if progress and sum(item.span is not None for item in items) > clips:
-        tqdm.write(
-            f"{job.name}: {len(items)} rows of {clips} clips, one for each caption of a file; `captions: last` (or"
-            " first) in the recipe's source takes one, as the reference implementation takes the last"
-        )
-
-
 def _prepare_encoders(job: Job, items: Sequence[Item]) -> None:
-    """ValueError for a list without media or encoders without files; fits the toy codec if there is none."""
     usable = [item for item in items if item.problem is None]
     if not usable:
         _, reason, message = items[0].problem or ("", "", "")
@@ -309,10 +276,15 @@ def _extract(
     started, job = time.monotonic(), Job(recipe, source, share)
     _check_settings(job)
     if isinstance(source, VideoSource):
-        items = _video_items(job, source, problems, offsets or {})
+        items = _video_items(job, source, problems or {}, offsets or {})
     else:
-        items = _audio_items(job, source, problems)
-        _print_row_count(job, items, progress)
+        items = _audio_items(job, source, problems or {})
+        spans = [(item.path, item.span) for item in items if item.span]
+        if progress and len(spans) > len(set(spans)):
+            tqdm.write(
+                f"{job.name}: {len(items)} rows of {len(set(spans))} clips, one for each caption of a file; `captions:"
+                " last` (or first) in the recipe's source takes one, as the reference implementation takes the last"
+            )
     store = job.output_dir / job.name
     if store.exists() and not _key_of_store(job) and not (job.folder / "store.json").is_file():  # of earlier versions
         raise ValueError(f"{store} exists and was not made by extraction: move it or give the store another name")
@@ -340,28 +312,26 @@ def _extract(
     return report
 
 
-def _manifest(job: Job) -> dict[str, Any]:
-    return read_json(job.output_dir / f"{job.name}.manifest.json")
-
-
 def _key_of_store(job: Job) -> str:
-    """Key of the complete store that is there; empty without one."""
-    return _manifest(job).get("made_of", "") if (job.output_dir / job.name).exists() else ""
+    store = job.output_dir / job.name
+    return read_json(job.output_dir / f"{job.name}.manifest.json").get("made_of", "") if store.exists() else ""
 
 
 def _finished(job: Job, key: str, shards: int) -> ExtractionReport | None:
-    """The report of a store that is there and of these inputs; it needs no shards."""
     rejects_path = job.output_dir / f"{job.name}.rejects.jsonl"
     if _key_of_store(job) != key or not rejects_path.is_file():
         return None
-    counts, lines = _manifest(job)["counts"], rejects_path.read_text(encoding="utf-8").splitlines()
-    return _report(job, counts["listed"], counts["accepted"], list(map(json.loads, lines)), shards)
+    counts = read_json(job.output_dir / f"{job.name}.manifest.json")["counts"]
+    try:
+        rejects = [json.loads(line) for line in rejects_path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{rejects_path} is damaged ({error}): remove it, and extraction writes it again") from error
+    return _report(job, counts["listed"], counts["accepted"], rejects, shards)
 
 
 def _report(
     job: Job, listed: int, accepted: int, rejects: Sequence[Mapping], shards: int, **more: Any
 ) -> ExtractionReport:
-    """rejects: with those that the list does not name, as they are in the file."""
     return ExtractionReport(
         name=job.name,
         listed=listed,
@@ -377,81 +347,58 @@ def _report(
 
 def _finish(job: Job, key: str, shards: Sequence[Shard], open_writer: OpenWriter, progress: bool) -> ExtractionReport:
     """Export if all shards are complete and the store is not of them already; one process at a time."""
-    metadata = [job.metadata(shard) for shard in shards]
-    report = _summary(job, sum(len(shard.items) for shard in shards), metadata)
-    if report.pending_shards:
+    complete = [metadata for shard in shards if (metadata := job.metadata(shard))]
+    listed, accepted = sum(len(shard.items) for shard in shards), sum(each["accepted"] for each in complete)
+    rejects, pending = [reject for each in complete for reject in each["rejects"]], len(shards) - len(complete)
+    assert pending or accepted + len(rejects) == listed
+    reduced: dict[str, int] = {}
+    for component, size in (pair for each in complete for pair in each.get("halved", {}).items()):
+        reduced[component] = max(size, reduced.get(component, 0))
+    state: dict[str, Any] = {"reused_shards": 0, "pending_shards": pending, "reduced": reduced}
+    report = _report(job, listed, accepted, rejects, len(shards), **state)
+    if pending:
         if job.share.count == 1:
             raise RunError(job.changed_message)
         return report
     with locked(job.folder / "store.lock"):
-        if _finished(job, key, len(shards)) is None:
-            _write_rejects(job, report, metadata)
-            corrected = _write_offsets(job, shards, metadata)
-            if _key_of_store(job) != key:
-                _remove_store(job, report.store_path)
-                _export(job, key, report, corrected, shards, open_writer, progress)
+        if _finished(job, key, len(shards)) is not None:
+            return report
+        # After those of the list, the files of a folder of videos that are not in it.
+        lines = [*rejects, *(_unlisted(job) if job.is_video else ())]
+        write_text(report.rejects_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if not accepted:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
+            raise ValueError(
+                f"{job.source.list}: all {listed} items were rejected ({reasons}), so there is no store;"
+                f" {report.rejects_path} says why"
+            )
+        ids = {item_id for each in complete for item_id in each["ids"]}
+        shifted = [item for shard in shards for item in shard.items if item.audio_offset and item.id in ids]
+        job.offsets_file.unlink(missing_ok=True)
+        if shifted:
+            write_text(job.offsets_file, json.dumps({i.id: i.audio_offset for i in shifted}, indent=0) + "\n")
+        if _key_of_store(job) != key:  # a store of other shards is renamed first: a kill leaves no half of it
+            removed = job.folder / "replaced_store"
+            shutil.rmtree(removed, ignore_errors=True)
+            if report.store_path.exists():
+                os.rename(report.store_path, removed)
+                shutil.rmtree(removed)
+            _export(job, key, report, len(shifted), shards, open_writer, progress)
     return report
-
-
-def _remove_store(job: Job, path: Path) -> None:
-    """Remove a store of other shards; renamed first, so that a kill leaves no half store under its name."""
-    removed = job.folder / "replaced_store"
-    shutil.rmtree(removed, ignore_errors=True)
-    if path.exists():
-        os.rename(path, removed)
-        shutil.rmtree(removed)
-
-
-def _summary(job: Job, listed: int, metadata: Sequence[Mapping]) -> ExtractionReport:
-    """metadata: of every shard, {} of those that are not complete."""
-    complete = [shard for shard in metadata if shard]
-    accepted = sum(shard["accepted"] for shard in complete)
-    rejects = [reject for shard in complete for reject in shard["rejects"]]
-    assert len(complete) < len(metadata) or accepted + len(rejects) == listed
-    reduced: dict[str, int] = {}
-    for component, size in (pair for shard in complete for pair in shard.get("halved", {}).items()):
-        reduced[component] = max(size, reduced.get(component, 0))
-    pending = len(metadata) - len(complete)
-    return _report(
-        job, listed, accepted, rejects, len(metadata), reused_shards=0, pending_shards=pending, reduced=reduced
-    )
 
 
 def _unlisted(job: Job) -> Iterator[dict[str, Any]]:
     """Lines of the rejects for files that neither this list names nor that of another source of the same folder."""
-    folder, ids, ours = MediaFolder(job.source.media_dir, "video"), [], {Path(job.source.list).resolve()}
+    folder, ids, ours = lists.MediaFolder(job.source.media_dir, "video"), [], {Path(job.source.list).resolve()}
     for other in dict.fromkeys((job.source, *job.recipe.extraction.videos)):
         if Path(other.media_dir) == folder.folder and Path(other.list).is_file():
-            ids += [row.id for row in read_media_list(other.list, "label")]
+            ids += [row.id for row in lists.read_media_list(other.list, "label")]
             ours.add(Path(other.list).resolve())
     files = [(path, "unlisted", f"is not in {job.source.list}") for path in folder.unlisted(ids)]
     files += [(path, "ignored", "has no ending of a video") for path in folder.others]
     files = [file for file in files if file[0].resolve() not in ours and job.output_dir not in file[0].parents]
     for path, reason, message in files[:_MAX_UNLISTED]:
         yield {"id": path.stem, "stage": "folder", "reason": reason, "message": f"{path}: {message}", "facts": {}}
-
-
-def _write_rejects(job: Job, report: ExtractionReport, metadata: Sequence[Mapping]) -> None:
-    """The rejects of the list, and after them the files of a folder of videos that are not in it."""
-    rejects = [reject for shard in metadata for reject in shard["rejects"]]
-    lines = [*rejects, *(_unlisted(job) if job.is_video else ())]
-    write_text(report.rejects_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    if report.accepted == 0:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
-        raise ValueError(
-            f"{job.source.list}: all {report.listed} items were rejected ({reasons}), so there is no store;"
-            f" {report.rejects_path} says why"
-        )
-
-
-def _write_offsets(job: Job, shards: Sequence[Shard], metadata: Sequence[Mapping]) -> int:
-    """What the audio of the rows was shifted by, beside the store; returns their number."""
-    accepted = {item_id for shard in metadata for item_id in shard["ids"]}
-    items = [item for shard in shards for item in shard.items if item.audio_offset and item.id in accepted]
-    job.offsets_file.unlink(missing_ok=True)
-    if items:
-        write_text(job.offsets_file, json.dumps({item.id: item.audio_offset for item in items}, indent=0) + "\n")
-    return len(items)
 
 
 def _export(

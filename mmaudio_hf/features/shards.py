@@ -31,7 +31,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +42,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmaudio_hf import files, schema
 from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import Encoders, fingerprints, load_encoders, pick_device
-from mmaudio_hf.files import (
-    RESUME_HINT,
-    Share,
-    add_path_to_oserror,
-    file_key,
-    fsync_path,
-    hash_of,
-    locked,
-    read_json,
-    sha256_of,
-    write_text,
-)
 from mmaudio_hf.media.audio import read_audio_clips
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import VideoClip, read_video
-from mmaudio_hf.schema import (
-    CLIP_FEATURES,
-    MEAN,
-    SCHEMA_VERSION,
-    STD,
-    SYNC_FEATURES,
-    TEXT_FEATURES,
-    RunError,
-    column_shapes,
-)
 
 # Part of every key: raise it when the same inputs give other features. 2: audio lies where its timestamps say, after
 # holes and overlaps too.
@@ -106,65 +84,35 @@ class Shard:
     items: Sequence[Item]
 
 
-@dataclass(frozen=True)
 class Job:
     """The extraction of one source of a recipe; it is sent to the worker processes."""
 
-    recipe: Recipe
-    source: VideoSource | AudioSource
-    share: Share
-
-    @property
-    def name(self) -> str:
-        """Of the store."""
-        return self.source.name
-
-    @property
-    def is_video(self) -> bool:
-        """Whether the source lists videos, else audio files."""
-        return isinstance(self.source, VideoSource)
-
-    @property
-    def output_dir(self) -> Path:
-        """Where the store will be."""
-        return Path(self.recipe.extraction.output_dir)
-
-    @property
-    def folder(self) -> Path:
-        """Where the shards are."""
-        return Path(self.recipe.extraction.shards_dir or self.output_dir) / f"{self.name}.shards"
-
-    @property
-    def duration(self) -> float:
-        """Seconds of a clip."""
-        return self.recipe.clip_seconds(self.source)
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The encoders that are needed."""
-        return ("clip", "sync", "text", "latent") if self.is_video else ("text", "latent")
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Shape of one row of every column."""
-        return column_shapes(self.recipe.model.mode, self.duration, video=self.is_video)
-
-    @property
-    def normalize_audio(self) -> bool:
-        """Whether the peak of every waveform is set to the same level; clips of audio files always are."""
-        return not isinstance(self.source, VideoSource) or self.source.normalize_audio
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """Settings that determine the inputs of the encoders."""
-        model = self.recipe.model
-        settings: dict[str, Any] = {"version": VERSION, "mode": model.mode, "duration": float(self.duration)}
+    def __init__(self, recipe: Recipe, source: VideoSource | AudioSource, share: files.Share):
+        self.recipe, self.source, self.share = recipe, source, share
+        self.name, self.is_video = source.name, isinstance(source, VideoSource)
+        self.output_dir = Path(recipe.extraction.output_dir)  # of the store
+        self.folder = Path(recipe.extraction.shards_dir or self.output_dir) / f"{self.name}.shards"
+        self.offsets_file = self.output_dir / f"{self.name}.offsets.json"  # id -> s that its audio was late
+        self.duration = recipe.clip_seconds(source)  # s of a clip
+        # Clips of audio files always have the same peak.
+        self.normalize_audio = not isinstance(source, VideoSource) or source.normalize_audio
+        self.components = ("clip", "sync", "text", "latent") if self.is_video else ("text", "latent")
+        self.shapes = schema.column_shapes(recipe.model.mode, self.duration, video=self.is_video)  # of one row
+        # Settings that determine the inputs of the encoders.
+        self.preprocessing: dict[str, Any] = {
+            "version": VERSION,
+            "mode": recipe.model.mode,
+            "duration": float(self.duration),
+        }
+        alignment = recipe.extraction.alignment
         if self.is_video:
-            alignment = self.recipe.extraction.alignment
-            settings |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
-            if alignment == "reference":
-                settings["version"] = _REFERENCE_VERSION
-        return settings
+            self.preprocessing |= {"alignment": alignment, "normalize_audio": self.normalize_audio}
+        if self.is_video and alignment == "reference":
+            self.preprocessing["version"] = _REFERENCE_VERSION
+        self.changed_message = (  # two runs of different inputs use the same folder
+            f"{self.folder}: another run with other settings, list or media makes these shards again; let it end, then"
+            " start this one again"
+        )
 
     @property
     def fingerprints(self) -> dict[str, dict[str, str]]:
@@ -177,25 +125,20 @@ class Job:
         A key hashes settings, encoders, ids, captions, and sizes and times of the files. Batch size and number of
         processes are left out: they move results by rounding at most, and machines that share a folder may differ.
         """
-        settings = {"schema": SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
+        settings = {"schema": schema.SCHEMA_VERSION, "preprocessing": self.preprocessing, "encoders": self.fingerprints}
         known: dict[str, tuple[int, int] | None] = {}
         rows: list[list] = []
         for item in items:
             if item.path not in known:
-                known[item.path] = file_key(item.path)
+                known[item.path] = files.file_key(item.path)
             reason = item.problem and item.problem[:2]
             span = ["start", item.start] if item.start else item.span
             shifted = [item.audio_offset] if item.audio_offset else []
             rows.append([item.id, item.caption, Path(item.path).name, span, reason, known[item.path], *shifted])
         size = self.recipe.extraction.shard_size
         blocks = [slice(first, first + size) for first in range(0, len(items), size)]
-        shards = [Shard(i, hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
-        return hash_of([settings, rows]), shards
-
-    @property
-    def offsets_file(self) -> Path:
-        """Id -> seconds that its audio was late, of the rows whose audio was shifted."""
-        return self.output_dir / f"{self.name}.offsets.json"
+        shards = [Shard(i, files.hash_of([settings, rows[block]]), items[block]) for i, block in enumerate(blocks)]
+        return files.hash_of([settings, rows]), shards
 
     def file(self, number: int, ending: str) -> Path:
         """A file of shard `number`."""
@@ -203,7 +146,7 @@ class Job:
 
     def metadata(self, shard: Shard) -> dict[str, Any]:
         """The JSON of a complete shard: there, of its full size, and made of what its key says; else {}."""
-        metadata, arrow = read_json(self.file(shard.number, ".json")), self.file(shard.number, ".arrow")
+        metadata, arrow = files.read_json(self.file(shard.number, ".json")), self.file(shard.number, ".arrow")
         size = arrow.stat().st_size if arrow.is_file() else 0
         return metadata if (metadata.get("key"), metadata.get("arrow_bytes")) == (shard.key, size) else {}
 
@@ -213,18 +156,18 @@ class Job:
         It is locked meanwhile. RunError if another run has made it again of other inputs, or if it was damaged.
         """
         path, metadata_file = (self.file(shard.number, ending) for ending in (".arrow", ".json"))
-        # A process that has just completed it keeps the lock for a moment longer: that is no other run.
+        # Who has made it holds the lock a moment longer than until its metadata are there.
         complete = bool(self.metadata(shard))
-        with locked(self.file(shard.number, ".lock"), wait=complete, shared=True) as acquired:
+        with files.locked(self.file(shard.number, ".lock"), wait=complete, shared=True) as acquired:
             metadata = self.metadata(shard)
             if not (acquired and metadata):
-                raise RunError(self.changed_message)
+                raise schema.RunError(self.changed_message)
             if not metadata["accepted"]:
                 return
             checksum = metadata.get("arrow_sha256")  # None: of an earlier version
-            if checksum and checksum != sha256_of(path):
+            if checksum and checksum != files.sha256_of(path):
                 metadata_file.unlink()
-                raise RunError(
+                raise schema.RunError(
                     f"{path} is not what was written (its checksum differs; check the disk): the same command makes"
                     " this shard again"
                 )
@@ -238,19 +181,11 @@ class Job:
                     for i, item_id in enumerate(batch.column("id").to_pylist()):
                         yield item_id, captions[i], {name: value[i].copy() for name, value in values.items()}
 
-    @property
-    def changed_message(self) -> str:
-        """Two runs of different inputs use the same folder."""
-        return (
-            f"{self.folder}: another run with other settings, list or media makes these shards again; let it end, then"
-            " start this one again"
-        )
-
     def remove_stale(self, count: int) -> None:
         """Remove shards from number `count` on, which a longer list left behind; not those another run is making."""
         numbers = {int(name[1]) for path in self.folder.iterdir() if (name := re.match(r"shard_(\d{5,})\.", path.name))}
         for number in sorted(number for number in numbers if number >= count):
-            with locked(self.file(number, ".lock"), wait=False) as acquired:
+            with files.locked(self.file(number, ".lock"), wait=False) as acquired:
                 if acquired:
                     shutil.rmtree(self.file(number, ".partial"), ignore_errors=True)
                     for path in self.folder.glob(f"{self.file(number, '').name}.*"):
@@ -317,8 +252,12 @@ def _process_pool(job: Job, processes: int) -> Iterator[MakeShards]:
     with ProcessPoolExecutor(processes, context, _start_worker, (job, processes, ranks, ticks, alive)) as pool:
 
         def make(shards: Sequence[Shard], wait_for_others: bool, advance: Callable[[int], Any]) -> list[Shard]:
-            with _block_interrupts():  # Ctrl-C is for this process, which ends the workers; they inherit the mask
+            # Ctrl-C is for this process, which ends the workers; they inherit the mask.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
                 futures = {pool.submit(_make_in_worker, shard, wait_for_others): shard for shard in shards}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             waiting, busy = set(futures), []
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -331,9 +270,9 @@ def _process_pool(job: Job, processes: int) -> Iterator[MakeShards]:
         try:
             yield make
         except BrokenProcessPool:
-            raise RunError(
+            raise schema.RunError(
                 f"{job.name}: a worker process died, perhaps out of memory: lower extraction.num_proc or batch_size;"
-                f" {RESUME_HINT}"
+                f" {files.RESUME_HINT}"
             ) from None
         except KeyboardInterrupt:
             ours.close()
@@ -343,27 +282,17 @@ def _process_pool(job: Job, processes: int) -> Iterator[MakeShards]:
             ours.close()
 
 
-@contextlib.contextmanager
-def _block_interrupts() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _worker: dict[str, Any] = {}  # of a worker process: what _start_worker made
 
 
 def _start_worker(job: Job, processes: int, ranks: Any, ticks: Any, alive: Any) -> None:
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([alive])  # never written to: ready when its other end is closed
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which an abrupt end would leak
     _worker.update(maker=ShardMaker(job, ranks.get(), processes), advance=ticks.put)
-
-
-def _end_with_parent(alive: Any) -> None:
-    multiprocessing.connection.wait([alive])  # never written to: ready when its other end is closed
-    os._exit(1)
 
 
 def _make_in_worker(shard: Shard, wait_for_others: bool) -> bool:
@@ -383,67 +312,65 @@ class ShardMaker:
         # A whole batch is read while a CUDA device encodes one; on the CPU both want the same cores.
         self.ahead = self.threads if device.type == "cpu" else max(self.threads, job.recipe.extraction.batch_size)
         datasets.disable_progress_bars()  # of every map
-        _free_large_blocks()
+        # Blocks of 8 MB and more return to the system when they are freed. By default glibc raises that threshold to
+        # 32 MB when the first frames are freed, and keeps later ones in the heaps of each of the reading threads.
+        _glibc("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
         model = job.recipe.model
         self.encoders = load_encoders(config, model.mode, job.components, device=device, duration=job.duration)
         self.limits: dict[str, int] = {}  # component -> batch size that did not fit; see FittingBatches
 
     def make(self, shard: Shard, wait_for_others: bool, advance: Callable[[int], Any]) -> bool:
         """Make a shard unless it is complete. False, with nothing done, when another process has its lock."""
-        with locked(self.job.file(shard.number, ".lock"), wait=wait_for_others) as acquired:
+        with files.locked(self.job.file(shard.number, ".lock"), wait=wait_for_others) as acquired:
             if acquired and self.job.metadata(shard):
                 advance(len(shard.items))
             elif acquired:
                 self._make(shard, advance)
-                _free_memory()
+                gc.collect()  # graphs and frames in reference cycles, 15 MB of 64 videos
+                _glibc("malloc_trim", 0)
             return acquired
 
     def _make(self, shard: Shard, advance: Callable[[int], Any]) -> None:
-        """Read and encode the items and write the shard: first the rows, last the metadata, which make it complete."""
         job, usable = self.job, [item for item in shard.items if item.problem is None]
         arrow, metadata, work = (job.file(shard.number, ending) for ending in (".arrow", ".json", ".partial"))
         advance(len(shard.items) - len(usable))
         metadata.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         try:
-            with add_path_to_oserror(arrow):
+            with files.add_path_to_oserror(arrow):
                 work.mkdir()
                 batches = _Batches(job, FittingBatches(self.encoders, self.limits), advance)
                 with contextlib.closing(read_ahead(job, usable, self.threads, self.ahead)) as reader:
                     _map(job, usable, batches, reader, work / "rows.arrow")
                 if batches.accepted:
-                    fsync_path(work / "rows.arrow")
+                    files.fsync_path(work / "rows.arrow")
                     os.replace(work / "rows.arrow", arrow)
                 else:
                     arrow.unlink(missing_ok=True)
                 shutil.rmtree(work)
-            write_text(metadata, json.dumps(_metadata(shard, arrow, batches)) + "\n")
+            entries = {
+                "key": shard.key,
+                "listed": len(shard.items),
+                "accepted": len(batches.accepted),
+                "arrow_bytes": arrow.stat().st_size if batches.accepted else 0,
+                "arrow_sha256": files.sha256_of(arrow) if batches.accepted else "",
+                "batch_size": job.recipe.extraction.batch_size,
+                "halved": batches.fitting.reduced,
+                "ids": batches.accepted,
+                "rejects": [
+                    reject_of(item, *item.problem) if item.problem else batches.rejects[item.id]
+                    for item in shard.items
+                    if item.problem or item.id in batches.rejects
+                ],
+            }
+            files.write_text(metadata, json.dumps(entries) + "\n")
         except BaseException:
             arrow.unlink(missing_ok=True)
             shutil.rmtree(work, ignore_errors=True)
             raise
 
 
-def _metadata(shard: Shard, arrow: Path, batches: "_Batches") -> dict[str, Any]:
-    return {
-        "key": shard.key,
-        "listed": len(shard.items),
-        "accepted": len(batches.accepted),
-        "arrow_bytes": arrow.stat().st_size if batches.accepted else 0,
-        "arrow_sha256": sha256_of(arrow) if batches.accepted else "",
-        "batch_size": batches.job.recipe.extraction.batch_size,
-        "halved": batches.fitting.reduced,
-        "ids": batches.accepted,
-        "rejects": [
-            reject_of(item, *item.problem) if item.problem else batches.rejects[item.id]
-            for item in shard.items
-            if item.problem or item.id in batches.rejects
-        ],
-    }
-
-
 def _map(job: Job, items: Sequence[Item], batches: "_Batches", reader: Iterator, path: Path) -> None:
-    """Run `datasets.map` over the items, a batch at a time, into the Arrow file at `path`."""
     if not items:
         return
     text, size = datasets.Value("string"), job.recipe.extraction.batch_size
@@ -491,10 +418,10 @@ class FittingBatches:
             if self.encoders.device.type == "cuda":
                 torch.cuda.empty_cache()  # not above: the error holds references to what was computed
             if len(inputs) == 1:
-                raise RunError(
+                raise schema.RunError(
                     f"the {component} encoder is out of memory on {self.encoders.device} for a single item ({reason}):"
                     " end other programs on the device, take a larger one, or set encoders.device=cpu;"
-                    f" {RESUME_HINT}"
+                    f" {files.RESUME_HINT}"
                 )
             self.limits[component] = len(inputs)
         middle = (len(inputs) + 1) // 2
@@ -511,34 +438,35 @@ class _Batches:
         self.rejects: dict[str, dict] = {}  # by id; the ids of items without a known problem differ
 
     def encode(self, read: list[tuple[Item, Media | MediaError]]) -> dict[str, Any]:
-        """Columns of the rows that can be used; `read` is emptied."""
-        for item, media in read:
-            if isinstance(media, MediaError):
-                self.rejects[item.id] = reject_of(item, "read", media.reason, str(media), media.probe)
-        count, items = len(read), [item for item, media in read if not isinstance(media, MediaError)]
-        inputs = self._inputs(read)
-        values = self._encode(inputs) if items else {}
-        rows = [row for row, item in enumerate(items) if self._is_finite(item, row, values)]
-        self.accepted += [items[row].id for row in rows]
-        self.advance(count)
-        columns = {name: np.empty((0, *shape), np.float32) for name, shape in self.job.shapes.items()}
-        if rows:
-            columns = {name: value[rows].numpy() for name, value in values.items()}
-        return {"id": [items[row].id for row in rows], "caption": [items[row].caption for row in rows], **columns}
-
-    def _inputs(self, read: list[tuple[Item, Media | MediaError]]) -> dict[str, list]:
-        """Input of each encoder, one entry per item; empties `read`, so that each may be freed after its use."""
+        """Columns of the rows that can be used; `read` is emptied, so that each input may be freed after its use."""
+        count, items = len(read), []
         inputs: dict[str, list] = {component: [] for component in self.job.components}
         for item, media in read:
             if isinstance(media, MediaError):
+                self.rejects[item.id] = reject_of(item, "read", media.reason, str(media), media.probe)
                 continue
+            items.append(item)
             inputs["text"].append(item.caption)
             inputs["latent"].append(media.audio if isinstance(media, VideoClip) else media)
             if isinstance(media, VideoClip):
                 inputs["clip"].append(media.clip_frames)
                 inputs["sync"].append(media.sync_frames)
         read.clear()
-        return inputs
+        del media  # the last one
+        values = self._encode(inputs) if items else {}
+        rows = []
+        for row, item in enumerate(items):
+            if name := next((name for name, value in values.items() if not value[row].isfinite().all()), ""):
+                message = f"{item.path}: {name} are not finite; check the file and encoders.precision"
+                self.rejects[item.id] = reject_of(item, "encode", "not_finite", message)
+            else:
+                rows.append(row)
+        self.accepted += [items[row].id for row in rows]
+        self.advance(count)
+        columns = {name: np.empty((0, *shape), np.float32) for name, shape in self.job.shapes.items()}
+        if rows:
+            columns = {name: value[rows].numpy() for name, value in values.items()}
+        return {"id": [items[row].id for row in rows], "caption": [items[row].caption for row in rows], **columns}
 
     def _encode(self, inputs: dict[str, list]) -> dict[str, Tensor]:
         encoders = self.fitting.encoders
@@ -548,7 +476,12 @@ class _Batches:
             "text": lambda captions: [encoders.encode_text(captions)],
             "latent": lambda waveforms: encoders.encode_audio(torch.stack(waveforms)),
         }
-        columns = {"clip": [CLIP_FEATURES], "sync": [SYNC_FEATURES], "text": [TEXT_FEATURES], "latent": [MEAN, STD]}
+        columns = {
+            "clip": [schema.CLIP_FEATURES],
+            "sync": [schema.SYNC_FEATURES],
+            "text": [schema.TEXT_FEATURES],
+            "latent": [schema.MEAN, schema.STD],
+        }
         values: dict[str, Tensor] = {}
         captions = inputs["text"]
         inputs["text"] = list(dict.fromkeys(captions))  # clips of one audio file share its captions
@@ -556,16 +489,8 @@ class _Batches:
         for component in self.job.components:
             results = self.fitting.run(component, encode[component], inputs.pop(component))
             values |= dict(zip(columns[component], results, strict=True))
-        values[TEXT_FEATURES] = values[TEXT_FEATURES][[index[caption] for caption in captions]]
+        values[schema.TEXT_FEATURES] = values[schema.TEXT_FEATURES][[index[caption] for caption in captions]]
         return {name: values[name] for name in self.job.shapes}
-
-    def _is_finite(self, item: Item, row: int, values: Mapping[str, Tensor]) -> bool:
-        for name, value in values.items():
-            if not value[row].isfinite().all():
-                message = f"{item.path}: {name} are not finite; check the file and encoders.precision"
-                self.rejects[item.id] = reject_of(item, "encode", "not_finite", message)
-                return False
-        return True
 
 
 # --- Reading media ahead of the encoders, by threads, a bounded number of files at a time ----------------------------
@@ -583,31 +508,27 @@ def read_ahead(
     waiting: deque[tuple[list[Item], Future]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for group in groups:
-                waiting.append((group, pool.submit(_read_group, job, group)))
-                if len(waiting) > ahead:
-                    yield from _results(*waiting.popleft())
-            while waiting:
-                yield from _results(*waiting.popleft())
+            for group in itertools.chain(groups, [None] * ahead):  # at the end, what is still waiting
+                if group is not None:
+                    waiting.append((group, pool.submit(_read_group, job, group)))
+                if waiting and (group is None or len(waiting) > ahead):
+                    read, future = waiting.popleft()
+                    media = deque(future.result())
+                    del future  # nothing keeps a reference to what is yielded
+                    for item in read:
+                        yield item, media.popleft()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _results(group: Sequence[Item], future: Future) -> Iterator[tuple[Item, Media | MediaError]]:
-    """The items of a group with what was read; nothing keeps a reference to what was yielded."""
-    media = deque(future.result())
-    del future
-    for item in group:
-        yield item, media.popleft()
-
-
 def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
-    """The media of items of one file, each a result or its MediaError."""
-    path = items[0].path
+    path, model = items[0].path, job.recipe.model
     try:
         if job.is_video:
-            return [_read_video(job, item) for item in items]
-        model, spans = job.recipe.model, list(dict.fromkeys(item.span for item in items if item.span))
+            how: dict[str, Any] = {"mode": model.mode, "duration": job.duration, "as_uint8": True}
+            how |= {"alignment": job.recipe.extraction.alignment, "normalize_audio": job.normalize_audio}
+            return [read_video(path, start=item.start, audio_offset=item.audio_offset, **how) for item in items]
+        spans = list(dict.fromkeys(item.span for item in items if item.span))
         clips = dict(zip(spans, read_audio_clips(path, spans, mode=model.mode, duration=job.duration), strict=True))
         return [clips[item.span] for item in items if item.span]
     except MediaError as error:
@@ -618,32 +539,6 @@ def _read_group(job: Job, items: Sequence[Item]) -> list[Media | MediaError]:
         return [MediaError("unexpected", f"{path}: reading failed ({error!r}); re-encode the file")] * len(items)
 
 
-def _read_video(job: Job, item: Item) -> VideoClip:
-    model, alignment = job.recipe.model, job.recipe.extraction.alignment
-    return read_video(
-        item.path,
-        start=item.start,
-        audio_offset=item.audio_offset,
-        mode=model.mode,
-        duration=job.duration,
-        alignment=alignment,
-        normalize_audio=job.normalize_audio,
-        as_uint8=True,
-    )
-
-
-def _free_large_blocks() -> None:
-    """Have glibc return blocks of 8 MB and more to the system when they are freed.
-
-    By default it raises that threshold to 32 MB when the first frames of a video are freed, and keeps later ones for
-    reuse in each of the heaps of the reading threads.
-    """
+def _glibc(function: str, *arguments: int) -> None:
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-
-
-def _free_memory() -> None:
-    """Return what a shard has left: graphs and frames in reference cycles, 15 MB of 64 videos, and free heap memory."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        getattr(ctypes.CDLL(None), function)(*arguments)

@@ -196,7 +196,6 @@ def _write(
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, str]:
-    """Write the tensors called `names`; the checksum by the name of the file."""
     save_file({name: value.detach().contiguous() for name, value in tensors.items() if name in names}, path)
     return {path.name: sha256_of(path)}
 
@@ -306,7 +305,14 @@ def load_training_state(folder: Path, share: tuple[int, int] = (0, 1)) -> Traini
     try:
         record = json.loads((training / STATE_FILE).read_text())
         version, step, metadata, checksums = (record[key] for key in ("version", "step", "facts", "sha256"))
-        world_size, shapes = _sharding(record, len(checksums := dict(checksums)))
+        checksums = dict(checksums)
+        # Over how many processes tensors are sharded, and the full shapes of these by group.
+        sharding: dict[str, Any] = record["shards"] if version == SHARDED else {"count": 0, "shapes": {}}
+        world_size, shapes = int(sharding["count"]), dict[str, dict[str, list[int]]]()
+        if version == SHARDED and not 0 < world_size < len(checksums):  # a loop over 10**15 names would never end
+            raise ValueError(f"{world_size} processes cannot have written {len(checksums)} files")
+        for group in [group for group in TENSOR_FILES if group in sharding["shapes"]]:
+            shapes[group] = {name: [int(n) for n in shape] for name, shape in sharding["shapes"][group].items()}
         for name, value in {"step": step, "facts": metadata, **metadata}.items():
             if type(value) is not _KINDS.get(name, type(value)):
                 raise TypeError(f"{name} is {repr(value)[:40]}")
@@ -322,19 +328,7 @@ def load_training_state(folder: Path, share: tuple[int, int] = (0, 1)) -> Traini
     return TrainingState(step, tensors, metadata)
 
 
-def _sharding(record: Mapping[str, Any], files: int) -> tuple[int, dict[str, dict[str, list[int]]]]:
-    """Over how many processes the tensors of a checkpoint are sharded, and the full shapes of these by group."""
-    if record["version"] != SHARDED:
-        return 0, {}
-    world_size, shapes = int(record["shards"]["count"]), record["shards"]["shapes"]
-    if not 0 < world_size < files:  # a loop over 10**15 names would never end
-        raise ValueError(f"{world_size} processes cannot have written {files} files")
-    groups = [group for group in TENSOR_FILES if group in shapes]
-    return world_size, {g: {name: [int(n) for n in shape] for name, shape in shapes[g].items()} for g in groups}
-
-
 def _verify(paths: list[Path], checksums: Mapping[str, str], share: tuple[int, int]) -> None:
-    """ValueError naming a file that is missing, or one of the share that cannot be read or has another checksum."""
     damaged = f"is missing or damaged (its checksum differs): {OTHER}"
     for path in paths:
         if not path.is_file() or path.name not in checksums:

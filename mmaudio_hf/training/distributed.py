@@ -170,9 +170,8 @@ def check_launch() -> None:
             raise ValueError(f"{variable}={value} in the environment has no meaning: unset it")
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     if rank >= world or (world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
-        raise ValueError(
-            f"WORLD_SIZE={world} and RANK={rank} in the environment are of no launch: unset them, or use a launcher"
-        )
+        what = f"WORLD_SIZE={world} and RANK={rank}"
+        raise ValueError(f"{what} in the environment are of no launch: unset them, or use a launcher")
     if fsdp_plugin() and "WORLD_SIZE" not in os.environ:
         raise ValueError("FSDP needs a launcher: use `accelerate launch --config_file accelerate_configs/fsdp.yaml`")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by accelerate's launcher, unlike the two below

@@ -19,17 +19,10 @@ import torch
 from torch import nn
 
 from mmaudio_hf.config import FinetuneConfig, LoraConfig, ModelConfig, Recipe, read_json
+from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.blocks import ChannelLastConv1d
 from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
-from mmaudio_hf.models.pretrained import (
-    ADAPTER_FILES,
-    DERIVED_TENSORS,
-    ENCODERS_FILE,
-    merge_adapters,
-    read_adapter,
-    read_network,
-)
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.checkpoint import list_checkpoints
 from mmaudio_hf.weights import save_tensors
@@ -50,7 +43,7 @@ LORA_TARGETS = {
     "conditions": r"(clip_cond_proj|text_cond_proj|global_cond_mlp)(\..*)?",
     "output": r"final_layer\.conv",
 }
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = ADAPTER_FILES
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = pretrained.ADAPTER_FILES
 _PEFT_PREFIX = "base_model.model."
 # In training `X.lora_A.default.weight` and `X.lora_magnitude_vector.default.weight`; files have no adapter name.
 _FACTOR = re.compile(
@@ -74,7 +67,7 @@ def initial_model(
     resumed = recipe.resume == "auto" and list_checkpoints(recipe.run_dir)
     if settings.init_from and not resumed:
         config, state, source = read_pretrained(settings.init_from)
-        check_encoders(Path(source).parent / ENCODERS_FILE, recipe.encoders.kind)
+        check_encoders(Path(source).parent / pretrained.ENCODERS_FILE, recipe.encoders.kind)
         model = trainable_model(recipe, config, state, source)
     else:
         model = MMAudio(recipe.model)
@@ -98,7 +91,7 @@ def trainable_model(recipe: Recipe, config: ModelConfig, state: Mapping[str, tor
 
 def without_derived(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` without the tensors that early released files carry and the model computes."""
-    return {name: value for name, value in state.items() if name not in DERIVED_TENSORS}
+    return {name: value for name, value in state.items() if name not in pretrained.DERIVED_TENSORS}
 
 
 def check_encoders(path: Path, kind: str) -> None:
@@ -114,7 +107,7 @@ def read_pretrained(source: str) -> tuple[ModelConfig, dict[str, torch.Tensor], 
     """
     if (Path(source) / ADAPTER_CONFIG).is_file():
         return merged_adapter(Path(source))
-    return read_network(source)
+    return pretrained.read_network(source)
 
 
 # --- Frozen parameters -----------------------------------------------------------------------------------------------
@@ -157,13 +150,12 @@ def frozen_parameters(model: nn.Module) -> list[str]:
 
 
 def _has_prefix(name: Sequence[str], prefix: Sequence[str]) -> bool:
-    return len(prefix) <= len(name) and all(_matches(*pair) for pair in zip(name, prefix, strict=False))
+    def matches(component: str, pattern: str) -> bool:
+        if bounds := re.fullmatch(r"(\d+)-(\d+)", pattern):
+            return component.isdigit() and int(bounds[1]) <= int(component) <= int(bounds[2])
+        return fnmatch.fnmatchcase(component, pattern)
 
-
-def _matches(component: str, pattern: str) -> bool:
-    if bounds := re.fullmatch(r"(\d+)-(\d+)", pattern):
-        return component.isdigit() and int(bounds[1]) <= int(component) <= int(bounds[2])
-    return fnmatch.fnmatchcase(component, pattern)
+    return len(prefix) <= len(name) and all(map(matches, name, prefix))
 
 
 def _suggestion(pattern: str, names: Sequence[str]) -> str:
@@ -192,7 +184,15 @@ def add_adapter(model: MMAudio, lora: LoraConfig) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d)) and targets.fullmatch(n)}
     if not any(m.weight.requires_grad for m in layers.values()):
         raise ValueError("finetune.lora.targets names only frozen layers: nothing is left to adapt")
-    ranks = _ranks(lora, [n for n, m in layers.items() if m.weight.requires_grad])
+    ranks = {name: lora.rank for name, module in layers.items() if module.weight.requires_grad}
+    for pattern, _, rank in (entry.rpartition("=") for entry in lora.rank_pattern):
+        if not (chosen := [name for name in ranks if _has_prefix(name.split("."), pattern.split("."))]):
+            problem = f"no adapted layer is called {pattern!r}: {_suggestion(pattern, list(ranks))}"
+            raise ValueError(f"finetune.lora.rank_pattern: {problem}")
+        ranks |= dict.fromkeys(chosen, int(rank))
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    if not ranks:
+        raise ValueError("finetune.lora.rank_pattern leaves no layer an adapter: give one a rank above 0")
     init: Any = True if lora.init in ("default", "pissa") else lora.init
     config = PeftConfig(
         r=lora.rank,
@@ -216,21 +216,6 @@ def add_adapter(model: MMAudio, lora: LoraConfig) -> None:
             magnitude.__class__ = _channel_last(type(magnitude))
 
 
-def _ranks(lora: LoraConfig, layers: Sequence[str]) -> dict[str, int]:
-    """Layer -> rank of its adapter, as `lora.rank_pattern` says; ValueError for a pattern without a layer."""
-    ranks = dict.fromkeys(layers, lora.rank)
-    for pattern, _, rank in (entry.rpartition("=") for entry in lora.rank_pattern):
-        chosen = [name for name in layers if _has_prefix(name.split("."), pattern.split("."))]
-        if not chosen:
-            raise ValueError(
-                f"finetune.lora.rank_pattern: no adapted layer is called {pattern!r}: {_suggestion(pattern, layers)}"
-            )
-        ranks |= dict.fromkeys(chosen, int(rank))
-    if not any(ranks.values()):
-        raise ValueError("finetune.lora.rank_pattern leaves no layer an adapter: give one a rank above 0")
-    return {name: rank for name, rank in ranks.items() if rank}
-
-
 @torch.no_grad()
 def _start_from_singular_vectors(layer: Any) -> None:
     """PiSSA (Meng et al. 2024, arXiv 2404.02948, equations 2 to 4): s B A is the largest part of W, W keeps the rest.
@@ -238,7 +223,8 @@ def _start_from_singular_vectors(layer: Any) -> None:
     Not by peft, which takes no convolutions; these are matrices (out, in * kernel) here. A and B are kept as they were,
     since what has been learned is the difference.
     """
-    a, b, weight, scale = (*_factors_of(layer), layer.base_layer.weight, layer.scaling["default"])
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight, scale = layer.base_layer.weight, layer.scaling["default"]
     if not weight.is_meta:  # when parameters are only counted
         u, s, v = torch.linalg.svd(weight.flatten(1).float(), full_matrices=False)
         root, rank = (s[: len(a)] / scale).sqrt(), len(a)
@@ -247,10 +233,6 @@ def _start_from_singular_vectors(layer: Any) -> None:
         weight.sub_(_update(a, b) * scale)
     layer.register_buffer("pissa_A", a.detach().clone())
     layer.register_buffer("pissa_B", b.detach().clone())
-
-
-def _factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
 def _channel_last(magnitude: type) -> type:
@@ -279,7 +261,6 @@ def _update(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _group_factors(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Layer -> its tensors of an adapter: A, B, of DoRA magnitude_vector, of PiSSA pissa_A and pissa_B."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in state.items():
         if match := _FACTOR.fullmatch(name):
@@ -339,17 +320,16 @@ def save_adapter(state: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path
     folder.mkdir(parents=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     names = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude_vector": "lora_magnitude_vector"}
-    tensors = {
-        f"{_PEFT_PREFIX}{layer}.{names[kind]}": value.detach().cpu().contiguous()
-        for layer, factors in layers.items()
-        for kind, value in factors.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for layer, factors in layers.items():
+        named = {f"{_PEFT_PREFIX}{layer}.{names[kind]}": value for kind, value in factors.items()}
+        tensors |= {name: value.detach().cpu().contiguous() for name, value in named.items()}
     save_tensors(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter in `folder` under the keys of ComfyUI's loader of LoRA, whose scale is alpha / rank."""
-    adapter, tensors = read_adapter(folder), dict[str, torch.Tensor]()
+    adapter, tensors = pretrained.read_adapter(folder), dict[str, torch.Tensor]()
     for layer, factors in _group_factors(adapter.state).items():
         name, rank = f"diffusion_model.{layer.removeprefix(_PEFT_PREFIX)}", len(factors["A"])
         alpha = adapter.config.lora_alpha * (math.sqrt(rank) if adapter.config.use_rslora else 1)
@@ -362,7 +342,7 @@ def comfyui_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def check_effect(folder: Path) -> None:
     """RunError when no layer of the adapter in `folder` changes anything: B A is zero, as at the start."""
-    layers = _group_factors(read_adapter(folder).state)
+    layers = _group_factors(pretrained.read_adapter(folder).state)
     if not any(_update(f["A"], f["B"]).norm() > 1e-6 * f["A"].norm() * f["B"].norm() for f in layers.values()):
         raise RunError(
             f"{folder}: the adapter has no effect, B is zero in all {len(layers)} layers: the run trained nothing."
@@ -375,12 +355,12 @@ def merged_adapter(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], 
 
     ValueError where these are not named, or the adapter does not fit them.
     """
-    adapter = read_adapter(folder)
+    adapter = pretrained.read_adapter(folder)
     if not (base := adapter.config.base_model_name_or_path):
         raise ValueError(f"{folder / ADAPTER_CONFIG} does not name its weights: put them into base_model_name_or_path")
     config, state, source = read_pretrained(base)
     model = MMAudio.from_config_and_state(config, state, source)
-    merge_adapters(model, [(adapter, 1.0)], {})
+    pretrained.merge_adapters(model, [(adapter, 1.0)], {})
     return config, model.state_dict(), folder / ADAPTER_WEIGHTS
 
 

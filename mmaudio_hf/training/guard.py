@@ -146,7 +146,21 @@ def diagnose_step(model: nn.Module, trace: StepTrace, batches: Iterable[Batch], 
     `batches` are read once more. `suspects` are the samples whose loss or features are not finite. Gradient norms are
     those before clipping, by block of the model.
     """
-    samples = sorted(gather_object(_diagnose_samples(trace, batches)), key=lambda s: s["slot"])
+    losses, times = trace.loss.tolist(), trace.t.tolist()
+    entries: list[dict[str, Any]] = []  # of the samples of this process; features that one lacks are left out
+    for batch in batches:
+        video_row = {batch_row: row for row, batch_row in enumerate(batch.video_rows.tolist())}
+        for i, item_id in enumerate(batch.ids):
+            columns = {MEAN: batch.mean[i], STD: batch.std[i]}
+            if i in video_row:
+                columns |= {CLIP_FEATURES: batch.clip_features[video_row[i]]}
+                columns |= {SYNC_FEATURES: batch.sync_features[video_row[i]]}
+            if batch.has_text[i]:
+                columns[TEXT_FEATURES] = batch.text_features[i]
+            features = {name: _statistics(values) for name, values in columns.items()}
+            numbers = {"loss": losses[len(entries)], "t": times[len(entries)], "features": features}
+            entries.append({"id": item_id, "slot": batch.sample_indices[i], **numbers})
+    samples = sorted(gather_object(entries), key=lambda sample: sample["slot"])
     # Each process checks the weights, or the shards of them, that it holds.
     nonfinite = set(gather_object([n for n, p in model.named_parameters() if not local_shard(p).isfinite().all()]))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -161,7 +175,11 @@ def diagnose_step(model: nn.Module, trace: StepTrace, batches: Iterable[Batch], 
         "learning_rate": learning_rate,
         "loss": sum(sample["loss"] for sample in samples) / len(samples),
         "gradient_norm": float(trace.total_norm),
-        "suspects": [s["id"] for s in samples if not math.isfinite(s["loss"]) or _has_nonfinite(s["features"])],
+        "suspects": [
+            sample["id"]
+            for sample in samples
+            if not math.isfinite(sample["loss"]) or any(c["nonfinite"] for c in sample["features"].values())
+        ],
         "gradient_norms": blocks,
         "nonfinite_gradients": [name for name, norm in norms.items() if not math.isfinite(norm)],
         "nonfinite_parameters": [name for name, _ in model.named_parameters() if name in nonfinite],
@@ -169,36 +187,12 @@ def diagnose_step(model: nn.Module, trace: StepTrace, batches: Iterable[Batch], 
     }
 
 
-def _diagnose_samples(trace: StepTrace, batches: Iterable[Batch]) -> list[dict[str, Any]]:
-    """One entry per sample of this process; features that it lacks are left out."""
-    losses, times = trace.loss.tolist(), trace.t.tolist()
-    entries: list[dict[str, Any]] = []
-    for batch in batches:
-        video_row = {batch_row: row for row, batch_row in enumerate(batch.video_rows.tolist())}
-        for i, item_id in enumerate(batch.ids):
-            columns = {MEAN: batch.mean[i], STD: batch.std[i]}
-            if i in video_row:
-                columns |= {CLIP_FEATURES: batch.clip_features[video_row[i]]}
-                columns |= {SYNC_FEATURES: batch.sync_features[video_row[i]]}
-            if batch.has_text[i]:
-                columns[TEXT_FEATURES] = batch.text_features[i]
-            n = len(entries)
-            entry = {"id": item_id, "slot": batch.sample_indices[i], "loss": losses[n], "t": times[n]}
-            entries.append(entry | {"features": {name: _statistics(values) for name, values in columns.items()}})
-    return entries
-
-
 def _statistics(values: torch.Tensor) -> dict[str, float]:
     finite = values.isfinite()
     kept = values[finite].double()
-    if not len(kept):
-        return {"nonfinite": values.numel()}
-    figures = {"min": kept.min(), "max": kept.max(), "mean": kept.mean(), "std": kept.std(correction=0)}
+    figures = {"min": kept.min(), "max": kept.max(), "mean": kept.mean()} if len(kept) else {}
+    figures |= {"std": kept.std(correction=0)} if len(kept) else {}
     return {name: float(value) for name, value in figures.items()} | {"nonfinite": int((~finite).sum())}
-
-
-def _has_nonfinite(features: Mapping[str, Mapping[str, float]]) -> bool:
-    return any(column["nonfinite"] for column in features.values())
 
 
 def replay_step(
@@ -236,14 +230,11 @@ def replay_step(
         trace = run.backward(next(loader))
         figures = {"weights_of_step": weights_of_step} | run.diagnose(trace)
     if not figures["suspects"] and not math.isfinite(figures["gradient_norm"]):
-        figures["suspects"] = [s["id"] for s in figures["samples"] if not _has_finite_gradient(run, s["slot"])]
+        for sample in figures["samples"]:
+            with run.loader(step + 1, sample_indices=[np.array([sample["slot"]])]) as loader:
+                if not run.backward(next(loader)).total_norm.isfinite():
+                    figures["suspects"].append(sample["id"])
     return figures
-
-
-def _has_finite_gradient(run: "Run", sample_index: int) -> bool:
-    """Whether the gradient of one sample of the present step, alone, is finite."""
-    with run.loader(run.step + 1, sample_indices=[np.array([sample_index])]) as loader:
-        return bool(run.backward(next(loader)).total_norm.isfinite())
 
 
 def to_json(figures: Any) -> str:
