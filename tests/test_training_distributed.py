@@ -38,7 +38,7 @@ FULL = "(process 1 failed: [Errno 28] No space left on device); the last good on
 
 
 def write(folder: Path, name: str, **changes) -> Path:
-    tree = recipe_tree(folder, steps=6, accumulation_steps=2, checkpoint_every=4, validate_every=3)
+    tree = recipe_tree(folder, steps=6, accumulation_steps=2, checkpoint_every=4, validate_every=6)
     for section, values in changes.items():
         tree[section] = tree.get(section, {}) | values
     shutil.rmtree(folder / "output" / name, ignore_errors=True)
@@ -58,15 +58,15 @@ def last(recipe: Path) -> Path:
     return run_dir(recipe) / "last"
 
 
-def groups(recipe: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """All tensors that a run has left, in full, whether it was sharded or not."""
-    stored = load_training_state(last(recipe)).tensors
-    published = load_file(last(recipe) / "pretrained_model" / "model.safetensors")
+def groups(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint, in full, whether it was sharded or not."""
+    stored = load_training_state(checkpoint).tensors
+    published = load_file(checkpoint / "pretrained_model" / "model.safetensors")
     return {name: dict(tensors) for name, tensors in stored.items()} | {"published": published}
 
 
 def assert_same_model(ours: Path, theirs: Path, tolerance: float) -> None:
-    a, b = groups(ours), groups(theirs)
+    a, b = groups(last(ours)), groups(last(theirs))
     for group in ("model", "ema", "optimizer", "published"):
         assert a[group].keys() == b[group].keys()
         for name, value in b[group].items():
@@ -211,7 +211,7 @@ def test_sharded_runs_that_are_killed_end_with_the_same_bytes(fsdp, killed):
     for path in sorted(ours.glob("*.safetensors")):
         assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name
     assert metrics(killed) == metrics(recipe)
-    published, others = groups(killed)["published"], groups(recipe)["published"]
+    published, others = (groups(last(run))["published"] for run in (killed, recipe))
     assert published.keys() == others.keys()
     assert all(torch.equal(value, others[name]) for name, value in published.items())
 
@@ -285,29 +285,20 @@ for host in one two; do
 done
 export GLOO_SOCKET_IFNAME=cable  # the name of this machine belongs to a network that the hosts do not have
 launch=(timeout 400 "$ACCELERATE" launch --config_file "$ROOT/accelerate_configs/multi_node.yaml" --num_processes 2)
-launch+=(--main_process_ip 10.77.0.1)
-train() {  # train NAME key=value ...: on both hosts
-    logs=$LOGS/$1; shift
-    ip netns exec two "${launch[@]}" --machine_rank 1 "$ROOT/train.py" "$RECIPE" "$@" > "$logs.two" 2>&1 &
-    two=$!
-    ip netns exec one "${launch[@]}" --machine_rank 0 "$ROOT/train.py" "$RECIPE" "$@" > "$logs.one" 2>&1 &
-    one=$!
-}
-codes() {
-    for pid in $one $two; do
-        wait $pid && code=0 || code=$?
-        echo $code >> "$LOGS/$1.codes"
-    done
-}
-train finished
-codes finished
-cp -a "$RUN" "$KEPT"
-train stopped training.steps=100000 training.log_every=1
+launch+=(--main_process_ip 10.77.0.1 --machine_rank)
+train=("$ROOT/train.py" "$RECIPE" training.steps=100000 training.keep_checkpoints=100)
+ip netns exec two "${launch[@]}" 1 "${train[@]}" > "$LOGS/two" 2>&1 &
+two=$!
+ip netns exec one "${launch[@]}" 0 "${train[@]}" > "$LOGS/one" 2>&1 &
+one=$!
 until grep -q '"step": 9,' "$RUN/metrics.jsonl" || ! kill -0 $one; do sleep 0.05; done
 for pid in $(ip netns pids two); do
     if grep -qz LOCAL_RANK /proc/$pid/environ; then kill -USR1 $pid; break; fi
 done
-codes stopped
+for pid in $one $two; do
+    wait $pid && code=0 || code=$?
+    echo $code >> "$LOGS/codes"
+done
 """
 
 
@@ -316,10 +307,7 @@ NAMESPACES = ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork
 
 @pytest.fixture(scope="module")
 def hosts(two_processes, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """Recipe of a run on two hosts in network namespaces, and the output of both; see `HOSTS`.
-
-    It has finished once, in the folder `hosts_finished`, then it was resumed with more steps and stopped by a signal.
-    """
+    """Recipe of a run on two hosts in network namespaces that a signal stopped, and the output of both; see `HOSTS`."""
     missing = [program for program in ("ip", "unshare") if shutil.which(program) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} of iproute2 and util-linux missing: two hosts cannot be made")
@@ -328,7 +316,7 @@ def hosts(two_processes, tmp_path_factory) -> tuple[Path, dict[str, str]]:
         pytest.skip(f"this system does not let a test make network namespaces: {tried.stderr.strip()}")
     recipe, logs = write(two_processes.parent, "hosts"), tmp_path_factory.mktemp("the logs")
     variables = {"LOGS": str(logs), "ROOT": str(ROOT), "ACCELERATE": str(SCRIPTS / "accelerate")}
-    variables |= {"RECIPE": str(recipe), "RUN": str(run_dir(recipe)), "KEPT": f"{run_dir(recipe)}_finished"}
+    variables |= {"RECIPE": str(recipe), "RUN": str(run_dir(recipe))}
     result = subprocess.run(
         [*NAMESPACES, "bash", "-c", HOSTS], env=environment(**variables), cwd=recipe.parent,
         capture_output=True, text=True, timeout=2 * PATIENCE,
@@ -339,24 +327,24 @@ def hosts(two_processes, tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 
 def test_two_machines_train_the_same_model(two_processes, hosts):
-    """They end as two processes on one machine do: the same sums in the same order."""
+    """As two processes on one machine: the same sums in the same order."""
     recipe, output = hosts
-    assert output["finished.codes"] == "0\n0\n", output
-    assert "2 processes on cpu, batch 4 = 2 x 2 x 1" in output["finished.one"]
-    kept = recipe.with_name("hosts_finished.yaml")
-    for group, tensors in groups(kept).items():
-        if group != "window":
-            torch.testing.assert_close(tensors, groups(two_processes)[group], rtol=0, atol=0)
-    assert metrics(kept) == metrics(two_processes)
+    assert "2 processes on cpu, batch 4 = 2 x 2 x 1" in output["one"]
+    ours, theirs = (groups(run_dir(r) / "checkpoints" / "step_4") for r in (recipe, two_processes))
+    assert ours.keys() == theirs.keys() and len(ours["published"]) > 50
+    for group, tensors in ours.items():
+        torch.testing.assert_close(tensors, theirs[group], rtol=0, atol=0)
+    expected = metrics(two_processes)
+    assert expected and metrics(recipe)[: len(expected)] == expected
 
 
 def test_two_machines_stop_together(hosts):
     """A scheduler's signal to one process of one host."""
     recipe, output = hosts
-    assert output["stopped.codes"] == "1\n1\n" and "SIGUSR1: saving a checkpoint" in output["stopped.two"], output
+    assert output["codes"] == "1\n1\n" and "SIGUSR1: saving a checkpoint" in output["two"], output
     assert last_step(recipe) > 8
     for host in ("one", "two"):
-        assert f"stopped at step {last_step(recipe)}; the same command" in output[f"stopped.{host}"]
+        assert f"stopped at step {last_step(recipe)}; the same command" in output[host]
 
 
 # --- what processes must agree on --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from forked import PATIENCE, wait_until
+from forked import PATIENCE, Command, wait_until
 from safetensors.torch import load_file
 from toy_stores import MODEL, recipe_tree, write_recipe, write_store
 from training_runs import (
@@ -68,9 +68,9 @@ def test_a_run_logs_losses_scores_and_speed(finished_run):
 
 @pytest.mark.parametrize("processes", [0, 1], ids=["python", "accelerate"])
 def test_the_same_recipe_gives_the_same_bytes(finished_run, processes):
-    """With accelerate's launcher and as `python train.py`."""
+    """With accelerate's launcher and by the program `train.py`."""
     again = write_recipe(finished_run.parent, f"again_{processes}")
-    result = launch(again, processes=processes)
+    result = launch(again) if processes else Command(str(ROOT / "train.py"), str(again), env=environment()).result()
     assert result.returncode == 0, result.stderr
     assert "1 process on cpu" in result.stdout
     same_bytes(finished_run, again)
