@@ -88,6 +88,7 @@ def test_files_of_one_stem_keep_their_endings_and_a_link_its_name(tmp_path, caps
     ("text", "words", "message"),
     [
         ("clip,words\na.mp4,hello\n", [], "no column file_name or id or path"),
+        ("file_name;caption\na.mp4;hello, you\n", [], "its columns are separated by ';': save it with commas"),
         ("file_name,caption\na.mp4\n", [], "line 2: 1 fields, the header has 2"),
         ("file_name,caption\n../a/..,x\n", [], "no row can be used"),
         ("file_name,caption\na,x\n", ["--share", "val=2"], "must each be above 0"),

@@ -12,6 +12,8 @@ import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import sqlite3
@@ -403,6 +405,13 @@ def _in_processes(
     # the caller come along, and a hundred of them start in a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # A Ctrl-C during its imports would end the server with a traceback: it begins, and stays, without this signal.
+    multiprocessing.resource_tracker.ensure_running()  # first: its start lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     pool = ProcessPoolExecutor(max(1, workers), context, _start_worker)
     running = {}
     try:
