@@ -275,6 +275,7 @@ def test_offsets_by_synchformer(tmp_path):
     [
         (["--max-chance", "0.1"], "--max-chance has no effect without --sync"),
         (["--num-shards", "2"], "--num-shards has no effect without --sync"),
+        (["--max-offset", "0"], "--max-offset has no effect without --sync"),
         (["--sync", "--num-shards", "2"], "give both or neither"),
         (["--sync", "--sync-duration", "0.1"], "shorter than one sync segment"),
         (["--sync", "--max-offset", "-1"], "max_offset must be 0 or more"),

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from mmaudio_hf.cli.hub import Add
 from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
 
 if TYPE_CHECKING:
-    from mmaudio_hf.data.store import StoreWriter
     from mmaudio_hf.evaluation.offsets import Clips, Comparison
     from mmaudio_hf.files import Share
     from mmaudio_hf.media.audit import AuditReport, AuditSource, Limits, Sync
@@ -22,7 +21,14 @@ if TYPE_CHECKING:
 
 def add_commands(add: Add) -> None:
     """`example-media`, `prepare`, `partition`, `extract-video` and `extract-audio`."""
-    media = add("example-media", _example_media, "write the synthesised example videos, audio files and captions")
+
+    def example_media(options: argparse.Namespace) -> None:
+        from mmaudio_hf.media.example import write_example_media
+
+        write_example_media(options.directory, seed=options.seed, small=options.small)
+        print(f"example media: {options.directory}")
+
+    media = add("example-media", example_media, "write the synthesised example videos, audio files and captions")
     media.add_argument("directory", metavar="DIR", type=Path)
     media.add_argument("--seed", type=int, default=0)
     media.add_argument("--small", action="store_true", help="a handful of clips, for a quick trial")
@@ -34,9 +40,8 @@ def add_commands(add: Add) -> None:
     prepare.add_argument("--media", metavar="DIR", type=Path, help="folder of the media: count what is missing")
     prepare.add_argument("--split", default="train", help="of a data set")
     prepare.add_argument("--media-column", default="", help="of a data set, whose media are written to --media")
-    prepare.add_argument(
-        "--share", metavar="SPLIT=X", action="append", default=[], help="as val=0.05: of the train ids"
-    )
+    help_text = "as val=0.05: of the train ids"
+    prepare.add_argument("--share", metavar="SPLIT=X", action="append", default=[], help=help_text)
     prepare.add_argument("--id-column", default="", help="of a table or data set: file names")
     prepare.add_argument("--text-column", default="", help="of a table or data set: captions")
     partition = "cut the audio files and long videos of a recipe into clips (writes clips.tsv)"
@@ -55,13 +60,6 @@ def add_share(command: argparse.ArgumentParser) -> None:
     """Options of `share_of_process`."""
     command.add_argument("--shard-index", type=int, metavar="I", help="make every N-th shard, from the I-th (0 ...) on")
     command.add_argument("--num-shards", type=int, metavar="N", help="number of processes that divide the shards")
-
-
-def _example_media(options: argparse.Namespace) -> None:
-    from mmaudio_hf.media.example import write_example_media
-
-    write_example_media(options.directory, seed=options.seed, small=options.small)
-    print(f"example media: {options.directory}")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -159,26 +157,22 @@ def _all_sources(recipe: Recipe) -> list[VideoSource | AudioSource]:
     return [*recipe.extraction.videos, *recipe.extraction.audios]
 
 
-def _open_writer(recipe: Recipe) -> Callable[..., "StoreWriter"]:
-    """`StoreWriter` for the layout of the recipe; ValueError when a store of the recipe is there in another one."""
-    from mmaudio_hf.data.store import FeatureStore, StoreWriter
+def _check_layouts(recipe: Recipe) -> None:
+    """ValueError when a store of the recipe is there in another layout."""
+    from mmaudio_hf.data.store import FeatureStore
     from mmaudio_hf.data.tools import layout_of
 
-    expected = (recipe.extraction.layout, recipe.extraction.sync_dtype)
-    for source in _all_sources(recipe):
-        path = Path(recipe.extraction.output_dir) / source.name
-        if not path.exists():
-            continue
+    layout, dtype = recipe.extraction.layout, recipe.extraction.sync_dtype
+    paths = [Path(recipe.extraction.output_dir) / source.name for source in _all_sources(recipe)]
+    for path in filter(Path.exists, paths):
         with FeatureStore.open(path) as store:
-            layout, sync_dtype = layout_of(store)
-            if layout != expected[0] or (store.has_video and sync_dtype != expected[1]):
-                options = f"--layout {expected[0]} --sync-dtype {expected[1]}"
+            has, has_dtype = layout_of(store)
+            if has != layout or (store.has_video and has_dtype != dtype):
+                convert = f"mmaudio-hf store convert {path} {path}_{layout} --layout {layout} --sync-dtype {dtype}"
                 raise ValueError(
-                    f"{path} has the layout {layout} (sync {sync_dtype}), the recipe asks for {expected[0]} (sync"
-                    f" {expected[1]}): convert it (`mmaudio-hf store convert {path} {path}_{expected[0]} {options}`) or"
-                    " remove the store and run the same command: the shards are kept"
+                    f"{path} has the layout {has} (sync {has_dtype}), the recipe asks for {layout} (sync {dtype}):"
+                    f" convert it (`{convert}`) or remove the store and run the same command: the shards are kept"
                 )
-    return partial(StoreWriter, layout=expected[0], sync_dtype=expected[1])
 
 
 def share_of_process(options: argparse.Namespace) -> "Share":
@@ -219,9 +213,18 @@ def _extract(kind: str, options: argparse.Namespace) -> None:
     _write_datasets(_all_sources(recipe))
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]
-    offsets = [_audit_offsets(recipe, source, options.recipe) for source in sources]
-    open_writer = _open_writer(recipe)
+    offsets: list[Mapping[str, float] | None] = [None] * len(sources)
+    if recipe.extraction.correct_offset and kind == "videos":
+        from mmaudio_hf.media.audit import AuditSource, known_offsets
+
+        listed = [AuditSource(source.name, "video", source.media_dir, source.list) for source in sources]
+        renew = f"mmaudio-hf audit {options.recipe}"
+        offsets = [known_offsets(recipe.extraction.audit, each, renew=renew) for each in listed]
+    _check_layouts(recipe)
+    from mmaudio_hf.data.store import StoreWriter
     from mmaudio_hf.features.extract import extract_audio, extract_video
+
+    open_writer = partial(StoreWriter, layout=recipe.extraction.layout, sync_dtype=recipe.extraction.sync_dtype)
 
     for source, known, late in zip(sources, problems, offsets, strict=True):
         how: dict[str, Any] = {"problems": known, "share": share, "clean": options.clean}
@@ -244,28 +247,22 @@ def add_audit_commands(add: Add) -> None:
     command.add_argument("--list", metavar="TSV", type=Path, help="without a recipe: list of the ids in the folder")
     command.add_argument("--against", metavar="TSV", type=Path, help="list of held-out ids, for leakage")
     command.add_argument("--against-media", metavar="DIR", type=Path, help="their folder, if it is another one")
-    command.add_argument(
-        "--out", metavar="FILE", type=Path, help="the table; by default audit.parquet beside the features of the recipe"
-    )
+    help_text = "the table; by default audit.parquet beside the features of the recipe"
+    command.add_argument("--out", metavar="FILE", type=Path, help=help_text)
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one per core")
     command.add_argument("--duration", type=float, default=8.0, help="without a recipe: seconds of a clip")
     add_sync_options(command)
     command.add_argument("--sync", action="store_true", help="also compare the audio of every video with its frames")
-    command.add_argument(
-        "--sync-duration",
-        type=float,
-        metavar="S",
-        help="seconds that are compared (8, or the recipe's if it is longer)",
-    )
+    help_text = "seconds that are compared (8, or the recipe's if it is longer)"
+    command.add_argument("--sync-duration", type=float, metavar="S", help=help_text)
     for name, text in _LIMITS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
 
 
 def add_sync_options(command: argparse.ArgumentParser) -> None:
     """Options of every audit that compares audio and frames."""
-    command.add_argument(
-        "--relevance", action="store_true", help="also CLAP of the captions and ImageBind of the frames: av-benchmark"
-    )
+    help_text = "also CLAP of the captions and ImageBind of the frames: av-benchmark"
+    command.add_argument("--relevance", action="store_true", help=help_text)
     add_share(command)
     for name, text in SYNC_LIMITS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
@@ -299,9 +296,17 @@ def _audit(options: argparse.Namespace) -> None:
 
     limits = limits_of(options, {**_LIMITS, **SYNC_LIMITS})
     if recipe is None:
-        sources, duration, table = _given_sources(options, AuditSource), options.duration, Path("audit.parquet")
+        kind, folder = ("video", options.videos) if options.videos else ("audio", options.audios)
+        name, held_out = (path.stem.strip() or "list" if path else "" for path in (options.list, options.against))
+        sources = [AuditSource(name, kind, folder, options.list)]
+        if options.against:
+            other = held_out if held_out != name else f"{held_out}_held_out"
+            media = options.against_media or folder
+            sources.append(AuditSource(other, kind, media, options.against, trains=False, held_out=True))
+        duration, table = options.duration, Path("audit.parquet")
     else:
-        sources, duration, table = _recipe_sources(recipe, AuditSource), recipe.model.duration, _table(recipe)
+        sources, duration = _recipe_sources(recipe, AuditSource), recipe.model.duration
+        table = Path(recipe.extraction.audit or Path(recipe.extraction.output_dir) / "audit.parquet")
     table = options.out or table
     check_table(table)
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -368,36 +373,19 @@ def measure_sync(clips: "Clips", comparison: "Comparison", table: Path) -> "Sync
 
 def _check(options: argparse.Namespace) -> None:
     if not (options.sync or options.relevance):
-        extra = [
-            name for name in (*SYNC_LIMITS, "sync_duration", "shard_index", "num_shards") if getattr(options, name)
-        ]
-        if extra:
+        names = (*SYNC_LIMITS, "sync_duration", "shard_index", "num_shards")
+        if extra := [name for name in names if getattr(options, name) is not None]:
             raise ValueError(f"--{extra[0].replace('_', '-')} has no effect without --sync")
     folders = [folder for folder in (options.videos, options.audios) if folder is not None]
     if options.recipe:
-        extra = [name for name in ("videos", "audios", "list", "against", "against_media") if getattr(options, name)]
-        if extra:
+        names = ("videos", "audios", "list", "against", "against_media")
+        if extra := [name for name in names if getattr(options, name) is not None]:
             option = f"--{extra[0].replace('_', '-')}"
             raise ValueError(f"{option} is for an audit without a recipe; the lists of a recipe are in it")
     elif len(folders) != 1 or options.list is None:
         raise ValueError("give a recipe, or one of --videos DIR and --audios DIR with --list TSV")
     elif options.against_media and not options.against:
         raise ValueError("--against-media needs --against, the list of the held-out ids")
-
-
-def _given_sources(options: argparse.Namespace, make: "type[AuditSource]") -> "list[AuditSource]":
-    kind, folder = ("video", options.videos) if options.videos else ("audio", options.audios)
-    name = _plain(options.list.stem)
-    sources = [make(name, kind, folder, options.list)]
-    if options.against:
-        other = _plain(options.against.stem)
-        other = other if other != name else f"{other}_held_out"
-        sources.append(make(other, kind, options.against_media or folder, options.against, trains=False, held_out=True))
-    return sources
-
-
-def _plain(name: str) -> str:
-    return name.strip() or "list"
 
 
 def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSource]":
@@ -417,20 +405,6 @@ def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSou
     return sources
 
 
-def _table(recipe: Recipe) -> Path:
-    return Path(recipe.extraction.audit or Path(recipe.extraction.output_dir) / "audit.parquet")
-
-
-def _audit_offsets(recipe: Recipe, source: VideoSource | AudioSource, recipe_path: str) -> Mapping[str, float] | None:
-    """id -> seconds that the audio is late, of what extraction shifts; None where it shifts nothing."""
-    if not recipe.extraction.correct_offset or not isinstance(source, VideoSource):
-        return None
-    from mmaudio_hf.media.audit import AuditSource, known_offsets
-
-    listed = AuditSource(source.name, "video", source.media_dir, source.list)
-    return known_offsets(recipe.extraction.audit, listed, renew=f"mmaudio-hf audit {recipe_path}")
-
-
 def audit_problems(
     recipe: Recipe, source: VideoSource | AudioSource, recipe_path: str
 ) -> Mapping[str, tuple[str, str]] | None:
@@ -439,10 +413,6 @@ def audit_problems(
         return None
     from mmaudio_hf.media.audit import AuditSource, known_problems
 
-    kind = "video" if isinstance(source, VideoSource) else "audio"
-    return known_problems(
-        recipe.extraction.audit,
-        AuditSource(source.name, kind, source.media_dir, source.list),
-        recipe.extraction.reject,
-        renew=f"mmaudio-hf audit {recipe_path}",
-    )
+    kind, renew = "video" if isinstance(source, VideoSource) else "audio", f"mmaudio-hf audit {recipe_path}"
+    listed = AuditSource(source.name, kind, source.media_dir, source.list)
+    return known_problems(recipe.extraction.audit, listed, recipe.extraction.reject, renew=renew)

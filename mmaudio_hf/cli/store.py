@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import Add, adder, find_for_push, repository_of
-from mmaudio_hf.cli.media import (
-    SYNC_LIMITS,
-    add_sync_options,
-    limits_of,
-    measure_sync,
-    share_of_process,
-    show_audit,
-)
-from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
+from mmaudio_hf.cli.media import SYNC_LIMITS, add_sync_options, limits_of, measure_sync, share_of_process, show_audit
+from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, RunError, split_hub_id
 
 if TYPE_CHECKING:
@@ -29,10 +22,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from mmaudio_hf.data.store import FeatureStore
-    from mmaudio_hf.features.encoders import Encoders
-
-    ReadMedia = Callable[[str], dict[str, torch.Tensor]]  # id of a row -> audio, clip_frames, sync_frames
-
 
 HUB_HELP = "store, or hub://owner/name[@revision]"
 
@@ -53,7 +42,12 @@ def add_commands(add: Add) -> None:
         command.add_argument("--media", type=Path, metavar="DIR", help="with --sample: compare media too")
         command.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")
 
-    _add_audit(add_store("audit", _audit, "compare the audio of every row with its frames, without media"))
+    audit = add_store("audit", _audit, "compare the audio of every row with its frames, without media")
+    audit.add_argument("store", metavar="STORE", type=_on_this_machine)
+    audit.add_argument("--out", metavar="FILE", type=Path, help="the table (default STORE.audit.parquet)")
+    audit.add_argument("--ok-ids", metavar="FILE", type=Path, help="ids of the rows that are ok, for subset --ids")
+    audit.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")
+    add_sync_options(audit)
 
     convert = add_store("convert", _convert, "write a store in another layout")
     convert.add_argument("source", metavar="SOURCE", type=_on_this_machine)
@@ -110,14 +104,6 @@ def _connected(store: Path | str) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder, connect({store: 1.0}, folder, shutil.disk_usage(folder).free):
         yield
-
-
-def _add_audit(audit: argparse.ArgumentParser) -> None:
-    audit.add_argument("store", metavar="STORE", type=_on_this_machine)
-    audit.add_argument("--out", metavar="FILE", type=Path, help="the table (default STORE.audit.parquet)")
-    audit.add_argument("--ok-ids", metavar="FILE", type=Path, help="ids of the rows that are ok, for subset --ids")
-    audit.add_argument("--recipe", help="recipe of the extraction; default: what the manifest says")
-    add_sync_options(audit)
 
 
 def _inspect(options: Namespace) -> None:
@@ -200,13 +186,17 @@ def _check_fingerprints(
 
 
 def _encoders_of(store: "FeatureStore", recipe: Recipe | None, path: Path) -> tuple[EncoderConfig, str, float]:
-    """Encoders, mode and duration of a store, by its manifest or else the recipe."""
+    """Encoders, mode and duration of a store, by its manifest or else the recipe; weights at their default paths."""
     manifest = store.manifest or {}
     mode = manifest.get("mode") or (recipe.model.mode if recipe else None)
     duration = manifest.get("duration") or (recipe.model.duration if recipe else None)
     if mode is None or duration is None or (recipe is None and not manifest.get("encoders")):
         raise ValueError(f"{path} does not say what made it: give --recipe, the recipe of the extraction")
-    return recipe.encoders if recipe else _encoder_config(manifest, path), mode, duration
+    ids = [str(encoder.get("id")) for encoder in manifest.get("encoders", {}).values()]
+    config = EncoderConfig(precision="bf16" if any(name.endswith("(bf16)") for name in ids) else "fp32")
+    if any(name.startswith("toy_") for name in ids):
+        config = EncoderConfig(kind="toy", weights_dir=str(path.parent))
+    return recipe.encoders if recipe else config, mode, duration
 
 
 def _convert(options: Namespace) -> None:
@@ -334,6 +324,7 @@ def _reencoder(options: Namespace) -> "Callable[[str, str], dict[str, torch.Tens
     """Encodes a row again: its text, and with --media its file, as the manifest or else the recipe says."""
     from mmaudio_hf.data.store import FeatureStore
     from mmaudio_hf.features.encoders import load_encoders
+    from mmaudio_hf.media.container import MediaError
 
     recipe = load_recipe(options.recipe) if options.recipe else None
     with FeatureStore.open(options.store) as store:
@@ -344,85 +335,52 @@ def _reencoder(options: Namespace) -> "Callable[[str, str], dict[str, torch.Tens
     components = ["text"] if options.media is None else [*(["clip", "sync"] if has_video else []), "text", "latent"]
     _check_fingerprints(options.store, manifest, config, mode, components)
     encoders = load_encoders(config, mode, components, duration=duration)
-    read_media = _media_reader(options, recipe, manifest, mode, duration, has_video) if options.media else None
+    make_reader = _video_reader if has_video else _audio_reader
+    read = make_reader(options, recipe, manifest, {"mode": mode, "duration": duration}) if options.media else None
 
     def reencode(item_id: str, caption: str) -> "dict[str, torch.Tensor]":
         features = {"text_features": encoders.encode_text([caption])[0]}
-        return features if read_media is None else features | _media_features(encoders, read_media(item_id))
+        if read is None:
+            return features
+        try:
+            clip = read(item_id)
+        except MediaError as error:
+            raise RunError(str(error)) from error
+        mean, std = encoders.encode_audio((clip.audio if has_video else clip)[None])
+        features |= {"mean": mean[0], "std": std[0]}
+        if has_video:
+            features["clip_features"] = encoders.encode_clip(clip.clip_frames[None])[0]
+            features["sync_features"] = encoders.encode_sync(clip.sync_frames[None])[0]
+        return features
 
     return reencode
 
 
-def _encoder_config(manifest: Mapping[str, Any], store: Path) -> EncoderConfig:
-    """Encoders as the manifest names them, with weights at their default paths."""
-    ids = [str(encoder.get("id")) for encoder in manifest["encoders"].values()]
-    if any(name.startswith("toy_") for name in ids):
-        return EncoderConfig(kind="toy", weights_dir=str(store.parent))
-    return EncoderConfig(precision="bf16" if any(name.endswith("(bf16)") for name in ids) else "fp32")
-
-
-def _media_features(encoders: "Encoders", media: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    mean, std = encoders.encode_audio(media["audio"][None])
-    features = {"mean": mean[0], "std": std[0]}
-    if "clip_frames" in media:
-        features["clip_features"] = encoders.encode_clip(media["clip_frames"][None])[0]
-        features["sync_features"] = encoders.encode_sync(media["sync_frames"][None])[0]
-    return features
-
-
-def _media_reader(
-    options: Namespace,
-    recipe: Recipe | None,
-    manifest: Mapping[str, Any],
-    mode: str,
-    duration: float,
-    has_video: bool,
-) -> "ReadMedia":
-    """Reads what the encoders take for a row; RunError when its file is missing or cannot be read."""
-    from mmaudio_hf.media.container import MediaError
-
-    sources = (recipe.extraction.videos if has_video else recipe.extraction.audios) if recipe else ()
+def _source_of(
+    options: Namespace, recipe: Recipe | None, sources: Sequence[VideoSource | AudioSource]
+) -> tuple[Any, Path]:
+    """The source of the recipe that the store was made of, None without one, and its clip list."""
     source = next((source for source in sources if source.name == options.store.name), None)
-    clips_file = options.store.with_name(f"{options.store.name}.clips.tsv")
-    if recipe is not None and source is not None:
-        clips_file = recipe.extraction.clips_path(source)
-    if has_video:
-        read = _video_reader(options, recipe, source, clips_file, manifest, mode, duration)
-    else:
-        read = _audio_reader(options, clips_file, mode, duration)
-
-    def read_media(item_id: str) -> "dict[str, torch.Tensor]":
-        try:
-            return read(item_id)
-        except MediaError as error:
-            raise RunError(str(error)) from error
-
-    return read_media
+    if recipe is None or source is None:
+        return None, options.store.with_name(f"{options.store.name}.clips.tsv")
+    return source, recipe.extraction.clips_path(source)
 
 
 def _video_reader(
-    options: Namespace,
-    recipe: Recipe | None,
-    source: Any,
-    clips_file: Path,
-    manifest: Mapping[str, Any],
-    mode: str,
-    duration: float,
-) -> "ReadMedia":
+    options: Namespace, recipe: Recipe | None, manifest: Mapping[str, Any], settings: dict[str, Any]
+) -> Callable[[str], Any]:
     from mmaudio_hf.files import read_json
     from mmaudio_hf.media.lists import VideoStart, find_video, read_video_clips
     from mmaudio_hf.media.video import read_video
 
-    stored = manifest.get("preprocessing")
-    if isinstance(stored, dict):
-        settings = {name: stored[name] for name in ("alignment", "normalize_audio")}
+    source, clips_file = _source_of(options, recipe, recipe.extraction.videos if recipe else ())
+    if isinstance(stored := manifest.get("preprocessing"), dict):
+        settings |= {name: stored[name] for name in ("alignment", "normalize_audio")}
     elif recipe is not None and source is not None:
-        settings = {"alignment": recipe.extraction.alignment, "normalize_audio": source.normalize_audio}
+        settings |= {"alignment": recipe.extraction.alignment, "normalize_audio": source.normalize_audio}
     else:
-        raise ValueError(
-            f"{options.store} does not say how its videos were read: give --recipe with a source of its name"
-        )
-
+        way = "give --recipe with a source of its name"
+        raise ValueError(f"{options.store} does not say how its videos were read: {way}")
     clips = {clip.id: clip for clip in read_video_clips(clips_file)} if clips_file.is_file() else {}  # of long videos
     offsets_file = Path(f"{options.store}.offsets.json")
     late, corrected = read_json(offsets_file), (manifest.get("counts") or {}).get("corrected", 0)
@@ -432,32 +390,31 @@ def _video_reader(
             " rows; copy it from where the store was made"
         )
 
-    def read(item_id: str) -> "dict[str, torch.Tensor]":
+    def read(item_id: str) -> Any:
         listed = clips.get(item_id, VideoStart(item_id, item_id, 0.0))
-        path, times = (
-            find_video(options.media, listed.name),
-            {"start": listed.start, "audio_offset": late.get(item_id, 0.0)},
-        )
-        clip = read_video(path, mode=mode, duration=duration, as_uint8=True, **times, **settings)
-        return {name: getattr(clip, name) for name in ("audio", "clip_frames", "sync_frames")}
+        times = {"start": listed.start, "audio_offset": late.get(item_id, 0.0)}
+        return read_video(find_video(options.media, listed.name), as_uint8=True, **times, **settings)
 
     return read
 
 
-def _audio_reader(options: Namespace, clips_file: Path, mode: str, duration: float) -> "ReadMedia":
+def _audio_reader(
+    options: Namespace, recipe: Recipe | None, manifest: Mapping[str, Any], settings: dict[str, Any]
+) -> Callable[[str], Any]:
+    """Reads the waveform of a row; MediaError, RunError where the clip list does not have it."""
     from mmaudio_hf.media.audio import read_audio_clip
     from mmaudio_hf.media.lists import find_audio_file, read_clips
 
+    _, clips_file = _source_of(options, recipe, recipe.extraction.audios if recipe else ())
     if not clips_file.is_file():
         raise ValueError(f"{clips_file} is missing: it says which samples of an audio file a row is; give --recipe")
     clips = {clip.id: clip for clip in read_clips(clips_file)}
 
-    def read(item_id: str) -> "dict[str, torch.Tensor]":
+    def read(item_id: str) -> Any:
         clip = clips.get(item_id) or clips.get(item_id.rpartition(".")[0])  # ID.2: the clip with its second caption
         if clip is None:
             raise RunError(f"{clips_file} has no clip {item_id!r}")
-        path = find_audio_file(options.media, clip.name)
-        span = {"start_sample": clip.start_sample, "end_sample": clip.end_sample}
-        return {"audio": read_audio_clip(path, mode=mode, duration=duration, **span)}
+        span = settings | {"start_sample": clip.start_sample, "end_sample": clip.end_sample}
+        return read_audio_clip(find_audio_file(options.media, clip.name), **span)
 
     return read

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,8 +30,9 @@ from mmaudio_hf.cli.hub import (
     weight_checks,
     write_extras,
 )
-from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step
+from mmaudio_hf.config import Recipe, TrainingConfig, load_recipe, micro_batch_size, samples_per_step, variant_config
 from mmaudio_hf.config.reading import settings_text
+from mmaudio_hf.config.settings import nearest
 from mmaudio_hf.schema import HUB_PREFIX
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
     from mmaudio_hf.data.mixture import Mixture
     from mmaudio_hf.training.actions import Evaluator
-    from mmaudio_hf.training.loop import RunResult
     from mmaudio_hf.training.resume import RunLock
 
 CONNECT_SECONDS = 60  # processes of one launch usually find each other within a few seconds
@@ -68,8 +69,6 @@ def add_commands(add: Add) -> None:
 
 
 class _HelpSettings(argparse.Action):
-    """Prints the settings and ends, without a recipe, as --help does."""
-
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(settings_text())
         parser.exit()
@@ -82,16 +81,28 @@ def add_example_command(add: Add) -> None:
     example.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the recipe's")
 
 
-def _example(options: argparse.Namespace) -> int:
+def _example(options: Namespace) -> int:
     """The commands of the README, one after the other; each is printed. Recipes that are not here are copied here."""
     started, name = time.time(), "example_short" if options.short else "example"
+    recipe, media, run = f"recipes/{name}.yaml", f"output/{name}-media", f"output/{name}"
     for folder in ("recipes", "accelerate_configs"):
         for file in (Path(__file__).parent.parent / folder).iterdir():
             if not (Path(folder) / file.name).exists():
                 Path(folder).mkdir(exist_ok=True)
                 shutil.copyfile(file, Path(folder) / file.name)
-    load_recipe(f"recipes/{name}.yaml", options.overrides)  # a mistake ends here, not after minutes of extraction
-    for words in _example_commands(name, options, started):
+    load_recipe(recipe, options.overrides)  # a mistake ends here, not after minutes of extraction
+
+    def commands() -> Iterator[list[str]]:
+        yield ["mmaudio-hf", "example-media", media, *(["--small"] if options.short else [])]
+        for command in ("extract-video", "partition", "extract-audio"):
+            yield ["mmaudio-hf", command, recipe]
+        launch = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "-m", "mmaudio_hf.train"]
+        yield [*launch, recipe, *options.overrides]
+        video = str(min(Path(media, "videos").glob("test_*.mp4")))
+        yield ["mmaudio-hf", "generate", "--run", run, "--video", video, "--out", f"{run}/samples/first.mp4"]
+        yield ["mmaudio-hf", "report", "--run", run, "--events", f"{media}/events.json", "--started", f"{started:.1f}"]
+
+    for words in commands():
         print("$", shlex.join(words), flush=True)
         module = "mmaudio_hf.cli" if words[0] == "mmaudio-hf" else "accelerate.commands.launch"
         arguments = words[1:] if words[0] == "mmaudio-hf" else ["--quiet", *words[2:]]
@@ -100,19 +111,7 @@ def _example(options: argparse.Namespace) -> int:
     return 0
 
 
-def _example_commands(name: str, options: argparse.Namespace, started: float) -> Iterator[list[str]]:
-    recipe, media, run = f"recipes/{name}.yaml", f"output/{name}-media", f"output/{name}"
-    yield ["mmaudio-hf", "example-media", media, *(["--small"] if options.short else [])]
-    for command in ("extract-video", "partition", "extract-audio"):
-        yield ["mmaudio-hf", command, recipe]
-    launch = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "-m", "mmaudio_hf.train"]
-    yield [*launch, recipe, *options.overrides]
-    video = str(min(Path(media, "videos").glob("test_*.mp4")))
-    yield ["mmaudio-hf", "generate", "--run", run, "--video", video, "--out", f"{run}/samples/first.mp4"]
-    yield ["mmaudio-hf", "report", "--run", run, "--events", f"{media}/events.json", "--started", f"{started:.1f}"]
-
-
-def _train(options: argparse.Namespace) -> int:
+def _train(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from mmaudio_hf.training.distributed import check_launch
     from mmaudio_hf.training.resume import RunLock
@@ -150,7 +149,7 @@ def _warn_of_waiting(world: int) -> None:
         )
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(options: Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     for name in ("processes", "machines"):
         if (number := getattr(options, name)) is not None and number < 1:
@@ -204,28 +203,28 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     evaluators += extra_evaluators(recipe, [evaluator.name for evaluator in evaluators])
     torch.manual_seed(recipe.seed)
     network = initial_model(recipe, mixture.latent_statistics, lambda: empty_text_features(recipe))
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main, finetune = int(os.environ.get("RANK", "0")) == 0, recipe.finetune
     if is_main:
-        print(_start_text(recipe, mixture))
-    result = train(
-        recipe,
-        network,
-        mixture,
-        validation,
-        evaluators,
-        write_extras=lambda folder: write_extras(recipe, folder),
-        allow_changes=allow_changes,
-        on_checkpoint=on_checkpoint,
-        lock=lock,
-    )
+        trained = f"LoRA adapters of rank {finetune.lora.rank}" if finetune.lora.rank else "all weights"
+        trained += f" except {', '.join(finetune.freeze)}" if finetune.freeze else ""
+        print(f"{recipe.name}: {trained}, initially {finetune.init_from or 'random'}, on {shares(mixture)}")
+    how: dict[str, Any] = {"allow_changes": allow_changes, "on_checkpoint": on_checkpoint, "lock": lock}
+    result = train(recipe, network, mixture, validation, evaluators, partial(write_extras, recipe), **how)
     if result.stopped_by is not None:
         log(words := f"stopped at step {result.step}; the same command resumes from there")
         leave_for_launcher(words)
         return 128 + result.stopped_by
     if is_main:
-        if recipe.finetune.lora.rank:
+        if finetune.lora.rank:
             check_effect(recipe.run_dir / "last" / "adapter")
-        print(_end_text(recipe, result))
+        run = shlex.quote(str(recipe.run_dir))
+        early = " (validation no longer improved)" if result.stopped_early else ""
+        print(
+            f"finished at step {result.step}{early}: weights are in {run}/last/pretrained_model\n"
+            f"  listen:  mmaudio-hf generate --run {run} --prompt 'a dog barks' --out dog.wav\n"
+            f"  look:    mmaudio-hf report --run {run}\n"
+            f"  publish: mmaudio-hf push {run} owner/name"
+        )
     return 0
 
 
@@ -241,12 +240,9 @@ def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
             sys.path.insert(0, os.getcwd())
         try:
             evaluator = getattr(importlib.import_module(module), name)(recipe)
-            valid = (
-                isinstance(evaluator.name, str)
-                and re.fullmatch(r"[a-z]\w*", evaluator.name)
-                and callable(evaluator.run)
-            )
-            valid = valid and type(evaluator.every) is int and evaluator.every > 0 and isinstance(evaluator.long, bool)
+            valid = isinstance(evaluator.name, str) and bool(re.fullmatch(r"[a-z]\w*", evaluator.name))
+            valid = valid and type(evaluator.every) is int and evaluator.every > 0
+            valid = valid and callable(evaluator.run) and isinstance(evaluator.long, bool)
             evaluator.at_start = bool(getattr(evaluator, "at_start", False))
         except ValueError:
             raise
@@ -260,29 +256,9 @@ def extra_evaluators(recipe: Recipe, taken: Sequence[str]) -> "list[Evaluator]":
     return evaluators
 
 
-def _start_text(recipe: Recipe, mixture: "Mixture") -> str:
-    """What is trained, from which weights, and on what share of each store."""
-    finetune = recipe.finetune
-    trained = f"LoRA adapters of rank {finetune.lora.rank}" if finetune.lora.rank else "all weights"
-    trained += f" except {', '.join(finetune.freeze)}" if finetune.freeze else ""
-    return f"{recipe.name}: {trained}, initially {finetune.init_from or 'random'}, on {shares(mixture)}"
-
-
 def shares(mixture: "Mixture") -> str:
     """What share of every epoch each store has."""
     return ", ".join(f"{name} {share:.0%}" for name, share in mixture.shares)
-
-
-def _end_text(recipe: Recipe, result: "RunResult") -> str:
-    """Where the weights are, and what to do with them."""
-    run = shlex.quote(str(recipe.run_dir))
-    early = " (validation no longer improved)" if result.stopped_early else ""
-    return (
-        f"finished at step {result.step}{early}: weights are in {run}/last/pretrained_model\n"
-        f"  listen:  mmaudio-hf generate --run {run} --prompt 'a dog barks' --out dog.wav\n"
-        f"  look:    mmaudio-hf report --run {run}\n"
-        f"  publish: mmaudio-hf push {run} owner/name"
-    )
 
 
 def empty_text_features(recipe: Recipe) -> "torch.Tensor":
@@ -309,13 +285,11 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
 
     with torch.device("meta"):
         model = set_trainable(MMAudio(recipe.model), recipe.finetune)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lengths = sequence_lengths(recipe.model.mode, recipe.model.duration)
     training = recipe.training
     derived: dict[str, Any] = {
         "sample_rate": audio_mode(recipe.model.mode).sample_rate,
-        "lengths": asdict(lengths),
-        "trainable_parameters": trainable,
+        "lengths": asdict(sequence_lengths(recipe.model.mode, recipe.model.duration)),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batch": _batch_numbers(training, world_size, recipe.model.latent_length),
         "rows_per_epoch": "unknown: a store of data.train is missing",
     }
@@ -335,8 +309,7 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
                 steps_per_epoch = sum(b.samples / samples_per_step(training, b.lengths[0]) for b in mixture.buckets)
             mixture.close()
     if per_epoch:
-        derived["rows_per_epoch"] = per_epoch
-        derived["steps_per_epoch"] = round(steps_per_epoch, 2)
+        derived |= {"rows_per_epoch": per_epoch, "steps_per_epoch": round(steps_per_epoch, 2)}
         derived["epochs"] = round(training.steps / steps_per_epoch, 2)
     plain = {"recipe": to_dict(recipe), "derived": derived}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip()
@@ -364,9 +337,8 @@ def add_run_commands(add: Add) -> None:
 
     replay = add("replay-step", _replay_step, "rerun one training step alone and show its losses and gradients")
     replay.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    replay.add_argument(
-        "step", type=int, metavar="STEP", help="number of updates before it, as in skipped.jsonl and autopsy/"
-    )
+    help_text = "number of updates before it, as in skipped.jsonl and autopsy/"
+    replay.add_argument("step", type=int, metavar="STEP", help=help_text)
     replay.add_argument("--advance", action="store_true", help="train from the checkpoint before it to its own weights")
     replay.add_argument("--json", action="store_true", help="print everything as one JSON object, as in autopsy/")
 
@@ -379,7 +351,7 @@ def recipe_of_run(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     return replace(recipe, name=run.resolve().name, output_dir=str(run.resolve().parent))
 
 
-def _ema(options: argparse.Namespace) -> None:
+def _ema(options: Namespace) -> None:
     from mmaudio_hf.training.checkpointer import publish_ema
 
     recipe = recipe_of_run(options.run)
@@ -388,7 +360,7 @@ def _ema(options: argparse.Namespace) -> None:
     print(f"{options.out}: EMA of sigma_rel {weights['sigma_rel']:g} at step {weights['step']}")
 
 
-def _replay_step(options: argparse.Namespace) -> None:
+def _replay_step(options: Namespace) -> None:
     recipe = recipe_of_run(options.run)
     import torch
 
@@ -403,102 +375,147 @@ def _replay_step(options: argparse.Namespace) -> None:
         # As a new run: before the first checkpoint, its initial weights are needed.
         start = replace(recipe, resume="never")
         network = initial_model(start, mixture.latent_statistics, lambda: empty_text_features(recipe))
-        figures = replay_step(
-            recipe, lambda alone: Run(alone, network, mixture), options.step, advance=options.advance, log=log
-        )
+        start_run = lambda alone: Run(alone, network, mixture)  # noqa: E731
+        figures = replay_step(recipe, start_run, options.step, advance=options.advance, log=log)
     print(to_json(figures).rstrip() if options.json else summary(figures))
 
 
 # --- `mmaudio-hf bench`: speed against what the machine can do --------------------------------------------------------
 
 
-def _benchmark(
-    add: Add, name: str, function: Callable[[argparse.Namespace], dict[str, Any]], help_text: str, rounds: bool = True
-) -> argparse.ArgumentParser:
-    command = add(name, lambda options: _show(function(options), options.json), help_text)
-    if rounds:
-        command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    return command
-
-
 def add_bench_commands(add: Add) -> None:
     """`bench` and its benchmarks."""
     parser = add("bench", None, "measure speed against what the machine can do")
-    benchmark = partial(_benchmark, adder(parser.add_subparsers(required=True, metavar="BENCHMARK")))
+    add_benchmark = adder(parser.add_subparsers(required=True, metavar="BENCHMARK"))
+
+    def benchmark(
+        name: str, run: Callable[[Namespace], dict[str, Any]], help_text: str, rounds: bool = True
+    ) -> argparse.ArgumentParser:
+        def show(options: Namespace) -> None:
+            figures = run(options)
+            lines = [f"{k:36} {v:.4g}" if isinstance(v, float) else f"{k:36} {v}" for k, v in figures.items()]
+            print(json.dumps(figures) if options.json else "\n".join(lines))
+
+        command = add_benchmark(name, show, help_text)
+        if rounds:
+            command.add_argument("--rounds", type=_count, default=3, help="repetitions; the median counts (default 3)")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        return command
+
+    _add_model_benchmarks(benchmark)
+    _add_data_benchmarks(benchmark)
+
+
+def _bench(module: str) -> Any:
+    return importlib.import_module(f"mmaudio_hf.bench.{module}")  # here: --help does without torch
+
+
+def _precisions(options: Namespace) -> tuple[str, ...]:
+    return ("fp32", "bf16") if options.precision == "both" else (options.precision,)
+
+
+def _add_model_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> None:
+    """Those of training, encoders and generation."""
+
+    def scaling_of(options: Namespace) -> dict[str, Any]:
+        precision = "bf16" if options.precision == "bf16" else "no"
+        config = variant_config(options.variant)
+        return _bench("training").scaling(config, options.batch_size, options.rounds, precision)
+
+    def durations_of(options: Namespace) -> dict[str, Any]:
+        config = variant_config(options.variant)
+        return _bench("training").durations(config, options.seconds, options.batch_tokens, options.rounds)
+
+    def extract_of(options: Namespace) -> dict[str, Any]:
+        inference, common = _bench("inference"), (options.video, options.rounds)
+        return inference.extract_against(options.against, *common) if options.against else inference.extract(*common)
+
+    def generate_of(options: Namespace) -> dict[str, Any]:
+        sizes, everything = options.batch_size, not options.sampling_only
+        return _bench("inference").generate(options.variant, options.rounds, _precisions(options), sizes, everything)
+
     step = benchmark("step", _step, "training steps against a matrix product, what the loop adds, and checkpoints")
-    step.add_argument("--variant", default="small_16k", help="network (default small_16k)")
     step.add_argument("--batch-size", type=_count, default=4, help="samples (default 4)")
     step.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
-    step.add_argument(
-        "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="save some to a temporary folder"
-    )
-    step.add_argument(
-        "--against", type=Path, metavar="FOLDER", help="compare with the step of another checkout, in turn"
-    )
-    scaling = benchmark("scaling", _scaling, "two processes with one thread each against one: weak scaling")
-    scaling.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    help_text = "save some to a temporary folder"
+    step.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True, help=help_text)
+    help_text = "compare with the step of another checkout, in turn"
+    step.add_argument("--against", type=Path, metavar="FOLDER", help=help_text)
+    scaling = benchmark("scaling", scaling_of, "two processes with one thread each against one: weak scaling")
     scaling.add_argument("--batch-size", type=_count, default=4, help="samples per process (default 4)")
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    durations = benchmark("durations", _durations, "steps of a mixture of several durations against each alone")
-    durations.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    durations = benchmark("durations", durations_of, "steps of a mixture of several durations against each alone")
     durations.add_argument("--seconds", type=float, nargs="+", default=[2, 4, 8, 10], help="default 2 4 8 10")
     durations.add_argument("--batch-tokens", type=_count, default=1000, help="latents of a step (default 1000)")
-    extract = benchmark("extract", _extract, "decoding and encoders")
+    extract = benchmark("extract", extract_of, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: a generated one of 720p)")
     extract.add_argument("--against", type=Path, metavar="DIR", help="only reading, in turn with another checkout's")
-    generate = benchmark("generate", _generate, "guided sampling against two forwards per step, and the other stages")
-    generate.add_argument("--variant", default="small_16k", help="network (default small_16k)")
+    help_text = "guided sampling against two forwards per step, and the other stages"
+    generate = benchmark("generate", generate_of, help_text)
     generate.add_argument("--batch-size", type=_count, nargs="+", default=[1, 8], help="clips at once (default 1 8)")
     generate.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both", help="default both")
     generate.add_argument("--sampling-only", action="store_true", help="leave out reading, encoders, decoders, writing")
-    _add_data_benchmarks(benchmark)
+    for command in (step, scaling, durations, generate):
+        command.add_argument("--variant", default="small_16k", help="network (default small_16k)")
 
 
 def _add_data_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> None:
     """Those of feature stores, scores and fine-tuning."""
-    loader = benchmark("loader", _loader, "batches from feature stores against a DataLoader and memcpy")
+
+    def loader_of(options: Namespace) -> dict[str, Any]:
+        share = _bench("loader").AUDIO_SHARE if options.audio_share is None else options.audio_share
+        counts = (options.rows, options.batch_size, share, options.rounds, options.threads)
+        return _bench("loader").loader(options.store, *counts, sweep=options.sweep)
+
+    def remote_of(options: Namespace) -> dict[str, Any]:
+        times = {"latency": options.latency / 1e3, "share": options.share / 100, "step": options.step / 1e3}
+        counts = {"epochs": options.rounds + 1, "connections": options.connections}
+        return _bench("loader").RemoteBench(options.rows, options.batch_size, **times, **counts).run()
+
+    loader = benchmark("loader", loader_of, "batches from feature stores against a DataLoader and memcpy")
     loader.add_argument("--store", type=Path, nargs="+", default=[], help="feature stores to read (default: generated)")
     loader.add_argument("--rows", type=_count, default=2000, help="rows of generated stores (default 2000, 2 GB)")
     loader.add_argument("--batch-size", type=_count, default=64, help="samples (default 64)")
-    loader.add_argument(
-        "--audio-share", type=float, help="rows without video (default: as in the published mixture, 0.3)"
-    )
+    help_text = "rows without video (default: as in the published mixture, 0.3)"
+    loader.add_argument("--audio-share", type=float, help=help_text)
     loader.add_argument("--threads", type=_count, default=4, help="data.read_threads (default 4)")
-    scores = benchmark("scores", _scores, "published scores of cached features, and DeSync against a matrix product")
+    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
+    remote_help = "training from a store behind a slow line; --rounds: epochs after the first"
+    remote = benchmark("remote", remote_of, remote_help)
+    for name, default, text in (
+        ("rows", 400, "rows of the store (default 400, 0.5 GB)"),
+        ("batch-size", 8, "samples (default 8)"),
+        ("latency", 50, "ms before each answer (default 50)"),
+        ("share", 25, "%% of the store that the cache has (default 25)"),
+        ("step", 250, "ms of a training step (default 250)"),
+        ("connections", 64, "data.connections (default 64)"),
+    ):
+        remote.add_argument(f"--{name}", type=_count, default=default, help=text)
+    scores = benchmark(
+        "scores",
+        lambda options: _bench("inference").scores(options.items, options.rounds, options.folder),
+        "published scores of cached features, and DeSync against a matrix product",
+    )
     scores.add_argument("--items", type=_count, default=15000, help="of random features (default 15000, 0.9 GB)")
     scores.add_argument("--folder", type=Path, help="for the features, which are used again (default: temporary)")
-    _add_remote(benchmark)
-    finetune = benchmark(
-        "finetune", _finetune, "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
-    )
+    finetune_help = "fine-tuning to a kind of event that the base has not seen; --rounds: seeds"
+    finetune = benchmark("finetune", _finetune, finetune_help)
     finetune.add_argument("--folder", type=Path, default=Path("output/bench-finetune"), help="media, features and runs")
     finetune.add_argument("--kind", choices=("storm", "frog"), default="storm", help="what is learned (default storm)")
     finetune.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all of them")
-    help_text = "what an audit of audio against frames finds, and what training on the cleaned store gains"
-    curation = benchmark("curation", _curation, help_text, rounds=False)
-    curation.add_argument("--folder", type=Path, default=Path("output/bench-curation"), help="media, features and runs")
-    curation.add_argument(
-        "--seeds",
-        type=lambda text: 0 if text == "0" else _count(text),
-        default=3,
-        help="networks of each kind; 0: detection alone (default 3)",
+    curation = benchmark(
+        "curation",
+        lambda options: _bench("learning").curation(options.folder, options.seeds),
+        "what an audit of audio against frames finds, and what training on the cleaned store gains",
+        rounds=False,
     )
-    loader.add_argument("--sweep", action="store_true", help="also 1,000 to 1,000,000 rows, in sparse files")
-
-
-def _add_remote(benchmark: Add) -> None:
-    remote = benchmark("remote", _remote, "training from a store behind a slow line; --rounds: epochs after the first")
-    remote.add_argument("--rows", type=_count, default=400, help="rows of the store (default 400, 0.5 GB)")
-    remote.add_argument("--batch-size", type=_count, default=8, help="samples (default 8)")
-    remote.add_argument("--latency", type=_count, default=50, help="ms before each answer (default 50)")
-    remote.add_argument("--share", type=_count, default=25, help="%% of the store that the cache has (default 25)")
-    remote.add_argument("--step", type=_count, default=250, help="ms of a training step (default 250)")
-    remote.add_argument("--connections", type=_count, default=64, help="data.connections (default 64)")
+    curation.add_argument("--folder", type=Path, default=Path("output/bench-curation"), help="media, features and runs")
+    seeds = lambda text: 0 if text == "0" else _count(text)  # noqa: E731
+    help_text = "networks of each kind; 0: detection alone (default 3)"
+    curation.add_argument("--seeds", type=seeds, default=3, help=help_text)
 
 
 def _bytes(text: str) -> float:
-    """A number of gigabytes, as 12GB."""
     number = text.lower().removesuffix("b").removesuffix("g").strip()
     if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 12GB")
@@ -506,99 +523,26 @@ def _bytes(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    """A whole number from 1 to a million."""
     if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1000000")
     return int(text)
 
 
-def _step(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.training import checkpoint, compare_step, step
-    from mmaudio_hf.config import variant_config
-
-    config = variant_config(options.variant)
-    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    figures = compare_step(config, options.against, options.batch_size, options.rounds) if options.against else {}
-    figures |= step(config, options.batch_size, options.rounds, precisions)
+def _step(options: Namespace) -> dict[str, Any]:
+    bench, config, precisions = _bench("training"), variant_config(options.variant), _precisions(options)
+    sizes = (options.batch_size, options.rounds)
+    figures = bench.compare_step(config, options.against, *sizes) if options.against else {}
+    figures |= bench.step(config, *sizes, precisions)
     if options.checkpoint:
-        figures |= checkpoint(config, options.rounds)
+        figures |= bench.checkpoint(config, options.rounds)
         seconds = float(figures[f"{precisions[0]}_step_seconds"])
         figures["checkpoint_stall_in_steps"] = float(figures["checkpoint_stall_seconds"]) / seconds
     return figures
 
 
-def _scaling(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.training import scaling
-    from mmaudio_hf.config import variant_config
-
-    config = variant_config(options.variant)
-    return scaling(config, options.batch_size, options.rounds, "bf16" if options.precision == "bf16" else "no")
-
-
-def _durations(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.training import durations
-    from mmaudio_hf.config import variant_config
-
-    return durations(variant_config(options.variant), options.seconds, options.batch_tokens, options.rounds)
-
-
-def _extract(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.inference import extract, extract_against
-
-    if options.against:
-        return extract_against(options.against, options.video, options.rounds)
-    return extract(options.video, options.rounds)
-
-
-def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.inference import generate
-
-    precisions = ("fp32", "bf16") if options.precision == "both" else (options.precision,)
-    return generate(options.variant, options.rounds, precisions, options.batch_size, not options.sampling_only)
-
-
-def _scores(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.inference import scores
-
-    return scores(options.items, options.rounds, options.folder)
-
-
-def _finetune(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.learning import METHODS, finetune
-    from mmaudio_hf.config.settings import nearest
-
+def _finetune(options: Namespace) -> dict[str, Any]:
+    bench = _bench("learning")
     for method in options.methods or ():
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}: {nearest(method, METHODS)}")
-    return finetune(options.folder, options.kind, options.methods or list(METHODS), options.rounds)
-
-
-def _curation(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.learning import curation
-
-    return curation(options.folder, options.seeds)
-
-
-def _loader(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.loader import AUDIO_SHARE, loader
-
-    share = AUDIO_SHARE if options.audio_share is None else options.audio_share
-    return loader(
-        options.store, options.rows, options.batch_size, share, options.rounds, options.threads, sweep=options.sweep
-    )
-
-
-def _remote(options: argparse.Namespace) -> dict[str, Any]:
-    from mmaudio_hf.bench.loader import RemoteBench
-
-    times = {"latency": options.latency / 1e3, "share": options.share / 100, "step": options.step / 1e3}
-    counts = {"epochs": options.rounds + 1, "connections": options.connections}
-    return RemoteBench(options.rows, options.batch_size, **times, **counts).run()
-
-
-def _show(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
+        if method not in bench.METHODS:
+            raise ValueError(f"unknown method {method!r}: {nearest(method, bench.METHODS)}")
+    return bench.finetune(options.folder, options.kind, options.methods or list(bench.METHODS), options.rounds)

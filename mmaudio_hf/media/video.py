@@ -55,6 +55,7 @@ ALIGNMENTS = ("timestamps", "reference")
 SAME_START = Fraction(1, 2 * SYNC_FPS)  # s; a smaller offset is below what 25 fps can express
 PADDING = 0.015  # s of missing audio that "timestamps" fills with zeros: half an AAC frame, and 353280 samples - 8 s
 _HOLD = Fraction(1, 4)  # s that `read_windows` shows the last frame longer, where the file ends a little early
+_NO_TIME = Fraction(0)
 _SEEK_MARGIN = 1  # s before a window, so that frames which depend on an earlier keyframe are complete
 _SIDE_DATA_TYPES = 40  # FFmpeg 8 has 32
 _AUDIO_REASONS = ("no_audio", "audio_too_short", "silent", "decode_error")
@@ -82,21 +83,14 @@ def read_video(
     need_audio: bool = True,
     video_only: bool = False,
 ) -> VideoClip:
-    """Read `duration` seconds of a video, from `start` seconds on. docs/media.md, "What is read".
+    """Read `duration` seconds of a video, from `start` seconds on.
 
-    alignment: "timestamps" puts frames and audio on one clock. The clip begins when both tracks have begun: the
-    earlier one is trimmed (an offset up to 20 ms, half a 25 fps period, is left as it is). The last frame counts
-    for its duration, rotation and mirroring of the file are applied, up to 15 ms of missing audio are filled with
-    zeros, and damage outside the clip is ignored. Audio is placed by its timestamps throughout: holes of more than
-    a frame of its codec become silence and overlaps are trimmed, so that it is at most 20 ms off at any moment.
-    "reference" follows the published rules number for number: each track starts at its own first
-    sample, the last frame has no duration, rotation is ignored and damage anywhere in the file rejects it; but
-    files over 24 s give their first 8 s, not a later window. Files whose tracks start together and
-    are long enough give identical arrays in both.
+    alignment: "timestamps" puts frames and audio on one clock, and the clip begins when both tracks have begun;
+    "reference" follows the published rules number for number, except that files over 24 s give their first 8 s, not a
+    later window. docs/media.md, "What is read", compares the two.
 
     audio_offset: seconds that the audio of the file is late, less than 0 where it is early. What leads is trimmed by
     as much, so that the two belong together; the clip ends that much later in the file.
-
     normalize_audio: peak of the WHOLE track to 0.95, which means reading the file to its end; silent files are
     rejected. need_audio=False: `audio` is None where it is missing or unusable, instead of an error.
     video_only: the audio is not looked at, `audio` is None, reading stops early, and a late `start` is sought.
@@ -269,8 +263,6 @@ def video_seconds(path: str | os.PathLike) -> float:
 
 @dataclass(frozen=True)
 class _Request:
-    """The arguments of one read; ValueError for wrong ones."""
-
     path: Path
     mode: str = "16k"
     duration: float = 8.0
@@ -427,16 +419,11 @@ class _FrameSampler:
             self.gap = time - self.time
         self.last, self.time = frame, time
 
-    def finish(self) -> None:
-        """Show the last frame for its own duration: the container's, else as long as the one before it."""
+    def finish(self, more: Fraction = _NO_TIME) -> None:
+        """Show the last frame for its own duration, the container's, else as long as the one before it; and `more`."""
         if self.last is not None:
-            self.time += seconds(self.last.duration or None, self.last.time_base) or self.gap
-            self._show(self.last, until=self.time)
-
-    def hold(self, more: Fraction) -> None:
-        """After `finish`: show the last frame that much longer."""
-        if self.last is not None:
-            self._show(self.last, until=self.time + more)
+            duration = seconds(self.last.duration or None, self.last.time_base) or self.gap
+            self._show(self.last, until=self.time + duration + more)
 
     def _show(self, frame: av.VideoFrame, until: Fraction) -> None:
         rgb, resized = None, {}
@@ -462,7 +449,6 @@ class RgbConverter:
         self.matrix: np.ndarray | None = None
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """(H, W, 3) uint8."""
         layout = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
         if self.graph is None or layout != self.layout:  # also when the size changes within a file
             self.layout, self.graph = layout, _graph(frame, ("format", "pix_fmts=rgb24"))
@@ -474,7 +460,6 @@ class RgbConverter:
 
 
 def _graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.filter.Graph:
-    """A chain of filters, each (name, arguments), for frames like this one."""
     graph = av.filter.Graph()
     graph.threads = 1  # waking threads costs more than converting a frame
     last = graph.add_buffer(
@@ -515,21 +500,15 @@ def _resize(rgb: np.ndarray, fps: int) -> torch.Tensor:
 
     Bicubic with antialiasing on uint8: the rounding and clamping to uint8 are part of the published features.
     """
-    image = torch.from_numpy(rgb).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    if fps == CLIP_FPS:
-        return _bicubic(image, CLIP_PIXELS, CLIP_PIXELS)[0]
-    height, width = image.shape[-2:]
-    short = min(height, width)
-    height, width = (int(SYNC_PIXELS * side / short) if side != short else SYNC_PIXELS for side in (height, width))
-    image = _bicubic(image, height, width)[0]
-    top, left = round((height - SYNC_PIXELS) / 2), round((width - SYNC_PIXELS) / 2)
-    return image[:, top : top + SYNC_PIXELS, left : left + SYNC_PIXELS]
-
-
-def _bicubic(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    if image.shape[-2:] == (height, width):
-        return image
-    return F.interpolate(image, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    image, short = torch.from_numpy(rgb).permute(2, 0, 1)[None], min(rgb.shape[:2])  # (1, 3, H, W)
+    size, height, width = CLIP_PIXELS, CLIP_PIXELS, CLIP_PIXELS
+    if fps != CLIP_FPS:
+        size = SYNC_PIXELS
+        height, width = (int(size * side / short) if side != short else size for side in rgb.shape[:2])
+    if image.shape[-2:] != (height, width):
+        image = F.interpolate(image, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[0, :, top : top + size, left : left + size]
 
 
 def _tick(seconds: Fraction, fps: int) -> int:
@@ -542,7 +521,6 @@ def _tick(seconds: Fraction, fps: int) -> int:
 
 
 def _read(request: _Request) -> VideoClip:
-    """One clip with uint8 frames."""
     with open_media(request.path) as container:
         starts, packets = _open_tracks(request, container)
         grids, audio = _align(request, starts)
@@ -553,12 +531,27 @@ def _read(request: _Request) -> VideoClip:
     if request.by_timestamps and not sampler.full:
         sampler.finish()
     _check_full(request, grids)
-    waveform = _waveform(request, audio, starts.sample_rate) if audio else None
-    return VideoClip(grids[0].frames, grids[1].frames, waveform)
+    clip = VideoClip(grids[0].frames, grids[1].frames, None)
+    if audio is None:
+        return clip
+    # Normalise, resample and cut, in the order of the published reader.
+    waveform = audio.waveform()
+    if not math.isfinite(audio.peak):
+        raise request.error("decode_error", "has samples that are not finite numbers; re-encode the audio")
+    if request.normalize_audio:
+        if audio.peak <= SILENCE:
+            raise request.error("silent", "its audio is silent; remove it from the list")
+        waveform = waveform / audio.peak * PEAK
+    target, needed = audio_mode(request.mode).sample_rate, request.lengths.audio_samples
+    waveform = resample(waveform, starts.sample_rate, target)
+    short = needed - len(waveform)
+    if short > (PADDING * target if request.by_timestamps else 0):
+        problem = f"{len(waveform) / target:.3f} s of audio where {needed / target:.3f} s are needed; remove it"
+        raise request.error("audio_too_short", problem)
+    return clip._replace(audio=F.pad(waveform, (0, short)) if short > 0 else waveform[:needed].clone())
 
 
 def _windows(requests: list[_Request]) -> Iterator[VideoClip]:
-    """The clips of windows of one file, in order, each as soon as it is complete."""
     waiting = deque(requests)
     opened: deque[list[_FrameGrid]] = deque()
     with open_media(requests[0].path) as container:
@@ -578,8 +571,7 @@ def _windows(requests: list[_Request]) -> Iterator[VideoClip]:
                 sampler.grids = [grid for grid in sampler.grids if not grid.full]
                 yield VideoClip(done[0].frames, done[1].frames, None)
                 del done  # of 58 MB, which the reader of the next window must not keep
-    sampler.finish()
-    sampler.hold(_HOLD)
+    sampler.finish(_HOLD)
     opened.extend(_align(request, starts)[0] for request in waiting)
     for request, grids in zip(requests[len(requests) - len(opened) :], opened, strict=True):
         _check_full(request, grids)
@@ -620,7 +612,11 @@ def _fill(
     for frame in _frames(request, packets, sampler, audio):
         if isinstance(frame, av.AudioFrame):
             assert audio is not None, "audio is decoded where it is read"
-            _add_audio(request, audio, frame, starts.sample_rate)
+            if frame.sample_rate != starts.sample_rate:
+                raise request.error("decode_error", "the sample rate changes within the file; re-encode it")
+            # Some codecs give only the first frame of a packet its time.
+            unknown = request.by_timestamps and frame.pts is None
+            audio.add_frame(mono_samples(frame), None if unknown else frame_time(request.path, frame))
             continue
         time = frame_time(request.path, frame)
         if latest is not None and sampler.last is None and time > latest:
@@ -669,30 +665,3 @@ def _add_frame(request: _Request, sampler: _FrameSampler, frame: av.VideoFrame, 
     if request.by_timestamps and sampler.last is not None and time < sampler.time:
         raise request.error("decode_error", "the timestamps of its frames are out of order; convert it to mp4")
     sampler.add(frame, time)
-
-
-def _add_audio(request: _Request, audio: WaveformBuffer, frame: av.AudioFrame, rate: int) -> None:
-    if frame.sample_rate != rate:
-        raise request.error("decode_error", "the sample rate changes within the file; re-encode it")
-    if request.by_timestamps and frame.pts is None:  # some codecs give only the first frame of a packet its time
-        audio.add_frame(mono_samples(frame), None)
-    else:
-        audio.add_frame(mono_samples(frame), frame_time(request.path, frame))
-
-
-def _waveform(request: _Request, audio: WaveformBuffer, rate: int) -> torch.Tensor:
-    """Normalise, resample and cut, in the order of the published reader."""
-    waveform = audio.waveform()
-    if not math.isfinite(audio.peak):
-        raise request.error("decode_error", "has samples that are not finite numbers; re-encode the audio")
-    if request.normalize_audio:
-        if audio.peak <= SILENCE:
-            raise request.error("silent", "its audio is silent; remove it from the list")
-        waveform = waveform / audio.peak * PEAK
-    target, needed = audio_mode(request.mode).sample_rate, request.lengths.audio_samples
-    waveform = resample(waveform, rate, target)
-    short = needed - len(waveform)
-    if short > (PADDING * target if request.by_timestamps else 0):
-        problem = f"{len(waveform) / target:.3f} s of audio where {needed / target:.3f} s are needed; remove it"
-        raise request.error("audio_too_short", problem)
-    return F.pad(waveform, (0, short)) if short > 0 else waveform[:needed].clone()
