@@ -11,6 +11,7 @@ from typing import NamedTuple
 import av
 import pytest
 import yaml
+from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mmaudio_hf.cli import main, parse
@@ -201,6 +202,7 @@ def test_mistakes_end_with_one_sentence(words, message, capsys, monkeypatch, tmp
         (RunError("a fault"), 1),
         (ConnectionError("no network"), 1),
         (OSError(errno.ENOSPC, "No space left on device", "file"), 1),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 1),
         (OSError(errno.ENOTDIR, "Not a directory", "file"), 2),
         (ModuleNotFoundError("no module", name="torch"), 2),
         (KeyboardInterrupt(), 130),
