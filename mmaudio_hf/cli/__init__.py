@@ -108,9 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(f"{error.name} is not installed for {sys.executable}: activate .venv, or run `pip install .`")
         return 2
     except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
-        if type(error).__name__ == "SafetensorError" and "I/O error" in str(
-            error
-        ):  # what a full disk is to safetensors
+        # What a full disk is to safetensors, which is not imported for every command.
+        if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
             _print_error(f"tensors could not be written: {error}")
             return 1
         training.leave_for_launcher(f"{type(error).__name__}: {error}")
