@@ -15,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ def validation_batches(
             yield batch
 
 
-class BatchLoader:
+class BatchLoader(AbstractContextManager["BatchLoader"]):
     """Iterator over steps, each a list of batches, that are read ahead; close it, or use it as a context manager.
 
     On the CPU the tensors of a step are views of reused buffers: they may be used until the next step is requested. On
@@ -264,7 +265,11 @@ class BatchLoader:
         self._held = []
         try:
             batches = [self._next_batch() for _ in range(self._micro_batches)]
-            self._copy_ahead()
+            # Start copying the batch after this step, when it has been read.
+            if self._copy_stream is not None and not self._copying and not self._ready.empty():
+                coming = self._ready.queue[0]
+                if coming.done() and coming.exception() is None:
+                    self._start_copy(*self._wait_next())
             return batches
         except BaseException as error:
             stopped = self._stopped  # by another thread: the errors that it causes are none
@@ -281,7 +286,6 @@ class BatchLoader:
             self.wait_seconds += time.perf_counter() - start
 
     def _next_batch(self) -> Batch:
-        """The next batch, on its device."""
         if self._copy_stream is not None:
             if not self._copying:
                 self._start_copy(*self._wait_next())
@@ -305,14 +309,6 @@ class BatchLoader:
         self._copying.append((copy, buffers.copied))
         self._free.put(buffers)  # filled again after `copied`
 
-    def _copy_ahead(self) -> None:
-        """Start copying the batch after this step, when it has been read."""
-        if self._copy_stream is None or self._copying or self._ready.empty():
-            return
-        coming = self._ready.queue[0]
-        if coming.done() and coming.exception() is None:
-            self._start_copy(*self._wait_next())
-
     def close(self) -> None:
         """Stop reading and end all threads; waits at most for the batches that are being read."""
         atexit.unregister(self.close)
@@ -322,9 +318,6 @@ class BatchLoader:
             thread.join()
         if not any(thread.is_alive() for thread in self._threads):
             self._samples.close()
-
-    def __enter__(self) -> "BatchLoader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -367,7 +360,9 @@ class BatchLoader:
 
     def _located(self) -> "Generator[_Samples, None, None]":
         """Where the samples of all batches are, requested from the disk some batches before they are read."""
-        exceeds = self._readahead and exceeds_memory(self._mixture)
+        # Of a store larger than half of the memory the page cache will not keep the rows.
+        size = sum(store.contents.size for store in self._mixture.stores)
+        exceeds = self._readahead and 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for store in self._mixture.stores if exceeds else ():
             store.advise_random()
         coming: deque[_Samples] = deque()
@@ -395,21 +390,6 @@ def sample_bytes(mixture: Mixture, indices: np.ndarray) -> int:
     return int(mixture.row_bytes[source].sum())
 
 
-def exceeds_memory(mixture: Mixture) -> bool:
-    """Whether the features take more than half of this machine's memory, so that the page cache will not keep them."""
-    size = sum(store.contents.size for store in mixture.stores)
-    return 2 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-class _Piece(NamedTuple):
-    """Rows of one column of one store, which follow each other in the batch from `start` on."""
-
-    store: FeatureStore
-    column: str
-    rows: np.ndarray
-    start: int
-
-
 class _Samples:
     """The samples of a batch, grouped by store so that each column of a store is one slice of the batch."""
 
@@ -428,7 +408,8 @@ class _Samples:
         has_text = np.array([store.has_text for store in stores])[source]
         self.flags = {"has_video": has_video, "has_text": has_text, "valid": indices.valid[order], "source": source}
         self.flags["video_rows"] = np.flatnonzero(has_video)
-        self.pieces: list[_Piece] = []
+        # Store, column and rows of what follows each other in the batch, and where it begins there.
+        self.pieces: list[tuple[FeatureStore, str, np.ndarray, int]] = []
         self._remote: list[tuple[int, RemoteStore, np.ndarray]] = []  # index in the mixture, rows
         self._leases: list[Lease] = []
         for index, store in enumerate(stores):
@@ -437,12 +418,11 @@ class _Samples:
                 self._remote.append((index, store, rows[first:last]))
             for name in mixture.columns.keys() & store.columns.keys() if first < last else ():
                 start = int(has_video[:first].sum()) if name in _VIDEO else first
-                self.pieces.append(_Piece(store, name, rows[first:last], start))
+                self.pieces.append((store, name, rows[first:last], start))
 
     def prefetch(self) -> None:
-        """Request all rows from the disk."""
-        for piece in self.pieces:
-            piece.store.prefetch(piece.column, piece.rows)
+        for store, name, rows, _ in self.pieces:
+            store.prefetch(name, rows)
 
     def hold(self, next_use: NextUse | None) -> None:
         """Request rows that are on the Hub; they can be read after `wait`, and stay until `release`."""
@@ -455,7 +435,6 @@ class _Samples:
             lease.wait()
 
     def release(self) -> None:
-        """Let them be replaced."""
         for lease in self._leases:
             lease.release()
         self._leases = []
@@ -474,7 +453,6 @@ class _Buffers:
         self.copied: torch.cuda.Event | None = None  # after the last copy to the device
 
     def fill(self, samples: _Samples) -> Batch:
-        """The batch of these samples, in these buffers."""
         if self.copied is not None:
             self.copied.synchronize()
         size, video_size = len(samples.ids), len(samples.flags["video_rows"])
@@ -507,7 +485,6 @@ def _make_buffers(mixture: Mixture, batch_sizes: Sequence[int], count: int, pinn
 
 
 def _batch_like(mixture: Mixture, bucket: Bucket, batch_size: int) -> dict[str, torch.Tensor]:
-    """Tensors without memory of the shapes and types of a batch of a bucket."""
     video_size = batch_size if any(mixture.stores[index].has_video for index in bucket.stores) else 0
     kinds = {n: ((video_size if n in _VIDEO else batch_size, *c.shape), c.dtype) for n, c in bucket.columns.items()}
     kinds |= dict.fromkeys(("has_video", "has_text", "valid"), ((batch_size,), torch.bool))
@@ -540,16 +517,15 @@ def pack(sizes: Mapping[Key, int], block_bytes: int = 0) -> tuple[list[int], dic
 def allocate_packed(like: Mapping[Key, torch.Tensor], pinned: bool, block_bytes: int = 0) -> dict[Key, torch.Tensor]:
     """Host memory for tensors of the shapes and types of `like`, as views of a few blocks (`pack`)."""
     sizes, positions = pack({key: tensor.nbytes for key, tensor in like.items()}, block_bytes)
-    blocks = [_block(size, pinned) for size in sizes]
+    blocks = []
+    for size in sizes:
+        if pinned:
+            blocks.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            continue
+        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)  # a batch spans 15,000 pages of 4 kB
+        blocks.append(torch.frombuffer(memory, dtype=torch.uint8))
     return {
         key: blocks[block][start : start + like[key].nbytes].view(like[key].dtype).view(like[key].shape)
         for key, (block, start) in positions.items()
     }
-
-
-def _block(size: int, pinned: bool) -> torch.Tensor:
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # a batch spans 15,000 pages of 4 kB
-    return torch.frombuffer(memory, dtype=torch.uint8)
