@@ -532,7 +532,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_range(self, content: bytes, headers: Mapping[str, str] | None = None):
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not match:
+        if not match or self.fault.get("ignore_range"):
             return self.send(content, headers=headers, length=len(content))
         start, end = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
         if start >= len(content):
@@ -654,7 +654,7 @@ class Hub:
         """Replace the faults. Each has `match` (a pattern for "METHOD /path"), maybe `times`, and what happens:
 
         `status` (an answer), `delay` (s, or until the faults are replaced), `bytes_per_second`, `drop_upload_after` or
-        `drop_download_after` (bytes).
+        `drop_download_after` (bytes), `ignore_range`.
         """
         request = urllib.request.Request(f"{self.url}/_faults", json.dumps(faults).encode(), method="POST")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()

@@ -173,7 +173,8 @@ class MediaClips:
                     yield Loaded(next(features), mel, clip.audio if self.comparison.hears else None)
 
     def _read(self, index: int) -> Any:
-        how = {"mode": self.comparison.mode, "duration": self.comparison.seconds, "alignment": self.alignment}
+        c = self.comparison
+        how: dict[str, Any] = {"mode": c.mode, "duration": c.seconds, "alignment": self.alignment}
         try:
             return read_video(self.items[index].path, as_uint8=True, **how)
         except MediaError as error:
