@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,28 +21,9 @@ from mmaudio_hf.data.layout import bytes_of
 from mmaudio_hf.data.loader import allocate_packed
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.schema import RunError
+from mmaudio_hf.training import checkpoint, distributed
 from mmaudio_hf.training.actions import Save
-from mmaudio_hf.training.checkpoint import (
-    RankShards,
-    TrainingState,
-    begin_sharded,
-    discard,
-    latest_training_state,
-    point_at,
-    prune,
-    save_checkpoint,
-    save_local_shards,
-)
-from mmaudio_hf.training.distributed import (
-    TensorGroups,
-    check_visible_everywhere,
-    copy_full_tensor,
-    fsdp_plugin,
-    full_shapes,
-    gather_full_tensors,
-    local_shards,
-    make_shared_folder,
-)
+from mmaudio_hf.training.checkpoint import RankShards, TrainingState, latest_training_state, point_at
 from mmaudio_hf.training.ema import PostHocEMA, find_snapshots, save_snapshots, set_aside, snapshot_path, synthesize
 from mmaudio_hf.training.finetune import published_state, save_adapter
 from mmaudio_hf.training.optim import load_optimizer_tensors, optimizer_tensors
@@ -81,7 +63,7 @@ class Checkpointer:
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.write_extras, self.on_checkpoint = write_extras, on_checkpoint
         self.writer = BackgroundWriter(warn)
-        self.sharded = fsdp_plugin() is not None
+        self.sharded = distributed.fsdp_plugin() is not None
         self._damaged: dict[Path, str] = {}  # EMA snapshots, and why
 
     # --- one checkpoint ----------------------------------------------------------------------------------------------
@@ -95,7 +77,7 @@ class Checkpointer:
         """Load what `tensors` returned; called on every process."""
         check_state(state.tensors["model"], self.model.state_dict(), "the checkpoint")
         for name, tensor in self.model.state_dict().items():
-            copy_full_tensor(tensor, state.tensors["model"][name])
+            distributed.copy_full_tensor(tensor, state.tensors["model"][name])
         load_optimizer_tensors(self.model, self.optimizer, state.tensors["optimizer"])
         self.ema.load_tensors(state.tensors["ema"], state.metadata["ema_step"])
 
@@ -134,26 +116,32 @@ class Checkpointer:
         elif full and self.accelerator.is_main_process:
             self.writer.save(state | full, partial(self._write, job))
         if what.snapshot and finished:
-            self._wait_for_snapshots()
+            self.writer.wait()
+            self.accelerator.wait_for_everyone()
+            for sigma in self.recipe.ema.sigma_rels:  # until every process sees the last ones
+                distributed.check_visible_everywhere(snapshot_path(self.recipe.run_dir / "ema", sigma, self.ema.step))
 
-    def _save_sharded(self, job: _Job, state: TensorGroups, full: TensorGroups) -> None:
+    def _save_sharded(self, job: _Job, state: distributed.TensorGroups, full: distributed.TensorGroups) -> None:
         began, main = time.perf_counter(), self.accelerator.is_main_process
         self.writer.wait()  # there may be memory for one set of gathered tensors, and not for two
         if state:
-            folder, problem = make_shared_folder(partial(begin_sharded, self.recipe.run_dir, job.state.step))
+            folder, problem = distributed.make_shared_folder(
+                partial(checkpoint.begin_sharded, self.recipe.run_dir, job.state.step)
+            )
             job = replace(job, problem=problem or job.problem)
             if folder is not None:
                 rank, count = self.accelerator.process_index, self.accelerator.num_processes
-                job = replace(job, shards=RankShards(folder, rank, count, full_shapes(state)))
-        gathered = gather_full_tensors(full, keep=main)
+                job = replace(job, shards=RankShards(folder, rank, count, distributed.full_shapes(state)))
+        gathered = distributed.gather_full_tensors(full, keep=main)
         self.writer.stall_seconds += time.perf_counter() - began
         if main:
-            self.writer.save(local_shards(state, main), lambda copies: self._write(job, {**copies, **gathered}))
+            self.writer.save(
+                distributed.local_shards(state, main), lambda copies: self._write(job, {**copies, **gathered})
+            )
         elif job.shards is not None:
-            self.writer.save(local_shards(state, main), partial(save_local_shards, job.shards))
+            self.writer.save(distributed.local_shards(state, main), partial(checkpoint.save_local_shards, job.shards))
 
-    def _write(self, job: _Job, groups: TensorGroups) -> None:
-        """The work of the thread on the first process."""
+    def _write(self, job: _Job, groups: distributed.TensorGroups) -> None:
         recipe, step = self.recipe, job.state.step
         try:
             if "snapshot" in groups:
@@ -162,24 +150,17 @@ class Checkpointer:
                 raise OSError(f"step_{step} is not saved: {job.problem}")
         except OSError:
             if job.shards is not None:
-                discard(job.shards.folder.parent)
+                checkpoint.discard(job.shards.folder.parent)
             raise
         if "published" not in groups:
             return  # only snapshots were due
         weights = job.state.metadata["weights"]
         publish = partial(write_pretrained, recipe, groups["published"], weights, self.write_extras)
-        folder = save_checkpoint(recipe.run_dir, replace(job.state, tensors=groups), publish, job.shards)
+        folder = checkpoint.save_checkpoint(recipe.run_dir, replace(job.state, tensors=groups), publish, job.shards)
         if job.best:  # before pruning, which spares what the link points at
             point_at(recipe.run_dir, "best", folder)
         self.on_checkpoint(folder)
-        prune(recipe.run_dir, recipe.training.keep_checkpoints, recipe.training.keep_every)
-
-    def _wait_for_snapshots(self) -> None:
-        """Until every process sees the last snapshots."""
-        self.writer.wait()
-        self.accelerator.wait_for_everyone()
-        for sigma in self.recipe.ema.sigma_rels:
-            check_visible_everywhere(snapshot_path(self.recipe.run_dir / "ema", sigma, self.ema.step))
+        checkpoint.prune(recipe.run_dir, recipe.training.keep_checkpoints, recipe.training.keep_every)
 
     # --- the weights that are published ------------------------------------------------------------------------------
 
@@ -203,7 +184,7 @@ class Checkpointer:
     def model_to_publish(self, step: int, finished: bool) -> tuple[MMAudio, dict[str, Any]]:
         """These weights, gathered, as a model for evaluation on the device; called on every process."""
         tensors, weights = self.weights_to_publish(step, finished)
-        full = gather_full_tensors({"published": tensors}, keep=True)["published"]
+        full = distributed.gather_full_tensors({"published": tensors}, keep=True)["published"]
         return published_model(self.recipe, full).to(self.accelerator.device).eval(), weights
 
     # --- the thread --------------------------------------------------------------------------------------------------
@@ -212,7 +193,7 @@ class Checkpointer:
         """Allocate the memory for the copies. What is gathered from all processes is allocated for each checkpoint."""
         main = self.accelerator.is_main_process
         if main or self.sharded:
-            self.writer.reserve(local_shards(self.tensors(), main))
+            self.writer.reserve(distributed.local_shards(self.tensors(), main))
 
     def finish(self) -> None:
         """Wait for the thread. RunError, on every process, when the last checkpoint could not be written."""
@@ -239,14 +220,14 @@ class HostCopy:
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._reserved: set[tuple] = set()
 
-    def reserve(self, groups: TensorGroups) -> None:
+    def reserve(self, groups: distributed.TensorGroups) -> None:
         """Allocate the memory for a copy of these tensors and keep it for good."""
         self._allocate(groups)
         self._reserved = set(self._buffers)
         for buffer in self._buffers.values():
             buffer.zero_()  # the system maps a page when it is first written
 
-    def _allocate(self, groups: TensorGroups) -> None:
+    def _allocate(self, groups: distributed.TensorGroups) -> None:
         sources = {_key(tensor): tensor for tensors in groups.values() for tensor in tensors.values()}
         needed = self._reserved | sources.keys()  # buffers of other tensors, which are gone, are freed
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in needed}
@@ -255,7 +236,9 @@ class HostCopy:
         self._buffers |= allocate_packed(new, pinned, BLOCK_BYTES)
 
     @torch.no_grad()
-    def copy(self, groups: TensorGroups) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
+    def copy(
+        self, groups: distributed.TensorGroups
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], torch.cuda.Event | None]:
         """Copies of the tensors of all groups, and what to wait for before they are read (None: nothing).
 
         The copies are valid until the next call.
@@ -265,32 +248,26 @@ class HostCopy:
         for group, tensors in groups.items():
             copies[group] = {name: self._buffers[_key(tensor)] for name, tensor in tensors.items()}
             for tensor in tensors.values():
-                if _key(tensor) not in done:
-                    _copy(self._buffers[_key(tensor)], tensor.detach())
-                    done.add(_key(tensor))
+                if (key := _key(tensor)) not in done:
+                    source, target = tensor.detach(), self._buffers[key]
+                    if source.device.type == "cpu" and source.is_contiguous():
+                        # In this thread alone: torch divides every copy among threads, and waiting for the slowest of
+                        # them at each of some thousand tensors takes longer than the copies do.
+                        np.copyto(np.asarray(bytes_of(target)), np.asarray(bytes_of(source)))
+                    else:
+                        target.copy_(source, non_blocking=True)
+                    done.add(key)
                 if tensor.is_cuda:
                     stream = torch.cuda.current_stream(tensor.device)
         # The copies are queued before whatever the next step changes, so the host need not wait for them.
         return copies, None if stream is None else stream.record_event()
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Without waiting from CUDA; on the CPU in this thread alone.
-
-    torch divides every copy among threads, and waiting for the slowest of them at each of some thousand tensors takes
-    longer than the copies do.
-    """
-    if source.device.type == "cpu" and source.is_contiguous():
-        np.copyto(np.asarray(bytes_of(target)), np.asarray(bytes_of(source)))
-    else:
-        target.copy_(source, non_blocking=True)
-
-
 def _key(tensor: torch.Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device
 
 
-class BackgroundWriter:
+class BackgroundWriter(AbstractContextManager["BackgroundWriter"]):
     """Writes copies of tensors in a thread, one job at a time.
 
     `warn` gets the message of a job that fails because of the disk (OSError); training continues, and `finish` returns
@@ -304,12 +281,12 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def reserve(self, groups: TensorGroups) -> None:
+    def reserve(self, groups: distributed.TensorGroups) -> None:
         """Allocate the memory that saving these tensors needs, in the thread, so that the first copy is no slower."""
         self.wait()
         self._start(lambda: self._host.reserve(groups))
 
-    def save(self, groups: TensorGroups, write: Callable[[TensorGroups], None]) -> None:
+    def save(self, groups: distributed.TensorGroups, write: Callable[[distributed.TensorGroups], None]) -> None:
         """Copy the tensors, and call `write` with the copies in the thread, once the job before is done."""
         began = time.perf_counter()
         self.wait()
@@ -352,9 +329,6 @@ class BackgroundWriter:
         """Wait; the error of the last job, or None."""
         self.wait()
         return None if self._error is None else str(self._error)
-
-    def __enter__(self) -> "BackgroundWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._thread is not None and kind is not KeyboardInterrupt:
