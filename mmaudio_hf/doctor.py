@@ -34,7 +34,6 @@ from mmaudio_hf import weights
 from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
 from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture, samples_per_epoch
 from mmaudio_hf.data.remote import RemoteStore
-from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
 from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
@@ -199,26 +198,21 @@ def _launch(launch: Launch) -> Iterator[tuple[str, str]]:
     if not Path(default_config_file).is_file():
         return
     try:
-        with patch_environment(**launcher_environment()):
+        config, quiet = load_config_from_file(None), contextlib.redirect_stderr(io.StringIO())
+        for setting in (config.compute_environment, config.distributed_type):
+            if setting in NOT_LAUNCHED:
+                raise ValueError(f"{setting.value} is not supported")
+        with quiet, warnings.catch_warnings(action="ignore"):
+            arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["train.py"]))
+            several = arguments.multi_gpu or arguments.use_fsdp or arguments.use_megatron_lm
+            environment = prepare_multi_gpu_env(arguments) if several else prepare_simple_launcher_cmd_env(arguments)[1]
+        with patch_environment(**environment | ({"WORLD_SIZE": "1"} if several else {})):  # torchrun sets it
             check_launch()
             notes = launch_notes(launch.recipe)
     except Exception as error:  # the launcher's own: it ends before training begins, which could not say a word
         notes = [" ".join(str(error).split())]
     way = f"`accelerate launch` without --config_file reads {default_config_file}"
     yield from (("warn", f"{way}: {note}") for note in notes if ("warn", note) not in own)
-
-
-def launcher_environment() -> dict[str, str]:
-    """What `accelerate launch` sets by the user's own configuration, as accelerate makes it; its errors are any."""
-    config = load_config_from_file(None)
-    for setting in (config.compute_environment, config.distributed_type):
-        if setting in NOT_LAUNCHED:
-            raise ValueError(f"{setting.value} is not supported")
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["train.py"]))
-        if arguments.multi_gpu or arguments.use_fsdp or arguments.use_megatron_lm:
-            return prepare_multi_gpu_env(arguments) | {"WORLD_SIZE": "1"}  # torchrun sets it
-        return prepare_simple_launcher_cmd_env(arguments)[1]
 
 
 def _batch(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -241,16 +235,12 @@ def _run_folder(launch: Launch) -> Iterator[tuple[str, str]]:
 
 
 def _media(launch: Launch) -> Iterator[tuple[str, str]]:
-    """Folders and lists of the sources whose stores are still to be extracted."""
     extraction = launch.recipe.extraction
-    for kind, command, sources in (
-        ("videos", "`mmaudio-hf extract-video`", extraction.videos),
-        ("audios", "`mmaudio-hf extract-audio`", extraction.audios),
-    ):
-        for source in sources:
+    for kind in ("videos", "audios"):
+        for source in getattr(extraction, kind):
             if (Path(extraction.output_dir) / source.name).exists():
                 continue
-            key = f"extraction.{kind} {source.name}"
+            key, command = f"extraction.{kind} {source.name}", f"`mmaudio-hf extract-{kind[:-1]}`"
             if source.dataset.path and not Path(source.list).is_file():
                 yield "ok", f"{key}: {command} writes media and list from the data set {source.dataset.path}"
             elif not Path(source.media_dir).is_dir():
@@ -309,10 +299,8 @@ def _resume(launch: Launch) -> Iterator[tuple[str, str]]:
     from mmaudio_hf.hub.runs import plan_pull
 
     plan = plan_pull(source, revision)
-    if plan.has_state:
-        yield "ok", f"resumes from step {plan.step} of {recipe.resume}"
-    else:
-        yield "FAIL", f"{recipe.resume} has no training state, only a network: name it in finetune.init_from"
+    problem = f"{recipe.resume} has no training state, only a network: name it in finetune.init_from"
+    yield ("ok", f"resumes from step {plan.step} of {recipe.resume}") if plan.has_state else ("FAIL", problem)
 
 
 def _hub(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -339,7 +327,6 @@ NO_STORE = {
 
 
 def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
-    """Opens the stores of the split and reads some rows."""
     recipe, sources = launch.recipe, getattr(launch.recipe.data, split)
     if not sources:
         yield NO_STORE[split]
@@ -368,23 +355,20 @@ def _store_problem(source: StoreConfig, expected: tuple) -> str | None:
     """What is wrong with one store by itself: every one that is missing is named, not the first alone."""
     try:
         mixture = open_mixture([source], *(*expected, False))
-        _check_sampled_rows(mixture.stores[0])
+        store = mixture.stores[0]
+        rows = np.unique(np.linspace(0, len(store) - 1, SAMPLED_ROWS).round().astype(np.int64))
+        for name, values in store.read(rows).items():
+            finite = values.flatten(1).float().isfinite().all(1)
+            if not finite.all():
+                row = int(rows[int(finite.int().argmin())])
+                return (
+                    f"{store.path}: {name} of row {row} ({store.ids[row]}) is not finite; `mmaudio-hf verify"
+                    f" {store.path}` finds all such rows, then extract the store again"
+                )
         mixture.close()
     except (ValueError, OSError) as error:
         return str(error)
     return None
-
-
-def _check_sampled_rows(store: FeatureStore) -> None:
-    rows = np.unique(np.linspace(0, len(store) - 1, SAMPLED_ROWS).round().astype(np.int64))
-    for name, values in store.read(rows).items():
-        finite = values.flatten(1).float().isfinite().all(1)
-        if not finite.all():
-            row = int(rows[int(finite.int().argmin())])
-            raise ValueError(
-                f"{store.path}: {name} of row {row} ({store.ids[row]}) is not finite; `mmaudio-hf verify {store.path}`"
-                " finds all such rows, then extract the store again"
-            )
 
 
 def _weights(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -434,10 +418,8 @@ def _memory(launch: Launch) -> Iterator[tuple[str, str]]:
     message = f"about {_gb(need)} a device{of} ({_listed(components | allowance)}); {owner} {_gb(available)}"
     if need > available:
         yield "FAIL", f"{message}: {_smaller(launch, available - sum(allowance.values()))}"
-    elif need > TIGHT * available:
-        yield "warn", f"{message}: this may be too tight"
     else:
-        yield "ok", message
+        yield ("warn", f"{message}: this may be too tight") if need > TIGHT * available else ("ok", message)
 
 
 def _host_memory(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -448,10 +430,12 @@ def _host_memory(launch: Launch) -> Iterator[tuple[str, str]]:
     if launch.device.type == "cpu":
         available -= launch.processes * sum(launch.estimate.on_device(launch.world, accumulation, launch.fsdp).values())
     message = f"about {_gb(need)} ({_listed(components)}); there are {_gb(max(0, available))}"
-    if need <= available:
-        yield "ok", message
-    else:
-        yield "FAIL", f"{message}: lower data.prefetch_batches or training.batch_size, or take more memory"
+    way = "lower data.prefetch_batches or training.batch_size, or take more memory"
+    yield _verdict(need <= available, "FAIL", message, way)
+
+
+def _verdict(ok: bool, level: str, message: str, way: str) -> tuple[str, str]:
+    return ("ok", message) if ok else (level, f"{message}: {way}")
 
 
 def _listed(components: Mapping[str, float]) -> str:
@@ -459,7 +443,6 @@ def _listed(components: Mapping[str, float]) -> str:
 
 
 def _smaller(launch: Launch, available: float) -> str:
-    """What makes the recipe fit into `available` bytes."""
     training, world = launch.recipe.training, launch.world
     per_process = launch.estimate.recipe.training.batch_size // world
     for steps in filter(launch.splits, range(training.accumulation_steps + 1, per_process + 1)):
@@ -478,9 +461,12 @@ def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[s
     Tried in the order of what they cost: accumulation changes nothing but the order of sums, recomputed activations
     take a third more operations, frozen weights and moments lose digits, an adapter trains another thing.
     """
-    lines: list[str] = []
-    training, keys = recipe.training, list[str]()
-    for section, name, value in (("training", "batch_size", training.batch_size), *_savings(recipe)):
+    lines, keys, training = list[str](), list[str](), recipe.training
+    freezes = recipe.finetune.lora.rank or recipe.finetune.freeze
+    savings: list[tuple[str, str, Any]] = [("training", "activation_checkpointing", True), ("optim", "moments", "8bit")]
+    if training.mixed_precision == "bf16" and freezes:
+        savings.insert(1, ("finetune", "frozen_dtype", "bfloat16"))
+    for section, name, value in (("training", "batch_size", training.batch_size), *savings):  # the first: as it is
         if getattr(getattr(recipe, section), name) != value:
             recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
             keys.append(f"{section}.{name}={str(value).lower()}")
@@ -498,14 +484,6 @@ def fitting_settings(recipe: Recipe, size: float, processes: int = 1) -> tuple[s
                 return "; ".join(lines), True
     adapter = "take a smaller model" if recipe.finetune.lora.rank else "train an adapter: finetune.lora.rank=8"
     return f"{'; '.join(lines)}; no accumulation{''.join(f' or {k}' for k in keys)} fits {_gb(size)}: {adapter}", False
-
-
-def _savings(recipe: Recipe) -> list[tuple[str, str, Any]]:
-    """Section, name and value of the settings that take less memory, apart from accumulation."""
-    freezes = recipe.finetune.lora.rank or recipe.finetune.freeze
-    bf16 = recipe.training.mixed_precision == "bf16" and freezes
-    frozen: list[tuple[str, str, Any]] = [("finetune", "frozen_dtype", "bfloat16")] if bf16 else []
-    return [("training", "activation_checkpointing", True), *frozen, ("optim", "moments", "8bit")]
 
 
 def available_memory() -> int:
@@ -528,11 +506,8 @@ def _disk_space(launch: Launch) -> Iterator[tuple[str, str]]:
         f"the run takes about {_gb(need)} ({checkpoints} checkpoints of {_gb(estimate.checkpoint)}, {snapshots} EMA"
         f" snapshots of {_gb(estimate.snapshot)}), of which {_gb(used)} is there; {folder} has {_gb(free)} left"
     )
-    if need - used <= free:
-        yield "ok", message
-    else:
-        way = "free some, set output_dir to another disk, raise ema.snapshot_every or lower training.keep_checkpoints"
-        yield "FAIL", f"{message}: {way}"
+    way = "free some, set output_dir to another disk, raise ema.snapshot_every or lower training.keep_checkpoints"
+    yield _verdict(need - used <= free, "FAIL", message, way)
 
 
 def _expected_speed(launch: Launch) -> tuple[float, str]:
@@ -550,7 +525,6 @@ def _expected_speed(launch: Launch) -> tuple[float, str]:
 
 
 def _mean_batch(launch: Launch) -> float:
-    """Samples of an average step."""
     return sum(recipe.training.batch_size * share for recipe, share in launch.of_durations)
 
 
@@ -562,10 +536,8 @@ def _speed(launch: Launch) -> Iterator[tuple[str, str]]:
     duration = f"{seconds:.3g} s" if seconds < 7200 else f"{seconds / 3600:.3g} h"
     per_step = f"{rate / _mean_batch(launch):.3g} steps/s"
     message = f"{rate:.3g} samples/s, {per_step}, {duration} for {training.steps:,} steps, {source}"
-    if seconds < LONGEST:
-        yield "ok", message
-    else:
-        yield "warn", f"{message}: lower training.steps, or take a smaller model, more devices or faster ones"
+    way = "lower training.steps, or take a smaller model, more devices or faster ones"
+    yield _verdict(seconds < LONGEST, "warn", message, way)
 
 
 def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -574,17 +546,14 @@ def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
     if launch.quick or not stores or any(isinstance(store, RemoteStore) for store in stores):
         return
     expected = _expected_speed(launch)[0] / launch.machines
-    measured = measure_reading(launch.mixtures["train"], launch.recipe.data.read_threads, launch.recipe.seed)
-    share = measured.samples_per_second / expected
+    samples, size = measure_reading(launch.mixtures["train"], launch.recipe.data.read_threads, launch.recipe.seed)
     message = (
-        f"random rows come at {measured.samples_per_second:.3g} samples/s ({measured.bytes_per_second / 1e6:.3g} MB/s)"
-        f" past the page cache, training reads {expected:.3g}"
+        f"random rows come at {samples:.3g} samples/s ({size / 1e6:.3g} MB/s) past the page cache, training reads"
+        f" {expected:.3g}"
     )
-    if share >= 1:
-        yield "ok", message
-    else:
-        way = "put the stores on a faster disk, or see whether they fit into memory, where later epochs find them"
-        yield "warn", f"{message}: it will wait {1 - share:.0%} of the time; {way}"
+    way = "put the stores on a faster disk, or see whether they fit into memory, where later epochs find them"
+    waits = f"it will wait {1 - samples / expected:.0%} of the time; {way}"
+    yield _verdict(samples >= expected, "warn", message, waits)
 
 
 def _line(launch: Launch) -> Iterator[tuple[str, str]]:
@@ -615,24 +584,15 @@ def _line(launch: Launch) -> Iterator[tuple[str, str]]:
             break
     speed = read / elapsed
     message += f"; {data.connections} connections bring {speed / 1e6:.3g} MB/s"
-    if speed >= rate * size:
-        yield "ok", message
-    elif speed >= rate * later:
-        yield "warn", f"{message}: the first epoch waits {1 - speed / (rate * size):.0%} of the time, later ones do not"
-    else:
-        way = "raise data.cache_gb or data.connections, use compact stores, or pull the store"
-        yield "warn", f"{message}: training waits {1 - speed / (rate * later):.0%} of the time; {way}"
+    way = f"the first epoch waits {1 - speed / (rate * size):.0%} of the time, later ones do not"
+    if speed < rate * later:
+        way = f"training waits {1 - speed / (rate * later):.0%} of the time; raise data.cache_gb or data.connections"
+        way += ", use compact stores, or pull the store"
+    yield _verdict(speed >= rate * size, "warn", message, way)
 
 
-class ReadRate(NamedTuple):
-    """How fast rows are read."""
-
-    samples_per_second: float
-    bytes_per_second: float
-
-
-def measure_reading(mixture: Mixture, threads: int, seed: int = 0, seconds: float = READ_SECONDS) -> ReadRate:
-    """Read random samples for `seconds` with `threads` threads, each dropped from the page cache first."""
+def measure_reading(mixture: Mixture, threads: int, seed: int = 0, limit: float = READ_SECONDS) -> tuple[float, float]:
+    """Samples and bytes per second of random samples, read for `limit` s by `threads` past the page cache."""
     order = np.random.default_rng(seed).permutation(len(mixture))[:4096]
     began = time.perf_counter()
 
@@ -646,14 +606,14 @@ def measure_reading(mixture: Mixture, threads: int, seed: int = 0, seconds: floa
             store.read(rows)
             size += sum(column.row_bytes for column in store.columns.values())
             count += 1
-            if time.perf_counter() > began + seconds:
+            if time.perf_counter() > began + limit:
                 break
         return count, size
 
     with ThreadPoolExecutor(threads) as pool:
         counts, sizes = zip(*pool.map(read, np.array_split(order, threads)), strict=True)
     elapsed = time.perf_counter() - began
-    return ReadRate(sum(counts) / elapsed, sum(sizes) / elapsed)
+    return sum(counts) / elapsed, sum(sizes) / elapsed
 
 
 def _existing(folder: Path) -> Path:

@@ -236,9 +236,9 @@ def test_memory_is_that_of_the_duration_that_takes_most(folder, capsys):
 def test_reading_is_measured(folder):
     recipe = load_recipe(write_recipe(folder, "reading"))
     mixture = open_mixture(recipe.data.train, recipe.model)
-    rate = measure_reading(mixture, threads=2, seconds=0.1)
+    samples, size = measure_reading(mixture, threads=2, limit=0.1)
     video, audio = (sum(c.row_bytes for c in store.columns.values()) for store in mixture.stores)
-    assert audio < rate.bytes_per_second / rate.samples_per_second < video
+    assert audio < size / samples < video
 
 
 def test_the_hub_is_checked_and_not_changed(folder, capsys, tmp_path, monkeypatch):

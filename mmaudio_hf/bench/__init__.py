@@ -91,11 +91,6 @@ def training_loop(recipe: Recipe) -> Iterator[tuple[Run, Callable[[], None]]]:
     model = MMAudio(recipe.model)
     channels = recipe.model.latent_channels
     model.set_latent_statistics(torch.zeros(channels), torch.ones(channels))
-    with torch.no_grad():
-        # Layers that begin as zeros give gradients below 1e-19 for many steps, whose squares are denormal: norms and
-        # AdamW then take ten times as long.
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     mixture = open_mixture(recipe.data.train, recipe.model)
     run = Run(recipe, model, mixture)
     run.prepare()

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,14 +18,7 @@ from mmaudio_hf.config import Recipe, save_recipe, to_dict
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.sampler import NOISE_VERSION
 from mmaudio_hf.schema import LOCK_FILE
-from mmaudio_hf.training.checkpoint import (
-    TrainingState,
-    checkpoint_folder,
-    checkpoint_step,
-    latest_training_state,
-    list_checkpoints,
-    point_at,
-)
+from mmaudio_hf.training import checkpoint
 from mmaudio_hf.training.distributed import check_same_everywhere, check_visible_everywhere, first_error
 from mmaudio_hf.training.ema import find_snapshots, set_aside
 from mmaudio_hf.training.logs import truncate_lines
@@ -79,7 +72,7 @@ def code_hash() -> str:
 
 def find_checkpoint(
     recipe: Recipe, depends_on: Mapping[str, Any], accelerator: Accelerator, lock: "RunLock", allow_changes: bool
-) -> TrainingState | None:
+) -> checkpoint.TrainingState | None:
     """What to resume from, None for a new run; called on every process. Nothing is written: first everything must fit.
 
     depends_on: what `dependencies` returned.
@@ -97,12 +90,12 @@ def find_checkpoint(
     check_same_everywhere(
         flat_settings(to_dict(recipe))
         | {_name(key, recipe): value for key, value in depends_on.items() if key != "rounding"}
-        | {f"the list of checkpoints in {run_dir}": [path.name for path in list_checkpoints(run_dir)]}
+        | {f"the list of checkpoints in {run_dir}": [path.name for path in checkpoint.list_checkpoints(run_dir)]}
     )
     if recipe.resume != "auto":
         return None
     share = (accelerator.process_index, accelerator.num_processes)
-    state = latest_training_state(run_dir, accelerator.print, share=share, agree=first_error)
+    state = checkpoint.latest_training_state(run_dir, accelerator.print, share=share, agree=first_error)
     if state is not None:
         check_same_run(recipe, depends_on, state, allow_changes, accelerator.print)
     return state
@@ -134,7 +127,7 @@ def open_run_dir(
 def check_same_run(
     recipe: Recipe,
     depends_on: Mapping[str, Any],
-    state: TrainingState,
+    state: checkpoint.TrainingState,
     allow_changes: bool,
     log: Callable[[str], None],
 ) -> None:
@@ -146,10 +139,14 @@ def check_same_run(
     if state.step > recipe.training.steps:
         raise ValueError(f"{recipe.run_dir} has trained {state.step} steps, training.steps is {recipe.training.steps}")
     old, new, before = state.metadata.get("recipe"), to_dict(recipe), recorded_dependencies(state.metadata)
-    if old and _same_stores(before, depends_on):
-        old = _with_paths_of(new, old)
-    changed = changed_settings(old, new) if old else {}
-    changes = {key: f"  - {key}: {a}\n  + {key}: {b}" for key, (a, b) in changed.items()}
+    contents = [[d[k].get("content") for k in d if k.startswith("data.train.")] for d in (before, depends_on)]
+    if old and contents[0] == contents[1] and None not in contents[0]:  # the same stores, wherever they lie now
+        pairs = zip(old["data"]["train"], new["data"]["train"], strict=True)
+        old = {**old, "data": old["data"] | {"train": [a | {"path": b["path"]} for a, b in pairs]}}
+    defaults = flat_settings(to_dict(Recipe(name="default")))  # of a key that one side lacks
+    was, now = ({**defaults, **flat_settings(tree or {})} for tree in (old, new))
+    changed = [key for key in {**now, **was} if old and was.get(key) != now.get(key)]
+    changes = {key: f"  - {key}: {was.get(key)}\n  + {key}: {now.get(key)}" for key in changed}
     for key, text in changed_dependencies(before, depends_on, recipe).items():
         # Who names another store for validation means it; another one under the same name is a trap.
         if not (key.startswith("data.validation.") and "data.validation" in changed):
@@ -192,22 +189,9 @@ def changed_dependencies(old: Mapping[str, Any], new: Mapping[str, Any], recipe:
 
 
 def _differ(old: Any, new: Any) -> bool:
-    """Whether two values differ in what both know."""
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return old != new
     return any(_differ(old[key], new[key]) for key in old.keys() & new.keys() if old[key] is not None)
-
-
-def _same_stores(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the stores of `data.train` have the same contents, wherever they lie."""
-    contents = [[d[key].get("content") for key in d if key.startswith("data.train.")] for d in (old, new)]
-    return contents[0] == contents[1] and None not in contents[0]
-
-
-def _with_paths_of(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """The `old` settings with the paths that the stores of `data.train` have now: there are as many of them."""
-    pairs = zip(old["data"]["train"], new["data"]["train"], strict=True)
-    return {**old, "data": old["data"] | {"train": [a | {"path": b["path"]} for a, b in pairs]}}
 
 
 def _name(key: str, recipe: Recipe) -> str:
@@ -237,13 +221,6 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of every key, as `section.key`, that differs; a key that one side lacks has its default."""
-    defaults = flat_settings(to_dict(Recipe(name="default")))
-    before, after = ({**defaults, **flat_settings(tree)} for tree in (old, new))
-    return {k: (before.get(k), after.get(k)) for k in {**after, **before} if before.get(k) != after.get(k)}
-
-
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of a recipe's plain dict by `section.key`."""
     flat: dict[str, Any] = {}
@@ -262,8 +239,8 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
     EMA snapshots, samples, scores and log lines are deleted, with the temporary files of killed writers. `last` and
     `best` point at what is left.
     """
-    for folder in list_checkpoints(run_dir):
-        if checkpoint_step(folder) > step:
+    for folder in checkpoint.list_checkpoints(run_dir):
+        if checkpoint.checkpoint_step(folder) > step:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -288,8 +265,8 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
             scores.unlink()
     if run_dir.exists():
         for name, target in (("last", step), ("best", best)):
-            folder = checkpoint_folder(run_dir, -1 if target is None else target)
-            point_at(run_dir, name, folder if folder.exists() else None)
+            folder = checkpoint.checkpoint_folder(run_dir, -1 if target is None else target)
+            checkpoint.point_at(run_dir, name, folder if folder.exists() else None)
     truncate_lines(run_dir / "skipped.jsonl", lambda at: at < step)
     # At step 0 only the validation before training is logged, and a run without checkpoint repeats it.
     return truncate_lines(run_dir / "metrics.jsonl", lambda at: at <= step and step > 0)
@@ -301,7 +278,7 @@ def drop_later(run_dir: Path, step: int, ema_step: int, best: int | None) -> lis
 LOCK_TIMEOUT = 20.0  # s in which the processes of a launch that was just killed should end
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """Lock of a run folder, held from `acquire` until `release` or the process ends in any way.
 
     `warn` gets a message where the file system has no locks; the run then continues without.
@@ -310,9 +287,6 @@ class RunLock:
     def __init__(self, run_dir: Path, warn: Callable[[str], None]):
         self.run_dir, self.warn = run_dir, warn
         self._file: IO[str] | None = None
-
-    def __enter__(self) -> "RunLock":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -325,13 +299,11 @@ class RunLock:
         try:
             if not _lock_file(self._file, LOCK_TIMEOUT):
                 self.release()
-                raise ValueError(
-                    f"{self.run_dir} is being trained by another launch: wait for its end, or choose another name"
-                )
+                way = "wait for its end, or choose another name"
+                raise ValueError(f"{self.run_dir} is being trained by another launch: {way}")
         except OSError as error:
-            self.warn(
-                f"{self.run_dir} has no locks ({error.strerror or error}): make sure that only one launch trains it"
-            )
+            way = "make sure that only one launch trains it"
+            self.warn(f"{self.run_dir} has no locks ({error.strerror or error}): {way}")
 
     def wait_for_release(self, limit: float) -> None:
         """Wait until no other process holds it, at most `limit` seconds; not at all where there are no locks."""
