@@ -13,6 +13,7 @@ import time
 import wave
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,9 +55,12 @@ class RunLog:
         tqdm.write(f"warning: {message}; training continues")
 
     def start(self, step: int, model: torch.nn.Module, mixture: Mixture, sharded: bool) -> None:
-        """Start the trackers and print what is trained on what, from `step` on."""
+        """Start the trackers and print what is trained on what, from `step` on.
+
+        A resumed run continues what it began in wandb and trackio. RunError naming a tracker that does not start.
+        """
         recipe, training, world_size = self.recipe, self.recipe.training, self.accelerator.num_processes
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and training.trackers:
             self._start_trackers()
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batches, steps = [], 0.0
@@ -74,10 +78,7 @@ class RunLog:
         )
 
     def _start_trackers(self) -> None:
-        """Start them; a resumed run continues what it began in wandb and trackio. RunError naming the tracker."""
         recipe, folder = self.recipe, self.recipe.run_dir / "trackers"
-        if not recipe.training.trackers:
-            return
         folder.mkdir(exist_ok=True)
         id_file = folder / "id"  # names of runs may repeat
         if not id_file.exists():
@@ -112,10 +113,26 @@ class RunLog:
             self.metrics.append(self.history[-1])
 
     def audio(self, kind: str, samples: Sequence[AudioSample], step: int) -> None:
-        """Log audio to every tracker, as KIND/NAME."""
-        if samples and self.accelerator.is_main_process:
-            for tracker in self.accelerator.trackers:
-                _log_audio(tracker.name, tracker.tracker, kind, samples, step)
+        """Log audio to every tracker, as KIND/NAME; accelerate logs none."""
+        for tracker in self.accelerator.trackers if samples and self.accelerator.is_main_process else ():
+            run: Any = tracker.tracker  # a SummaryWriter of TensorBoard, or a run of wandb or trackio
+            if tracker.name == "tensorboard":
+                for sample in samples:
+                    name = f"{kind}/{sample.name}"
+                    run.add_audio(name, sample.waveform[None], step, sample_rate=sample.sample_rate)
+                run.flush()
+                continue
+            player = importlib.import_module(tracker.name).Audio
+            # They take arrays too, but wandb needs another package for them, and trackio scales each to full loudness.
+            with tempfile.TemporaryDirectory() as folder:
+                players = {}
+                for number, sample in enumerate(samples):
+                    path = str(Path(folder) / f"{number}.wav")
+                    with wave.open(path, "wb") as file:
+                        file.setparams((1, 2, sample.sample_rate, 0, "NONE", ""))
+                        file.writeframes((sample.waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
+                    players[f"{kind}/{sample.name}"] = player(path, caption=sample.caption)
+                run.log(players, step=step)  # copies the files
 
     def skipped_step(self, figures: Mapping[str, Any]) -> None:
         """Log a step that was not finite, given its diagnostics."""
@@ -186,20 +203,6 @@ class JsonLines:
     def append(self, entry: dict) -> None:
         """Add one line, and those that wait."""
         self._waiting.append(entry)
-        try:
-            self._flush()
-        except OSError as error:
-            if not self._warned:
-                self.warn(f"{error}; its lines wait in memory")
-            self._warned = True
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there are lines that could not be written yet."""
-        return bool(self._waiting)
-
-    def _flush(self) -> None:
-        """Write what waits. OSError naming the file when that fails; the file then ends where it did before."""
         data = "".join(json.dumps(entry) + "\n" for entry in self._waiting).encode()
         try:
             # Without a buffer: of a buffered line a full disk could keep one half, and the rest would follow later.
@@ -208,9 +211,16 @@ class JsonLines:
                 if file.write(data) < len(data):
                     file.truncate(end)
                     raise OSError("the disk is full")
+            self._waiting, self._warned = [], False
         except OSError as error:
-            raise OSError(f"{self.path} could not be written ({error})") from error
-        self._waiting, self._warned = [], False
+            if not self._warned:
+                self.warn(f"{self.path} could not be written ({error}); its lines wait in memory")
+            self._warned = True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are lines that could not be written yet."""
+        return bool(self._waiting)
 
 
 def truncate_lines(path: Path, keep: Callable[[int], bool]) -> list[dict]:
@@ -238,28 +248,13 @@ def truncate_lines(path: Path, keep: Callable[[int], bool]) -> list[dict]:
 # --- Cost of a run: speed, waiting for data, use of the device, memory, time left ------------------------------------
 
 
-# Part of the device's name -> dense bf16 FLOP/s with float32 sums, from the makers' data sheets. First match counts.
-PEAK_BF16 = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 154.8e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250": 181e12,  # of one of its two dies, which is what a process has
-}
+# Part of the device's name -> dense bf16 TFLOP/s with float32 sums, from the makers' data sheets. First match counts.
+PEAK_BF16 = (
+    {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312}
+    | {"A10G": 70, "A10": 125, "A40": 149.7, "A30": 165, "L40S": 362, "L40": 181, "L4": 121}
+    | {"RTX 6000 Ada": 364, "RTX A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71}
+    | {"MI300X": 1307, "MI250": 181}  # of one of the two dies of a MI250, which is what a process has
+)
 _MEASURED_SIZE = {"cpu": 512, "cuda": 4096}
 _MEASURING_SECONDS = 0.2
 
@@ -277,7 +272,7 @@ def device_peak(device: torch.device, mixed_precision: str) -> Peak:
         name = torch.cuda.get_device_name(device)
         for model, rate in PEAK_BF16.items():
             if model.replace(" ", "") in name.replace(" ", "").replace("-", ""):
-                return Peak(rate, False)
+                return Peak(rate * 1e12, False)
     size = _MEASURED_SIZE.get(device.type, 1024)
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -289,7 +284,7 @@ def device_peak(device: torch.device, mixed_precision: str) -> Peak:
     return Peak(2.0 * size**3 / best, True)
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Times the steps of a session, without validation and saving, for speed.jsonl, the trackers and a progress bar."""
 
     def __init__(self, log: RunLog, first_step: int):
@@ -297,18 +292,10 @@ class Progress:
         training = log.recipe.training
         self._peak = device_peak(log.accelerator.device, training.mixed_precision)
         self._flops_of = {log.recipe.model.latent_length: training_flops(log.recipe.model)}  # of one sample
-        self._bar = tqdm(
-            total=training.steps,
-            initial=first_step,
-            disable=not log.accelerator.is_main_process,
-            unit="step",
-            dynamic_ncols=True,
-        )
+        how: dict[str, Any] = {"initial": first_step, "disable": not log.accelerator.is_main_process}
+        self._bar = tqdm(total=training.steps, unit="step", dynamic_ncols=True, **how)
         self._steps, self._seconds, self._samples = 0, 0.0, Counter[int]()  # since the last report, samples by latents
         self._began = self._step_began = time.perf_counter()
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
@@ -398,23 +385,3 @@ def check_trackers(trackers: Sequence[str]) -> None:
                 "training.trackers names wandb, and nobody is logged in: run `wandb login`, set WANDB_API_KEY, or"
                 " WANDB_MODE=offline to upload later by `wandb sync`"
             )
-
-
-def _log_audio(name: str, run: Any, kind: str, samples: Sequence[AudioSample], step: int) -> None:
-    """Accelerate logs no audio. `run` is a SummaryWriter of TensorBoard, or a run of wandb or trackio."""
-    if name == "tensorboard":
-        for sample in samples:
-            run.add_audio(f"{kind}/{sample.name}", sample.waveform[None], step, sample_rate=sample.sample_rate)
-        run.flush()
-        return
-    player = importlib.import_module(name).Audio
-    # They take arrays too, but wandb needs another package for them, and trackio scales each to full loudness.
-    with tempfile.TemporaryDirectory() as folder:
-        players = {}
-        for number, sample in enumerate(samples):
-            path = str(Path(folder) / f"{number}.wav")
-            with wave.open(path, "wb") as file:
-                file.setparams((1, 2, sample.sample_rate, 0, "NONE", ""))
-                file.writeframes((sample.waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
-            players[f"{kind}/{sample.name}"] = player(path, caption=sample.caption)
-        run.log(players, step=step)  # copies the files
