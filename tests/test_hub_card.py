@@ -181,6 +181,8 @@ def test_samples_are_linked_and_their_captions_mean_nothing(run, tmp_path):
     unescaped = re.sub(r"\\.", "", table[0][0])
     assert not set(unescaped) & set("|<>[]`#!*_:.\n\x1b") and "javascript" in unescaped
     assert text.count("## Licence") == 1
+    file.write_text(json.dumps([*content, {"id": "own_00", "caption": "a prompt of the user's"}]))
+    assert [sample.item_id for sample in run_samples(copy)] == ["own_00", *ids]  # these are left out last
     content[0]["id"] = "../../etc"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"'\.\./\.\./etc' is not a plain name.*samples\.json"):

@@ -122,6 +122,26 @@ def test_a_damaged_snapshot_is_named_and_left_out(poisoned_run, tmp_path, how):
     assert weights == {"weights": "ema", "sigma_rel": 0.07, "step": STEPS + 1}
 
 
+def train_without_snapshots(recipe: Path, steps: int) -> int:
+    """Runs in a process of its own, where no EMA snapshot can be written."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    checkpointer.save_snapshots = fail
+    return main(["train", str(recipe), f"training.steps={steps}"])
+
+
+def test_a_run_does_not_end_without_its_last_snapshot(poisoned_run):
+    """The published weights are made of all of them."""
+    recipe = copy_run(poisoned_run, poisoned_recipe(poisoned_run.parent, "no_last_snapshot"))
+    words = (train_without_snapshots, recipe, STEPS + 1)
+    result = Command(*words, cwd=recipe.parent, env=environment()).result()
+    assert result.returncode == 1 and "start again; the run resumes" in result.stderr, result.stderr
+    assert "No space left on device" in result.stderr
+    assert (run_dir(recipe) / "last").resolve().name == f"step_{STEPS}"
+
+
 def test_a_changed_byte_of_published_weights_is_named(poisoned_run, capsys, tmp_path):
     recipe = copy_run(poisoned_run, poisoned_recipe(poisoned_run.parent, "changed_weights"))
     weights = run_dir(recipe) / "last" / "pretrained_model" / "model.safetensors"

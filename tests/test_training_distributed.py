@@ -92,10 +92,10 @@ def two_processes(tmp_path_factory) -> Path:
 WATCHED = """
 import os, sys, time
 from mmaudio_hf.cli import train_main
-from mmaudio_hf.training import checkpoint, checkpointer
+from mmaudio_hf.training import checkpoint, distributed
 
 rank, (fault, step), save_file = os.environ["RANK"], sys.argv.pop(1).split(), checkpoint.save_file
-gather = checkpointer.gather_full_tensors
+gather = distributed.gather_full_tensors
 
 def printing(groups, keep):
     sys.stdout.write(f"gathered by {rank}: {', '.join(groups)}\\n")  # at once: both share one pipe
@@ -108,7 +108,7 @@ def failing(tensors, path):
         raise OSError(28, "No space left on device")
     save_file(tensors, path)
 
-checkpointer.gather_full_tensors, checkpoint.save_file = printing, failing
+distributed.gather_full_tensors, checkpoint.save_file = printing, failing
 sys.exit(train_main())
 """
 

@@ -210,7 +210,8 @@ def run_samples(run_dir: str | Path, pretrained: str | Path | None = None) -> li
     if not steps:
         return []
     folder, samples = folders[max(steps)], []
-    for row in read_json(folder / "samples.json", list)[:MAX_SAMPLES]:
+    # Prompts and videos of the user's own, which have no true audio to score against, come first.
+    for row in sorted(read_json(folder / "samples.json", list), key=lambda row: "scores" in row)[:MAX_SAMPLES]:
         item_id = check_id(row["id"], str(folder / "samples.json"))
         sources = {"samples": folder, "samples/reference": run_dir / "samples/reference"}
         files = {f"{name}/{item_id}.wav": source / f"{item_id}.wav" for name, source in sources.items()}

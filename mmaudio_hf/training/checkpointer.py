@@ -116,8 +116,7 @@ class Checkpointer:
         elif full and self.accelerator.is_main_process:
             self.writer.save(state | full, partial(self._write, job))
         if what.snapshot and finished:
-            self.writer.wait()
-            self.accelerator.wait_for_everyone()
+            self.finish()  # without the last snapshot the weights that are published would be of earlier ones
             for sigma in self.recipe.ema.sigma_rels:  # until every process sees the last ones
                 distributed.check_visible_everywhere(snapshot_path(self.recipe.run_dir / "ema", sigma, self.ema.step))
 
