@@ -236,11 +236,14 @@ def _run_folder(launch: Launch) -> Iterator[tuple[str, str]]:
 
 def _media(launch: Launch) -> Iterator[tuple[str, str]]:
     extraction = launch.recipe.extraction
-    for kind in ("videos", "audios"):
-        for source in getattr(extraction, kind):
+    for kind, command, sources in (
+        ("videos", "`mmaudio-hf extract-video`", extraction.videos),
+        ("audios", "`mmaudio-hf extract-audio`", extraction.audios),
+    ):
+        for source in sources:
             if (Path(extraction.output_dir) / source.name).exists():
                 continue
-            key, command = f"extraction.{kind} {source.name}", f"`mmaudio-hf extract-{kind[:-1]}`"
+            key = f"extraction.{kind} {source.name}"
             if source.dataset.path and not Path(source.list).is_file():
                 yield "ok", f"{key}: {command} writes media and list from the data set {source.dataset.path}"
             elif not Path(source.media_dir).is_dir():

@@ -366,45 +366,46 @@ def _dataset_rows(config: DatasetConfig, builder: "DatasetBuilder", media: Path,
     """Rows of a data set; their media, bytes or files, are written to `media` without decoding them."""
     remote = any("://" in file for files, _ in _data_files(builder).values() for file in files)
     rows, names, media_column, kind = _open_dataset(config, builder, kind)
-    data = iter(tqdm(rows, desc=config.path, unit="row"))
     media.mkdir(parents=True, exist_ok=True)
     files: dict[str, tuple[str, str]] = {}  # id -> name and checksum of the file written for it
-    for number in itertools.count():
-        try:
-            row = next(data, None)
-        except Exception as error:  # a damaged file, or the network
-            raise _dataset_error(config, f", row {number}", error) from error
-        if row is None:
-            return
-        where = f"data set {config.path!r}, row {number}"
-        # Of a column, of the `json` of a WebDataset, or names of classes.
-        flat = dict(row) | (row["json"] if isinstance(row.get("json"), dict) else {})
-        if number == 0:
-            _column(where, flat, config.text_column, _TEXT_COLUMNS)  # raises where no row can have it
-        text = config.text_column or next((name for name in _TEXT_COLUMNS if name in flat), "")
-        label = flat.get(text)
-        if isinstance(label, int) and hasattr(names.get(text), "int2str"):
-            label = names[text].int2str(label)
-        captions = _captions(label, where)
-        value = row[media_column] or {}
-        file = PurePosixPath((value.get("path") or "").partition("::")[0])  # before it: the archive it is in
-        given = config.id_column or ("__key__" if "__key__" in row else "")
-        name = "" if given and row[given] is None else str(row[given]) if given else file.stem or f"{number:06d}"
-        item_id = PurePosixPath(name).name if given == "__key__" else _id_of(name)
-        problem = ""
-        if not Row(item_id, "".join(captions)).rejection()[0]:
-            ending = file.suffix.lower()
-            target = media / f"{item_id}{ending if ending in ENDINGS[kind] else _USUAL_ENDING[kind]}"
+    with tqdm(rows, desc=config.path, unit="row") as bar:  # closed before an error is printed below it
+        data = iter(bar)
+        for number in itertools.count():
             try:
-                content = _content(value, remote)
-            except FileNotFoundError:
-                problem = "without media"
-            except Exception as error:  # of the network
+                row = next(data, None)
+            except Exception as error:  # a damaged file, or the network
                 raise _dataset_error(config, f", row {number}", error) from error
-            else:
-                problem = _write_media(target, content, files)
-        for caption in captions:
-            yield Row(item_id, caption, where=where, problem=problem)
+            if row is None:
+                return
+            where = f"data set {config.path!r}, row {number}"
+            # Of a column, of the `json` of a WebDataset, or names of classes.
+            flat = dict(row) | (row["json"] if isinstance(row.get("json"), dict) else {})
+            if number == 0:
+                _column(where, flat, config.text_column, _TEXT_COLUMNS)  # raises where no row can have it
+            text = config.text_column or next((name for name in _TEXT_COLUMNS if name in flat), "")
+            label = flat.get(text)
+            if isinstance(label, int) and hasattr(names.get(text), "int2str"):
+                label = names[text].int2str(label)
+            captions = _captions(label, where)
+            value = row[media_column] or {}
+            file = PurePosixPath((value.get("path") or "").partition("::")[0])  # before it: the archive it is in
+            given = config.id_column or ("__key__" if "__key__" in row else "")
+            name = "" if given and row[given] is None else str(row[given]) if given else file.stem or f"{number:06d}"
+            item_id = PurePosixPath(name).name if given == "__key__" else _id_of(name)
+            problem = ""
+            if not Row(item_id, "".join(captions)).rejection()[0]:
+                ending = file.suffix.lower()
+                target = media / f"{item_id}{ending if ending in ENDINGS[kind] else _USUAL_ENDING[kind]}"
+                try:
+                    content = _content(value, remote)
+                except FileNotFoundError:
+                    problem = "without media"
+                except Exception as error:  # of the network
+                    raise _dataset_error(config, f", row {number}", error) from error
+                else:
+                    problem = _write_media(target, content, files)
+            for caption in captions:
+                yield Row(item_id, caption, where=where, problem=problem)
 
 
 def _open_dataset(config: DatasetConfig, builder: "DatasetBuilder", kind: str) -> tuple[Any, dict[str, Any], str, str]:
