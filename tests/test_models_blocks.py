@@ -14,6 +14,7 @@ from mmaudio_hf.models.blocks import (
     ChannelLastConv1d,
     JointBlock,
     ModulatedBlock,
+    convolve,
     rotary_table,
     winograd_weight,
 )
@@ -95,6 +96,19 @@ def test_few_products_keep_the_digits_of_float32(kernel_size, error):
     expected = (exact, *torch.autograd.grad((exact * direction).sum(), (x, layer.weight)))
     for name, value, precise in zip(("output", "inputs", "weight"), values, expected, strict=True):
         assert (value - precise).norm() < error * precise.norm(), name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("kernel_size", "length"), [(3, 2), (3, 13), (7, 13)])
+def test_convolutions_of_one_input_are_those_of_each(kernel_size, length, frozen):
+    layers = [convolution(kernel_size, 5, 6, bias).double() for bias in (True, False)]
+    layers[0].weight.requires_grad_(not frozen)
+    x = torch.randn(2, length, 5, dtype=torch.double, requires_grad=True)
+    inputs = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
+    ours, plain = convolve(x, *layers), [plain_convolution(x, layer) for layer in layers]
+    torch.testing.assert_close(list(ours), plain)
+    gradients = [torch.autograd.grad((a.sin() * b).sum(), inputs) for a, b in (ours, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_transformed_weights_give_the_same_convolution():

@@ -154,6 +154,7 @@ def _train_step(
 _STEPPER = """
 import importlib.util, json, sys, time, torch
 from mmaudio_hf.config import ModelConfig
+torch.set_flush_denormal(True)  # see `cli.training._bench`
 bench = "mmaudio_hf.bench." + ("training" if importlib.util.find_spec("mmaudio_hf.bench.training") else "step")
 config, batch_size = ModelConfig(**json.loads(sys.argv[1])), int(sys.argv[2])
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -407,7 +407,12 @@ def add_bench_commands(add: Add) -> None:
 
 
 def _bench(module: str) -> Any:
-    return importlib.import_module(f"mmaudio_hf.bench.{module}")  # here: --help does without torch
+    import torch  # here: --help does without it
+
+    # Networks that begin with zeros have gradients below 1e-19 for some steps, whose squares are denormal: with these a
+    # backward pass is three times as slow at worst. Threads take the setting from the one that makes them.
+    torch.set_flush_denormal(True)
+    return importlib.import_module(f"mmaudio_hf.bench.{module}")
 
 
 def _precisions(options: Namespace) -> tuple[str, ...]:

@@ -31,14 +31,21 @@ class ChannelLastConv1d(nn.Conv1d):
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """Convolve (B, N, in_dim) to (B, N, out_dim)."""
-        if x_BND.device.type == "cpu" and self.kernel_size[0] in POINTS and not torch.compiler.is_compiling():
-            exact = x_BND.dtype == self.weight.dtype and x_BND.dtype in (torch.float32, torch.float64)
-            if exact and not torch.is_autocast_enabled("cpu"):  # bf16 would lose digits
-                return _Winograd.apply(x_BND, self.weight, self.bias, self.transformed)
-        # A view in the channels_last format, which cuDNN takes as it is.
-        padding = (0, self.kernel_size[0] // 2)
-        y_BD1N = F.conv2d(x_BND.transpose(1, 2).unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=padding)
-        return y_BD1N.squeeze(2).transpose(1, 2)
+        return convolve(x_BND, self)[0]
+
+
+def convolve(x_BND: torch.Tensor, *layers: ChannelLastConv1d) -> Sequence[torch.Tensor]:
+    """Outputs of one or several layers for one input; those of one kernel size share what depends on the input."""
+    first = layers[0]
+    if x_BND.device.type == "cpu" and first.kernel_size[0] in POINTS and not torch.compiler.is_compiling():
+        exact = x_BND.dtype == first.weight.dtype and x_BND.dtype in (torch.float32, torch.float64)
+        if exact and not torch.is_autocast_enabled("cpu"):  # bf16 would lose digits
+            parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+            return _Winograd.apply(x_BND, [layer.transformed for layer in layers], *parameters)
+    # A view in the channels_last format, which cuDNN takes as it is.
+    x_BD1N, padding = x_BND.transpose(1, 2).unsqueeze(2), (0, first.kernel_size[0] // 2)
+    outputs = [F.conv2d(x_BD1N, layer.weight.unsqueeze(2), layer.bias, padding=padding) for layer in layers]
+    return [y_BD1N.squeeze(2).transpose(1, 2) for y_BD1N in outputs]
 
 
 # Where the polynomials of a convolution are evaluated, infinity aside: the more points, the fewer products and digits.
@@ -74,44 +81,44 @@ def winograd_weight(weight_OCr: torch.Tensor) -> torch.Tensor:
 
 
 class _Winograd(torch.autograd.Function):
-    """Convolution by `winograd_matrices`, forward and backward, for the processor: 75 % of a step are convolutions.
+    """Convolutions of one input by `winograd_matrices`, for the processor: 75 % of a step are convolutions.
 
-    n products of P = B G tiles of m tokens; O = out_dim, C = in_dim. Inputs are transformed again in the backward pass:
-    they would take 1.5 (kernels of three) to 4 times (of seven) the memory of the inputs.
+    Each is n products of P = B G tiles of m tokens; O = out_dim, C = in_dim. Transformed weights are kept for the
+    backward pass, which takes 2 % of a step off; inputs, of 1.5 to 4 times their memory, are transformed again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_BNC: torch.Tensor,
-        weight_OCr: torch.Tensor,
-        bias: torch.Tensor | None,
-        transformed_nOC: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x_BNC, weight_OCr)
-        A, B, _ = (x_BNC.new_tensor(matrix) for matrix in winograd_matrices(weight_OCr.shape[2]))
-        transformed_nOC = winograd_weight(weight_OCr) if transformed_nOC is None else transformed_nOC
-        products_nPO = torch.bmm(_gather(x_BNC, B, weight_OCr.shape[2] // 2, len(A)), transformed_nOC.mT)
-        y_BNO = _scatter(products_nPO, A, 0, len(A), x_BNC.shape[:2])
-        return y_BNO if bias is None else y_BNO.add_(bias)
+        ctx: Any, x_BNC: torch.Tensor, transformed: Sequence[torch.Tensor | None], *parameters: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """`parameters` are the weight (O, C, r) and the bias (O,) or None of each, `transformed` its (n, O, C)."""
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.margin, ctx.shapes = weights[0].shape[2] // 2, [weight.shape for weight in weights]
+        A, B, _ = ctx.matrices = [x_BNC.new_tensor(matrix) for matrix in winograd_matrices(weights[0].shape[2])]
+        kept = [winograd_weight(w) if t_nOC is None else t_nOC for w, t_nOC in zip(weights, transformed, strict=True)]
+        ctx.save_for_backward(x_BNC, *kept)
+        x_nPC = _gather(x_BNC, B, ctx.margin, len(A))
+        outputs = [_scatter(torch.bmm(x_nPC, t_nOC.mT), A, 0, len(A), x_BNC.shape[:2]) for t_nOC in kept]
+        return tuple(y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BNO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_BNC, weight_OCr = ctx.saved_tensors
-        A, B, G = (x_BNC.new_tensor(matrix) for matrix in winograd_matrices(weight_OCr.shape[2]))
-        margin = weight_OCr.shape[2] // 2
-        grads_nPO = _gather(grad_BNO, A.T, 0, len(A))
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:  # the transposed transforms of the forward pass
-            products_nPC = torch.bmm(grads_nPO, winograd_weight(weight_OCr))
-            grad_x = _scatter(products_nPC, B.T, margin, len(A), x_BNC.shape[:2])
-        if ctx.needs_input_grad[1]:
-            products_nOC = torch.bmm(grads_nPO.mT, _gather(x_BNC, B, margin, len(A)))
-            grad_weight = (products_nOC.flatten(1).T @ G).view_as(weight_OCr)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_BNO.sum((0, 1))
-        return grad_x, grad_weight, grad_bias, None
+    def backward(ctx: Any, *grads_BNO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x_BNC, *transformed), (A, B, G), (of_x, _, *of_each) = ctx.saved_tensors, ctx.matrices, ctx.needs_input_grad
+        grads_nPO = [_gather(grad_BNO, A.T, 0, len(A)) for grad_BNO in grads_BNO]
+        gradients: list[torch.Tensor | None] = [None, None]
+        if of_x:  # the transposed transforms of the forward pass
+            products_nPC = torch.bmm(grads_nPO[0], transformed[0])
+            for grad_nPO, t_nOC in zip(grads_nPO[1:], transformed[1:], strict=True):
+                products_nPC.baddbmm_(grad_nPO, t_nOC)
+            gradients[0] = _scatter(products_nPC, B.T, ctx.margin, len(A), x_BNC.shape[:2])
+        x_nPC = _gather(x_BNC, B, ctx.margin, len(A)) if any(of_each[::2]) else x_BNC
+        for grad_BNO, grad_nPO, shape, *needed in zip(
+            grads_BNO, grads_nPO, ctx.shapes, of_each[::2], of_each[1::2], strict=True
+        ):
+            gradients.append((torch.bmm(grad_nPO.mT, x_nPC).flatten(1).T @ G).view(shape) if needed[0] else None)
+            gradients.append(grad_BNO.sum((0, 1)) if needed[1] else None)
+        return tuple(gradients)
 
 
 def _gather(x_BNC: torch.Tensor, matrix_nk: torch.Tensor, margin: int, step: int) -> torch.Tensor:
@@ -119,11 +126,19 @@ def _gather(x_BNC: torch.Tensor, matrix_nk: torch.Tensor, margin: int, step: int
     batch, length, channels = x_BNC.shape
     tiles, (size, taken) = -(-length // step), matrix_nk.shape
     values = x_BNC.new_empty(batch, tiles, size, channels)
-    after = tiles * step - step + taken - margin - length
+    # Tiles first to last - 1 have all their tokens: read where they are, without a padded copy, 2 % of a step.
+    first = min(-(-margin // step), tiles)
+    last = max((length + margin - taken) // step + 1, first)
+    matrices = matrix_nk.expand(last - first, -1, -1)
     for x_NC, value in zip(x_BNC, values, strict=True):  # a sample at a time stays in the cache: half the time
-        padded = F.pad(x_NC, (0, 0, margin, after)).contiguous()  # as it is when nothing was added
-        windows = padded.as_strided((tiles, taken, channels), (step * channels, channels, 1))
-        torch.bmm(matrix_nk.expand(tiles, -1, -1), windows, out=value)
+        if last == first:
+            break
+        windows = x_NC.contiguous()[first * step - margin :].unfold(0, taken, step).mT
+        torch.bmm(matrices, windows, out=value[first:last])
+    for tile in (*range(first), *range(last, tiles)):
+        begin = tile * step - margin
+        low, high = max(begin, 0), min(begin + taken, length)
+        values[:, tile] = matrix_nk[:, low - begin : high - begin] @ x_BNC[:, low:high]
     return values.flatten(0, 1).transpose(0, 1)
 
 
@@ -139,6 +154,7 @@ def _scatter(
         torch.bmm(chunks[0].expand(tiles, -1, -1), value, out=rows[:tiles])
         rows[tiles:] = 0
         for shift, chunk in enumerate(chunks[1:], 1):
+            # Not baddbmm_, which takes the tiles one by one where they are not contiguous.
             rows[shift : shift + tiles, : len(chunk)] += torch.bmm(chunk.expand(tiles, -1, -1), value)
     return y.flatten(1, 2)[:, margin : margin + length]
 
@@ -163,7 +179,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, D)."""
-        return self.w2(F.silu(self.w1(x_BND)) * self.w3(x_BND))
+        w1, w3 = self.w1, self.w3
+        if type(w1) is ChannelLastConv1d and type(w3) is ChannelLastConv1d:  # not where an adapter wraps them
+            gate_BNH, value_BNH = convolve(x_BND, w1, w3)
+        else:
+            gate_BNH, value_BNH = w1(x_BND), w3(x_BND)
+        return self.w2(F.silu(gate_BNH) * value_BNH)
 
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
