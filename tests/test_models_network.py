@@ -25,20 +25,19 @@ INIT_TABLE = GOLDEN / "init_small_16k.tsv"
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
 
 
-class Models(dict):
-    """Name-seeded models, built at their first use: the small ones, and the last of the others (4 GB)."""
-
-    def __missing__(self, variant: str) -> MMAudio:
-        for name in [name for name in self if not name.startswith("small")]:
-            del self[name]
-        state = state_dict(f"flow_{variant}")
-        self[variant] = MMAudio.from_config_and_state(variant_config(variant), state, variant).eval()
-        return self[variant]
-
-
 @pytest.fixture(scope="module")
-def models():
-    return Models()
+def model(variant) -> MMAudio:
+    """A name-seeded model. All tests of a variant run before the next: the largest takes 4 GB."""
+    state = state_dict(f"flow_{variant}")
+    with torch.device("meta"):
+        model = MMAudio.from_variant(variant)
+    model.to_empty(device="cpu").load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def of_variants(*variants: str):
+    """Run the test for each of these; the models of a module scope are made and freed one after the other."""
+    return pytest.mark.parametrize("variant", variants, scope="module")
 
 
 def inputs(case: str, batch: int, lengths) -> dict[str, torch.Tensor]:
@@ -65,22 +64,20 @@ def test_state_dict_has_the_released_names_and_shapes(variant):
     assert ours == listed_shapes(f"flow_{variant}")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@of_variants(*VARIANTS)
 @torch.no_grad()
-def test_velocity(variant, models):
+def test_velocity(variant, model):
     case = f"flow_forward_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    model = models[variant]
     velocity = model(x["latent"], x["clip"], x["sync"], x["text"], torch.from_numpy(arrays["t"]))
     assert relative_error(velocity, arrays, "flow") < (1e-3 if variant == "large_44k_v2" else 1e-4)
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k", "large_44k_v2"])
+@of_variants("small_16k", "small_44k", "large_44k_v2")
 @torch.no_grad()
-def test_conditions(variant, models):
+def test_conditions(variant, model):
     case = f"flow_conditions_{variant}"
     arrays, x = golden(case), inputs(case, 2, default_lengths(variant))
-    model = models[variant]
     groups = {
         "cond": model.preprocess_conditions(x["clip"], x["sync"], x["text"]),
         "empty": model.empty_conditions(2),
@@ -91,11 +88,11 @@ def test_conditions(variant, models):
             assert relative_error(ours, arrays, f"{group}.{name}") < 2e-5, (group, name)
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@of_variants("small_16k", "small_44k")
 @torch.no_grad()
-def test_sampling(variant, models):
+def test_sampling(variant, model):
     """As the pipeline samples: `test_models_sampling` compares its velocities with those of two plain passes."""
-    case, model = f"flow_sample_{variant}", models[variant]
+    case = f"flow_sample_{variant}"
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
     conditions, empty = model.preprocess_conditions(x["clip"], x["sync"], x["text"]), model.empty_conditions(1)
     velocity, entering = GuidedVelocity(model, conditions, empty, 4.5), []
@@ -111,10 +108,10 @@ def test_sampling(variant, models):
     assert relative_error(result, arrays, "x1") < 2e-4
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@of_variants("small_16k", "small_44k")
 @torch.no_grad()
-def test_statistics_of_the_latents(variant, models):
-    arrays, model = golden(f"flow_sample_{variant}"), models[variant]
+def test_statistics_of_the_latents(variant, model):
+    arrays = golden(f"flow_sample_{variant}")
     result = torch.from_numpy(arrays["x1"])
     kept = result.clone()
     assert relative_error(model.unnormalize(result), arrays, "x1_unnormalized") < 2e-4
@@ -122,10 +119,10 @@ def test_statistics_of_the_latents(variant, models):
     assert torch.allclose(model.normalize(model.unnormalize(result)), result, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@of_variants("small_16k", "small_44k")
 @torch.no_grad()
-def test_sampling_without_guidance_and_with_a_negative_prompt(variant, models):
-    case, model = f"flow_sample_{variant}", models[variant]
+def test_sampling_without_guidance_and_with_a_negative_prompt(variant, model):
+    case = f"flow_sample_{variant}"
     arrays, x = golden(case), inputs(case, 1, default_lengths(variant))
     conditions = model.preprocess_conditions(x["clip"], x["sync"], x["text"])
     empty, negative = model.empty_conditions(1), model.empty_conditions(1, x["negative"])
@@ -135,10 +132,10 @@ def test_sampling_without_guidance_and_with_a_negative_prompt(variant, models):
     assert relative_error(other, arrays, "x1_2steps_negative") < 2e-4
 
 
-@pytest.mark.parametrize("variant", ["small_16k", "small_44k"])
+@of_variants("small_16k", "small_44k")
 @torch.no_grad()
-def test_other_durations(variant, models):
-    case, model, config = f"flow_seqlen_{variant}", models[variant], variant_config(variant)
+def test_other_durations(variant, model):
+    case, config = f"flow_seqlen_{variant}", variant_config(variant)
     arrays = golden(case)
     try:
         for seconds in (4.0, 10.0):
@@ -293,8 +290,9 @@ def test_bf16_module_stays_near_float32():
     assert 1e-4 < ((ours - exact).norm() / exact.norm()) < 5e-2
 
 
-def test_wrong_shapes_are_named(models):
-    model, x = models["small_16k"], inputs("wrong", 1, (250, 64, 192, 20))
+@of_variants("small_16k")
+def test_wrong_shapes_are_named(model):
+    x = inputs("wrong", 1, (250, 64, 192, 20))
     with pytest.raises(ValueError, match=r"clip_features.*64.*\(1, 63, 1024\)"):
         model.preprocess_conditions(x["clip"][:, :63], x["sync"], x["text"])
     with pytest.raises(ValueError, match="multiple of 8"):
