@@ -16,7 +16,7 @@ example: $(INSTALLED)  # media, features, training, generation, report; SHORT=1 
 
 test: $(INSTALLED)  # two workers of one thread; the tests of a file share its worker. See "Tests" in docs/design.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
-		--reruns 1 --rerun-show-tracebacks -raR
+		--max-worker-restart 0 --reruns 1 --rerun-show-tracebacks -raR
 
 test-slow: $(INSTALLED)  # full-size encoders: about 10 GB of memory
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,9 @@
 """Fixtures that several files share."""
 
+import ctypes
+import gc
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +18,31 @@ LONG_FILES = (  # noqa: SIM905
     " generation_files bench wheel evaluation_samples training_finetune released_end_to_end training_launch"
 ).split()
 
+MEMORY_GB = 8  # of the process of a test
+
 
 def pytest_collection_modifyitems(items):
     """The files that take minutes come first, the longest before the others, so that all workers end together."""
     order = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
+
+
+@pytest.fixture(autouse=sys.platform == "linux", scope="module")
+def freed_memory():
+    """What the tests of a file allocated goes back to the system: the C library would keep up to 10 GB of it."""
+    yield
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=sys.platform == "linux")
+def memory_limit(request):
+    """Two workers share the machine: beyond its memory the kernel kills one of them, in whatever test it is."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    yield
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024 / 1e9
+    assert peak < MEMORY_GB or request.node.get_closest_marker("slow"), f"{peak:.1f} GB: too much for a test"
 
 
 @pytest.fixture(scope="session")
