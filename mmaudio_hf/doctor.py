@@ -416,6 +416,7 @@ def _memory(launch: Launch) -> Iterator[tuple[str, str]]:
         allowance |= {"NCCL": NCCL_BUFFERS} if launch.world > 1 else {}
     else:
         available, owner = available_memory() // launch.processes, "each process can have"
+        allowance = {"transformed weights": launch.estimate.transformed}
     need = tensors + sum(allowance.values())
     of = f", for clips of {launch.estimate.recipe.model.duration:g} s" if len(launch.of_durations) > 1 else ""
     message = f"about {_gb(need)} a device{of} ({_listed(components | allowance)}); {owner} {_gb(available)}"
@@ -431,7 +432,8 @@ def _host_memory(launch: Launch) -> Iterator[tuple[str, str]]:
     components = launch.estimate.on_host(launch.world, launch.machines, accumulation, launch.fsdp)
     need, available = sum(components.values()), available_memory()
     if launch.device.type == "cpu":
-        available -= launch.processes * sum(launch.estimate.on_device(launch.world, accumulation, launch.fsdp).values())
+        tensors = launch.estimate.on_device(launch.world, accumulation, launch.fsdp).values()
+        available -= launch.processes * (sum(tensors) + launch.estimate.transformed)
     message = f"about {_gb(need)} ({_listed(components)}); there are {_gb(max(0, available))}"
     way = "lower data.prefetch_batches or training.batch_size, or take more memory"
     yield _verdict(need <= available, "FAIL", message, way)

@@ -61,7 +61,7 @@ def test_the_overhead_of_the_loop_is_what_it_adds_to_a_step(monkeypatch):
 
 def test_the_step_is_compared_with_that_of_another_checkout(tmp_path):
     """The other is one before `bench.training`, which has the function in `bench.step`."""
-    with pytest.raises(ValueError, match="there is no mmaudio_hf/bench in it"):
+    with pytest.raises(ValueError, match="no checkout of this repository; make one"):
         compare_step(TINY, tmp_path, 2, 2)
     bench = tmp_path / "mmaudio_hf" / "bench"
     bench.mkdir(parents=True)

@@ -11,13 +11,13 @@ from data_stores import AUDIO_SHAPES, SHAPES, make_store
 from mmaudio_hf.bench import loader as bench
 from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe, variant_config
-from mmaudio_hf.data.loader import BatchLoader, training_batch_indices
+from mmaudio_hf.data.loader import BatchLoader, bucketed_batch_indices
 from mmaudio_hf.data.mixture import Mixture
 
 
 def test_the_dataloader_delivers_what_ours_does(tmp_path):
     mixture = Mixture([(make_store(tmp_path / "v", 9), 1), (make_store(tmp_path / "a", 7, AUDIO_SHAPES, seed=2), 1)])
-    steps = list(training_batch_indices(len(mixture), bench.SEED, 4, [np.arange(4)], range(6)))
+    steps = list(bucketed_batch_indices(mixture, bench.SEED, [4], [[np.arange(4)]], range(6)))
     order = np.concatenate([indices.dataset_indices for (indices,) in steps])
     theirs = bench._dataloader(mixture, order, 4, 0)
     with BatchLoader(mixture, steps, 4, 1) as ours:

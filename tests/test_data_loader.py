@@ -19,9 +19,9 @@ from data_stores import AUDIO_SHAPES, MODEL, SHAPES, make_store
 from mmaudio_hf.data.loader import (
     BatchIndices,
     BatchLoader,
+    bucketed_batch_indices,
     pack,
     sample_bytes,
-    training_batch_indices,
     training_batches,
     validation_batches,
 )
@@ -334,7 +334,7 @@ def test_rows_are_requested_from_the_disk_before_they_are_needed(mixture, monkey
 
 def test_readahead_can_be_turned_off(mixture, monkeypatch):
     monkeypatch.setattr(FeatureStore, "prefetch", None)
-    batch_indices = training_batch_indices(len(mixture), SEED, 12, [np.arange(12)], range(2))
+    batch_indices = bucketed_batch_indices(mixture, SEED, [12], [[np.arange(12)]], range(2))
     with BatchLoader(mixture, batch_indices, 12, 1, readahead=False) as batches:
         assert len(list(batches)) == 2
 

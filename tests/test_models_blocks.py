@@ -1,5 +1,6 @@
 """Layers and blocks of the flow model: fast forms that must agree with the plain ones, and what keeps them fast."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmaudio_hf.models import blocks
 from mmaudio_hf.models.blocks import (
     POINTS,
     ChannelLastConv1d,
+    GatedMLP,
     JointBlock,
     ModulatedBlock,
     convolve,
@@ -109,6 +113,55 @@ def test_convolutions_of_one_input_are_those_of_each(kernel_size, length, frozen
     torch.testing.assert_close(list(ours), plain)
     gradients = [torch.autograd.grad((a.sin() * b).sum(), inputs) for a, b in (ours, plain)]
     torch.testing.assert_close(*gradients)
+
+
+def double_by_global_hook(layer: nn.Module) -> None:
+    nn.modules.module.register_module_forward_hook(lambda called, _, y: 2 * y if called is layer else None)
+
+
+ATTACHED = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *call: 2 * call[2]),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _, inputs: 2 * inputs[0]),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda _, grads, __: (2 * grads[0],)),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda _, grads: (2 * grads[0],)),
+    "global hook": double_by_global_hook,
+    "forward": lambda layer: setattr(layer, "forward", lambda x, f=layer.forward: 2 * f(x)),  # so does accelerate
+    "compiled": lambda layer: setattr(layer, "_compiled_call_impl", lambda x, f=layer.forward: 2 * f(x)),
+    "weight norm": lambda layer: nn.utils.weight_norm(layer).weight_g.data.mul_(2),
+    "parametrization": lambda layer: weight_norm(layer).parametrizations.weight.original0.data.mul_(2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")  # old, and still in use
+@pytest.mark.parametrize("name", ["w1", "w3"])
+@pytest.mark.parametrize("attached", ATTACHED)
+def test_what_is_attached_to_a_map_of_a_gated_mlp_counts(attached, name, monkeypatch):
+    """`w1` and `w3` share what depends on their input only where to call them is to convolve."""
+    monkeypatch.setattr(nn.modules.module, "_global_forward_hooks", OrderedDict())
+    torch.manual_seed(0)
+    mlp, x = GatedMLP(4, 3, multiple_of=8).double(), torch.randn(2, 9, 4, dtype=torch.double, requires_grad=True)
+    calls, shared = [], blocks.convolve
+    monkeypatch.setattr(blocks, "convolve", lambda x, *layers: calls.append(len(layers)) or shared(x, *layers))
+    direction, before = torch.randn(2, 9, 4, dtype=torch.double), mlp(x)
+    assert calls == [2, 1]
+    ATTACHED[attached](getattr(mlp, name))
+    ours, separate = mlp(x), mlp.w2(F.silu(mlp.w1(x)) * mlp.w3(x))
+    torch.testing.assert_close(ours, separate)
+    gradients = [torch.autograd.grad((y * direction).sum(), x)[0] for y in (ours, separate, before)]
+    torch.testing.assert_close(*gradients[:2])
+    assert not torch.allclose(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_the_backward_pass_keeps_what_it_needs(of_x, of_weights):
+    """Transformed weights for the gradient of the input, the input for that of the weights, and no second copy."""
+    layers = [convolution(3, 8, 12, bias=False).requires_grad_(of_weights) for _ in range(2)]
+    x, kept = torch.randn(2, 13, 8, requires_grad=of_x), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        output = sum(convolve(x, *layers))
+    assert [t.shape for t in kept] == [(2, 13, 8)] * of_weights + [(6, 12, 8)] * 2 * of_x
+    assert output.requires_grad == (of_x or of_weights)
 
 
 def test_transformed_weights_give_the_same_convolution():

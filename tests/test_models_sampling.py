@@ -82,7 +82,16 @@ def test_transformed_weights_are_those_of_the_context(model):
         torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias))
     assert not transformed()
     with winograd_convolutions(model, "bf16"):
-        assert not transformed()
+        assert not transformed() and all(m.rounded is None for m in maps), "nothing is rounded without autocast"
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with winograd_convolutions(model, "bf16"):
+            rounded = {m for m in maps if m.rounded is not None}
+            assert not transformed() and {m.kernel_size for m in rounded} == {(3,), (7,)} and layer in rounded
+            torch.testing.assert_close(layer(x), expected)
+            layer.rounded = 2 * layer.rounded
+            torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias), atol=0.02, rtol=0.02)
+    assert all(m.rounded is None for m in maps)
     with pytest.raises(RuntimeError, match="inside"), winograd_convolutions(model, "fp32"):
         raise RuntimeError("inside")
     assert not transformed()

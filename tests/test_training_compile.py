@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from toy_stores import MODEL
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.bench.training import random_batch
-from mmaudio_hf.config import FlowConfig, TrainingConfig, config_of_duration, variant_config
+from mmaudio_hf.config import FlowConfig, Recipe, TrainingConfig, config_of_duration, variant_config
+from mmaudio_hf.models import blocks
 from mmaudio_hf.schema import RunError
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.distributed import allow_tf32, compile_blocks, configure_model, should_compile
+from mmaudio_hf.training.memory import MemoryEstimate
 from mmaudio_hf.training.step import flow_step
 
 SIZES = {name: value for name, value in MODEL.items() if name != "variant"}
@@ -63,6 +66,33 @@ def test_activation_checkpointing_gives_the_same_bits_in_less_memory(model):
     for name, gradient in gradients.items():
         assert torch.equal(gradient, other_gradients[name]), name
     assert kept_less < 0.5 * kept  # the rest is of the projections before the blocks
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_transformed_weights_are_kept_as_the_estimate_says(model, monkeypatch, recomputed):
+    """Between forward and backward of a step, and none without gradients; with checkpointing one block's at a time."""
+    references, most, transform = [], [], blocks.winograd_weight
+
+    def noting(weight: torch.Tensor) -> torch.Tensor:
+        references.append(weakref.ref(value := transform(weight)))
+        most.append(kept())
+        return value
+
+    def kept() -> int:
+        return sum(value.nbytes for each in references if (value := each()) is not None)
+
+    monkeypatch.setattr(blocks, "winograd_weight", noting)
+    training = TrainingConfig(mixed_precision="no", activation_checkpointing=recomputed)
+    estimate = MemoryEstimate(Recipe("x", model=model.config, training=training), lambda: MMAudio(model.config))
+    network = copy.deepcopy(model)
+    network.activation_checkpointing = recomputed
+    batch = random_batch(model.config, 2)
+    batch.clip_features.requires_grad_()  # so that all convolutions but those of latents and sync features keep theirs
+    with torch.no_grad():
+        flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std)
+    assert len(references) > 20 and kept() == 0 and max(most) < 0.2 * estimate.transformed
+    flow_step(network, batch, FlowConfig(), network.latent_mean, network.latent_std).loss.mean().backward()
+    assert 0.9 * estimate.transformed < max(most) <= estimate.transformed and kept() == 0
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """How benchmarks measure. Everything that is compared runs in turn in one process: absolute times drift."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
@@ -15,6 +19,7 @@ from mmaudio_hf.bench.loader import make_stores
 from mmaudio_hf.config import DataConfig, ModelConfig, Recipe, StoreConfig, TrainingConfig
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.schema import RunError
 from mmaudio_hf.training.loop import Run
 
 MATMUL_SIZE, SMALL_MATMUL = 3072, 256
@@ -22,6 +27,7 @@ SLOW_BF16 = 0.1  # of the float32 rate: below it the processor emulates bf16, an
 
 Timed = tuple[Callable[[], object], float]
 """Something to run, and its floating-point operations."""
+Result = TypeVar("Result")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -31,10 +37,34 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(measures: Sequence[Callable[[], float]], rounds: int, warm_up: int = 1) -> list[tuple[float, ...]]:
+def in_turn(measures: Sequence[Callable[[], Result]], rounds: int, warm_up: int = 1) -> list[tuple[Result, ...]]:
     """What each of `measures` returns in `rounds` rounds, after `warm_up` more that are dropped."""
     results = [[measure() for measure in measures] for _ in range(warm_up + rounds)]
     return list(zip(*results[warm_up:], strict=True))
+
+
+def compare(other: Path, program: str, arguments: Sequence[str], rounds: int) -> np.ndarray:
+    """(2, rounds, F): the F numbers that `program` prints for each line it reads, with this package and with `other`'s.
+
+    Two processes, in turn. ValueError where `other` is no checkout of this repository.
+    """
+    roots = (Path(__file__).parents[2], other.resolve())
+    if not (roots[1] / "mmaudio_hf" / "bench").is_dir():
+        way = f"make one with `git worktree add {other} COMMIT`"
+        raise ValueError(f"--against {other}: no checkout of this repository; {way}")
+    command = [sys.executable, "-P", "-c", program, *arguments]
+    popen = partial(subprocess.Popen[str], command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def measure(process: subprocess.Popen[str]) -> list[float]:
+        assert process.stdin is not None and process.stdout is not None
+        print(file=process.stdin, flush=True)
+        if not (line := process.stdout.readline()):
+            raise RunError("a process that is measured has ended; what it said is above")
+        return [float(word) for word in line.split()]
+
+    with ExitStack() as stack:
+        processes = [stack.enter_context(popen(env=os.environ | {"PYTHONPATH": str(root)})) for root in roots]
+        return np.array(in_turn([partial(measure, process) for process in processes], rounds))
 
 
 def median_rates(timed: Sequence[Timed], rounds: int) -> list[float]:

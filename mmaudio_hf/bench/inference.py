@@ -5,7 +5,6 @@ Reading is compared with one pass over the file per stream, encoders with a matr
 sampling with a plain loop that evaluates the model twice per step.
 """
 
-import contextlib
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchaudio.functional import resample
 from transformers import CLIPModel
 
-from mmaudio_hf.bench import Timed, emulates_bf16, median_rates, synchronize, time_matmul
+from mmaudio_hf.bench import Timed, compare, emulates_bf16, in_turn, median_rates, seconds, synchronize, time_matmul
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.evaluation.metrics import (
     AUDIO_TOKENS,
@@ -75,7 +74,7 @@ def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> di
         video = video or make_clip(Path(folder) / "clip.mp4")
         ways = [lambda: read_video(video, mode=mode, as_uint8=True), lambda: plain_read(video, mode)]
         cores = len(os.sched_getaffinity(0))
-        (ours, plain), (our_work, plain_work) = _times(ways, cores, rounds)
+        (ours, plain), (our_work, plain_work) = _times(ways, cores, rounds).tolist()
         figures: dict[str, float | str] = {
             "video": video.name,
             "files_at_once": cores,
@@ -94,32 +93,14 @@ def extract(video: Path | None = None, rounds: int = 3, mode: str = "16k") -> di
 def extract_against(
     other: Path, video: Path | None = None, rounds: int = 3, mode: str = "16k"
 ) -> dict[str, float | str]:
-    """Videos per second of reading, by this package and by that of the checkout `other`, in turn.
+    """Videos per second of reading, by this package and by that of the checkout `other`, by `compare`.
 
-    Each in a process of its own, which reads as many files at once as there are cores. ValueError for no checkout.
+    Both read as many files at once as there are cores.
     """
-    if not (other / "mmaudio_hf" / "media" / "video.py").is_file():
-        raise ValueError(f"{other}: no checkout of this repository; make one with `git worktree add {other} COMMIT`")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         video, cores = video or make_clip(Path(folder) / "clip.mp4"), len(os.sched_getaffinity(0))
-        command = [sys.executable, "-c", _READER, str(video.resolve()), mode, str(cores)]
-        readers = []
-        for root in (Path(__file__).parents[2], other):
-            environment = os.environ | {"PYTHONPATH": str(root.resolve())}
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            reader = stack.enter_context(subprocess.Popen(command, env=environment, cwd=folder, **pipes))
-            assert reader.stdin and reader.stdout, "they are pipes"
-            readers.append((reader.stdin, reader.stdout))
-
-        def measure(pipes: tuple[IO[str], IO[str]]) -> tuple[float, float]:
-            print("read", file=pipes[0], flush=True)
-            seconds, work = map(float, pipes[1].readline().split())
-            return seconds, work
-
-        times = np.array([[measure(pipes) for pipes in readers] for _ in range(rounds + 1)])[1:]  # after a warm-up
-        (ours, our_work), (theirs, their_work) = np.median(times, axis=0).tolist()
-        for stdin, _ in readers:
-            stdin.close()
+        times = compare(other, _READER, [str(video.resolve()), mode, str(cores)], rounds)
+        (ours, our_work), (theirs, their_work) = np.median(times, axis=1).tolist()
     return {
         "video": video.name,
         "files_at_once": cores,
@@ -173,23 +154,21 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def _times(ways: Sequence[Callable[[], object]], copies: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Median seconds of each way, `copies` at once, and of processor time; in turn, after a warm-up."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    work: list[list[float]] = [[] for _ in ways]
+def _times(ways: Sequence[Callable[[], object]], copies: int, rounds: int) -> np.ndarray:
+    """(2, ways): median seconds of each way, `copies` at once, and of processor time; in turn, after a warm-up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(copies) as pool:
-        for number in range(rounds + 1):
-            for way, wall, processor in zip(ways, seconds, work, strict=True):
-                began, busy = time.perf_counter(), time.process_time()
-                for future in [pool.submit(way) for _ in range(copies)]:
-                    future.result()
-                if number:
-                    wall.append(time.perf_counter() - began)
-                    processor.append(time.process_time() - busy)
+
+        def measure(way: Callable[[], object]) -> tuple[float, float]:
+            began, busy = time.perf_counter(), time.process_time()
+            for future in [pool.submit(way) for _ in range(copies)]:
+                future.result()
+            return time.perf_counter() - began, time.process_time() - busy
+
+        times = in_turn([partial(measure, way) for way in ways], rounds)
     torch.set_num_threads(threads)
-    return [statistics.median(taken) for taken in seconds], [statistics.median(taken) for taken in work]
+    return np.median(times, axis=1).T
 
 
 def make_clip(path: Path) -> Path:
@@ -375,7 +354,6 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
     *features, latent = (torch.randn(batch_size, *shape, device=device) for shape in shapes)
     t_B = torch.full((batch_size,), 0.5, device=device)
     velocities: dict[str, torch.Tensor] = {}
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         conditions, unconditional = model.preprocess_conditions(*features), model.empty_conditions(batch_size)
         began = time.perf_counter()
@@ -391,14 +369,13 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
         def our_step() -> None:
             velocities["ours"] = ours(latent, t_B)
 
-        for number in range(rounds + (rounds > 1)):  # the first is a warm-up
-            plain = _seconds(plain_step, device)
+        def our_seconds() -> float:
             with winograd_convolutions(model, precision):
-                our = _seconds(our_step, device)
-            if number or rounds == 1:
-                seconds["plain"].append(plain)
-                seconds["ours"].append(our)
-    plain, our = (STEPS * statistics.median(seconds[name]) / batch_size for name in ("plain", "ours"))
+                return _seconds(our_step, device)
+
+        measures: list[Callable[[], float]] = [partial(_seconds, plain_step, device), our_seconds]
+        times = in_turn(measures, rounds, warm_up=int(rounds > 1))
+    plain, our = (STEPS * statistics.median(each) / batch_size for each in times)
     our += prepared
     difference = (velocities["ours"] - velocities["plain"]).norm() / velocities["plain"].norm()
     return {
@@ -411,11 +388,12 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    def completed() -> None:
+        run()
+        synchronize(device)
+
     synchronize(device)
-    began = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - began
+    return seconds(completed)
 
 
 def _stages(variant: str, device: torch.device, rounds: int) -> dict[str, float | str]:

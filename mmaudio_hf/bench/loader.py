@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.data.layout import Column, bytes_of, layout_columns
-from mmaudio_hf.data.loader import BatchLoader, sample_bytes, training_batch_indices, training_batches
+from mmaudio_hf.data.loader import BatchLoader, bucketed_batch_indices, sample_bytes, training_batches
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, record_checksum, rows_needed
 from mmaudio_hf.data.sampler import dataset_indices, permutation
@@ -139,7 +139,7 @@ def _timed(batches: Iterable) -> float:
 
 def _ours(mixture: Mixture, batch_size: int, steps: int, threads: int, noise: bool) -> float:
     """What `training_batches` is; without noise it draws no random numbers."""
-    indices = training_batch_indices(len(mixture), SEED, batch_size, [np.arange(batch_size)], range(steps))
+    indices = bucketed_batch_indices(mixture, SEED, [batch_size], [[np.arange(batch_size)]], range(steps))
     if not noise:
         indices = ([replace(batch, fill_noise=lambda *_: None) for batch in step] for step in indices)
     # Without readahead, as after the first epoch: all rows are in the page cache.

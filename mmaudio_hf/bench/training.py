@@ -5,10 +5,7 @@ And steps of clips of several durations against those of one.
 
 import json
 import multiprocessing
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +23,7 @@ from mmaudio_hf.bench import (
     ROWS,
     Timed,
     bench_recipe,
+    compare,
     emulates_bf16,
     in_turn,
     median_rates,
@@ -167,42 +165,12 @@ for _ in sys.stdin:
 
 
 def compare_step(config: ModelConfig, checkout: Path, batch_size: int, rounds: int) -> Figures:
-    """Seconds of a float32 step, and of that of the package in `checkout`: two processes, one step each in turn.
-
-    ValueError where `checkout` has no package of ours.
-    """
-    roots = (Path(__file__).parents[2], checkout.resolve())
-    if not (roots[1] / "mmaudio_hf" / "bench").is_dir():
-        raise ValueError(f"--against {checkout}: there is no mmaudio_hf/bench in it; name a checkout of the repository")
-    command = [sys.executable, "-P", "-c", _STEPPER, json.dumps(asdict(config)), str(batch_size)]
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=os.environ | {"PYTHONPATH": str(root)},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for root in roots
-        ]
-        ours, other = in_turn([partial(_step_of, process) for process in processes], rounds)
+    """Seconds of a float32 step, and of that of the package in `checkout`, by `compare`."""
+    ours, other = compare(checkout, _STEPPER, [json.dumps(asdict(config)), str(batch_size)], rounds)[..., 0].tolist()
     return {
         "fp32_other_step_seconds": statistics.median(other),
         "fp32_throughput_of_other": statistics.median(b / a for a, b in zip(ours, other, strict=True)),
     }
-
-
-def _step_of(process: subprocess.Popen[str]) -> float:
-    """Seconds of one step of a `_STEPPER`."""
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    if not (line := process.stdout.readline()):
-        raise RunError("a process that does steps has ended; what it said is above")
-    return float(line)
 
 
 def random_batch(config: ModelConfig, size: int) -> Batch:

@@ -138,23 +138,12 @@ def bucketed_batch_indices(
         bucket, before = bucket_of_step(step, epochs, sizes)
         of_step = partial(dataset_indices, seed, before, global_batch=sizes[bucket], epoch_length=epochs[bucket])
         indices = (mixture.of_bucket(bucket, of_step(samples, bucket=bucket)) for samples in shares[bucket])
-        yield [_training_indices(step, seed, *pair) for pair in zip(shares[bucket], indices, strict=True)]
 
+        def fill(out: Draws, samples: list[int], ids: list[str], step: int = step) -> None:
+            fill_noise(out, seed, "train", step, samples)
 
-def training_batch_indices(
-    epoch_length: int, seed: int, global_batch: int, sample_indices: Sequence[np.ndarray], steps: range
-) -> Iterator[list[BatchIndices]]:
-    """The same for a mixture of one duration."""
-    for step in steps:
-        indices = (dataset_indices(seed, step, samples, global_batch, epoch_length) for samples in sample_indices)
-        yield [_training_indices(step, seed, *pair) for pair in zip(sample_indices, indices, strict=True)]
-
-
-def _training_indices(step: int, seed: int, samples: np.ndarray, indices: np.ndarray) -> BatchIndices:
-    def fill(out: Draws, samples: list[int], ids: list[str]) -> None:
-        fill_noise(out, seed, "train", step, samples)
-
-    return BatchIndices(step, indices, samples, np.ones(len(samples), dtype=bool), fill)
+        pairs = zip(indices, shares[bucket], strict=True)
+        yield [BatchIndices(step, *pair, np.ones(len(pair[1]), dtype=bool), fill) for pair in pairs]
 
 
 def validation_batches(

@@ -7,7 +7,7 @@ d = D / H; M is 1 for a condition that all tokens share, or N for one of every t
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ class ChannelLastConv1d(nn.Conv1d):
     Takes the arguments of `nn.Conv1d`, as peft expects. `nn.Conv1d` itself would transpose every input and output.
     """
 
-    transformed: torch.Tensor | None = None  # `winograd_weight`, as long as the weight does not change
+    # What every step of sampling makes of the weight, as long as it does not change; see `winograd_convolutions`.
+    transformed: torch.Tensor | None = None  # `winograd_weight`
+    rounded: torch.Tensor | None = None  # (O, C, 1, r) in the type of autocast and the channels_last format
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """Convolve (B, N, in_dim) to (B, N, out_dim)."""
@@ -44,8 +46,16 @@ def convolve(x_BND: torch.Tensor, *layers: ChannelLastConv1d) -> Sequence[torch.
             return _Winograd.apply(x_BND, [layer.transformed for layer in layers], *parameters)
     # A view in the channels_last format, which cuDNN takes as it is.
     x_BD1N, padding = x_BND.transpose(1, 2).unsqueeze(2), (0, first.kernel_size[0] // 2)
-    outputs = [F.conv2d(x_BD1N, layer.weight.unsqueeze(2), layer.bias, padding=padding) for layer in layers]
-    return [y_BD1N.squeeze(2).transpose(1, 2) for y_BD1N in outputs]
+    weights = [layer.weight.unsqueeze(2) if layer.rounded is None else layer.rounded for layer in layers]
+    pairs = zip(weights, layers, strict=True)
+    return [F.conv2d(x_BD1N, w, layer.bias, padding=padding).squeeze(2).transpose(1, 2) for w, layer in pairs]
+
+
+def called_plainly(layer: nn.Module) -> TypeGuard[ChannelLastConv1d]:
+    """Whether to call the layer is to convolve: with an adapter, FSDP, a parametrization, hooks, ... it is more."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    plain = type(layer) is ChannelLastConv1d and layer._compiled_call_impl is None and "forward" not in vars(layer)
+    return plain and not any(hooks) and not torch.nn.modules.module._has_any_global_hook()
 
 
 # Where the polynomials of a convolution are evaluated, infinity aside: the more points, the fewer products and digits.
@@ -84,7 +94,8 @@ class _Winograd(torch.autograd.Function):
     """Convolutions of one input by `winograd_matrices`, for the processor: 75 % of a step are convolutions.
 
     Each is n products of P = B G tiles of m tokens; O = out_dim, C = in_dim. Transformed weights are kept for the
-    backward pass, which takes 2 % of a step off; inputs, of 1.5 to 4 times their memory, are transformed again.
+    backward pass, which takes 2 % of a step off; inputs, of 1.5 to 4 times their memory, are transformed again. Neither
+    is kept where its gradient is not needed: those of frozen weights need no inputs.
     """
 
     @staticmethod
@@ -96,7 +107,9 @@ class _Winograd(torch.autograd.Function):
         ctx.margin, ctx.shapes = weights[0].shape[2] // 2, [weight.shape for weight in weights]
         A, B, _ = ctx.matrices = [x_BNC.new_tensor(matrix) for matrix in winograd_matrices(weights[0].shape[2])]
         kept = [winograd_weight(w) if t_nOC is None else t_nOC for w, t_nOC in zip(weights, transformed, strict=True)]
-        ctx.save_for_backward(x_BNC, *kept)
+        of_x, _, *of_each = ctx.needs_input_grad
+        ctx.save_for_backward(x_BNC if any(of_each[::2]) else None, *(kept if of_x else ()))
+        ctx.tokens = x_BNC.shape[:2]
         x_nPC = _gather(x_BNC, B, ctx.margin, len(A))
         outputs = [_scatter(torch.bmm(x_nPC, t_nOC.mT), A, 0, len(A), x_BNC.shape[:2]) for t_nOC in kept]
         return tuple(y if bias is None else y.add_(bias) for y, bias in zip(outputs, biases, strict=True))
@@ -111,8 +124,8 @@ class _Winograd(torch.autograd.Function):
             products_nPC = torch.bmm(grads_nPO[0], transformed[0])
             for grad_nPO, t_nOC in zip(grads_nPO[1:], transformed[1:], strict=True):
                 products_nPC.baddbmm_(grad_nPO, t_nOC)
-            gradients[0] = _scatter(products_nPC, B.T, ctx.margin, len(A), x_BNC.shape[:2])
-        x_nPC = _gather(x_BNC, B, ctx.margin, len(A)) if any(of_each[::2]) else x_BNC
+            gradients[0] = _scatter(products_nPC, B.T, ctx.margin, len(A), ctx.tokens)
+        x_nPC: Any = x_BNC if x_BNC is None else _gather(x_BNC, B, ctx.margin, len(A))
         for grad_BNO, grad_nPO, shape, *needed in zip(
             grads_BNO, grads_nPO, ctx.shapes, of_each[::2], of_each[1::2], strict=True
         ):
@@ -180,7 +193,8 @@ class GatedMLP(nn.Module):
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, D)."""
         w1, w3 = self.w1, self.w3
-        if type(w1) is ChannelLastConv1d and type(w3) is ChannelLastConv1d:  # not where an adapter wraps them
+        # A compiler sees two convolutions either way, and no guards for hooks.
+        if not torch.compiler.is_compiling() and called_plainly(w1) and called_plainly(w3):
             gate_BNH, value_BNH = convolve(x_BND, w1, w3)
         else:
             gate_BNH, value_BNH = w1(x_BND), w3(x_BND)

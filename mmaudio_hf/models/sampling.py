@@ -1,7 +1,7 @@
 """Sampling with classifier-free guidance: what steps, branches and tokens have in common is computed once.
 
 Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`. Weights do not
-change meanwhile, so `winograd_convolutions` transforms them once, and not at every step as training does.
+change meanwhile, so `winograd_convolutions` prepares them once, and not at every step as training does.
 """
 
 import contextlib
@@ -87,20 +87,25 @@ def _distinct_tokens(model: MMAudio, device: torch.device, repeats: bool) -> tup
 
 @contextlib.contextmanager
 def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
-    """Keep the transformed weights of every step's convolutions, in float32 on a CPU; else do nothing.
+    """Keep what every step makes of the weights of its convolutions, which must not change until the end.
 
-    Needs twice the memory of the weights concerned meanwhile. The weights must not change until the end. Compiled
-    blocks have convolutions of their own.
+    In float32 on a CPU they are transformed, in twice their memory, and under autocast rounded, in half of it. Compiled
+    blocks have convolutions of their own, and weights that a hook makes before each call stay as they are.
     """
-    weight = model.final_layer.conv.weight
-    worthwhile = weight.device.type == "cpu" and weight.dtype == torch.float32 and precision == "fp32"
-    worthwhile &= model.blocks[0]._compiled_call_impl is None
+    weight, half = model.final_layer.conv.weight, precision != "fp32"
+    worthwhile = torch.is_autocast_enabled(weight.device.type) if half else weight.device.type == "cpu"
+    worthwhile &= weight.dtype == torch.float32 and model.blocks[0]._compiled_call_impl is None
     steps = [*model.blocks, model.audio_input_proj, model.final_layer] if worthwhile else []
-    maps = [m for module in steps for m in module.modules() if isinstance(m, ChannelLastConv1d)]
+    modules = [m for module in steps for m in module.modules() if isinstance(m, ChannelLastConv1d)]
+    maps = [m for m in modules if not m._forward_pre_hooks]
     try:
         for module in maps:
-            module.transformed = winograd_weight(module.weight.detach())
+            if half:
+                dtype = torch.get_autocast_dtype(weight.device.type)
+                module.rounded = module.weight.detach().unsqueeze(2).to(dtype, memory_format=torch.channels_last)
+            else:
+                module.transformed = winograd_weight(module.weight.detach())
         yield
     finally:
         for module in maps:
-            module.transformed = None
+            module.transformed = module.rounded = None

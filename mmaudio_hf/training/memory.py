@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmaudio_hf.config import ModelConfig, Recipe
 from mmaudio_hf.data.loader import Batch, pack
 from mmaudio_hf.data.sampler import Draws
+from mmaudio_hf.models.blocks import POINTS, ChannelLastConv1d
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.training.checkpointer import BLOCK_BYTES
 from mmaudio_hf.training.finetune import frozen_parameters
@@ -80,12 +81,13 @@ class MemoryEstimate:
             # FSDP gathers what is outside the blocks and one block, and copies it for the computation: the buffers are
             # those of another stream, whose memory the computation cannot take.
             self._gathered = 2 * (self.parameters - sum(blocks) + max(blocks))
+            self.transformed = _transformed_bytes(model, recipe) if recipe.training.mixed_precision == "no" else 0
             self._trace = _trace_step(model, recipe)
 
     def on_device(self, processes: int, accumulation_steps: int, fsdp: bool = False) -> dict[str, int]:
         """Bytes of the tensors on one device, by what they hold, at the peak of a step.
 
-        fsdp: parameters, gradients, moments and EMA weights are sharded over the processes.
+        fsdp: parameters, gradients, moments and EMA weights are sharded over the processes. On a CPU add `transformed`.
         """
         recipe, shards = self.recipe, processes if fsdp else 1
         size = recipe.training.batch_size // processes // accumulation_steps
@@ -141,6 +143,18 @@ class MemoryEstimate:
 def _pinned(size: int) -> int:
     blocks, rest = divmod(size, BLOCK_BYTES)
     return blocks * BLOCK_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
+
+
+def _transformed_bytes(model: MMAudio, recipe: Recipe) -> int:
+    """Bytes of convolutions' weights that a float32 step on a CPU keeps in transformed form for the backward pass."""
+
+    def of(module: nn.Module) -> int:
+        layers = [m for m in module.modules() if isinstance(m, ChannelLastConv1d) and m.kernel_size[0] in POINTS]
+        return sum(m.weight.nbytes * (len(POINTS[m.kernel_size[0]]) + 1) // m.kernel_size[0] for m in layers)
+
+    of_blocks = [of(block) for block in model.blocks]
+    kept = max(of_blocks) if recipe.training.activation_checkpointing else sum(of_blocks)
+    return of(model) - sum(of_blocks) + (0 if recipe.training.compile == "on" else kept)
 
 
 def _count(tensors: Iterable[torch.Tensor]) -> int:
