@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 import torch
 import yaml
 from data_stores import make_store, random_values
-from forked import IMPORTED, PATIENCE, Command, wait_until
+from forked import IMPORTED, PATIENCE, Command, run_together, wait_until
 from hub_server import Hub
 from huggingface_hub import constants
 from toy_stores import MODEL, recipe_tree, write_codec, write_store
@@ -67,6 +68,24 @@ def size_of(*folders: Path) -> int:
     return sum(sizes)
 
 
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """Sizes of a folder, looked at all the time."""
+    sizes, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            sizes.append(size_of(folder))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield sizes
+    finally:
+        done.set()
+        watching.join()
+
+
 def write_recipes(here: Path, folder: Path, cap: float) -> tuple[Path, Path]:
     """The same run over stores of this machine, and over those on the Hub, except the audios."""
     tree = recipe_tree(here, steps=STEPS, batch_size=2, checkpoint_every=EVERY, log_every=4, validate_every=12)
@@ -88,7 +107,7 @@ def write_recipes(here: Path, folder: Path, cap: float) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_path, capsys, kills):
-    """50 ms a request; the disk is looked at all the time; each kill comes with rows on their way.
+    """50 ms a request; the disk is looked at all the time; it is killed at each checkpoint, with rows read ahead.
 
     Another store is pushed there meanwhile: a run that names its commit does not see it, one without is not resumed.
     """
@@ -96,39 +115,44 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
     local, remote = write_recipes(here, tmp_path, cap)
     finished(local)
     hub.faults(DELAY)
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            peak[0] = max(peak[0], size_of(tmp_path / "cache"))
-
-    watching = threading.Thread(target=watch)
-    watching.start()
     commit = hub.repository("tester/videos", "datasets").resolve("main")
     words = ["train", str(remote), f"data.train.0.path=hub://tester/videos@{commit}"]
-    try:
-        for kill in range(1, kills + 1):
-            with Command(*words, env=hub.environment(tmp_path / "home")) as process:
-                wait_until(lambda: last_step(remote) >= kill * EVERY, process)  # noqa: B023
-                if kill == kills:
-                    assert main(["store", "push", str(here / "held_out"), "tester/videos"]) == 0
-                process.kill()
-                assert process.wait() == -signal.SIGKILL
-        assert kills * EVERY <= last_step(remote) < STEPS
-        assert main(words[:2]) == 2
-        error = capsys.readouterr().err
-        assert (
-            "was trained with other settings, data" in error and "+ data.train.0 (hub://tester/videos): 5 rows" in error
-        )
-        result = Command(*words, env=hub.environment(tmp_path / "home")).result()
-    finally:
-        done.set()
-        watching.join()
-        main(["store", "push", str(here / "videos"), "tester/videos"])
+    with watched(tmp_path / "cache") as sizes:
+        try:
+            for kill in range(1, kills + 1):
+                # It takes one step more than those to its next checkpoint, however late the signal comes.
+                freeze = ("mmaudio_hf.training.loop.Run.update", EVERY + 2)
+                with Command(*words, env=hub.environment(tmp_path / "home"), freeze=freeze) as process:
+                    wait_until(lambda: last_step(remote) >= kill * EVERY, process)  # noqa: B023
+                    if kill == kills:
+                        assert main(["store", "push", str(here / "held_out"), "tester/videos"]) == 0
+                    process.kill()
+                    assert process.wait() == -signal.SIGKILL
+            assert last_step(remote) == kills * EVERY
+            assert main(words[:2]) == 2
+            error = capsys.readouterr().err
+            assert "was trained with other settings, data" in error
+            assert "+ data.train.0 (hub://tester/videos): 5 rows" in error
+            result = Command(*words, env=hub.environment(tmp_path / "home")).result()
+        finally:
+            main(["store", "push", str(here / "videos"), "tester/videos"])
     assert result.returncode == 0, result.stderr
     same_bytes(remote, local)
-    assert 0.8 * cap < peak[0] <= cap
+    assert 0.8 * cap < max(sizes) <= cap
     assert not [line for line in hub.requests("GET /storage") if line["with_token"]]
+
+
+def test_two_processes_of_a_run_share_a_cache(hub, here, tmp_path):
+    """Both fetch into it, within its cap, and train what two processes train from the disk."""
+    cap, few = (size_of(here / "videos") + size_of(here / "held_out")) / 2, ["training.steps=8", "training.log_every=8"]
+    local, remote = write_recipes(here, tmp_path, cap)
+    environment = hub.environment(tmp_path / "home")
+    with watched(tmp_path / "cache") as sizes:
+        for recipe in (local, remote):
+            done = run_together(2, "train", str(recipe), *few, cwd=tmp_path, env=environment)
+            assert done.returncode == 0, done.stderr
+    same_bytes(remote, local)
+    assert 0.8 * cap < max(sizes) <= cap
 
 
 @pytest.mark.slow  # half a minute; the kills of a training stay

@@ -19,8 +19,8 @@ from mmaudio_hf.evaluation import offsets as module
 from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, AvBench
 from mmaudio_hf.evaluation.metrics import SYNC_CLASSES
 from mmaudio_hf.files import sha256_of
-from mmaudio_hf.media.audit import OF_SYNC
-from mmaudio_hf.media.example import write_faulty_media
+from mmaudio_hf.media.audit import OF_SYNC, Limits, sync_status
+from mmaudio_hf.media.example import FPS, _write_mp4, write_faulty_media
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.weights import CLAP_FILE
 
@@ -39,7 +39,7 @@ def remembered():
     read, known = module.MediaClips._read, {}
 
     def once(clips, index):
-        key = sha256_of(Path(clips.items[index].path)), clips.comparison.seconds
+        key = sha256_of(Path(clips.items[index].path)), clips.start(index), clips.comparison.seconds
         if key not in known:
             known[key] = read(clips, index)
         return known[key]
@@ -110,19 +110,20 @@ def test_a_rerun_measures_only_what_has_changed(audited, faulty, tmp_path, monke
     monkeypatch.setattr(module.MediaClips, "_read", lambda self, index: read.append(index) or one(self, index))
     words = ["audit", str(recipe), "--sync", "--workers", "1", "--num-shards", "2", "--shard-index"]
     assert main([*words, "1"]) == 0
-    assert "10 clips are still to be measured" in capsys.readouterr().out and read == list(range(10, 20))
+    even, odd = list(range(0, 20, 2)), list(range(1, 20, 2))
+    assert "10 clips are still to be measured" in capsys.readouterr().out and read == odd
     assert not (tmp_path / "audit.parquet").exists()
     lines = tmp_path / "audit.sync.jsonl"
     lines.write_bytes(lines.read_bytes()[:-40])  # as a kill leaves it: the block of this line is measured again
-    assert main([*words, "1"]) == 0 and read[10:] == list(range(10, 20))
-    assert main([*words, "0"]) == 0 and read[20:] == list(range(10))
+    assert main([*words, "1"]) == 0 and read[10:] == odd
+    assert main([*words, "0"]) == 0 and read[20:] == even
     table = rows_of(tmp_path / "audit.parquet")
     assert_verdicts(table, faults_of(faulty))
     for path in (media / "videos").iterdir():
         os.utime(path, ns=(1, 1))  # the same content
     assert main(words[:5]) == 0 and len(read) == 30
     shutil.copy(media / "videos" / "train_000.mp4", media / "videos" / "train_001.mp4")
-    assert main([*words[:5], "--max-chance", "0.02"]) == 0 and read[30:] == list(range(10))
+    assert main([*words[:5], "--max-chance", "0.02"]) == 0 and read[30:] == odd
     few = media / "few.tsv"
     few.write_text("".join((media / "train.tsv").read_text().splitlines(keepends=True)[:4]))
     words = [*words[:2], f"extraction.videos.0.list={few}", *words[2:5]]
@@ -193,6 +194,53 @@ def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
     assert "correct_offset needs extraction.audit" in capsys.readouterr().err
 
 
+def join(paths: list[Path], path: Path, still: bool) -> None:
+    """A video of the first 8 s of each, and a little more; of the first of them a still frame in silence if `still`."""
+    clips = [read_video(each, as_uint8=True) for each in paths]
+    frames, audio = torch.cat([clip.sync_frames for clip in clips]), torch.cat([clip.audio for clip in clips])
+    if still:
+        frames[: 8 * FPS], audio[: 8 * 16000] = frames[0].clone(), 0.0
+    frames, audio = torch.cat([frames, frames[-4:]]), torch.nn.functional.pad(audio, (0, 2560))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_mp4(path, iter(frames[:, :, ::2, ::2].permute(0, 2, 3, 1).contiguous().numpy()), audio[None].numpy(), 16000)
+
+
+def test_every_clip_of_a_long_video_is_audited(faulty, tmp_path, capsys):
+    """Verdicts, rejects and corrections are of clips: a fault of a later one is found, and leaves the others alone."""
+    faults, lines, kinds = faults_of(faulty), ["id\tlabel\n"], {}
+    right, late, other = ([i for i, f in faults.items() if f["fault"] == k] for k in ("", "offset", "unrelated"))
+    takes = [(right[0], late[0], right[1]), (right[2], other[0], right[3]), (right[4], late[1], right[5])]
+    for n, ids in enumerate([*takes, (right[6], other[1])]):
+        join([faulty / "videos" / f"{i}.mp4" for i in ids], tmp_path / "media" / "videos" / f"take{n}.mp4", n == 2)
+        lines.append(f"take{n}\tthing {n}\n")
+        kinds |= {f"take{n}_{k}": faults[i] for k, i in enumerate(ids)}
+    kinds["take2_0"] = {"fault": "still"}
+    (tmp_path / "media" / "train.tsv").write_text("".join(lines))
+    recipe, use = write_recipe(tmp_path, tmp_path / "media"), f"extraction.audit={tmp_path / 'audit.parquet'}"
+    words = [str(recipe), "extraction.videos.0.max_clips=0"]
+    assert main(["audit", *words, "--sync", "--num-shards", "2", "--shard-index", "0"]) == 2
+    assert "train.clips.tsv is missing: run `mmaudio-hf partition" in capsys.readouterr().err
+    assert main(["audit", *words, "--sync", "--workers", "1", "--max-chance", "0.02"]) == 0
+    rows = {row["clip"]: row for row in pq.read_table(tmp_path / "audit.parquet").to_pylist()}
+    status = {name: {"": "related", "still": "unknown"}.get(f["fault"], f["fault"]) for name, f in kinds.items()}
+    assert {name: row["sync"] for name, row in rows.items()} == status
+    verdicts = {name: row["verdicts"] for name, row in rows.items() if row["verdicts"]}
+    assert verdicts.pop("take2_0") == ["still", "silent"], "of its first clip alone"
+    assert verdicts == {name: [s] for name, s in status.items() if s in OF_SYNC}
+    late = {name: f["offset"] for name, f in kinds.items() if f["fault"] == "offset"}
+    assert {name: rows[name]["sync_offset"] for name in late} == pytest.approx(late, abs=0.04)
+    page = (tmp_path / "audit.html").read_text()
+    assert f'videos/take0.mp4#t={rows["take0_1"]["start"]:g}"></video>' in page and "<bdi>take1_1</bdi>" in page
+    correct = [use, "extraction.correct_offset=true", "extraction.reject=[unrelated, still]"]
+    assert main(["extract-video", *words, *correct]) == 0
+    rejects = [json.loads(line) for line in (tmp_path / "train.rejects.jsonl").read_text().splitlines()]
+    left_out = {"take1_1": "unrelated", "take3_1": "unrelated", "take2_0": "still"}
+    assert {line["id"]: line["reason"] for line in rejects} == left_out
+    assert json.loads((tmp_path / "train.offsets.json").read_text()) == {n: rows[n]["sync_offset"] for n in late}
+    assert main(["extract-video", *words, *correct, "model.duration=4"]) == 2, "other clips"
+    assert "listed files or clips are new or have changed" in capsys.readouterr().err
+
+
 def test_audio_is_read_from_where_it_belongs(faulty):
     path, options = faulty / "videos" / "train_000.mp4", {"duration": 4.0, "as_uint8": True, "normalize_audio": False}
     plain, later = read_video(path, **options), read_video(path, start=0.52, **options)
@@ -202,6 +250,29 @@ def test_audio_is_read_from_where_it_belongs(faulty):
     for offset, alignment in ((float("nan"), "timestamps"), (0.1, "reference")):
         with pytest.raises(ValueError, match="audio_offset"):
             read_video(path, audio_offset=offset, alignment=alignment)
+
+
+def test_without_an_event_no_relation_is_denied(tmp_path, monkeypatch):
+    """Steady motion or audio, and clips of which a half is empty, are unknown, not unrelated; a fit still counts."""
+    method = module._Motion(module.Comparison(EncoderConfig(kind="toy"), "16k", 8.0, AvBench("", tmp_path)))
+    random, every = torch.Generator().manual_seed(0), torch.arange(200) % 25 < 2
+    clicks = torch.arange(128_000) % 16_000 < 400
+    noise = torch.randn(128_000, generator=random)
+    pan, half = 4 + torch.rand(200, generator=random), torch.arange(200) > 101
+    for amount, waveform, steady in (
+        (5.0 * every, clicks * noise, False),
+        (pan, clicks * noise, True),
+        (5.0 * every, 0.1 * noise, True),
+        (5.0 * every * half, clicks * noise, True),
+        (5.0 * every, clicks * noise * (torch.arange(128_000) > 65_000), True),
+    ):
+        monkeypatch.setattr(module.toy, "motion", lambda features, amount=amount: (amount, torch.tensor(1.0)))
+        mel = module.MelSpectrogram("16k")(waveform[None])[0]
+        *_, known = method.signals(module.Loaded(torch.zeros(0), mel, None))
+        assert known == ({"moves": True, "steady": True} if steady else {"moves": True})
+        heard = known | {"sync_chance": 0.5, "least_chance": 0.001, "sync_offset": 0.1}
+        assert sync_status(heard, Limits())[0] == ("unknown" if steady else "unrelated")
+        assert sync_status(heard | {"sync_chance": 0.001}, Limits()) == ("related", "")
 
 
 def test_a_finished_store_needs_no_media(audited, faulty, tmp_path, capsys):
@@ -262,6 +333,10 @@ def test_offsets_by_synchformer(tmp_path):
     offsets, fits = method.compare(*clips)
     assert offsets == pytest.approx([-(SYNC_CLASSES[13] + SYNC_CLASSES[14]) / 2, -SYNC_CLASSES[3]], abs=1e-3)
     assert fits == pytest.approx([1, 1], abs=1e-2) and offsets[0] < 0 < offsets[1]
+    still = torch.randn(8, 768).expand(24, 8, 768)
+    assert module._still([still, still + 0.01 * torch.randn(24, 8, 768)]) == [True, True], "the usual is still"
+    quiet = 1e-4 * torch.randn(16000)
+    assert module._silent(quiet, 16000) and not module._silent(quiet + (torch.arange(16000) < 2000), 16000)
     varied = torch.randn(24, 8, 768, generator=torch.Generator().manual_seed(0))
     assert module._still([varied, varied * 0.01, varied]) == [False, True, False]
     with pytest.raises(ValueError, match=r"Synchformer compares 4\.8 s or more, not 4 s"):

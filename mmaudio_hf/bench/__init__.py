@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from mmaudio_hf.bench.loader import make_stores
 from mmaudio_hf.config import DataConfig, ModelConfig, Recipe, StoreConfig, TrainingConfig
+from mmaudio_hf.data.loader import BatchLoader
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.models.network import MMAudio
 from mmaudio_hf.schema import RunError
@@ -125,11 +126,12 @@ def training_loop(recipe: Recipe) -> Iterator[tuple[Run, Callable[[], None]]]:
     run = Run(recipe, model, mixture)
     run.prepare()
     with run.loader(STEPS) as loader:
-
-        def step() -> None:
-            run.update(next(loader))
-            run.guard.poll()
-            synchronize(run.accelerator.device)
-
-        yield run, step
+        yield run, partial(update, run, loader)
     mixture.close()
+
+
+def update(run: Run, loader: BatchLoader) -> None:
+    """The step of the next batches, to its end."""
+    run.update(next(loader))
+    run.guard.poll()
+    synchronize(run.accelerator.device)

@@ -258,7 +258,7 @@ def detection(folder: Path, clips: int) -> dict[str, Any]:
     errors = []
     for item_id, fault in faults.items():
         heard = figures["train", item_id]
-        status.setdefault(fault["fault"], []).append(sync_status(heard, Limits()))
+        status.setdefault(fault["fault"], []).append(sync_status(heard, Limits())[0])
         if fault["fault"] == "offset":
             errors.append(abs(heard.get("sync_offset", np.inf) - fault["offset"]))
     share = lambda fault, what: statistics.mean(s == what for s in status[fault])  # noqa: E731

@@ -8,19 +8,21 @@ import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate.utils import patch_environment
 from accelerate.utils.other import get_free_port
 
 from mmaudio_hf.bench import (
     ROWS,
+    STEPS,
     Timed,
     bench_recipe,
     compare,
@@ -31,6 +33,7 @@ from mmaudio_hf.bench import (
     synchronize,
     time_matmul,
     training_loop,
+    update,
 )
 from mmaudio_hf.config import (
     DataConfig,
@@ -43,7 +46,8 @@ from mmaudio_hf.config import (
     config_of_duration,
     samples_per_step,
 )
-from mmaudio_hf.data.loader import Batch
+from mmaudio_hf.data.loader import Batch, training_batches
+from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.data.sampler import sample_noise
 from mmaudio_hf.data.store import StoreWriter
 from mmaudio_hf.models.network import MMAudio
@@ -188,38 +192,54 @@ def random_batch(config: ModelConfig, size: int) -> Batch:
 def durations(config: ModelConfig, seconds_of: Sequence[float], batch_tokens: int, rounds: int) -> Figures:
     """Steps of a mixture of clips of several durations against the same steps of a run of each duration alone.
 
-    Both are steps of the training loop, in turn in one process; each step of the mixture follows those of the other
-    durations, as in a run. `of_one_length` is the time of a round of them alone over that in the mixture. Tokens are
-    those that the blocks see: latents, CLIP frames and text. In float32.
+    Both are steps of one training loop, whose model is shared since its state takes gigabytes. A round has a step of
+    each duration from the mixture, which follows one of another duration as in a run, and after each the step of that
+    duration alone. `of_one_length` is the time of a round of them alone over that in the mixture. Tokens are those that
+    the blocks see: latents, CLIP frames and text. In float32.
     """
-    times: dict[float, tuple[float, float]] = {}
+    times: dict[int, list[tuple[float, float]]] = {}  # latents of a clip -> (in the mixture, alone)
     figures: Figures = {"variant": config.variant, "batch_tokens": batch_tokens, "rounds": rounds}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         alone = {d: _of_duration(config, d, batch_tokens, Path(folder) / f"{d:g}") for d in seconds_of}
         stores = tuple(store for recipe in alone.values() for store in recipe.data.train)
         first = alone[seconds_of[0]]
         mixed = replace(first, name="mixed", data=replace(first.data, train=stores))
+        run, step = stack.enter_context(training_loop(mixed))
+        own = {recipe.model.latent_length: stack.enter_context(_steps_of(run, recipe)) for recipe in alone.values()}
+        for number in range((1 + rounds) * len(own)):  # the first of each is a warm-up
+            in_mixture, latents = seconds(step), run.unwrapped_model.latent_length
+            pair = in_mixture, seconds(own[latents])
+            times.setdefault(latents, []).extend([pair] * (number >= len(own)))
         for duration, recipe in alone.items():
             latents, model = recipe.model.latent_length, recipe.model
-            with training_loop(mixed) as (run, step), training_loop(recipe) as (_, own_step):
-                measures = [partial(_seconds_at, run, step, latents), partial(seconds, own_step)]
-                in_mixture, by_itself = map(statistics.median, in_turn(measures, rounds))
+            in_mixture, by_itself = map(statistics.median, zip(*times[latents], strict=True))
             samples = samples_per_step(recipe.training, latents)
             tokens = samples * (latents + model.clip_length + model.text_tokens)
-            times[duration] = in_mixture, by_itself
             figures[f"samples_of_{duration:g}s"] = samples
             figures[f"tokens_per_second_{duration:g}s"] = tokens / in_mixture
             figures[f"of_{duration:g}s_alone"] = by_itself / in_mixture
-    in_mixture, by_itself = (sum(pair[i] for pair in times.values()) for i in range(2))
+    in_mixture, by_itself = (sum(statistics.median(p[i] for p in pairs) for pairs in times.values()) for i in range(2))
     return figures | {"of_one_length": by_itself / in_mixture}
 
 
-def _seconds_at(run: Run, step: Callable[[], None], latents: int) -> float:
-    """Seconds of the next step whose clips have so many latents, after those of other durations before it."""
-    while True:
-        taken = seconds(step)
-        if run.unwrapped_model.latent_length == latents:
-            return taken
+@contextmanager
+def _steps_of(run: Run, recipe: Recipe) -> Iterator[Callable[[], None]]:
+    """A function for the next step of `run` over the clips of a recipe of one duration."""
+    size, data = samples_per_step(recipe.training, recipe.model.latent_length), recipe.data
+    with closing(open_mixture(data.train, recipe.model)) as mixture:
+        batches = training_batches(
+            mixture,
+            seed=recipe.seed,
+            global_batch=size,
+            sample_indices=[np.arange(size)],
+            start_step=0,
+            num_steps=STEPS,
+            prefetch=data.prefetch_batches,
+            threads=data.read_threads,
+            device=run.accelerator.device,
+        )
+        with batches as loader:
+            yield partial(update, run, loader)
 
 
 def _of_duration(config: ModelConfig, duration: float, batch_tokens: int, folder: Path) -> Recipe:
@@ -231,7 +251,8 @@ def _of_duration(config: ModelConfig, duration: float, batch_tokens: int, folder
         writer.write(0, ids, ids, {name: torch.rand(ROWS, *shape) for name, shape in shapes.items()})
     recipe = bench_recipe(config, 1, "no", folder)
     training = replace(recipe.training, batch_size=0, batch_tokens=batch_tokens, batch_size_multiple=1)
-    return replace(recipe, training=training, data=DataConfig(train=(StoreConfig(str(path)),)))
+    repeats = samples_per_step(training, config.latent_length)  # so that a mixture has as many steps of each duration
+    return replace(recipe, training=training, data=DataConfig(train=(StoreConfig(str(path), repeats),)))
 
 
 # --- `mmaudio-hf bench scaling` --------------------------------------------------------------------------------------

@@ -153,6 +153,22 @@ def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Shar
     print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
+def _cut_videos(recipe: Recipe, source: VideoSource, share: "Share") -> None:
+    """Write the clip list of a source; media that are in a list of before are not read again."""
+    from mmaudio_hf.media.lists import check_sources
+
+    _write_datasets([source])
+    check_sources(replace(recipe.extraction, videos=(source,), audios=()), lists=False)
+    _write_clips(recipe, source, share)
+
+
+def _check_clips(recipe: Recipe, sources: Sequence[VideoSource | AudioSource], recipe_path: str) -> None:
+    for source in sources:
+        cut = isinstance(source, AudioSource) or source.max_clips != 1
+        if cut and not (clips := recipe.extraction.clips_path(source)).is_file():
+            raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {recipe_path}` first")
+
+
 def _all_sources(recipe: Recipe) -> list[VideoSource | AudioSource]:
     return [*recipe.extraction.videos, *recipe.extraction.audios]
 
@@ -203,23 +219,17 @@ def _extract(kind: str, options: argparse.Namespace) -> None:
 
     for source in sources if share.count == 1 else ():
         if isinstance(source, VideoSource) and source.max_clips == 0 and not source.clips:
-            _write_datasets([source])  # the list is ours, and reads only what is new
-            check_sources(replace(recipe.extraction, videos=(source,), audios=()), lists=False)
-            _write_clips(recipe, source, share)
-    for source in sources:
-        cut = isinstance(source, AudioSource) or source.max_clips != 1
-        if cut and not (clips := recipe.extraction.clips_path(source)).is_file():
-            raise ValueError(f"{clips} is missing: run `mmaudio-hf partition {options.recipe}` first")
+            _cut_videos(recipe, source, share)
+    _check_clips(recipe, sources, options.recipe)
     _write_datasets(_all_sources(recipe))
     check_sources(recipe.extraction)  # all of them, before hours of work on the first
     problems = [audit_problems(recipe, source, options.recipe) for source in sources]
     offsets: list[Mapping[str, float] | None] = [None] * len(sources)
     if recipe.extraction.correct_offset and kind == "videos":
-        from mmaudio_hf.media.audit import AuditSource, known_offsets
+        from mmaudio_hf.media.audit import known_offsets
 
-        listed = [AuditSource(source.name, "video", source.media_dir, source.list) for source in sources]
-        renew = f"mmaudio-hf audit {options.recipe}"
-        offsets = [known_offsets(recipe.extraction.audit, each, renew=renew) for each in listed]
+        how = {"renew": f"mmaudio-hf audit {options.recipe}"}
+        offsets = [known_offsets(recipe.extraction.audit, _audit_source(recipe, each), **how) for each in sources]
     _check_layouts(recipe)
     from mmaudio_hf.data.store import StoreWriter
     from mmaudio_hf.features.extract import extract_audio, extract_video
@@ -227,11 +237,11 @@ def _extract(kind: str, options: argparse.Namespace) -> None:
     open_writer = partial(StoreWriter, layout=recipe.extraction.layout, sync_dtype=recipe.extraction.sync_dtype)
 
     for source, known, late in zip(sources, problems, offsets, strict=True):
-        how: dict[str, Any] = {"problems": known, "share": share, "clean": options.clean}
+        given: dict[str, Any] = {"problems": known, "share": share, "clean": options.clean}
         if isinstance(source, VideoSource):
-            extract_video(recipe, source, open_writer, offsets=late, **how)
+            extract_video(recipe, source, open_writer, offsets=late, **given)
         else:
-            extract_audio(recipe, source, open_writer, **how)
+            extract_audio(recipe, source, open_writer, **given)
 
 
 # --- The command that looks at media before any feature is made, and what extraction takes from it -------------------
@@ -294,6 +304,7 @@ def _audit(options: argparse.Namespace) -> None:
     from mmaudio_hf.media.audit import AuditSource, audit, check_table
     from mmaudio_hf.pages.audit import write_page
 
+    sync: Sync | None = None
     limits = limits_of(options, {**_LIMITS, **SYNC_LIMITS})
     if recipe is None:
         kind, folder = ("video", options.videos) if options.videos else ("audio", options.audios)
@@ -305,14 +316,15 @@ def _audit(options: argparse.Namespace) -> None:
             sources.append(AuditSource(other, kind, media, options.against, trains=False, held_out=True))
         duration, table = options.duration, Path("audit.parquet")
     else:
-        sources, duration = _recipe_sources(recipe, AuditSource), recipe.model.duration
+        sources, duration = _recipe_sources(recipe, options), recipe.model.duration
         table = Path(recipe.extraction.audit or Path(recipe.extraction.output_dir) / "audit.parquet")
     table = options.out or table
     check_table(table)
     table.parent.mkdir(parents=True, exist_ok=True)
-    sync = _sync_of_media(options, recipe, sources, duration, table) if options.sync or options.relevance else None
-    if sync is None and (options.sync or options.relevance):
-        return
+    if options.sync or options.relevance:
+        sync = _sync_of_media(options, recipe, sources, duration, table)
+        if sync is None:
+            return
     with locked(table.with_suffix(".lock")):  # of several processes the last one comes here, or two at once
         report = audit(sources, table, duration=duration, limits=limits, workers=options.workers, sync=sync)
         page = write_page(table, table.with_suffix(".html"))
@@ -355,7 +367,7 @@ def _sync_of_media(
         *((recipe.extraction.batch_size, recipe.extraction.shard_size) if recipe else ()),
     )
     alignment = recipe.extraction.alignment if recipe else "timestamps"
-    return measure_sync(MediaClips(sources, comparison, alignment), comparison, table)
+    return measure_sync(MediaClips(sources, comparison, alignment, duration), comparison, table)
 
 
 def measure_sync(clips: "Clips", comparison: "Comparison", table: Path) -> "Sync | None":
@@ -388,8 +400,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--against-media needs --against, the list of the held-out ids")
 
 
-def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSource]":
-    """Every source; those whose store is named in data.validation or data.test are held out."""
+def _recipe_sources(recipe: Recipe, options: argparse.Namespace) -> "list[AuditSource]":
+    """Every source; those whose store is named in data.validation or data.test are held out.
+
+    Long videos of which several clips are made are cut first, as by `partition`, which several processes need.
+    """
+    from mmaudio_hf.files import Share
+
     extraction, data = recipe.extraction, recipe.data
     if not extraction.videos and not extraction.audios:
         raise ValueError(f"recipe {recipe.name} names nothing under extraction.videos and extraction.audios")
@@ -397,22 +414,35 @@ def _recipe_sources(recipe: Recipe, make: "type[AuditSource]") -> "list[AuditSou
     trained = {Path(store.path).resolve() for store in data.train}
     sources = []
     _write_datasets(_all_sources(recipe))
+    share = share_of_process(options) if options.sync or options.relevance else None
+    for video in extraction.videos if share is None or share.count == 1 else ():
+        ours = video.max_clips == 0 and not video.clips
+        if video.max_clips != 1 and (ours or not extraction.clips_path(video).is_file()):
+            _cut_videos(recipe, video, Share())
+    _check_clips(recipe, recipe.extraction.videos, options.recipe)
     for source in _all_sources(recipe):
         store = (Path(extraction.output_dir) / source.name).resolve()
         held_out, trains = store in held, store in trained or store not in held
-        kind = "video" if isinstance(source, VideoSource) else "audio"
-        sources.append(make(source.name, kind, source.media_dir, source.list, trains, held_out, source.duration))
+        sources.append(replace(_audit_source(recipe, source), trains=trains, held_out=held_out))
     return sources
+
+
+def _audit_source(recipe: Recipe, source: VideoSource | AudioSource) -> "AuditSource":
+    from mmaudio_hf.media.audit import AuditSource
+
+    kind = "video" if isinstance(source, VideoSource) else "audio"
+    listed = AuditSource(source.name, kind, source.media_dir, source.list, seconds=source.duration)
+    cut = isinstance(source, VideoSource) and source.max_clips != 1
+    return replace(listed, clips=recipe.extraction.clips_path(source)) if cut else listed
 
 
 def audit_problems(
     recipe: Recipe, source: VideoSource | AudioSource, recipe_path: str
 ) -> Mapping[str, tuple[str, str]] | None:
-    """id -> (verdict, message) of what extraction leaves out of `source` by `extraction.audit`; None without one."""
+    """Clip -> (verdict, message) of what extraction leaves out of `source` by `extraction.audit`; None without one."""
     if not recipe.extraction.audit:
         return None
-    from mmaudio_hf.media.audit import AuditSource, known_problems
+    from mmaudio_hf.media.audit import known_problems
 
-    kind, renew = "video" if isinstance(source, VideoSource) else "audio", f"mmaudio-hf audit {recipe_path}"
-    listed = AuditSource(source.name, kind, source.media_dir, source.list)
-    return known_problems(recipe.extraction.audit, listed, recipe.extraction.reject, renew=renew)
+    how, listed = {"renew": f"mmaudio-hf audit {recipe_path}"}, _audit_source(recipe, source)
+    return known_problems(recipe.extraction.audit, listed, recipe.extraction.reject, **how)

@@ -7,8 +7,9 @@ motion and onsets. Either gives an offset and a fit, and gives them for any fram
 clip are compared with the audio of `OTHERS` other clips too, which cannot belong to it. The share of these that fits as
 well as its own is the `chance` of a clip: no fit has to mean the same for two methods, or for two sets.
 
-Clips are compared within blocks of the list. A block is measured by one process and written as a whole; a rerun skips
-those whose clips are as they were.
+Clips are compared within blocks of the list, of which each has every n-th: clips of one video lie beside each other,
+and their audio may be alike. A block is measured by one process and written as a whole; a rerun skips those whose clips
+are as they were.
 """
 
 import contextlib
@@ -37,8 +38,10 @@ from mmaudio_hf.features.autoencoder import MelSpectrogram
 from mmaudio_hf.features.encoders import check_encoders, fingerprints, load_encoders, pick_device
 from mmaudio_hf.files import Share, hash_of, locked, sha256_of
 from mmaudio_hf.media.audio import write_audio
-from mmaudio_hf.media.audit import AuditSource, Item, items_of
+from mmaudio_hf.media.audit import AuditSource, Item, Limits, items_of
 from mmaudio_hf.media.container import MediaError
+from mmaudio_hf.media.lists import read_video_clips
+from mmaudio_hf.media.measure import SILENT_DBFS
 from mmaudio_hf.media.video import read_video, sparse_frames
 from mmaudio_hf.schema import (
     MEAN,
@@ -59,10 +62,14 @@ _GRID = 100  # values per second of the toy signals; the peak is refined between
 _SEARCH = 2.0  # s either way, as Synchformer's classes
 _SMOOTH = np.bartlett(7)[1:-1] / np.bartlett(7).sum()  # 30 ms either way: less than a frame of 25 fps
 _LEAST_MOTION, _LEAST_SOUND = 0.4, 0.01  # of toy signals; still videos gave up to 0.26, moving ones 0.61 and more
+# Of toy signals without an event that could be related: the deviation of the rises of motion over their mean (pans 1.7,
+# events 2.4 and more), the largest rise of the spectrum over their median (noise 2, hums 3.6, events 6 and more).
+_STEADY_MOTION, _STEADY_SOUND = 2.0, 4.0
 _STILL = 0.1  # of the usual variation in the block, of Synchformer's features
+_FROZEN = 0.05  # variation in time of their own spread: all clips of a block may be still
 
 Figures = dict[str, Any]
-"""Columns of the audit's table: sync_offset, sync_fit, sync_chance, clap_score, imagebind_score, and moves."""
+"""sync_offset, sync_fit, sync_chance, clap_score, imagebind_score of the audit's table; moves, steady or problem."""
 
 
 class Loaded(NamedTuple):
@@ -125,26 +132,46 @@ class Comparison:
 
 
 class MediaClips:
-    """The videos of some lists."""
+    """The videos of some lists, or the clips of them."""
 
-    def __init__(self, sources: Sequence[AuditSource], comparison: Comparison, alignment: str = "timestamps"):
-        self.comparison, self.alignment = comparison, alignment
+    def __init__(
+        self,
+        sources: Sequence[AuditSource],
+        comparison: Comparison,
+        alignment: str = "timestamps",
+        duration: float = SECONDS,
+    ):
+        """duration: seconds of a clip, where its source has none."""
+        self.comparison, self.alignment, self.duration = comparison, alignment, duration
         listed = [item for source in sources if source.kind == "video" for item in items_of(source)]
-        self.items: list[Item] = list({(item.source.name, item.id): item for item in listed}.values())
-        self.names = [(item.source.name, item.id) for item in self.items]
+        self.items: list[Item] = list({(item.source.name, item.clip): item for item in listed}.values())
+        self.names = [(item.source.name, item.clip) for item in self.items]
         self.captions = [" ".join(item.captions) for item in self.items]
         self.videos: list[Path | None] = [Path(item.path) for item in self.items]
+        self.files = [item.path for item in self.items]
         self.settings = comparison.settings | {"alignment": alignment}
+        self._sums: dict[Any, str] = {}  # checksum of a file, whose clips are many
+
+    def start(self, index: int) -> float:
+        """Where the seconds begin that are compared: around a clip that is shorter, within what all clips cover."""
+        item, seconds = self.items[index], self.comparison.seconds
+        clip = item.source.seconds or self.duration
+        return max(0.0, min(item.start + min(0.0, (clip - seconds) / 2), max(item.starts) + clip - seconds))
 
     def stamp(self, index: int) -> dict[str, Any]:
         """What the clip is now."""
-        item = self.items[index]
-        return {"file": list(item.key or ()), "sha256": sha256_of(Path(item.path)) if item.key else ""}
+        item, start = self.items[index], self.start(index)
+        known = item.path, item.key
+        if item.key and known not in self._sums:
+            self._sums[known] = sha256_of(Path(item.path))
+        return {"file": list(item.key or ()), "sha256": self._sums.get(known, "")} | ({"start": start} if start else {})
 
     def is_current(self, index: int, line: Mapping[str, Any]) -> bool:
         """Whether a line is of this file; one with another time is read again for its checksum."""
-        item = self.items[index]
-        return line.get("file") == list(item.key or ()) or self.stamp(index)["sha256"] == line.get("sha256")
+        if line.get("start", 0.0) != self.start(index):
+            return False
+        key = self.items[index].key
+        return line.get("file") == list(key or ()) or self.stamp(index)["sha256"] == line.get("sha256")
 
     @cached_property
     def _networks(self) -> tuple[Any, MelSpectrogram]:
@@ -173,12 +200,12 @@ class MediaClips:
                     yield Loaded(next(features), mel, clip.audio if self.comparison.hears else None)
 
     def _read(self, index: int) -> Any:
-        c = self.comparison
+        c, path = self.comparison, self.items[index].path
         how: dict[str, Any] = {"mode": c.mode, "duration": c.seconds, "alignment": self.alignment}
         try:
-            return read_video(self.items[index].path, as_uint8=True, **how)
+            return read_video(path, start=self.start(index), as_uint8=True, **how)
         except MediaError as error:
-            return str(error)
+            return str(error).removeprefix(f"{path}: ")
 
 
 class StoreClips:
@@ -189,10 +216,17 @@ class StoreClips:
             raise ValueError(f"{store.path} has no {SYNC_FEATURES}: there are no frames to compare its audio with")
         self.store, self.comparison = store, comparison
         self.names = [(store.path.name, item_id) for item_id in store.ids]
+        listed = store.path.with_name(f"{store.path.name}.clips.tsv")  # as extraction left it
+        of_clip = {clip.id: clip.name for clip in read_video_clips(listed)} if listed.is_file() else {}
+        self.files = [of_clip.get(item_id, item_id) for item_id in store.ids]
         self.captions, c = store.captions, comparison
         self.videos: list[Path | None] = [None] * len(store)
         self._encoders = load_encoders(c.config, c.mode, ["decode"], device=c.device, duration=c.seconds)
         self.settings = c.settings | {"store": store.content_hash}
+
+    def start(self, index: int) -> float:
+        """A row is whole."""
+        return 0.0
 
     def stamp(self, index: int) -> dict[str, Any]:
         """The row; the settings have the content of the store."""
@@ -234,16 +268,19 @@ class _Motion:
         self.lags = int(min(_SEARCH, comparison.seconds / 3) * _GRID)
         self.floor = toy.DYNAMIC_RANGE * (1 if comparison.mode == "16k" else np.log(10))
 
-    def signals(self, clip: Loaded) -> tuple[Any, Any, bool]:
-        """Frames and audio as rises on one grid, of unit length, and whether there is anything in both."""
+    def signals(self, clip: Loaded) -> tuple[Any, Any, Figures]:
+        """Frames and audio as rises on one grid, of unit length, whether there is anything in both, and no event."""
         amount, change = toy.motion(clip.sync_features)
         mel = clip.mel
         assert mel is not None, "toy encoders come with mels"
         mel = mel.clamp(min=float(mel.max()) - self.floor)
         flux = torch.diff(mel, dim=1, prepend=mel[:, :1]).clamp(min=0).mean(0)
         motion = torch.diff(amount, prepend=amount[:1]).clamp(min=0)
-        moves = float(change) >= _LEAST_MOTION and float(flux.std()) >= _LEAST_SOUND
-        return self._unit(motion, SYNC_FPS, 0.0), self._unit(flux, self.mel_rate, self.first), moves
+        known: Figures = {"moves": float(change) >= _LEAST_MOTION and float(flux.std()) >= _LEAST_SOUND}
+        moved, heard = motion[2:], flux[3:-3]  # without the ends of the tracks
+        steady = moved.std() < _STEADY_MOTION * moved.mean() or heard.max() < _STEADY_SOUND * heard.median()
+        known |= {"steady": True} if steady or _half_empty(moved) or _half_empty(heard) else {}
+        return self._unit(motion, SYNC_FPS, 0.0), self._unit(flux, self.mel_rate, self.first), known
 
     def _unit(self, values: Tensor, rate: float, first: float) -> np.ndarray:
         numbers = values.numpy()
@@ -262,6 +299,12 @@ class _Motion:
         curve = before - 2 * at + after
         between = np.where(curve < 0, (before - after) / (2 * np.where(curve < 0, curve, -1)), 0).clip(-1, 1)
         return (best - self.lags + between) / _GRID, lagged.max(1)
+
+
+def _half_empty(rises: Tensor) -> bool:
+    """Whether one half or more, in one piece, is without an event: the rest has too few to be told from others."""
+    events = (rises >= 0.2 * rises.max()).nonzero().flatten().tolist()
+    return max(later - event for event, later in itertools.pairwise([0, *events, len(rises)])) > len(rises) / 2
 
 
 class _Synchformer:
@@ -296,9 +339,16 @@ class _Synchformer:
 
 
 def _still(videos: Sequence[Tensor]) -> list[bool]:
-    """Whether features of Synchformer vary far less in time than is usual among these."""
+    """Whether features of Synchformer vary far less in time than is usual among these, or hardly at all."""
     variation = [float(video.std(0).mean()) for video in videos]
-    return [value < _STILL * float(np.median(variation)) for value in variation]
+    least = [max(_STILL * float(np.median(variation)), _FROZEN * float(video.std())) for video in videos]
+    return [value < limit for value, limit in zip(variation, least, strict=True)]
+
+
+def _silent(waveform: Tensor, rate: int) -> bool:
+    """Whether no more than a twentieth of its blocks of 50 ms can be heard, as the verdict `silent` has it."""
+    blocks = waveform[: len(waveform) // (rate // 20) * (rate // 20)].unflatten(0, (-1, rate // 20))
+    return float((blocks.square().mean(1) < 10 ** (SILENT_DBFS / 10)).float().mean()) >= Limits().max_silent
 
 
 # --- Blocks of clips -------------------------------------------------------------------------------------------------
@@ -310,7 +360,7 @@ def measure(clips: Clips, comparison: Comparison, path: Path, *, progress: bool 
     Blocks whose lines are all there are skipped; `comparison.share` says which are this process's.
     """
     method: Any = (_Motion if comparison.is_toy else _Synchformer)(comparison)
-    blocks, settings = _blocks(len(clips.names), comparison.block), hash_of(dict(clips.settings))
+    blocks, settings = blocks_of(len(clips.names), comparison.block), hash_of(dict(clips.settings))
     share = comparison.share
     pending = _pending(clips, blocks, path, settings)
     with tqdm(total=len(clips.names), desc="sync", unit="clip", disable=not progress) as bar:
@@ -323,11 +373,10 @@ def measure(clips: Clips, comparison: Comparison, path: Path, *, progress: bool 
     return sum(map(len, _pending(clips, blocks, path, settings).values()))
 
 
-def _blocks(count: int, size: int) -> list[range]:
+def blocks_of(count: int, size: int) -> list[range]:
     """Even blocks of about `size`, so that none has too few others to compare with."""
     number = max(1, round(count / size))
-    edges = [count * k // number for k in range(number + 1)]
-    return [range(first, last) for first, last in itertools.pairwise(edges) if last > first]
+    return [range(first, count, number) for first in range(min(number, count))]
 
 
 def _pending(clips: Clips, blocks: Sequence[range], path: Path, settings: str) -> dict[int, range]:
@@ -341,7 +390,7 @@ def _pending(clips: Clips, blocks: Sequence[range], path: Path, settings: str) -
 
 
 def read_lines(path: Path) -> dict[tuple[str, str], Figures]:
-    """(source, id) -> its last line; a line that a kill cut off is left out."""
+    """(source, clip) -> its last line; a line that a kill cut off is left out."""
     lines: dict[tuple[str, str], Figures] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -371,43 +420,50 @@ def _figures_of_block(clips: Clips, comparison: Comparison, method: Any, block: 
     results: list[Figures] = []
     with tempfile.TemporaryDirectory() as scratch:
         heard = _Heard(Path(scratch), clips, comparison)
-        videos, audios, at = [], [], []
-        for index, clip in zip(block, clips.load(block), strict=True):
+        videos, audios, at, quiet = [], [], [], []
+        for number, (index, clip) in enumerate(zip(block, clips.load(block), strict=True)):
             results.append({"problem": clip} if isinstance(clip, str) else {})
             if isinstance(clip, str):
                 continue
             heard.add(index, clip)
-            at.append(index - block.start)
+            at.append(number)
             if comparison.is_toy:
-                video, audio, results[-1]["moves"] = method.signals(clip)
+                video, audio, results[-1] = method.signals(clip)
                 audios.append(audio)
             else:
                 video = clip.sync_features.unflatten(0, (-1, SYNC_TOKENS_PER_SEGMENT))
+                assert clip.waveform is not None, "released encoders come with waveforms"
+                quiet.append(_silent(clip.waveform, audio_mode(comparison.mode).sample_rate))
             videos.append(video)
         caches = heard.features([block[k] for k in at]) if at else {}
     if not comparison.is_toy and at:
-        for k, still in zip(at, _still(videos), strict=True):
-            results[k]["moves"] = not still
+        for k, still, silent in zip(at, _still(videos), quiet, strict=True):
+            results[k]["moves"] = not (still or silent)
         audios = [caches["synchformer_audio"].get(block[k]) for k in at]
-    _compare(method, videos, audios, at, results)
+    _compare(method, videos, audios, [clips.files[block[k]] for k in at], [results[k] for k in at])
     for k in at:
         results[k] |= {name: _cosine(caches, block[k], *pair) for name, pair in _RELEVANCE.items() if caches}
     return results
 
 
-def _compare(method: Any, videos: list, audios: list, at: list[int], results: list[Figures]) -> None:
-    """Fill in offset, fit and fits of others. A clip that stands still, or that was not heard, has none of its own."""
-    usable = [n for n, k in enumerate(at) if results[k].get("moves") and audios[n] is not None]
-    count = len(usable)
-    steps = range(1, min(OTHERS, count - 1) + 1)
-    pairs = [(a, usable[(n + step) % count]) for step in (0, *steps) for n, a in enumerate(usable)]
+def _compare(method: Any, videos: list, audios: list, files: Sequence[str], results: Sequence[Figures]) -> None:
+    """Fill in offset, fit and fits of others, which are clips of other files.
+
+    A clip that stands still, or that was not heard, has none of its own.
+    """
+    usable = [n for n, each in enumerate(results) if each.get("moves") and audios[n] is not None]
+    count, pairs = len(usable), [(a, a) for a in usable]
+    for n, a in enumerate(usable):
+        following = (usable[(n + step) % count] for step in range(1, count))
+        pairs += [(a, b) for b in itertools.islice((b for b in following if files[b] != files[a]), OTHERS)]
     if not pairs:
         return
     offsets, fits = method.compare([videos[a] for a, _ in pairs], [audios[b] for _, b in pairs])
-    fits = fits.reshape(-1, count)
-    for n, a in enumerate(usable):
-        values = {"sync_offset": round(float(offsets[n]), 4), "sync_fit": round(float(fits[0, n]), 4)}
-        results[at[a]] |= values | {"others": [round(float(fit), 4) for fit in fits[1:, n]]}
+    for (a, b), offset, fit in zip(pairs, offsets, fits, strict=True):
+        if a == b:
+            results[a] |= {"sync_offset": round(float(offset), 4), "sync_fit": round(float(fit), 4), "others": []}
+        else:
+            results[a]["others"].append(round(float(fit), 4))
 
 
 # --- What av-benchmark hears and sees --------------------------------------------------------------------------------
@@ -433,7 +489,7 @@ class _Heard:
             write_audio(self.folder / "audio" / f"{index}.wav", clip.waveform, audio_mode(c.mode).sample_rate)
         if c.relevance and (path := self.clips.videos[index]) is not None:
             with contextlib.suppress(MediaError):  # fewer frames than the clip's own, which were read: no score
-                frames = sparse_frames(path, FRAME_PERIOD, int(c.seconds / FRAME_PERIOD))
+                frames = sparse_frames(path, FRAME_PERIOD, int(c.seconds / FRAME_PERIOD), self.clips.start(index))
                 torch.save(frames, self.folder / "frames" / f"{index}.pt")
 
     def features(self, indices: Sequence[int]) -> dict[str, dict[int, Tensor]]:
@@ -479,7 +535,7 @@ def _cosine(caches: Mapping[str, Mapping[int, Tensor]], index: int, first: str, 
 
 
 def figures_of(clips: Clips, path: Path) -> dict[tuple[str, str], Figures]:
-    """(source, id) -> figures of every clip that `measure` has written, with the chance among all of them."""
+    """(source, clip) -> figures of every clip that `measure` has written, with the chance among all of them."""
     names = set(clips.names)
     lines = {name: line for name, line in read_lines(path).items() if name in names}
     others = np.sort([fit for line in lines.values() for fit in line.get("others", ())])

@@ -42,7 +42,7 @@ _MAX_UNLISTED = 1000  # files that are named in the rejects, though the list doe
 _ALL_SHARDS = Share()
 
 Problems = Mapping[str, tuple[str, str]]
-"""Id of a video, or name of an audio file -> (reason, message) of an audit."""
+"""Id of a clip of a video, or name of an audio file -> (reason, message) of an audit."""
 Problem = tuple[str, str, str]
 """Stage, reason and message of a reject."""
 
@@ -98,7 +98,7 @@ class ExtractionReport:
 class Options(TypedDict, total=False):
     """Options of an extraction."""
 
-    offsets: Mapping[str, float] | None  # id of a video -> s that its audio is late, by an audit: it is shifted
+    offsets: Mapping[str, float] | None  # id of a clip -> s that its audio is late, by an audit: it is shifted
     problems: Problems | None  # what an audit found; such an item is a reject of the stage "audit", its file unopened
     share: Share  # the shards that this process makes
     clean: bool  # remove the shards of a complete store
@@ -142,18 +142,15 @@ def extract_audio(
 def _video_items(job: Job, source: VideoSource, problems: Problems, offsets: Mapping[str, float]) -> list[Item]:
     items: list[Item] = []
     folder, several = lists.MediaFolder(source.media_dir, "video"), source.max_clips != 1
-    starts: dict[str, list[lists.VideoStart]] = {}
-    for clip in lists.read_video_clips(job.recipe.extraction.clips_path(source)) if several else ():
-        starts.setdefault(clip.name, []).append(clip)
+    starts = lists.starts_by_name(job.recipe.extraction.clips_path(source)) if several else {}
     for row in lists.read_media_list(source.list, "label"):
-        path, problem = _find(folder, row.id, problems)
-        name = lists.stem_of(row.id, "video")
-        if lists.normal_name(Path(path).name) in starts:  # two listed files have this stem
-            name = lists.normal_name(Path(path).name)
-        if several and name not in starts:
-            problem = problem or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
-        for clip in starts.get(name, [lists.VideoStart(row.id, name, 0.0)]):
-            late = offsets.get(row.id, 0.0)
+        path, missing = _find(folder, row.id)
+        clips = lists.starts_of(starts, row.id, path)
+        if several and not clips:
+            missing = missing or ("list", "no_clip", f"{path}: has no clip in the clip list; it is damaged, or new")
+        for clip in clips or [lists.VideoStart(row.id, row.id, 0.0)]:
+            problem = missing or _audited(clip.id, problems)
+            late = offsets.get(clip.id, 0.0)
             items.append(Item(clip.id, row.caption, path, problem=problem, start=clip.start, audio_offset=late))
     return items
 
@@ -166,7 +163,8 @@ def _audio_items(job: Job, source: AudioSource, problems: Problems) -> list[Item
     for clip in lists.read_clips(clips_path):
         name = lists.normal_name(clip.name)
         if name not in files:
-            files[name] = _find(folder, name, problems)
+            path, problem = _find(folder, name)
+            files[name] = path, problem or _audited(name, problems)
         path, problem = files[name]
         if name not in captions:
             message = f"{source.list}: has no caption for {name!r}; add a row or remove the clip"
@@ -213,9 +211,13 @@ def _check_settings(job: Job) -> None:
         raise ValueError(f"{job.output_dir} is a file; extraction.output_dir must be a folder")
 
 
-def _find(folder: lists.MediaFolder, name: str, problems: Problems) -> tuple[str, Problem | None]:
+def _audited(name: str, problems: Problems) -> Problem | None:
+    return ("audit", *problems[name]) if name in problems else None
+
+
+def _find(folder: lists.MediaFolder, name: str) -> tuple[str, Problem | None]:
     try:
-        return str(folder.find(name)), ("audit", *problems[name]) if name in problems else None
+        return str(folder.find(name)), None
     except MediaError as error:
         return str(folder.folder / name), ("list", error.reason, str(error))
 

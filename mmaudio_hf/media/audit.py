@@ -1,6 +1,7 @@
 """What is wrong with the media of a list, known before any feature is made.
 
-    OUT.parquet   one row per listed item: figures of its file, verdicts and the reason of each (`SCHEMA`)
+    OUT.parquet   one row per listed item, or per clip of a long video: figures of its file and of what is used of it,
+                  verdicts and the reason of each (`SCHEMA`)
     OUT.html      the same as a page (`pages/audit.py`)
     OUT.sqlite    the figures of every file measured so far, by path, size and time of change
 
@@ -20,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -32,10 +33,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from mmaudio_hf.files import file_key
+from mmaudio_hf.files import file_key, hash_of
 from mmaudio_hf.media import measure
 from mmaudio_hf.media.container import MediaError
-from mmaudio_hf.media.lists import CLIP_SECONDS, MediaFolder, read_media_list, stem_of
+from mmaudio_hf.media.lists import (
+    CLIP_SECONDS,
+    MediaFolder,
+    VideoStart,
+    read_media_list,
+    starts_by_name,
+    starts_of,
+    stem_of,
+)
 from mmaudio_hf.schema import AuditVerdict, RunError, check_id
 
 VERDICTS: tuple[str, ...] = get_args(AuditVerdict)
@@ -47,6 +56,8 @@ _TEXT, _LISTED = pa.string(), pa.list_(pa.string())
 SCHEMA = pa.schema(
     [
         ("id", _TEXT),
+        ("clip", _TEXT),  # its row in the store; the id of a video, unless it gives several
+        ("start", pa.float64()),  # s into the video
         ("source", _TEXT),
         ("kind", _TEXT),  # video or audio
         ("held_out", pa.bool_()),  # validated or tested on
@@ -100,13 +111,14 @@ SCHEMA = pa.schema(
         ("sync_chance", pa.float64()),  # share of the audio of other clips that fits as well
         ("clap_score", pa.float64()),  # cosine of caption and audio
         ("imagebind_score", pa.float64()),  # cosine of frames and audio
-        ("sync_seconds", pa.float64()),  # s from its start that this was measured on: later clips of it were not
+        ("sync_seconds", pa.float64()),  # s of it that this was measured on
+        ("sync_unknown", _TEXT),  # why it is unknown
     ]
 )
 _MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : SCHEMA.get_field_index("copy_of")])
 _SYNC = tuple(SCHEMA.names[SCHEMA.get_field_index("sync") :])
 Sync = Mapping[tuple[str, str], Mapping[str, Any]]
-"""(source, id) -> figures of `evaluation.offsets`."""
+"""(source, clip) -> figures of `evaluation.offsets`."""
 _TOLERANCE = 0.02  # s that may be missing, as in `read_video`
 _ROWS = 1024  # per write
 _COMMIT_SECONDS = 1.0
@@ -114,7 +126,10 @@ _COMMIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class AuditSource:
-    """A list and the folder of its media. kind: "video" or "audio". seconds: of its clips, 0: those of the audit."""
+    """A list and the folder of its media. kind: "video" or "audio". seconds: of its clips, 0: those of the audit.
+
+    clips: list of the clips of long videos, each of which is an item; empty: their first seconds.
+    """
 
     name: str
     kind: str
@@ -123,6 +138,7 @@ class AuditSource:
     trains: bool = True
     held_out: bool = False
     seconds: float = 0.0
+    clips: str | os.PathLike = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,7 @@ class AuditReport:
 
 @dataclass(slots=True)
 class Item:
-    """A row of a list, or all rows of one audio file."""
+    """A row of a list or one of its clips, or all rows of one audio file."""
 
     source: AuditSource
     id: str
@@ -171,6 +187,13 @@ class Item:
     captions: tuple[str, ...]
     path: str
     key: tuple[int, int] | None  # bytes, mtime in ns; None: no such file
+    clip: str
+    starts: tuple[float, ...] = (0.0,)  # s, of the clips of the file
+    number: int = 0  # which of them it is
+
+    @property
+    def start(self) -> float:
+        return self.starts[self.number]
 
 
 def audit(
@@ -185,10 +208,10 @@ def audit(
 ) -> AuditReport:
     """Measure all files of the lists and write `table` with their verdicts, one row per item in the order of the lists.
 
-    duration: seconds of a video that are trained on. Files measured by an earlier call with this table, killed or not,
-    are not read again unless their size or time of change differs. sync: what `evaluation.offsets` measured, for the
-    verdicts on audio that does not belong to its frames. ValueError for mistakes in lists and settings,
-    OSError and RunError for faults of the machine.
+    duration: seconds of a clip of a video, where its source has none. Files measured by an earlier call with this
+    table, killed or not, are not read again unless their size or time of change differs. sync: what
+    `evaluation.offsets` measured, for the verdicts on audio that does not belong to its frames. ValueError for mistakes
+    in lists and settings, OSError and RunError for faults of the machine.
     """
     began, table = time.monotonic(), Path(table)
     _check(sources, table, workers, duration)
@@ -196,7 +219,7 @@ def audit(
     items = [item for source in sources for item in items_of(source)]
     table.parent.mkdir(parents=True, exist_ok=True)
     with _Measures(table.with_suffix(".sqlite"), duration) as measures:
-        measured = _measure(items, measures, duration, workers, progress)
+        measured = _measure(items, measures, workers, progress)
         known = _Known(items, measures, limits)
         settings = {"duration": duration, "limits": asdict(limits), "sources": [_plain(source) for source in sources]}
         rows = _rows(items, measures, known, limits, duration, sync or {})
@@ -207,37 +230,39 @@ def audit(
 def known_problems(
     table: str | os.PathLike, source: AuditSource, reject: Sequence[str], *, renew: str
 ) -> dict[str, tuple[str, str]]:
-    """id -> (verdict, message) of the items of a source to which the table gives a verdict of `reject`.
+    """Clip -> (verdict, message) of the items of a source to which the table gives a verdict of `reject`.
 
     ValueError when there is no table, it is not one, or it does not describe the listed files as they are now: every
-    item must be there, with the size and the time of change that its file has. `renew` is the command that makes it.
+    item must be there, with its start and the size and the time of change that its file has. `renew` is the command
+    that makes it.
     """
     if missing := sorted(OF_SYNC & set(reject)):
         _check_sync(table, f"extraction.reject names {', '.join(missing)}", renew)
-    rows = {row["id"]: row for row in _read(table, renew) if row["source"] == source.name}
+    rows = {row["clip"]: row for row in _read(table, renew) if row["source"] == source.name}
     stale, problems = [], {}
     for item in items_of(source):
-        row = rows.get(item.id)
-        if row is None or (row["bytes"], row["mtime_ns"]) != (item.key or (None, None)):
+        row = rows.get(item.clip)
+        known = (item.start, *(item.key or (None, None)))
+        if row is None or (row["start"], row["bytes"], row["mtime_ns"]) != known:
             stale.append(item.path)
         else:
             verdicts = dict(zip(row["verdicts"], row["reasons"], strict=True))
             verdict = next((verdict for verdict in VERDICTS if verdict in reject and verdict in verdicts), None)
             if verdict is not None:
-                problems[item.id] = (verdict, f"{item.path}: {verdicts[verdict]}")
+                problems[item.clip] = (verdict, f"{item.path}: {verdicts[verdict]}")
     if stale:
         raise ValueError(
-            f"{table}: is older than the media of {source.name!r}: {len(stale)} listed files are new or have changed,"
-            f" as {stale[0]}; renew it with `{renew}`"
+            f"{table}: is older than the media of {source.name!r}: {len(stale)} listed files or clips are new or have"
+            f" changed, as {stale[0]}; renew it with `{renew}`"
         )
     return problems
 
 
 def known_offsets(table: str | os.PathLike, source: AuditSource, *, renew: str) -> dict[str, float]:
-    """id -> seconds that the audio is late, of the items of a source with the verdict `offset`."""
+    """Clip -> seconds that its audio is late, of the items of a source with the verdict `offset`."""
     _check_sync(table, "extraction.correct_offset is set", renew)
     rows = (row for row in _read(table, renew, "sync_offset") if row["source"] == source.name)
-    return {row["id"]: row["sync_offset"] for row in rows if "offset" in row["verdicts"]}
+    return {row["clip"]: row["sync_offset"] for row in rows if "offset" in row["verdicts"]}
 
 
 def _check_sync(table: str | os.PathLike, why: str, renew: str) -> None:
@@ -257,8 +282,10 @@ def _read(table: str | os.PathLike, renew: str, *more: str) -> Iterator[dict[str
             missing = [name for name in columns if name not in file.schema_arrow.names]
             if missing:
                 raise pa.ArrowInvalid(f"no column {missing[0]}")
+            columns += [name for name in ("clip", "start") if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():  # of earlier versions every item was the first clip of its file
+                    yield {"clip": row["id"], "start": 0.0} | row
     except pa.ArrowException as error:
         raise ValueError(f"{table}: is no audit table ({error}); make it again with `{renew}`") from error
 
@@ -288,9 +315,10 @@ def _check(sources: Sequence[AuditSource], table: Path, workers: int, duration: 
 
 
 def items_of(source: AuditSource) -> Iterator[Item]:
-    """Every row of a list of videos; every audio file once, with its captions."""
+    """Every row of a list of videos, or every clip of it; every audio file once, with its captions."""
     video, folder = source.kind == "video", MediaFolder(source.media_dir, source.kind)
     rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
+    clips = starts_by_name(source.clips) if source.clips else {}
     captions: dict[str, dict[str, None]] = {}
     for row in rows:
         captions.setdefault(stem_of(row.id, source.kind), {})[row.caption] = None
@@ -303,12 +331,16 @@ def items_of(source: AuditSource) -> Iterator[Item]:
         path = Path(source.media_dir) / row.id
         with contextlib.suppress(MediaError):
             path = folder.find(row.id)
-        texts = (row.caption,) if video else tuple(captions[name])
-        yield Item(source, row.id, row.row, texts, str(path), file_key(path))
+        texts, key = (row.caption,) if video else tuple(captions[name]), file_key(path)
+        # A file without a clip has one row all the same, which says why.
+        of_file = starts_of(clips, row.id, path) or [VideoStart(row.id, row.id, 0.0)]
+        starts = tuple(clip.start for clip in of_file)
+        for number, clip in enumerate(of_file):
+            yield Item(source, row.id, row.row, texts, str(path), key, clip.id, starts, number)
 
 
 def _plain(source: AuditSource) -> dict[str, Any]:
-    return asdict(source) | {"media_dir": str(source.media_dir), "list": str(source.list)}
+    return asdict(source) | {name: str(getattr(source, name)) for name in ("media_dir", "list", "clips")}
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -318,8 +350,19 @@ class _Measures:
     """Figures of files on disk, under path, kind and how they were measured; for one size and time of change."""
 
     def __init__(self, path: Path, duration: float):
-        self.path = path
-        self.how = {"video": f"{measure.VERSION} video {duration:g}", "audio": f"{measure.VERSION} audio"}
+        self.path, self.duration = path, duration
+        self.last: tuple[Any, dict[str, Any]] = (None, {})  # of the file before: its clips follow each other
+
+    def seconds(self, item: Item) -> float:
+        """Of a clip of a video."""
+        return item.source.seconds or self.duration
+
+    def how(self, item: Item) -> str:
+        """What the figures of a file depend on."""
+        if item.source.kind == "audio":
+            return f"{measure.VERSION} audio"
+        clips = f" {hash_of(item.starts)}" if item.starts != (0.0,) else ""
+        return f"{measure.VERSION} video {self.seconds(item):g}{clips}"
 
     def __enter__(self) -> "_Measures":
         with self._faults():
@@ -348,17 +391,26 @@ class _Measures:
             ) from error
 
     def find(self, item: Item) -> dict[str, Any] | None:
-        """Figures of the file of an item in its present state, None if there are none."""
+        """Figures of the file of an item in its present state and of its clip, None if there are none."""
         if item.key is None:
             return None
-        query = "SELECT bytes, mtime_ns, figures FROM figures WHERE path = ? AND how = ?"
-        with self._faults():
-            row = self.base.execute(query, (os.path.abspath(item.path), self.how[item.source.kind])).fetchone()
-        return json.loads(row[2]) if row is not None and row[:2] == item.key else None
+        query, where = (
+            "SELECT bytes, mtime_ns, figures FROM figures WHERE path = ? AND how = ?",
+            (os.path.abspath(item.path), self.how(item)),
+        )
+        if self.last[0] != (where, item.key):
+            with self._faults():
+                row = self.base.execute(query, where).fetchone()
+            if row is None or row[:2] != item.key:
+                return None
+            self.last = (where, item.key), json.loads(row[2])
+        figures = self.last[1]
+        return figures | figures["clips"][item.number] if "clips" in figures else figures
 
     def keep(self, item: Item, figures: Mapping[str, Any]) -> None:
         """Safe on the disk within a second."""
-        row = os.path.abspath(item.path), self.how[item.source.kind], *(item.key or ()), json.dumps(figures)
+        row = os.path.abspath(item.path), self.how(item), *(item.key or ()), json.dumps(figures)
+        self.last = (None, {})
         with self._faults():
             self.base.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", row)
             if time.monotonic() - self.committed > _COMMIT_SECONDS:
@@ -366,39 +418,39 @@ class _Measures:
                 self.committed = time.monotonic()
 
 
-def _measure(items: Sequence[Item], measures: _Measures, duration: float, workers: int, progress: bool) -> int:
+def _measure(items: Sequence[Item], measures: _Measures, workers: int, progress: bool) -> int:
     """Measure what is not known yet; returns the number of files."""
-    files = {(item.path, item.source.kind): item for item in items if item.key is not None}
+    files = {(item.path, measures.how(item)): item for item in items if item.key is not None}
     # A file that did not open may have been a matter of rights or memory: it is tried again.
     pending = [item for item in files.values() if not (measures.find(item) or {}).get("opened")]
     done = len(files) - len(pending)
     with tqdm(total=len(files), initial=done, desc="audit", unit="file", disable=not progress, smoothing=0.1) as bar:
-        for item, figures in _measured(pending, duration, workers):
+        for item, figures in _measured(pending, measures, workers):
             measures.keep(item, figures)
             bar.update()
     return len(pending)
 
 
-def _measured(pending: Sequence[Item], duration: float, workers: int) -> Iterator[tuple[Item, dict[str, Any]]]:
+def _measured(pending: Sequence[Item], measures: _Measures, workers: int) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures) as they come. Files that were being read when a process died are read again one at a time."""
     waiting = iter(pending)
     suspects: list[Item] = []
     while True:
         with contextlib.suppress(BrokenProcessPool):
-            yield from _in_processes(waiting, suspects, duration, min(workers, len(pending)))
+            yield from _in_processes(waiting, suspects, measures, min(workers, len(pending)))
         if not suspects:
             return
         for item in suspects:
             alone: list[Item] = []
             with contextlib.suppress(BrokenProcessPool):
-                yield from _in_processes(iter([item]), alone, duration, 1)
+                yield from _in_processes(iter([item]), alone, measures, 1)
             if alone:
                 yield item, {"opened": False, "damage": "the decoder crashes on it"}
         suspects.clear()
 
 
 def _in_processes(
-    waiting: Iterator[Item], unfinished: list[Item], duration: float, workers: int
+    waiting: Iterator[Item], unfinished: list[Item], measures: _Measures, workers: int
 ) -> Iterator[tuple[Item, dict[str, Any]]]:
     """Measure in a pool that lives until the last file; `unfinished` has what was begun and not yielded."""
     # Processes are forked from a server that has imported this module and nothing else: neither threads nor a GPU of
@@ -418,7 +470,8 @@ def _in_processes(
         while True:
             for item in waiting:
                 unfinished.append(item)
-                running[pool.submit(_figures_of, item.path, item.source.kind, duration)] = item
+                how = item.source.kind, measures.seconds(item), item.starts
+                running[pool.submit(_figures_of, item.path, *how)] = item
                 if len(running) >= 2 * workers:
                     break
             if not running:
@@ -445,9 +498,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _figures_of(path: str, kind: str, duration: float) -> dict[str, Any]:
+def _figures_of(path: str, kind: str, duration: float, starts: tuple[float, ...]) -> dict[str, Any]:
     try:
-        return measure.measure(path, kind, duration)
+        return measure.measure(path, kind, duration, starts)
     except Exception as error:
         if isinstance(error, (OSError, MemoryError)) and not isinstance(error, (av.error.FFmpegError, PermissionError)):
             raise  # the machine's fault, not the file's
@@ -469,7 +522,7 @@ class _Known:
         self.held_contents: dict[bytes, int] = {}
         for number, item in enumerate(items):
             self.ids.setdefault((item.source.name, item.id), number)
-            self.captions.update((item.source.name, caption) for caption in item.captions)
+            self.captions.update((item.source.name, caption) for caption in item.captions if item.number == 0)
             if item.source.held_out:
                 self.held_ids.setdefault(item.id, number)
             for _, content in _contents(measures.find(item), limits):
@@ -506,7 +559,7 @@ def _contents(figures: Mapping[str, Any] | None, limits: Limits) -> Iterator[tup
 
 
 def _verdicts(
-    number: int,
+    item: Item,
     figures: Mapping[str, Any] | None,
     known: _Known,
     limits: Limits,
@@ -514,7 +567,6 @@ def _verdicts(
     heard: Mapping[str, Any],
 ) -> dict[str, str]:
     """verdict -> reason of one item, in the order of `VERDICTS`."""
-    item = known.items[number]
     if item.key is None or figures is None:
         verdicts = {"not_found": "there is no such file"}
     elif not figures["opened"]:
@@ -523,19 +575,19 @@ def _verdicts(
         needed = (item.source.seconds or duration) if item.source.kind == "video" else CLIP_SECONDS
         if item.source.kind == "audio" and item.source.seconds:
             needed = item.source.seconds + 0.1  # as `partition` cuts it
-        verdicts = _verdicts_of_file(item.source.kind, figures, limits, needed)
-    verdicts |= _verdicts_among_others(number, item, figures, known)
-    verdicts |= sync_verdicts(heard, limits, bool({"still", "silent"} & set(verdicts)))
+        verdicts = _verdicts_of_file(item, figures, limits, needed)
+    verdicts |= _verdicts_among_others(item, figures, known)
+    verdicts |= sync_verdicts(heard, limits, _empty(verdicts))
     return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
 
-def _verdicts_among_others(number: int, item: Item, figures: Mapping[str, Any] | None, known: _Known) -> dict[str, str]:
+def _verdicts_among_others(item: Item, figures: Mapping[str, Any] | None, known: _Known) -> dict[str, str]:
     verdicts = {}
     if "" in {caption.strip() for caption in item.captions}:
         verdicts["empty_caption"] = "it has no text"
-    first = known.ids[item.source.name, item.id]
-    if first != number:
-        verdicts["duplicate_id"] = f"the id is on line {known.items[first].row} of the list too"
+    first = known.items[known.ids[item.source.name, item.id]]
+    if first.row != item.row:
+        verdicts["duplicate_id"] = f"the id is on line {first.row} of the list too"
     others = max(known.captions[item.source.name, caption] for caption in item.captions) - 1
     if others:
         verdicts["duplicate_caption"] = f"{others} other item{'s have' if others > 1 else ' has'} the same caption"
@@ -547,9 +599,9 @@ def _verdicts_among_others(number: int, item: Item, figures: Mapping[str, Any] |
     return verdicts
 
 
-def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, needed: float) -> dict[str, str]:
-    """Verdicts on a file that opens, of which `needed` seconds are used."""
-    verdicts = {}
+def _verdicts_of_file(item: Item, figures: Mapping[str, Any], limits: Limits, needed: float) -> dict[str, str]:
+    """Verdicts on a file that opens, of which `needed` seconds are used from the start of the item on."""
+    verdicts, kind = {}, item.source.kind
     if figures["damage"]:
         verdicts["damaged" if figures["duration"] else "unreadable"] = figures["damage"]
     if "audio_codec" not in figures:
@@ -558,9 +610,11 @@ def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, nee
         verdicts["no_video"] = "has no video track"
     if "no_audio" in verdicts or "no_video" in verdicts:
         return verdicts
-    have = figures["duration"]
+    have = max(0.0, figures["duration"] - item.start)
     if have < needed - (_TOLERANCE if kind == "video" else 0):
-        verdicts["too_short"] = f"{have:.3f} s can be used, {needed:g} s are needed"
+        verdicts["too_short"] = (
+            f"{have:.3f} s can be used{f' from {item.start:g} s on' * (item.start > 0)}, {needed:g} s are needed"
+        )
     if figures.get("silent_fraction", 0) >= limits.max_silent:
         verdicts["silent"] = (
             f"{_percent(figures['silent_fraction'])} of its audio is below {measure.SILENT_DBFS:g} dBFS"
@@ -573,7 +627,10 @@ def _verdicts_of_file(kind: str, figures: Mapping[str, Any], limits: Limits, nee
         )
     if (tracks := figures.get("audio_tracks", 1)) > 1:
         verdicts["audio_tracks"] = f"has {tracks} audio tracks; the one that players choose is used"
-    return verdicts | (_verdicts_of_video(figures, limits) if kind == "video" else {})
+    verdicts |= _verdicts_of_video(figures, limits) if kind == "video" else {}
+    if item.source.clips:
+        verdicts.pop("too_long", None)  # it is cut
+    return verdicts
 
 
 def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, str]:
@@ -609,33 +666,43 @@ def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, 
     return verdicts
 
 
-def sync_status(heard: Mapping[str, Any], limits: Limits, empty: bool = False) -> str | None:
-    """What is known of frames and audio: related, offset, unrelated or unknown; None where nothing was measured.
+def sync_status(heard: Mapping[str, Any], limits: Limits, empty: str = "") -> tuple[str | None, str]:
+    """What is known of frames and audio: related, offset, unrelated or unknown, and why it is unknown.
 
-    empty: nothing moves, or nothing is heard. Where that is so, or where there are too few clips for `max_chance`, no
-    relation can be told.
+    None where nothing was measured. empty: the verdict still or silent, without which no relation can be told.
     """
     if not heard:
-        return None
+        return None, ""
     chance = heard.get("sync_chance")
-    if empty or chance is None or heard["least_chance"] > limits.max_chance:
-        return "unknown"
+    if empty or "problem" in heard:
+        return "unknown", empty or heard["problem"]
+    if chance is None:
+        return "unknown", "the frames do not move, or nothing is heard"
+    if heard["least_chance"] > limits.max_chance:
+        return "unknown", "too few clips to compare with"
     if chance > limits.max_chance:
-        return "unrelated"
-    return "offset" if abs(heard["sync_offset"]) > limits.max_offset else "related"
+        steady = "motion or audio is steady, or a half of it has no event"
+        return ("unknown", steady) if heard.get("steady") else ("unrelated", "")
+    return ("offset" if abs(heard["sync_offset"]) > limits.max_offset else "related"), ""
 
 
-def _sync_columns(heard: Mapping[str, Any], status: str | None) -> dict[str, Any]:
+def _empty(verdicts: Collection[str]) -> str:
+    return " and ".join(verdict for verdict in ("still", "silent") if verdict in verdicts)
+
+
+def _sync_columns(heard: Mapping[str, Any], status: str | None, unknown: str) -> dict[str, Any]:
     """Of the table; without a relation the best lag means nothing."""
-    columns = {name: heard.get(name) for name in _SYNC} | {"sync": status}
+    columns = {name: heard.get(name) for name in _SYNC} | {"sync": status, "sync_unknown": unknown or None}
     return columns if status in ("related", "offset") else columns | {"sync_offset": None}
 
 
-def sync_verdicts(heard: Mapping[str, Any], limits: Limits, empty: bool = False) -> dict[str, str]:
+def sync_verdicts(heard: Mapping[str, Any], limits: Limits, empty: str = "") -> dict[str, str]:
     """Verdicts on audio that does not belong to its frames or caption."""
-    verdicts, status = {}, sync_status(heard, limits, empty)
+    verdicts, (status, _) = {}, sync_status(heard, limits, empty)
     if status == "unrelated":
-        verdicts[status] = f"{_percent(heard['sync_chance'])} of the audio of other clips fits its frames as well"
+        verdicts[status] = (
+            f"no evident relation: {_percent(heard['sync_chance'])} of the audio of other clips fits its frames as well"
+        )
     elif status == "offset":
         late = heard["sync_offset"]
         verdicts[status] = (
@@ -664,9 +731,17 @@ def audit_store(
             heard = sync.get((name, item_id), {})
             verdicts = sync_verdicts(heard, limits)
             verdicts = {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
-            row = {"id": item_id, "source": name, "kind": "row", "held_out": False, "row": number, "path": path}
+            row = {
+                "id": item_id,
+                "clip": item_id,
+                "source": name,
+                "kind": "row",
+                "held_out": False,
+                "row": number,
+                "path": path,
+            }
             row |= {"verdicts": list(verdicts), "reasons": list(verdicts.values()), "ok": not verdicts}
-            row |= {"captions": [caption], **_sync_columns(heard, sync_status(heard, limits))}
+            row |= {"captions": [caption], **_sync_columns(heard, *sync_status(heard, limits))}
             bad.extend([item_id] * bool(verdicts))
             yield dict.fromkeys(SCHEMA.names) | row
 
@@ -685,20 +760,21 @@ def _percent(share: float) -> str:
 def _rows(
     items: Sequence[Item], measures: _Measures, known: _Known, limits: Limits, duration: float, sync: Sync
 ) -> Iterator[dict[str, Any]]:
-    for number, item in enumerate(items):
+    for item in items:
         figures = measures.find(item)
-        heard = sync.get((item.source.name, item.id), {})
-        verdicts = _verdicts(number, figures, known, limits, duration, heard)
+        heard = sync.get((item.source.name, item.clip), {})
+        verdicts = _verdicts(item, figures, known, limits, duration, heard)
         size, changed = item.key or (None, None)
         measured = {name: (figures or {}).get(name) for name in _MEASURED}
         if measured["uneven_intervals"] is not None:
             measured["variable_frame_rate"] = "variable_frame_rate" in verdicts
-        row = {"id": item.id, "source": item.source.name, "kind": item.source.kind, "held_out": item.source.held_out}
+        row = {"id": item.id, "clip": item.clip, "start": item.start, "source": item.source.name}
+        row |= {"kind": item.source.kind, "held_out": item.source.held_out}
         row |= {"row": item.row, "path": item.path, "bytes": size, "mtime_ns": changed, "captions": list(item.captions)}
         row |= {"ok": set(verdicts) <= set(HARMLESS), "verdicts": [*verdicts], "reasons": [*verdicts.values()]}
-        status = sync_status(heard, limits, bool({"still", "silent"} & set(verdicts)))
         copy = next((other for *_, other in known.copies(item, figures)), None)
-        yield row | measured | {"copy_of": copy} | _sync_columns(heard, status)
+        status = sync_status(heard, limits, _empty(verdicts))
+        yield row | measured | {"copy_of": copy} | _sync_columns(heard, *status)
 
 
 def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, Any]) -> tuple[int, dict[str, int]]:

@@ -16,7 +16,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -538,6 +538,20 @@ def read_clips(path: str | os.PathLike) -> list[Clip]:
 def read_video_clips(path: str | os.PathLike) -> list[VideoStart]:
     """Read a clip list of videos; ValueError names the file and line of a bad or repeated row."""
     return [VideoStart(*row) for row in _read_rows(path, _VIDEO_COLUMNS, _seconds)]
+
+
+def starts_by_name(path: str | os.PathLike) -> dict[str, list[VideoStart]]:
+    """Name of a long video -> its clips in a clip list."""
+    starts: dict[str, list[VideoStart]] = {}
+    for clip in read_video_clips(path):
+        starts.setdefault(clip.name, []).append(clip)
+    return starts
+
+
+def starts_of(starts: Mapping[str, list[VideoStart]], item_id: str, path: str | os.PathLike) -> list[VideoStart]:
+    """The clips of a listed video whose file is `path`; [] where `starts_by_name` has none."""
+    whole = normal_name(Path(path).name)  # the name of one of two listed files that have this stem
+    return starts.get(whole) or starts.get(stem_of(item_id, "video"), [])
 
 
 def _read_rows(path: str | os.PathLike, columns: Sequence[str], values_of: Callable) -> list[tuple]:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,11 +59,14 @@ class _FramePacket(NamedTuple):
     duration: Fraction  # s, 0 if unknown
 
 
-def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[str, Any]:
+def measure(
+    path: str | os.PathLike, kind: str, duration: float = 8.0, starts: Sequence[float] = (0.0,)
+) -> dict[str, Any]:
     """Figures of one file as plain JSON values, None where the file has no such thing. Columns of the audit's table.
 
-    kind: "video", whose level, silence, clipping and movement are those of the first `duration` seconds from where
-    both tracks have begun, which is what training sees; or "audio", where frames are ignored and the whole file counts.
+    kind: "video", whose level, silence, clipping and movement are those of `duration` seconds from where both tracks
+    have begun and each of `starts` on, which is what training sees, and under "clips" unless the one start is 0; or
+    "audio", where frames are ignored and the whole file counts.
     "damage" is what went wrong while reading, "" if nothing did; a file that does not open, or is encrypted, has only
     that and the hash of its bytes. OSError for faults of the machine.
     """
@@ -71,14 +74,16 @@ def measure(path: str | os.PathLike, kind: str, duration: float = 8.0) -> dict[s
     figures: dict[str, Any] = {"file_sha256": sha256_of(Path(path)), "damage": "", "opened": False}
     try:
         with open_media(path) as container:
-            measured, samples = _measured(path, container, kind, Fraction(duration).limit_denominator(1_000_000))
+            spans = [Fraction(second).limit_denominator(1_000_000) for second in (duration, *starts)]
+            measured, samples = _measured(path, container, kind, *spans)
     except MediaError as error:
         return figures | {"damage": str(error).removeprefix(f"{path}: ")}
     figures |= {"opened": True, **measured}
-    if samples:
-        movement = _movement(path, samples)
-        figures |= movement | {"damage": figures["damage"] or movement.get("damage", "")}
-    return figures
+    for clip, of_clip in zip(figures["clips"], samples, strict=True):
+        if of_clip:
+            clip |= _movement(path, of_clip)
+        clip["damage"] = figures["damage"] or clip.get("damage", "")
+    return figures if any(starts) or len(starts) > 1 else figures | figures.pop("clips")[0]
 
 
 _Samples = list[tuple[Fraction, Fraction]]
@@ -86,8 +91,8 @@ _Samples = list[tuple[Fraction, Fraction]]
 
 
 def _measured(
-    path: str | os.PathLike, container: InputContainer, kind: str, duration: Fraction
-) -> tuple[dict[str, Any], _Samples]:
+    path: str | os.PathLike, container: InputContainer, kind: str, duration: Fraction, *starts: Fraction
+) -> tuple[dict[str, Any], list[_Samples]]:
     video, audio = video_stream(container) if kind == "video" else None, audio_stream(container)
     if video is not None and av.stream.Disposition.attached_pic in video.disposition:
         video = None  # the cover image of an audio file
@@ -110,10 +115,10 @@ def _measured(
     begin = max((start for start, _ in spans), default=Fraction(0))
     end = min((end for _, end in spans), default=begin)
     figures["duration"] = _rounded(max(Fraction(0), end - begin))
-    if level.start is not None:
-        figures |= level.levels(begin, duration if kind == "video" else None)
+    length = duration if kind == "video" else None
+    figures["clips"] = [level.levels(begin + start, length) if level.start is not None else {} for start in starts]
     figures["damage"] = frames.damage or level.damage(whole=kind == "audio") or end_error
-    return figures, frames.samples(begin, duration) if frames.packets else []
+    return figures, [frames.samples(begin + start, duration) if frames.packets else [] for start in starts]
 
 
 class _VideoTrack:

@@ -181,10 +181,11 @@ def _still(rgb: np.ndarray) -> VideoClip:
     return VideoClip(_resize(rgb, CLIP_FPS)[None], empty, None)
 
 
-def sparse_frames(path: str | os.PathLike, period: float, count: int) -> torch.Tensor:
-    """Frames `period` seconds apart, whole: uint8 (count, 3, H, W). MediaError.
+def sparse_frames(path: str | os.PathLike, period: float, count: int, start: float = 0.0) -> torch.Tensor:
+    """Frames `period` seconds apart from `start` s on, whole: uint8 (count, 3, H, W). MediaError.
 
-    Frame k is the last one that begins before (k + 1/2) periods after the first, as ffmpeg's fps filter rounds.
+    Frame k is the last one that begins before (k + 1/2) periods after `start` s, counted from the first one, as
+    ffmpeg's fps filter rounds.
     """
     with open_media(path) as container:
         stream = video_stream(container)
@@ -197,7 +198,7 @@ def sparse_frames(path: str | os.PathLike, period: float, count: int) -> torch.T
             for frame in container.decode(stream):
                 time = frame_time(Path(path), frame)
                 if last is None:
-                    first, last = time, frame
+                    first, last = time + _start(start), frame
                 while len(frames) < count and time - first >= (len(frames) + 0.5) * period:
                     frames.append(to_rgb(last))
                 if len(frames) == count:

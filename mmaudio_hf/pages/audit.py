@@ -37,7 +37,7 @@ MEANING = {
     "leakage": "is trained on, and its id or a copy of its content is held out",
     "duplicate_id": "the id is in the list before",
     "duplicate_content": "a copy of an item before it, under another id",
-    "unrelated": "the audio of other clips fits the frames as well as its own does",
+    "unrelated": "no evident relation: the audio of other clips fits the frames as well as its own does",
     "offset": "what is heard is early or late against what is seen",
     "still": "the frames do not move",
     "silent": "nothing or next to nothing can be heard",
@@ -112,7 +112,7 @@ class _Summary:
     """What the first page needs of the table, taken row by row: counts, one float per item and figure, a few rows."""
 
     def __init__(self, table: Path):
-        self.rows, self.longer, self.compared = 0, 0, 0.0  # longer: videos of which later clips were not compared
+        self.rows, self.compared = 0, 0.0
         self.sources: dict[str, Counter] = defaultdict(Counter)
         self.verdicts: Counter = Counter()
         self.sync: Counter = Counter()
@@ -131,9 +131,7 @@ class _Summary:
         source.update(listed=1, ok=row["ok"], held_out=row["held_out"], **{row["kind"]: 1})
         self.verdicts.update(row["verdicts"])
         self.sync[row["sync"]] += 1
-        if (compared := row["sync_seconds"]) is not None:
-            self.compared = compared
-            self.longer += row["kind"] == "video" and (row["duration"] or 0) >= 2 * compared
+        self.compared = row["sync_seconds"] or self.compared
         row = {**row, "number": self.rows}
         self.rows += 1
         for verdict, reason in zip(row["verdicts"], row["reasons"], strict=True):
@@ -191,11 +189,10 @@ def _sync_words(summary: _Summary) -> str:
     names = {"clap_score": "captions", "imagebind_score": "frames"}
     left_out = [what for name, what in names.items() if not any(map(len, summary.values[name]))]
     relevance = f" Audio was not compared with {' and '.join(left_out)} by av-benchmark: that needs --relevance."
-    longer = f", so that later clips of {summary.longer:,} videos were not" if summary.longer else ""
     return (
-        f"Audio against frames: {', '.join(counts)}. The first {summary.compared:g} s of each were compared{longer}."
-        f" With the audio of another, {100 * chance:g} % of clips pass as related; unknown is what does not move or"
-        f" cannot be heard.{relevance if left_out else ''}"
+        f"Audio against frames: {', '.join(counts)}. Of each clip {summary.compared:g} s were compared."
+        f" With the audio of another, {100 * chance:g} % of clips pass as related; unknown is what does not move,"
+        f" cannot be heard or has no event: the card of it says which.{relevance if left_out else ''}"
     )
 
 
@@ -225,7 +222,7 @@ def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str,
     figures = (
         *(("duration", "{:.1f} s"), ("width", "{}x"), ("fps", "{:.4g} fps"), ("level_dbfs", "{:.0f} dBFS")),
         *(
-            ("sync", "audio {}"),
+            *(("sync", "audio {}"), ("sync_unknown", "({})")),
             ("sync_offset", "offset {:+.3f} s"),
             ("sync_fit", "fit {:.2f}"),
             ("sync_chance", "chance {:.1%}"),
@@ -233,16 +230,18 @@ def _card(row: _Row, folder: Path, verdicts: list[tuple[str, str]]) -> dict[str,
         *(("clap_score", "CLAP {:.2f}"), ("imagebind_score", "ImageBind {:.2f}")),
     )
     texts = [text.format(row[name]) for name, text in figures if row[name] is not None]
+    start, address = row["start"] or 0.0, quote(link) if row["bytes"] is not None else ""  # "javascript:" is quoted too
     return {
-        "id": row["id"],
+        "id": row["clip"],
+        "start": f"{start:g} s" if start else "",
         "source": row["source"],
         "number": row["number"],
         "kind": row["kind"],
         "caption": captions if len(captions) <= 200 else f"{captions[:200]}…",
         "path": row["path"],
-        "link": quote(link) if row["bytes"] is not None else "",  # "javascript:" is quoted too
+        "link": f"{address}#t={start:g}" if address and start else address,
         "frames": f"data:image/jpeg;base64,{row['thumbnails']}" if row["thumbnails"] else "",
-        "figures": ", ".join(texts).replace("x,", f"x{row['height']},"),
+        "figures": ", ".join(texts).replace("x,", f"x{row['height']},").replace(", (", " ("),
         "verdicts": verdicts,
         "copy_of": row["copy_of"],
         "copy_page": row["copy_of"] is not None and f"{row['copy_of'] // ITEMS + 1}.html#item-{row['copy_of']}",
