@@ -273,6 +273,11 @@ def test_what_is_missing_is_an_error_before_training(finished):
         SampleEvaluator(recipe)
     with pytest.raises(ValueError, match=r"data\.test, which names no store"):
         load_recipe(finished, ["samples.split=test"])
+    for metric, key in (("eval/onset_f1", "samples"), ("eval_validation/FD-PASST", "evaluation")):
+        with pytest.raises(ValueError, match=f"best_metric {metric} is never computed: set {key}.every above 0"):
+            load_recipe(finished, [f"training.best_metric={metric}", "samples.every=0"])
+    settings = ["samples.every=0", "evaluation.every=2", "evaluation.split=validation"]
+    load_recipe(finished, [*settings, "training.best_metric=eval_validation/FD-PASST"])
 
 
 def test_a_sample_that_is_not_finite_ends_nothing(finished, monkeypatch, capsys):

@@ -85,6 +85,21 @@ def test_frames_that_mp4_cannot_hold_are_encoded(tmp_path):
     assert read_codes((read_video(tmp_path / "out.mp4", duration=2.0).sync_frames + 1) / 2) == list(range(50))
 
 
+def test_new_audio_begins_at_a_start_within_the_video(tmp_path):
+    """Also between two frames, far from a frame that stands alone, and smaller."""
+    source = write_odd(tmp_path / "a.mp4", Odd(steady(4), options=(("g", "100"),), audio_seconds=5))
+    for start, first in ((1.2, 30), (1.21, 30)):
+        assert not write_video_with_audio(source, SOUND[:32_000], 16_000, tmp_path / "out.mp4", start=start)
+        frames = (read_video(tmp_path / "out.mp4", duration=1.6).sync_frames + 1) / 2
+        assert read_codes(frames)[:20] == list(range(first, first + 20))
+        assert probe(tmp_path / "out.mp4")["video"]["duration"] == pytest.approx(2.0, abs=0.05)
+    assert not write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4", max_height=48)
+    stated = probe(tmp_path / "out.mp4")
+    assert stated["video"]["height"] == 48 and stated["video"]["duration"] == pytest.approx(4.0, abs=0.05)
+    with pytest.raises(MediaError, match="ends before 4 s"):
+        write_video_with_audio(source, SOUND, 16_000, tmp_path / "out.mp4", start=4.0)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     source, out = write_odd(tmp_path / "a.mp4", Odd(steady(1))), tmp_path / "out.mp4"
     out.write_text("old")

@@ -20,6 +20,7 @@ from toy_stores import MODEL, write_store
 
 from mmaudio_hf.config import EncoderConfig, load_recipe, save_recipe, to_dict
 from mmaudio_hf.evaluation.samples import read_items
+from mmaudio_hf.media.container import probe
 from mmaudio_hf.media.example import read_events
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.network import MMAudio
@@ -40,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -96,7 +97,7 @@ def page(run_dir, media):
     """The report of three clips: with a video and events, with audio alone, with a video that is gone."""
     events = (0.4, 1.2)
     clips = [
-        ReportClip("a", EVIL, clicks((0.4, 0.8)), 16000, clicks(events), media / "videos/test_00_ball.mp4", events),
+        ReportClip("a", EVIL, clicks((0.4, 0.8)), 16000, clicks(events), media / "videos/test_00_ball.mp4", 0, events),
         ReportClip("b", "no frames", clicks((0.5,), rate=44100), 44100),
         ReportClip("c", "lost", clicks((0.5,)), 16000, None, media / "videos/none.mp4"),
     ]
@@ -172,6 +173,7 @@ def test_pages_are_read_and_heard_in_a_browser(browser, page, run_dir):  # noqa:
         wait_for(shown, f"{first}.currentTime > 0.5")
         shown.get_by_role("button", name="Switch A | B").click()
         wait_for(shown, f"{first}.paused && {second}.currentTime > 0.5 && !{second}.error")
+        assert shown.evaluate("document.querySelector('.switch').dataset.now") == "Ground truth"
 
 
 def test_cards_of_several_players_have_a_switch(page):
@@ -278,12 +280,24 @@ def test_true_audio_is_read_as_extraction_reads_it(tmp_path, media, monkeypatch)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "run.yaml")
     items = [item for store in recipe.data.test for item in read_items([store], 2)]
-    videos, waveforms = zip(*(report._video_and_audio(item, recipe, with_audio=True) for item in items), strict=True)
+    read = [report._video_and_audio(item, recipe, with_audio=True) for item in items]
+    videos, starts, waveforms = zip(*read, strict=True)
     settings = [(how["alignment"], how["normalize_audio"], how["start"]) for how in calls]
     assert settings == [("timestamps", True, 0.0), ("timestamps", False, 0.5)]
-    assert videos == (media / "videos" / "test_00_ball.mp4", None, None, None)
+    path = media / "videos" / "test_00_ball.mp4"
+    assert videos == (path, None, path, None) and starts == (0, 0, 0.5, 0)
     assert [waveform is None for waveform in waveforms] == [False, True, False, True]
     assert not torch.equal(waveforms[0], waveforms[2])
+    # The page shows that part of the video, smaller where it would be too large.
+    monkeypatch.setattr(report, "MEDIA_LIMIT", 0)
+    monkeypatch.setattr(report, "MAX_HEIGHT", 72)
+    wave, expected = clicks((0.4,)), read_video(path, start=0.5, duration=1.6).clip_frames
+    (tmp_path / "part.mp4").write_bytes(content(report._media(path, wave, 16000, tmp_path, 0.5)))
+    shown = read_video(tmp_path / "part.mp4", duration=1.6).clip_frames
+    moved = read_video(path, start=0.375, duration=1.6).clip_frames - expected  # by a frame of 8 fps
+    assert (shown - expected).square().mean() < moved.square().mean() / 4
+    assert probe(tmp_path / "part.mp4")["video"]["height"] == 72
+    assert report._media(path, wave, 16000, tmp_path, 99.0).startswith("data:audio/wav")
 
 
 @pytest.fixture

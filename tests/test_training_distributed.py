@@ -29,6 +29,7 @@ from training_runs import (
 
 from mmaudio_hf import MMAudio
 from mmaudio_hf.cli import main
+from mmaudio_hf.config import load_recipe
 from mmaudio_hf.data.sampler import dataset_indices
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.checkpoint import begin_sharded, load_training_state
@@ -435,7 +436,14 @@ def test_a_step_does_not_wait_for_long_and_evaluation_does(tmp_path):
 
 
 def test_ddp_neither_copies_gradients_nor_broadcasts_buffers(tmp_path):
-    recipe, program = write(tmp_path, "ddp"), tmp_path / "program.py"
+    network = MMAudio(load_recipe(write(tmp_path, "start")).model)
+    for parameter in network.parameters():  # the last layer starts as zero, and no gradient would pass it
+        torch.nn.init.normal_(parameter, std=0.02)
+    network.set_latent_statistics(torch.zeros(20), torch.ones(20))
+    torch.save(network.state_dict(), tmp_path / "start.pth")
+    # The gradients of its convolutions have strides of their own.
+    adapter = {"init_from": str(tmp_path / "start.pth"), "lora": {"rank": 2, "dora": True}}
+    recipe, program = write(tmp_path, "ddp", finetune=adapter), tmp_path / "program.py"
     program.write_text(
         "import sys\n"
         "from mmaudio_hf.cli import train_main\n"

@@ -254,8 +254,7 @@ def detection(folder: Path, clips: int) -> dict[str, Any]:
     if not (folder / "faults.json").is_file():
         write_faulty_media(folder, {"train": clips})
     faults, figures = json.loads((folder / "faults.json").read_text()), compared(folder, folder / "sync.jsonl")
-    status: dict[str, list[str | None]] = {}
-    errors = []
+    status, errors = dict[str, list[str | None]](), list[float]()
     for item_id, fault in faults.items():
         heard = figures["train", item_id]
         status.setdefault(fault["fault"], []).append(sync_status(heard, Limits())[0])

@@ -676,6 +676,12 @@ class Recipe(Settings):
         for key, split in self._splits_by_key().items():
             way = f"name one, or set {key} to {'false' if key.endswith('training') else 0}"
             _require(bool(getattr(self.data, split)), f"{key} needs data.{split}, which names no store: {way}")
+        kind = self.training.best_metric.partition("/")[0]
+        keys = {"eval": "samples.every", "eval_validation": "evaluation.every", "eval_test": "evaluation.every"}
+        if kind in keys and not self.evaluation.extra:  # an evaluator of the user's own may have any name
+            computed = {"eval" if k == "samples.every" else f"eval_{s}" for k, s in self._splits_by_key().items()}
+            message = f"training.best_metric {self.training.best_metric} is never computed: set {keys[kind]} above 0"
+            _require(kind in computed, f"{message}, or name a score that begins with val_ema/")
         _require(
             self.card.license in ("", RELEASED_LICENSE) or not is_released(self.finetune.init_from),
             f"card.license {self.card.license}: the run starts from released weights, which are {RELEASED_LICENSE}, and"

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -94,11 +95,8 @@ class HeldOutItems(Sequence[HeldOutItem]):
 
 def read_items(sources: Sequence[StoreConfig], limit: int, spread: bool = False) -> list[HeldOutItem]:
     """A few `HeldOutItems`, all read. ValueError for a store that cannot be opened."""
-    items = HeldOutItems(sources, limit, spread)
-    try:
+    with closing(HeldOutItems(sources, limit, spread)) as items:
         return list(items)
-    finally:
-        items.close()
 
 
 def own_items(recipe: Recipe, taken: Collection[str]) -> list[HeldOutItem]:
@@ -140,18 +138,11 @@ def generate_items(
 
     Each is generated in one piece of its own duration. Items are read a batch at a time.
     """
+    how = {name: getattr(sampling, name) for name in ("batch_size", "num_steps", "guidance_scale", "solver")}
     for duration, of_duration in groupby(items, key=lambda item: item.duration):
         window = None if duration == pipeline.model.config.duration else duration
         while batch := list(islice(of_duration, sampling.batch_size)):
-            results = pipeline.generate(
-                [item.request for item in batch],
-                sampling.batch_size,
-                window=window,
-                num_steps=sampling.num_steps,
-                guidance_scale=sampling.guidance_scale,
-                solver=sampling.solver,
-                seed=seed,
-            )
+            results = pipeline.generate([item.request for item in batch], window=window, seed=seed, **how)
             yield from zip(batch, results, strict=True)
 
 

@@ -126,15 +126,9 @@ def read_list(path: str | os.PathLike, media_dir: str | os.PathLike | None = Non
             except MediaError as error:
                 video, problem = base / item_id, ("list", error.reason, f"{error} ({where})")
         image = base / row["image"] if row.get("image") else None
-        request = Request(
-            key=item_id,
-            video=video,
-            image=image,
-            prompt=row[texts[0]] if texts else "",
-            negative_prompt=row.get("negative_prompt", ""),
-            duration=_number(row, "duration", float, where),
-            seed=_number(row, "seed", int, where),
-        )
+        numbers: Any = {name: _number(row, name, kind, where) for name, kind in (("duration", float), ("seed", int))}
+        prompts = row[texts[0]] if texts else "", row.get("negative_prompt", "")
+        request = Request(item_id, video, image, *prompts, **numbers)
         missing = next((file for file in (video, image) if file is not None and not file.is_file()), None)
         if missing and problem is None:
             problem = ("list", "not_found", f"{missing}: no such file ({where})")

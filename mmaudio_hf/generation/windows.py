@@ -104,10 +104,7 @@ def cross_fade(starts: Sequence[int], size: int, index: int, margin: int = 0) ->
 
 
 def blended_velocity(
-    schedule: WindowSchedule,
-    chunks: Sequence[range],
-    velocities: Sequence[VelocityFunction],
-    device: torch.device,
+    schedule: WindowSchedule, chunks: Sequence[range], velocities: Sequence[VelocityFunction], device: torch.device
 ) -> VelocityFunction:
     """Velocity function (1, M, C) of a long latent: that of its windows, cross-faded where they overlap.
 

@@ -3,6 +3,7 @@
 import errno
 import heapq
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -29,24 +30,33 @@ _TARGET_FAULTS = (
 
 
 def write_video_with_audio(
-    video_path: str | os.PathLike, waveform: torch.Tensor, sample_rate: int, out_path: str | os.PathLike
+    video_path: str | os.PathLike,
+    waveform: torch.Tensor,
+    sample_rate: int,
+    out_path: str | os.PathLike,
+    *,
+    start: float = 0.0,
+    max_height: int = 0,
 ) -> bool:
     """Write an .mp4 or .mkv with the frames of `video_path` and `waveform` as its only audio track (AAC).
 
-    waveform: `(samples,)` or `(1 or 2, samples)` in [-1, 1], starting with the first frame. Packets are copied without
-    re-encoding where the container can hold their codec, else frames are encoded as H.264; returns whether they were
-    copied. The result is as long as the shorter of the two, to a frame (a copy may keep the few frames that others
-    depend on). Written under another name and renamed. Raises MediaError for a video that cannot be read, ValueError
-    for a bad waveform or another ending, OSError that names the result for a full disk and a folder that cannot be
-    written.
+    waveform: `(samples,)` or `(1 or 2, samples)` in [-1, 1], beginning `start` seconds after the first frame, as the
+    result does. Packets are copied without re-encoding where the container can hold their codec, else frames are
+    encoded as H.264, as with a `start` or a `max_height` (pixels); returns whether they were copied. The result is as
+    long as the shorter of the two, to a frame (a copy may keep the few frames that others depend on). Written under
+    another name and renamed. Raises MediaError for a video that cannot be read, ValueError for a bad waveform or
+    another ending, OSError that names the result for a full disk and a folder that cannot be written.
     """
     out_path, waveform = Path(out_path), torch.atleast_2d(torch.as_tensor(waveform))
     if out_path.suffix.lower() not in VIDEO_FORMATS:
         raise ValueError(f"{out_path}: a video is written as {' or '.join(VIDEO_FORMATS)}, not {out_path.suffix!r}")
     audio_frame(waveform, sample_rate, "fltp")  # raises for a bad waveform before any file is written
     try:
-        start, length, has_timestamps = video_extent(video_path)
-        length = min(length, Fraction(waveform.shape[-1], sample_rate))
+        first, length, has_timestamps = video_extent(video_path)
+        origin = first + Fraction(start).limit_denominator(1_000_000)
+        length = min(length + first - origin, Fraction(waveform.shape[-1], sample_rate))
+        if length <= 0:
+            raise media_error(video_path, "video_too_short", f"ends before {start:g} s")
         audio = audio_frame(waveform[:, : round(length * sample_rate)], sample_rate, "fltp")
         target_format = VIDEO_FORMATS[out_path.suffix.lower()]
         with (
@@ -57,8 +67,10 @@ def write_video_with_audio(
             video = video_stream(source)
             assert video is not None, "its first frame was decoded"
             copy = has_timestamps and video.codec_context.codec.canonical_name in target.supported_codecs
-            packets = _copied if copy else _encoded
-            frames = packets(source, video, target, start, length)  # adds its stream, before the first packet
+            copy = copy and not start and not max_height
+            tracks = source, video, target, origin, length
+            # Either adds its stream, before the first packet.
+            frames = _copied(*tracks) if copy else _encoded(*tracks, max_height or math.inf)
             stream = target.add_stream("aac", rate=sample_rate, layout=audio.layout.name)
             assert isinstance(stream, AudioStream)
             encoded = (packet for frame in (audio, None) for packet in stream.encode(frame))
@@ -102,23 +114,33 @@ def _copied(
 
 
 def _encoded(
-    source: InputContainer, video: VideoStream, target: OutputContainer, start: Fraction, length: Fraction
+    source: InputContainer,
+    video: VideoStream,
+    target: OutputContainer,
+    start: Fraction,
+    length: Fraction,
+    max_height: float,
 ) -> Iterator[av.Packet]:
     """Add the stream; the frames as H.264 yuv420p, cropped to even sizes and upright."""
     frames, to_rgb = source.decode(video), RgbConverter(rotate=True)
     first = next(frames)
     height, width = (side // 2 * 2 for side in to_rgb(first).shape[:2])
+    scale = min(1, max_height / height)
+    shown_height, shown_width = (round(side * scale / 2) * 2 for side in (height, width))
     rate, unit = video.average_rate or SYNC_FPS, video.time_base or Fraction(1, 90_000)
-    stream = target.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+    stream = target.add_stream("libx264", rate=rate, width=shown_width, height=shown_height, pix_fmt="yuv420p")
     assert isinstance(stream, VideoStream)
     stream.options, stream.codec_context.time_base = {"crf": "18"}, unit
 
     def packets() -> Iterator[av.Packet]:
-        for frame in itertools.chain([first], frames):
-            if (time := frame_time(source.name, frame) - start) < length:
+        timed = ((frame_time(source.name, frame) - start, frame) for frame in itertools.chain([first], frames))
+        for (time, frame), (until, _) in itertools.pairwise(itertools.chain(timed, [(length, first)])):
+            if time >= length:
+                break
+            if until > 0:  # of the frames before the start the last one is seen from there on
                 rgb = np.ascontiguousarray(to_rgb(frame)[:height, :width])
-                encoded = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-                encoded.pts, encoded.time_base = round(time / unit), unit
+                encoded = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(shown_width, shown_height)
+                encoded.pts, encoded.time_base = round(max(time, Fraction(0)) / unit), unit
                 yield from stream.encode(encoded)
         yield from stream.encode(None)
 

@@ -43,20 +43,6 @@ _HEIGHT = 320  # of the videos, in pixels
 
 # Whatever a component may want from elsewhere, the browser does not fetch it.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-_STYLE = """
-footer, button[aria-label="Trim video to selection"] { display: none !important; }
-input[type="range"]::-webkit-slider-thumb { border: 2px solid var(--color-accent) !important; }
-input[type="range"]::-moz-range-thumb { border: 2px solid var(--color-accent) !important; }
-.min_value, .max_value, .or, time { color: var(--input-placeholder-color) !important; }
-.details { opacity: .75; font-size: .875rem; overflow-wrap: anywhere; }
-.spectrogram { position: relative; margin-top: 24px; }
-.spectrogram img { display: block; width: 100%; height: 150px; border-radius: 4px; }
-.spectrogram b { position: absolute; right: 3px; transform: translateY(-50%); font: 11px/1 system-ui, sans-serif;
-  color: #fff; text-shadow: 0 0 3px #000, 0 0 3px #000; }
-.seconds { position: relative; height: 20px; font-size: .75rem; opacity: .75; }
-.seconds span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.seconds span:first-child { transform: none; }
-"""
 
 
 def serve(
@@ -77,8 +63,9 @@ def serve(
     if max_upload_mb <= 0:
         raise ValueError(f"--max-upload-mb must be more than 0, not {max_upload_mb:g}")
     pipeline = MMAudioPipeline.from_pretrained(run, device=device)
-    for source, scale in (adapters or {}).items():
-        pipeline.load_lora_weights(source, scale, Path(source).resolve().name if Path(source).is_dir() else source)
+    names = [Path(source).resolve().name if Path(source).is_dir() else source for source in adapters or ()]
+    for name, (source, scale) in zip(names, (adapters or {}).items(), strict=True):  # two may be called "adapter"
+        pipeline.load_lora_weights(source, scale, source if names.count(name) > 1 else name)
     # The generator is not consumed, so no video is opened: this checks the encoder files that a visitor may need.
     pipeline.generate([Request(video="any", prompt="any")], on_reject=lambda *_: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary folder is removed in any case
@@ -102,7 +89,7 @@ def serve(
             allowed_paths=[path for path, _ in _examples(run)],
             ssr_mode=False,
             theme=_theme(),
-            css=_STYLE,
+            css=render("demo.css"),
         )
         actual = listener.getsockname()[1]
         listener.listen()  # early visitors wait in its queue instead of being turned away
@@ -116,9 +103,8 @@ def serve(
             timeout_graceful_shutdown=1,
             log_level="critical",
         )
-        server = uvicorn.Server(config)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def build_page(

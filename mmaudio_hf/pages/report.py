@@ -45,7 +45,7 @@ from mmaudio_hf.models.pretrained import find_pretrained
 from mmaudio_hf.pages import Curve, data_uri, decibels, line_chart, spectrogram_figure, write_page
 from mmaudio_hf.schema import check_id
 
-MEDIA_LIMIT = 6_000_000  # bytes of one video on the page; of a larger one the page has the audio alone
+MEDIA_LIMIT, MAX_HEIGHT = 6_000_000, 360  # bytes of one video on the page; pixels of one that would be larger
 _LOSS, _TIME = "mean squared error", "t: 0 is noise, 1 is data"
 # Of the samples made during training, since audio is the heaviest content of the page: items, those of the user's own
 # prompts and videos among them, and steps.
@@ -62,6 +62,7 @@ class ReportClip:
     sample_rate: int
     reference: torch.Tensor | None = None  # the true audio
     video: Path | None = None
+    start: float = 0.0  # of the clip in its video, in s
     events: tuple[float, ...] | None = None  # when something happens; None: not known
     scores: Mapping[str, float] = field(default_factory=dict)
 
@@ -123,7 +124,7 @@ def _generated_clips(
     for item, result in tqdm(results, "report", count, unit="clip", disable=None, leave=False):
         decoded, duration = pipeline.decode(item.latent), item.duration or recipe.model.duration
         longest = max(longest, duration)
-        video, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
+        video, start, reference = _video_and_audio(item, recipe, with_audio=len(clips) < shown)
         reference, inside = decoded if reference is None else reference, None
         if item.item_id in times:
             inside = tuple(t for t in times[item.item_id] if t < duration)
@@ -131,8 +132,8 @@ def _generated_clips(
             detected.append(onset_times(result.waveform, rate))
             ceiling.append(onset_times(decoded, rate))
         distance = waveform_scores(result.waveform, reference, rate)["log_mel_distance"]
-        scores = {"log-mel distance to the truth in dB:": distance}
-        clips.append(ReportClip(item.item_id, item.caption, result.waveform, rate, reference, video, inside, scores))
+        heard, scores = (result.waveform, rate, reference), {"log-mel distance to the truth in dB:": distance}
+        clips.append(ReportClip(item.item_id, item.caption, *heard, video, start, inside, scores))
     if not known:
         return clips, {"generated_clips": len(clips)}
     scores = onset_scores(detected, known, duration=longest, seed=recipe.seed)
@@ -142,21 +143,22 @@ def _generated_clips(
     return clips, {"generated_clips": len(clips), **timing}
 
 
-def _video_and_audio(item: HeldOutItem, recipe: Recipe, with_audio: bool) -> tuple[Path | None, torch.Tensor | None]:
-    """The video of an item and its audio, read as extraction reads it; None for what is not there any more."""
+def _video_and_audio(
+    item: HeldOutItem, recipe: Recipe, with_audio: bool
+) -> tuple[Path | None, float, torch.Tensor | None]:
+    """The video of an item, where in it the clip begins (s), and its audio, read as extraction reads it; None: gone."""
     source = next((source for source in recipe.extraction.videos if source.name == item.store), None)
     if source is None or not with_audio:
-        return None, None
+        return None, 0.0, None
     clip_list, clip_of, video = recipe.extraction.clips_path(source), VideoStart(item.item_id, item.item_id, 0.0), None
     with contextlib.suppress(MediaError, ValueError):
         if source.max_clips != 1 and clip_list.is_file():
             clip_of = next((row for row in read_video_clips(clip_list) if row.id == item.item_id), clip_of)
-        path = find_video(source.media_dir, clip_of.name)
-        video = None if clip_of.start else path  # the player would show the first seconds
+        video = find_video(source.media_dir, clip_of.name)
         settings: Any = {"duration": item.duration or recipe.model.duration, "alignment": recipe.extraction.alignment}
         settings |= {"mode": recipe.model.mode, "normalize_audio": source.normalize_audio, "as_uint8": True}
-        return video, read_video(path, start=clip_of.start, **settings).audio
-    return video, None
+        return video, clip_of.start, read_video(video, start=clip_of.start, **settings).audio
+    return video, clip_of.start, None
 
 
 # --- what a run has written ----------------------------------------------------------------------------------------
@@ -342,19 +344,21 @@ def _clip_card(clip: ReportClip, scratch: Path) -> dict[str, Any]:
             precision, recall, f1 = onset_f1(onsets, clip.events)
             note = f"onset F1 {f1:.2f} (precision {precision:.2f}, recall {recall:.2f})"
         label = f"{title.lower()} audio of {clip.name}, {len(onsets)} onsets"
-        tracks.append(_Track(title, waveform, rate, _media(clip.video, waveform, rate, scratch), label, note, marks))
+        media = _media(clip.video, waveform, rate, scratch, clip.start)
+        tracks.append(_Track(title, waveform, rate, media, label, note, marks))
     note = " · ".join([clip.name, *(f"{name} {value:.3g}" for name, value in clip.scores.items())])
     return {"name": clip.name, "caption": clip.caption, "note": note, "players": _players(tracks)}
 
 
-def _media(video: Path | None, waveform: torch.Tensor, rate: int, scratch: Path) -> str:
-    """The video with this audio as a data URI, or the audio alone where there is no video or it is too large."""
+def _media(video: Path | None, waveform: torch.Tensor, rate: int, scratch: Path, start: float = 0.0) -> str:
+    """The video from `start` on with this audio as a data URI, or the audio alone where there is no video."""
     if video is not None:
         path = scratch / "clip.mp4"
         with contextlib.suppress(MediaError):
-            write_video_with_audio(video, waveform, rate, path)
-            if path.stat().st_size <= MEDIA_LIMIT:
-                return data_uri("video/mp4", path.read_bytes())
+            write_video_with_audio(video, waveform, rate, path, start=start)
+            if path.stat().st_size > MEDIA_LIMIT:
+                write_video_with_audio(video, waveform, rate, path, start=start, max_height=MAX_HEIGHT)
+            return data_uri("video/mp4", path.read_bytes())
     path = scratch / "clip.wav"
     write_audio(path, waveform, rate)
     return data_uri("audio/wav", path.read_bytes())
@@ -367,8 +371,7 @@ def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[
     """
     written = [file.parent for file in (run_dir / "samples").glob(f"step_*/{SAMPLES_FILE}")]
     folders = {int(folder.name[5:]): folder for folder in written if re.fullmatch(r"step_\d+", folder.name)}
-    steps = sorted(folders)
-    if not steps:
+    if not (steps := sorted(folders)):
         return 0, 0, []
     count = min(_STEPS, len(steps))
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})
@@ -402,8 +405,7 @@ def _sample_card(
         distance = scores.get("log_mel_distance")
         note = "" if distance is None else f"log-mel distance {distance:.1f} dB"
         label = f"{title}, {row['id']}"
-        content = data_uri("audio/wav", (folder / name).read_bytes())
-        media = _media(video, waveform, rate, scratch) if video else content
+        media = _media(video, waveform, rate, scratch) if video else data_uri("audio/wav", (folder / name).read_bytes())
         tracks.append(_Track(title, waveform, rate, media, label, note))
     notes = [row["id"]] if row["caption"] != row["id"] else []
     notes += [f"{row['duration']:g} s"] if "duration" in row else []

@@ -221,6 +221,9 @@ def wrap_model(model: MMAudio, accelerator: Accelerator) -> nn.Module:
         # Buffers are tables that every process computes alike: no broadcast before each forward pass. accelerate knows
         # only the old name of this, with which torch warns.
         wrapped.forward_sync_buffers = False
+        # Those of convolutions' adapters: DDP warns where strides differ, also in dimensions of size 1.
+        for parameter in (p for p in wrapped.parameters() if p.requires_grad and 1 in p.shape):
+            parameter.register_hook(lambda g, p=parameter: g.contiguous().as_strided(p.shape, p.stride()))
     return wrapped
 
 

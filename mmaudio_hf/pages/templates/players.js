@@ -8,8 +8,10 @@ for (const player of players) {
     if (!player.paused) requestAnimationFrame(follow);
   };
   player.addEventListener("play", () => {
+    const card = player.closest("article"), button = card.querySelector(".switch");
     for (const other of players) if (other !== player) other.pause();
-    for (const near of player.closest("article").querySelectorAll("video, audio")) delete near.dataset.last;
+    for (const near of card.querySelectorAll("video, audio")) delete near.dataset.last;
+    if (button) button.dataset.now = player.parentElement.querySelector("figcaption").firstChild.textContent;
     player.dataset.last = "1";
     follow();
   });
