@@ -31,7 +31,7 @@ from accelerate.utils import ComputeEnvironment, DistributedType, patch_environm
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from mmaudio_hf import weights
-from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, micro_batch_size, samples_per_step
+from mmaudio_hf.config import Recipe, StoreConfig, config_of_duration, is_released, micro_batch_size, samples_per_step
 from mmaudio_hf.data.mixture import Mixture, check_encoders, open_mixture, samples_per_epoch
 from mmaudio_hf.data.remote import RemoteStore
 from mmaudio_hf.evaluation.av_bench import AvBench, hub_truth, truth_caches
@@ -39,11 +39,14 @@ from mmaudio_hf.features.encoders import check_encoders as check_encoder_files
 from mmaudio_hf.features.encoders import pick_device
 from mmaudio_hf.files import read_json
 from mmaudio_hf.media.lists import source_problems
+from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import MMAudio
+from mmaudio_hf.models.pretrained import CONFIG_FILE, ENCODERS_FILE, hub_config, is_weights_file, read_model_config
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import STATE_FILE, TrainingState, list_checkpoints
 from mmaudio_hf.training.distributed import check_launch, launch_notes
-from mmaudio_hf.training.finetune import set_trainable
+from mmaudio_hf.training.finetune import check_encoders as check_kind_of_encoders
+from mmaudio_hf.training.finetune import read_pretrained, set_trainable
 from mmaudio_hf.training.logs import check_trackers, device_peak
 from mmaudio_hf.training.memory import MemoryEstimate, training_flops
 from mmaudio_hf.training.resume import check_same_run, dependencies
@@ -404,6 +407,23 @@ def _weights(launch: Launch) -> Iterator[tuple[str, str]]:
         yield "warn", f"download what is missing with `mmaudio-hf weights download {' '.join(missing)} --dir {folder}`"
 
 
+def _initial_weights(launch: Launch) -> Iterator[tuple[str, str]]:
+    """What `finetune.init_from` names, where no checkpoint takes its place."""
+    recipe, source = launch.recipe, launch.recipe.finetune.init_from
+    among_weights = recipe.encoders.kind == "released" and is_released(source) and not Path(source).exists()
+    if not source or among_weights or list_checkpoints(recipe.run_dir):
+        return
+    if is_weights_file(source) or Path(source).is_dir():
+        config, _, file = read_pretrained(source)
+        folder = file.parent
+    else:
+        folder = hub_config(source)
+        config = read_model_config(folder / CONFIG_FILE)
+    check_sizes(config, recipe.model, source)
+    check_kind_of_encoders(folder / ENCODERS_FILE, recipe.encoders.kind)
+    yield "ok", f"{source}: variant {config.variant}"
+
+
 # --- Memory, disk space and speed ------------------------------------------------------------------------------------
 
 
@@ -641,6 +661,7 @@ CHECKS: dict[str, Check] = {
     "media": _media,
     **{f"data.{split}": partial(_stores, split) for split in NO_STORE},
     "weights": _weights,
+    "initial weights": _initial_weights,
     "tracker": _trackers,
     "av-benchmark": _av_benchmark,
     **{f"evaluation.truth.{split}": partial(_truth, split) for split in ("test", "validation")},

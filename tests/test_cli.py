@@ -123,6 +123,8 @@ def test_dry_run_knows_the_rows(project):
     derived = yaml.safe_load(run("train", "short.yaml", "--dry-run", cwd=project).stdout)["derived"]
     assert derived["steps_per_epoch"] == derived["rows_per_epoch"] / 2
     assert derived["lengths"] == {"latent": 250, "clip": 64, "sync": 192, "sync_frames": 200, "audio_samples": 128000}
+    derived = yaml.safe_load(run("train", "short.yaml", "data.train.1.path=no/store", "--dry-run", cwd=project).stdout)
+    assert derived["derived"]["rows_per_epoch"] == "unknown: no store at no/store"
 
 
 def test_dry_run_compares_stores_with_the_recipe(project):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mmaudio_hf.cli import main
 from mmaudio_hf.config import load_recipe, to_dict
 from mmaudio_hf.data.mixture import open_mixture
 from mmaudio_hf.doctor import CHECKS, TIGHT, Launch, available_memory, examine, fitting_settings, measure_reading
+from mmaudio_hf.models.network import MMAudio
 
 READER = "hf_thisonemayonlyread00000000"
 
@@ -209,6 +211,23 @@ def test_released_weights_that_training_needs_are_checked(folder, capsys):
     assert text.count("(training does without") == 4 and text.count("mmaudio-hf weights download") == 1
 
 
+def test_what_training_starts_from_is_read(folder, capsys):
+    recipe, subject = write_recipe(folder, "start", batch_size=4), "initial weights"
+    config = load_recipe(recipe).model
+    for name, sizes in (("fits", config), ("wide", replace(config, hidden_dim=128))):
+        MMAudio(sizes).save_pretrained(folder / name)
+    words = (str(recipe), "--quick", "--processes", "1")
+    for start, level, message in (
+        ("fits", "ok", "variant small_16k"),
+        ("wide", "FAIL", "has model.hidden_dim 128, the recipe 64"),
+        ("mmaudio_small_16k.pth", "FAIL", "is not a file: correct the path"),
+        ("absent", "FAIL", "neither a folder nor a Hub id"),
+    ):
+        code, levels, text = doctor(capsys, *words, f"finetune.init_from={folder / start}")
+        assert (levels[subject], code) == (level, int(level == "FAIL")) and message in text, text
+    assert subject not in doctor(capsys, *words)[1]
+
+
 def test_memory_is_that_of_the_duration_that_takes_most(folder, capsys):
     write_store(folder / "longer", 8, duration=2.0)
     recipe = write_recipe(folder, "durations", batch_size=0, batch_tokens=256, batch_size_multiple=2)
@@ -253,7 +272,14 @@ def test_the_hub_is_checked_and_not_changed(folder, capsys, tmp_path, monkeypatc
         monkeypatch.setenv("HF_TOKEN", READER)
         code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")
         assert (code, levels["Hub"]) == (1, "FAIL") and "this token may only read" in text and READER not in text
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        MMAudio(load_recipe(recipe).model).save_pretrained(tmp_path / "net")
+        start = (recipe, f"finetune.init_from={USER}/net", "--quick")
+        assert f"{USER}/net is not there" in doctor(capsys, *start)[2]
+        hub.repository(f"{USER}/net").create(private=True)
+        hub.repository(f"{USER}/net").add({file.name: file.read_bytes() for file in (tmp_path / "net").iterdir()})
+        code, levels, text = doctor(capsys, *start)
+        assert (code, levels["initial weights"]) == (0, "ok") and not list((tmp_path / "home").rglob("*.safetensors"))
     code, levels, text = doctor(capsys, recipe, f"hub.repo_id={USER}/new", "--quick")  # no server any more
     assert (code, levels["Hub"]) == (0, "warn") and "cannot be reached" in text
 

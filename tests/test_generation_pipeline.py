@@ -498,7 +498,8 @@ def test_arguments_of_the_hub_are_honoured(folder, adapters, pipeline, tmp_path,
     adapter = {path.name: path.read_bytes() for path in next(iter(adapters)).iterdir()}
     with Hub(tmp_path / "hub") as hub:
         hub.use_here(monkeypatch, tmp_path / "home", token=None)
-        for name, content in (("net", {f"ema/{n}": c for n, c in files.items()}), ("lora", adapter)):
+        run = {f"adapter/{n}": c for n, c in adapter.items()}  # as a run is pushed
+        for name, content in (("net", {f"ema/{n}": c for n, c in files.items()}), ("lora", adapter), ("run", run)):
             hub.repository(f"{USER}/{name}").create(private=True)
             hub.repository(f"{USER}/{name}").add(content)
         hub.repository(f"{USER}/released").create(private=False)
@@ -515,6 +516,7 @@ def test_arguments_of_the_hub_are_honoured(folder, adapters, pipeline, tmp_path,
                 load(**wrong)
         loaded = load(token=TOKEN, subfolder="ema", revision="main")
         loaded.load_lora_weights(f"{USER}/lora", 0.5, token=TOKEN, cache_dir=tmp_path / "cache")
+        loaded.load_lora_weights(f"{USER}/run", 0.5, "of a run", token=TOKEN, cache_dir=tmp_path / "cache")
         assert list((tmp_path / "cache").iterdir()) and not list((tmp_path / "home").rglob("*.safetensors"))
         with pytest.raises(
             ValueError, match=r"weights/mmaudio_small_16k\.pth: fetch one by `hf download .* weights conv"

@@ -414,6 +414,7 @@ def test_extraction_leaves_out_what_the_audit_rejects(tmp_path, example_media, c
     assert main(["audit", str(recipe), "--workers", "1"]) == 0
     output = capsys.readouterr().out
     assert "1 leakage" in output and "3 of 5 items are ok" in output and (out / "audit.html").is_file()
+    assert f"extraction leaves out leakage, still when it is given {use}\n" in output
     assert main(["extract-video", str(recipe), use]) == 0
     rejects = [json.loads(line) for line in (out / "few.rejects.jsonl").read_text().splitlines()]
     others = {path.stem for path in (media / "videos").iterdir()} - {*good, "frozen", "held"}

@@ -109,6 +109,8 @@ FOUND = [
     (["YTID_30.mp4"], "video", "YTID_000030", "there is 'YTID_30.mp4'"),
     (["a.mp3"], "audio", "a.wav", "there is 'a.mp3'"),
     (["a.txt"], "video", "a", "there is 'a.txt'"),
+    (["a.flac"], "video", "a", "there is 'a.flac': it is for a list of extraction.audios"),
+    (["a.avi"], "audio", "a", "there is 'a.avi': it is for a list of extraction.videos"),
 ]
 
 

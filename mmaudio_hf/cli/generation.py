@@ -271,7 +271,7 @@ def _sources(options: argparse.Namespace) -> list[_Source]:
         folders = (Path(name), *Path(name).resolve().parents) if Path(name).is_dir() else ()
         run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
         if run is None and options.recipe is None:
-            raise ValueError(f"{name} is part of no run folder: say by --recipe RECIPE which stores to evaluate it on")
+            raise ValueError(f"{name} is part of no run folder: correct it, or give the --recipe with its stores")
         recipe = load_recipe(options.recipe, overrides) if options.recipe or not run else recipe_of_run(run, overrides)
         own = load_recipe(run / "config.yaml" if run else options.recipe)
         path = (run or Path(name)).resolve()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -329,6 +330,10 @@ def _audit(options: argparse.Namespace) -> None:
         report = audit(sources, table, duration=duration, limits=limits, workers=options.workers, sync=sync)
         page = write_page(table, table.with_suffix(".html"))
     show_audit(report, page, "files measured")
+    use = recipe.extraction if recipe else None
+    if use and not use.audit and (rejected := [verdict for verdict in use.reject if verdict in report.counts]):
+        given = f"extraction.audit={shlex.quote(str(table))}"
+        print(f"extraction leaves out {', '.join(rejected)} when it is given {given}")
 
 
 def show_audit(report: "AuditReport", page: Path, measured: str) -> None:

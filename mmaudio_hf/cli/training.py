@@ -222,8 +222,8 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
         print(
             f"finished at step {result.step}{early}: weights are in {run}/last/pretrained_model\n"
             f"  listen:  mmaudio-hf generate --run {run} --prompt 'a dog barks' --out dog.wav\n"
-            f"  look:    mmaudio-hf report --run {run}\n"
-            f"  publish: mmaudio-hf push {run} owner/name"
+            f"  look:    mmaudio-hf report --run {run}"
+            + ("" if recipe.hub.repo_id else f"\n  publish: mmaudio-hf push {run} owner/name")
         )
     return 0
 
@@ -291,7 +291,6 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
         "lengths": asdict(sequence_lengths(recipe.model.mode, recipe.model.duration)),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batch": _batch_numbers(training, world_size, recipe.model.latent_length),
-        "rows_per_epoch": "unknown: a store of data.train is missing",
     }
     per_epoch, steps_per_epoch = 0, 0.0
     for split in (recipe.data.test, recipe.data.validation, recipe.data.train):
@@ -308,7 +307,10 @@ def dry_run_text(recipe: Recipe, world_size: int = 1) -> str:
                 derived["batch"] = derived["batch"] if len(numbers) == 1 else numbers
                 steps_per_epoch = sum(b.samples / samples_per_step(training, b.lengths[0]) for b in mixture.buckets)
             mixture.close()
-    if per_epoch:
+    if not per_epoch:
+        missing = ", ".join(store.path for store in recipe.data.train if store not in present)
+        derived["rows_per_epoch"] = f"unknown: no store at {missing}"
+    else:
         derived |= {"rows_per_epoch": per_epoch, "steps_per_epoch": round(steps_per_epoch, 2)}
         derived["epochs"] = round(training.steps / steps_per_epoch, 2)
     plain = {"recipe": to_dict(recipe), "derived": derived}

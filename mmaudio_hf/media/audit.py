@@ -190,6 +190,7 @@ class Item:
     clip: str
     starts: tuple[float, ...] = (0.0,)  # s, of the clips of the file
     number: int = 0  # which of them it is
+    problem: str = ""  # why there is no file
 
     @property
     def start(self) -> float:
@@ -328,15 +329,17 @@ def items_of(source: AuditSource) -> Iterator[Item]:
         if not video and name in seen:
             continue
         seen.add(name)
-        path = Path(source.media_dir) / row.id
-        with contextlib.suppress(MediaError):
+        path, problem = Path(source.media_dir) / row.id, ""
+        try:
             path = folder.find(row.id)
+        except MediaError as error:
+            problem = str(error)
         texts, key = (row.caption,) if video else tuple(captions[name]), file_key(path)
         # A file without a clip has one row all the same, which says why.
         of_file = starts_of(clips, row.id, path) or [VideoStart(row.id, row.id, 0.0)]
         starts = tuple(clip.start for clip in of_file)
         for number, clip in enumerate(of_file):
-            yield Item(source, row.id, row.row, texts, str(path), key, clip.id, starts, number)
+            yield Item(source, row.id, row.row, texts, str(path), key, clip.id, starts, number, problem)
 
 
 def _plain(source: AuditSource) -> dict[str, Any]:
@@ -568,7 +571,7 @@ def _verdicts(
 ) -> dict[str, str]:
     """verdict -> reason of one item, in the order of `VERDICTS`."""
     if item.key is None or figures is None:
-        verdicts = {"not_found": "there is no such file"}
+        verdicts = {"not_found": item.problem or f"{item.path}: no such file"}
     elif not figures["opened"]:
         verdicts = {"unreadable": figures["damage"]}
     else:

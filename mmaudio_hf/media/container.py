@@ -67,7 +67,7 @@ def open_any(path: str | os.PathLike) -> InputContainer:
     """`open_media`, for still images too."""
     path = Path(path)
     if not path.is_file():
-        raise MediaError("not_found", f"{path}: no such file; check the folder and the id in the list")
+        raise MediaError("not_found", f"{path}: no such file; correct the path")
     try:
         # Absolute, so that no name is read as a protocol; a playlist inside may not reach the network.
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")

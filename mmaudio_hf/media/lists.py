@@ -124,9 +124,14 @@ class MediaFolder:
     def _missing(self, item_id: str) -> str:
         stem = stem_of(item_id, self.kind)
         near = self._nearest.get(_loose_name(stem))
-        hint = f"; there is {str(near.relative_to(self.folder))!r}: rename it or the id" if near else ""
+        hint = "; check the folder and the id"
+        if near:
+            other = {"video": "audio", "audio": "video"}[self.kind]
+            of_other = near.suffix.lower() in ENDINGS[other] and near.suffix.lower() not in self.endings
+            way = f"it is for a list of extraction.{other}s" if of_other else "rename it or the id"
+            hint = f"; there is {str(near.relative_to(self.folder))!r}: {way}"
         looked_for = f"no file {stem!r} with an ending of {' '.join(self.endings)}, in subfolders neither"
-        return f"{self.folder / item_id}: no such file ({looked_for}){hint or '; check the folder and the id'}"
+        return f"{self.folder / item_id}: no such file ({looked_for}){hint}"
 
 
 def normal_name(name: str) -> str:

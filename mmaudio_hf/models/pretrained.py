@@ -207,6 +207,14 @@ def find_pretrained(
     return path
 
 
+def hub_config(source: str) -> Path:
+    """Folder with the configuration of a network on the Hub, without its weights; ValueError as `find_pretrained`."""
+    folder, names = _download(source, None, "", (CONFIG_FILE, ENCODERS_FILE), {})
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"Hub repository {source} holds no network: {_what_is_missing(names)}")
+    return folder
+
+
 def _check_source(source: Any, subfolder: str | None) -> Path:
     """The folder that the two name, if it is one here; ValueError for what is no name."""
     if not isinstance(source, str | os.PathLike) or not str(source):
@@ -273,7 +281,9 @@ def read_adapter(
     folder = _check_source(source, subfolder)
     candidates = [folder, folder / "adapter", folder / "last" / "adapter"]
     if not Path(source).is_dir():
-        candidates = [_download(str(source), revision, subfolder, ADAPTER_FILES, options)[0]]
+        files = [*ADAPTER_FILES, *(f"adapter/{name}" for name in ADAPTER_FILES)]  # a run is pushed with the latter
+        root, _ = _download(str(source), revision, subfolder, files, options)
+        candidates = [root, root / "adapter"]
     complete = [path for path in candidates if all((path / name).is_file() for name in ADAPTER_FILES)]
     if not complete:
         raise ValueError(f"{source} holds no adapter: it has no {' and '.join(ADAPTER_FILES)}")
