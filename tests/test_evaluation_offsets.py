@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,15 +14,16 @@ from fake_av_bench import FakeAvBench
 from forked import Command
 
 from mmaudio_hf.cli import main
-from mmaudio_hf.config import EncoderConfig
+from mmaudio_hf.config import EncoderConfig, load_recipe
 from mmaudio_hf.data.store import FeatureStore
 from mmaudio_hf.evaluation import offsets as module
 from mmaudio_hf.evaluation.av_bench import SYNCHFORMER_FILE, AvBench
 from mmaudio_hf.evaluation.metrics import SYNC_CLASSES
 from mmaudio_hf.files import sha256_of
-from mmaudio_hf.media.audit import OF_SYNC, Limits, sync_status
+from mmaudio_hf.media.audit import OF_SYNC, AuditSource, Limits, known_offsets, known_problems, sync_status
 from mmaudio_hf.media.example import FPS, _write_mp4, write_faulty_media
 from mmaudio_hf.media.video import read_video
+from mmaudio_hf.pages.report import _video_and_audio
 from mmaudio_hf.weights import CLAP_FILE
 
 CLIPS = 20
@@ -39,7 +41,7 @@ def remembered():
     read, known = module.MediaClips._read, {}
 
     def once(clips, index):
-        key = sha256_of(Path(clips.items[index].path)), clips.start(index), clips.comparison.seconds
+        key = sha256_of(Path(clips.items[index].path)), clips.starts[index], clips.comparison.seconds
         if key not in known:
             known[key] = read(clips, index)
         return known[key]
@@ -173,20 +175,36 @@ def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
         assert set(store.ids) == set(faults) - kinds["unrelated"]
     verify = ["store", "verify", str(tmp_path / "train"), "--sample", "6", "--media", str(faulty / "videos")]
     assert main(verify) == 0, "rows are encoded again from the shifted audio"
+    shifted = load_recipe(audited, ["model.duration=2.0", *changes])
+    for item_id, offset in offsets.items():
+        found = _video_and_audio(SimpleNamespace(item_id=item_id, store="train", duration=2.0), shifted, True)
+        path = faulty / "videos" / f"{item_id}.mp4"
+        assert found[:2] == (path, max(0.0, -offset)), "the report shows and compares the same"
+        assert torch.equal(found[2], read_video(path, duration=2.0, audio_offset=offset).audio)
     os.truncate(tmp_path / "train.offsets.json", 20)
     assert main(verify) == 2 and "offsets.json is missing or damaged" in capsys.readouterr().err
     assert main([*words, "extraction.reject=[unrelated, offset]"]) == 0, "another table of rejects is another store"
     with FeatureStore.open(tmp_path / "train") as store:
         assert "corrected" not in store.manifest["counts"] and len(store) == 3
     assert not (tmp_path / "train.offsets.json").exists()
+
+
+def test_tables_of_earlier_versions_and_without_sync(audited, faulty, tmp_path, capsys):
+    table, old = audited.with_name("audit.parquet"), tmp_path / "old.parquet"
+    source = AuditSource("train", "video", faulty / "videos", faulty / "train.tsv")
+    pq.write_table(pq.read_table(table).drop_columns(["clip", "start", "sync_unknown"]), old)
+    assert known_offsets(old, source, renew="x") == known_offsets(table, source, renew="x")
+    problems = known_problems(old, source, ["unrelated"], renew="x")
+    assert len(problems) == 3 and problems == known_problems(table, source, ["unrelated"], renew="x")
+    words = ["extract-video", str(audited), f"extraction.audit={table}", f"extraction.output_dir={tmp_path}"]
     shutil.copy(table, tmp_path / "plain.parquet")
     assert main(["audit", str(audited), "--out", str(tmp_path / "plain.parquet"), "--workers", "1"]) == 0
     capsys.readouterr()
-    for change, message in (
-        ("extraction.reject=[unrelated]", "reject names unrelated, but it was made without --sync; renew it with"),
-        ("extraction.correct_offset=true", "correct_offset is set, but it was made without --sync"),
+    for changes, message in (
+        (["extraction.reject=[unrelated]"], "reject names unrelated, but it was made without --sync; renew it with"),
+        (["extraction.correct_offset=true"], "correct_offset is set, but it was made without --sync"),
     ):
-        assert main([*words, f"extraction.audit={tmp_path / 'plain.parquet'}", change]) == 2
+        assert main([*words, f"extraction.audit={tmp_path / 'plain.parquet'}", *changes]) == 2
         assert message in capsys.readouterr().err
     assert main([*words, "extraction.correct_offset=true", "extraction.reject=[offset]"]) == 2
     assert "choose one of the two" in capsys.readouterr().err
@@ -227,6 +245,9 @@ def test_every_clip_of_a_long_video_is_audited(faulty, tmp_path, capsys):
     verdicts = {name: row["verdicts"] for name, row in rows.items() if row["verdicts"]}
     assert verdicts.pop("take2_0") == ["still", "silent"], "of its first clip alone"
     assert verdicts == {name: [s] for name, s in status.items() if s in OF_SYNC}
+    lines = map(json.loads, (tmp_path / "audit.sync.jsonl").read_text().splitlines())
+    others = {line["id"]: len(line["others"]) for line in lines if "others" in line}
+    assert {name[:5]: count for name, count in others.items()} == {"take0": 7, "take1": 7, "take2": 8, "take3": 8}
     late = {name: f["offset"] for name, f in kinds.items() if f["fault"] == "offset"}
     assert {name: rows[name]["sync_offset"] for name in late} == pytest.approx(late, abs=0.04)
     page = (tmp_path / "audit.html").read_text()

@@ -36,7 +36,7 @@ from mmaudio_hf.evaluation.metrics import SEGMENTS, SYNC_CLASSES, OffsetHead
 from mmaudio_hf.features import toy
 from mmaudio_hf.features.autoencoder import MelSpectrogram
 from mmaudio_hf.features.encoders import check_encoders, fingerprints, load_encoders, pick_device
-from mmaudio_hf.files import Share, hash_of, locked, sha256_of
+from mmaudio_hf.files import Share, hash_of, hash_once, locked, sha256_of
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.audit import AuditSource, Item, Limits, items_of
 from mmaudio_hf.media.container import MediaError
@@ -142,7 +142,7 @@ class MediaClips:
         duration: float = SECONDS,
     ):
         """duration: seconds of a clip, where its source has none."""
-        self.comparison, self.alignment, self.duration = comparison, alignment, duration
+        self.comparison, self.alignment = comparison, alignment
         listed = [item for source in sources if source.kind == "video" for item in items_of(source)]
         self.items: list[Item] = list({(item.source.name, item.clip): item for item in listed}.values())
         self.names = [(item.source.name, item.clip) for item in self.items]
@@ -150,25 +150,20 @@ class MediaClips:
         self.videos: list[Path | None] = [Path(item.path) for item in self.items]
         self.files = [item.path for item in self.items]
         self.settings = comparison.settings | {"alignment": alignment}
-        self._sums: dict[Any, str] = {}  # checksum of a file, whose clips are many
-
-    def start(self, index: int) -> float:
-        """Where the seconds begin that are compared: around a clip that is shorter, within what all clips cover."""
-        item, seconds = self.items[index], self.comparison.seconds
-        clip = item.source.seconds or self.duration
-        return max(0.0, min(item.start + min(0.0, (clip - seconds) / 2), max(item.starts) + clip - seconds))
+        self.starts = []  # of the seconds that are compared: around a clip that is shorter, within what all clips cover
+        for item in self.items:
+            more = comparison.seconds - (item.source.seconds or duration)
+            self.starts.append(max(0.0, min(item.start - max(0.0, more) / 2, max(item.starts) - more)))
 
     def stamp(self, index: int) -> dict[str, Any]:
         """What the clip is now."""
-        item, start = self.items[index], self.start(index)
-        known = item.path, item.key
-        if item.key and known not in self._sums:
-            self._sums[known] = sha256_of(Path(item.path))
-        return {"file": list(item.key or ()), "sha256": self._sums.get(known, "")} | ({"start": start} if start else {})
+        key, start, path = self.items[index].key, self.starts[index], Path(self.items[index].path)
+        known = {"file": list(key or ()), "sha256": hash_once(sha256_of, path) if key else ""}
+        return known | ({"start": start} if start else {})
 
     def is_current(self, index: int, line: Mapping[str, Any]) -> bool:
         """Whether a line is of this file; one with another time is read again for its checksum."""
-        if line.get("start", 0.0) != self.start(index):
+        if line.get("start", 0.0) != self.starts[index]:
             return False
         key = self.items[index].key
         return line.get("file") == list(key or ()) or self.stamp(index)["sha256"] == line.get("sha256")
@@ -203,7 +198,7 @@ class MediaClips:
         c, path = self.comparison, self.items[index].path
         how: dict[str, Any] = {"mode": c.mode, "duration": c.seconds, "alignment": self.alignment}
         try:
-            return read_video(path, start=self.start(index), as_uint8=True, **how)
+            return read_video(path, start=self.starts[index], as_uint8=True, **how)
         except MediaError as error:
             return str(error).removeprefix(f"{path}: ")
 
@@ -221,12 +216,9 @@ class StoreClips:
         self.files = [of_clip.get(item_id, item_id) for item_id in store.ids]
         self.captions, c = store.captions, comparison
         self.videos: list[Path | None] = [None] * len(store)
+        self.starts = [0.0] * len(store)
         self._encoders = load_encoders(c.config, c.mode, ["decode"], device=c.device, duration=c.seconds)
         self.settings = c.settings | {"store": store.content_hash}
-
-    def start(self, index: int) -> float:
-        """A row is whole."""
-        return 0.0
 
     def stamp(self, index: int) -> dict[str, Any]:
         """The row; the settings have the content of the store."""
@@ -489,7 +481,7 @@ class _Heard:
             write_audio(self.folder / "audio" / f"{index}.wav", clip.waveform, audio_mode(c.mode).sample_rate)
         if c.relevance and (path := self.clips.videos[index]) is not None:
             with contextlib.suppress(MediaError):  # fewer frames than the clip's own, which were read: no score
-                frames = sparse_frames(path, FRAME_PERIOD, int(c.seconds / FRAME_PERIOD), self.clips.start(index))
+                frames = sparse_frames(path, FRAME_PERIOD, int(c.seconds / FRAME_PERIOD), self.clips.starts[index])
                 torch.save(frames, self.folder / "frames" / f"{index}.pt")
 
     def features(self, indices: Sequence[int]) -> dict[str, dict[int, Tensor]]:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from mmaudio_hf.files import file_key, hash_of
+from mmaudio_hf.files import file_key, hash_of, replacing
 from mmaudio_hf.media import measure
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.lists import (
@@ -52,67 +52,41 @@ OF_SYNC = frozenset(("unrelated", "offset", "caption_mismatch", "frames_mismatch
 # Remarks: the item counts as ok.
 HARMLESS = ("audio_tracks", "hdr", "interlaced", "non_square_pixels", "empty_caption", "duplicate_caption")
 
-_TEXT, _LISTED = pa.string(), pa.list_(pa.string())
+_TEXT, _LISTED, _FLAG = pa.string(), pa.list_(pa.string()), pa.bool_()
+_INT, _SIZE, _FLOAT = pa.int64(), pa.int32(), pa.float64()
 SCHEMA = pa.schema(
     [
-        ("id", _TEXT),
-        ("clip", _TEXT),  # its row in the store; the id of a video, unless it gives several
-        ("start", pa.float64()),  # s into the video
-        ("source", _TEXT),
-        ("kind", _TEXT),  # video or audio
-        ("held_out", pa.bool_()),  # validated or tested on
-        ("row", pa.int64()),  # line of the list
-        ("path", _TEXT),
-        ("ok", pa.bool_()),
-        ("verdicts", _LISTED),
-        ("reasons", _LISTED),  # one for each verdict
-        ("bytes", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("container", _TEXT),
-        ("duration", pa.float64()),  # s for which both tracks, or the audio file, have data
-        ("stated_duration", pa.float64()),  # s, by the container
-        ("video_codec", _TEXT),
-        ("width", pa.int32()),  # as stored, before the rotation
-        ("height", pa.int32()),
-        ("rotation", pa.int32()),  # degrees
-        ("fps", pa.float64()),  # mean
-        ("frames", pa.int64()),
-        ("variable_frame_rate", pa.bool_()),
-        ("uneven_intervals", pa.float64()),  # share of the intervals between frames that are not the usual one
-        ("video_start", pa.float64()),
-        ("video_duration", pa.float64()),
-        ("sampled_pictures", pa.int32()),
-        ("still_fraction", pa.float64()),  # share of the sampled frames that are like the one before
-        ("hdr", _TEXT),  # PQ or HLG
-        ("interlaced", pa.bool_()),
-        ("pixel_aspect", pa.float64()),  # width of a pixel by its height
-        ("largest_change", pa.float64()),  # of a cell between two of them, of 255
-        ("audio_codec", _TEXT),
-        ("sample_rate", pa.int32()),
-        ("channels", pa.int32()),
-        ("audio_start", pa.float64()),
-        ("audio_duration", pa.float64()),
-        ("audio_tracks", pa.int32()),
-        ("audio_drift", pa.float64()),  # s by which timestamps and the number of samples before them differ at most
-        ("start_gap", pa.float64()),  # audio_start - video_start
-        ("peak", pa.float64()),  # of the mono mix of the whole track
-        ("level_dbfs", pa.float64()),  # RMS of the mono mix
-        ("silent_fraction", pa.float64()),
-        ("clipped_fraction", pa.float64()),
-        ("file_sha256", _TEXT),
-        ("video_hash", _TEXT),  # of the packets
-        ("audio_hash", _TEXT),
+        # clip: its row in the store, the id of a video unless it gives several. start: s into the video. kind: video or
+        # audio. held_out: validated or tested on. row: line of the list. reasons: one for each verdict.
+        *(("id", _TEXT), ("clip", _TEXT), ("start", _FLOAT), ("source", _TEXT), ("kind", _TEXT), ("held_out", _FLAG)),
+        *(("row", _INT), ("path", _TEXT), ("ok", _FLAG), ("verdicts", _LISTED), ("reasons", _LISTED)),
+        *(("bytes", _INT), ("mtime_ns", _INT), ("container", _TEXT)),
+        ("duration", _FLOAT),  # s for which both tracks, or the audio file, have data
+        ("stated_duration", _FLOAT),  # s, by the container
+        *(("video_codec", _TEXT), ("width", _SIZE), ("height", _SIZE)),  # as stored, before the rotation in degrees
+        *(("rotation", _SIZE), ("fps", _FLOAT), ("frames", _INT), ("variable_frame_rate", _FLAG)),
+        ("uneven_intervals", _FLOAT),  # share of the intervals between frames that are not the usual one
+        *(("video_start", _FLOAT), ("video_duration", _FLOAT), ("sampled_pictures", _SIZE)),
+        ("still_fraction", _FLOAT),  # share of the sampled frames that are like the one before
+        *(("hdr", _TEXT), ("interlaced", _FLAG)),  # PQ or HLG
+        ("pixel_aspect", _FLOAT),  # width of a pixel by its height
+        ("largest_change", _FLOAT),  # of a cell between two of them, of 255
+        *(("audio_codec", _TEXT), ("sample_rate", _SIZE), ("channels", _SIZE)),
+        *(("audio_start", _FLOAT), ("audio_duration", _FLOAT), ("audio_tracks", _SIZE)),
+        ("audio_drift", _FLOAT),  # s by which timestamps and the number of samples before them differ at most
+        ("start_gap", _FLOAT),  # audio_start - video_start
+        *(("peak", _FLOAT), ("level_dbfs", _FLOAT)),  # of the mono mix: of the whole track, and its RMS
+        *(("silent_fraction", _FLOAT), ("clipped_fraction", _FLOAT)),
+        *(("file_sha256", _TEXT), ("video_hash", _TEXT), ("audio_hash", _TEXT)),  # hashes of the packets
         ("thumbnails", _TEXT),  # frames of the four quarters side by side, base64 of a JPEG
-        ("copy_of", pa.int64()),  # row of this table with the same content, counted from 0
+        ("copy_of", _INT),  # row of this table with the same content, counted from 0
         ("captions", _LISTED),
         ("sync", _TEXT),  # related, offset, unrelated or unknown; none where it was not measured
-        ("sync_offset", pa.float64()),  # s that the audio is late
-        ("sync_fit", pa.float64()),  # how well frames and audio agree at this offset, of 1
-        ("sync_chance", pa.float64()),  # share of the audio of other clips that fits as well
-        ("clap_score", pa.float64()),  # cosine of caption and audio
-        ("imagebind_score", pa.float64()),  # cosine of frames and audio
-        ("sync_seconds", pa.float64()),  # s of it that this was measured on
-        ("sync_unknown", _TEXT),  # why it is unknown
+        ("sync_offset", _FLOAT),  # s that the audio is late
+        ("sync_fit", _FLOAT),  # how well frames and audio agree at this offset, of 1
+        ("sync_chance", _FLOAT),  # share of the audio of other clips that fits as well
+        *(("clap_score", _FLOAT), ("imagebind_score", _FLOAT)),  # cosines of caption and of frames with the audio
+        *(("sync_seconds", _FLOAT), ("sync_unknown", _TEXT)),  # s that were compared; why it is unknown
     ]
 )
 _MEASURED = tuple(SCHEMA.names[SCHEMA.get_field_index("container") : SCHEMA.get_field_index("copy_of")])
@@ -360,12 +334,11 @@ class _Measures:
         """Of a clip of a video."""
         return item.source.seconds or self.duration
 
-    def how(self, item: Item) -> str:
-        """What the figures of a file depend on."""
-        if item.source.kind == "audio":
-            return f"{measure.VERSION} audio"
+    def where(self, item: Item) -> tuple[str, str]:
+        """The path of its file, and what the figures depend on."""
         clips = f" {hash_of(item.starts)}" if item.starts != (0.0,) else ""
-        return f"{measure.VERSION} video {self.seconds(item):g}{clips}"
+        how = f" {self.seconds(item):g}{clips}" if item.source.kind == "video" else ""
+        return os.path.abspath(item.path), f"{measure.VERSION} {item.source.kind}{how}"
 
     def __enter__(self) -> "_Measures":
         with self._faults():
@@ -397,10 +370,7 @@ class _Measures:
         """Figures of the file of an item in its present state and of its clip, None if there are none."""
         if item.key is None:
             return None
-        query, where = (
-            "SELECT bytes, mtime_ns, figures FROM figures WHERE path = ? AND how = ?",
-            (os.path.abspath(item.path), self.how(item)),
-        )
+        query, where = "SELECT bytes, mtime_ns, figures FROM figures WHERE path = ? AND how = ?", self.where(item)
         if self.last[0] != (where, item.key):
             with self._faults():
                 row = self.base.execute(query, where).fetchone()
@@ -412,7 +382,7 @@ class _Measures:
 
     def keep(self, item: Item, figures: Mapping[str, Any]) -> None:
         """Safe on the disk within a second."""
-        row = os.path.abspath(item.path), self.how(item), *(item.key or ()), json.dumps(figures)
+        row = *self.where(item), *(item.key or ()), json.dumps(figures)
         self.last = (None, {})
         with self._faults():
             self.base.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", row)
@@ -423,7 +393,7 @@ class _Measures:
 
 def _measure(items: Sequence[Item], measures: _Measures, workers: int, progress: bool) -> int:
     """Measure what is not known yet; returns the number of files."""
-    files = {(item.path, measures.how(item)): item for item in items if item.key is not None}
+    files = {measures.where(item): item for item in items if item.key is not None}
     # A file that did not open may have been a matter of rights or memory: it is tried again.
     pending = [item for item in files.values() if not (measures.find(item) or {}).get("opened")]
     done = len(files) - len(pending)
@@ -580,7 +550,7 @@ def _verdicts(
             needed = item.source.seconds + 0.1  # as `partition` cuts it
         verdicts = _verdicts_of_file(item, figures, limits, needed)
     verdicts |= _verdicts_among_others(item, figures, known)
-    verdicts |= sync_verdicts(heard, limits, _empty(verdicts))
+    verdicts |= sync_verdicts(heard, limits, verdicts)
     return {verdict: verdicts[verdict] for verdict in VERDICTS if verdict in verdicts}
 
 
@@ -669,14 +639,14 @@ def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, 
     return verdicts
 
 
-def sync_status(heard: Mapping[str, Any], limits: Limits, empty: str = "") -> tuple[str | None, str]:
+def sync_status(heard: Mapping[str, Any], limits: Limits, verdicts: Collection[str] = ()) -> tuple[str | None, str]:
     """What is known of frames and audio: related, offset, unrelated or unknown, and why it is unknown.
 
-    None where nothing was measured. empty: the verdict still or silent, without which no relation can be told.
+    None where nothing was measured. verdicts: on the file; where it is still or silent, no relation can be told.
     """
     if not heard:
         return None, ""
-    chance = heard.get("sync_chance")
+    chance, empty = heard.get("sync_chance"), " and ".join(v for v in ("still", "silent") if v in verdicts)
     if empty or "problem" in heard:
         return "unknown", empty or heard["problem"]
     if chance is None:
@@ -689,19 +659,15 @@ def sync_status(heard: Mapping[str, Any], limits: Limits, empty: str = "") -> tu
     return ("offset" if abs(heard["sync_offset"]) > limits.max_offset else "related"), ""
 
 
-def _empty(verdicts: Collection[str]) -> str:
-    return " and ".join(verdict for verdict in ("still", "silent") if verdict in verdicts)
-
-
 def _sync_columns(heard: Mapping[str, Any], status: str | None, unknown: str) -> dict[str, Any]:
     """Of the table; without a relation the best lag means nothing."""
     columns = {name: heard.get(name) for name in _SYNC} | {"sync": status, "sync_unknown": unknown or None}
     return columns if status in ("related", "offset") else columns | {"sync_offset": None}
 
 
-def sync_verdicts(heard: Mapping[str, Any], limits: Limits, empty: str = "") -> dict[str, str]:
-    """Verdicts on audio that does not belong to its frames or caption."""
-    verdicts, (status, _) = {}, sync_status(heard, limits, empty)
+def sync_verdicts(heard: Mapping[str, Any], limits: Limits, others: Collection[str] = ()) -> dict[str, str]:
+    """Verdicts on audio that does not belong to its frames or caption; `others` are those on the file."""
+    verdicts, (status, _) = {}, sync_status(heard, limits, others)
     if status == "unrelated":
         verdicts[status] = (
             f"no evident relation: {_percent(heard['sync_chance'])} of the audio of other clips fits its frames as well"
@@ -776,26 +742,21 @@ def _rows(
         row |= {"row": item.row, "path": item.path, "bytes": size, "mtime_ns": changed, "captions": list(item.captions)}
         row |= {"ok": set(verdicts) <= set(HARMLESS), "verdicts": [*verdicts], "reasons": [*verdicts.values()]}
         copy = next((other for *_, other in known.copies(item, figures)), None)
-        status = sync_status(heard, limits, _empty(verdicts))
+        status = sync_status(heard, limits, verdicts)
         yield row | measured | {"copy_of": copy} | _sync_columns(heard, *status)
 
 
 def _write(table: Path, rows: Iterator[dict[str, Any]], settings: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     """Write the table as a whole; returns the number of good items, and of those with each verdict."""
     counts: Counter = Counter()
-    partial = table.with_name(f".{table.name}.{os.getpid()}.part")
     schema, ok, batch = SCHEMA.with_metadata({"mmaudio_hf.audit": json.dumps(settings)}), 0, []
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for row in rows:
-                ok += row["ok"]
-                counts.update(row["verdicts"])
-                batch.append(row)
-                if len(batch) == _ROWS:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                    batch.clear()
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-        os.replace(partial, table)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(table) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for row in rows:
+            ok += row["ok"]
+            counts.update(row["verdicts"])
+            batch.append(row)
+            if len(batch) == _ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch.clear()
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
     return ok, {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from mmaudio_hf.config import Recipe, load_recipe, read_json, read_json_lines
+from mmaudio_hf.data.layout import offsets_file, read_offsets
 from mmaudio_hf.evaluation import onset_f1, onset_scores, onset_times, waveform_scores
 from mmaudio_hf.evaluation.metrics import METRICS
 from mmaudio_hf.evaluation.onsets import BUILT_IN
@@ -155,9 +156,12 @@ def _video_and_audio(
         if source.max_clips != 1 and clip_list.is_file():
             clip_of = next((row for row in read_video_clips(clip_list) if row.id == item.item_id), clip_of)
         video = find_video(source.media_dir, clip_of.name)
+        late = read_offsets(offsets_file(Path(recipe.extraction.output_dir) / source.name), [item.item_id])
+        offset = late.get(item.item_id, 0.0)  # by which extraction has shifted the audio
         settings: Any = {"duration": item.duration or recipe.model.duration, "alignment": recipe.extraction.alignment}
         settings |= {"mode": recipe.model.mode, "normalize_audio": source.normalize_audio, "as_uint8": True}
-        return video, clip_of.start, read_video(video, start=clip_of.start, **settings).audio
+        audio = read_video(video, start=clip_of.start, audio_offset=offset, **settings).audio
+        return video, clip_of.start + max(0.0, -offset), audio
     return video, clip_of.start, None
 
 
