@@ -154,13 +154,8 @@ def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
             faults[item_id] = fault
     header, *lines = (faulty / "train.tsv").read_text().splitlines(keepends=True)
     few.write_text(header + "".join(line for line in lines if line.split("\t")[0] in faults))
-    rows = rows_of(table)
-    changes = [
-        f"extraction.videos.0.list={few}",
-        f"extraction.audit={table}",
-        f"extraction.output_dir={tmp_path}",
-        "extraction.batch_size=4",
-    ]
+    rows, settings = rows_of(table), {"videos.0.list": few, "audit": table, "output_dir": tmp_path, "batch_size": 4}
+    changes = [f"extraction.{name}={value}" for name, value in settings.items()]
     words = ["extract-video", str(audited), "model.duration=2.0", f"encoders.weights_dir={tmp_path}", *changes]
     assert main([*words, "extraction.reject=[unrelated]", "extraction.correct_offset=true"]) == 0
     kinds = {kind: {i for i, fault in faults.items() if fault["fault"] == kind} for kind in ("offset", "unrelated")}
