@@ -581,7 +581,7 @@ def _reading(launch: Launch) -> Iterator[tuple[str, str]]:
     yield _verdict(samples >= expected, "warn", message, waits)
 
 
-def _line(launch: Launch) -> Iterator[tuple[str, str]]:
+def _network(launch: Launch) -> Iterator[tuple[str, str]]:
     """What stores on the Hub must deliver at the expected speed, and what they do."""
     mixture, data = launch.mixtures.get("train"), launch.recipe.data
     stores = [(i, store) for i, store in enumerate(mixture.stores if mixture else ()) if isinstance(store, RemoteStore)]
@@ -651,7 +651,7 @@ def _gb(size: float) -> str:
 
 
 # Where the batch does not split evenly over the devices, these have no answer.
-PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading", "line")
+PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading", "network")
 CHECKS: dict[str, Check] = {
     "software": _software,
     "device": _device,
@@ -672,5 +672,5 @@ CHECKS: dict[str, Check] = {
     "disk space": _disk_space,
     "speed": _speed,
     "reading": _reading,
-    "line": _line,
+    "network": _network,
 }

@@ -422,7 +422,9 @@ def test_every_command_reads_stores_on_the_hub(hub, here, tmp_path, capsys):
     assert main(["report", "--run", run, "--clips", "1"]) == 0 and Path(run, "report", "index.html").is_file()
     main(["doctor", str(remote)])
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"line .* MB/s in the first epoch, .* data.cache_gb 0.01 holds \d+% of hub://tester/videos", text)
+    assert re.search(
+        r"network .* MB/s in the first epoch, .* data.cache_gb 0.01 holds \d+% of hub://tester/videos", text
+    )
     assert "64 connections bring" in text
     changes = ["data.train.1.path=hub://tester/gone", "data.test.0.path=hub://tester/gone"]
     for words, failed, message in (

@@ -10,7 +10,7 @@
 A chunk is what one request uploads. It consists of blocks, each with its own checksum, which are what one request
 downloads: so any rows can be fetched without the rest of their chunk, and what an interrupted pull has is verified.
 The name of a chunk depends on its content and store.json is replaced last: a pull during a push has the old store.
-Training from afar (`connect`) fetches single records, which have their own checksums.
+Streaming (`connect`) fetches single records, which have their own checksums.
 """
 
 import hashlib
@@ -756,7 +756,7 @@ def _inherited_metadata(manifest: dict[str, Any], plan: StorePull) -> dict[str, 
     return metadata | {"encoders": metadata["encoders"] or {}, "counts": counts}
 
 
-# --- training from afar --------------------------------------------------------------------------------------------
+# --- streaming -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
