@@ -483,3 +483,13 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError) as caught:
             read(tmp_path / "nothing.mp4", **options)
         assert not isinstance(caught.value, MediaError)
+
+
+def test_sparse_frames_from_a_moment_on(tmp_path):
+    """Those of ImageBind: each the last one that begins before half a period later, counted from the start."""
+    path = write_odd(tmp_path / "v.mp4", Odd(steady(3), audio_seconds=None))
+    for start in (0.0, 1.0):
+        codes = read_codes(video.sparse_frames(path, 0.5, 4, start) / 255)
+        assert codes == pytest.approx([25 * (start + k / 2) + 6 for k in range(4)], abs=1)
+    with pytest.raises(MediaError, match="has 3 of 4 frames"):
+        video.sparse_frames(path, 0.5, 4, 1.75)
