@@ -463,6 +463,19 @@ def test_lists_without_a_recipe(sources, tmp_path, capsys):
         known_problems(out, videos, ("still",), renew="x")
 
 
+def test_long_videos_none_of_which_gives_a_clip(tmp_path):
+    """Extraction ends with an error there; the audit says what is wrong with each."""
+    (tmp_path / "a.mp4").write_text("no video")
+    videos = [{"name": "s", "media_dir": str(tmp_path), "list": str(write_rows(tmp_path / "l.tsv", [("a", "x")]))}]
+    videos[0]["max_clips"] = 0
+    tree = {"encoders": {"kind": "toy"}, "extraction": {"output_dir": str(tmp_path / "out"), "videos": videos}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["audit", str(tmp_path / "recipe.yaml"), "--workers", "1"]) == 0
+    assert [(row["clip"], row["verdicts"]) for row in rows_of(tmp_path / "out" / "audit.parquet")] == [
+        ("a", ["unreadable"])
+    ]
+
+
 def test_names_and_limits_stand_together():
     assert set(MEANING) == set(VERDICTS)
     assert set(ExtractionConfig().reject) <= set(VERDICTS) and not set(ExtractionConfig().reject) & set(HARMLESS)

@@ -118,7 +118,7 @@ def _partition(options: argparse.Namespace) -> None:
         _write_clips(recipe, source, share)
 
 
-def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Share") -> None:
+def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Share", needed: bool = True) -> None:
     from mmaudio_hf.media.lists import audio_clip_seconds, write_clips
 
     extraction, duration = recipe.extraction, recipe.clip_seconds(source)
@@ -143,24 +143,26 @@ def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Shar
     rejects.write_text("".join(lines))
     if not report.clips:
         path.unlink(missing_ok=True)
-        needed = "a track of frames"
+        if not needed:
+            return
+        least = "a track of frames"
         if isinstance(source, AudioSource):
-            needed = f"{audio_clip_seconds(source, duration)} s of audio"
+            least = f"{audio_clip_seconds(source, duration)} s of audio"
         raise ValueError(
-            f"{source.media_dir}: no file gives a clip, each needs {needed} at least;"
+            f"{source.media_dir}: no file gives a clip, each needs {least} at least;"
             f" {rejects} says what is wrong with each of {len(report.rejects)}"
         )
     left_out = f"{len(report.rejects)} files rejected, {len(report.ignored)} other files ignored"
     print(f"{path}: {report.clips} clips, {left_out}{f', see {rejects}' if lines else ''}")
 
 
-def _cut_videos(recipe: Recipe, source: VideoSource, share: "Share") -> None:
+def _cut_videos(recipe: Recipe, source: VideoSource, share: "Share", needed: bool = True) -> None:
     """Write the clip list of a source; media that are in a list of before are not read again."""
     from mmaudio_hf.media.lists import check_sources
 
     _write_datasets([source])
     check_sources(replace(recipe.extraction, videos=(source,), audios=()), lists=False)
-    _write_clips(recipe, source, share)
+    _write_clips(recipe, source, share, needed)
 
 
 def _check_clips(recipe: Recipe, sources: Sequence[VideoSource | AudioSource], recipe_path: str) -> None:
@@ -423,8 +425,9 @@ def _recipe_sources(recipe: Recipe, options: argparse.Namespace) -> "list[AuditS
     for video in extraction.videos if share is None or share.count == 1 else ():
         ours = video.max_clips == 0 and not video.clips
         if video.max_clips != 1 and (ours or not extraction.clips_path(video).is_file()):
-            _cut_videos(recipe, video, Share())
-    _check_clips(recipe, recipe.extraction.videos, options.recipe)
+            _cut_videos(recipe, video, Share(), needed=False)  # the table says what is wrong where none gives a clip
+    if share and share.count > 1:
+        _check_clips(recipe, extraction.videos, options.recipe)
     for source in _all_sources(recipe):
         store = (Path(extraction.output_dir) / source.name).resolve()
         held_out, trains = store in held, store in trained or store not in held

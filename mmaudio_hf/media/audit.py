@@ -293,7 +293,7 @@ def items_of(source: AuditSource) -> Iterator[Item]:
     """Every row of a list of videos, or every clip of it; every audio file once, with its captions."""
     video, folder = source.kind == "video", MediaFolder(source.media_dir, source.kind)
     rows = read_media_list(source.list, "label" if video else "caption", unique_ids=False)
-    clips = starts_by_name(source.clips) if source.clips else {}
+    clips = starts_by_name(source.clips) if source.clips and Path(source.clips).is_file() else {}
     captions: dict[str, dict[str, None]] = {}
     for row in rows:
         captions.setdefault(stem_of(row.id, source.kind), {})[row.caption] = None
