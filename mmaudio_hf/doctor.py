@@ -360,18 +360,17 @@ def _stores(split: str, launch: Launch) -> Iterator[tuple[str, str]]:
 def _store_problem(source: StoreConfig, expected: tuple) -> str | None:
     """What is wrong with one store by itself: every one that is missing is named, not the first alone."""
     try:
-        mixture = open_mixture([source], *(*expected, False))
-        store = mixture.stores[0]
-        rows = np.unique(np.linspace(0, len(store) - 1, SAMPLED_ROWS).round().astype(np.int64))
-        for name, values in store.read(rows).items():
-            finite = values.flatten(1).float().isfinite().all(1)
-            if not finite.all():
-                row = int(rows[int(finite.int().argmin())])
-                return (
-                    f"{store.path}: {name} of row {row} ({store.ids[row]}) is not finite; `mmaudio-hf verify"
-                    f" {store.path}` finds all such rows, then extract the store again"
-                )
-        mixture.close()
+        with contextlib.closing(open_mixture([source], *(*expected, False))) as mixture:
+            store = mixture.stores[0]
+            rows = np.unique(np.linspace(0, len(store) - 1, SAMPLED_ROWS).round().astype(np.int64))
+            for name, values in store.read(rows).items():
+                finite = values.flatten(1).float().isfinite().all(1)
+                if not finite.all():
+                    row = int(rows[int(finite.int().argmin())])
+                    return (
+                        f"{store.path}: {name} of row {row} ({store.ids[row]}) is not finite; `mmaudio-hf verify"
+                        f" {store.path}` finds all such rows, then extract the store again"
+                    )
     except (ValueError, OSError) as error:
         return str(error)
     return None

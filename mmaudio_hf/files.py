@@ -68,6 +68,12 @@ def add_path_to_oserror(path: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, message, error.filename or str(path)) from error
 
 
+def readable(size: float) -> str:
+    """Bytes for people, in the unit that shows the figure."""
+    unit, factor = next((pair for pair in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= pair[1]), ("bytes", 0))
+    return f"{size / factor:.1f} {unit}" if factor else f"{size:.0f} bytes"
+
+
 def hash_of(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

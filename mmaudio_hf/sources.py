@@ -230,7 +230,9 @@ def _csv(path: Path, *needed: str, header: tuple[str, ...] = ()) -> Iterator[tup
     """(file and line, {column: text}) of a comma-separated file, or a tab-separated .tsv; `header` if it has none."""
     rows = read_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",", header)
     _, names = next(rows)
-    if len(names) == 1 and (other := re.search(r"[;\t,]", names[0])):  # spreadsheets of many countries write semicolons
+    if not names:
+        raise ValueError(f"{path}: is empty: its first line must name the columns")
+    if len(names) == 1 and (other := re.search(r"[;\t,|]", names[0])):  # as spreadsheets of many countries do
         raise ValueError(f"{path}: its columns are separated by {other[0]!r}: save it with commas, or tabs in a .tsv")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path}: column {repeated[0]!r} is there more than once")

@@ -387,7 +387,9 @@ def test_a_full_disk_shows_before_the_first_batch(hub, here, tmp_path):
     command = [*start, "sh", "-c", mount, str(tmp_path / "small"), *program]
     done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"the cache needs .* GB, the disk has .*: lower data\.cache_gb: '.*/videos'", done.stdout)
+    assert re.search(
+        r"the cache needs [\d.]+ [kM]B, the disk has [\d.]+ [kM]B: lower data\.cache_gb: '.*/videos'", done.stdout
+    )
 
 
 def test_look_and_check(hub, here, tmp_path, capsys):

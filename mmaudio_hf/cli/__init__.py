@@ -8,10 +8,14 @@ import contextlib
 import errno
 import os
 import re
+import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 
 from mmaudio_hf.cli import generation, hub, media, store, training
 from mmaudio_hf.schema import RunError
@@ -72,48 +76,113 @@ EXAMPLES = {  # command -> arguments, for its --help
 }
 
 
-# Errors of the system that only another path on the command line or in the recipe can correct.
-MISTAKEN_PATHS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+# Errors of the system: what to do about them, and the code, 2 where another path or permission is the way out.
+WAYS_OUT = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), ("name a folder", 2)),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ("change its permissions, or name another path", 2)),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ("free some space and run the same command again", 1)),
+    errno.EISDIR: ("name a file", 2),
+    errno.ENAMETOOLONG: ("choose a shorter name", 2),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mmaudio-hf`; returns the exit code.
 
-    A user's mistake ends with one sentence on stderr and code 2; a fault of the machine or the data with code 1;
-    Ctrl-C with code 130.
+    A user's mistake ends with one sentence on stderr and code 2; a fault of the machine or the data with code 1; signal
+    n with code 128 + n: Ctrl-C 130. Where the reader of the output is gone (`| head -1`) it is 141, without a word.
     """
-    options = parse(arguments)
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # a file must not get the number of a closed stderr, on
+        pass  # which libraries print
+    os.close(unused)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    try:
+        try:
+            return _run(arguments)
+        finally:  # of --help too
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            _print_error(f"stdout: {error.strerror}", 1)
+        for descriptor in (1, 2) if error.errno == errno.EPIPE else (1,):  # what they still hold goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return 128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1
+
+
+def _has_no_reader() -> bool:
+    """Whether stdout or stderr is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    poll.register(2, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options, ended_by = parse(arguments), [signal.SIGINT]
     # Left at once, for the process that is killed and cannot say anything; any other end replaces it.
     training.leave_for_launcher("killed, perhaps for want of memory: the same command continues from what is saved")
     try:
-        return options.command(options) or 0
+        with _interrupting(signal.SIGTERM, signal.SIGHUP, last=ended_by):
+            return options.command(options) or 0
     except ValueError as error:
-        _print_error(str(error))
-        return 2
+        return _print_error(str(error), 2)
+    except BrokenPipeError:
+        if _has_no_reader():
+            raise
+        return _print_error("a connection or a process of this command broke off: run it again", 1)
     except OSError as error:
-        mistaken = error.errno in MISTAKEN_PATHS
-        _print_error(f"{error.filename}: {error.strerror}" if mistaken else str(error))
-        return 2 if mistaken else 1
+        return _print_error(*_system_error(error))
     except RunError as error:
-        _print_error(str(error))
-        return 1
+        return _print_error(str(error), 1)
     except KeyboardInterrupt as interrupt:
-        message = f"interrupted: {interrupt}" if interrupt.args else "interrupted"
-        print(message, file=sys.stderr)
+        way, [number] = str(interrupt) or "run the same command again", ended_by
+        name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            print(message := f"interrupted{name}: {way}", file=sys.stderr)
         training.leave_for_launcher(message)
-        return 130
+        return 128 + number
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mmaudio_hf"):
             raise
-        _print_error(f"{error.name} is not installed for {sys.executable}: activate .venv, or run `pip install .`")
-        return 2
+        way = "activate .venv, or run `pip install .`"
+        return _print_error(f"{error.name} is not installed for {sys.executable}: {way}", 2)
     except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
         # What a full disk is to safetensors, which is not imported for every command.
         if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
-            _print_error(f"tensors could not be written: {error}")
-            return 1
+            return _print_error(f"tensors could not be written: {error}", 1)
         training.leave_for_launcher(f"{type(error).__name__}: {error}")
         raise
+
+
+@contextlib.contextmanager
+def _interrupting(*numbers: int, last: list[int]) -> Iterator[None]:
+    """Signals that interrupt as Ctrl-C does, so that nothing is left half-written, unless they are ignored (nohup)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        last[:] = [number]
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    handled = [number for number in numbers if ours and signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in handled:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _system_error(error: OSError) -> tuple[str, int]:
+    """Message and exit code of an error of the system."""
+    way, code = WAYS_OUT.get(error.errno or 0, ("", 1))
+    if not way:
+        return str(error), code
+    path, reason = Path(os.fsdecode(error.filename or "stdout")), str(error.strerror)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):  # the system names what is wanted, and not what is in its way
+        file = next((each for each in (path, *path.parents) if each.is_file()), path)
+        return f"{file} is a file: {way}", code
+    return f"{path}: {reason}" + f": {way}" * ("; " not in reason), code  # others have said what to do
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -121,9 +190,10 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
     return main(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def _print_error(message: str) -> None:
+def _print_error(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     training.leave_for_launcher(f"error: {message}")
+    return code
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

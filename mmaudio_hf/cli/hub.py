@@ -84,7 +84,8 @@ def _push(options: argparse.Namespace) -> None:
     if not (options.repo or hub.repo_id):
         raise ValueError(f"to which repository? `mmaudio-hf push {options.run} owner/name`")
     repo = repository_of(options.repo or hub.repo_id)
-    from mmaudio_hf.hub import RepoContents, ensure_repository, read_contents, readable
+    from mmaudio_hf.files import readable
+    from mmaudio_hf.hub import RepoContents, ensure_repository, read_contents
     from mmaudio_hf.hub.cards import add_card, run_samples
 
     what = list(dict.fromkeys([*hub.push, *([STATE] if options.training_state else [])]))
@@ -136,7 +137,7 @@ def find_for_push(repo: str, dry_run: bool, kind: str = "model") -> "RepoContent
 
 def _pull(options: argparse.Namespace) -> None:
     repo, revision = split_hub_id(options.repo.removeprefix(HUB_PREFIX))
-    from mmaudio_hf.hub import readable
+    from mmaudio_hf.files import readable
     from mmaudio_hf.hub.runs import plan_pull, pull, table
     from mmaudio_hf.training.resume import RunLock
 

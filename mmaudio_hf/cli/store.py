@@ -253,7 +253,8 @@ def _push(options: Namespace) -> None:
     if not 0 < options.part_size < 1e6:
         raise ValueError(f"--part-size {options.part_size:g} must be more than 0 and less than 1e6 MB")
     repo = repository_of(options.repo)
-    from mmaudio_hf.hub import RepoContents, readable
+    from mmaudio_hf.files import readable
+    from mmaudio_hf.hub import RepoContents
     from mmaudio_hf.hub.stores import plan_push, push_store
 
     contents = find_for_push(repo, options.dry_run, "dataset")
@@ -274,7 +275,7 @@ def _push(options: Namespace) -> None:
 
 def _pull(options: Namespace) -> None:
     repo, revision = split_hub_id(options.repo)
-    from mmaudio_hf.hub import readable
+    from mmaudio_hf.files import readable
     from mmaudio_hf.hub.stores import check_free, plan_pull, pull_store
 
     check_free(options.target)

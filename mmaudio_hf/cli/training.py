@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm.utils import ObjectWrapper
 
 from mmaudio_hf.cli.hub import (
     Add,
@@ -106,9 +109,36 @@ def _example(options: Namespace) -> int:
         print("$", shlex.join(words), flush=True)
         module = "mmaudio_hf.cli" if words[0] == "mmaudio-hf" else "accelerate.commands.launch"
         arguments = words[1:] if words[0] == "mmaudio-hf" else ["--quiet", *words[2:]]
-        if code := subprocess.run([sys.executable, "-m", module, *arguments]).returncode:
+        if code := _wait([sys.executable, "-m", module, *arguments]):
             return code
     return 0
+
+
+def _wait(words: list[str]) -> int:
+    """Exit code of a command. Ctrl-C reaches it as well: it is waited for, since it may save before it ends."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    process = subprocess.Popen(words)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # another signal, that this process alone has had
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Lasting(ObjectWrapper):
+    """A stream of a run that goes on when its terminal is closed, its pipe has no reader or its disk is full."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._wrapped.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wrapped.flush()
 
 
 def _train(options: Namespace) -> int:
@@ -127,7 +157,13 @@ def _train(options: Namespace) -> int:
         raise ValueError(f"{options.recipe}: data.train names no feature store")
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
     splits = ("train", "validation", *sorted(recipe.generated_splits))
-    with RunLock(recipe.run_dir, warn) as lock, hub_session(recipe, lock) as on_checkpoint, hub_stores(recipe, splits):
+    with (
+        contextlib.redirect_stdout(_Lasting(sys.stdout)),  # type: ignore[type-var]
+        contextlib.redirect_stderr(_Lasting(sys.stderr)),  # type: ignore[type-var]
+        RunLock(recipe.run_dir, warn) as lock,
+        hub_session(recipe, lock) as on_checkpoint,
+        hub_stores(recipe, splits),
+    ):
         reminder = threading.Timer(CONNECT_SECONDS, _warn_of_waiting, [world])
         reminder.daemon = True
         reminder.start()
@@ -211,7 +247,9 @@ def _run_training(recipe: Recipe, allow_changes: bool, on_checkpoint: Callable[[
     how: dict[str, Any] = {"allow_changes": allow_changes, "on_checkpoint": on_checkpoint, "lock": lock}
     result = train(recipe, network, mixture, validation, evaluators, partial(write_extras, recipe), **how)
     if result.stopped_by is not None:
-        log(words := f"stopped at step {result.step}; the same command resumes from there")
+        words = f"stopped at step {result.step}; the same command resumes from there"
+        launched = not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+        log(words + "; a traceback below is how the launcher ends" * launched) if is_main else None
         leave_for_launcher(words)
         return 128 + result.stopped_by
     if is_main:

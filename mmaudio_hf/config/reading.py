@@ -252,7 +252,8 @@ class _Reader:
     def build(self, cls: Any, tree: Any, prefix: str) -> Any:
         section = prefix.rstrip(".")
         if not isinstance(tree, dict):
-            hint = f": write model.variant={tree}" if cls is ModelConfig and str(tree) in VARIANTS else ""
+            is_variant = cls is ModelConfig and str(tree) in VARIANTS
+            hint = f": write model.variant={tree}" if is_variant else _entry_hint(cls, tree)
             raise self.error(section, f" must be a mapping of keys, not {_kind(tree)}{hint}")
         fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
         for key in tree:
@@ -289,7 +290,8 @@ class _Reader:
         if get_origin(hint) is tuple:  # of any length, where the last argument is an ellipsis
             args = get_args(hint)
             if not isinstance(value, list | tuple):
-                words = "" if isinstance(value, dict) or value is None else f": write [{_short(value).strip(chr(39))}]"
+                words = "" if isinstance(value, dict) or value is None else f": write [{_bare(value)}]"
+                words = _entry_hint(args[0], value, "[]") if dataclasses.is_dataclass(args[0]) else words
                 raise self.error(path, f" must be a list, not {_short(value)} ({_kind(value)}){words}")
             if args[-1] is not Ellipsis and len(value) != len(args):
                 raise self.error(path, f" must have {len(args)} entries, not {len(value)}")
@@ -314,6 +316,13 @@ class _Reader:
                 quotes = ": leave out the quotes"
             raise self.error(path, f" must be {_TYPES[hint]}, not {_short(value)} ({_kind(value)}){quotes}")
         return value
+
+
+def _entry_hint(cls: Any, value: Any, brackets: str = "") -> str:
+    """How the list, or entry of one, is written in whose place there is text: what an entry needs is most often it."""
+    names = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    entry = ", ".join(f"{name}: {_bare(value) if len(names) == 1 else '...'}" for name in names)
+    return f": write {brackets[:1]}{{{entry}}}{brackets[1:]}" if names and isinstance(value, str) else ""
 
 
 def _is_entry(value: Any) -> bool:
@@ -357,6 +366,11 @@ _TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 _REPR = reprlib.Repr()  # of values that may be large: aliases of aliases make millions of entries in a few lines
 _REPR.maxstring, _REPR.maxother, _REPR.maxlevel = 200, 200, 3
 _short = _REPR.repr
+
+
+def _bare(value: Any) -> str:
+    """The same without quotes."""
+    return _short(value).strip("'")
 
 
 def _kind(value: Any) -> str:

@@ -27,7 +27,7 @@ import torch
 from mmaudio_hf.data.layout import Column, Contents, add_path_to_oserror, column_file, write_all
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.store import FeatureStore, MappedColumn
-from mmaudio_hf.files import locked
+from mmaudio_hf.files import locked, readable
 from mmaudio_hf.schema import TEXT_FEATURES
 
 SEATS = 32  # processes that can share the cache of a store
@@ -218,7 +218,7 @@ class Entries:
         present = sum(path.stat().st_blocks * 512 for path in (*sizes, file) if path.is_file())
         needed, free = sum(sizes.values()) + size, shutil.disk_usage(self.folder).free + present
         if needed > free:
-            message = f"the cache needs {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}: lower data.cache_gb"
+            message = f"the cache needs {readable(needed)}, the disk has {readable(free)}: lower data.cache_gb"
             raise OSError(errno.ENOSPC, message, str(self.folder))
         try:
             for path, length in {**sizes, file: size}.items():

@@ -54,7 +54,7 @@ from mmaudio_hf.data.layout import (
     write_all,
     write_text,
 )
-from mmaudio_hf.files import fsync_path, hash_of
+from mmaudio_hf.files import fsync_path, hash_of, readable
 
 if TYPE_CHECKING:
     import datasets
@@ -517,7 +517,7 @@ class StoreWriter(AbstractContextManager["StoreWriter"]):
         size = self.num_rows * sum(column.row_bytes for column in columns.values())
         free = shutil.disk_usage(self._partial).free
         if size > free:
-            message = f"the store needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
+            message = f"the store needs {readable(size)}, the disk has {readable(free)}: free some space"
             raise OSError(errno.ENOSPC, message, str(self._partial))
         for name, column in columns.items():
             self._files[name] = open(column_file(self._partial, name), "w+b", buffering=0)  # noqa: SIM115

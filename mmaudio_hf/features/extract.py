@@ -31,7 +31,7 @@ from mmaudio_hf.config import AudioSource, Recipe, VideoSource
 from mmaudio_hf.features.encoders import check_encoders, fit_toy_codec, pick_device
 from mmaudio_hf.features.shards import Item, Job, Shard, make_shards
 from mmaudio_hf.features.toy import toy_codec_file
-from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, write_text
+from mmaudio_hf.files import RESUME_HINT, Share, add_path_to_oserror, locked, read_json, readable, write_text
 from mmaudio_hf.media import lists
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.schema import RunError, check_id
@@ -257,8 +257,8 @@ def _check_disk_space(job: Job, pending_rows: int, store_rows: int) -> None:
         free = shutil.disk_usage(folder).free
         if needs[device] > free:
             raise ValueError(
-                f"{folder}: {needs[device] / 1e9:.2f} GB are needed for the shards and the store of {job.name!r},"
-                f" {free / 1e9:.2f} GB are free; free some space or change extraction.output_dir and shards_dir"
+                f"{folder}: {readable(needs[device])} are needed for the shards and the store of {job.name!r},"
+                f" {readable(free)} are free; free some space or change extraction.output_dir and shards_dir"
             )
 
 

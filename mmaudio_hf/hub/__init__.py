@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from mmaudio_hf.config import read_json
-from mmaudio_hf.files import hash_once, sha256_of
+from mmaudio_hf.files import hash_once, readable, sha256_of
 from mmaudio_hf.hub_client import LOGIN, api, check_name, hub_errors
 
 MAX_JSON_BYTES = 10_000_000  # of a file that is read as JSON; a store.json of 1 TB has about 9 MB
@@ -187,11 +187,3 @@ def fetch(contents: RepoContents, names: Sequence[str], folder: Path) -> None:
         if not is_same(folder / name, files[name]):
             (folder / name).unlink()
             raise ConnectionError(f"{contents.repo}: {name} arrived damaged: the same command fetches it again")
-
-
-def readable(size: int) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

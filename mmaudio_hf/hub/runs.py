@@ -27,7 +27,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from mmaudio_hf.config import HubConfig, read_json, read_json_lines
-from mmaudio_hf.files import sha256_of
+from mmaudio_hf.files import readable, sha256_of
 from mmaudio_hf.hub import (
     RepoContents,
     changed_files,
@@ -38,7 +38,6 @@ from mmaudio_hf.hub import (
     fetch_json,
     find_contents,
     read_contents,
-    readable,
 )
 from mmaudio_hf.models.pretrained import CONFIG_FILE, PUBLISHED_FILES, WEIGHTS_FILE
 from mmaudio_hf.schema import LOCK_FILE, RunError

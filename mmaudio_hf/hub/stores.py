@@ -59,7 +59,7 @@ from mmaudio_hf.data.layout import (
 )
 from mmaudio_hf.data.remote import CHECKSUM_BYTES, RemoteStore, Seat, divide, own_columns, record_checksum
 from mmaudio_hf.data.store import FeatureStore, Moments, manifest_of
-from mmaudio_hf.files import fsync_path, hash_once, locked, sha256_of
+from mmaudio_hf.files import fsync_path, hash_once, locked, readable, sha256_of
 from mmaudio_hf.hub.cards import stated_origin, store_card
 from mmaudio_hf.hub_client import CARD_FILE, TIMEOUT, api, download_card, hub_errors, merge_cards
 from mmaudio_hf.schema import CLIP_FEATURES, HUB_PREFIX, MEAN, TEXT_FEATURES, split_hub_id
@@ -499,7 +499,7 @@ def _check_space(plan: StorePull, store: Path) -> None:
     needed, free = sum(plan.sizes.values()) - present, shutil.disk_usage(store).free
     if needed > free:
         raise OSError(
-            f"{store.parent} needs {hub.readable(needed)} more, the disk has {hub.readable(free)}: free some space,"
+            f"{store.parent} needs {readable(needed)} more, the disk has {readable(free)}: free some space,"
             " or choose columns or rows"
         )
 
@@ -888,11 +888,11 @@ def _divide(stores: Mapping[str, HubStore], cache_dir: Path, cap: int, least: in
     left = cap - small - sum(sizes.values())
     entries = divide(left, shares, least)
     if not any(entries):
-        used = f", other runs have {hub.readable(sum(sizes.values()))}" if sizes else ""
+        used = f", other runs have {readable(sum(sizes.values()))}" if sizes else ""
         need = small + sum(min(least, share.records) * share.size for share in shares)
         raise ValueError(
             f"data.cache_gb is {cap / 1e9:g}: the lists and checksums of {', '.join(stores)} and the rows of the"
-            f" batches that are read at once take {hub.readable(need)}{used}; raise it, or train with smaller batches"
+            f" batches that are read at once take {readable(need)}{used}; raise it, or train with smaller batches"
         )
     return {source: (entries[2 * i], entries[2 * i + 1]) for i, source in enumerate(stores)}
 

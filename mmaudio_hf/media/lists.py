@@ -227,6 +227,8 @@ def read_rows(
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = list(header) or [name.strip() for name in next(filter(None, reader), [])]
+        if "\0" in "".join(columns):
+            raise ValueError(f"{path}: has NUL bytes; write the file again, as UTF-8 text")
         yield line, columns
         line = reader.line_num + 1  # where a row begins: a quoted field may end on a later line
         for row in reader:
@@ -258,12 +260,32 @@ def read_rows(
         raise ValueError(f"{path}, line {line}: {problem}") from error
 
 
+# How files of other kinds begin, whatever they are called: what they are, and the way out.
+_UNPACK, _EXPORT = "unpack it first", "export its rows as UTF-8 text"
+_OTHER_KINDS = {
+    b"PK": ("an Excel workbook or another zip archive", "save the sheet as CSV UTF-8, or unpack the archive"),
+    b"\xd0\xcf\x11\xe0": ("a workbook of an old Excel", "save the sheet as CSV UTF-8"),
+    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf"), ("compressed", _UNPACK)),
+    b"PAR1": ("a parquet file", "give it to `mmaudio-hf prepare dataset parquet:FILE`, or save its rows as text"),
+    **dict.fromkeys((b"ARROW1", b"SQLite format 3", b"\x89HDF", b"\x93NUMPY"), ("a table in binary form", _EXPORT)),
+    **dict.fromkeys((b"%PDF", b"{\\rtf"), ("a document", _EXPORT)),
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), ("a page of the web or XML", "download the file itself")),
+    b"version https://git-lfs": ("the pointer of a file in Git LFS", "fetch it by `git lfs pull`"),
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), ("UTF-16, not UTF-8 text", "save it as UTF-8")),
+}
+
+
 def read_text(path: str | os.PathLike) -> str:
     """A text file without its BOM, line ends as they are; ValueError where there is none, or it is not UTF-8."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'is a folder; give a file' if Path(path).is_dir() else 'no such file'}")
+    content = Path(path).read_bytes()
+    beginning = content[:32].lstrip().lower()
+    for signature, (what, way) in _OTHER_KINDS.items():
+        if beginning.startswith(signature.lower()):
+            raise ValueError(f"{path}: is {what}: {way}")
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
@@ -273,8 +295,6 @@ def _column_indices(
 ) -> dict[str, int]:
     if not header:
         raise ValueError(f"{path}: is empty; its first line must name the columns {', '.join(columns)}")
-    if "\0" in "".join(header):
-        raise ValueError(f"{path}: has NUL bytes; write the file again, as UTF-8 text")
     lower, indices = [name.lower() for name in header], dict[str, int]()
     for name in columns:
         names = [name, *(s for s in synonyms if name in synonyms and s != name)]

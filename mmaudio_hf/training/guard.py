@@ -29,13 +29,13 @@ from mmaudio_hf.training.distributed import local_shard
 if TYPE_CHECKING:
     from mmaudio_hf.training.loop import Run
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # `timeout` signals its child and then the whole group; nobody who has read the line below asks again so soon.
 ONE_PRESS_SECONDS = 2.0
 
 
 class StopSignals:
-    """Keeps the first of SIGINT, SIGTERM and SIGUSR1 instead of ending the process; a later one interrupts at once.
+    """Keeps the first of `STOP_SIGNALS` instead of ending the process; a later one interrupts at once.
 
     torchrun passes on what a terminal has sent to all processes: under it one repetition means nothing, whenever it
     comes.
@@ -49,7 +49,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+            # nohup ignores SIGHUP: it stays ignored.
+            kept = signal.SIGHUP if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else None
+            self._before = {n: signal.signal(n, self._handle) for n in STOP_SIGNALS if n != kept}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
