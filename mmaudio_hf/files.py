@@ -55,16 +55,14 @@ def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[b
 
 
 @contextlib.contextmanager
-def add_path_to_oserror(path: Path) -> Iterator[None]:
-    """Add `path` to OSErrors that name no file; of a full disk, with any name, the message says how to resume."""
+def add_path_to_oserror(path: str | Path, hint: str = "") -> Iterator[None]:
+    """Add `path` to OSErrors that name no file; of a full disk, with any name, `hint` says how to resume."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if error.filename is not None and not full:
-            raise
         reason = os.strerror(error.errno) if error.errno else str(error)
-        message = f"{reason}: {'free some space; ' if full else ''}{RESUME_HINT}"
+        message = f"{reason}: free some space; {hint}" if full and hint else error.strerror or reason
         raise OSError(error.errno or errno.EIO, message, error.filename or str(path)) from error
 
 

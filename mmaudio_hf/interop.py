@@ -9,7 +9,9 @@ and our running metrics. Everything random differs between the two programs, so 
 another order of the data than it would have seen there.
 """
 
+import errno
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -271,12 +273,17 @@ def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[P
     bar = tqdm(zip(paths, contents.values(), strict=True), "export", len(paths), unit="file", disable=None, leave=False)
     for path, make in bar:
         path.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = path.with_name(path.name + ".partial")
-        if path.suffix == ".safetensors":
-            save_file({n: t.contiguous() for n, t in make().items()}, incomplete, metadata={"format": "pt"})
-        else:
-            torch.save(make(), incomplete)
-        incomplete.replace(path)
+        content, incomplete = make(), path.with_name(path.name + ".partial")
+        try:
+            if path.suffix == ".safetensors":
+                save_file({n: t.contiguous() for n, t in content.items()}, incomplete, metadata={"format": "pt"})
+            else:
+                torch.save(content, incomplete)
+            incomplete.replace(path)
+        except RuntimeError as error:  # how the writer of torch.save says that a file cannot grow
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        finally:
+            incomplete.unlink(missing_ok=True)
     return paths
 
 

@@ -79,7 +79,8 @@ EXAMPLES = {  # command -> arguments, for its --help
 # Errors of the system: what to do about them, and the code, 2 where another path or permission is the way out.
 WAYS_OUT = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), ("name a folder", 2)),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ("change its permissions, or name another path", 2)),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), ("change its permissions, or name another path", 2)),
+    errno.EROFS: ("name a path on another disk", 2),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ("free some space and run the same command again", 1)),
     errno.EISDIR: ("name a file", 2),
     errno.ENAMETOOLONG: ("choose a shorter name", 2),
@@ -178,11 +179,13 @@ def _system_error(error: OSError) -> tuple[str, int]:
     way, code = WAYS_OUT.get(error.errno or 0, ("", 1))
     if not way:
         return str(error), code
-    path, reason = Path(os.fsdecode(error.filename or "stdout")), str(error.strerror)
+    path, reason = Path(os.fsdecode(error.filename or "")), str(error.strerror)
+    path = path.parent if path.name.startswith(".") else path  # of a file that is written aside
     if error.errno in (errno.EEXIST, errno.ENOTDIR):  # the system names what is wanted, and not what is in its way
         file = next((each for each in (path, *path.parents) if each.is_file()), path)
         return f"{file} is a file: {way}", code
-    return f"{path}: {reason}" + f": {way}" * ("; " not in reason), code  # others have said what to do
+    reason += f": {way}" * ("; " not in reason)  # others have said what to do
+    return f"{path}: {reason}" if error.filename else reason, code
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:

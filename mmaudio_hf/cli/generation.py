@@ -180,12 +180,14 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from mmaudio_hf.generation.files import check_out_dir
     from mmaudio_hf.pages.report import report_run
 
     recipe, given = (
         recipe_of_run(options.run),
         {name: getattr(options, name) for name in ("events", "split", "started")},
     )
+    check_out_dir(options.run)
     with hub_stores(recipe, [options.split or ("test" if recipe.data.test else "validation")]):
         figures = report_run(options.run, shown=options.clips, **given)
     print(f"report: {options.run / 'report' / 'index.html'}")
@@ -236,6 +238,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
+    from mmaudio_hf.generation.files import check_out_dir
     from mmaudio_hf.training.distributed import check_launch
 
     check_launch()
@@ -245,6 +248,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         folder = (source.run or Path(source.recipe.output_dir) / source.label) / "evaluation"
         if options.out is not None:
             folder = options.out / source.label if len(sources) > 1 else options.out
+        check_out_dir(folder)
         with hub_stores(source.recipe, [options.split]):
             results.append(_evaluate_one(source, folder, options.split))
     if state.is_main_process:

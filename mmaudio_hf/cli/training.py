@@ -129,7 +129,7 @@ def _wait(words: list[str]) -> int:
 
 
 class _Lasting(ObjectWrapper):
-    """A stream of a run that goes on when its terminal is closed, its pipe has no reader or its disk is full."""
+    """A stream of a run, which outlasts its terminal, the reader of its pipe and the space on its disk."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):

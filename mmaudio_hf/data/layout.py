@@ -7,7 +7,6 @@ Two layouts, told apart by meta.json alone, so that a store opens without its ma
                 different text once, and text_index.memmap (int32) the row there of every row of the store
 """
 
-import contextlib
 import csv
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from mmaudio_hf.files import sha256_of
+from mmaudio_hf.files import add_path_to_oserror, sha256_of
 from mmaudio_hf.schema import CLIP_FEATURES, MEAN, SCHEMA_VERSION, STD, SYNC_FEATURES, TEXT_FEATURES, check_id
 
 LAYOUTS = ("reference", "compact")
@@ -368,13 +367,3 @@ def write_all(file: BinaryIO, data: memoryview, offset: int) -> None:
         while data:
             count = os.pwrite(file.fileno(), data, offset)
             data, offset = data[count:], offset + count
-
-
-@contextlib.contextmanager
-def add_path_to_oserror(file: str | Path) -> Iterator[None]:
-    """Add the file to an OSError (a full disk) that does not name any."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(file)
-        raise

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmaudio_hf.data.layout import Column, Contents, add_path_to_oserror, column_file, write_all
+from mmaudio_hf.data.layout import Column, Contents, column_file, write_all
 from mmaudio_hf.data.mixture import Mixture
 from mmaudio_hf.data.store import FeatureStore, MappedColumn
-from mmaudio_hf.files import locked, readable
+from mmaudio_hf.files import add_path_to_oserror, locked, readable
 from mmaudio_hf.schema import TEXT_FEATURES
 
 SEATS = 32  # processes that can share the cache of a store

@@ -31,7 +31,6 @@ from mmaudio_hf.data.layout import (
     TEXT_INDEX,
     Column,
     Contents,
-    add_path_to_oserror,
     bytes_of,
     captions_hash,
     check_contents,
@@ -54,7 +53,7 @@ from mmaudio_hf.data.layout import (
     write_all,
     write_text,
 )
-from mmaudio_hf.files import fsync_path, hash_of, readable
+from mmaudio_hf.files import add_path_to_oserror, fsync_path, hash_of, readable
 
 if TYPE_CHECKING:
     import datasets
@@ -517,7 +516,7 @@ class StoreWriter(AbstractContextManager["StoreWriter"]):
         size = self.num_rows * sum(column.row_bytes for column in columns.values())
         free = shutil.disk_usage(self._partial).free
         if size > free:
-            message = f"the store needs {readable(size)}, the disk has {readable(free)}: free some space"
+            message = f"the store needs {readable(size)}, the disk has {readable(free)}"
             raise OSError(errno.ENOSPC, message, str(self._partial))
         for name, column in columns.items():
             self._files[name] = open(column_file(self._partial, name), "w+b", buffering=0)  # noqa: SIM115

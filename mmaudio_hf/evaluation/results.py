@@ -97,6 +97,8 @@ def gather_results(function: Callable[[], Any]) -> list[Any]:
         result = function()
     except (OSError, ValueError, RuntimeError) as error:  # CUDA raises the last of these when memory is short
         problem = str(error)
+        if isinstance(error, OSError) and error.filename:
+            problem = f"{error.filename}: {error.strerror}"
     outcomes = gather_object([(result, problem)])
     if problems := [each for _, each in outcomes if each is not None]:
         raise RunError(problems[0])

@@ -414,7 +414,7 @@ def _export(
 ) -> None:
     """Copy the shards into a new store, in the order of the list, a block of rows at a time."""
     with (
-        add_path_to_oserror(report.store_path),
+        add_path_to_oserror(report.store_path, RESUME_HINT),
         open_writer(
             report.store_path,
             job.shapes,

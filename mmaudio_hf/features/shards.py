@@ -337,7 +337,7 @@ class ShardMaker:
         metadata.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         try:
-            with files.add_path_to_oserror(arrow):
+            with files.add_path_to_oserror(arrow, files.RESUME_HINT):
                 work.mkdir()
                 batches = _Batches(job, FittingBatches(self.encoders, self.limits), advance)
                 with contextlib.closing(read_ahead(job, usable, self.threads, self.ahead)) as reader:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from scipy.signal import lfilter
 
+from mmaudio_hf.files import add_path_to_oserror
 from mmaudio_hf.media.audio import audio_frame, write_audio
 
 FPS = 25
@@ -482,7 +483,7 @@ def _audio_track(
 
 
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], channels: np.ndarray, rate: int) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
+    with add_path_to_oserror(path), av.open(str(path), "w", format="mp4") as container:
         # One thread: with more, x264 may not give the same bytes twice.
         options = {"preset": "veryfast", "crf": "27", "threads": "1"}
         size: dict[str, Any] = {"width": WIDTH, "height": HEIGHT, "pix_fmt": "yuv420p"}

@@ -26,7 +26,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmaudio_hf.config import AudioSource, ExtractionConfig, VideoSource
-from mmaudio_hf.files import Share, file_key, hash_of, locked, read_json, replacing, write_text
+from mmaudio_hf.files import Share, add_path_to_oserror, file_key, hash_of, locked, read_json, replacing, write_text
 from mmaudio_hf.media.audio import count_samples
 from mmaudio_hf.media.container import MediaError
 from mmaudio_hf.media.video import video_seconds
@@ -196,7 +196,11 @@ def read_media_list(
 
 def write_table(path: str | os.PathLike, rows: Iterable[Sequence]) -> None:
     """Replace a tab-separated file."""
-    with replacing(Path(path)) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+    with (
+        add_path_to_oserror(Path(path)),
+        replacing(Path(path)) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 
