@@ -186,9 +186,7 @@ def merge_cards(existing: str | None, new: str) -> str:
     try:
         theirs, ours = RepoCard(existing), RepoCard(new)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"the metadata of {CARD_FILE} on the Hub cannot be read ({error}): correct it there"
-        ) from error
+        raise ValueError(f"the metadata of {CARD_FILE} on the Hub cannot be read ({error}): correct it") from error
     data = {**theirs.data.to_dict(), **ours.data.to_dict()}
     for key in ("tags", "datasets"):
         joined = [*_as_list(theirs.data.get(key)), *_as_list(ours.data.get(key))]

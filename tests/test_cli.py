@@ -5,12 +5,17 @@ import errno
 import fcntl
 import io
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import pytest
 import yaml
+from forked import Command, resize_disk, wait_until
 from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -208,6 +213,8 @@ def test_mistakes_end_with_one_sentence(words, message, capsys, monkeypatch, tmp
         (OSError(errno.ENOSPC, "No space left on device", "file"), 1),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 1),
         (OSError(errno.ENOTDIR, "Not a directory", "file"), 2),
+        (OSError(errno.EROFS, "Read-only file system", ".file.12.part"), 2),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1),  # of a connection: of stdout it is 141
         (ModuleNotFoundError("no module", name="torch"), 2),
         (KeyboardInterrupt(), 130),
     ],
@@ -223,6 +230,56 @@ def test_codes_are_those_of_the_page(end, code, monkeypatch, capsys):
     assert main(["weights", "list"]) == code
     assert len(capsys.readouterr().err.splitlines()) == (code != 0)
     assert f"\n| {code} | " in (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(project, capsys, monkeypatch):
+    monkeypatch.chdir(project)
+    Path("afile").touch()
+    for words in (
+        ["evaluate", "output/short", "--out"],
+        ["export", "output/short", "--out"],
+        ["prepare", "table", "t.csv", "--out"],
+    ):
+        Path("t.csv").write_text("id,text\na,b\n")
+        assert main([*words, "afile/below/it"]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: (/.*/)?afile is a file[:;] (name|give) a folder.*\n", error), error
+
+
+def test_streams_that_are_closed_full_or_not_read(tmp_path):
+    """Quietly where nobody reads (as `| head -1`), else with a sentence; a file never gets the place of stderr."""
+    for end, code, said in (
+        ("list | :", 141, ""),
+        ("list > /dev/full", 1, "No space left on device"),
+        ("nonsense <&- >&- 2>&-", 2, ""),
+    ):
+        script = f"set -o pipefail; {sys.executable} -m mmaudio_hf.cli weights {end}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code and len(done.stderr.splitlines()) == bool(said) and said in done.stderr, end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_as_ctrl_c_does(project, tmp_path, number):
+    words = ("export", "output/short", "--out", str(tmp_path))
+    with Command(*words, cwd=project, freeze=("torch.save", 2)) as process:
+        wait_until((tmp_path / "short_last.pth").exists, process)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert process.output()[1].splitlines()[-1] == f"interrupted by {number.name}: run the same command again"
+    assert [path.name for path in tmp_path.iterdir()] == ["short_last.pth"]
+
+
+def export_to_a_small_disk(folder: Path) -> int:
+    resize_disk(folder, "1m")
+    code = main(["export", "output/short", "--out", str(folder / "out")])
+    print(sorted(path.name for path in (folder / "out").iterdir()))
+    return code
+
+
+def test_an_export_to_a_full_disk_names_the_file(project, tmp_path):
+    done = Command(export_to_a_small_disk, tmp_path, cwd=project, own_mounts=True).result()
+    expected = f"error: {tmp_path}/out/short_last.pth: No space left on device: free some space and run the same"
+    assert done.returncode == 1 and expected in done.stderr and done.stdout.endswith("[]\n"), done
 
 
 def test_paths_of_options_are_expanded(monkeypatch):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,7 @@ def test_every_fault_says_what_to_do(folder, capsys, tmp_path):
     assert failed == {"data.train", "memory", "host memory", "disk space"}
     assert {name for name, level in levels.items() if level == "warn"} == {"data.test", "weights"}
     assert "mean of row 5 (videos_0005) is not finite; `mmaudio-hf verify" in text
+    assert str(tmp_path / "videos") not in Path("/proc/self/maps").read_text()
     assert "toy_codec_16k.safetensors is missing" in text and "set training.accumulation_steps=" in text
     assert "raise ema.snapshot_every" in text
 

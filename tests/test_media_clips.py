@@ -289,5 +289,7 @@ def test_files_that_are_no_text(tmp_path):
         read_media_list(write(tmp_path / "a.tsv", "id\tlabel\na\tcaf\u00e9\n", "latin-1"))
     with pytest.raises(ValueError, match="save it as UTF-8"):
         read_media_list(write(tmp_path / "a.tsv", "id\tlabel\na\tb\n", "utf-16"))
+    with pytest.raises(ValueError, match=r"a.tsv: is a document: export its rows as UTF-8 text"):
+        read_media_list(write(tmp_path / "a.tsv", "%PDF-1.7\n"))
     with pytest.raises(ValueError, match="no such file"):
         read_media_list(tmp_path / "nothing.tsv")

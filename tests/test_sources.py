@@ -1,6 +1,8 @@
 """Official annotation files, folders and tables become media lists, and what is left out is counted."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,28 @@ MALFORMED = [  # kind, name of the file, its content, what the message says afte
     ("table", "t.csv", "file_name,caption,split\na.mp4,x,../up\n", ", line 2"),
     ("table", "t.xlsx", "", ": a table is a .csv, .tsv or .jsonl file"),
     ("table", "none.csv", None, ": no such file"),
+    ("table", "folder.csv", Path, ": is a folder; give a file"),
+    ("table", "t.csv", "\n", ": is empty: its first line must name the columns"),
+    (
+        "table",
+        "t.csv",
+        b"PK\x03\x04\x14\0",
+        ": is an Excel workbook or another zip archive: save the sheet as CSV UTF-8",
+    ),
+    ("table", "t.csv", b"\xd0\xcf\x11\xe0\xa1", ": is a workbook of an old Excel: save the sheet as CSV UTF-8"),
+    ("table", "t.csv", b"PAR1\x15\x04", ": is a parquet file: give it to `mmaudio-hf prepare dataset parquet:FILE`"),
+    ("vggsound", "v.csv", gzip.compress(b"a,1,dog,train\n"), ": is compressed: unpack it first"),
+    ("table", "t.jsonl", b"\x28\xb5\x2f\xfd", ": is compressed: unpack it first"),
+    ("wavcaps", "w.json", b" \n<!DOCTYPE html>", ": is a page of the web or XML: download the file itself"),
+    (
+        "table",
+        "t.tsv",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        ": is the pointer of a file in Git LFS: fetch it",
+    ),
+    ("audiocaps", "a.csv", CSV.encode("utf-16"), ": is UTF-16, not UTF-8 text: save it as UTF-8"),
+    ("audiocaps", "a.csv", CSV.encode("utf-16-le"), ": has NUL bytes; write the file again, as UTF-8 text"),
+    ("table", "t.csv", "file_name|caption\na.mp4|hello\n", ": its columns are separated by '|'"),
     ("folder", "metadata.csv", "name,caption\na,b\n", ", line 2: no column file_name or id"),
 ]
 
@@ -145,7 +169,9 @@ MALFORMED = [  # kind, name of the file, its content, what the message says afte
 @pytest.mark.parametrize(("kind", "name", "content", "message"), MALFORMED)
 def test_malformed_annotations_are_named_with_their_row(tmp_path, capsys, kind, name, content, message):
     file = tmp_path / name
-    if content is not None:
+    if content is Path:
+        file.mkdir()
+    elif content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     source = tmp_path if kind == "folder" else file
     assert main(["prepare", kind, str(source), "--out", str(tmp_path / "lists")]) == 2

@@ -42,11 +42,12 @@ def endless(tmp_path_factory) -> Path:
     [
         (0, signal.SIGINT, os.kill, 130, {}),
         (0, signal.SIGTERM, os.kill, 143, {}),
+        (0, signal.SIGHUP, os.kill, 129, {}),
         (0, signal.SIGUSR1, os.kill, 138, {}),
         (1, signal.SIGINT, os.killpg, None, {}),  # a terminal signals all processes
         (2, signal.SIGUSR1, os.kill, 1, PASSED_ON),  # a scheduler may reach the launcher alone
     ],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1", "launcher-SIGINT", "launcher-2-SIGUSR1"],
+    ids=["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "launcher-SIGINT", "launcher-2-SIGUSR1"],
 )
 def test_a_signal_saves_and_ends_the_run(endless, processes, number, send, code, variables):
     step, log = last_step(endless), run_dir(endless) / "metrics.jsonl"
@@ -61,6 +62,7 @@ def test_a_signal_saves_and_ends_the_run(endless, processes, number, send, code,
     assert process.returncode == code or (code is None and process.returncode != 0), output
     assert f"from step {step} to 100000" in output and f"{number.name}: saving a checkpoint" in output, output
     assert last_step(endless) > step and f"stopped at step {last_step(endless)}; the same command" in output
+    assert ("resumes from there; a traceback below is how the launcher ends" in output) == (processes > 0), output
 
 
 def test_one_press_is_one_however_often_it_comes(monkeypatch):

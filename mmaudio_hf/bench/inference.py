@@ -28,14 +28,7 @@ from transformers import CLIPModel
 
 from mmaudio_hf.bench import Timed, compare, emulates_bf16, in_turn, median_rates, seconds, synchronize, time_matmul
 from mmaudio_hf.config import ModelConfig, variant_config
-from mmaudio_hf.evaluation.metrics import (
-    AUDIO_TOKENS,
-    PANN_KEYS,
-    SEGMENTS,
-    TRUTH_FILES,
-    VIDEO_TOKENS,
-    OffsetHead,
-)
+from mmaudio_hf.evaluation.metrics import AUDIO_TOKENS, PANN_KEYS, SEGMENTS, TRUTH_FILES, VIDEO_TOKENS, OffsetHead
 from mmaudio_hf.features import autoencoder, clip, synchformer, vocoder
 from mmaudio_hf.media.audio import write_audio
 from mmaudio_hf.media.mux import write_video_with_audio
@@ -401,7 +394,7 @@ def _stages(variant: str, device: torch.device, rounds: int) -> dict[str, float 
     config = variant_config(variant)
     figures: dict[str, float | str] = {
         "stages_measured": f"CLIP with 1/{CLIP_SHARE} of its layers on one image, one Synchformer segment, "
-        f"1/{DECODED_SHARE} of the latents; multiplied to a clip",
+        f"1/{DECODED_SHARE} of the latents; multiplied to a clip"
     }
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for name, run, times in _stage_runs(config.mode, config.latent_length, device, Path(folder)):

@@ -35,9 +35,7 @@ def add_commands(add: Add) -> None:
     option("--list", type=Path, help="TSV: id, and video, image, prompt, negative_prompt, duration, seed")
     option("--prompt", default="", help="what should be heard")
     option("--negative-prompt", default="", help="what should not be heard")
-    option(
-        "--out", required=True, type=Path, help="result: .wav, .flac, or .mp4 or .mkv with --video; of many, a folder"
-    )
+    option("--out", required=True, type=Path, help="result: .wav, .flac, .mp4 or .mkv with --video; of many, a folder")
     option("--format", choices=("mp4", "mkv", "wav", "flac"), default="mp4", help="of many (default mp4)")
     option("--duration", type=float, help="seconds; default: the whole video, else as trained")
     option("--window", type=float, help="longest piece generated at once, in seconds; default: as trained")
@@ -93,9 +91,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() in (".mp4", ".mkv") and options.video is None:
         raise ValueError("--out is a video, but no --video is given: choose a .wav or .flac name")
     if options.out.suffix.lower() not in (".mp4", ".mkv", ".wav", ".flac"):
-        raise ValueError(
-            f"--out {options.out}: choose a name that ends with .wav or .flac, or .mp4 or .mkv for a video"
-        )
+        raise ValueError(f"--out {options.out}: choose a name that ends with .wav or .flac, .mp4 or .mkv for a video")
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder: give the name of a file")
     media = [path for path in (options.video, options.image) if path is not None and path.exists()]

@@ -108,9 +108,7 @@ def _push(options: argparse.Namespace) -> None:
         notes = {name: "to send" if name in plan.changed else "already there" for name in plan.files}
         print(table(list(plan.files.items()), notes))
         if plan.outdated:
-            raise ValueError(
-                f"{repo} holds step {plan.before}, newer than step {step} of {options.run}: nothing is sent"
-            )
+            raise ValueError(f"{repo} holds step {plan.before}, newer than {step} of {options.run}: nothing is sent")
         if plan.removed:
             print(f"of an earlier push, and removed: {', '.join(plan.removed)}")
         size = readable(sum(plan.files[name] for name in plan.changed))
@@ -326,9 +324,7 @@ def write_encoder_files(recipe: Recipe, folder: Path) -> None:
 
 @contextlib.contextmanager
 def hub_stores(
-    recipe: Recipe,
-    splits: Sequence[str] = ("train", "validation", "test"),
-    launch: tuple[int, int] | None = None,
+    recipe: Recipe, splits: Sequence[str] = ("train", "validation", "test"), launch: tuple[int, int] | None = None
 ) -> Iterator[None]:
     """Within it the stores of these splits that are on the Hub can be opened; see `hub.stores.connect`.
 

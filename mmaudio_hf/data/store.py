@@ -276,9 +276,7 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             for name, column in self.columns.items():
                 outer, buffer = features.arrow_schema.field(name).type, pa.py_buffer(self._maps[name].memory)
                 step, chunks = max(1, _BLOCK_BYTES // column.row_bytes), []
-                for first in range(
-                    0, len(self), step
-                ):  # in chunks: Arrow copies whole ones where rows are out of order
+                for first in range(0, len(self), step):  # Arrow copies whole chunks where rows are out of order
                     size = min(step, len(self) - first) * column.row_bytes
                     block = buffer.slice(first * column.row_bytes, size)
                     values = pa.Array.from_buffers(pa.float32(), size // 4, [None, block])
@@ -551,9 +549,7 @@ class StoreWriter(AbstractContextManager["StoreWriter"]):
                 self._texts.write(first_row, tensor)
             else:
                 write_all(self._files[name], bytes_of(tensor), first_row * self.columns[name].row_bytes)
-        for row in tensors[
-            schema.MEAN
-        ]:  # one by one: the sums, and so the bytes, do not depend on how rows are grouped
+        for row in tensors[schema.MEAN]:  # one by one: sums, and so bytes, do not depend on how rows are grouped
             self._moments.add(row)
         self._in_order = self._in_order and first_row == self._rows_written
         self._rows_written += len(ids)

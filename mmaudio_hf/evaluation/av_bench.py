@@ -163,9 +163,7 @@ def set_up(env: Path, weights_dir: Path, log: Callable[[str], None] = print) -> 
     for words in (*commands, [str(python), "-m", "pip", "install", *REQUIREMENTS]):
         log(shlex.join(words))
         if subprocess.run(words).returncode:
-            raise ValueError(
-                f"`{shlex.join(words)}` failed: what it printed says why; run this command again afterwards"
-            )
+            raise ValueError(f"`{shlex.join(words)}` failed: what it printed says why; run this again afterwards")
     if not shutil.which("wget"):
         log("warning: wget is not on the PATH: av-benchmark fetches PANNs with it")
     bench = AvBench(str(python), weights_dir, batch_size=2)

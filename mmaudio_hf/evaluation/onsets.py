@@ -120,9 +120,7 @@ def shuffled_pairing(n: int, seed: int = 0, events: Sequence[Sequence[float]] | 
         order = generator.permutation(n)
         if n and all(i != j and keys[i] != keys[j] for i, j in enumerate(order)):
             return order
-    raise ValueError(
-        f"{n} clips cannot be paired with others that differ: at least two with different events are needed"
-    )
+    raise ValueError(f"{n} clips cannot be paired with others that differ: two with different events are needed")
 
 
 # --- Statistics of a waveform against the ground truth ----------------------------------------------------------------

@@ -230,9 +230,7 @@ def of_common_items(contents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
     return [_of_items(content, each, common) for content, each in zip(contents, clips, strict=True)]
 
 
-def _of_items(
-    content: Mapping[str, Any], clips: Mapping[str, Mapping[str, float]], ids: Sequence[str]
-) -> dict[str, Any]:
+def _of_items(content: Mapping[str, Any], clips: Mapping[str, Mapping[str, float]], ids: Sequence[str]) -> dict:
     scores, lost = dict(_scored_again(content, ids)), dict(content["not_computed"])
     for name, old in content["scores"].items():
         items = {i: clips[i][name] for i in ids if name in clips[i]}

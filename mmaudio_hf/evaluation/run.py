@@ -172,9 +172,7 @@ class SplitEvaluator:
             shutil.rmtree(work, ignore_errors=True)
         return content | {"clips": str(path.with_suffix(".clips.jsonl"))}
 
-    def _prepare(
-        self, model: MMAudio, path: Path, work: Path
-    ) -> tuple[dict[str, Any] | None, dict[str, Any], str | None]:
+    def _prepare(self, model: MMAudio, path: Path, work: Path) -> tuple[dict | None, dict[str, Any], str | None]:
         """Earlier scores if they are still valid, the keys of this evaluation, and why av-benchmark cannot be used.
 
         On the main process, which alone changes the folder: clips in it that belong to something else are removed.

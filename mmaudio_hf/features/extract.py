@@ -331,9 +331,7 @@ def _finished(job: Job, key: str, shards: int) -> ExtractionReport | None:
     return _report(job, counts["listed"], counts["accepted"], rejects, shards)
 
 
-def _report(
-    job: Job, listed: int, accepted: int, rejects: Sequence[Mapping], shards: int, **more: Any
-) -> ExtractionReport:
+def _report(job: Job, listed: int, accepted: int, rejects: Sequence, shards: int, **more: Any) -> ExtractionReport:
     return ExtractionReport(
         name=job.name,
         listed=listed,

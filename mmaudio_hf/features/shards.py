@@ -99,11 +99,7 @@ class Job:
         self.components = ("clip", "sync", "text", "latent") if self.is_video else ("text", "latent")
         self.shapes = schema.column_shapes(recipe.model.mode, self.duration, video=self.is_video)  # of one row
         # Settings that determine the inputs of the encoders.
-        self.preprocessing: dict[str, Any] = {
-            "version": VERSION,
-            "mode": recipe.model.mode,
-            "duration": float(self.duration),
-        }
+        self.preprocessing: dict = {"version": VERSION, "mode": recipe.model.mode, "duration": float(self.duration)}
         alignment = recipe.extraction.alignment
         if self.is_video:
             self.preprocessing |= {"alignment": alignment, "normalize_audio": self.normalize_audio}

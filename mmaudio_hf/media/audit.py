@@ -678,10 +678,7 @@ def sync_verdicts(heard: Mapping[str, Any], limits: Limits, others: Collection[s
             f"the audio is {abs(late):.3f} s {'late' if late > 0 else 'early'}; {_percent(heard['sync_chance'])} of the"
             " audio of other clips fits as well"
         )
-    for verdict, name, what in (
-        ("caption_mismatch", "clap", "caption"),
-        ("frames_mismatch", "imagebind", "frames"),
-    ):
+    for verdict, name, what in (("caption_mismatch", "clap", "caption"), ("frames_mismatch", "imagebind", "frames")):
         score, least = heard.get(f"{name}_score"), getattr(limits, f"min_{name}")
         if score is not None and score < least:
             verdicts[verdict] = f"audio and {what} have a cosine of {score:.3f}, less than {least:g}"

@@ -81,9 +81,7 @@ class MediaFolder:
         self.media: list[Path] = []  # files with one of the endings, in sorted order
         self.others: list[Path] = []
         paths, seen = [], set()
-        for parent, folders, names in os.walk(
-            self.folder, followlinks=True
-        ):  # each folder once, whatever links there are
+        for parent, folders, names in os.walk(self.folder, followlinks=True):  # each once, whatever links there are
             status = os.stat(parent)
             inode = status.st_dev, status.st_ino
             folders[:] = [name for name in folders if not name.startswith(".") and inode not in seen]
@@ -438,9 +436,7 @@ def write_clips(
     return ClipReport(len(rows), sorted(rejects, key=lambda reject: reject["file"]), ignored, len(shards), pending)
 
 
-def _files_of(
-    source: VideoSource | AudioSource,
-) -> tuple[list[Path], list[dict[str, str]], list[dict[str, str]], list[str]]:
+def _files_of(source: VideoSource | AudioSource) -> tuple[list[Path], list[dict], list[dict], list[str]]:
     """Files to read, rejects and ignored ones among the others, and names of videos that are kept whole."""
     is_video = isinstance(source, VideoSource)
     folder = MediaFolder(source.media_dir, "video" if is_video else "audio")

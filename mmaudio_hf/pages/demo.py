@@ -226,9 +226,7 @@ def _check_video(path: str) -> float:
     return int(10 * seconds) / 10
 
 
-def _generate(
-    pipeline: MMAudioPipeline, out_dir: Path, progress: Callable[..., Any], *inputs: Any
-) -> tuple[Any, str, Any, int]:
+def _generate(pipeline: MMAudioPipeline, out_dir: Path, progress: Callable, *inputs: Any) -> tuple[Any, str, Any, int]:
     """What the page shows: the video with generated audio, the audio, its spectrogram, the seed that was used."""
     video, image, prompt, negative, duration, steps, guidance, seed, random = inputs
     if video is None and image is None and not prompt.strip():

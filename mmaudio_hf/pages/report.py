@@ -390,9 +390,7 @@ def _samples(run_dir: Path, videos: Mapping[str, Path], scratch: Path) -> tuple[
     return len(steps), len(items), cards
 
 
-def _sample_card(
-    run_dir: Path, rows: Mapping[int, Mapping[str, Any]], video: Path | None, scratch: Path
-) -> dict[str, Any]:
+def _sample_card(run_dir: Path, rows: Mapping[int, Mapping[str, Any]], video: Path | None, scratch: Path) -> dict:
     """The card of one item, from its rows by step, with its own `video`."""
     row = rows[max(rows)]
     name = f"{check_id(row['id'], SAMPLES_FILE)}.wav"

@@ -173,9 +173,7 @@ def save_checkpoint(
     return folder
 
 
-def _write(
-    partial: Path, state: TrainingState, write_pretrained: Callable[[Path], None], shards: RankShards | None
-) -> None:
+def _write(partial: Path, state: TrainingState, publish: Callable[[Path], None], shards: RankShards | None) -> None:
     training = partial / "training_state"
     training.mkdir(parents=True, exist_ok=shards is not None)
     sharded: Shapes = {} if shards is None else shards.full_shapes
@@ -189,7 +187,7 @@ def _write(
         record |= {"version": SHARDED, "shards": {"count": shards.world_size, "shapes": sharded}}
     (training / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n")
     (partial / "pretrained_model").mkdir()
-    write_pretrained(partial / "pretrained_model")
+    publish(partial / "pretrained_model")
     for path in sorted(partial.rglob("*")):
         fsync_path(path)
     fsync_path(partial)

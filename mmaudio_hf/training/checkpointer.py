@@ -134,9 +134,7 @@ class Checkpointer:
         gathered = distributed.gather_full_tensors(full, keep=main)
         self.writer.stall_seconds += time.perf_counter() - began
         if main:
-            self.writer.save(
-                distributed.local_shards(state, main), lambda copies: self._write(job, {**copies, **gathered})
-            )
+            self.writer.save(distributed.local_shards(state, main), lambda own: self._write(job, {**own, **gathered}))
         elif job.shards is not None:
             self.writer.save(distributed.local_shards(state, main), partial(checkpoint.save_local_shards, job.shards))
 

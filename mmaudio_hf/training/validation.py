@@ -106,9 +106,7 @@ class Validator:
         totals, counts = self.accelerator.reduce(sums, "sum").tolist()
         return {name: total / n for name, total, n in zip(self._names, totals, counts, strict=True) if n}
 
-    def _batches(
-        self, dataset_indices: np.ndarray, set_lengths: Callable[[int, int, int], None] | None
-    ) -> Iterable[Batch]:
+    def _batches(self, dataset_indices: np.ndarray, set_lengths: Callable[..., None] | None) -> Iterable[Batch]:
         """This process's share of the items, with their stratified times; the model is set to the lengths of each."""
         world, training = self.accelerator.num_processes, self.recipe.training
         largest = -(-len(dataset_indices) // world)
