@@ -651,25 +651,11 @@ def _gb(size: float) -> str:
 
 # Where the batch does not split evenly over the devices, these have no answer.
 PER_DEVICE = ("memory", "host memory", "disk space", "speed", "reading", "network")
-CHECKS: dict[str, Check] = {
-    "software": _software,
-    "device": _device,
-    "launch": _launch,
-    "batch": _batch,
-    "run folder": _run_folder,
-    "media": _media,
-    **{f"data.{split}": partial(_stores, split) for split in NO_STORE},
-    "weights": _weights,
-    "initial weights": _initial_weights,
-    "tracker": _trackers,
-    "av-benchmark": _av_benchmark,
-    **{f"evaluation.truth.{split}": partial(_truth, split) for split in ("test", "validation")},
-    "resume": _resume,
-    "Hub": _hub,
-    "memory": _memory,
-    "host memory": _host_memory,
-    "disk space": _disk_space,
-    "speed": _speed,
-    "reading": _reading,
-    "network": _network,
-}
+CHECKS: dict[str, Check] = {"software": _software, "device": _device, "launch": _launch, "batch": _batch}
+CHECKS |= {"run folder": _run_folder, "media": _media}
+CHECKS |= {f"data.{split}": partial(_stores, split) for split in NO_STORE}
+CHECKS |= {"weights": _weights, "initial weights": _initial_weights, "tracker": _trackers}
+CHECKS |= {"av-benchmark": _av_benchmark}
+CHECKS |= {f"evaluation.truth.{split}": partial(_truth, split) for split in ("test", "validation")}
+CHECKS |= {"resume": _resume, "Hub": _hub, "memory": _memory, "host memory": _host_memory, "disk space": _disk_space}
+CHECKS |= {"speed": _speed, "reading": _reading, "network": _network}

@@ -55,7 +55,7 @@ def locked(path: Path, *, wait: bool = True, shared: bool = False) -> Iterator[b
 
 
 @contextlib.contextmanager
-def add_path_to_oserror(path: str | Path, hint: str = "") -> Iterator[None]:
+def add_path_to_oserror(path: str | os.PathLike, hint: str = "") -> Iterator[None]:
     """Add `path` to OSErrors that name no file; of a full disk, with any name, `hint` says how to resume."""
     try:
         yield

@@ -248,14 +248,14 @@ def test_a_file_in_the_way_of_a_folder_is_named(project, capsys, monkeypatch):
 
 def test_streams_that_are_closed_full_or_not_read(tmp_path):
     """Quietly where nobody reads (as `| head -1`), else with a sentence; a file never gets the place of stderr."""
-    for end, code, said in (
+    for end, code, message in (
         ("list | :", 141, ""),
         ("list > /dev/full", 1, "No space left on device"),
         ("nonsense <&- >&- 2>&-", 2, ""),
     ):
         script = f"set -o pipefail; {sys.executable} -m mmaudio_hf.cli weights {end}"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == code and len(done.stderr.splitlines()) == bool(said) and said in done.stderr, end
+        assert done.returncode == code and len(done.stderr.splitlines()) == bool(message) and message in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

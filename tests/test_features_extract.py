@@ -414,6 +414,6 @@ def test_nothing_usable_is_an_error_without_a_store(weights, tmp_path):
 def test_a_full_disk_is_seen_before_the_work(example, weights, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ValueError, match=r"\d\.\d MB are needed .* 0 bytes are free; free some space"):
+    with pytest.raises(ValueError, match=r"\d\.\d kB are needed .* 1\.0 kB are free; free some space"):
         extract(toy_recipe(tmp_path / "out", weights), videos(example, "val"))
     assert not list((tmp_path / "out").rglob("shard_*"))

@@ -139,10 +139,8 @@ def _generate_many(options: argparse.Namespace) -> None:
     else:
         entries = read_folder(options.folder, options.prompt, options.negative_prompt, notes.append)
     check_out_dir(options.out, entries)  # before the network is loaded
-    settings = {"ending": f".{options.format}", "batch_size": options.batch_size, "share": share}
-    report = generate_files(
-        _pipeline(options, share.local_rank), entries, options.out, **settings, **_sampling(options)
-    )
+    how: dict[str, Any] = {"ending": f".{options.format}", "batch_size": options.batch_size, "share": share}
+    report = generate_files(_pipeline(options, share.local_rank), entries, options.out, **how, **_sampling(options))
     print(report, *notes, sep="\n")
     if report.listed and report.rejected == report.listed:
         raise ValueError(f"all {report.listed} items were rejected; {report.rejects_path} says why")
@@ -179,10 +177,8 @@ def _report(options: argparse.Namespace) -> None:
     from mmaudio_hf.generation.files import check_out_dir
     from mmaudio_hf.pages.report import report_run
 
-    recipe, given = (
-        recipe_of_run(options.run),
-        {name: getattr(options, name) for name in ("events", "split", "started")},
-    )
+    recipe = recipe_of_run(options.run)
+    given = {name: getattr(options, name) for name in ("events", "split", "started")}
     check_out_dir(options.run)
     with hub_stores(recipe, [options.split or ("test" if recipe.data.test else "validation")]):
         figures = report_run(options.run, shown=options.clips, **given)

@@ -71,17 +71,9 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmaudio_hf.sources import prepare
 
     media = options.media or (Path(options.source) if options.kind == "folder" else None)
-    lists, left_out = prepare(
-        options.kind,
-        options.source,
-        options.out,
-        name=options.name,
-        media=media,
-        shares=shares,
-        columns=(options.id_column, options.text_column),
-        split=options.split,
-        media_column=options.media_column,
-    )
+    how: dict[str, Any] = {name: getattr(options, name) for name in ("name", "split", "media_column")}
+    how |= {"media": media, "shares": shares, "columns": (options.id_column, options.text_column)}
+    lists, left_out = prepare(options.kind, options.source, options.out, **how)
     _print_prepared(lists, left_out, media)
 
 
@@ -124,16 +116,9 @@ def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Shar
     extraction, duration = recipe.extraction, recipe.clip_seconds(source)
     path = extraction.clips_path(source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = write_clips(
-        source,
-        path,
-        duration=duration,
-        shards_dir=Path(extraction.shards_dir or extraction.output_dir) / f"{source.name}.shards",
-        shard_size=extraction.shard_size,
-        share=share,
-        workers=extraction.num_proc,
-        progress=True,
-    )
+    shards_dir = Path(extraction.shards_dir or extraction.output_dir) / f"{source.name}.shards"
+    how: dict[str, Any] = {"shard_size": extraction.shard_size, "share": share, "workers": extraction.num_proc}
+    report = write_clips(source, path, duration=duration, shards_dir=shards_dir, progress=True, **how)
     if report.pending_shards:
         complete = report.shards - report.pending_shards
         print(f"{path}: {complete} of {report.shards} shards complete; the last one to finish writes it")

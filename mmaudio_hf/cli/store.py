@@ -169,9 +169,7 @@ def _audit(options: Namespace) -> None:
     show_audit(report, page, "rows compared")
 
 
-def _check_fingerprints(
-    path: Path, manifest: Mapping[str, Any], config: EncoderConfig, mode: str, components: Sequence[str]
-) -> None:
+def _check_fingerprints(path: Path, manifest: Mapping, config: EncoderConfig, mode: str, components: Sequence) -> None:
     """ValueError where an encoder is missing here, or is another one than that of the store."""
     from mmaudio_hf.features.encoders import check_encoders, fingerprints
 

@@ -158,8 +158,8 @@ def _train(options: Namespace) -> int:
     # Around the Hub as well: what is downloaded and staged belongs to the launch that trains.
     splits = ("train", "validation", *sorted(recipe.generated_splits))
     with (
-        contextlib.redirect_stdout(_Lasting(sys.stdout)),  # type: ignore[type-var]
-        contextlib.redirect_stderr(_Lasting(sys.stderr)),  # type: ignore[type-var]
+        contextlib.redirect_stdout(_Lasting(sys.stdout)),
+        contextlib.redirect_stderr(_Lasting(sys.stderr)),
         RunLock(recipe.run_dir, warn) as lock,
         hub_session(recipe, lock) as on_checkpoint,
         hub_stores(recipe, splits),

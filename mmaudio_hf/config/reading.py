@@ -22,37 +22,21 @@ COMMAND_LINE = "the command line"
 _MERGE = "tag:yaml.org,2002:merge"
 
 # Options of the reference implementation that people bring along, and ours: for messages alone.
-REFERENCE_OPTIONS = {
-    "exp_id": "name",
-    "vgg_oversample_rate": "data.train[].repeats",
-    "ac_oversample_rate": "data.train[].repeats",
-    "num_iterations": "training.steps",
-    "batch_size": "training.batch_size",
-    "amp": "training.mixed_precision",
-    "weights": "finetune.init_from",
-    "checkpoint": "resume",
-    "num_workers": "data.read_threads",
-    "linear_warmup_steps": "optim.warmup_steps",
-    "lr_schedule": "optim.schedule",
-    "lr_schedule_steps": "optim.milestones",
-    "lr_schedule_gamma": "optim.gamma",
-    "clip_grad_norm": "optim.max_grad_norm",
-    "null_condition_probability": "flow.condition_dropout",
-    "cfg_strength": "sampling.guidance_scale",
-    "sampling.mean": "flow.time_mean",
-    "sampling.scale": "flow.time_scale",
-    "sampling.min_sigma": "flow.min_sigma",
-    "sampling.method": "sampling.solver",
-    "ema.checkpoint_every": "ema.snapshot_every",
-    "ema.default_output_sigma": "ema.sigma_rel",
-    "log_text_interval": "training.log_every",
-    "val_interval": "training.validate_every",
-    "eval_interval": "evaluation.every",
-    "eval_batch_size": "sampling.batch_size",
-    "save_weights_interval": "training.checkpoint_every",
-    "save_checkpoint_interval": "training.checkpoint_every",
-    "save_copy_iterations": "training.keep_every",
-}
+REFERENCE_OPTIONS = (
+    {"exp_id": "name", "vgg_oversample_rate": "data.train[].repeats", "ac_oversample_rate": "data.train[].repeats"}
+    | {"num_iterations": "training.steps", "batch_size": "training.batch_size", "amp": "training.mixed_precision"}
+    | {"weights": "finetune.init_from", "checkpoint": "resume", "num_workers": "data.read_threads"}
+    | {"linear_warmup_steps": "optim.warmup_steps", "lr_schedule": "optim.schedule"}
+    | {"lr_schedule_steps": "optim.milestones", "lr_schedule_gamma": "optim.gamma"}
+    | {"clip_grad_norm": "optim.max_grad_norm", "null_condition_probability": "flow.condition_dropout"}
+    | {"cfg_strength": "sampling.guidance_scale", "sampling.mean": "flow.time_mean"}
+    | {"sampling.scale": "flow.time_scale", "sampling.min_sigma": "flow.min_sigma"}
+    | {"sampling.method": "sampling.solver", "ema.checkpoint_every": "ema.snapshot_every"}
+    | {"ema.default_output_sigma": "ema.sigma_rel", "log_text_interval": "training.log_every"}
+    | {"val_interval": "training.validate_every", "eval_interval": "evaluation.every"}
+    | {"eval_batch_size": "sampling.batch_size", "save_weights_interval": "training.checkpoint_every"}
+    | {"save_checkpoint_interval": "training.checkpoint_every", "save_copy_iterations": "training.keep_every"}
+)
 
 
 @checked

@@ -453,9 +453,7 @@ class RemoteStore(FeatureStore):
             self._maps[name].advise(present, os.POSIX_FADV_WILLNEED)
         return lease
 
-    def _start(
-        self, lease: Lease, entries: Entries, records: np.ndarray, chosen: np.ndarray, do: Callable[..., None]
-    ) -> None:
+    def _start(self, lease: Lease, entries: Entries, records: np.ndarray, chosen: np.ndarray, do: Callable) -> None:
         fetch = _Fetch(entries, chosen)
         for name in entries.columns:
             lease.futures.append(self._pool.submit(fetch.run, partial(do, name, records, chosen)))

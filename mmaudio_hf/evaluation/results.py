@@ -237,9 +237,7 @@ def _of_items(content: Mapping[str, Any], clips: Mapping[str, Mapping[str, float
         if name not in scores and METRICS.get(name, ("",))[0] in _DISTRIBUTIONS:
             lost[name] = f"the features of the {len(ids)} common items are gone (evaluation.keep_clips keeps them)"
         elif name not in scores and items:
-            scores[name] = Score(
-                float(np.mean(list(items.values()))), old["unit"], old["better"], len(items), items=items
-            )
+            scores[name] = Score(np.mean([*items.values()]).item(), old["unit"], old["better"], len(items), items=items)
     plain = {name: score.to_json() for name, score in with_intervals(scores).items()}
     contributions = {i: {name: score.items[i] for name, score in scores.items() if i in score.items} for i in ids}
     counts = {**content["items"], "scored": len(ids)}

@@ -844,9 +844,7 @@ def _look_up(source: str, repeats: float, cache_dir: Path) -> HubStore:
     repo, revision = split_hub_id(source.removeprefix(HUB_PREFIX))
     index = read_index(repo, revision)
     if MANIFEST not in index.small:
-        raise ValueError(
-            f"{source} has no manifest to know its content by: pull it with `mmaudio-hf store pull {repo}`"
-        )
+        raise ValueError(f"{source} has no manifest to know its content: pull it with `mmaudio-hf store pull {repo}`")
     name = repo.partition("/")[2]
     path = cache_dir / f"{repo.replace('/', '+')}@{index.contents.commit[:12]}" / name
     path.mkdir(parents=True, exist_ok=True)

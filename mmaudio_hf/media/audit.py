@@ -589,9 +589,7 @@ def _verdicts_of_file(item: Item, figures: Mapping[str, Any], limits: Limits, ne
             f"{have:.3f} s can be used{f' from {item.start:g} s on' * (item.start > 0)}, {needed:g} s are needed"
         )
     if figures.get("silent_fraction", 0) >= limits.max_silent:
-        verdicts["silent"] = (
-            f"{_percent(figures['silent_fraction'])} of its audio is below {measure.SILENT_DBFS:g} dBFS"
-        )
+        verdicts["silent"] = f"{_percent(figures['silent_fraction'])} of it is below {measure.SILENT_DBFS:g} dBFS"
     if figures.get("clipped_fraction", 0) > limits.max_clipped:
         verdicts["clipped"] = f"{_percent(figures['clipped_fraction'])} of its samples are at full scale"
     if (drift := figures.get("audio_drift", 0)) > limits.max_drift and not figures["damage"]:

@@ -194,11 +194,7 @@ def read_media_list(
 
 def write_table(path: str | os.PathLike, rows: Iterable[Sequence]) -> None:
     """Replace a tab-separated file."""
-    with (
-        add_path_to_oserror(Path(path)),
-        replacing(Path(path)) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
+    with add_path_to_oserror(path), replacing(Path(path)) as new, open(new, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
 
 

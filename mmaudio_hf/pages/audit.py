@@ -29,35 +29,29 @@ SHOWN = 12  # examples per verdict
 ITEMS = 100  # per page
 BARS = 24
 
-MEANING = {
-    "not_found": "there is no file of this id",
-    "unreadable": "the file does not open, is a still image or encrypted, or nothing of it can be decoded",
-    "no_video": "no video track in a file of a list of videos",
-    "no_audio": "no audio track, or none that can be decoded",
-    "leakage": "is trained on, and its id or a copy of its content is held out",
-    "duplicate_id": "the id is in the list before",
-    "duplicate_content": "a copy of an item before it, under another id",
-    "unrelated": "no evident relation: the audio of other clips fits the frames as well as its own does",
-    "offset": "what is heard is early or late against what is seen",
-    "still": "the frames do not move",
-    "silent": "nothing or next to nothing can be heard",
-    "damaged": "something of it cannot be decoded, or is missing of the length it states",
-    "too_short": "shorter than a clip",
-    "too_long": "longer than expected",
-    "odd_duration": "frames, audio and container do not agree on the length",
-    "start_gap": "frames and audio do not begin together",
-    "audio_drift": "timestamps and number of samples do not agree within the file; audio is placed by timestamps",
-    "clipped": "samples at full scale",
-    "caption_mismatch": "the caption does not describe the audio, by CLAP",
-    "frames_mismatch": "the frames do not show what is heard, by ImageBind",
-    "variable_frame_rate": "frames at uneven times",
-    "audio_tracks": "several audio tracks; a remark",
-    "hdr": "high dynamic range; a remark",
-    "interlaced": "interlaced video; a remark",
-    "non_square_pixels": "pixels that are not square; a remark",
-    "empty_caption": "a caption without text; a remark",
-    "duplicate_caption": "other items of the source have the same caption; a remark",
-}
+MEANING = (
+    {"not_found": "there is no file of this id"}
+    | {"unreadable": "the file does not open, is a still image or encrypted, or nothing of it can be decoded"}
+    | {"no_video": "no video track in a file of a list of videos"}
+    | {"no_audio": "no audio track, or none that can be decoded"}
+    | {"leakage": "is trained on, and its id or a copy of its content is held out"}
+    | {"duplicate_id": "the id is in the list before"}
+    | {"duplicate_content": "a copy of an item before it, under another id"}
+    | {"unrelated": "no evident relation: the audio of other clips fits the frames as well as its own does"}
+    | {"offset": "what is heard is early or late against what is seen", "still": "the frames do not move"}
+    | {"silent": "nothing or next to nothing can be heard"}
+    | {"damaged": "something of it cannot be decoded, or is missing of the length it states"}
+    | {"too_short": "shorter than a clip", "too_long": "longer than expected"}
+    | {"odd_duration": "frames, audio and container do not agree on the length"}
+    | {"start_gap": "frames and audio do not begin together"}
+    | {"audio_drift": "timestamps and number of samples do not agree within the file; audio is placed by timestamps"}
+    | {"clipped": "samples at full scale", "caption_mismatch": "the caption does not describe the audio, by CLAP"}
+    | {"frames_mismatch": "the frames do not show what is heard, by ImageBind"}
+    | {"variable_frame_rate": "frames at uneven times", "audio_tracks": "several audio tracks; a remark"}
+    | {"hdr": "high dynamic range; a remark", "interlaced": "interlaced video; a remark"}
+    | {"non_square_pixels": "pixels that are not square; a remark", "empty_caption": "a caption without text; a remark"}
+    | {"duplicate_caption": "other items of the source have the same caption; a remark"}
+)
 
 
 class _Figure(NamedTuple):
