@@ -88,6 +88,8 @@ def test_the_commands_of_the_page(folder, capsys, monkeypatch):
     assert "lora_own/last/adapter" not in text and (folder / "output/lora_own/last/adapter/README.md").is_file()
     card = (folder / "output/lora_own/last/adapter/README.md").read_text()
     assert "A LoRA adapter of rank 8" in card and "mmaudio_small_16k.pth" in card and "license: cc-by-nc-4.0" in card
+    card = (folder / "output/lora_own/last/pretrained_model/README.md").read_text()
+    assert "Trained: a LoRA adapter of rank 8, which is merged into these weights, and alone in `adapter/`" in card
     steps = {path.name for path in (folder / "output/lora_own/samples").iterdir()}
     assert {"step_0", "step_2", "step_4", "reference"} <= steps
     assert (folder / "horn.mp4").is_file() and (folder / "horn.wav").is_file()
