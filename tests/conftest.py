@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ LONG_FILES = (  # noqa: SIM905
 ).split()
 
 MEMORY_GB = 8  # of the process of a test
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
