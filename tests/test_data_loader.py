@@ -206,7 +206,13 @@ class SlowCuda:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.side)
         monkeypatch.setattr(torch.cuda, "stream", self.stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
-        monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **settings: empty(*shape, **settings))
+        self.pinned = 0  # allocations
+
+        def pinning(*shape, pin_memory=False, **settings):
+            self.pinned += pin_memory
+            return empty(*shape, **settings)
+
+        monkeypatch.setattr(torch, "empty", pinning)
         monkeypatch.setattr(torch.Tensor, "to", lambda *args, **settings: self.copy(*args, **settings))
         monkeypatch.setattr(
             torch.Tensor, "record_stream", lambda tensor, stream: self.recorded.append((tensor, stream))
@@ -269,6 +275,17 @@ def wrong_tensors(mixture, monkeypatch, accumulation: int, broken: str = "") -> 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_copies_on_a_slow_stream_are_right(mixture, monkeypatch, accumulation):
     assert wrong_tensors(mixture, monkeypatch, accumulation) == 0
+
+
+def test_the_next_batch_is_copied_beside_a_step_from_few_pinned_blocks(mixture, monkeypatch):
+    with monkeypatch.context() as patch:
+        cuda = SlowCuda(patch)
+        with loader(mixture, num_steps=3, device="cuda:0") as batches:
+            wait_until_read(batches, 2)
+            next(batches)
+            assert len(batches._copying) == 1
+        cuda.end()
+    assert 0 < cuda.pinned < 17, "three batches have 51 tensors"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_few_products_keep_the_digits_of_float32(kernel_size, error):
 @pytest.mark.parametrize(("kernel_size", "length"), [(3, 2), (3, 13), (7, 13)])
 def test_convolutions_of_one_input_are_those_of_each(kernel_size, length, frozen):
     layers = [convolution(kernel_size, 5, 6, bias).double() for bias in (True, False)]
+    nn.init.normal_(layers[1].weight)  # not that of the other
     layers[0].weight.requires_grad_(not frozen)
     x = torch.randn(2, length, 5, dtype=torch.double, requires_grad=True)
     inputs = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]

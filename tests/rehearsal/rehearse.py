@@ -42,7 +42,7 @@ from mmaudio_hf.features.synchformer import SynchformerVisual
 from mmaudio_hf.features.vocoder import Vocoder
 from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity
+from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
 from mmaudio_hf.schema import TEXT_TOKENS, sequence_lengths
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.checkpointer import BLOCK_BYTES
@@ -251,7 +251,8 @@ def sampling(variant: str, batch: int) -> dict[str, Any]:
         features = (inputs.clip_features, inputs.sync_features, inputs.text_features)
         conditions = model.preprocess_conditions(*features), model.empty_conditions(batch)
         velocity = GuidedVelocity(model, *conditions, guidance_scale=4.5)
-        latent = model.unnormalize(sample_euler(velocity, inputs.noise.x0, num_steps=2))
+        with winograd_convolutions(model, "bf16"):
+            latent = model.unnormalize(sample_euler(velocity, inputs.noise.x0, num_steps=2))
         assert latent.device.type == "cuda"
         return figures_of(device)
 
@@ -303,9 +304,9 @@ class Case(NamedTuple):
 SMALL = ("small_16k", "training.batch_size=256")
 LARGE = ("large_44k_v2", "training.batch_size=64")
 RECOMPUTED = "training.activation_checkpointing=true"
-CASES = {
-    "small_16k": Case(train_step, SMALL, {"kernels": 2600, "gb_moved": 330, "estimate_ms": 160, "peak_gb": 38}),
-    "large_44k_v2": Case(train_step, LARGE, {"kernels": 4430, "gb_moved": 435, "estimate_ms": 254, "peak_gb": 60}),
+CASES = {  # ceilings are 3 to 5 % above what is counted, for other versions of torch
+    "small_16k": Case(train_step, SMALL, {"kernels": 2490, "gb_moved": 284, "estimate_ms": 146, "peak_gb": 35}),
+    "large_44k_v2": Case(train_step, LARGE, {"kernels": 4180, "gb_moved": 381, "estimate_ms": 254, "peak_gb": 58}),
     "small_16k recomputed": Case(train_step, (*SMALL, RECOMPUTED)),
     "large_44k_v2 recomputed": Case(train_step, (*LARGE, RECOMPUTED)),
     "small_16k ddp": Case(ddp_step, ("small_16k",)),
@@ -313,8 +314,8 @@ CASES = {
     "large_44k_v2 fsdp": Case(fsdp_step, ("large_44k_v2",)),
     "large_44k_v2 fsdp recomputed": Case(fsdp_step, ("large_44k_v2", RECOMPUTED)),
     "small_16k validation": Case(validation, SMALL, syncs=("_local_scalar_dense in training/validation.py:scores",)),
-    "small_16k sampling": Case(sampling, ("small_16k", 8), syncs=()),
-    "large_44k_v2 sampling": Case(sampling, ("large_44k_v2", 8), syncs=()),
+    "small_16k sampling": Case(sampling, ("small_16k", 8), {"kernels": 1800}, syncs=()),
+    "large_44k_v2 sampling": Case(sampling, ("large_44k_v2", 8), {"kernels": 3040}, syncs=()),
     "encoders 16k": Case(encode_and_decode, ("16k",), syncs=()),
     "encoders 44k": Case(encode_and_decode, ("44k",), syncs=()),
 }
