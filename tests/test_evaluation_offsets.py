@@ -172,10 +172,10 @@ def test_extraction_leaves_out_and_corrects(audited, faulty, tmp_path, capsys):
     assert main(verify) == 0, "rows are encoded again from the shifted audio"
     shifted = load_recipe(audited, ["model.duration=2.0", *changes])
     for item_id, offset in offsets.items():
-        found = _video_and_audio(SimpleNamespace(item_id=item_id, store="train", duration=2.0), shifted, True)
+        seen = _video_and_audio(SimpleNamespace(item_id=item_id, store="train", duration=2.0), shifted, True)
         path = faulty / "videos" / f"{item_id}.mp4"
-        assert found[:2] == (path, max(0.0, -offset)), "the report shows and compares the same"
-        assert torch.equal(found[2], read_video(path, duration=2.0, audio_offset=offset).audio)
+        assert seen[:2] == (path, max(0.0, -offset)), "the report shows and compares the same"
+        assert torch.equal(seen[2], read_video(path, duration=2.0, audio_offset=offset).audio)
     os.truncate(tmp_path / "train.offsets.json", 20)
     assert main(verify) == 2 and "offsets.json is missing or damaged" in capsys.readouterr().err
     assert main([*words, "extraction.reject=[unrelated, offset]"]) == 0, "another table of rejects is another store"
