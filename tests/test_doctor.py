@@ -71,6 +71,7 @@ def test_a_good_recipe_has_no_faults(folder, capsys):
     ]
     assert list(levels) == [*subjects, "tracker", "memory", "host memory", "disk space", "speed", "reading"]
     assert "videos 24 rows (60%), audios 8 rows (40%); 40 an epoch" in text and text.endswith("good: ready to train")
+    assert "transformed weights" in text, "of float32 convolutions on a CPU"
     assert not (folder / "output").exists()
 
 
