@@ -127,7 +127,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file atomically; it is on the disk when this returns."""
     with add_path_to_oserror(path):
         with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are not UTF-8
             fsync_path(partial)
         fsync_path(path.parent)
 

@@ -273,7 +273,7 @@ def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[P
     bar = tqdm(zip(paths, contents.values(), strict=True), "export", len(paths), unit="file", disable=None, leave=False)
     for path, make in bar:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content, incomplete = make(), path.with_name(path.name + ".partial")
+        content, incomplete = make(), path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             if path.suffix == ".safetensors":
                 save_file({n: t.contiguous() for n, t in content.items()}, incomplete, metadata={"format": "pt"})

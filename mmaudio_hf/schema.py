@@ -242,6 +242,8 @@ def check_id(item_id: str, source: str = "") -> str:
         raise ValueError(f"id {item_id!r} is empty or has outer white space{where}")
     if item_id in (".", "..") or PurePosixPath(item_id).name != item_id or "\\" in item_id:
         raise ValueError(f"id {item_id!r} is not a plain name: separators and '..' are not allowed{where}")
+    if any("\ud800" <= c <= "\udfff" for c in item_id):  # how Python reads such bytes of a file system
+        raise ValueError(f"id {item_id!r} has bytes that are not UTF-8{ascii(where)[1:-1]}")
     if any(ord(c) < 32 or ord(c) == 127 for c in item_id) or len(item_id.encode()) > 200:
         raise ValueError(f"id {item_id!r} has control characters or more than 200 bytes{where}")
     return item_id

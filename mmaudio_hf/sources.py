@@ -313,12 +313,12 @@ def _captions(value: Any, where: str) -> list[str]:
     values = value if isinstance(value, list) and value else [value]
     if any(isinstance(text, dict | list | bool) for text in values):
         raise ValueError(f"{where}: its caption is {str(value)[:80]}, not text")
-    return ["" if text is None else str(text) for text in values]
+    return ["" if text is None or text != text else str(text) for text in values]  # NaN is what pandas has for none
 
 
 def _column(where: str, row: Mapping[str, Any], given: str, usual: tuple[str, ...]) -> str:
     name = given or next((name for name in usual if name in row), "")
-    if name not in row:
+    if not name or name not in row:  # a table with its index has a column without a name
         raise ValueError(f"{where}: no column {given or ' or '.join(usual)}; it has {', '.join(row)}")
     return name
 

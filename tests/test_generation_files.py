@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
@@ -14,6 +15,7 @@ from odd_media import Odd, code_image, steady, truncate, write_odd
 from published import write_network
 
 from mmaudio_hf.cli import main
+from mmaudio_hf.files import read_json, write_text
 from mmaudio_hf.generation.files import generate_files, read_folder, read_list
 from mmaudio_hf.generation.pipeline import MMAudioPipeline
 from mmaudio_hf.media.audio import read_waveform
@@ -53,6 +55,16 @@ def rejects_of(folder) -> dict[str, str]:
     lines = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     assert all(set(line) == {"id", "stage", "reason", "message"} for line in lines)
     return {line["id"]: f"{line['stage']} {line['reason']}" for line in lines}
+
+
+def test_names_that_are_no_text_are_rejected_and_written(tmp_path):
+    for name in (b"good.mp4", b"bad\xff.mp4", b"new\nline.mp4"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    problems = {entry.id: entry.problem and entry.problem[2] for entry in read_folder(tmp_path)}
+    assert problems["good"] is None and "has control characters" in problems["new\nline"]
+    assert problems["bad\udcff"].startswith("id 'bad\\udcff' has bytes that are not UTF-8")
+    write_text(tmp_path / "rejects.json", json.dumps(problems, ensure_ascii=False))
+    assert read_json(tmp_path / "rejects.json") == problems
 
 
 def test_results_of_a_folder_are_kept(run, media, tmp_path, capsys, monkeypatch):

@@ -162,6 +162,9 @@ MALFORMED = [  # kind, name of the file, its content, what the message says afte
     ("audiocaps", "a.csv", CSV.encode("utf-16"), ": is UTF-16, not UTF-8 text: save it as UTF-8"),
     ("audiocaps", "a.csv", CSV.encode("utf-16-le"), ": has NUL bytes; write the file again, as UTF-8 text"),
     ("table", "t.csv", "file_name|caption\na.mp4|hello\n", ": its columns are separated by '|'"),
+    ("table", "t.csv", ",file_name,words\n0,a.mp4,x\n", ", line 2: no column caption or text or label"),
+    ("table", "t.csv", "sep=,\nfile_name,caption\na.mp4,x\n", ", line 2: no column file_name or id"),
+    ("table", "t.jsonl", '{"id": "a", "text": NaN}\n', ": no row can be used: 1 without a caption, the first: "),
     ("folder", "metadata.csv", "name,caption\na,b\n", ", line 2: no column file_name or id"),
 ]
 

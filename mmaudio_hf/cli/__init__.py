@@ -102,7 +102,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         with _interrupting(signal.SIGTERM, signal.SIGHUP, last=ended_by):
             return options.command(options) or 0
     except ValueError as error:
-        return _print_error(str(error), 2)
+        way = ": does this shell have a locale without UTF-8? set PYTHONUTF8=1" * isinstance(error, UnicodeEncodeError)
+        return _print_error(f"{error}{way}", 2)
     except OSError as error:
         poll = select.poll()
         for descriptor in (1, 2):

@@ -111,6 +111,7 @@ def _partition(options: argparse.Namespace) -> None:
 
 
 def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Share", needed: bool = True) -> None:
+    from mmaudio_hf.files import write_text
     from mmaudio_hf.media.lists import audio_clip_seconds, write_clips
 
     extraction, duration = recipe.extraction, recipe.clip_seconds(source)
@@ -125,7 +126,7 @@ def _write_clips(recipe: Recipe, source: VideoSource | AudioSource, share: "Shar
         return
     rejects = path.with_suffix(".rejects.jsonl")
     lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in report.rejects + report.ignored]
-    rejects.write_text("".join(lines))
+    write_text(rejects, "".join(lines))
     if not report.clips:
         path.unlink(missing_ok=True)
         if not needed:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmaudio_hf.cli.hub import Add, adder, find_for_push, repository_of
 from mmaudio_hf.cli.media import SYNC_LIMITS, add_sync_options, limits_of, measure_sync, share_of_process, show_audit
-from mmaudio_hf.config import AudioSource, EncoderConfig, Recipe, VideoSource, load_recipe
+from mmaudio_hf.config import EncoderConfig, Recipe, load_recipe
 from mmaudio_hf.schema import HUB_PREFIX, RunError, split_hub_id
 
 if TYPE_CHECKING:
@@ -355,9 +355,7 @@ def _reencoder(options: Namespace) -> "Callable[[str, str], dict[str, torch.Tens
     return reencode
 
 
-def _source_of(
-    options: Namespace, recipe: Recipe | None, sources: Sequence[VideoSource | AudioSource]
-) -> tuple[Any, Path]:
+def _source_of(options: Namespace, recipe: Recipe | None, sources: Sequence) -> tuple[Any, Path]:
     """The source of the recipe that the store was made of, None without one, and its clip list."""
     source = next((source for source in sources if source.name == options.store.name), None)
     if recipe is None or source is None:

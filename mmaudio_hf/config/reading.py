@@ -97,7 +97,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe; `load_recipe` on the result gives the same recipe."""
-    Path(path).write_text(yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    text = yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------

@@ -238,6 +238,6 @@ def _write_folder(folder: Path, samples: Sequence[AudioSample], rows: Sequence[d
     for sample in samples:
         write_audio(partial / f"{sample.name}.wav", sample.waveform, sample.sample_rate)
     if rows is not None:
-        (partial / SAMPLES_FILE).write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+        (partial / SAMPLES_FILE).write_text(json.dumps(list(rows), indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # from the same step, before the run was resumed
     os.rename(partial, folder)

@@ -615,9 +615,7 @@ def _verdicts_of_video(figures: Mapping[str, Any], limits: Limits) -> dict[str, 
         verdicts["too_long"] = f"lasts {figures['duration']:.1f} s"
     lengths = {"frames": figures.get("video_duration", 0.0), "audio": figures.get("audio_duration", 0.0)}
     stated = figures["stated_duration"]
-    longest = max(
-        figures.get(f"{track}_start", 0) + figures.get(f"{track}_duration", 0) for track in ("video", "audio")
-    )
+    longest = max(figures.get(f"{t}_start", 0) + figures.get(f"{t}_duration", 0) for t in ("video", "audio"))
     if abs(lengths["frames"] - lengths["audio"]) > limits.max_difference:
         verdicts["odd_duration"] = " and ".join(f"{length:.2f} s of {what}" for what, length in lengths.items())
     elif stated is not None and abs(stated - longest) > limits.max_difference:

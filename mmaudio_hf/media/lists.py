@@ -252,9 +252,7 @@ def read_rows(
         if "field larger" not in str(error) and "unexpected end" not in str(error):
             problem = f"{error}; quote the field as pandas does"
         elif re.search(r'(^|[\t,;])"', "".join(re.split(r"\r\n?|\n", text)[line - 1 : line])):
-            problem = (
-                f"a field begins with a quote here that nothing ends ({error}); remove it, or quote as pandas does"
-            )
+            problem = f"a field begins with a quote here that nothing ends ({error}); remove it, or quote the field"
         raise ValueError(f"{path}, line {line}: {problem}") from error
 
 
