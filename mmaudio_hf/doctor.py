@@ -41,7 +41,7 @@ from mmaudio_hf.files import read_json
 from mmaudio_hf.media.lists import source_problems
 from mmaudio_hf.models.convert import check_sizes
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.pretrained import CONFIG_FILE, ENCODERS_FILE, hub_config, is_weights_file, read_model_config
+from mmaudio_hf.models.pretrained import ENCODERS_FILE, hub_config, is_weights_file
 from mmaudio_hf.schema import HUB_PREFIX, split_hub_id
 from mmaudio_hf.training.checkpoint import STATE_FILE, TrainingState, list_checkpoints
 from mmaudio_hf.training.distributed import check_launch, launch_notes
@@ -412,14 +412,10 @@ def _initial_weights(launch: Launch) -> Iterator[tuple[str, str]]:
     among_weights = recipe.encoders.kind == "released" and is_released(source) and not Path(source).exists()
     if not source or among_weights or list_checkpoints(recipe.run_dir):
         return
-    if is_weights_file(source) or Path(source).is_dir():
-        config, _, file = read_pretrained(source)
-        folder = file.parent
-    else:
-        folder = hub_config(source)
-        config = read_model_config(folder / CONFIG_FILE)
+    local = is_weights_file(source) or Path(source).is_dir()
+    config, file = read_pretrained(source)[::2] if local else hub_config(source)
     check_sizes(config, recipe.model, source)
-    check_kind_of_encoders(folder / ENCODERS_FILE, recipe.encoders.kind)
+    check_kind_of_encoders(file.parent / ENCODERS_FILE, recipe.encoders.kind)
     yield "ok", f"{source}: variant {config.variant}"
 
 

@@ -194,8 +194,8 @@ def plain_read(path: Path, mode: str) -> tuple[torch.Tensor, torch.Tensor, torch
     uint8 frames (T, 3, 384, 384) and (F, 3, 224, 224), and the waveform in its full length, without normalisation.
     """
     lengths = sequence_lengths(mode)
-    frames = []
-    for fps, count, resize in ((CLIP_FPS, lengths.clip, _resize_clip), (SYNC_FPS, lengths.sync_frames, _resize_sync)):
+    frames, resize_clip = [], partial(F.interpolate, size=(CLIP_PIXELS, CLIP_PIXELS), mode="bicubic", antialias=True)
+    for fps, count, resize in ((CLIP_FPS, lengths.clip, resize_clip), (SYNC_FPS, lengths.sync_frames, _resize_sync)):
         frames.append(torch.cat([resize(frame) for frame in _plain_frames(path, fps, count)]))
     with av.open(str(path)) as container:
         rate = container.streams.audio[0].rate
@@ -213,12 +213,8 @@ def _plain_frames(path: Path, fps: int, count: int) -> list[torch.Tensor]:
         stream.codec_context.thread_count = 1
         graph = av.filter.Graph()
         graph.threads = 1
-        graph.link_nodes(
-            graph.add_buffer(template=stream, time_base=stream.time_base),
-            graph.add("fps", str(fps)),
-            graph.add("format", "pix_fmts=rgb24"),
-            graph.add("buffersink"),
-        ).configure()
+        source, sink = graph.add_buffer(template=stream, time_base=stream.time_base), graph.add("buffersink")
+        graph.link_nodes(source, graph.add("fps", str(fps)), graph.add("format", "pix_fmts=rgb24"), sink).configure()
         for frame in container.decode(stream):
             graph.vpush(frame)
             while True:
@@ -229,10 +225,6 @@ def _plain_frames(path: Path, fps: int, count: int) -> list[torch.Tensor]:
             if len(frames) >= count:
                 break
     return frames[:count]
-
-
-def _resize_clip(frame: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(frame, (CLIP_PIXELS, CLIP_PIXELS), mode="bicubic", antialias=True)
 
 
 def _resize_sync(frame: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,7 @@ def _interleaved(runs: Mapping[Any, Callable[[], float]], rounds: int) -> dict[A
 def _timed(batches: Iterable) -> float:
     """Seconds per batch, of those after the first `WARM`; the consumer does nothing with them."""
     iterator = iter(batches)
-    for _ in islice(iterator, WARM):
-        pass
+    next(islice(iterator, WARM, WARM), None)
     began = time.perf_counter()
     count = sum(1 for _ in iterator)
     return (time.perf_counter() - began) / count
@@ -164,13 +163,8 @@ class _MemoryMaps(Dataset):
 
 
 def _dataloader(mixture: Mixture, order: np.ndarray, batch_size: int, workers: int) -> DataLoader:
-    return DataLoader(
-        _MemoryMaps(mixture),
-        batch_size,
-        sampler=(order % len(mixture)).tolist(),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    return DataLoader(_MemoryMaps(mixture), batch_size, sampler=(order % len(mixture)).tolist(), **options)
 
 
 class _Memory:
@@ -296,9 +290,8 @@ class RemoteBench:
             digest, waits, first_fetched = self._train(remote)
             busy = time.process_time() - began
             remote.close()
-            return self._figures(remote, waits, first_fetched, busy, peak[0]) | {
-                "same_batches": int(digest == expected)
-            }
+            figures = self._figures(remote, waits, first_fetched, busy, peak[0])
+            return figures | {"same_batches": int(digest == expected)}
 
     @property
     def steps(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -227,18 +227,9 @@ def _steps_of(run: Run, recipe: Recipe) -> Iterator[Callable[[], None]]:
     """A function for the next step of `run` over the clips of a recipe of one duration."""
     size, data = samples_per_step(recipe.training, recipe.model.latent_length), recipe.data
     with closing(open_mixture(data.train, recipe.model)) as mixture:
-        batches = training_batches(
-            mixture,
-            seed=recipe.seed,
-            global_batch=size,
-            sample_indices=[np.arange(size)],
-            start_step=0,
-            num_steps=STEPS,
-            prefetch=data.prefetch_batches,
-            threads=data.read_threads,
-            device=run.accelerator.device,
-        )
-        with batches as loader:
+        order: Any = {"seed": recipe.seed, "global_batch": size, "start_step": 0, "num_steps": STEPS}
+        order |= {"prefetch": data.prefetch_batches, "threads": data.read_threads, "device": run.accelerator.device}
+        with training_batches(mixture, sample_indices=[np.arange(size)], **order) as loader:
             yield partial(update, run, loader)
 
 
@@ -351,12 +342,8 @@ def checkpoint(config: ModelConfig, rounds: int, folder: Path | None = None) -> 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()  # its moments are allocated
-    groups = {
-        "model": model.state_dict(),
-        "optimizer": optimizer_tensors(model, optimizer),
-        "ema": ema.tensors(),
-        "window": {"sums": torch.zeros(3)},
-    }
+    groups = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": ema.tensors()}
+    groups["window"] = {"sums": torch.zeros(3)}
     size = sum({t.data_ptr(): t.nbytes for group in groups.values() for t in group.values()}.values())
     groups["published"] = model.state_dict() | ema.nearest(0.05)[1]
     writer = BackgroundWriter(print)

@@ -81,7 +81,8 @@ class Mixture:
         for key in ("mode", "normalisation"):
             check_agreement(self.stores, key)
         check_encoders(self.stores)
-        self.row_bytes = np.array([self._row_bytes(store) for store in self.stores])  # of one row of each store
+        columns = [[column for n, column in store.columns.items() if n in _COLUMNS] for store in self.stores]
+        self.row_bytes = np.array([sum(c.row_bytes for c in each) for each in columns])  # of one row of each store
         self._lengths = np.array([len(store) for store in self.stores], dtype=np.int64)
         self._counts = np.array([samples_per_epoch(len(store), repeats) for store, repeats in stores_with_repeats])
         self._ends = np.cumsum(self._counts)
@@ -122,9 +123,6 @@ class Mixture:
     def latent_shape(self) -> tuple[int, ...]:
         """(N, C), of the first bucket."""
         return self.columns[MEAN].shape
-
-    def _row_bytes(self, store: FeatureStore) -> int:
-        return sum(column.row_bytes for name, column in store.columns.items() if name in _COLUMNS)
 
     @property
     def shares(self) -> list[tuple[str, float]]:

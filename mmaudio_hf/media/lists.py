@@ -122,11 +122,10 @@ class MediaFolder:
     def _missing(self, item_id: str) -> str:
         stem = stem_of(item_id, self.kind)
         near = self._nearest.get(_loose_name(stem))
-        hint = "; check the folder and the id"
+        hint, ending = "; check the folder and the id", near.suffix.lower() if near else ""
         if near:
-            other = {"video": "audio", "audio": "video"}[self.kind]
-            of_other = near.suffix.lower() in ENDINGS[other] and near.suffix.lower() not in self.endings
-            way = f"it is for a list of extraction.{other}s" if of_other else "rename it or the id"
+            kinds = [kind for kind in ENDINGS if ending in ENDINGS[kind] and ending not in self.endings]
+            way = f"it is for a list of extraction.{kinds[0]}s" if kinds else "rename it or the id"
             hint = f"; there is {str(near.relative_to(self.folder))!r}: {way}"
         looked_for = f"no file {stem!r} with an ending of {' '.join(self.endings)}, in subfolders neither"
         return f"{self.folder / item_id}: no such file ({looked_for}){hint}"

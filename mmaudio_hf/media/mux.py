@@ -23,7 +23,7 @@ from mmaudio_hf.media.video import RgbConverter, video_extent
 from mmaudio_hf.schema import SYNC_FPS
 
 VIDEO_FORMATS = {".mp4": "mp4", ".mkv": "matroska"}  # what is written
-_TARGET_FAULTS = (*(errno.ENOSPC, errno.EDQUOT, errno.EFBIG), *(errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR))
+_TARGET_FAULTS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR
 
 
 def write_video_with_audio(

@@ -207,12 +207,12 @@ def find_pretrained(
     return path
 
 
-def hub_config(source: str) -> Path:
-    """Folder with the configuration of a network on the Hub, without its weights; ValueError as `find_pretrained`."""
+def hub_config(source: str) -> tuple[ModelConfig, Path]:
+    """Configuration of a network on the Hub and its file, without the weights; ValueError as `find_pretrained`."""
     folder, names = _download(source, None, "", (CONFIG_FILE, ENCODERS_FILE), {})
-    if not (folder / CONFIG_FILE).is_file():
+    if not (file := folder / CONFIG_FILE).is_file():
         raise ValueError(f"Hub repository {source} holds no network: {_what_is_missing(names)}")
-    return folder
+    return read_model_config(file), file
 
 
 def _check_source(source: Any, subfolder: str | None) -> Path:
