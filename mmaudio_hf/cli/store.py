@@ -177,10 +177,7 @@ def _check_fingerprints(path: Path, manifest: Mapping, config: EncoderConfig, mo
     for name, encoder in fingerprints(config, mode, components).items():
         stored = manifest.get("encoders", {}).get(name, encoder)
         if stored.get("fingerprint") != encoder["fingerprint"]:
-            raise ValueError(
-                f"{path} was made with {name} {stored}, the encoder here is {encoder}: give --recipe with the"
-                " encoders of the extraction"
-            )
+            raise ValueError(f"{path} was made with {name} {stored}, here it is {encoder}: give --recipe, its recipe")
 
 
 def _encoders_of(store: "FeatureStore", recipe: Recipe | None, path: Path) -> tuple[EncoderConfig, str, float]:

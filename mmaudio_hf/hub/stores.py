@@ -335,10 +335,8 @@ def _read_chunk(entry: dict[str, Any]) -> Chunk:
 def _check_columns(index: StoreIndex, held: Contents) -> dict[str, StoredColumn]:
     """The columns in their chunks, if these are exactly what meta.json (`held`) describes; else ValueError."""
     if set(index.columns) != set(held.files):
-        raise ValueError(
-            f"{index.label}: {INDEX} lists the columns {', '.join(sorted(index.columns))},"
-            f" {META} {', '.join(sorted(held.files))}: {_NOTHING}"
-        )
+        listed, stated = (", ".join(sorted(names)) for names in (index.columns, held.files))
+        raise ValueError(f"{index.label}: {INDEX} lists the columns {listed}, {META} {stated}: {_NOTHING}")
     columns = {}
     for name, (column, records) in held.files.items():
         stored = columns[name] = StoredColumn(column, *index.columns[name])
@@ -750,9 +748,8 @@ def _write_small(plan: StorePull, contents: Contents, work: Path) -> None:
 def _inherited_metadata(manifest: dict[str, Any], plan: StorePull) -> dict[str, Any]:
     """What the manifest says of all rows and is true for some of them."""
     metadata = {key: manifest.get(key) for key in ("mode", "duration", "encoders", "preprocessing", "normalisation")}
-    counts = manifest.get("counts", {})
-    if len(plan.rows) != plan.whole.rows:
-        counts = {"chosen": len(plan.rows), "of": plan.whole.rows}
+    chosen, whole = len(plan.rows), plan.whole.rows
+    counts = {"chosen": chosen, "of": whole} if chosen != whole else manifest.get("counts", {})
     return metadata | {"encoders": metadata["encoders"] or {}, "counts": counts}
 
 
@@ -773,9 +770,8 @@ class HubStore:
     def small_bytes(self) -> int:
         """What its folder takes besides entries; a page for each file, which a file system allocates whole."""
         files = [p for p in self.path.parent.rglob("*") if p.is_file() and p.parent != self.path and not p.is_symlink()]
-        index = 4 * (self.plan.whole.rows + (self.plan.whole.texts or 0))
-        text_index = 4 * self.plan.whole.rows if self.plan.whole.texts else 0
-        return sum(p.stat().st_size for p in files) + index + text_index + 4096 * (len(files) + 20)
+        rows, texts = self.plan.whole.rows, self.plan.whole.texts or 0  # and an index of each, 4 bytes a record
+        return sum(p.stat().st_size for p in files) + 4 * (rows + texts + rows * (texts > 0)) + 4096 * (len(files) + 20)
 
 
 @contextmanager
