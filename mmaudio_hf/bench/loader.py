@@ -293,11 +293,6 @@ class RemoteBench:
             figures = self._figures(remote, waits, first_fetched, busy, peak[0])
             return figures | {"same_batches": int(digest == expected)}
 
-    @property
-    def steps(self) -> int:
-        """Of an epoch."""
-        return self.rows // self.batch_size
-
     def _open(self, local: FeatureStore, cache: Path, reader: RangeReader, pool: ThreadPoolExecutor) -> RemoteStore:
         cache.mkdir()
 
@@ -320,8 +315,8 @@ class RemoteBench:
         """Digest of all batches, share of each epoch that the consumer waited, bytes fetched in the first one."""
         digest, waits, fetched = hashlib.sha256(), [], 0
         settings: dict[str, Any] = {"seed": SEED, "global_batch": self.batch_size, "start_step": 0, "threads": THREADS}
-        indices = [np.arange(self.batch_size)]
-        steps = self.steps * self.epochs
+        indices, steps_per_epoch = [np.arange(self.batch_size)], self.rows // self.batch_size
+        steps = steps_per_epoch * self.epochs
         with training_batches(Mixture([(store, 1)]), sample_indices=indices, num_steps=steps, **settings) as batches:
             next_batch = next(batches)  # as the first step of a run, which waits for the line and compiles meanwhile
             batches.wait_seconds, began = 0.0, time.perf_counter()
@@ -330,7 +325,7 @@ class RemoteBench:
                     digest.update(bytes_of(getattr(next_batch[0], name)))
                 time.sleep(self.step if isinstance(store, RemoteStore) else 0)
                 next_batch = next(batches) if number < steps else next_batch
-                if number % self.steps == 0:
+                if number % steps_per_epoch == 0:
                     now = time.perf_counter()
                     waits.append(batches.wait_seconds / (now - began))
                     batches.wait_seconds, began = 0.0, now
