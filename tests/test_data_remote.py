@@ -37,6 +37,7 @@ from mmaudio_hf.hub.stores import connect
 
 STEPS, EVERY = 24, 2
 LEAST = 24  # rows of two stores of 40 that a cache has
+WAIT = f"data.connection_wait={PATIENCE}"  # a loaded machine answers late
 DELAY = {"match": "GET /storage", "delay": 0.05}  # of every request for rows
 
 
@@ -116,7 +117,7 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
     finished(local)
     hub.faults(DELAY)
     commit = hub.repository("tester/videos", "datasets").resolve("main")
-    words = ["train", str(remote), f"data.train.0.path=hub://tester/videos@{commit}"]
+    words = ["train", str(remote), f"data.train.0.path=hub://tester/videos@{commit}", WAIT]
     with watched(tmp_path / "cache") as sizes:
         try:
             for kill in range(1, kills + 1):
@@ -143,8 +144,8 @@ def test_kills_and_a_quarter_of_the_store_train_the_same_model(hub, here, tmp_pa
 
 
 def test_two_processes_of_a_run_share_a_cache(hub, here, tmp_path):
-    """Both fetch into it, within its cap, and train what two processes train from the disk."""
-    cap, few = (size_of(here / "videos") + size_of(here / "held_out")) / 2, ["training.steps=8", "training.log_every=8"]
+    """Both fetch into it and replace rows of it, within its cap, and train what two processes train from the disk."""
+    cap, few = size_of(here / "videos") / 2, ["data.validation=[]", f"training.checkpoint_every={STEPS}", WAIT]
     local, remote = write_recipes(here, tmp_path, cap)
     environment = hub.environment(tmp_path / "home")
     with watched(tmp_path / "cache") as sizes:

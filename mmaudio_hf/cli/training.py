@@ -491,7 +491,7 @@ def _add_model_benchmarks(benchmark: Callable[..., argparse.ArgumentParser]) -> 
     scaling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     durations = benchmark("durations", durations_of, "steps of a mixture of several durations against each alone")
     durations.add_argument("--seconds", type=float, nargs="+", default=[2, 4, 8, 10], help="default 2 4 8 10")
-    durations.add_argument("--batch-tokens", type=_count, default=640, help="latents of a step (default 640)")
+    durations.add_argument("--batch-tokens", type=_count, default=320, help="latents of a step (default 320)")
     extract = benchmark("extract", extract_of, "decoding and encoders")
     extract.add_argument("--video", type=Path, help="video to read (default: a generated one of 720p)")
     extract.add_argument("--against", type=Path, metavar="DIR", help="only reading, in turn with another checkout's")
