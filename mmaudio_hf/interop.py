@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from mmaudio_hf.config import OptimConfig, Recipe, load_recipe, save_recipe, to_dict
@@ -40,7 +39,7 @@ from mmaudio_hf.training.checkpointer import write_pretrained
 from mmaudio_hf.training.ema import PostHocEMA, Snapshot, find_snapshots
 from mmaudio_hf.training.finetune import comfyui_adapter, published_state, trainable_model, without_derived
 from mmaudio_hf.training.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from mmaudio_hf.weights import check_state, load_state, read_file
+from mmaudio_hf.weights import check_state, load_state, read_file, write_safetensors
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 EMA_PREFIX = "ema_model."
@@ -276,7 +275,7 @@ def _write_files(contents: Mapping[str, Callable[[], Any]], out: Path) -> list[P
         content, incomplete = make(), path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             if path.suffix == ".safetensors":
-                save_file({n: t.contiguous() for n, t in content.items()}, incomplete, metadata={"format": "pt"})
+                write_safetensors(content, incomplete, {"format": "pt"})
             else:
                 torch.save(content, incomplete)
             incomplete.replace(path)

@@ -435,13 +435,22 @@ def read_file(source: str | PathLike) -> Any:
 _CHECKSUM = re.compile(rb'"sha256":"([^"]{64})"')  # in the header of a safetensors file, of tensors there is none
 
 
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """`save_file` of safetensors, which gives new files mode 0600, with the mode that the umask gives others."""
+    path.touch()
+    mode = path.stat().st_mode
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(contiguous, path, dict(metadata) if metadata else None)
+    path.chmod(mode)
+
+
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with a checksum of itself, in `metadata`: SHA-256 of the file with zeros in its place.
 
     The same tensors make the same bytes: safetensors alone writes metadata in random order.
     """
     zeros = "0" * 64
-    save_file(dict(tensors), path, metadata={**metadata, "sha256": zeros})
+    write_safetensors(tensors, path, {**metadata, "sha256": zeros})
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -47,6 +47,8 @@ def test_a_run_leaves_what_is_promised(finished_run):
     folder = run_dir(finished_run)
     assert (folder / "last").resolve().name == "step_12"
     assert checkpoint_names(finished_run) == {"step_12", "step_4", "step_8"}
+    # Weights, which safetensors writes for their owner alone, are for whom the umask lets read the others.
+    assert len({path.stat().st_mode for path in (folder / "last").resolve().rglob("*") if path.is_file()}) == 1
     weights = json.loads((folder / "last" / "pretrained_model" / "weights.json").read_text())
     assert weights == {"weights": "ema", "sigma_rel": 0.05, "step": 12}
     encoders = json.loads((folder / "last" / "pretrained_model" / "encoders.json").read_text())

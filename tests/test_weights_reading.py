@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from refusals import check_refusals
@@ -52,6 +54,17 @@ def test_a_file_knows_each_of_its_bytes(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
             load_state(path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_who_may_read_a_file_follows_from_the_umask(tmp_path, umask, mode):
+    """Safetensors alone writes files for their owner, and a group could not share its runs."""
+    before = os.umask(umask)
+    try:
+        save_tensors(STATE, tmp_path / "a.safetensors", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_prefix_and_key_select_tensors():

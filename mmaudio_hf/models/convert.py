@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from mmaudio_hf.config import VARIANTS, ModelConfig, variant_config
 from mmaudio_hf.models.network import FROZEN_TENSORS, MMAudio
 from mmaudio_hf.models.pretrained import DERIVED_TENSORS
 from mmaudio_hf.schema import MODES
-from mmaudio_hf.weights import describe, load_state
+from mmaudio_hf.weights import describe, load_state, write_safetensors
 
 FLOW_TENSOR = "audio_input_proj.0.weight"  # in every flow model, and in no other released file
 SIZES = (
@@ -167,6 +166,6 @@ def convert_file(file: str | Path, out: str | Path, variant: str | None = None) 
         raise ValueError(f"{file} is not a flow network and becomes one file: give {out} the ending .safetensors")
     partial = out.with_name(out.name + ".partial")
     # Copied, because tensors of one file may share memory, which safetensors rejects.
-    save_file({name: value.clone().contiguous() for name, value in state.items()}, partial)
+    write_safetensors({name: value.clone() for name, value in state.items()}, partial)
     partial.replace(out)
     return f"{out}: {len(state)} tensors"

@@ -102,8 +102,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="mmaudio_hf", pipel
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
-        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_tensors(state, save_directory / WEIGHTS_FILE, {"format": "pt"})
+        save_tensors(self.state_dict(), save_directory / WEIGHTS_FILE, {"format": "pt"})
 
     @classmethod
     @checked

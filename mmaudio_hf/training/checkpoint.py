@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mmaudio_hf.files import fsync_path, sha256_of
 from mmaudio_hf.training.distributed import TensorGroups
+from mmaudio_hf.weights import write_safetensors
 
 STATE_FILE = "state.json"
 TENSOR_FILES = ("model", "optimizer", "ema", "window")
@@ -194,7 +194,7 @@ def _write(partial: Path, state: TrainingState, publish: Callable[[Path], None],
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, str]:
-    save_file({name: value.detach().contiguous() for name, value in tensors.items() if name in names}, path)
+    write_safetensors({name: value for name, value in tensors.items() if name in names}, path)
     return {path.name: sha256_of(path)}
 
 
