@@ -435,7 +435,9 @@ def read_file(source: str | PathLike) -> Any:
 _CHECKSUM = re.compile(rb'"sha256":"([^"]{64})"')  # in the header of a safetensors file, of tensors there is none
 
 
-def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """`save_file` of safetensors, which gives new files mode 0600, with the mode that the umask gives others."""
     path.touch()
     mode = path.stat().st_mode

@@ -95,7 +95,7 @@ import os, sys, time
 from mmaudio_hf.cli import train_main
 from mmaudio_hf.training import checkpoint, distributed
 
-rank, (fault, step), save_file = os.environ["RANK"], sys.argv.pop(1).split(), checkpoint.save_file
+rank, (fault, step), save_file = os.environ["RANK"], sys.argv.pop(1).split(), checkpoint.write_safetensors
 gather = distributed.gather_full_tensors
 
 def printing(groups, keep):
@@ -109,7 +109,7 @@ def failing(tensors, path):
         raise OSError(28, "No space left on device")
     save_file(tensors, path)
 
-distributed.gather_full_tensors, checkpoint.save_file = printing, failing
+distributed.gather_full_tensors, checkpoint.write_safetensors = printing, failing
 sys.exit(train_main())
 """
 

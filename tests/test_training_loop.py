@@ -146,7 +146,9 @@ def test_a_run_on_several_durations_validates_each(durations):
 
 def test_a_run_on_several_durations_that_was_killed_ends_with_the_same_bytes(durations):
     killed = durations.parent / "killed.yaml"
-    with start(killed, freeze=("mmaudio_hf.training.checkpoint.save_file", 7)) as process:  # of the second checkpoint
+    with start(
+        killed, freeze=("mmaudio_hf.training.checkpoint.write_safetensors", 7)
+    ) as process:  # of the second checkpoint
         wait_until(lambda: last_step(killed), process)
         process.kill()
     assert last_step(killed) == 4

@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(poisoned_
     """SIGKILL at five random moments, some of them while a checkpoint is being written."""
     recipe = poisoned_recipe(poisoned_run.parent, f"killed_{seed}")
     for step, delay, file in kill_moments(seed):
-        with start(recipe, freeze=("mmaudio_hf.training.checkpoint.save_file", file)) as process:
+        with start(recipe, freeze=("mmaudio_hf.training.checkpoint.write_safetensors", file)) as process:
             wait_until(partial(is_writing, recipe) if step is None else partial(has_logged, recipe, step), process)
             time.sleep(delay)
             process.kill()
