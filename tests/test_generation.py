@@ -26,7 +26,7 @@ from mmaudio_hf.media.video import read_image, read_video
 from mmaudio_hf.models import pretrained
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, prepared_convolutions
 from mmaudio_hf.schema import column_shapes
 
 
@@ -108,7 +108,7 @@ def test_guidance_of_the_golden_model():
     with torch.inference_mode():
         conditions = model.preprocess_conditions(x["clip_f"], x["sync_f"], x["text_f"])
         velocity = GuidedVelocity(model, conditions, model.empty_conditions(1, x["negative_text_f"]), 4.5)
-        with winograd_convolutions(model, "fp32"):
+        with prepared_convolutions(model, "fp32"):
             ours = sample_euler(velocity, x["latent"], 2).numpy()
     theirs = golden(case)["x1_2steps_negative"]
     assert np.linalg.norm(ours - theirs) < 2e-4 * np.linalg.norm(theirs)

@@ -18,7 +18,7 @@ from mmaudio_hf.config import ModelConfig, variant_config
 from mmaudio_hf.models.blocks import TimestepEmbedder, rotary_table, upsample_sync
 from mmaudio_hf.models.flow import sample_adaptive, sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, prepared_convolutions
 from mmaudio_hf.schema import sequence_lengths
 
 INIT_TABLE = GOLDEN / "init_small_16k.tsv"
@@ -101,7 +101,7 @@ def test_sampling(variant, model):
         entering.append(latent)
         return velocity(latent, t)
 
-    with winograd_convolutions(model, "fp32"):
+    with prepared_convolutions(model, "fp32"):
         result = sample_euler(guided, x["latent"], 25)
     for step in (1, 5, 13):
         assert relative_error(entering[step], arrays, f"x_step{step:02d}") < 2e-4

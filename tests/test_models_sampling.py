@@ -12,7 +12,7 @@ from torch import nn
 from mmaudio_hf.models.blocks import ChannelLastConv1d, Conditions
 from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, _distinct_tokens, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, _distinct_tokens, prepared_convolutions
 
 
 @pytest.fixture(scope="module", params=["small_16k", "large_44k_v2"])
@@ -45,7 +45,7 @@ def test_guided_velocity(model, scale, negative):
         plain = plain_guided_velocity(model, x, t, conditions, unconditional, scale)
         ours = GuidedVelocity(model, conditions, unconditional, scale)
         assert (ours(x, t) - plain).norm() < 2e-6 * plain.norm()
-        with winograd_convolutions(model, "fp32"):
+        with prepared_convolutions(model, "fp32"):
             assert (ours(x, t) - plain).norm() < 2e-6 * plain.norm()
 
 
@@ -74,25 +74,25 @@ def test_transformed_weights_are_those_of_the_context(model):
     def transformed() -> list[ChannelLastConv1d]:
         return [m for m in maps if m.transformed is not None]
 
-    with winograd_convolutions(model, "fp32"):
+    with prepared_convolutions(model, "fp32"):
         assert {m.kernel_size for m in transformed()} == {(3,), (7,)} and set(model.state_dict()) == before
         layer, x = model.final_layer.conv, torch.randn(1, 9, 64)
         expected = layer(x)
         layer.transformed = 2 * layer.transformed
         torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias))
     assert not transformed()
-    with winograd_convolutions(model, "bf16"):
+    with prepared_convolutions(model, "bf16"):
         assert not transformed() and all(m.rounded is None for m in maps), "nothing is rounded without autocast"
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
-        with winograd_convolutions(model, "bf16"):
+        with prepared_convolutions(model, "bf16"):
             rounded = {m for m in maps if m.rounded is not None}
             assert not transformed() and {m.kernel_size for m in rounded} == {(3,), (7,)} and layer in rounded
             torch.testing.assert_close(layer(x), expected)
             layer.rounded = 2 * layer.rounded
             torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias), atol=0.02, rtol=0.02)
     assert all(m.rounded is None for m in maps)
-    with pytest.raises(RuntimeError, match="inside"), winograd_convolutions(model, "fp32"):
+    with pytest.raises(RuntimeError, match="inside"), prepared_convolutions(model, "fp32"):
         raise RuntimeError("inside")
     assert not transformed()
 
@@ -112,7 +112,7 @@ def test_compiled_sampling_is_that_of_eager(model):
                 conditions = conditions_of(model, batch, negative=False)
                 x0 = torch.randn(batch, latent, model.config.latent_channels)
                 eager = sample_euler(GuidedVelocity(model, *conditions, 4.5), x0, num_steps=3)
-                with winograd_convolutions(compiled, "fp32"):
+                with prepared_convolutions(compiled, "fp32"):
                     ours = sample_euler(GuidedVelocity(compiled, *conditions, 4.5), x0, num_steps=3)
             assert (ours - eager).norm() < 1e-5 * eager.norm()
         counters = torch._dynamo.utils.counters

@@ -35,7 +35,7 @@ from mmaudio_hf.media.mux import write_video_with_audio
 from mmaudio_hf.media.video import read_video
 from mmaudio_hf.models.flow import guided_velocity
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, prepared_convolutions
 from mmaudio_hf.schema import (
     CLIP_FPS,
     CLIP_PIXELS,
@@ -343,7 +343,7 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
         conditions, unconditional = model.preprocess_conditions(*features), model.empty_conditions(batch_size)
         began = time.perf_counter()
         ours = GuidedVelocity(model, conditions, unconditional, GUIDANCE)
-        with winograd_convolutions(model, precision):
+        with prepared_convolutions(model, precision):
             synchronize(device)
             prepared = (time.perf_counter() - began) / batch_size
 
@@ -355,7 +355,7 @@ def _sampling(model: MMAudio, batch_size: int, precision: str, rounds: int) -> d
             velocities["ours"] = ours(latent, t_B)
 
         def our_seconds() -> float:
-            with winograd_convolutions(model, precision):
+            with prepared_convolutions(model, precision):
                 return _seconds(our_step, device)
 
         measures: list[Callable[[], float]] = [partial(_seconds, plain_step, device), our_seconds]

@@ -88,7 +88,7 @@ from mmaudio_hf.models.pretrained import (
     read_adapter,
     write_encoders,
 )
-from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, prepared_convolutions
 from mmaudio_hf.schema import (
     CLIP_FEATURES,
     LATENT_STRIDE,
@@ -649,7 +649,7 @@ class MMAudioPipeline:
         noise = [starting_noise(item.request.seed or 0, item.request.key, shape) for item in batch]
         x0_BNC = torch.stack(noise).to(self.device)
         autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32")
-        with autocast, winograd_convolutions(model, self.precision):
+        with autocast, prepared_convolutions(model, self.precision):
             velocity: VelocityFunction
             if len(schedule.starts) == 1:
                 velocity = self._velocity(batch, range(1), options)

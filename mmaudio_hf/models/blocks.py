@@ -27,7 +27,7 @@ class ChannelLastConv1d(nn.Conv1d):
     Takes the arguments of `nn.Conv1d`, as peft expects. `nn.Conv1d` itself would transpose every input and output.
     """
 
-    # What every step of sampling makes of the weight, as long as it does not change; see `winograd_convolutions`.
+    # What every step of sampling makes of the weight, as long as it does not change; see `prepared_convolutions`.
     transformed: torch.Tensor | None = None  # `winograd_weight`
     rounded: torch.Tensor | None = None  # (O, C, 1, r) in the type of autocast and the channels_last format
 

@@ -1,7 +1,7 @@
 """Sampling with classifier-free guidance: what steps, branches and tokens have in common is computed once.
 
 Nothing here takes part in training. `GuidedVelocity` is the velocity function for `flow.sample_euler`. Weights do not
-change meanwhile, so `winograd_convolutions` prepares them once, and not at every step as training does.
+change meanwhile, so `prepared_convolutions` prepares them once, and not at every step as training does.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def _distinct_tokens(model: MMAudio, device: torch.device, repeats: bool) -> tup
 
 
 @contextlib.contextmanager
-def winograd_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
+def prepared_convolutions(model: MMAudio, precision: str) -> Iterator[None]:
     """Keep what every step makes of the weights of its convolutions, which must not change until the end.
 
     In float32 on a CPU they are transformed, in twice their memory, and under autocast rounded, in half of it. Compiled

@@ -42,7 +42,7 @@ from mmaudio_hf.features.synchformer import SynchformerVisual
 from mmaudio_hf.features.vocoder import Vocoder
 from mmaudio_hf.models.flow import sample_euler
 from mmaudio_hf.models.network import MMAudio
-from mmaudio_hf.models.sampling import GuidedVelocity, winograd_convolutions
+from mmaudio_hf.models.sampling import GuidedVelocity, prepared_convolutions
 from mmaudio_hf.schema import TEXT_TOKENS, sequence_lengths
 from mmaudio_hf.training import distributed
 from mmaudio_hf.training.checkpointer import BLOCK_BYTES
@@ -251,7 +251,7 @@ def sampling(variant: str, batch: int) -> dict[str, Any]:
         features = (inputs.clip_features, inputs.sync_features, inputs.text_features)
         conditions = model.preprocess_conditions(*features), model.empty_conditions(batch)
         velocity = GuidedVelocity(model, *conditions, guidance_scale=4.5)
-        with winograd_convolutions(model, "bf16"):
+        with prepared_convolutions(model, "bf16"):
             latent = model.unnormalize(sample_euler(velocity, inputs.noise.x0, num_steps=2))
         assert latent.device.type == "cuda"
         return figures_of(device)
