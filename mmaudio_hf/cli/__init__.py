@@ -99,7 +99,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Left at once, for the process that is killed and cannot say anything; any other end replaces it.
     training.leave_for_launcher("killed, perhaps for want of memory: the same command continues from what is saved")
     try:
-        with _interrupting(signal.SIGTERM, signal.SIGHUP, last=ended_by):
+        # Processes that wait for each other do so in C code, where no handler runs: the system ends them.
+        alone = "WORLD_SIZE" not in os.environ and options.command is not training._train
+        with _interrupting(*(signal.SIGTERM, signal.SIGHUP) * alone, last=ended_by):
             return options.command(options) or 0
     except ValueError as error:
         way = ": does this shell have a locale without UTF-8? set PYTHONUTF8=1" * isinstance(error, UnicodeEncodeError)
@@ -123,8 +125,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mmaudio_hf"):
             raise
-        way = "activate .venv, or run `pip install .`"
-        return _print_error(f"{error.name} is not installed for {sys.executable}: {way}", 2)
+        return _print_error(f"{error.name} is not installed for {sys.executable}: activate .venv, `pip install .`", 2)
     except Exception as error:  # a fault of ours: its traceback is wanted, and the launcher's is not
         # What a full disk is to safetensors, which is not imported for every command.
         if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
