@@ -26,38 +26,54 @@ COMMANDS = (  # in the order of --help
     *(generation.add_evaluation_commands, hub.add_weight_commands, training.add_bench_commands),
 )
 
-EXAMPLES = (  # command -> arguments, for its --help
-    {"audit": "recipes/example.yaml", "bench": "loader --rows 500", "bench curation": "--seeds 0 --json"}
-    | {"bench durations": "--rounds 3 --json", "bench extract": "--rounds 1"}
-    | {"bench generate": "--variant small_16k --batch-size 1 --sampling-only"}
-    | {"bench finetune": "--methods full_replay lora_replay --rounds 3 --json"}
-    | {"bench loader": "--store output/example-features/video_train --batch-size 16"}
-    | {"bench remote": "--rows 300 --rounds 1 --json", "bench scaling": "--variant small_16k --batch-size 1"}
-    | {"bench scores": "--rounds 1 --json", "bench step": "--variant small_16k --batch-size 1 --precision fp32"}
-    | {"demo": "output/example --port 7860", "doctor": "recipes/small_16k.yaml --processes 2"}
-    | {"ema": "output/example --sigma-rel 0.1 --out output/example-0.1"}
-    | {"evaluate": "output/example output/other --split test", "example": "--short"}
-    | {"example-media": "output/example-media --small", "export": "output/small_16k --out output/reference"}
-    | {"extract-audio": "recipes/example.yaml", "extract-video": "recipes/example.yaml extraction.num_proc=2"}
-    | {"generate": "--run output/example --video in.mp4 --prompt 'a bouncing ball' --out out.mp4"}
-    | {"import": "ckpt_last.pth --recipe recipes/small_16k.yaml --run output/imported"}
-    | {"prepare": "folder my_clips --out data/sets --share val=0.1", "partition": "recipes/example.yaml"}
-    | {"pull": "owner/name --to output/name", "push": "output/example owner/name --dry-run"}
-    | {"replay-step": "output/example 200", "report": "--run output/example --events output/example-media/events.json"}
-    | {"store": "inspect output/example-features/video_train"}
-    | {"store audit": "output/example-features/video_train --ok-ids ok.txt"}
-    | {"store convert": "output/example-features/video_train output/compact --layout compact"}
-    | {"store inspect": "output/example-features/video_train", "store merge": "output/a output/b --out output/both"}
-    | {"store pull": "owner/name output/features/train"}
-    | {"store push": "output/example-features/video_train owner/name --dry-run"}
-    | {"store subset": "output/example-features/video_train output/balls --match ball"}
-    | {"store verify": "output/example-features/video_train", "train": "recipes/example.yaml training.steps=100"}
-    | {"verify": "output/example-features/video_train --sample 20 --media output/example-media/videos"}
-    | {"weights": "list", "weights av-bench": "--env av-bench-env"}
-    | {"weights convert": "ext_weights/mmaudio_small_16k.pth output/small_16k"}
-    | {"weights download": "--for recipes/small_16k.yaml", "weights list": "--dir ext_weights"}
-    | {"weights verify": "--dir ext_weights"}
-)
+EXAMPLES = {  # command -> arguments, for its --help
+    "audit": "recipes/example.yaml",
+    "bench": "loader --rows 500",
+    "bench curation": "--seeds 0 --json",
+    "bench durations": "--rounds 3 --json",
+    "bench extract": "--rounds 1",
+    "bench generate": "--variant small_16k --batch-size 1 --sampling-only",
+    "bench finetune": "--methods full_replay lora_replay --rounds 3 --json",
+    "bench loader": "--store output/example-features/video_train --batch-size 16",
+    "bench remote": "--rows 300 --rounds 1 --json",
+    "bench scaling": "--variant small_16k --batch-size 1",
+    "bench scores": "--rounds 1 --json",
+    "bench step": "--variant small_16k --batch-size 1 --precision fp32",
+    "demo": "output/example --port 7860",
+    "doctor": "recipes/small_16k.yaml --processes 2",
+    "ema": "output/example --sigma-rel 0.1 --out output/example-0.1",
+    "evaluate": "output/example output/other --split test",
+    "example": "--short",
+    "example-media": "output/example-media --small",
+    "export": "output/small_16k --out output/reference",
+    "extract-audio": "recipes/example.yaml",
+    "extract-video": "recipes/example.yaml extraction.num_proc=2",
+    "generate": "--run output/example --video in.mp4 --prompt 'a bouncing ball' --out out.mp4",
+    "import": "ckpt_last.pth --recipe recipes/small_16k.yaml --run output/imported",
+    "prepare": "folder my_clips --out data/sets --share val=0.1",
+    "partition": "recipes/example.yaml",
+    "pull": "owner/name --to output/name",
+    "push": "output/example owner/name --dry-run",
+    "replay-step": "output/example 200",
+    "report": "--run output/example --events output/example-media/events.json",
+    "store": "inspect output/example-features/video_train",
+    "store audit": "output/example-features/video_train --ok-ids ok.txt",
+    "store convert": "output/example-features/video_train output/compact --layout compact",
+    "store inspect": "output/example-features/video_train",
+    "store merge": "output/a output/b --out output/both",
+    "store pull": "owner/name output/features/train",
+    "store push": "output/example-features/video_train owner/name --dry-run",
+    "store subset": "output/example-features/video_train output/balls --match ball",
+    "store verify": "output/example-features/video_train",
+    "train": "recipes/example.yaml training.steps=100",
+    "verify": "output/example-features/video_train --sample 20 --media output/example-media/videos",
+    "weights": "list",
+    "weights av-bench": "--env av-bench-env",
+    "weights convert": "ext_weights/mmaudio_small_16k.pth output/small_16k",
+    "weights download": "--for recipes/small_16k.yaml",
+    "weights list": "--dir ext_weights",
+    "weights verify": "--dir ext_weights",
+}
 
 
 # Errors of the system: what to do about them, and the code, 2 where another path or permission is the way out.
