@@ -400,7 +400,7 @@ def test_rows_of_one_id_count_once(folder):
 def test_mistakes_are_errors_before_anything_runs(run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, message in (
-        (["nowhere/run"], "part of no run folder: say by --recipe"),
+        (["nowhere/run"], "part of no run folder: correct it, or give the --recipe"),
         ([run, "data.test=[]", "evaluation.after_training=false"], "data.test names no store"),
         ([run, "evaluation.itms=3"], "did you mean 'items'"),
         (["evaluation.items=3"], "name at least one run folder"),
