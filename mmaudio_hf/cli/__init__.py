@@ -133,9 +133,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _print_error(str(error), 1)
     except KeyboardInterrupt as interrupt:
         way, [number] = str(interrupt) or "run the same command again", ended_by
-        name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        what = "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
         with contextlib.suppress(OSError):  # of a terminal that was closed
-            print(message := f"interrupted{name}: {way}", file=sys.stderr)
+            print(message := f"{what}: {way}", file=sys.stderr)
         training.leave_for_launcher(message)
         return 128 + number
     except ModuleNotFoundError as error:
@@ -175,7 +175,7 @@ def _system_error(error: OSError) -> tuple[str, int]:
     path = path.parent if path.name.startswith(".") else path  # of a file that is written aside
     if error.errno in (errno.EEXIST, errno.ENOTDIR):  # the system names what is wanted, and not what is in its way
         file = next((each for each in (path, *path.parents) if each.is_file()), path)
-        return f"{file} is a file: {way}", code
+        return f"{file} is a file: name a folder", code
     reason += f": {way}" * ("; " not in reason)  # others have said what to do
     return f"{path}: {reason}" if error.filename else reason, code
 

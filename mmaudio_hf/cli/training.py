@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.utils import ObjectWrapper
-
 from mmaudio_hf.cli.hub import (
     Add,
     adder,
@@ -128,17 +126,24 @@ def _wait(words: list[str]) -> int:
         signal.signal(signal.SIGINT, before)
 
 
-class _Lasting(ObjectWrapper):
+class _Lasting:
     """A stream of a run, which outlasts its terminal, the reader of its pipe and the space on its disk."""
 
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    # Not tqdm's ObjectWrapper: wandb replaces these, and its replacement would be called by the method that it calls.
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self._wrapped.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self._wrapped.flush()
+            self.stream.flush()
 
 
 def _train(options: Namespace) -> int:
