@@ -114,11 +114,15 @@ def _example(options: Namespace) -> int:
 
 def _wait(words: list[str]) -> int:
     """Exit code of a command. Ctrl-C reaches it as well: it is waited for, since it may save before it ends."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     process = subprocess.Popen(words)
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # another signal, that this process alone has had
+        code = process.wait()
+        if pressed:
+            raise KeyboardInterrupt
+        return code
+    except KeyboardInterrupt:  # or another signal, that this process alone has had
         process.terminate()
         process.wait()
         raise
